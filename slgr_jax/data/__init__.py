@@ -1,0 +1,1 @@
+"""Files to the arrays the device needs."""

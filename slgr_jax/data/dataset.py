@@ -1,0 +1,190 @@
+"""A dataset directory in memory: pairs of each part, counts, slices, item table.
+
+Shape letters: U users, I items, n interactions of a part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from slgr_jax.config import SliceConfig
+from slgr_jax.data import schema, shards
+from slgr_jax.errors import ShardError
+
+
+@dataclasses.dataclass(frozen=True)
+class Csr:
+    """Ragged rows of int32: row r is `indices[offsets[r]:offsets[r + 1]]`, ascending, no repeats.
+
+    Attributes:
+      offsets: [R + 1] int64.
+      indices: [n] int32.
+    """
+
+    offsets: np.ndarray
+    indices: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[R] int32: the length of each row."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def row(self, r: int) -> np.ndarray:
+        """The entries of row `r`, ascending."""
+        return self.indices[self.offsets[r] : self.offsets[r + 1]]
+
+    @staticmethod
+    def from_pairs(rows: np.ndarray, indices: np.ndarray, n_rows: int) -> Csr:
+        """Group `indices` by `rows`, sort within each row and drop repeats."""
+        order = np.lexsort((indices, rows))
+        rows, indices = rows[order], indices[order]
+        if rows.size:
+            keep = np.empty(rows.size, bool)
+            keep[0] = True
+            keep[1:] = (rows[1:] != rows[:-1]) | (indices[1:] != indices[:-1])
+            rows, indices = rows[keep], indices[keep]
+        offsets = np.zeros(n_rows + 1, np.int64)
+        np.cumsum(np.bincount(rows, minlength=n_rows), out=offsets[1:])
+        return Csr(offsets, indices.astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Interactions of one part, sorted by user, then time, then item.
+
+    Attributes:
+      users, items: [n] int32.
+      timestamps: [n] int64 microseconds since 1970 UTC, or None where the source has none.
+      ratings: [n] float32, or None where the source has none.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    timestamps: np.ndarray | None
+    ratings: np.ndarray | None
+
+    def __len__(self) -> int:
+        return int(self.users.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """Which users are cold and which items are tail; the thresholds as resolved numbers."""
+
+    cold_user_history: int  # cold: at most this many training interactions
+    tail_item_popularity: int  # the training count of the most popular tail item
+    cold_users: np.ndarray  # [U] bool
+    tail_items: np.ndarray  # [I] bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Everything a run needs to know of a dataset directory."""
+
+    path: pathlib.Path
+    manifest: schema.DatasetManifest
+    train: Part
+    valid: Part
+    test: Part
+    user_ids: pa.Array  # [U] string: external ids
+    items: pa.Table  # schema.ITEMS, row i is item i
+
+    @property
+    def n_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def n_items(self) -> int:
+        return int(self.items.num_rows)
+
+    @functools.cached_property
+    def history(self) -> np.ndarray:
+        """[U] int32: distinct training items of each user."""
+        return self.positives(("train",)).counts
+
+    @functools.cached_property
+    def popularity(self) -> np.ndarray:
+        """[I] int32: distinct training users of each item."""
+        pairs = self.positives(("train",))
+        return np.bincount(pairs.indices, minlength=self.n_items).astype(np.int32)
+
+    def part(self, name: str) -> Part:
+        """The part called `train`, `valid` or `test`."""
+        return {"train": self.train, "valid": self.valid, "test": self.test}[name]
+
+    def positives(self, parts: Sequence[str]) -> Csr:
+        """User -> sorted distinct items over the named parts."""
+        chosen = [self.part(name) for name in parts]
+        users = np.concatenate([part.users for part in chosen])
+        items = np.concatenate([part.items for part in chosen])
+        return Csr.from_pairs(users, items, self.n_users)
+
+    def slices(self, config: SliceConfig) -> Slices:
+        """Cold users and tail items by training counts.
+
+        Cold: at most `cold_user_history` training items; -1 takes the 25 % quantile (lower) over
+        users with any training item. Tail: the first `tail_item_fraction` of the catalogue in
+        order of (training count, item index), so that ties have one answer (PAPER 4.1).
+        """
+        threshold = config.cold_user_history
+        if threshold < 0:
+            known = self.history[self.history > 0]
+            threshold = int(np.quantile(known, 0.25, method="lower")) if known.size else 0
+        order = np.lexsort((np.arange(self.n_items), self.popularity))
+        tail = np.zeros(self.n_items, bool)
+        chosen = order[: int(round(config.tail_item_fraction * self.n_items))]
+        tail[chosen] = True
+        edge = int(self.popularity[chosen].max()) if chosen.size else -1
+        return Slices(threshold, edge, self.history <= threshold, tail)
+
+
+def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
+    """Read the dataset directory at `path`, checking every shard against the manifest.
+
+    Args:
+      path: what `launch/prepare.py --out` wrote.
+      verify: also compare each shard's SHA-256.
+
+    Raises:
+      ManifestError: not a finished dataset directory.
+      ShardError: a shard is missing, truncated, corrupt, or holds an id outside the id maps.
+    """
+    root = pathlib.Path(path)
+    manifest = schema.read_dataset_manifest(root)
+    users = shards.read_shards(root, manifest.files["users"], schema.USERS, verify=verify)
+    items = shards.read_shards(root, manifest.files["items"], schema.ITEMS, verify=verify)
+    parts = {}
+    for name in schema.PARTS:
+        table = shards.read_shards(root, manifest.files[name], schema.INTERACTIONS, verify=verify)
+        parts[name] = _part(table, f"{root}/{name}", users.num_rows, items.num_rows)
+    return Dataset(
+        path=root,
+        manifest=manifest,
+        user_ids=users.column("user_id").combine_chunks(),
+        items=items,
+        **parts,
+    )
+
+
+def _part(table: pa.Table, where: str, n_users: int, n_items: int) -> Part:
+    users = table.column("user").to_numpy()
+    items = table.column("item").to_numpy()
+    for name, ids, bound in (("user", users, n_users), ("item", items, n_items)):
+        if ids.size and (ids.min() < 0 or ids.max() >= bound):
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise ShardError(f"{where}: {name} index {bad} is outside the id map of {bound}")
+    times, ratings = table.column("timestamp"), table.column("rating")
+    return Part(
+        users=users,
+        items=items,
+        timestamps=None if times.null_count else pc.cast(times, pa.int64()).to_numpy(),
+        ratings=None if ratings.null_count else ratings.to_numpy(),
+    )

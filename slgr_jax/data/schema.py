@@ -1,0 +1,241 @@
+"""Arrow schemas and manifests: the only place that names columns and files.
+
+A dataset directory:
+
+    manifest.json                  written last: a directory without it is not a dataset
+    users.arrow                    row u is user u: external id, optional text
+    items.arrow                    row i is item i: external id, title, text, categories
+    train/part-00000-of-00002.arrow   valid/...   test/...
+    teacher/NAME/manifest.json     teacher products built for this split
+    teacher/NAME/part-...
+
+Indices are int32 and start at 0; external ids are strings, kept exactly as in the input
+(leading zeros, spaces inside, any Unicode). Interactions of a part are sorted by user,
+then time, then item, so a user's history is one slice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from slgr_jax.errors import ManifestError, ShardError, listing
+
+MANIFEST = "manifest.json"
+PARTS = ("train", "valid", "test")
+TEACHER_DIR = "teacher"
+DATASET_FORMAT = "slgr_jax.dataset"
+TEACHER_FORMAT = "slgr_jax.teacher"
+VERSION = 1
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+INTERACTIONS = pa.schema(
+    [
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("timestamp", TIMESTAMP),  # null where the source has no times
+        pa.field("rating", pa.float32()),  # null where the source has no ratings
+    ]
+)
+USERS = pa.schema([pa.field("user_id", pa.string(), nullable=False), pa.field("text", pa.string())])
+ITEMS = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("title", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("categories", pa.list_(pa.string())),
+    ]
+)
+# One row per (user, item) the teacher was asked about, sorted by user; a null score is an item
+# the teacher did not answer: it is masked and never forms a preference.
+TEACHER_SCORES = pa.schema(
+    [
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("score", pa.float32()),
+    ]
+)
+# One row per stated preference, sorted by user: `preferred` over `other`, by `margin` > 0.
+TEACHER_PREFERENCES = pa.schema(
+    [
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("preferred", pa.int32(), nullable=False),
+        pa.field("other", pa.int32(), nullable=False),
+        pa.field("margin", pa.float32(), nullable=False),
+    ]
+)
+TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
+    "scores": TEACHER_SCORES,
+    "preferences": TEACHER_PREFERENCES,
+}
+
+# What a product was built from (DESIGN section 6). The loader refuses `includes_eval`.
+BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
+# What an item that is not in a user's list means: never asked, or ranked below the list
+# (a list that the teacher wrote freely over the whole catalogue).
+UNLISTED = ("unknown", "below")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """One shard as the manifest records it; `path` is relative to the manifest."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetManifest:
+    """What a dataset directory holds and how it was made.
+
+    `id_map_hash` covers the external ids in index order, `split_hash` the (user, item) pairs
+    of each part; a teacher product carries both and is refused where they differ.
+    """
+
+    name: str
+    created: str
+    source: Mapping[str, Any]
+    split: Mapping[str, Any]
+    filters: Mapping[str, Any]
+    counts: Mapping[str, int]
+    id_map_hash: str
+    split_hash: str
+    files: Mapping[str, tuple[ShardFile, ...]]  # keys: train, valid, test, users, items
+    format: str = DATASET_FORMAT
+    version: int = VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherManifest:
+    """What a teacher product is, what it was built from and which dataset it fits."""
+
+    name: str
+    kind: str  # scores | preferences
+    created: str
+    dataset: str
+    id_map_hash: str
+    split_hash: str
+    built_from: str
+    unlisted: str
+    model: str
+    prompt_hash: str
+    score_kind: str  # logit | prob | rating | rank | cosine | ...: for reports
+    counts: Mapping[str, int]  # rows, answered, users, items, dropped_...
+    coverage: Mapping[str, float]  # users: share with at least one preference; items: likewise
+    files: tuple[ShardFile, ...]
+    format: str = TEACHER_FORMAT
+    version: int = VERSION
+
+
+def id_map_hash(user_ids: pa.Array, item_ids: pa.Array) -> str:
+    """SHA-256 over the external ids, length-prefixed, users then items, in index order."""
+    digest = hashlib.sha256()
+    for ids in (user_ids, item_ids):
+        digest.update(len(ids).to_bytes(8, "little"))
+        for value in ids.to_pylist():
+            data = value.encode()
+            digest.update(len(data).to_bytes(4, "little"))
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def split_hash(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """SHA-256 over the (user, item) pairs of each part, in (user, item) order.
+
+    Args:
+      pairs: part name -> (users, items), int32 arrays of one length, any order.
+    """
+    digest = hashlib.sha256()
+    for part in PARTS:
+        users, items = pairs[part]
+        order = np.lexsort((items, users))
+        digest.update(part.encode())
+        digest.update(np.ascontiguousarray(users[order], dtype="<i4").tobytes())
+        digest.update(np.ascontiguousarray(items[order], dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+def write_manifest(
+    directory: str | os.PathLike[str], manifest: DatasetManifest | TeacherManifest
+) -> None:
+    """Write `manifest.json`, flushed to disk: the last file of a directory that is whole."""
+    path = pathlib.Path(directory) / MANIFEST
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(manifest), file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
+    """Read a dataset's manifest; a missing, foreign or damaged one is a `ManifestError`."""
+    raw = _read_json(directory, DATASET_FORMAT, "launch/prepare.py")
+    raw["files"] = {key: _shard_files(value) for key, value in raw["files"].items()}
+    return DatasetManifest(**raw)
+
+
+def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
+    """Read a teacher product's manifest; a missing, foreign or damaged one is a `ManifestError`."""
+    raw = _read_json(directory, TEACHER_FORMAT, "launch/teach.py")
+    raw["files"] = _shard_files(raw["files"])
+    return TeacherManifest(**raw)
+
+
+def _shard_files(values: list[dict[str, Any]]) -> tuple[ShardFile, ...]:
+    return tuple(ShardFile(**value) for value in values)
+
+
+def _read_json(directory: str | os.PathLike[str], expected: str, maker: str) -> dict[str, Any]:
+    path = pathlib.Path(directory) / MANIFEST
+    if not pathlib.Path(directory).is_dir():
+        raise ManifestError(f"{directory} is not a directory; make it with {maker}")
+    if not path.is_file():
+        raise ManifestError(
+            f"{directory} holds no {MANIFEST}: it is not a finished product; make it with {maker}"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
+    if not isinstance(raw, dict) or raw.get("format") != expected:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise ManifestError(f"{path} describes {found!r}, expected {expected!r}")
+    if raw.get("version") != VERSION:
+        raise ManifestError(
+            f"{path} has version {raw.get('version')}, this code reads {VERSION}; "
+            f"make it again with {maker}"
+        )
+    cls = DatasetManifest if expected == DATASET_FORMAT else TeacherManifest
+    known = {field.name for field in dataclasses.fields(cls)}
+    missing, unknown = sorted(known - set(raw)), sorted(set(raw) - known)
+    if missing or unknown:
+        raise ManifestError(
+            f"{path}: missing {listing(missing)}; unknown {listing(unknown)}; "
+            f"make it again with {maker}"
+        )
+    return raw
+
+
+def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Raise `ShardError` unless `found` has exactly the columns and types of `expected`."""
+    if found.names != expected.names:
+        raise ShardError(
+            f"{where} has columns {listing(found.names)}; expected {listing(expected.names)}"
+        )
+    for name in expected.names:
+        if found.field(name).type != expected.field(name).type:
+            raise ShardError(
+                f"{where}: column {name} is {found.field(name).type}, "
+                f"expected {expected.field(name).type}"
+            )

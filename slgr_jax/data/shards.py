@@ -1,0 +1,177 @@
+"""Sharded Arrow: written whole or not at all, read by mapping memory, checked on the way in.
+
+Three encodings are read, told apart by their first bytes and not by their names: the Arrow
+IPC file format (what this project writes), the IPC stream format (what Hugging Face
+`datasets` writes) and Parquet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from slgr_jax.data.schema import ShardFile, check_schema
+from slgr_jax.errors import InputError, ShardError
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A new directory that appears at `out` only when the block ends without an error.
+
+    Yields a temporary directory beside `out`; on success it is renamed to `out`, on failure
+    it is removed. An existing `out` is an `InputError` unless `overwrite`, and is removed
+    only once the new one is whole.
+    """
+    target = pathlib.Path(out).absolute()
+    if target.exists() and not overwrite:
+        raise InputError(f"{out} exists; choose another path or add --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if target.exists():
+            retired = staging.with_name(staging.name + "-old")
+            target.rename(retired)
+            staging.rename(target)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _sync(directory: pathlib.Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: PathLike) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shards(
+    root: PathLike,
+    prefix: str,
+    table: pa.Table,
+    *,
+    rows_per_shard: int,
+    rows_per_batch: int = 65_536,
+) -> tuple[ShardFile, ...]:
+    """Write `table` as `root/prefix-00000-of-0000N.arrow` (IPC file format) and describe it.
+
+    At least one shard is written, so an empty table keeps its schema. Each file is flushed
+    to disk before the function returns.
+    """
+    count = max(1, -(-table.num_rows // rows_per_shard))
+    files = []
+    for index in range(count):
+        relative = f"{prefix}-{index:05d}-of-{count:05d}.arrow"
+        path = pathlib.Path(root) / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = table.slice(index * rows_per_shard, rows_per_shard)
+        files.append(write_shard(root, relative, part, rows_per_batch=rows_per_batch))
+    return tuple(files)
+
+
+def write_shard(
+    root: PathLike, relative: str, table: pa.Table, *, rows_per_batch: int = 65_536
+) -> ShardFile:
+    """Write one Arrow IPC file at `root/relative`, flushed to disk, and describe it."""
+    path = pathlib.Path(root) / relative
+    with open(path, "wb") as raw:
+        with pa.ipc.new_file(raw, table.schema) as writer:
+            writer.write_table(table, max_chunksize=rows_per_batch)
+        raw.flush()
+        os.fsync(raw.fileno())
+    return ShardFile(relative, table.num_rows, path.stat().st_size, sha256_of(path))
+
+
+def read_shards(
+    root: PathLike,
+    files: Sequence[ShardFile],
+    schema: pa.Schema,
+    *,
+    verify: bool = True,
+) -> pa.Table:
+    """The concatenation of `files` as one table of `schema`, memory-mapped where possible.
+
+    Size and row count are always compared with the manifest, the SHA-256 when `verify`. A
+    missing, truncated, altered or foreign shard is a `ShardError` that names it.
+    """
+    tables = []
+    for file in files:
+        path = pathlib.Path(root) / file.path
+        if not path.is_file():
+            raise ShardError(f"{path} is missing; the manifest lists it with {file.rows} rows")
+        size = path.stat().st_size
+        if size != file.bytes:
+            raise ShardError(
+                f"{path} has {size} bytes, the manifest says {file.bytes}: it is truncated or was "
+                "replaced; copy or build it again"
+            )
+        if verify and sha256_of(path) != file.sha256:
+            raise ShardError(
+                f"{path} does not match its SHA-256 {file.sha256[:12]}... in the manifest: it is "
+                "corrupt or was replaced; copy or build it again"
+            )
+        table = read_table(path)
+        check_schema(table.schema, schema, str(path))
+        if table.num_rows != file.rows:
+            raise ShardError(f"{path} has {table.num_rows} rows, the manifest says {file.rows}")
+        tables.append(table.cast(schema))
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def read_table(path: PathLike) -> pa.Table:
+    """Read one Arrow IPC file, IPC stream or Parquet file; the content decides which.
+
+    Raises:
+      ShardError: the file is empty, truncated, or none of the three.
+    """
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if not head:
+        raise ShardError(f"{path} is empty")
+    try:
+        if head[:4] == b"PAR1":
+            return pq.read_table(path)
+        source = pa.memory_map(os.fspath(path), "r")
+        if head[:6] == b"ARROW1":
+            return pa.ipc.open_file(source).read_all()
+        return _read_stream(source, path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ShardError(
+            f"{path} cannot be read as an Arrow file, an Arrow stream or Parquet: {reason}"
+        ) from error
+
+
+def _read_stream(source: pa.MemoryMappedFile, path: PathLike) -> pa.Table:
+    with pa.ipc.open_stream(source) as reader:
+        table = reader.read_all()
+    # A stream ends with a marker (continuation, length 0). Without it the writer was cut off
+    # between two batches, which the reader takes for a normal end.
+    size = source.size()
+    source.seek(max(0, size - 8))
+    if source.read(8) != b"\xff\xff\xff\xff\x00\x00\x00\x00":
+        raise ShardError(f"{path} is an Arrow stream without its end marker: it is truncated")
+    return table

@@ -1,0 +1,204 @@
+"""Sections of `config.py` as absl flags, and one-line errors for every launch script.
+
+`run(main, sections=..., required=...)` is the whole of a launch script's ceremony: it
+defines a flag per knob, answers `--help` without importing JAX, turns a bad flag or a
+`UserError` into one line on standard error and exit status 2, and calls `main` with the
+parsed `absl.flags.FLAGS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+from slgr_jax.config import Knob, RunConfig, Section, flag_name, knob_of
+from slgr_jax.errors import UserError, listing
+
+FLAGS = flags.FLAGS
+EXIT_USER_ERROR = 2
+
+
+class _IntTuple(flags.ArgumentParser[tuple[int, ...]]):
+    """Comma-separated integers, `10,20`."""
+
+    def parse(self, argument: Any) -> tuple[int, ...]:
+        if isinstance(argument, tuple):
+            return argument
+        try:
+            return tuple(int(part) for part in str(argument).split(",") if part.strip())
+        except ValueError as error:
+            raise ValueError("expected integers separated by commas, e.g. 10,20") from error
+
+
+class _TupleSerializer(flags.ArgumentSerializer[Any]):
+    def serialize(self, value: Any) -> str:
+        return ",".join(str(part) for part in value)
+
+
+def define_section(section: type[Section], *, skip: Sequence[str] = ()) -> None:
+    """Define one absl flag per knob of `section`, with the section's own defaults."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if field.name in skip:
+            continue
+        name, meta, hint = flag_name(field), knob_of(field), hints[field.name]
+        if name in FLAGS:
+            raise AssertionError(f"two knobs are called --{name}")
+        _define(name, field.default, hint, meta)
+
+
+def _define(name: str, default: Any, hint: Any, meta: Knob) -> None:
+    if hint is bool:
+        flags.DEFINE_bool(name, default, meta.help)
+    elif hint is int:
+        flags.DEFINE_integer(name, default, meta.help)
+    elif hint is float:
+        flags.DEFINE_float(name, default, meta.help)
+    elif hint is str:
+        # Choices are checked by the section, which words the error; absl would print three lines.
+        flags.DEFINE_string(name, default, meta.help)
+    else:
+        flags.DEFINE(_IntTuple(), name, default, meta.help, serializer=_TupleSerializer())
+
+
+def section_from_flags(section: type[Any]) -> Any:
+    """The section with the values given on the command line."""
+    values = {
+        field.name: FLAGS[flag_name(field)].value
+        for field in dataclasses.fields(section)
+        if flag_name(field) in FLAGS
+    }
+    return section(**values)
+
+
+def run_sections() -> dict[str, type[Section]]:
+    """The sections of a training run by the name they have in `RunConfig`."""
+    hints = typing.get_type_hints(RunConfig)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(RunConfig)
+        if dataclasses.is_dataclass(hints[field.name])
+    }
+
+
+def run_config_from_flags(data: str, workdir: str) -> RunConfig:
+    """The `RunConfig` that the command line describes."""
+    sections = {name: section_from_flags(cls) for name, cls in run_sections().items()}
+    return RunConfig(data=data, workdir=workdir, **sections)
+
+
+def _range_text(meta: Knob) -> str:
+    parts = []
+    if meta.choices is not None:
+        parts.append("one of " + ", ".join(choice or "''" for choice in meta.choices))
+    if meta.minimum is not None:
+        parts.append(f">= {meta.minimum:g}")
+    if meta.above is not None:
+        parts.append(f"> {meta.above:g}")
+    if meta.maximum is not None:
+        parts.append(f"<= {meta.maximum:g}")
+    if meta.below is not None:
+        parts.append(f"< {meta.below:g}")
+    return "; ".join(parts)
+
+
+def help_text(usage: str, sections: Sequence[type[Section]], own: Sequence[str]) -> str:
+    """The script's docstring, then its flags in groups: default, meaning, valid values."""
+    lines = [usage.strip(), ""]
+
+    def add(name: str, default: Any, text: str, valid: str) -> None:
+        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+        head = f"  --{name}={shown}" if shown not in (None, "") else f"  --{name}=..."
+        body = f"{text} ({valid})" if valid else text
+        lines.append(head)
+        lines.extend(textwrap.wrap(body, 92, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+    if own:
+        lines.append("This command:")
+        for name in own:
+            flag = FLAGS[name]
+            add(name, flag.default, flag.help or "", "")
+    for section in sections:
+        fields = [field for field in dataclasses.fields(section) if flag_name(field) in FLAGS]
+        if not fields:
+            continue
+        doc = (section.__doc__ or section.__name__).strip().splitlines()[0].rstrip(".")
+        lines.extend(["", f"{doc}:"])
+        for field in fields:
+            meta = knob_of(field)
+            add(flag_name(field), field.default, meta.help, _range_text(meta))
+    return "\n".join(lines)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on standard error and exit with status 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(EXIT_USER_ERROR)
+
+
+def run(
+    main: Callable[[list[str]], None],
+    *,
+    usage: str,
+    sections: Sequence[type[Section]] = (),
+    own: Sequence[str] = (),
+    required: Sequence[str] = (),
+    positional: Sequence[str] = (),
+) -> None:
+    """Parse the command line, then call `main` with the positional arguments.
+
+    Args:
+      main: does the work; gets the positional arguments (sub-command names).
+      usage: text shown first by `--help`, normally the script's `__doc__`.
+      sections: sections whose knobs become flags.
+      own: names of flags that the script defined itself, for `--help`.
+      required: names of flags that must be given.
+      positional: accepted values of the first positional argument; none if empty.
+    """
+    for section in sections:
+        define_section(section)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        if any(arg in ("-h", "-help", "--help", "--helpfull", "--helpshort") for arg in argv[1:]):
+            print(help_text(usage, sections, own))
+            raise SystemExit(0)
+        try:
+            rest = FLAGS(list(argv))[1:]
+        except flags.Error as error:
+            fail(f"{error}; see --help")
+        if positional:
+            if not rest or rest[0] not in positional:
+                given = f"{rest[0]!r} is not a command" if rest else "no command given"
+                fail(f"{given}; commands: {listing(positional)}; see --help")
+            unexpected = rest[1:]
+        else:
+            unexpected = rest
+        if unexpected:
+            fail(f"unexpected argument {listing(unexpected)}; flags look like --name=value")
+        missing = [name for name in required if not FLAGS[name].value]
+        if missing:
+            fail(f"missing {listing('--' + name for name in missing)}; see --help")
+        return rest
+
+    def guarded(rest: list[str]) -> None:
+        try:
+            main(rest)
+        except UserError as error:
+            fail(str(error))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            where = f" while writing {error.filename}" if error.filename else ""
+            fail(f"{os.strerror(error.errno or 0)}{where}; free space or choose another path")
+        except BrokenPipeError:
+            raise SystemExit(1) from None
+
+    app.run(guarded, flags_parser=parse)
