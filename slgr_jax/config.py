@@ -24,6 +24,12 @@ NEGATIVES = ("uniform", "popularity", "in_batch")
 PAIR_SELECTIONS = ("uniform", "largest_gap")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
 SPLITS = ("auto", "global_time", "leave_last", "ratio", "premade")
+# What a teacher product was built from (DESIGN section 6); the loader refuses `includes_eval`.
+BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
+# What an item outside a user's list means: never asked about, or ranked below the list (a list
+# that the teacher wrote freely over the whole catalogue).
+UNLISTED = ("unknown", "below")
+SCORERS = ("wordllama",)
 SOURCES = ("movielens", "recbole", "amazon", "csv", "parquet")
 
 
@@ -141,11 +147,73 @@ class PrepareConfig(Section):
     )
     rating_column: str = knob("rating", "csv, parquet: column with ratings; used if present")
     items_input: str = knob(
-        "", "csv, parquet: item table (item id, title, text, categories) to attach"
+        "",
+        "csv, parquet: item table (csv, Parquet or Arrow with --item_column) to attach; "
+        "amazon: metadata jsonl",
+    )
+    title_column: str = knob("title", "--items_input: column with titles; used if present")
+    text_column: str = knob("text", "--items_input: column with descriptions; used if present")
+    categories_column: str = knob(
+        "categories", "--items_input: column with lists, or text split at '|'; used if present"
     )
     delimiter: str = knob(",", "csv: column separator; tab is '\\t'")
     rows_per_shard: int = knob(4_194_304, "most interactions in one Arrow shard", minimum=1)
     overwrite: bool = knob(False, "replace --out when it exists")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeachConfig(Section):
+    """Teacher answers to a product under DATA/teacher."""
+
+    data: str = knob("", "dataset directory that launch/prepare.py wrote")
+    name: str = knob("", "product to write or inspect: DATA/teacher/NAME")
+    scores: str = knob(
+        "",
+        "import: Parquet, Arrow or CSV file with user, item, score (empty score: not answered) or "
+        "user, preferred, other[, margin]; ids as in the raw data",
+    )
+    built_from: str = knob(
+        "train_only",
+        "import: what the teacher saw; train_only = training interactions, prefix = what came "
+        "before each interaction, includes_label = also the training answers it scores, "
+        "includes_eval = evaluation data (training refuses it)",
+        choices=BUILT_FROM,
+    )
+    unlisted: str = knob(
+        "unknown",
+        "import: an item outside a user's list was never asked about (unknown) or ranks below "
+        "the list (below: the teacher wrote it freely over the whole catalogue)",
+        choices=UNLISTED,
+    )
+    model: str = knob("", "import: which LLM answered, for reports")
+    prompt_hash: str = knob("", "import: hash or name of the prompt, for reports")
+    score_kind: str = knob("score", "import: logit, prob, rating, rank, ..., for reports")
+    unknown: str = knob(
+        "error",
+        "import: rows with an id that DATA does not have; drop counts them",
+        choices=("error", "drop"),
+    )
+    duplicates: str = knob(
+        "error",
+        "import: rows that disagree about one user's same items; equal rows count once",
+        choices=("error", "mean"),
+    )
+    delimiter: str = knob(",", "import: CSV column separator; tab is '\\t'")
+    scorer: str = knob("wordllama", "score: local language model (extra: llm)", choices=SCORERS)
+    candidates: int = knob(
+        20, "score: items per user with history, drawn from the popular pool", minimum=0
+    )
+    popular_pool: int = knob(1000, "score: size of the pool, most training users first", minimum=1)
+    cold_candidates: int = knob(
+        20, "score: more items per cold user, evenly spread over the text space", minimum=0
+    )
+    tail_fraction: float = knob(
+        0.1, "score: tail items are this share of the catalogue", minimum=0, maximum=1
+    )
+    tail_users: int = knob(20, "score: users drawn per tail item", minimum=0)
+    seed: int = knob(0, "score: seed of the candidate draws", minimum=0)
+    rows_per_shard: int = knob(4_194_304, "most rows in one Arrow shard", minimum=1)
+    overwrite: bool = knob(False, "replace the product when it exists")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +258,11 @@ class OptimizerConfig(Section):
     """How tables (row by row) and dense parameters (optax Adam) are updated."""
 
     table_optimizer: str = knob(
-        "lazy_adam", "update rule of the embedding rows a batch touches", choices=TABLE_OPTIMIZERS
+        "adagrad", "update rule of the embedding rows a batch touches", choices=TABLE_OPTIMIZERS
     )
-    lr: float = knob(0.002, "learning rate of the tables", above=0)
+    lr: float = knob(0.05, "learning rate of the tables", above=0)
     l2: float = knob(
-        0.01, "L2 penalty per triple on the rows it touches: l2/2 * (|u|^2+|i|^2+|j|^2)", minimum=0
+        0.02, "L2 penalty per triple on the rows it touches: l2/2 * (|u|^2+|i|^2+|j|^2)", minimum=0
     )
     adam_b1: float = knob(0.9, "lazy_adam: decay of the first moment", minimum=0, below=1)
     adam_b2: float = knob(0.999, "lazy_adam: decay of the second moment", minimum=0, below=1)
@@ -300,8 +368,15 @@ class TrainConfig(Section):
     )
     early_stop_metric: str = knob("ndcg@10", "overall validation metric to maximise")
     steps_per_dispatch: int = knob(
-        0, "steps K per device program; 0 = chosen so that one takes about a second", minimum=0
+        0,
+        "steps K per device program, between which signals and errors are seen; 0 = about two "
+        "million triples and preferences",
+        minimum=0,
     )
+    checkpoint_every_s: float = knob(
+        30.0, "seconds between two checkpoints; one is also written at the end", minimum=0
+    )
+    restart: bool = knob(False, "delete what --workdir holds and start anew, instead of resuming")
     seed: int = knob(0, "seed of initialisation and of every draw", minimum=0)
     table_shards: int = knob(
         1, "devices that share the rows of one table; the others replicate it", minimum=1

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from slgr_jax.config import Knob, RunConfig, Section, flag_name, knob_of
 from slgr_jax.errors import UserError, listing
@@ -189,6 +189,12 @@ def run(
         return rest
 
     def guarded(rest: list[str]) -> None:
+        # Read by JAX when it is first imported, which `main` does: compiled programs are kept.
+        cache = os.path.join(os.path.expanduser("~"), ".cache", "slgr_jax", "xla")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        if not FLAGS["verbosity"].present:  # Orbax logs every file it writes
+            logging.set_verbosity(logging.WARNING)
         try:
             main(rest)
         except UserError as error:

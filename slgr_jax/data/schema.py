@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from slgr_jax import config
 from slgr_jax.errors import ManifestError, ShardError, listing
 
 MANIFEST = "manifest.json"
@@ -78,11 +79,8 @@ TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
     "preferences": TEACHER_PREFERENCES,
 }
 
-# What a product was built from (DESIGN section 6). The loader refuses `includes_eval`.
-BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
-# What an item that is not in a user's list means: never asked, or ranked below the list
-# (a list that the teacher wrote freely over the whole catalogue).
-UNLISTED = ("unknown", "below")
+BUILT_FROM = config.BUILT_FROM
+UNLISTED = config.UNLISTED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from slgr_jax.data.schema import ShardFile, check_schema
+from slgr_jax.data.schema import MANIFEST, ShardFile, check_schema
 from slgr_jax.errors import InputError, ShardError
 
 PathLike = str | os.PathLike[str]
@@ -30,28 +30,61 @@ def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[path
     """A new directory that appears at `out` only when the block ends without an error.
 
     Yields a temporary directory beside `out`; on success it is renamed to `out`, on failure
-    it is removed. An existing `out` is an `InputError` unless `overwrite`, and is removed
-    only once the new one is whole.
+    it is removed, with any parent that was made for it. An existing `out` is an `InputError`
+    unless `overwrite` (see `check_target`), and is removed only once the new one is in place.
     """
     target = pathlib.Path(out).absolute()
-    if target.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another path or add --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    check_target(target, overwrite=overwrite)
+    created = [parent for parent in target.parents if not parent.exists()]
+    staging = retired = None
     try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            name = tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        except OSError as error:
+            raise InputError(f"{out} cannot be made: {error.strerror}") from error
+        staging = pathlib.Path(name)
         yield staging
         staging.chmod(0o755)
         if target.exists():
             retired = staging.with_name(staging.name + "-old")
             target.rename(retired)
-            staging.rename(target)
-            shutil.rmtree(retired)
-        else:
-            staging.rename(target)
+        staging.rename(target)
         _sync(target.parent)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if retired is not None:
+            if target.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                retired.rename(target)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise
+    if retired is not None:
+        shutil.rmtree(retired)
+
+
+def check_target(out: PathLike, *, overwrite: bool) -> None:
+    """Raise `InputError` where `atomic_directory` could not put a directory at `out`.
+
+    What `overwrite` may remove is an empty directory or one with a manifest: a slip of the
+    hand must not delete a folder that this project did not write.
+    """
+    target = pathlib.Path(out).absolute()
+    if not target.exists():
+        parent = next(parent for parent in target.parents if parent.exists())
+        if not parent.is_dir():
+            raise InputError(f"{out} cannot be made: {parent} is not a directory")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"{out} cannot be made: no permission to write in {parent}")
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists; choose another path or add --overwrite")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise InputError(f"{out} holds no {MANIFEST}, so --overwrite leaves it alone; remove it")
 
 
 def _sync(directory: pathlib.Path) -> None:
@@ -137,12 +170,20 @@ def read_shards(
         check_schema(table.schema, schema, str(path))
         if table.num_rows != file.rows:
             raise ShardError(f"{path} has {table.num_rows} rows, the manifest says {file.rows}")
+        for name in schema.names:
+            missing = table.column(name).null_count
+            if missing and not schema.field(name).nullable:
+                raise ShardError(f"{path}: column {name} must not be null; {missing} rows are")
         tables.append(table.cast(schema))
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
-def read_table(path: PathLike) -> pa.Table:
+def read_table(path: PathLike, *, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one Arrow IPC file, IPC stream or Parquet file; the content decides which.
+
+    Args:
+      path: the file.
+      columns: names of the columns to keep, all if None. Parquet reads no others.
 
     Raises:
       ShardError: the file is empty, truncated, or none of the three.
@@ -153,11 +194,13 @@ def read_table(path: PathLike) -> pa.Table:
         raise ShardError(f"{path} is empty")
     try:
         if head[:4] == b"PAR1":
-            return pq.read_table(path)
+            return pq.read_table(path, columns=columns, partitioning=None)
         source = pa.memory_map(os.fspath(path), "r")
         if head[:6] == b"ARROW1":
-            return pa.ipc.open_file(source).read_all()
-        return _read_stream(source, path)
+            table = pa.ipc.open_file(source).read_all()
+        else:
+            table = _read_stream(source, path)
+        return table if columns is None else table.select(columns)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ShardError(

@@ -1,0 +1,57 @@
+"""Rank the whole catalogue for every user of a run: metrics, slices, tables, a picture.
+
+    python launch/evaluate.py --workdir=RUN
+    python launch/evaluate.py --workdir=RUN --workdir=RUN2 --metric=recall@20 --out=COMPARISON
+
+Writes metrics.json and per_user.parquet into each run and prints the tables. Training items
+are masked; test also masks validation items. With several runs of one data set, each is
+tested against the first, user by user.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags as absl_flags
+
+from slgr_jax import flags
+from slgr_jax.errors import ConfigError
+
+absl_flags.DEFINE_multi_string("workdir", [], "directory of a run")
+absl_flags.DEFINE_string("metric", "", "metric to draw and to test; ndcg@10 unless given")
+absl_flags.DEFINE_string("out", "", "directory of metrics.png; the first workdir unless given")
+absl_flags.DEFINE_string("checkpoint", "best", "state to evaluate: best or last")
+
+
+def main(_: list[str]) -> None:
+    given = flags.FLAGS
+    if given.checkpoint not in ("best", "last"):
+        raise ConfigError(f"--checkpoint={given.checkpoint!r} is not one of: best, last")
+    from slgr_jax import evaluate, report, runs
+
+    evaluated, metric = [], given.metric
+    for workdir, label in zip(given.workdir, report.labels(given.workdir), strict=True):
+        run = runs.restore_run(workdir, given.checkpoint)
+        metric = report.choose_metric(metric, run.config.evaluation.ks)
+        parts = evaluate.evaluate_dataset(
+            *(run.score_users, run.state, run.dataset, run.config.slices, run.config.evaluation),
+            mesh=run.mesh,
+        )
+        evaluated.append(
+            report.EvaluatedRun(workdir, label, run.config, run.dataset, given.checkpoint, parts)
+        )
+        report.write_run(evaluated[-1])
+    print(report.render(evaluated, metric))
+    picture = report.draw(
+        evaluated, metric, pathlib.Path(given.out or given.workdir[0], report.PICTURE)
+    )
+    print(f"wrote {report.METRICS} and {report.PER_USER} in each run, and {picture}")
+
+
+if __name__ == "__main__":
+    flags.run(
+        main,
+        usage=__doc__,
+        own=("workdir", "metric", "out", "checkpoint"),
+        required=("workdir",),
+    )

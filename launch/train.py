@@ -1,0 +1,40 @@
+"""Train a recommender, guided by a teacher where its gate believes the teacher.
+
+    python launch/train.py --data=DATA --workdir=RUN --backbone=mf --guidance=none
+    python launch/train.py --data=DATA --workdir=RUN2 --backbone=mf \\
+        --guidance=selective --teacher=NAME --gate=rule --lambda=0.1
+
+Calling it again with the same flags resumes the run; SIGTERM saves and exits.
+"""
+
+from __future__ import annotations
+
+from absl import flags as absl_flags
+
+from slgr_jax import flags
+
+absl_flags.DEFINE_string("data", None, "dataset directory (launch/prepare.py)")
+absl_flags.DEFINE_string("workdir", None, "directory of this run: config, log, checkpoints")
+
+
+def main(_: list[str]) -> None:
+    run = flags.run_config_from_flags(flags.FLAGS.data, flags.FLAGS.workdir)
+    from slgr_jax import train
+
+    outcome = train.train(run)
+    best = "" if outcome.best_metric is None else f" ({outcome.best_metric:.4f})"
+    print(
+        f"{outcome.status} after epoch {outcome.epoch}, step {outcome.step}, in "
+        f"{outcome.seconds:.1f} s; best {run.train.early_stop_metric} at epoch "
+        f"{outcome.best_epoch}{best}; run: {run.workdir}"
+    )
+
+
+if __name__ == "__main__":
+    flags.run(
+        main,
+        usage=__doc__,
+        sections=tuple(flags.run_sections().values()),
+        own=("data", "workdir"),
+        required=("data", "workdir"),
+    )

@@ -1,0 +1,164 @@
+"""Checkpoints: one atomic Orbax v1 directory holds all that a run needs to go on.
+
+A checkpoint has the train state (step, tables with optimiser slots, parameters, optax state),
+the best serving state so far, and the loop's progress (epoch, counters, partial sums) as
+JSON. All three become visible together, so neither a kill nor a full disk can leave "best"
+and "last" at odds. The draws are a function of (seed, step): there is no iterator to save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from slgr_jax.errors import ManifestError
+from slgr_jax.step import ServingState, Trainer, TrainState, init_state, make_serving_state
+
+DIRECTORY = "checkpoints"
+_STATE, _BEST = "state", "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where the loop stands; plain numbers, saved with the state.
+
+    Attributes:
+      step: steps done.
+      epoch: whole epochs done.
+      sums: sums of the running epoch's metrics so far.
+      best_metric, best_epoch: the best validation so far; epoch 0 is the initial state.
+      stale: validations since then.
+      finished: the loop ended by itself (epochs or patience).
+    """
+
+    step: int = 0
+    epoch: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    best_metric: float | None = None
+    best_epoch: int = 0
+    stale: int = 0
+    finished: bool = False
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def abstract_state(trainer: Trainer) -> TrainState:
+    """Shapes, types and shardings of a train state on the trainer's own devices."""
+    shapes = jax.eval_shape(lambda: init_state(trainer, 0))
+    everywhere = jax.tree.map(lambda _: trainer.layout.replicated, shapes)
+    rows = dict.fromkeys(shapes.tables, trainer.layout.table_sharding)
+    return _abstract(shapes, everywhere.replace(tables=rows))
+
+
+def abstract_serving(trainer: Trainer) -> ServingState:
+    """Shapes, types and shardings of a serving state."""
+    shapes = jax.eval_shape(make_serving_state(trainer), abstract_state(trainer))
+    return _abstract(shapes, jax.tree.map(lambda _: trainer.layout.replicated, shapes))
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest kept; saving never blocks on the disk.
+
+    Args:
+      workdir: the run's directory.
+      trainer: what is saved and restored, and where it lives.
+      writable: also removes what an interrupted save left behind.
+    """
+
+    def __init__(self, workdir: str, trainer: Trainer, *, writable: bool) -> None:
+        self._trainer = trainer
+        self._workdir = workdir
+        root = pathlib.Path(workdir).absolute() / DIRECTORY
+        if writable:
+            root.mkdir(parents=True, exist_ok=True)
+        elif not root.is_dir():
+            raise ManifestError(f"{workdir} holds no checkpoints; train first (launch/train.py)")
+        self._checkpointer = ocp.training.Checkpointer(
+            root,
+            preservation_policy=ocp.training.preservation_policies.LatestN(1),
+            cleanup_tmp_directories=writable,
+        )
+        self._pending: Any = None
+
+    def save(self, state: TrainState, best: ServingState, progress: Progress) -> None:
+        """Start writing a checkpoint; a checkpoint of this very step is left as it is.
+
+        The arrays are copied off the device before this returns, so the state may be donated
+        to the next step at once.
+        """
+        self.wait()
+        latest = self._checkpointer.latest
+        overwrite = latest is not None and latest.step == progress.step
+        self._pending = self._checkpointer.save_checkpointables_async(
+            progress.step,
+            {_STATE: state, _BEST: best},
+            force=True,
+            overwrite=overwrite,
+            custom_metadata={"progress": json.dumps(dataclasses.asdict(progress))},
+        )
+
+    def wait(self) -> None:
+        """Wait for the save under way; its error, if any, is raised here."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def progress(self) -> Progress | None:
+        """What the newest whole checkpoint says of the loop; None if there is none."""
+        latest = self._checkpointer.latest
+        if latest is None:
+            return None
+        metadata = self._checkpointer.checkpointables_metadata(latest.step).custom_metadata
+        return Progress(**json.loads(metadata["progress"]))
+
+    def restore(self) -> tuple[TrainState, ServingState]:
+        """The newest checkpoint, laid out for the trainer's own devices."""
+        found = self._load({_STATE: abstract_state(self._trainer), _BEST: self._serving()})
+        return found[_STATE], found[_BEST]
+
+    def restore_best(self) -> ServingState:
+        """Only the best serving state of the newest checkpoint."""
+        best = self._load({_BEST: self._serving()})[_BEST]
+        assert isinstance(best, ServingState)
+        return best
+
+    def restore_last(self) -> ServingState:
+        """The serving state of the newest checkpoint's train state."""
+        state = self._load({_STATE: abstract_state(self._trainer)})[_STATE]
+        return make_serving_state(self._trainer)(state)
+
+    def _serving(self) -> ServingState:
+        return abstract_serving(self._trainer)
+
+    def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
+        latest = self._checkpointer.latest
+        if latest is None:
+            raise ManifestError(
+                f"{self._workdir} holds no finished checkpoint; train first (launch/train.py)"
+            )
+        found = self._checkpointer.load_checkpointables(latest.step, targets)
+        assert isinstance(found, dict)
+        return found
+
+    def close(self) -> None:
+        """Wait for the save under way and release the background threads."""
+        self.wait()
+        self._checkpointer.close()
+
+
+def clear(workdir: str) -> None:
+    """Remove all checkpoints of a run."""
+    shutil.rmtree(os.path.join(workdir, DIRECTORY), ignore_errors=True)

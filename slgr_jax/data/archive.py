@@ -1,0 +1,151 @@
+"""Input files wherever they lie: a folder, a zip archive (a .whl is one), or one file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from slgr_jax.data.shards import sha256_of
+from slgr_jax.errors import InputError, listing
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what readers raise on a damaged or foreign file into an `InputError` about `where`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (
+        pa.ArrowException,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        UnicodeError,
+        NotImplementedError,  # a compression method that zipfile lacks
+        OSError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where} cannot be read: {reason}") from error
+
+
+class Files:
+    """The files at a path, by their names inside it; remembers which were opened.
+
+    Attributes:
+      path: what the user gave.
+      names: every file, as a relative path with `/`; for one file, its folder's files.
+      single: the name of the file itself where `path` is one plain file, else None.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = pathlib.Path(path)
+        self.single: str | None = None
+        self._zip: zipfile.ZipFile | None = None
+        self._used: list[str] = []
+        if not self.path.exists():
+            raise InputError(f"{path} does not exist; --input names a file, folder or zip archive")
+        if self.path.is_dir():
+            self._root = self.path
+            found = (p for p in self.path.rglob("*") if p.is_file())
+            names = [p.relative_to(self.path).as_posix() for p in found]
+        elif self._is_archive():
+            with reading(str(self.path)):
+                self._zip = zipfile.ZipFile(self.path)
+            names = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        else:
+            self._root, self.single = self.path.parent, self.path.name
+            names = [p.name for p in self.path.parent.iterdir() if p.is_file()]
+        self.names = sorted(name for name in names if not _is_junk(name))
+
+    def _is_archive(self) -> bool:
+        if self.path.suffix.lower() in (".zip", ".whl"):
+            return True
+        with open(self.path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+
+    def open(self, name: str) -> BinaryIO:
+        """Open one of `names` for reading; a gz file is inflated on the way."""
+        if name not in self._used:
+            self._used.append(name)
+        with reading(self.where(name)):
+            if self._zip is None:
+                return pa.input_stream(os.fspath(self._root / name), compression="detect")
+            try:
+                return self._zip.open(name)  # type: ignore[return-value]
+            except RuntimeError as error:  # encrypted; zipfile has no finer class
+                raise InputError(f"{self.where(name)} cannot be read: {error}") from error
+
+    def where(self, name: str) -> str:
+        """What to call a member in a message."""
+        return f"{self.path}:{name}" if self._zip is not None else str(self._root / name)
+
+    def head(self, name: str, size: int = 1 << 16) -> bytes:
+        """The first bytes of a file, inflated."""
+        with self.open(name) as file, reading(self.where(name)):
+            return bytes(file.read(size))
+
+    def text(self, name: str) -> str:
+        """A whole small file: UTF-8, else Latin-1 (the older MovieLens files)."""
+        with self.open(name) as file, reading(self.where(name)):
+            data = bytes(file.read())
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return data.decode("latin-1")
+
+    def beside(self, name: str, basename: str) -> str | None:
+        """The file called `basename` in the folder of `name`, if there is one."""
+        sibling = (pathlib.PurePosixPath(name).parent / basename).as_posix()
+        return sibling if sibling in self.names else None
+
+    def choose(self, accept: Callable[[str], bool], what: str, wanted: str) -> str:
+        """The one name that `accept` takes; `wanted` (--name) settles it between several.
+
+        Raises:
+          InputError: none, or several of which `wanted` does not pick exactly one.
+        """
+        if self.single is not None:
+            return self.single
+        found = [name for name in self.names if accept(name.rsplit("/", 1)[-1])]
+        if not found:
+            held = listing(self.names, 6)
+            raise InputError(f"{self.path} holds no {what}; files found: {held}")
+        if len(found) > 1 and wanted:
+            # A path component, or the file name up to any of its dots, must equal --name.
+            hits = [name for name in found if wanted in _handles(name)]
+            found = hits or found
+        if len(found) > 1:
+            raise InputError(
+                f"{self.path} holds {len(found)} candidates: {listing(found)}; choose one with "
+                "--name=FOLDER or --name=FILE (without its ending)"
+            )
+        return found[0]
+
+    def record(self) -> list[dict[str, Any]]:
+        """What the manifest says of the input: names without folders, sizes, SHA-256."""
+        if self._zip is not None:
+            return [{**_describe(self.path), "members": sorted(set(self._used))}]
+        return [_describe(self._root / name) for name in sorted(set(self._used))]
+
+
+def _handles(name: str) -> set[str]:
+    path = pathlib.PurePosixPath(name)
+    pieces = path.name.split(".")
+    return {*path.parts, *(".".join(pieces[:k]) for k in range(1, len(pieces) + 1))}
+
+
+def _describe(path: pathlib.Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _is_junk(name: str) -> bool:
+    parts = name.split("/")
+    return parts[0] == "__MACOSX" or parts[-1].startswith(".")

@@ -1,0 +1,226 @@
+"""Filters and split rules, as pure numpy functions over aligned arrays.
+
+Shape letters: n interactions. `users` and `items` are [n] int32 indices, `times` [n] int64
+microseconds. A split is a [n] int8 array: 0 train, 1 valid, 2 test. Which rows a rule sees as
+"first" among equals is stated for each: a split never depends on the order of a sort.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from slgr_jax.errors import InputError
+
+TRAIN, VALID, TEST = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeCuts:
+    """The first moment (microseconds since 1970 UTC, inclusive) of the valid and test parts."""
+
+    valid_from: int
+    test_from: int | None  # None where only a validation part was cut off
+
+
+def earliest(
+    users: np.ndarray, items: np.ndarray, times: np.ndarray | None, parts: np.ndarray | None = None
+) -> np.ndarray:
+    """[n] bool: one row of each (user, item) is kept, the earliest.
+
+    Ties in time, and rows without times, keep the row that comes first in the input. With
+    `parts` a pair is kept once in each part.
+    """
+    n = users.size
+    keep = np.ones(n, bool)
+    if n == 0:
+        return keep
+    pair = users.astype(np.int64) * (int(items.max()) + 1) + items
+    if parts is not None:
+        pair = pair * 4 + parts
+    ordered = np.sort(pair)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return keep
+    del ordered
+    # lexsort is stable: equal keys keep the input order.
+    order = np.argsort(pair, kind="stable") if times is None else np.lexsort((times, pair))
+    pair = pair[order]
+    keep[order[1:][pair[1:] == pair[:-1]]] = False
+    return keep
+
+
+def k_core(
+    users: np.ndarray, items: np.ndarray, user_core: int, item_core: int
+) -> tuple[np.ndarray, int]:
+    """[n] bool of the rows in the k-core, and the rounds until nothing changed.
+
+    The largest set of rows in which each user has at least `user_core` rows and each item at
+    least `item_core`. It is unique, so the order of removals does not matter. The rows must
+    hold each (user, item) once.
+    """
+    keep = np.ones(users.size, bool)
+    rounds = 0
+    while keep.any():
+        user_ok = np.bincount(users[keep], minlength=1) >= user_core
+        item_ok = np.bincount(items[keep], minlength=1) >= item_core
+        good = np.zeros_like(keep)
+        good[keep] = user_ok[users[keep]] & item_ok[items[keep]]
+        if good.sum() == keep.sum():
+            break
+        keep, rounds = good, rounds + 1
+    return keep, rounds
+
+
+def leave_last(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Each user's last row is test, the one before it valid, the others train.
+
+    Rows of a user are ordered by time, then by item index (external id order). Users with
+    fewer than 3 rows stay in train as a whole.
+
+    Leak property: per user, no train time is after a valid time, none of which is after the
+    test time. Across users there is a leak: one user's training rows may be later than
+    another's test row, so popularity and item neighbours know the future.
+    """
+    parts = np.zeros(users.size, np.int8)
+    if users.size == 0:
+        return parts
+    order = np.lexsort((items, times, users))
+    ordered = users[order]
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+    last = last[np.bincount(ordered)[ordered[last]] >= 3]
+    parts[order[last]] = TEST
+    parts[order[last - 1]] = VALID
+    if not last.size:
+        raise InputError("--split=leave_last: no user has 3 interactions; use another split")
+    return parts
+
+
+def global_time(
+    times: np.ndarray, valid_fraction: float, test_fraction: float
+) -> tuple[np.ndarray, TimeCuts]:
+    """Rows from one moment on are test, those before it from another moment on valid.
+
+    Both moments are times that occur, chosen so that the shares after them are as near as
+    possible to the fractions; rows with the same time are never separated.
+
+    Leak property: max(train) < min(valid) <= max(valid) < min(test), over all users.
+
+    Raises:
+      InputError: fewer than 3 distinct times, or fractions that leave nothing for training.
+    """
+    _check_fractions(valid_fraction, test_fraction)
+    unique, starts = _moments(times, 3, "--split=global_time")
+    n = times.size
+    test = _nearest(starts, n - test_fraction * n, 2, unique.size - 1)
+    valid = _nearest(starts, n - (valid_fraction + test_fraction) * n, 1, test - 1)
+    cuts = TimeCuts(int(unique[valid]), int(unique[test]))
+    assert cuts.test_from is not None
+    parts = (times >= cuts.valid_from).astype(np.int8) + (times >= cuts.test_from).astype(np.int8)
+    return parts, cuts
+
+
+def carve_by_time(times: np.ndarray, valid_fraction: float) -> tuple[np.ndarray, TimeCuts]:
+    """Rows of a training part from one moment on become valid.
+
+    Leak property: max(train) < min(valid); the relation to a test part that someone else made
+    is theirs.
+    """
+    unique, starts = _moments(times, 2, "cutting a validation part off the training rows")
+    valid = _nearest(starts, (1 - valid_fraction) * times.size, 1, unique.size - 1)
+    cut = TimeCuts(int(unique[valid]), None)
+    return (times >= cut.valid_from).astype(np.int8), cut
+
+
+def _moments(times: np.ndarray, least: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct times and the number of rows before each."""
+    unique, counts = np.unique(times, return_counts=True)
+    if unique.size < least:
+        raise InputError(
+            f"{what} needs {least} distinct times, the data have {unique.size}; use --split=ratio"
+        )
+    return unique, np.cumsum(counts) - counts
+
+
+def _nearest(starts: np.ndarray, target: float, low: int, high: int) -> int:
+    """The index in [low, high] whose start is nearest to `target`, the earlier one on a tie."""
+    return low + int(np.argmin(np.abs(starts[low : high + 1] - target)))
+
+
+def ratio(
+    n: int, valid_fraction: float, test_fraction: float, seed: int, *, least: int = 3
+) -> np.ndarray:
+    """Shuffle all rows; the first are train, the next valid, the last test.
+
+    `numpy.random.default_rng(seed).permutation(n)` over the rows in input order; valid and
+    test have `round(fraction * n)` rows, train the rest.
+
+    Leak property: none. Training rows are later than test rows of the same user; a model sees
+    the future, and numbers from this split are comparable only with each other.
+    """
+    _check_fractions(valid_fraction, test_fraction)
+    n_valid, n_test = round(valid_fraction * n), round(test_fraction * n)
+    n_train = n - n_valid - n_test
+    wanted = (n_train, n_valid, n_test)
+    if sum(size > 0 for size in wanted) < least:
+        raise InputError(
+            f"--split=ratio leaves a part empty: {n} interactions make {n_train} train, "
+            f"{n_valid} valid, {n_test} test; use larger fractions or more data"
+        )
+    order = np.random.default_rng(seed).permutation(n)
+    parts = np.empty(n, np.int8)
+    parts[order] = np.repeat(np.array([TRAIN, VALID, TEST], np.int8), wanted)
+    return parts
+
+
+def ratio_by_user(
+    users: np.ndarray, valid_fraction: float, test_fraction: float, seed: int
+) -> np.ndarray:
+    """Shuffle each user's rows; the first are train, the next valid, the last test.
+
+    A user with m rows gives floor(fraction * m + 1/2) rows to valid and to test, but always
+    keeps one in train (test is served before valid). The order within a user is that of
+    `default_rng(seed).random(n)`, drawn over the rows in input order.
+
+    Leak property: none, as for `ratio`; but every user of valid or test has training rows.
+    """
+    _check_fractions(valid_fraction, test_fraction)
+    n = users.size
+    order = np.lexsort((np.random.default_rng(seed).random(n), users))
+    ordered = users[order]
+    counts = np.bincount(ordered)
+    first = np.cumsum(counts) - counts
+    test = np.minimum(np.floor(test_fraction * counts + 0.5), counts - 1).astype(np.int64)
+    valid = np.floor(valid_fraction * counts + 0.5).astype(np.int64)
+    valid = np.clip(valid, 0, np.maximum(counts - 1 - test, 0))
+    from_end = first[ordered] + counts[ordered] - 1 - np.arange(n)  # 0 is the user's last row
+    parts = np.zeros(n, np.int8)
+    parts[order[from_end < (valid + test)[ordered]]] = VALID
+    parts[order[from_end < test[ordered]]] = TEST
+    if not ((parts == VALID).any() and (parts == TEST).any()):
+        raise InputError(
+            "--ratio_by=user leaves valid or test empty: every user has too few interactions; "
+            "use larger fractions or --ratio_by=all"
+        )
+    return parts
+
+
+def drop_seen(users: np.ndarray, items: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """[n] bool: False for a valid pair that is also in train, and a test pair in either.
+
+    Ranking masks what a user has already interacted with, so such a pair could never be a hit.
+    """
+    pair = users.astype(np.int64) * (int(items.max(initial=0)) + 1) + items
+    keep = np.ones(users.size, bool)
+    for part in (VALID, TEST):
+        rows = np.flatnonzero(parts == part)
+        keep[rows] = ~np.isin(pair[rows], pair[parts < part])
+    return keep
+
+
+def _check_fractions(valid_fraction: float, test_fraction: float) -> None:
+    if valid_fraction + test_fraction >= 1:
+        raise InputError(
+            f"--valid_fraction={valid_fraction:g} and --test_fraction={test_fraction:g} leave "
+            "nothing for training; their sum must be below 1"
+        )

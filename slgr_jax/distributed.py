@@ -1,0 +1,114 @@
+"""Process start-up, the device mesh, and where each array lives on it.
+
+Mesh axes: `data` x `table`. Every device works on its own part of the batch; the rows of a
+table are split over `table` and replicated over `data`. Dense parameters, counts and
+interactions are replicated. On one device every collective below is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from slgr_jax.errors import ConfigError
+
+DATA, TABLE = "data", "table"
+ROW_UNIT = 128
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mesh and the collectives of the step, to be used inside its `shard_map`."""
+
+    mesh: Mesh
+
+    @property
+    def devices(self) -> int:
+        return int(self.mesh.size)
+
+    @property
+    def table_shards(self) -> int:
+        return int(self.mesh.shape[TABLE])
+
+    @property
+    def batch_spec(self) -> PartitionSpec:
+        return PartitionSpec((DATA, TABLE))
+
+    @property
+    def table_spec(self) -> PartitionSpec:
+        return PartitionSpec(TABLE)
+
+    @property
+    def table_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, self.table_spec)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, self.batch_spec)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def padded_rows(self, rows: int) -> int:
+        """`rows` rounded up so that every block has the same size.
+
+        The unit does not depend on the mesh for any power-of-two number of shards up to
+        `ROW_UNIT`, so a checkpoint has the same shapes on all of them.
+        """
+        unit = math.lcm(ROW_UNIT, self.table_shards)
+        return -(-rows // unit) * unit
+
+    def sum_over_all(self, tree: T) -> T:
+        """Sum over every device."""
+        if self.devices == 1:
+            return tree
+        summed: T = jax.lax.psum(tree, (DATA, TABLE))
+        return summed
+
+    def gather_over_all(self, x: jax.Array) -> jax.Array:
+        """The parts of every device, concatenated in device order."""
+        return x if self.devices == 1 else jax.lax.all_gather(x, (DATA, TABLE), tiled=True)
+
+    def gather_over_table(self, x: jax.Array) -> jax.Array:
+        """The parts of the devices that share one copy of the tables, concatenated."""
+        return jax.lax.all_gather(x, TABLE, tiled=True)
+
+    def scatter_over_table(self, x: jax.Array) -> jax.Array:
+        """Sum over the devices that share one copy of the tables; each keeps its part."""
+        return jax.lax.psum_scatter(x, TABLE, tiled=True)
+
+    def table_index(self) -> jax.Array:
+        """Which block of each table this device holds."""
+        return jax.lax.axis_index(TABLE)
+
+    def device_index(self) -> jax.Array:
+        """This device's number in batch order."""
+        return jax.lax.axis_index((DATA, TABLE))
+
+
+def make_layout(
+    *, table_shards: int = 1, min_devices: int = 1, devices: list[jax.Device] | None = None
+) -> Layout:
+    """A mesh over all devices (or the given ones) with `table_shards` on the `table` axis.
+
+    Raises:
+      ConfigError: fewer devices than `min_devices`, or a number that `table_shards` does not
+        divide.
+    """
+    found = jax.devices() if devices is None else devices
+    if len(found) < min_devices:
+        raise ConfigError(
+            f"--min_devices={min_devices}, but JAX sees {len(found)} "
+            f"({found[0].device_kind}); check the job's device request and drivers"
+        )
+    if len(found) % table_shards:
+        raise ConfigError(f"--table_shards={table_shards} does not divide the {len(found)} devices")
+    grid = np.array(found).reshape(len(found) // table_shards, table_shards)
+    return Layout(Mesh(grid, (DATA, TABLE), axis_types=(AxisType.Auto, AxisType.Auto)))

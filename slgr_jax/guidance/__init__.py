@@ -1,0 +1,1 @@
+"""Uses of an LLM product in training: one file a family."""

@@ -1,0 +1,415 @@
+"""Numbers on paper: tables, a picture, JSON and Parquet of evaluated runs.
+
+Needs no device. matplotlib is imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slgr_jax.config import RunConfig
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.metrics import DEFINITIONS, PartResult, check_metric
+from slgr_jax.stats import compare, holm
+
+METRICS, PER_USER, PICTURE = "metrics.json", "per_user.parquet", "metrics.png"
+MAIN_SLICES = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
+# Okabe and Ito's palette: distinct with colour-blindness and in grey.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedRun:
+    """A run and its results by part."""
+
+    workdir: str
+    label: str
+    config: RunConfig
+    dataset: Dataset
+    checkpoint: str  # best | last
+    parts: Mapping[str, PartResult]
+
+
+# ------------------------------------------------------------------------ tables
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if value != value:
+            return "-"
+        return f"{value:.4f}" if value == 0 or 1e-4 <= abs(value) < 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) -> list[str]:
+    return list(columns) if columns is not None else list(dict.fromkeys(k for r in rows for k in r))
+
+
+def _numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    values = [row.get(name) for row in rows]
+    return all(v is None or isinstance(v, int | float | np.number) for v in values)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows of dicts as a Markdown table, padded so that it reads as plain text too.
+
+    Args:
+      rows: one dict a row; a missing key or None shows as `-`, floats with four decimals.
+      columns: which keys, in which order; default is every key in order of first use.
+    """
+    names = _columns(rows, columns)
+    cells = [[_cell(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
+    lines = _aligned(names, cells, [_numeric(rows, name) for name in names], "|")
+    lengths = [len(part) for part in lines[0].strip("|").split("|")]
+    rule = "|".join(
+        "-" * (n - 1) + (":" if _numeric(rows, name) else "-")
+        for n, name in zip(lengths, names, strict=True)
+    )
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]]) + "\n"
+
+
+def text_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows of dicts as aligned columns for a terminal; arguments as for `markdown_table`."""
+    names = _columns(rows, columns)
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    lines = _aligned(names, cells, [_numeric(rows, name) for name in names], "")
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def _aligned(
+    names: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], edge: str
+) -> list[str]:
+    widths = [
+        max(len(name), *(len(row[i]) for row in cells)) if cells else len(name)
+        for i, name in enumerate(names)
+    ]
+    lines = []
+    for row in (names, *cells):
+        padded = [
+            text.rjust(width) if is_right else text.ljust(width)
+            for text, width, is_right in zip(row, widths, right, strict=True)
+        ]
+        line = f" {edge} ".join(padded) if edge else "  ".join(padded).rstrip()
+        lines.append(f"{edge} {line} {edge}" if edge else line)
+    return lines
+
+
+def main_columns(ks: Sequence[int]) -> tuple[str, ...]:
+    """The metrics that the printed table shows."""
+    return (*(f"{name}@{k}" for k in ks for name in ("recall", "ndcg")), "mrr", "auc")
+
+
+def metric_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
+    """A row per run and slice (slice by slice, so that runs are next to each other)."""
+    names = list(dict.fromkeys(name for run in runs for name in run.parts[part].slices))
+    rows = []
+    for name in names:
+        for run in runs:
+            values = run.parts[part].slices.get(name)
+            if values is None:
+                continue
+            row: dict[str, Any] = {"slice": name}
+            if len(runs) > 1:
+                row["run"] = run.label
+            row["n"] = values["n"]
+            rows.append(row | {key: values[key] for key in main_columns(run.config.evaluation.ks)})
+    return rows
+
+
+def list_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
+    """A row per run: what only `overall` has (pooled AUC, coverage, popularity)."""
+    rows = []
+    for run in runs:
+        values = run.parts[part].slices["overall"]
+        names = [name for name in values if name.startswith(("auc_", "coverage@", "mean_"))]
+        rows.append({"run": run.label} | {name: values[name] for name in names})
+    return rows
+
+
+def paired_rows(
+    runs: Sequence[EvaluatedRun], part: str, metric: str, *, resamples: int = 999
+) -> list[dict[str, Any]]:
+    """Each later run against the first, user by user, on the main slices.
+
+    `p_holm` corrects `p` (paired t-test) for the number of rows.
+    """
+    first = runs[0]
+    rows: list[dict[str, Any]] = []
+    for run in runs[1:]:
+        for name in MAIN_SLICES:
+            pair = [_user_values(one, part, name, metric) for one in (run, first)]
+            users, at, at_first = np.intersect1d(pair[0][0], pair[1][0], return_indices=True)
+            if not users.size:
+                continue
+            found = compare(pair[0][1][at], pair[1][1][at_first], resamples=resamples)
+            row = {"slice": name, "run": run.label, "n": found.n, "first": found.mean_b}
+            row |= {"this": found.mean_a, "difference": found.difference}
+            row |= {"95% low": found.low, "95% high": found.high, "p": found.p_t}
+            rows.append(row | {"p_flip": found.p_sign_flip})
+    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+    return rows
+
+
+def _user_values(
+    run: EvaluatedRun, part: str, name: str, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    result = run.parts[part]
+    table = result.users[name.removesuffix("_items") if name.endswith("_items") else "all"]
+    mask = result.data.masks.users.get(name)
+    chosen = slice(None) if mask is None else mask[table.users]
+    if metric not in table.values:
+        known = listing(table.values, limit=len(table.values))
+        raise ConfigError(f"--metric={metric} has no value per user; choose one of: {known}")
+    return table.users[chosen], table.values[metric][chosen]
+
+
+def footer(run: EvaluatedRun) -> str:
+    """What the numbers mean: thresholds, masks and definitions."""
+    lines = ["thresholds (training counts only):"]
+    facts = thresholds(run)
+    lines.append(
+        f"  cold users: at most {facts['cold_user_history']} training items "
+        f"({facts['n_cold_users']} of {run.dataset.n_users} users)"
+    )
+    lines.append(
+        f"  tail items: the {facts['tail_item_fraction']:.0%} least popular, at most "
+        f"{facts['tail_item_popularity']} training users "
+        f"({facts['n_tail_items']} of {run.dataset.n_items} items)"
+    )
+    for part, masked in facts["masked"].items():
+        dropped = facts["dropped_relevant"][part]
+        note = f"; {dropped} relevant pairs dropped because masked" if dropped else ""
+        lines.append(f"  {part}: masks each user's {' and '.join(masked)} items{note}")
+    lines.append(f"definitions (checkpoint: {run.checkpoint}):")
+    for name, text in DEFINITIONS.items():
+        lines += textwrap.wrap(
+            f"{name}: {text}", 96, initial_indent="  ", subsequent_indent="      "
+        )
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------ files
+
+
+def thresholds(run: EvaluatedRun) -> dict[str, Any]:
+    """The slices as resolved numbers, and what was masked."""
+    slices = next(iter(run.parts.values())).data.slices
+    config = run.config.slices
+    return {
+        "cold_user_history": slices.cold_user_history,
+        "tail_item_popularity": slices.tail_item_popularity,
+        "tail_item_fraction": config.tail_item_fraction,
+        "n_cold_users": int(slices.cold_users.sum()),
+        "n_tail_items": int(slices.tail_items.sum()),
+        "history_bins": list(config.history_bins),
+        "popularity_bins": list(config.popularity_bins),
+        "masked": {part: list(result.data.masked) for part, result in run.parts.items()},
+        "dropped_relevant": {part: result.n_dropped for part, result in run.parts.items()},
+        "checkpoint": run.checkpoint,
+    }
+
+
+def metrics_json(run: EvaluatedRun) -> dict[str, Any]:
+    """`metrics.json`: part -> slice -> metric -> value (null where undefined); what it means."""
+    out: dict[str, Any] = {part: dict(result.slices) for part, result in run.parts.items()}
+    return out | {"thresholds": thresholds(run), "definitions": dict(DEFINITIONS)}
+
+
+def user_table(run: EvaluatedRun) -> pa.Table:
+    """A row per part, user and kind of relevant items: what paired tests need.
+
+    Columns: part, items (all, tail, head: which relevant items count), user (external id),
+    n_relevant, history (training items), cold, then the metrics (null where undefined).
+    """
+    pieces = []
+    for part, result in run.parts.items():
+        for kind, table in result.users.items():
+            n = table.users.size
+            columns: dict[str, Any] = {
+                "part": pa.array([part] * n, pa.string()),
+                "items": pa.array([kind] * n, pa.string()),
+                "user": run.dataset.user_ids.take(pa.array(table.users)),
+                "n_relevant": pa.array(table.n_relevant, pa.int64()),
+                "history": pa.array(result.data.history[table.users], pa.int32()),
+                "cold": pa.array(result.data.slices.cold_users[table.users], pa.bool_()),
+            }
+            for name, values in table.values.items():
+                columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
+            pieces.append(pa.table(columns))
+    return pa.concat_tables(pieces)
+
+
+def _atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """`write` to a file beside `path`, then put it in place: readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_run(run: EvaluatedRun) -> list[pathlib.Path]:
+    """Write `metrics.json` and `per_user.parquet` into the run's directory."""
+    root = pathlib.Path(run.workdir)
+    text = json.dumps(metrics_json(run), indent=2, allow_nan=False) + "\n"
+    table = user_table(run)
+    return [
+        _atomically(root / METRICS, lambda path: _write_text(path, text)),
+        _atomically(root / PER_USER, lambda path: pq.write_table(table, path)),
+    ]
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def labels(workdirs: Sequence[str]) -> list[str]:
+    """Short distinct names of runs: as few trailing path components as tell them apart."""
+    parts = [pathlib.Path(os.path.abspath(one)).parts for one in workdirs]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"--workdir names the same run twice: {listing(workdirs)}")
+
+
+# ------------------------------------------------------------------------ the picture
+
+
+def panels(runs: Sequence[EvaluatedRun], part: str) -> list[tuple[str, list[str]]]:
+    """(title, slice names) of each panel of the picture, without slices that no user is in."""
+    found = [run.parts[part].slices for run in runs]
+    names = list(dict.fromkeys(name for slices in found for name in slices))
+    names = [name for name in names if any(s.get(name, {}).get("n") for s in found)]
+    groups = (
+        ("users and items", lambda name: name in MAIN_SLICES),
+        ("users by training history", lambda name: name.startswith("history")),
+        ("relevant items by training popularity", lambda name: name.startswith("popularity")),
+    )
+    out = [(title, [name for name in names if belongs(name)]) for title, belongs in groups]
+    return [(title, chosen) for title, chosen in out if chosen]
+
+
+def _tick(name: str, counts: set[int]) -> str:
+    short = name.replace("_", " ")
+    if name.startswith(("history", "popularity")):
+        short = name.removeprefix("history").removeprefix("popularity").strip()
+        short = short.replace("<=", "≤ ").replace(">", "> ").replace("-", "–")
+    n = f"{counts.pop():,}" if len(counts) == 1 else "varies"
+    return f"{short}\nn = {n}"
+
+
+def draw(runs: Sequence[EvaluatedRun], metric: str, path: str | os.PathLike[str]) -> pathlib.Path:
+    """A picture of `metric` by slice: a row of panels per part, a bar per run; returns its path.
+
+    A bar that is missing has no value (no users, or undefined); n counts the slice's users.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    parts = [part for part in runs[0].parts if panels(runs, part)]
+    if not parts:
+        raise ConfigError("nothing to draw: no user has relevant items in valid or test")
+    layout = [panels(runs, part) for part in parts]
+    bars = len(runs)
+    width = min(0.85, 0.25 + 0.2 * bars) / bars  # of one bar, in groups
+    per_group = max(0.85, 0.24 * bars)  # inches
+    groups = max(sum(len(names) for _, names in row) for row in layout)
+    legend_rows = -(-bars // 4) if bars > 1 else 0
+    height = 3.3 * len(parts) + 0.6 + 0.25 * legend_rows
+    figure = Figure(figsize=(max(7.0, 1.2 + per_group * groups), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subfigures(len(parts), 1, squeeze=False)[:, 0]
+    for part, row, subfigure in zip(parts, layout, rows, strict=True):
+        axes = subfigure.subplots(
+            *(1, len(row)),
+            sharey=True,
+            squeeze=False,
+            gridspec_kw={"width_ratios": [len(names) for _, names in row]},
+        )[0]
+        for (title, names), axis in zip(row, axes, strict=True):
+            _draw_panel(axis, runs, part, metric, names, width)
+            if subfigure is rows[0]:
+                axis.set_title(title, fontsize=10)
+        axes[0].set_ylabel(f"{part} {metric}")
+    name = runs[0].dataset.manifest.name
+    title = f"{metric} by slice, {name}" + (f": {runs[0].label}" if bars == 1 else "")
+    figure.suptitle(title, fontsize=12)
+    if bars > 1:
+        handles, names = rows[0].axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(bars, 4), frameon=False)
+    return _atomically(pathlib.Path(path), lambda partial: figure.savefig(partial, dpi=150))
+
+
+def _draw_panel(
+    axis: Any, runs: Sequence[EvaluatedRun], part: str, metric: str, names: list[str], width: float
+) -> None:
+    places = np.arange(len(names))
+    for i, run in enumerate(runs):
+        found = [run.parts[part].slices.get(name, {}).get(metric) for name in names]
+        heights = np.array([np.nan if value is None else value for value in found], float)
+        at = places + (i - (len(runs) - 1) / 2) * width
+        color = COLORS[i % len(COLORS)]
+        drawn = axis.bar(at, heights, 0.92 * width, color=color, label=run.label, zorder=2)
+        if len(runs) <= 2:
+            text = ["" if np.isnan(value) else f"{value:.3f}" for value in heights]
+            axis.bar_label(drawn, text, fontsize=7 if len(runs) == 1 else 6, padding=2)
+    counts = [{int(run.parts[part].slices[name]["n"] or 0) for run in runs} for name in names]
+    ticks = [_tick(name, n) for name, n in zip(names, counts, strict=True)]
+    axis.set_xticks(places, ticks, fontsize=8)
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    axis.margins(y=0.12)
+    axis.grid(axis="y", color="0.88", zorder=0)
+    axis.tick_params(axis="x", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+# ------------------------------------------------------------------------ everything
+
+
+def choose_metric(asked: str, ks: Sequence[int]) -> str:
+    """The metric to draw and to test: `asked`, or ndcg@10 (ndcg at the first cut-off without 10).
+
+    Raises:
+      ConfigError: there is no such metric.
+    """
+    return check_metric(asked or f"ndcg@{10 if 10 in ks else ks[0]}", ks)
+
+
+def render(runs: Sequence[EvaluatedRun], metric: str) -> str:
+    """The tables of every part, paired tests against the first run, and what it all means."""
+    first = runs[0]
+    splits = {run.dataset.manifest.split_hash for run in runs}
+    out = []
+    for part in first.parts:
+        out += [f"{part}: full ranking, mean over users", text_table(metric_rows(runs, part))]
+        out += [f"{part}: the lists of all users", text_table(list_rows(runs, part))]
+        rows = paired_rows(runs, part, metric) if len(splits) == 1 else []
+        if rows:
+            out += [
+                f"{part}: {metric} user by user, each run minus {first.label}",
+                text_table(rows)
+                + "p: paired t-test; p_flip: sign-flip permutation test; p_holm: p corrected for "
+                "the rows above (Holm)\n",
+            ]
+    if len(splits) > 1:
+        out.append("no paired tests: the runs were trained on different splits\n")
+    return "\n".join([*out, footer(first)])

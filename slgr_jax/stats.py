@@ -1,0 +1,160 @@
+"""Is one run better than another? Paired tests over users or seeds, intervals, corrections.
+
+Differences are a - b of the same user (or seed), so positive means that `a` is greater.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from slgr_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One paired comparison of `a` with `b`.
+
+    Attributes:
+      n: pairs in which both are defined.
+      mean_a, mean_b: over those pairs.
+      difference: mean of a - b.
+      low, high: bootstrap interval of `difference`.
+      p_t: two-sided paired t-test.
+      p_sign_flip: two-sided permutation test that flips the sign of each difference.
+      p_wilcoxon: two-sided Wilcoxon signed-rank test; differences of 0 are left out.
+    """
+
+    n: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float
+    high: float
+    p_t: float
+    p_sign_flip: float
+    p_wilcoxon: float
+
+
+def _pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ConfigError(f"paired values have shapes {a.shape} and {b.shape}; need one [n] each")
+    there = ~(np.isnan(a) | np.isnan(b))
+    return a[there], b[there]
+
+
+def paired_t(differences: np.ndarray) -> float:
+    """Two-sided p of the paired t-test: the mean of `differences` [n] is 0.
+
+    1.0 if all are 0; NaN with fewer than two.
+    """
+    d = np.asarray(differences, np.float64)
+    if d.size < 2:
+        return float("nan")
+    if np.all(d == d[0]):
+        return 1.0 if d[0] == 0 else 0.0
+    statistic = np.mean(d) / (np.std(d, ddof=1) / np.sqrt(d.size))
+    return float(2 * scipy_stats.t.sf(abs(statistic), d.size - 1))
+
+
+def wilcoxon(differences: np.ndarray) -> float:
+    """Two-sided p of the Wilcoxon signed-rank test; zeros are left out, ties get mean ranks.
+
+    1.0 if all are 0; NaN without any difference.
+    """
+    d = np.asarray(differences, np.float64)
+    if not d.size:
+        return float("nan")
+    d = d[d != 0]
+    return float(scipy_stats.wilcoxon(d).pvalue) if d.size else 1.0
+
+
+def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p of the permutation test that flips the sign of each difference [n].
+
+    Under the hypothesis of no effect a and b may swap places in any pair. All 2^n flips are
+    tried if there are no more than `resamples`, else that many are drawn; a drawn p counts
+    the observed flip, so it is at least 1 / (resamples + 1). NaN without any difference.
+    """
+    d = np.asarray(differences, np.float64)
+    if not d.size:
+        return float("nan")
+    observed = abs(d.sum()) * (1 - 1e-12)  # rounding must not turn an equal sum into a smaller one
+    if d.size < 63 and 2**d.size <= resamples:
+        flips = (np.arange(2**d.size)[:, None] >> np.arange(d.size)[None, :]) & 1
+        return float(np.mean(np.abs((1 - 2 * flips) @ d) >= observed))
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    for begin in range(0, resamples, _rows(d.size)):
+        rows = min(_rows(d.size), resamples - begin)
+        signs = 1.0 - 2.0 * rng.integers(0, 2, (rows, d.size), np.int8)
+        extreme += int(np.sum(np.abs(signs @ d) >= observed))
+    return (extreme + 1) / (resamples + 1)
+
+
+def bootstrap_interval(
+    differences: np.ndarray, *, level: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `differences` [n]; NaNs without any."""
+    d = np.asarray(differences, np.float64)
+    if not 0 < level < 1:
+        raise ConfigError(f"level={level} must be between 0 and 1")
+    if not d.size:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for begin in range(0, resamples, _rows(d.size)):
+        rows = min(_rows(d.size), resamples - begin)
+        means[begin : begin + rows] = d[rng.integers(0, d.size, (rows, d.size))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _rows(n: int) -> int:
+    """Resamples of `n` values to hold at once: about 32 MiB."""
+    return max(1, (1 << 22) // max(n, 1))
+
+
+def compare(
+    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 999, seed: int = 0
+) -> Comparison:
+    """Everything about a - b over users or seeds.
+
+    Args:
+      a, b: [n] values of the same users (seeds); a pair with a NaN is left out.
+      level: of the interval.
+      resamples: of the interval and of the sign-flip test.
+      seed: of both.
+    """
+    a, b = _pairs(a, b)
+    d = a - b
+    low, high = bootstrap_interval(d, level=level, resamples=resamples, seed=seed)
+    mean_a, mean_b, mean = (float(np.mean(x)) if x.size else float("nan") for x in (a, b, d))
+    return Comparison(
+        n=int(d.size),
+        mean_a=mean_a,
+        mean_b=mean_b,
+        difference=mean,
+        low=low,
+        high=high,
+        p_t=paired_t(d),
+        p_sign_flip=sign_flip(d, resamples=resamples, seed=seed),
+        p_wilcoxon=wilcoxon(d),
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: reject where below the level, and the family-wise error holds.
+
+    A NaN stays a NaN and is not counted as a test.
+    """
+    p = np.asarray(p_values, np.float64)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    out = np.full(p.size, np.nan)
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(order.size, 0, -1)), 1.0)
+    return [float(value) for value in out]

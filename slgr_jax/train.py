@@ -1,0 +1,337 @@
+"""The loop: dispatch steps, validate, keep the best, stop early, survive being killed.
+
+The host never waits inside an epoch: a dispatch runs K steps, and its sums are read while the
+next one runs. Everything the loop needs to go on is in one checkpoint, so a resumed run is
+bit-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slgr_jax import checkpoint, config, evaluate, metrics, runs
+from slgr_jax.data import batches
+from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import NonFiniteError, listing
+from slgr_jax.journal import Journal
+from slgr_jax.step import (
+    Health,
+    ServingState,
+    Sums,
+    Trainer,
+    TrainState,
+    init_state,
+    make_run_steps,
+    make_serving_state,
+    score_users,
+)
+
+LANES_PER_DISPATCH = 1 << 21  # steps_per_dispatch=0: triples and preferences in one dispatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How `train` ended.
+
+    Attributes:
+      status: finished | interrupted.
+      epoch, step: how far it got.
+      best_epoch, best_metric: of the validation that --early_stop_metric names.
+      seconds: wall time of this call's epochs, evaluation included.
+    """
+
+    status: str
+    epoch: int
+    step: int
+    best_epoch: int
+    best_metric: float | None
+    seconds: float
+
+
+def _steps_per_dispatch(trainer: Trainer) -> int:
+    chosen = trainer.config.train.steps_per_dispatch
+    lanes = trainer.plan.triples + trainer.plan.preferences
+    return chosen or max(1, LANES_PER_DISPATCH // lanes)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, once; a second SIGINT interrupts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, old[signal.SIGINT])
+
+    for number in old:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class _Validation:
+    """The overall validation metrics of a state: train items masked, full ranking."""
+
+    def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
+        self._config = trainer.config.evaluation
+        self._score = score_users(trainer.backbone)
+        self._relevant = dataset.positives(("valid",))
+        self._seen = dataset.positives(("train",))
+        self._n_items = dataset.n_items
+        self._mesh = trainer.layout.mesh if trainer.layout.devices > 1 else None
+
+    @property
+    def possible(self) -> bool:
+        return self._relevant.indices.size > 0
+
+    def __call__(self, serving: ServingState) -> dict[str, float]:
+        ranking = evaluate.rank(
+            self._score,
+            serving,
+            self._relevant,
+            self._seen,
+            self._n_items,
+            users_per_chunk=self._config.eval_users_per_chunk,
+            top_k=0,
+            pooled_auc=False,
+            mesh=self._mesh,
+        )
+        found = metrics.summarize(metrics.per_user(ranking, self._config.ks))
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _finite(state: TrainState) -> dict[str, jax.Array]:
+    """Which of the state's parts hold only finite numbers."""
+    parts = {f"tables/{name}": table for name, table in state.tables.items()}
+    return {
+        name: jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(part)]))
+        for name, part in (parts | {"params": state.params, "opt_state": state.opt_state}).items()
+    }
+
+
+class _Loop:
+    """One call of `train`: the state, where it stands, and what is still in flight."""
+
+    def __init__(
+        self, run: config.RunConfig, trainer: Trainer, resident: batches.Resident, dataset: Dataset
+    ) -> None:
+        self.run, self.trainer, self.resident = run, trainer, resident
+        self.per_epoch = -(-trainer.plan.n_pairs // trainer.plan.triples)
+        self.dispatch = min(_steps_per_dispatch(trainer), self.per_epoch)
+        self.key = jax.device_put(
+            jax.random.key_data(jax.random.key(run.train.seed + 1)), trainer.layout.replicated
+        )
+        self.run_steps = make_run_steps(trainer)
+        self.serving = make_serving_state(trainer)
+        self.finite = jax.jit(_finite)
+        self.validate = _Validation(trainer, dataset)
+        self.saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
+        progress = self.saved.progress()
+        if progress is None:
+            self.progress = checkpoint.Progress()
+            self.state = init_state(trainer, run.train.seed)
+            self.best = self.serving(self.state)
+        else:
+            self.progress = progress
+            self.state, self.best = self.saved.restore()
+        self.last_save = time.monotonic()
+        self._in_flight: list[tuple[int, Sums, Health]] = []
+
+    # -- steps --
+
+    def epoch(self, journal: Journal, stop: threading.Event) -> bool:
+        """Run to the end of the current epoch; False if a signal came first."""
+        end = (self.progress.epoch + 1) * self.per_epoch
+        while self.progress.step < end:
+            at = self.progress.step - self.progress.epoch * self.per_epoch
+            count = min(self.dispatch - at % self.dispatch, self.per_epoch - at)
+            steps = jax.device_put(np.int32(count), self.trainer.layout.replicated)
+            self.state, sums, health = self.run_steps(self.state, self.resident, self.key, steps)
+            self.progress = dataclasses.replace(self.progress, step=self.progress.step + count)
+            self._in_flight.append((count, sums, health))
+            if len(self._in_flight) > 1:
+                self._read(journal)
+            if stop.is_set() and self.progress.step < end:
+                return False
+            if self.due():
+                self.save(journal)
+        self.drain(journal)
+        return True
+
+    def drain(self, journal: Journal) -> None:
+        """Read everything in flight."""
+        while self._in_flight:
+            self._read(journal)
+
+    def _read(self, journal: Journal) -> None:
+        _, sums, health = self._in_flight.pop(0)
+        values, where = jax.device_get((sums, health))
+        if where.step >= 0:
+            names = self.trainer.leaf_names
+            bad = [name for bit, name in enumerate(names) if int(where.leaves) >> bit & 1]
+            raise self._non_finite(f"step {int(where.step)}: {listing(bad)}")
+        total = dict(self.progress.sums)
+        for name, value in values.items():
+            total[name] = total.get(name, 0.0) + float(value)
+        self.progress = dataclasses.replace(self.progress, sums=total)
+        journal.advance(self.progress.step)
+
+    def _non_finite(self, what: str) -> NonFiniteError:
+        kept = self.saved.progress()
+        good = (
+            f"the checkpoint of step {kept.step} is kept" if kept else "there is no checkpoint yet"
+        )
+        return NonFiniteError(f"{what} not finite; {good}; lower --lr or --lambda, or raise --l2")
+
+    # -- epochs --
+
+    def close_epoch(self, journal: Journal, seconds: float) -> None:
+        """Validate if it is time, keep the best state, count towards the patience."""
+        sums, train = self.progress.sums, self.run.train
+        means = {
+            name: value / sums["steps"]
+            for name, value in sums.items()
+            if name not in ("steps", "triples", "preferences")
+        }
+        if not self.trainer.guided:
+            means = {k: v for k, v in means.items() if k not in ("alpha", "agreement")}
+        epoch = self.progress.epoch + 1
+        self.progress = dataclasses.replace(self.progress, epoch=epoch, sums={})
+        record: dict[str, float | int] = {"epoch": epoch}
+        record |= {f"train/{name}": value for name, value in means.items()}
+        rate = sums["triples"] / max(seconds, 1e-9)
+        record["triples_per_s"] = round(rate)
+        text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
+        if self.trainer.guided:
+            text += f"  guidance {means['guidance_loss']:.4f}  alpha {means['alpha']:.3f}"
+        if self.validate.possible and (epoch % train.eval_every == 0 or epoch == train.epochs):
+            found = self.validate(self.serving(self.state))
+            record |= {f"valid/{name}": value for name, value in found.items()}
+            text += self._judge(found[train.early_stop_metric], epoch)
+        journal.record(self.progress.step, record, f"{text}  {rate / 1e6:.2f} M triples/s")
+        if not self.validate.possible:
+            self._keep(epoch, None)
+
+    def _judge(self, value: float, epoch: int) -> str:
+        name, best = self.run.train.early_stop_metric, self.progress.best_metric
+        if best is None or value > best:
+            self._keep(epoch, value)
+            return f"  valid {name} {value:.4f} *"
+        stale = self.progress.stale + 1
+        self.progress = dataclasses.replace(self.progress, stale=stale)
+        return f"  valid {name} {value:.4f}"
+
+    def _keep(self, epoch: int, value: float | None) -> None:
+        self.best = self.serving(self.state)
+        self.progress = dataclasses.replace(
+            self.progress, best_metric=value, best_epoch=epoch, stale=0
+        )
+
+    @property
+    def over(self) -> bool:
+        """Epochs or patience are used up."""
+        train, progress = self.run.train, self.progress
+        return progress.epoch >= train.epochs or 0 < train.patience <= progress.stale
+
+    # -- checkpoints --
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last_save >= self.run.train.checkpoint_every_s
+
+    def save(self, journal: Journal) -> None:
+        """Write a checkpoint, of a state in which every number is finite."""
+        self.drain(journal)
+        bad = [name for name, fine in jax.device_get(self.finite(self.state)).items() if not fine]
+        if bad:
+            raise self._non_finite(f"after step {self.progress.step - 1}: {listing(bad)}")
+        self.saved.save(self.state, self.best, self.progress)
+        self.last_save = time.monotonic()
+
+
+def train(run: config.RunConfig) -> Outcome:
+    """Train `run` in its workdir, resuming what is there.
+
+    SIGTERM and SIGINT save and return an `interrupted` outcome; the same call goes on later.
+
+    Raises:
+      UserError: bad data, teacher, config or a non-finite step, each with its fix.
+    """
+    metrics.check_metric(run.train.early_stop_metric, run.evaluation.ks)
+    dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
+    with _stop_on_signal() as stop, jax.transfer_guard("disallow"):
+        return _train(run, dataset, stop)
+
+
+def _train(run: config.RunConfig, dataset: Dataset, stop: threading.Event) -> Outcome:
+    with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
+        trainer, resident = runs.build(run, dataset)
+        runs.open_workdir(run)
+        loop = _Loop(run, trainer, resident, dataset)
+    resolved = {"steps_per_epoch": loop.per_epoch, "steps_per_dispatch": loop.dispatch}
+    runs.write_text(
+        pathlib.Path(run.workdir) / runs.RECORD, runs.record(run, dataset, trainer, **resolved)
+    )
+    begin = time.monotonic()
+    with Journal(
+        run.workdir,
+        step=loop.progress.step,
+        total=run.train.epochs * loop.per_epoch,
+        tensorboard=run.train.tensorboard,
+    ) as journal:
+        journal.say(_opening(run, dataset, trainer, loop))
+        status = "finished"
+        while not loop.over:
+            epoch_begin = time.monotonic()
+            whole = loop.epoch(journal, stop)
+            if whole:
+                loop.close_epoch(journal, time.monotonic() - epoch_begin)
+            if stop.is_set():
+                status = "interrupted"
+                break
+            if whole and loop.due():
+                loop.save(journal)
+        finished = status == "finished"
+        loop.drain(journal)
+        loop.progress = dataclasses.replace(loop.progress, finished=finished)
+        loop.save(journal)
+        loop.saved.close()
+    progress = loop.progress
+    return Outcome(
+        status,
+        progress.epoch,
+        progress.step,
+        progress.best_epoch,
+        progress.best_metric,
+        time.monotonic() - begin,
+    )
+
+
+def _opening(run: config.RunConfig, dataset: Dataset, trainer: Trainer, loop: _Loop) -> str:
+    layout = trainer.layout
+    kind = layout.mesh.devices.ravel()[0].device_kind
+    start = f"resuming at step {loop.progress.step}" if loop.progress.step else "starting"
+    guided = f"{run.guidance.teacher} through gate {run.gate.gate}" if trainer.guided else "none"
+    return (
+        f"{start}: {run.model.backbone} on {dataset.manifest.name}, {dataset.n_users} users x "
+        f"{dataset.n_items} items, {trainer.plan.n_pairs} training pairs, {loop.per_epoch} steps "
+        f"an epoch, {layout.devices} x {kind}, guidance: {guided}"
+    )

@@ -1,0 +1,141 @@
+"""Small worlds that tests share: data sets in memory and on disk, and one-device layouts."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pyarrow as pa
+
+from slgr_jax.config import RunConfig
+from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data import schema, shards
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.distributed import Layout, make_layout
+
+
+def one_device(**options: int) -> Layout:
+    """A layout on a single device, whatever the test process has."""
+    return make_layout(devices=jax.devices()[:1], **options)
+
+
+def random_pairs(seed: int, n_users: int, n_items: int, per_user: int) -> np.ndarray:
+    """[n, 2] distinct (user, item) pairs, `per_user` each, items drawn by a power law."""
+    rng = np.random.default_rng(seed)
+    weights = 1.0 / (np.arange(n_items) + 3.0)
+    rows = [
+        np.stack(
+            [
+                np.full(per_user, user),
+                rng.choice(n_items, per_user, replace=False, p=weights / weights.sum()),
+            ],
+            axis=1,
+        )
+        for user in range(n_users)
+    ]
+    return np.concatenate(rows)
+
+
+def write_dataset(
+    path: pathlib.Path,
+    train: np.ndarray,
+    valid: np.ndarray,
+    test: np.ndarray,
+    *,
+    n_users: int,
+    n_items: int,
+) -> Dataset:
+    """A finished dataset directory from [n, 2] index pairs; external ids are `u0`, `i0`, ..."""
+    parts = {"train": train, "valid": valid, "test": test}
+    files = {}
+    path.mkdir(parents=True)
+    for name, pairs in parts.items():
+        order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+        table = pa.table(
+            {
+                "user": pa.array(pairs[order, 0], pa.int32()),
+                "item": pa.array(pairs[order, 1], pa.int32()),
+                "timestamp": pa.nulls(len(pairs), schema.TIMESTAMP),
+                "rating": pa.nulls(len(pairs), pa.float32()),
+            }
+        ).cast(schema.INTERACTIONS)
+        files[name] = shards.write_shards(path, f"{name}/part", table, rows_per_shard=1000)
+    users = pa.table({"user_id": [f"u{u}" for u in range(n_users)]})
+    users = users.append_column("text", pa.nulls(n_users, pa.string())).cast(schema.USERS)
+    items = pa.table(
+        {
+            "item_id": [f"i{i}" for i in range(n_items)],
+            "title": [f"item {i}" for i in range(n_items)],
+            "text": pa.nulls(n_items, pa.string()),
+            "categories": pa.nulls(n_items, pa.list_(pa.string())),
+        }
+    ).cast(schema.ITEMS)
+    files["users"] = shards.write_shards(path, "users", users, rows_per_shard=10**6)
+    files["items"] = shards.write_shards(path, "items", items, rows_per_shard=10**6)
+    manifest = schema.DatasetManifest(
+        name="world",
+        created="2026-01-01T00:00:00+00:00",
+        source={},
+        split={"rule": "premade"},
+        filters={},
+        counts={"users": n_users, "items": n_items},
+        id_map_hash=schema.id_map_hash(users["user_id"].combine_chunks(), items["item_id"]),
+        split_hash=schema.split_hash({k: (v[:, 0], v[:, 1]) for k, v in parts.items()}),
+        files=files,
+    )
+    schema.write_manifest(path, manifest)
+    return dataset_lib.load(path)
+
+
+def random_dataset(
+    path: pathlib.Path, *, seed: int = 0, n_users: int = 40, n_items: int = 30, per_user: int = 10
+) -> Dataset:
+    """Random pairs, 60 % train, 20 % validation, 20 % test."""
+    pairs = random_pairs(seed, n_users, n_items, per_user)
+    pairs = np.random.default_rng(seed + 1).permutation(pairs)
+    cut = len(pairs) // 5
+    return write_dataset(
+        path,
+        pairs[2 * cut :],
+        pairs[:cut],
+        pairs[cut : 2 * cut],
+        n_users=n_users,
+        n_items=n_items,
+    )
+
+
+def checkerboard(path: pathlib.Path, size: int = 40) -> Dataset:
+    """User u likes item i iff u + i is even; the diagonal is withheld as validation and test.
+
+    Every recommender must rank the withheld item of a user first among the unseen ones.
+    """
+    users, items = np.divmod(np.arange(size * size), size)
+    liked = (users + items) % 2 == 0
+    diagonal = users == items
+    pairs = np.stack([users, items], axis=1)
+    held = pairs[liked & diagonal]
+    return write_dataset(
+        path,
+        pairs[liked & ~diagonal],
+        held[::2],
+        held[1::2],
+        n_users=size,
+        n_items=size,
+    )
+
+
+def run_config(dataset: Dataset, workdir: pathlib.Path | str, **sections: object) -> RunConfig:
+    """A config for `dataset`; sections by name."""
+    return RunConfig(str(dataset.path), str(workdir), **sections)  # type: ignore[arg-type]
+
+
+def pairs_of(users: np.ndarray, items: np.ndarray) -> set[tuple[int, int]]:
+    """The set of (user, item)."""
+    return set(zip(np.asarray(users).tolist(), np.asarray(items).tolist(), strict=True))
+
+
+def names(values: Sequence[object]) -> list[str]:
+    """Each as text."""
+    return [str(value) for value in values]
