@@ -27,20 +27,16 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     if given.checkpoint not in ("best", "last"):
         raise ConfigError(f"--checkpoint={given.checkpoint!r} is not one of: best, last")
-    from slgr_jax import evaluate, report, runs
+    from slgr_jax import report, runs
 
-    evaluated, metric = [], given.metric
-    for workdir, label in zip(given.workdir, report.labels(given.workdir), strict=True):
-        run = runs.restore_run(workdir, given.checkpoint)
-        metric = report.choose_metric(metric, run.config.evaluation.ks)
-        parts = evaluate.evaluate_dataset(
-            *(run.score_users, run.state, run.dataset, run.config.slices, run.config.evaluation),
-            mesh=run.mesh,
-        )
-        evaluated.append(
-            report.EvaluatedRun(workdir, label, run.config, run.dataset, given.checkpoint, parts)
-        )
-        report.write_run(evaluated[-1])
+    metric = given.metric
+    for workdir in given.workdir:
+        metric = report.choose_metric(metric, runs.read_config(workdir).evaluation.ks)
+    labels = report.labels(given.workdir)
+    evaluated = [
+        runs.evaluate_run(workdir, label, given.checkpoint)
+        for workdir, label in zip(given.workdir, labels, strict=True)
+    ]
     print(report.render(evaluated, metric))
     picture = report.draw(
         evaluated, metric, pathlib.Path(given.out or given.workdir[0], report.PICTURE)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slgr_jax import __version__, checkpoint, config
+from slgr_jax import __version__, checkpoint, config, evaluate, report
 from slgr_jax.backbones import make_backbone
 from slgr_jax.data import batches
 from slgr_jax.data import dataset as dataset_lib
@@ -29,6 +29,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.distributed import Layout, make_layout
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.gates import make_gate
+from slgr_jax.report import EvaluatedRun
 from slgr_jax.step import ServingState, Trainer, score_users
 from slgr_jax.teacher import preferences
 
@@ -167,6 +168,18 @@ def restore_run(workdir: str, which: str = "best") -> Run:
         saved.close()
     mesh = layout.mesh if layout.devices > 1 else None
     return Run(run, dataset, score_users(backbone), state, mesh)
+
+
+def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
+    """Rank validation and test with a run's state; writes metrics.json and per_user.parquet."""
+    run = restore_run(workdir, which)
+    parts = evaluate.evaluate_dataset(
+        *(run.score_users, run.state, run.dataset, run.config.slices, run.config.evaluation),
+        mesh=run.mesh,
+    )
+    found = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts)
+    report.write_run(found)
+    return found
 
 
 def _same_dataset(workdir: str, dataset: Dataset) -> None:
