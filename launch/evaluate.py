@@ -20,6 +20,7 @@ from slgr_jax.errors import ConfigError
 absl_flags.DEFINE_multi_string("workdir", [], "directory of a run")
 absl_flags.DEFINE_string("metric", "", "metric to draw and to test; ndcg@10 unless given")
 absl_flags.DEFINE_string("out", "", "directory of metrics.png; the first workdir unless given")
+absl_flags.DEFINE_bool("bins", False, "also print the history and popularity bins")
 absl_flags.DEFINE_string("checkpoint", "best", "state to evaluate: best or last")
 
 
@@ -29,15 +30,14 @@ def main(_: list[str]) -> None:
         raise ConfigError(f"--checkpoint={given.checkpoint!r} is not one of: best, last")
     from slgr_jax import report, runs
 
-    metric = given.metric
+    labels, metric = report.labels(given.workdir), given.metric
     for workdir in given.workdir:
         metric = report.choose_metric(metric, runs.read_config(workdir).evaluation.ks)
-    labels = report.labels(given.workdir)
     evaluated = [
         runs.evaluate_run(workdir, label, given.checkpoint)
         for workdir, label in zip(given.workdir, labels, strict=True)
     ]
-    print(report.render(evaluated, metric))
+    print(report.render(evaluated, metric, bins=given.bins))
     picture = report.draw(
         evaluated, metric, pathlib.Path(given.out or given.workdir[0], report.PICTURE)
     )
@@ -48,6 +48,6 @@ if __name__ == "__main__":
     flags.run(
         main,
         usage=__doc__,
-        own=("workdir", "metric", "out", "checkpoint"),
+        own=("workdir", "metric", "out", "bins", "checkpoint"),
         required=("workdir",),
     )

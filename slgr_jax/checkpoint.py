@@ -8,17 +8,20 @@ and "last" at odds. The draws are a function of (seed, step): there is no iterat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from slgr_jax.errors import ManifestError
+from slgr_jax.errors import ManifestError, UserError
 from slgr_jax.step import ServingState, Trainer, TrainState, init_state, make_serving_state
 
 DIRECTORY = "checkpoints"
@@ -32,7 +35,7 @@ class Progress:
     Attributes:
       step: steps done.
       epoch: whole epochs done.
-      sums: sums of the running epoch's metrics so far.
+      sums: sums of metrics since the last validation.
       best_metric, best_epoch: the best validation so far; epoch 0 is the initial state.
       stale: validations since then.
       finished: the loop ended by itself (epochs or patience).
@@ -69,6 +72,21 @@ def abstract_serving(trainer: Trainer) -> ServingState:
     return _abstract(shapes, jax.tree.map(lambda _: trainer.layout.replicated, shapes))
 
 
+@contextlib.contextmanager
+def _disk_errors(root: pathlib.Path) -> Iterator[None]:
+    """TensorStore and the system each word a full disk in their own way; say it in ours."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
+            raise
+        raise UserError(
+            f"no space left on the disk of {root} for a checkpoint; the one before it, if any, "
+            "is kept: free space and give the same command again to resume"
+        ) from error
+
+
 class Checkpoints:
     """The checkpoints of one run, newest kept; saving never blocks on the disk.
 
@@ -81,7 +99,7 @@ class Checkpoints:
     def __init__(self, workdir: str, trainer: Trainer, *, writable: bool) -> None:
         self._trainer = trainer
         self._workdir = workdir
-        root = pathlib.Path(workdir).absolute() / DIRECTORY
+        self._root = root = pathlib.Path(workdir).absolute() / DIRECTORY
         if writable:
             root.mkdir(parents=True, exist_ok=True)
         elif not root.is_dir():
@@ -102,19 +120,21 @@ class Checkpoints:
         self.wait()
         latest = self._checkpointer.latest
         overwrite = latest is not None and latest.step == progress.step
-        self._pending = self._checkpointer.save_checkpointables_async(
-            progress.step,
-            {_STATE: state, _BEST: best},
-            force=True,
-            overwrite=overwrite,
-            custom_metadata={"progress": json.dumps(dataclasses.asdict(progress))},
-        )
+        with _disk_errors(self._root):
+            self._pending = self._checkpointer.save_checkpointables_async(
+                progress.step,
+                {_STATE: state, _BEST: best},
+                force=True,
+                overwrite=overwrite,
+                custom_metadata={"progress": json.dumps(dataclasses.asdict(progress))},
+            )
 
     def wait(self) -> None:
         """Wait for the save under way; its error, if any, is raised here."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            with _disk_errors(self._root):
+                pending.result()
 
     def progress(self) -> Progress | None:
         """What the newest whole checkpoint says of the loop; None if there is none."""

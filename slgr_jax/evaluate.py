@@ -233,10 +233,12 @@ def _pool_chunk(
     bits: int,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """[B, pieces]: `_pool_counts` over each user's candidates that are not relevant."""
+    """[B, pieces]: `_pool_counts` over each user's candidates that are not relevant.
+
+    Rows of padding are counted too; the host leaves them out.
+    """
 
     def rows(scores: Any, users: Any, seen: Any, relevant: Any, pool: Any) -> jax.Array:
-        scores = jnp.where((users < 0)[:, None], jnp.inf, scores)
         for excluded in (seen, relevant):
             scores = _scatter_rows(scores, users, excluded, jnp.inf)
         return _pool_counts(scores, pool, pieces, bits)

@@ -193,8 +193,9 @@ def run(
         cache = os.path.join(os.path.expanduser("~"), ".cache", "slgr_jax", "xla")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-        if not FLAGS["verbosity"].present:  # Orbax logs every file it writes
-            logging.set_verbosity(logging.WARNING)
+        # Orbax logs every file it writes, and each error that it then raises as well.
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.FATAL)
         try:
             main(rest)
         except UserError as error:

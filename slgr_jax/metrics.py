@@ -312,7 +312,7 @@ def summarize_part(ranking: Ranking, data: PartData, ks: Sequence[int]) -> PartR
         out[name] = summarize(found)
         if name in ("tail_items", "head_items"):
             tables[name.removesuffix("_items")] = found
-    first = ("overall", "cold_users", "tail_items", "warm_users", "head_items")
+    first = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
     ordered = {name: out[name] for name in (*first, *out)}
     return PartResult(ordered, tables, data, ranking.n_dropped)
 

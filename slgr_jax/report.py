@@ -113,9 +113,20 @@ def main_columns(ks: Sequence[int]) -> tuple[str, ...]:
     return (*(f"{name}@{k}" for k in ks for name in ("recall", "ndcg")), "mrr", "auc")
 
 
-def metric_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
-    """A row per run and slice (slice by slice, so that runs are next to each other)."""
-    names = list(dict.fromkeys(name for run in runs for name in run.parts[part].slices))
+def metric_rows(
+    runs: Sequence[EvaluatedRun], part: str, *, bins: bool = True
+) -> list[dict[str, Any]]:
+    """A row per run and slice (slice by slice, so that runs are next to each other).
+
+    Slices that no user is in are left out; with `bins` off, so are the history and popularity
+    bins.
+    """
+    names = dict.fromkeys(
+        name
+        for run in runs
+        for name, values in run.parts[part].slices.items()
+        if values["n"] and (bins or name in MAIN_SLICES)
+    )
     rows = []
     for name in names:
         for run in runs:
@@ -394,13 +405,19 @@ def choose_metric(asked: str, ks: Sequence[int]) -> str:
     return check_metric(asked or f"ndcg@{10 if 10 in ks else ks[0]}", ks)
 
 
-def render(runs: Sequence[EvaluatedRun], metric: str) -> str:
-    """The tables of every part, paired tests against the first run, and what it all means."""
+def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> str:
+    """The tables of every part, paired tests against the first run, and what it all means.
+
+    `bins` off leaves history and popularity bins to the picture and to metrics.json.
+    """
     first = runs[0]
     splits = {run.dataset.manifest.split_hash for run in runs}
     out = []
     for part in first.parts:
-        out += [f"{part}: full ranking, mean over users", text_table(metric_rows(runs, part))]
+        out += [
+            f"{part}: full ranking, mean over users",
+            text_table(metric_rows(runs, part, bins=bins)),
+        ]
         out += [f"{part}: the lists of all users", text_table(list_rows(runs, part))]
         rows = paired_rows(runs, part, metric) if len(splits) == 1 else []
         if rows:

@@ -1,8 +1,8 @@
 """The loop: dispatch steps, validate, keep the best, stop early, survive being killed.
 
-The host never waits inside an epoch: a dispatch runs K steps, and its sums are read while the
-next one runs. Everything the loop needs to go on is in one checkpoint, so a resumed run is
-bit-identical to an uninterrupted one.
+The host never waits between two validations: a dispatch runs K steps, and its sums are read
+while the next one runs. Everything the loop needs to go on is in one checkpoint, so a resumed
+run is bit-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _Loop:
     ) -> None:
         self.run, self.trainer, self.resident = run, trainer, resident
         self.per_epoch = -(-trainer.plan.n_pairs // trainer.plan.triples)
-        self.dispatch = min(_steps_per_dispatch(trainer), self.per_epoch)
+        self.dispatch = _steps_per_dispatch(trainer)
         self.key = jax.device_put(
             jax.random.key_data(jax.random.key(run.train.seed + 1)), trainer.layout.replicated
         )
@@ -158,12 +158,12 @@ class _Loop:
 
     # -- steps --
 
-    def epoch(self, journal: Journal, stop: threading.Event) -> bool:
-        """Run to the end of the current epoch; False if a signal came first."""
-        end = (self.progress.epoch + 1) * self.per_epoch
+    def round(self, journal: Journal, stop: threading.Event) -> bool:
+        """Run up to the next validation; False if a signal came first."""
+        start, end = (epoch * self.per_epoch for epoch in (self.progress.epoch, self.next_epoch))
         while self.progress.step < end:
-            at = self.progress.step - self.progress.epoch * self.per_epoch
-            count = min(self.dispatch - at % self.dispatch, self.per_epoch - at)
+            at = self.progress.step - start
+            count = min(self.dispatch - at % self.dispatch, end - self.progress.step)
             steps = jax.device_put(np.int32(count), self.trainer.layout.replicated)
             self.state, sums, health = self.run_steps(self.state, self.resident, self.key, steps)
             self.progress = dataclasses.replace(self.progress, step=self.progress.step + count)
@@ -176,6 +176,12 @@ class _Loop:
                 self.save(journal)
         self.drain(journal)
         return True
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch after which the next validation comes."""
+        every = self.run.train.eval_every
+        return min((self.progress.epoch // every + 1) * every, self.run.train.epochs)
 
     def drain(self, journal: Journal) -> None:
         """Read everything in flight."""
@@ -204,8 +210,8 @@ class _Loop:
 
     # -- epochs --
 
-    def close_epoch(self, journal: Journal, seconds: float) -> None:
-        """Validate if it is time, keep the best state, count towards the patience."""
+    def close_round(self, journal: Journal, seconds: float) -> None:
+        """Validate, keep the best state, count towards the patience."""
         sums, train = self.progress.sums, self.run.train
         means = {
             name: value / sums["steps"]
@@ -214,7 +220,7 @@ class _Loop:
         }
         if not self.trainer.guided:
             means = {k: v for k, v in means.items() if k not in ("alpha", "agreement")}
-        epoch = self.progress.epoch + 1
+        epoch = self.next_epoch
         self.progress = dataclasses.replace(self.progress, epoch=epoch, sums={})
         record: dict[str, float | int] = {"epoch": epoch}
         record |= {f"train/{name}": value for name, value in means.items()}
@@ -223,7 +229,7 @@ class _Loop:
         text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
         if self.trainer.guided:
             text += f"  guidance {means['guidance_loss']:.4f}  alpha {means['alpha']:.3f}"
-        if self.validate.possible and (epoch % train.eval_every == 0 or epoch == train.epochs):
+        if self.validate.possible:
             found = self.validate(self.serving(self.state))
             record |= {f"valid/{name}": value for name, value in found.items()}
             text += self._judge(found[train.early_stop_metric], epoch)
@@ -300,10 +306,10 @@ def _train(run: config.RunConfig, dataset: Dataset, stop: threading.Event) -> Ou
         journal.say(_opening(run, dataset, trainer, loop))
         status = "finished"
         while not loop.over:
-            epoch_begin = time.monotonic()
-            whole = loop.epoch(journal, stop)
+            round_begin = time.monotonic()
+            whole = loop.round(journal, stop)
             if whole:
-                loop.close_epoch(journal, time.monotonic() - epoch_begin)
+                loop.close_round(journal, time.monotonic() - round_begin)
             if stop.is_set():
                 status = "interrupted"
                 break

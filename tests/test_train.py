@@ -20,7 +20,7 @@ import worlds
 
 from slgr_jax import checkpoint, config, runs, train
 from slgr_jax.config import GuidanceConfig, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
-from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError
+from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -177,6 +177,27 @@ def test_restoring_what_never_trained(tmp_path):
     (tmp_path / "run" / "config.json").write_text(config.to_json(run))
     with pytest.raises(ManifestError, match="no checkpoints"):
         runs.restore_run(run.workdir)
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monkeypatch):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    short = SMALL | {"train": dataclasses.replace(SMALL["train"], epochs=2)}
+    train.train(worlds.run_config(dataset, tmp_path / "run", **short))
+    before = _values(tmp_path / "run")
+
+    def full(*args: object, **options: object) -> None:
+        raise ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", full)
+        with pytest.raises(UserError, match=r"no space left.*again to resume"):
+            train.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
+    after = _values(tmp_path / "run")
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name])
+    train.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
+    train.train(worlds.run_config(dataset, tmp_path / "whole", **SMALL))
+    _assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 def test_checkpoint_restores_on_another_topology(tmp_path):
