@@ -87,6 +87,19 @@ def _disk_errors(root: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _damage(checkpoint: pathlib.Path) -> Iterator[None]:
+    """Orbax and TensorStore raise whatever class a damaged file leads them to."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ManifestError(
+            f"{checkpoint} cannot be restored ({type(error).__name__}: {reason}); put back a copy, "
+            "or train anew with --restart"
+        ) from error
+
+
 class Checkpoints:
     """The checkpoints of one run, newest kept; saving never blocks on the disk.
 
@@ -100,6 +113,10 @@ class Checkpoints:
         self._trainer = trainer
         self._workdir = workdir
         self._root = root = pathlib.Path(workdir).absolute() / DIRECTORY
+        if root.exists() and not root.is_dir():
+            raise ManifestError(
+                f"{root} is not a directory; remove it, or choose another --workdir"
+            )
         if writable:
             root.mkdir(parents=True, exist_ok=True)
         elif not root.is_dir():
@@ -141,8 +158,9 @@ class Checkpoints:
         latest = self._checkpointer.latest
         if latest is None:
             return None
-        metadata = self._checkpointer.checkpointables_metadata(latest.step).custom_metadata
-        return Progress(**json.loads(metadata["progress"]))
+        with _damage(self._root / str(latest.step)):
+            metadata = self._checkpointer.checkpointables_metadata(latest.step).custom_metadata
+            return Progress(**json.loads(metadata["progress"]))
 
     def restore(self) -> tuple[TrainState, ServingState]:
         """The newest checkpoint, laid out for the trainer's own devices."""
@@ -169,7 +187,8 @@ class Checkpoints:
             raise ManifestError(
                 f"{self._workdir} holds no finished checkpoint; train first (launch/train.py)"
             )
-        found = self._checkpointer.load_checkpointables(latest.step, targets)
+        with _damage(self._root / str(latest.step)):
+            found = self._checkpointer.load_checkpointables(latest.step, targets)
         assert isinstance(found, dict)
         return found
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 from slgr_jax.errors import ConfigError, listing
@@ -81,7 +80,8 @@ def flag_name(field: dataclasses.Field[Any]) -> str:
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     meta, name = knob_of(field), flag_name(field)
     if meta.choices is not None and value not in meta.choices:
-        raise ConfigError(f"--{name}={value!r} is not one of: {listing(meta.choices)}")
+        known = listing(choice for choice in meta.choices if choice)
+        raise ConfigError(f"--{name}={value!r} is not one of: {known}")
     values = value if isinstance(value, tuple) else (value,)
     for one in values:
         if isinstance(one, str | bool):
@@ -352,6 +352,11 @@ class EvaluationConfig(Section):
     eval_users_per_chunk: int = knob(1024, "users ranked at once; bounds memory", minimum=1)
     pooled_auc: bool = knob(True, "also report AUC over all user-item pairs pooled")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ks:
+            raise ConfigError("--ks is empty; give at least one cut-off, e.g. --ks=10,20")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Section):
@@ -377,7 +382,9 @@ class TrainConfig(Section):
         30.0, "seconds between two checkpoints; one is also written at the end", minimum=0
     )
     restart: bool = knob(False, "delete what --workdir holds and start anew, instead of resuming")
-    seed: int = knob(0, "seed of initialisation and of every draw", minimum=0)
+    seed: int = knob(
+        0, "seed of initialisation and of every draw", minimum=0, maximum=2_000_000_000
+    )
     table_shards: int = knob(
         1, "devices that share the rows of one table; the others replicate it", minimum=1
     )
@@ -426,25 +433,53 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
-def run_config_from_json(text: str) -> RunConfig:
-    """Read back what `to_json` wrote; an unknown or missing key is a `ConfigError`."""
-    return _build(RunConfig, json.loads(text), "config")
+def run_config_from_json(text: str, where: str = "config") -> RunConfig:
+    """Read back what `to_json` wrote; `where` names it in errors.
+
+    A knob that is not in the text has its default: the run is older than the knob.
+
+    Raises:
+      ConfigError: not JSON, an unknown key, a value of another type or outside its range.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is damaged: {error}") from error
+    return _build(RunConfig, values, where)
 
 
-def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+def _build(cls: type[Any], values: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - fields)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is {json.dumps(values)}; expected an object")
+    unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ConfigError(f"{where}: unknown key {listing(unknown)}; known: {listing(fields)}")
-    kwargs: dict[str, Any] = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            kwargs[name] = _build(hint, value, f"{where}.{name}")
-        else:
-            kwargs[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**kwargs)
+        known = listing(fields, len(fields))
+        raise ConfigError(f"{where}: unknown key {listing(unknown)}; known: {known}")
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: missing key {listing(missing)}")
+    return cls(**{name: _value(hints[name], values[name], f"{where}: {name}") for name in values})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` as JSON gives it, checked and made into what a field of type `hint` holds."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        if isinstance(value, list):
+            return tuple(_value(inner, one, where) for one in value)
+    elif type(value) is hint or (hint is float and type(value) is int):
+        return hint(value)
+    raise ConfigError(f"{where} is {json.dumps(value)}, of another type than the knob")
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

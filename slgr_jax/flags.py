@@ -24,6 +24,13 @@ from slgr_jax.errors import UserError, listing
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR = 2
+# What the system says of a path that a user gave; anything else is a defect.
+_PATH_ERRORS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    }
+)
 
 
 class _IntTuple(flags.ArgumentParser[tuple[int, ...]]):
@@ -201,10 +208,12 @@ def run(
         except UserError as error:
             fail(str(error))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if error.errno not in _PATH_ERRORS:
                 raise
             where = f" while writing {error.filename}" if error.filename else ""
-            fail(f"{os.strerror(error.errno or 0)}{where}; free space or choose another path")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            fix = "free space or choose another path" if full else "choose another path"
+            fail(f"{os.strerror(error.errno or 0)}{where}; {fix}")
         except BrokenPipeError:
             raise SystemExit(1) from None
 

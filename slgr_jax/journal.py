@@ -26,14 +26,18 @@ class Journal:
 
     Args:
       workdir: the run's directory.
-      step: steps already done; records past them are dropped.
+      step: steps already done, for the progress bar and TensorBoard.
+      epoch: epochs whose validation is done; records past them are dropped, also that of a
+        validation which was logged before its checkpoint could be written.
       total: steps at most, for the progress bar.
       tensorboard: also write `RUN/tensorboard`.
     """
 
-    def __init__(self, workdir: str, *, step: int, total: int, tensorboard: bool) -> None:
+    def __init__(
+        self, workdir: str, *, step: int, epoch: int, total: int, tensorboard: bool
+    ) -> None:
         self._path = pathlib.Path(workdir) / LOG
-        self._keep_until(step)
+        self._keep_until(epoch)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         # disable=None: a bar on a terminal, nothing in a log file.
         self._bar = tqdm(total=total, initial=step, unit="step", disable=None, leave=False)
@@ -47,16 +51,13 @@ class Journal:
                 ) from error
             self._scalars = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step)
 
-    def _keep_until(self, step: int) -> None:
+    def _keep_until(self, epoch: int) -> None:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line a kill cut short; nothing was written after it
-            if record.get("step", 0) > step or step == 0:
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            at = _epoch_of(line)
+            if at is None or at > epoch:
                 break
             kept.append(line + "\n")
         partial = self._path.with_suffix(".partial")
@@ -97,3 +98,12 @@ class Journal:
         self._file.close()
         if self._scalars is not None:
             self._scalars.close()
+
+
+def _epoch_of(line: str) -> int | None:
+    """The epoch of a record; None where there is none: the line a kill or a full disk cut short."""
+    try:
+        found = json.loads(line)["epoch"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return None
+    return found if isinstance(found, int) else None

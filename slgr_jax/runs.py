@@ -3,19 +3,22 @@
 config.json    every knob (config.RunConfig)
 run.json       versions, devices, hashes, sizes and thresholds that the knobs resolved to
 log.jsonl      one object a validation (journal.py)
+.lock          held while a process trains; names it
 checkpoints/   state, best state, progress (checkpoint.py)
 metrics.json, per_user.parquet, metrics.png    launch/evaluate.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -26,6 +29,7 @@ from slgr_jax.backbones import make_backbone
 from slgr_jax.data import batches
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.schema import MANIFEST
 from slgr_jax.distributed import Layout, make_layout
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.gates import make_gate
@@ -33,7 +37,8 @@ from slgr_jax.report import EvaluatedRun
 from slgr_jax.step import ServingState, Trainer, score_users
 from slgr_jax.teacher import preferences
 
-CONFIG, RECORD = "config.json", "run.json"
+CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
+_HASHES = ("split_hash", "id_map_hash")
 # Knobs that may change when a run is resumed: none of them changes what a step computes.
 RESUMABLE = frozenset(
     {
@@ -96,9 +101,11 @@ def resident_teacher(
             n_items=dataset.n_items,
         )
     if found.users.size == 0:
+        gap = guidance.min_gap
+        why = f" of --min_gap={gap:g} or more" if gap else ": no user has two different scores"
         raise InputError(
-            f"teacher {guidance.teacher} states no preference with a score gap over "
-            f"{guidance.min_gap:g}: every user has fewer than two different scores"
+            f"teacher {guidance.teacher} states no preference{why}; "
+            f"{'lower it, or ' if gap else ''}give more answers"
         )
     return found
 
@@ -143,17 +150,27 @@ def read_config(workdir: str) -> config.RunConfig:
     path = pathlib.Path(workdir) / CONFIG
     if not path.is_file():
         raise ConfigError(f"{workdir} is not a run: it holds no {CONFIG} (see launch/train.py)")
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return config.run_config_from_json(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}); restore it or use --restart") from error
+        return config.run_config_from_json(text, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; restore it, or train anew with --restart") from error
 
 
 def restore_run(workdir: str, which: str = "best") -> Run:
     """A run's dataset and its `best` or `last` state, for evaluation and export."""
     run = read_config(workdir)
+    if not os.path.isdir(run.data):
+        raise ConfigError(
+            f"{workdir} was trained on {run.data}, which is not there; put it back, or give the "
+            "run its new place: launch/train.py with the same flags and --data=NEW"
+        )
     dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
-    _same_dataset(workdir, dataset)
+    if trained_on(workdir, dataset) is False:
+        raise ConfigError(
+            f"{workdir} was trained on another split or id map than {dataset.path} now holds "
+            f"(split {dataset.manifest.split_hash[:8]}); point --data back or train again"
+        )
     backbone = make_backbone(run.model, n_users=dataset.n_users, n_items=dataset.n_items)
     # Restoring needs no more than the sizes: one table shard, whatever the run had.
     layout = make_layout()
@@ -182,38 +199,79 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
     return found
 
 
-def _same_dataset(workdir: str, dataset: Dataset) -> None:
+def trained_on(workdir: str, dataset: Dataset) -> bool | None:
+    """Whether a run's record names this split and these ids; None if there is no record."""
     path = pathlib.Path(workdir) / RECORD
     if not path.is_file():
-        return
-    was = json.loads(path.read_text(encoding="utf-8"))["split_hash"]
-    if was != dataset.manifest.split_hash:
+        return None
+    try:
+        was = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return all(was[key] == getattr(dataset.manifest, key) for key in _HASHES)
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{workdir} was trained on split {was[:8]}, {dataset.path} now holds split "
-            f"{dataset.manifest.split_hash[:8]}; point --data back or train again"
-        )
+            f"{path} is damaged; restore it, or remove it: training writes it again"
+        ) from error
 
 
-def open_workdir(run: config.RunConfig) -> None:
-    """Write the config of a new run; refuse to resume one that computes something else."""
+@contextlib.contextmanager
+def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
+    """Hold a run's directory, with its config written, against other processes.
+
+    Raises:
+      ConfigError: it cannot be made, is not a run's, is held, or holds a run that computes
+        something else.
+    """
     root = pathlib.Path(run.workdir)
-    if run.train.restart:
-        checkpoint.clear(run.workdir)
-        for name in (CONFIG, RECORD):
-            (root / name).unlink(missing_ok=True)
-    elif (root / CONFIG).is_file():
-        old = read_config(run.workdir)
-        changed = config.differences(old, run)
-        changed = [text for text in changed if text[2:].split(":")[0] not in RESUMABLE]
-        if os.path.abspath(old.data) != os.path.abspath(run.data):
-            changed.append(f"--data: {old.data} -> {run.data}")
-        if changed:
-            raise ConfigError(
-                f"{run.workdir} holds a run with other settings ({listing(changed)}); "
-                "choose another --workdir, or --restart to delete it"
-            )
-    root.mkdir(parents=True, exist_ok=True)
-    write_text(root / CONFIG, config.to_json(run))
+    if (root / MANIFEST).is_file():
+        raise ConfigError(f"{root} is a dataset or a teacher product; choose another --workdir")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
+    with lock:
+        _hold(lock, root)
+        if run.train.restart:
+            checkpoint.clear(run.workdir)
+            for name in (CONFIG, RECORD, report.METRICS, report.PER_USER, report.PICTURE):
+                (root / name).unlink(missing_ok=True)
+        elif (root / CONFIG).is_file():
+            _refuse_changes(read_config(run.workdir), run, trained_on(run.workdir, dataset))
+        write_text(root / CONFIG, config.to_json(run))
+        yield
+
+
+def _hold(lock: TextIO, root: pathlib.Path) -> None:
+    """Lock the file until it is closed; the system unlocks it however the process ends."""
+    if jax.process_index():
+        return  # the processes of one job share the run; the first speaks for all
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise ConfigError(
+            f"{root} is being trained by another process ({lock.read().strip()}); stop that one "
+            "or choose another --workdir"
+        ) from error
+    except OSError:
+        return  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {platform.node()}")
+    lock.flush()
+
+
+def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | None) -> None:
+    changed = config.differences(old, run)
+    changed = [text for text in changed if text[2:].split(":")[0] not in RESUMABLE]
+    moved = os.path.abspath(old.data) != os.path.abspath(run.data)
+    if same is False or (same is None and moved):
+        what = f"{old.data} -> {run.data}" if moved else f"{run.data} holds another split"
+        changed.append(f"--data: {what}")
+    if changed:
+        raise ConfigError(
+            f"{run.workdir} holds a run with other settings ({listing(changed)}); "
+            "choose another --workdir, or --restart to delete it"
+        )
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

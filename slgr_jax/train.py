@@ -290,7 +290,18 @@ def train(run: config.RunConfig) -> Outcome:
 def _train(run: config.RunConfig, dataset: Dataset, stop: threading.Event) -> Outcome:
     with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
         trainer, resident = runs.build(run, dataset)
-        runs.open_workdir(run)
+    with runs.opened(run, dataset):
+        return _train_in_workdir(run, dataset, trainer, resident, stop)
+
+
+def _train_in_workdir(
+    run: config.RunConfig,
+    dataset: Dataset,
+    trainer: Trainer,
+    resident: batches.Resident,
+    stop: threading.Event,
+) -> Outcome:
+    with jax.transfer_guard("allow"):
         loop = _Loop(run, trainer, resident, dataset)
     resolved = {"steps_per_epoch": loop.per_epoch, "steps_per_dispatch": loop.dispatch}
     runs.write_text(
@@ -300,6 +311,7 @@ def _train(run: config.RunConfig, dataset: Dataset, stop: threading.Event) -> Ou
     with Journal(
         run.workdir,
         step=loop.progress.step,
+        epoch=loop.progress.epoch,
         total=run.train.epochs * loop.per_epoch,
         tensorboard=run.train.tensorboard,
     ) as journal:

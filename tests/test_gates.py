@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as sps
 from scipy.special import expit
 
-from slgr_jax import gates, losses
+from slgr_jax import gates
 from slgr_jax.config import GateConfig, GuidanceConfig
 from slgr_jax.guidance import pairwise
 
@@ -97,21 +97,3 @@ def test_uncertainties_match_their_formulas():
     samples = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
     expected = 4 * expit(samples.astype(np.float64)).var(axis=0)
     np.testing.assert_allclose(gates.dropout_uncertainty(samples), expected, rtol=1e-4)
-
-
-def test_gated_hinge_golden_value():
-    """alpha = (.62 + .5) / 2, m = 1, s = (.3, -.1): .56 * .6 = .336."""
-    loss = 0.56 * losses.pairwise_hinge(jnp.float32(0.3 + 0.1), 1.0)
-    assert float(loss) == pytest.approx(0.336, abs=1e-6)
-
-
-def test_guidance_loss_scales_with_alpha_and_follows_its_config():
-    inputs, difference = _inputs(), jnp.linspace(-2.0, 2.0, 64)
-    for name, expected in (
-        ("hinge", np.maximum(0, 1.5 - np.asarray(difference))),
-        ("logistic", np.log1p(np.exp(-np.asarray(difference, np.float64)))),
-    ):
-        config = GuidanceConfig(guidance_loss=name, margin=1.5)
-        found = pairwise.selective(gates.ConstantGate(0.3), {}, inputs, difference, config)
-        np.testing.assert_allclose(found.loss, 0.3 * expected, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(found.agrees, np.asarray(difference) > 0)

@@ -106,6 +106,10 @@ class Dataset:
         return int(self.items.num_rows)
 
     @functools.cached_property
+    def _train_positives(self) -> Csr:
+        return Csr.from_pairs(self.train.users, self.train.items, self.n_users)
+
+    @functools.cached_property
     def history(self) -> np.ndarray:
         """[U] int32: distinct training items of each user."""
         return self.positives(("train",)).counts
@@ -121,7 +125,9 @@ class Dataset:
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
 
     def positives(self, parts: Sequence[str]) -> Csr:
-        """User -> sorted distinct items over the named parts."""
+        """User -> sorted distinct items over the named parts; that of train is kept."""
+        if tuple(parts) == ("train",):
+            return self._train_positives
         chosen = [self.part(name) for name in parts]
         users = np.concatenate([part.users for part in chosen])
         items = np.concatenate([part.items for part in chosen])

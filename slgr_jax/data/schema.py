@@ -79,6 +79,8 @@ TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
     "preferences": TEACHER_PREFERENCES,
 }
 
+# Annotation of a manifest's field -> its type in JSON; a mapping is an object.
+_JSON_TYPES: Mapping[str, type] = {"str": str, "int": int, "tuple[ShardFile, ...]": list}
 BUILT_FROM = config.BUILT_FROM
 UNLISTED = config.UNLISTED
 
@@ -179,18 +181,26 @@ def write_manifest(
 def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
     """Read a dataset's manifest; a missing, foreign or damaged one is a `ManifestError`."""
     raw = _read_json(directory, DATASET_FORMAT, "launch/prepare.py")
-    raw["files"] = {key: _shard_files(value) for key, value in raw["files"].items()}
+    where = pathlib.Path(directory) / MANIFEST
+    if missing := sorted({*PARTS, "users", "items"} - set(raw["files"])):
+        raise ManifestError(f"{where} is damaged: it lists no files of {listing(missing)}")
+    raw["files"] = {key: _shard_files(value, where) for key, value in raw["files"].items()}
     return DatasetManifest(**raw)
 
 
 def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
     """Read a teacher product's manifest; a missing, foreign or damaged one is a `ManifestError`."""
     raw = _read_json(directory, TEACHER_FORMAT, "launch/teach.py")
-    raw["files"] = _shard_files(raw["files"])
+    raw["files"] = _shard_files(raw["files"], pathlib.Path(directory) / MANIFEST)
     return TeacherManifest(**raw)
 
 
-def _shard_files(values: list[dict[str, Any]]) -> tuple[ShardFile, ...]:
+def _shard_files(values: list[Any], where: pathlib.Path) -> tuple[ShardFile, ...]:
+    kinds = {"path": str, "rows": int, "bytes": int, "sha256": str}
+    for value in values if isinstance(values, list) else [values]:
+        if not isinstance(value, dict) or {k: type(v) for k, v in value.items()} != kinds:
+            shown = json.dumps(value)[:80]
+            raise ManifestError(f"{where} is damaged: {shown} does not describe a shard")
     return tuple(ShardFile(**value) for value in values)
 
 
@@ -222,6 +232,12 @@ def _read_json(directory: str | os.PathLike[str], expected: str, maker: str) -> 
             f"{path}: missing {listing(missing)}; unknown {listing(unknown)}; "
             f"make it again with {maker}"
         )
+    for field in dataclasses.fields(cls):
+        if not isinstance(raw[field.name], _JSON_TYPES.get(str(field.type), dict)):
+            raise ManifestError(
+                f"{path} is damaged: {field.name} is {json.dumps(raw[field.name])[:80]}; "
+                f"make it again with {maker}"
+            )
     return raw
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -65,7 +65,7 @@ def read(
             raise ConfigError(f"--{name}={value!r} is not one of: {listing(choices)}")
     path = pathlib.Path(path)
     raw = _read_any(path, delimiter)
-    kind = _kind(raw, path)
+    kind = _kind(raw.column_names, path)
     if raw.num_rows == 0:
         raise InputError(f"{path} has no rows: a teacher needs at least one answer")
     numbers = _numbers(raw, kind, path)
@@ -109,6 +109,7 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
             header = next(csv.reader(text, delimiter=separator), [])
         if len(set(header)) != len(header):
             raise InputError(f"{path} names a column twice: {listing(header)}")
+        _kind(header, path)
         return pacsv.read_csv(
             path,
             parse_options=pacsv.ParseOptions(delimiter=separator),
@@ -124,14 +125,14 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
         raise InputError(f"{path} cannot be read as CSV, Parquet or Arrow: {reason}") from error
 
 
-def _kind(table: pa.Table, path: pathlib.Path) -> str:
-    names = set(table.column_names)
+def _kind(columns: Sequence[str], path: pathlib.Path) -> str:
+    names = set(columns)
     if {"user", "item", "score"} <= names:
         return "scores"
     if {"user", "preferred", "other"} <= names:
         return "preferences"
     raise InputError(
-        f"{path} has columns {listing(table.column_names)}; expected user, item, score or "
+        f"{path} has columns {listing(columns)}; expected user, item, score or "
         "user, preferred, other and optionally margin"
     )
 

@@ -168,7 +168,7 @@ def product_path(data: PathLike, name: str) -> pathlib.Path:
     """DATA/teacher/NAME; a name that is not one plain directory name is a `ConfigError`."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name):
         raise ConfigError(
-            f"--name={name!r} cannot name a product: use letters, digits and . _ + -, e.g. gpt4o"
+            f"{name!r} cannot name a teacher product: use letters, digits and . _ + -, e.g. gpt4o"
         )
     return pathlib.Path(data) / schema.TEACHER_DIR / name
 

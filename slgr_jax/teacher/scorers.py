@@ -202,7 +202,10 @@ def score_candidates(
     asked = {name: keys[~np.isin(keys, own)] for name, keys in asked.items()}
     keys = np.unique(np.concatenate(list(asked.values())))
     if not keys.size:
-        raise InputError(f"{dataset.path}: no candidate left to score; ask for more candidates")
+        raise InputError(
+            f"{dataset.path}: no item is left to score that has a text and that a user has not "
+            "seen; raise --candidates, --cold_candidates or --tail_users"
+        )
     rows, items = np.divmod(keys, dataset.n_items)
     scores = pa.array(_dots(users, rows, vectors, items))
     arrays = [pa.array(rows.astype(np.int32)), pa.array(items.astype(np.int32)), scores]

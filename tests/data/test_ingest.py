@@ -265,7 +265,7 @@ def test_recbole(tmp_path: pathlib.Path) -> None:
         assert items is not None
         assert users is not None
         assert items.to_pylist() == [
-            {"item_id": "i1", "title": 'The "Up', "text": None, "categories": ["A", "B"]},
+            {"item_id": "i1", "title": 'The "Up (1995)', "text": None, "categories": ["A", "B"]},
             {"item_id": "i2", "title": None, "text": None, "categories": None},
         ]
         assert users.to_pylist() == [

@@ -1,0 +1,183 @@
+"""Knobs: every one has a flag, a help text and a default in its own range; JSON keeps them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from slgr_jax import config, flags
+from slgr_jax.backbones import make_backbone
+from slgr_jax.config import (
+    EvaluationConfig,
+    GateConfig,
+    GuidanceConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SliceConfig,
+    TrainConfig,
+)
+from slgr_jax.errors import ConfigError
+from slgr_jax.gates import make_gate
+from slgr_jax.tables import make_row_optimizer
+
+RUN_SECTIONS = tuple(flags.run_sections().values())
+SECTIONS = (config.PrepareConfig, config.TeachConfig, *RUN_SECTIONS)
+KNOBS = [(section, field) for section in SECTIONS for field in dataclasses.fields(section)]
+IDS = [f"{section.__name__}.{field.name}" for section, field in KNOBS]
+
+
+def _outside(meta: config.Knob) -> list[float]:
+    """A value just past each end of a knob's range."""
+    out = [] if meta.minimum is None else [meta.minimum - 1]
+    out += [] if meta.above is None else [meta.above, meta.above - 1]
+    out += [] if meta.maximum is None else [meta.maximum + 1]
+    return out + ([] if meta.below is None else [meta.below, meta.below + 1])
+
+
+@pytest.mark.parametrize(("section", "field"), KNOBS, ids=IDS)
+def test_every_knob_is_described_and_keeps_its_range(section, field):
+    meta = config.knob_of(field)
+    assert len(meta.help) > 10, "a help text says what the knob means"
+    for value in _outside(meta):
+        wrong = (int(value),) if isinstance(field.default, tuple) else value
+        with pytest.raises(ConfigError, match=f"--{config.flag_name(field)}="):
+            section(**{field.name: wrong})
+    if meta.choices is not None:
+        assert field.default in meta.choices
+        with pytest.raises(ConfigError, match=f"--{config.flag_name(field)}='nonsense' is not one"):
+            section(**{field.name: "nonsense"})
+
+
+def test_flag_names_are_distinct_within_a_command():
+    for sections in ((config.PrepareConfig,), (config.TeachConfig,), RUN_SECTIONS):
+        names = [config.flag_name(f) for section in sections for f in dataclasses.fields(section)]
+        assert len(set(names)) == len(names)
+
+
+def test_a_message_names_the_ends_of_a_range():
+    for make, text in (
+        (lambda: GuidanceConfig(weight=-1.0), "--lambda=-1.0 is below its minimum 0"),
+        (lambda: GateConfig(alpha=1.5), "--alpha=1.5 is over its maximum 1"),
+        (lambda: OptimizerConfig(lr=0.0), "--lr=0.0 must be greater than 0"),
+        (lambda: ModelConfig(dropout=1.0), "--dropout=1.0 must be less than 1"),
+        (lambda: OptimizerConfig(l2=math.nan), "--l2 is NaN"),
+        (lambda: EvaluationConfig(ks=(10, 0)), "--ks=0 is below its minimum 1"),
+        (lambda: EvaluationConfig(ks=()), "--ks is empty; .*--ks=10,20"),
+        (lambda: TrainConfig(seed=2**31), "--seed=2147483648 is over its maximum"),
+        (lambda: GuidanceConfig(guidance="x"), "--guidance='x' is not one of: none, selective"),
+        (lambda: config.PrepareConfig(source="x"), "--source='x' is not one of: movielens"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            make()
+
+
+def test_a_name_that_config_offers_can_be_made_and_no_other():
+    """The registries and the choices are two lists: neither may have what the other lacks."""
+    for name in config.BACKBONES:
+        assert make_backbone(ModelConfig(backbone=name), n_users=3, n_items=4).tables
+    for name in config.GATES:
+        assert callable(make_gate(GateConfig(gate=name)))
+    for name in config.TABLE_OPTIMIZERS:
+        assert make_row_optimizer(OptimizerConfig(table_optimizer=name)).initial(2).ndim == 1
+    unknown = object.__new__(OptimizerConfig)
+    vars(unknown).update(dataclasses.asdict(OptimizerConfig()) | {"table_optimizer": "adam"})
+    with pytest.raises(KeyError):
+        make_row_optimizer(unknown)
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _changed(section: type) -> object:
+    """A section in which every knob that has a second value has it."""
+    values = {}
+    for field in dataclasses.fields(section):
+        meta, default = config.knob_of(field), field.default
+        if meta.choices is not None:
+            values[field.name] = meta.choices[-1 if default == meta.choices[0] else 0]
+        elif isinstance(default, bool):
+            values[field.name] = not default
+        elif isinstance(default, str):
+            values[field.name] = f'{default}é "x"'
+        elif isinstance(default, tuple):
+            values[field.name] = (*default, 1000)
+        elif isinstance(default, int):
+            values[field.name] = default + 1
+        else:
+            values[field.name] = 0.37
+    return section(**values)
+
+
+def test_json_gives_back_every_knob():
+    sections = {name: _changed(section) for name, section in flags.run_sections().items()}
+    run = RunConfig(data="a b", workdir="ü", **sections)
+    again = config.run_config_from_json(config.to_json(run))
+    assert again == run
+    assert type(again.evaluation.ks) is tuple
+    plain = RunConfig(data="d", workdir="w")
+    changed = {text[2:].split(":")[0] for text in config.differences(plain, run)}
+    fields = [field for section in RUN_SECTIONS for field in dataclasses.fields(section)]
+    only = {"backbone"} if len(config.BACKBONES) == 1 else set()
+    assert changed == {config.flag_name(field) for field in fields} - only
+    assert config.differences(run, again) == []
+
+
+def test_a_knob_newer_than_the_run_has_its_default():
+    values = json.loads(config.to_json(RunConfig("d", "w", model=ModelConfig(dim=3))))
+    del values["model"]["item_bias"]
+    assert config.run_config_from_json(json.dumps(values)).model == ModelConfig(dim=3)
+
+
+def test_an_integer_is_a_float_where_a_float_is_meant():
+    values = json.loads(config.to_json(RunConfig("d", "w")))
+    values["optimizer"]["lr"] = 1
+    lr = config.run_config_from_json(json.dumps(values)).optimizer.lr
+    assert (lr, type(lr)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": "d", "wor', "x is damaged: "),
+        ("[1]", r"x is \[1\]; expected an object"),
+        ('{"data": "d"}', "x: missing key workdir"),
+        ('{"data": "d", "workdir": "w", "foo": 1}', "x: unknown key foo; known: data, workdir, "),
+        ('{"data": 5, "workdir": "w"}', "x: data is 5, of another type"),
+        ('{"data": "d", "workdir": "w", "model": null}', "x: model is null; expected an object"),
+        ('{"data": "d", "workdir": "w", "model": {"dim": "8"}}', 'x: model: dim is "8", of'),
+        ('{"data": "d", "workdir": "w", "model": {"dim": true}}', "x: model: dim is true, of"),
+        ('{"data": "d", "workdir": "w", "model": {"dim": 0}}', "--dim=0 is below its minimum 1"),
+        ('{"data": "d", "workdir": "w", "evaluation": {"ks": 10}}', "x: evaluation: ks is 10, of"),
+        ('{"data": "d", "workdir": "w", "evaluation": {"ks": [1.5]}}', "ks is 1.5, of another"),
+    ],
+)
+def test_damaged_json_is_named(text, message):
+    with pytest.raises(ConfigError, match=message):
+        config.run_config_from_json(text, "x")
+
+
+# --- knobs that contradict each other -----------------------------------------------------------
+
+
+def test_guidance_and_teacher_come_together():
+    with pytest.raises(ConfigError, match=r"--guidance=selective needs --teacher=NAME"):
+        RunConfig("d", "w", guidance=GuidanceConfig(guidance="selective"))
+    with pytest.raises(ConfigError, match=r"--teacher=x is not used with --guidance=none"):
+        RunConfig("d", "w", guidance=GuidanceConfig(teacher="x"))
+
+
+def test_preferences_follow_the_batch_unless_told():
+    guided = GuidanceConfig(guidance="selective", teacher="x")
+    assert RunConfig("d", "w").preferences_per_step == 0
+    assert RunConfig("d", "w", guidance=guided).preferences_per_step == 2048
+    told = dataclasses.replace(guided, preferences_per_step=7)
+    assert RunConfig("d", "w", guidance=told).preferences_per_step == 7
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SliceConfig().cold_user_history = 3  # type: ignore[misc]
