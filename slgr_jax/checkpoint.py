@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,10 +94,15 @@ def _damage(checkpoint: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        # Orbax drops a coroutine on the way out, of which Python would warn at its end.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        first = error
+        while isinstance(cause := first.__cause__ or first.__context__, Exception):
+            first = cause  # it says what is wrong with which file, the others where it was met
+        reason = " ".join(f"{type(first).__name__}: {first}".split())[:200]
         raise ManifestError(
-            f"{checkpoint} cannot be restored ({type(error).__name__}: {reason}); put back a copy, "
-            "or train anew with --restart"
+            f"{checkpoint} cannot be restored ({reason}); put back a copy, or train anew with "
+            "--restart"
         ) from error
 
 

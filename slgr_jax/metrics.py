@@ -432,5 +432,5 @@ def pool_tables(scores: np.ndarray) -> dict[str, np.ndarray]:
         "base": base.astype(np.int32),
         "low": np.asarray(low, np.float32),
         "scale": np.asarray(scale, np.float32),
-        "steps": np.asarray(int((reach - base).max()).bit_length(), np.int32),
+        "steps": np.asarray(int(np.max(reach - base)).bit_length(), np.int32),
     }

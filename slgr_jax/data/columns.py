@@ -102,7 +102,7 @@ def _has_exact_text(kind: pa.DataType) -> bool:
 def _reject_rows(bad: pa.Array, label: str, reason: str) -> None:
     mask = np.asarray(bad.to_numpy(zero_copy_only=False), bool)
     if mask.any():
-        first, count = int(mask.argmax()) + 1, int(mask.sum())
+        first, count = int(np.argmax(mask)) + 1, int(mask.sum())
         raise InputError(f"{label}, row {first}: {reason} ({count} such rows in {mask.size})")
 
 

@@ -173,6 +173,10 @@ REFUSED = {
         "user,item\n007,01\n",
         r"has columns user, item; expected user, item, score",
     ),
+    "column of another name": (
+        "user,movie,score\n007,01,1\n",
+        r"has columns user, movie, score; expected user, item, score",
+    ),
     "column twice": ("user,item,score,item\n007,01,1,1\n", r"names a column twice"),
     "nan": ("user,item,score\n007,01,1\n007,1,nan\n", r"row 2 has score nan; .*finite"),
     "inf": ("user,item,score\n007,01,-inf\n", r"row 1 has score -inf"),
@@ -288,8 +292,25 @@ def test_bad_choices_and_names(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"--duplicates='last'"):
         preferences.import_scores(tiny, path, "t", duplicates="last")
     for name in ("", "../other", ".hidden", "a/b"):
-        with pytest.raises(ConfigError, match=r"cannot name a product"):
+        with pytest.raises(ConfigError, match=r"cannot name a teacher product"):
             preferences.import_scores(tiny, path, name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"files": [{"path": "x"}]}, r"damaged: \{.path.: .x.\} does not describe a shard"),
+        ({"files": {}}, r"damaged: files is \{\}; make it again with launch/teach.py"),
+        ({"split_hash": 7}, r"damaged: split_hash is 7; make it again"),
+        ({"counts": None}, r"damaged: counts is null; make it again"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tiny, tmp_path, damage, message):
+    preferences.import_scores(tiny, csv_file(tmp_path, SCORES), "t")
+    path = tiny.path / "teacher" / "t" / schema.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ManifestError, match=message):
+        preferences.load(tiny, "t")
 
 
 def test_existing_product_is_kept_unless_overwritten(tiny, tmp_path):
