@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from typing import Any
 
@@ -86,8 +87,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     for one in values:
         if isinstance(one, str | bool):
             continue
-        if one != one:
-            raise ConfigError(f"--{name} is NaN; give a number")
+        if one != one or (math.isinf(one) and one != field.default):
+            raise ConfigError(f"--{name}={one} is not a finite number")
         if meta.minimum is not None and one < meta.minimum:
             raise ConfigError(f"--{name}={one} is below its minimum {meta.minimum:g}")
         if meta.above is not None and one <= meta.above:

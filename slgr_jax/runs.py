@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -26,10 +27,9 @@ from jax.sharding import Mesh
 
 from slgr_jax import __version__, checkpoint, config, evaluate, report
 from slgr_jax.backbones import make_backbone
-from slgr_jax.data import batches
+from slgr_jax.data import batches, schema
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
-from slgr_jax.data.schema import MANIFEST
 from slgr_jax.distributed import Layout, make_layout
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.gates import make_gate
@@ -38,7 +38,7 @@ from slgr_jax.step import ServingState, Trainer, score_users
 from slgr_jax.teacher import preferences
 
 CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
-_HASHES = ("split_hash", "id_map_hash")
+_RECORDED = ("split_hash", "id_map_hash", "teacher_hash")
 # Knobs that may change when a run is resumed: none of them changes what a step computes.
 RESUMABLE = frozenset(
     {
@@ -199,18 +199,35 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
     return found
 
 
-def trained_on(workdir: str, dataset: Dataset) -> bool | None:
-    """Whether a run's record names this split and these ids; None if there is no record."""
+def recorded(workdir: str) -> dict[str, Any] | None:
+    """What `run.json` says; None if there is none."""
     path = pathlib.Path(workdir) / RECORD
     if not path.is_file():
         return None
     try:
-        was = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        return all(was[key] == getattr(dataset.manifest, key) for key in _HASHES)
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return {key: found[key] for key in _RECORDED}
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} is damaged; restore it, or remove it: training writes it again"
         ) from error
+
+
+def trained_on(workdir: str, dataset: Dataset) -> bool | None:
+    """Whether a run's record names this split and these ids; None if there is no record."""
+    was = recorded(workdir)
+    if was is None:
+        return None
+    return all(was[key] == getattr(dataset.manifest, key) for key in ("split_hash", "id_map_hash"))
+
+
+def teacher_hash(run: config.RunConfig) -> str:
+    """SHA-256 over the checksums of the teacher's shards; empty without guidance."""
+    if run.guidance.guidance == "none":
+        return ""
+    path = preferences.product_path(run.data, run.guidance.teacher)
+    shards = schema.read_teacher_manifest(path).files
+    return hashlib.sha256(" ".join(file.sha256 for file in shards).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -222,7 +239,7 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
         something else.
     """
     root = pathlib.Path(run.workdir)
-    if (root / MANIFEST).is_file():
+    if (root / schema.MANIFEST).is_file():
         raise ConfigError(f"{root} is a dataset or a teacher product; choose another --workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -267,6 +284,9 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
     if same is False or (same is None and moved):
         what = f"{old.data} -> {run.data}" if moved else f"{run.data} holds another split"
         changed.append(f"--data: {what}")
+    was = recorded(run.workdir)
+    if was is not None and was["teacher_hash"] != teacher_hash(run) and not changed:
+        changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
     if changed:
         raise ConfigError(
             f"{run.workdir} holds a run with other settings ({listing(changed)}); "
@@ -295,6 +315,7 @@ def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved
         "dataset": dataset.manifest.name,
         "split_hash": dataset.manifest.split_hash,
         "id_map_hash": dataset.manifest.id_map_hash,
+        "teacher_hash": teacher_hash(run),
         "users": dataset.n_users,
         "items": dataset.n_items,
         "train_pairs": trainer.plan.n_pairs,

@@ -217,6 +217,11 @@ def test_a_teacher_of_one_user_is_enough(dataset, tmp_path, rows):
     _teach(own, tmp_path, rows)
     run = worlds.run_config(own, tmp_path / "run", **SMALL | {"guidance": _guided()})
     assert train.train(run).status == "finished"
+    assert train.train(run).status == "finished"  # the same answers: nothing left to do
+    _teach(own, tmp_path, rows.replace("i2", "i3"))
+    with pytest.raises(ConfigError, match=r"--teacher: t holds other answers now.*--restart"):
+        train.train(run)
+    _teach(own, tmp_path, rows)
     too_far = worlds.run_config(own, tmp_path / "far", **SMALL, guidance=_guided(min_gap=9.0))
     with pytest.raises(InputError, match=r"teacher t states no preference of --min_gap=9 or more"):
         train.train(too_far)
