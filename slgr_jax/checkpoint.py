@@ -39,7 +39,6 @@ class Progress:
       sums: sums of metrics since the last validation.
       best_metric, best_epoch: the best validation so far; epoch 0 is the initial state.
       stale: validations since then.
-      finished: the loop ended by itself (epochs or patience).
     """
 
     step: int = 0
@@ -48,7 +47,6 @@ class Progress:
     best_metric: float | None = None
     best_epoch: int = 0
     stale: int = 0
-    finished: bool = False
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:
@@ -137,18 +135,19 @@ class Checkpoints:
     def save(self, state: TrainState, best: ServingState, progress: Progress) -> None:
         """Start writing a checkpoint; a checkpoint of this very step is left as it is.
 
-        The arrays are copied off the device before this returns, so the state may be donated
-        to the next step at once.
+        Orbax replaces a step by deleting it first, and a kill in between would lose it. The loop
+        therefore saves a step once, with all that belongs to it. The arrays are copied off the
+        device before this returns, so the state may be donated to the next step at once.
         """
         self.wait()
         latest = self._checkpointer.latest
-        overwrite = latest is not None and latest.step == progress.step
+        if latest is not None and latest.step == progress.step:
+            return
         with _disk_errors(self._root):
             self._pending = self._checkpointer.save_checkpointables_async(
                 progress.step,
                 {_STATE: state, _BEST: best},
                 force=True,
-                overwrite=overwrite,
                 custom_metadata={"progress": json.dumps(dataclasses.asdict(progress))},
             )
 

@@ -154,7 +154,7 @@ class _Loop:
             self.progress = progress
             self.state, self.best = self.saved.restore()
         self.last_save = time.monotonic()
-        self._in_flight: list[tuple[int, Sums, Health]] = []
+        self._in_flight: list[tuple[Sums, Health]] = []
 
     # -- steps --
 
@@ -167,13 +167,14 @@ class _Loop:
             steps = jax.device_put(np.int32(count), self.trainer.layout.replicated)
             self.state, sums, health = self.run_steps(self.state, self.resident, self.key, steps)
             self.progress = dataclasses.replace(self.progress, step=self.progress.step + count)
-            self._in_flight.append((count, sums, health))
+            self._in_flight.append((sums, health))
             if len(self._in_flight) > 1:
                 self._read(journal)
-            if stop.is_set() and self.progress.step < end:
-                return False
-            if self.due():
-                self.save(journal)
+            if self.progress.step < end:  # the checkpoint of `end` comes after its validation
+                if stop.is_set():
+                    return False
+                if self.due():
+                    self.save(journal)
         self.drain(journal)
         return True
 
@@ -189,8 +190,7 @@ class _Loop:
             self._read(journal)
 
     def _read(self, journal: Journal) -> None:
-        _, sums, health = self._in_flight.pop(0)
-        values, where = jax.device_get((sums, health))
+        values, where = jax.device_get(self._in_flight.pop(0))
         if where.step >= 0:
             names = self.trainer.leaf_names
             bad = [name for bit, name in enumerate(names) if int(where.leaves) >> bit & 1]
@@ -229,25 +229,25 @@ class _Loop:
         text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
         if self.trainer.guided:
             text += f"  guidance {means['guidance_loss']:.4f}  alpha {means['alpha']:.3f}"
+        serving = self.serving(self.state)
         if self.validate.possible:
-            found = self.validate(self.serving(self.state))
+            found = self.validate(serving)
             record |= {f"valid/{name}": value for name, value in found.items()}
-            text += self._judge(found[train.early_stop_metric], epoch)
+            text += self._judge(found[train.early_stop_metric], epoch, serving)
+        else:
+            self._keep(epoch, None, serving)
         journal.record(self.progress.step, record, f"{text}  {rate / 1e6:.2f} M triples/s")
-        if not self.validate.possible:
-            self._keep(epoch, None)
 
-    def _judge(self, value: float, epoch: int) -> str:
+    def _judge(self, value: float, epoch: int, serving: ServingState) -> str:
         name, best = self.run.train.early_stop_metric, self.progress.best_metric
         if best is None or value > best:
-            self._keep(epoch, value)
+            self._keep(epoch, value, serving)
             return f"  valid {name} {value:.4f} *"
-        stale = self.progress.stale + 1
-        self.progress = dataclasses.replace(self.progress, stale=stale)
+        self.progress = dataclasses.replace(self.progress, stale=self.progress.stale + 1)
         return f"  valid {name} {value:.4f}"
 
-    def _keep(self, epoch: int, value: float | None) -> None:
-        self.best = self.serving(self.state)
+    def _keep(self, epoch: int, value: float | None, serving: ServingState) -> None:
+        self.best = serving
         self.progress = dataclasses.replace(
             self.progress, best_metric=value, best_epoch=epoch, stale=0
         )
@@ -327,9 +327,6 @@ def _train_in_workdir(
                 break
             if whole and loop.due():
                 loop.save(journal)
-        finished = status == "finished"
-        loop.drain(journal)
-        loop.progress = dataclasses.replace(loop.progress, finished=finished)
         loop.save(journal)
         loop.saved.close()
     progress = loop.progress

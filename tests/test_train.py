@@ -127,7 +127,7 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
     poisoned = poisoned.replace(
         tables=poisoned.tables | {"user": poisoned.tables["user"].at[3, 0].set(np.nan)}
     )
-    saved.save(poisoned, best, progress)
+    saved.save(poisoned, best, dataclasses.replace(progress, step=progress.step + 1))
     saved.close()
     del resident
     more = worlds.run_config(dataset, tmp_path / "run", **SMALL)
@@ -177,6 +177,30 @@ def test_restoring_what_never_trained(tmp_path):
     (tmp_path / "run" / "config.json").write_text(config.to_json(run))
     with pytest.raises(ManifestError, match="no checkpoints"):
         runs.restore_run(run.workdir)
+
+
+def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
+    """Replacing deletes first: a kill in between would lose the only one."""
+    dataset = worlds.random_dataset(tmp_path / "d")
+    saved, real = [], checkpoint.ocp.training.Checkpointer.save_checkpointables_async
+
+    def spy(self, step, items, **options):
+        assert not options.get("overwrite")
+        saved.append(step)
+        return real(self, step, items, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", spy)
+    often = SMALL | {"train": dataclasses.replace(SMALL["train"], checkpoint_every_s=0.0)}
+    train.train(worlds.run_config(dataset, tmp_path / "run", **often))
+    per_epoch = -(-len(dataset.train) // 32)
+    assert saved == [
+        step
+        for step in range(1, 6 * per_epoch + 1)
+        if step % per_epoch % 3 == 0 or step % per_epoch == 0
+    ]
+    train.train(worlds.run_config(dataset, tmp_path / "run", **often))
+    assert saved[-1] == 6 * per_epoch
+    assert len(saved) == len(set(saved))
 
 
 def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monkeypatch):
