@@ -408,7 +408,7 @@ def test_movielens_100k_from_the_recbole_wheel(tmp_path: pathlib.Path, name: str
     times = [data.part(part).timestamps for part in schema.PARTS]
     assert times[0].max() < times[1].min() <= times[1].max() < times[2].min()  # type: ignore[union-attr]
     first = data.items.slice(data.items["item_id"].to_pylist().index("1"), 1).to_pylist()[0]
-    assert first["title"] == "Toy Story"
+    assert first["title"] == "Toy Story (1995)"
     assert first["categories"] == ["Animation", "Children's", "Comedy"]
     assert data.manifest.counts["items_with_title"] == 1682
 
