@@ -13,7 +13,6 @@ teacher's lists.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.data.dataset import Csr, Dataset, beaten
 from slgr_jax.errors import InputError
 
 # Shifts tried by in-batch negatives before a triple is left without one (weight 0).
@@ -232,9 +231,10 @@ def teacher_lists(
     """
     counts = np.diff(offsets)
     users = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
-    start = offsets[:-1][users]
-    low, high = _close_runs(scores, users, guidance.min_gap)
-    low, high = low - start, high - start
+    # Scores ascend within a row: what an entry beats comes first, what beats it comes last.
+    low = beaten(offsets, scores, guidance.min_gap)
+    beaten_by = beaten(offsets[-1] - offsets[::-1], -scores[::-1], guidance.min_gap)[::-1]
+    high = counts[users] - beaten_by
     partners = counts[users] - (high - low)
     use_unlisted = unlisted_below and guidance.unlisted_share > 0
     able = np.ones(items.size, bool) if use_unlisted else partners > 0
@@ -260,30 +260,6 @@ def teacher_lists(
         unlisted=cut,
         floor=float(scores.min()) if scores.size else 0.0,
     )
-
-
-def _close_runs(
-    scores: np.ndarray, users: np.ndarray, min_gap: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each entry, the run [low, high) of its user's entries whose score is too close.
-
-    Too close: equal, or nearer than `min_gap`. Entries are sorted by (user, score).
-    """
-    size = scores.size
-    if size == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    starts = np.concatenate([[True], (users[1:] != users[:-1]) | (scores[1:] != scores[:-1])])
-    first = np.flatnonzero(starts)
-    run = np.cumsum(starts) - 1
-    low, high = first[run], np.append(first[1:], size)[run]
-    if min_gap > 0:
-        exact = scores.astype(np.float64)
-        bounds = np.append(np.flatnonzero(np.diff(users, prepend=-1)), size)
-        for begin, end in itertools.pairwise(bounds):
-            row = exact[begin:end]
-            low[begin:end] = begin + np.searchsorted(row, row - min_gap, side="right")
-            high[begin:end] = begin + np.searchsorted(row, row + min_gap, side="left")
-    return low, high
 
 
 def longest_row(resident: Resident) -> int:

@@ -56,6 +56,27 @@ class Csr:
         return Csr(offsets, indices.astype(np.int32))
 
 
+def beaten(offsets: np.ndarray, scores: np.ndarray, min_gap: float = 0.0) -> np.ndarray:
+    """[n] int64: how many entries of its own user each entry is preferred over.
+
+    Entry k beats entry l where s_k > s_l and s_k - s_l >= min_gap; as scores ascend within a
+    user, those are the first entries of the user's slice. A tie beats nothing.
+    """
+    exact = scores.astype(np.float64)
+    lengths = np.diff(offsets)
+    low = np.repeat(offsets[:-1], lengths)
+    first, high = low.copy(), np.arange(scores.size, dtype=np.int64)
+    unsettled = low < high
+    while unsettled.any():
+        middle = (low + high) // 2
+        gap = exact - exact[middle]
+        wins = (gap > 0) & (gap >= min_gap)
+        low = np.where(unsettled & wins, middle + 1, low)
+        high = np.where(unsettled & ~wins, middle, high)
+        unsettled = low < high
+    return low - first
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Interactions of one part, sorted by user, then time, then item.

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from slgr_jax.config import SliceConfig
 from slgr_jax.data import schema, shards
-from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.dataset import Dataset, beaten
 from slgr_jax.data.dataset import load as load_dataset
 from slgr_jax.errors import ConfigError, ManifestError, ShardError, listing
 from slgr_jax.teacher import answers
@@ -77,27 +77,6 @@ class Teacher:
     preferred: np.ndarray
     other: np.ndarray
     margin: np.ndarray
-
-
-def beaten(offsets: np.ndarray, scores: np.ndarray, min_gap: float = 0.0) -> np.ndarray:
-    """[n] int64: how many entries of its own user each entry is preferred over.
-
-    Entry k beats entry l where s_k > s_l and s_k - s_l >= min_gap; as scores ascend within a
-    user, those are the first entries of the user's slice. A tie beats nothing.
-    """
-    exact = scores.astype(np.float64)
-    lengths = np.diff(offsets)
-    low = np.repeat(offsets[:-1], lengths)
-    first, high = low.copy(), np.arange(scores.size, dtype=np.int64)
-    unsettled = low < high
-    while unsettled.any():
-        middle = (low + high) // 2
-        gap = exact - exact[middle]
-        wins = (gap > 0) & (gap >= min_gap)
-        low = np.where(unsettled & wins, middle + 1, low)
-        high = np.where(unsettled & ~wins, middle, high)
-        unsettled = low < high
-    return low - first
 
 
 def usable_pairs(teacher: Teacher, *, min_gap: float = 0.0) -> np.ndarray:

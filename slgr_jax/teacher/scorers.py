@@ -155,15 +155,7 @@ def profiles(history: Csr, vectors: np.ndarray) -> np.ndarray:
 
 
 def score_candidates(
-    dataset: Dataset,
-    embedder: Embedder,
-    *,
-    candidates: int = 20,
-    popular_pool: int = 1000,
-    cold_candidates: int = 20,
-    tail_fraction: float = 0.1,
-    tail_users: int = 20,
-    seed: int = 0,
+    dataset: Dataset, embedder: Embedder, options: TeachConfig
 ) -> tuple[pa.Table, dict[str, int]]:
     """Choose (user, item) pairs and score them: rows of `schema.TEACHER_SCORES`, and counts.
 
@@ -173,29 +165,28 @@ def score_candidates(
     Args:
       dataset: item texts, training interactions.
       embedder: the language model.
-      candidates: per user, drawn without repeats from the `popular_pool` items with most
-        training users.
-      cold_candidates: per cold user (default `SliceConfig`), one item from each of that many
-        equally large cells of the text space.
-      tail_fraction, tail_users: each item in this least popular share is paired with
-        `tail_users` random users.
-      seed: of all draws.
+      options: `candidates` per user are drawn without repeats from the `popular_pool` items with
+        most training users; `cold_candidates` per cold user (default `SliceConfig`), one item from
+        each of that many equally large cells of the text space; each item in the least popular
+        share `tail_fraction` is paired with `tail_users` random users; `seed` of all draws.
     """
     vectors = item_vectors(dataset, embedder)
     history = dataset.positives(("train",))
     users = profiles(history, vectors)
     able = np.flatnonzero(_filled(users))
-    rng = np.random.default_rng(seed)
-    slices = dataset.slices(SliceConfig(tail_item_fraction=tail_fraction))
+    rng = np.random.default_rng(options.seed)
+    slices = dataset.slices(SliceConfig(tail_item_fraction=options.tail_fraction))
     described = _filled(vectors)
     order = np.lexsort((np.arange(dataset.n_items), -dataset.popularity.astype(np.int64)))
-    pool = order[described[order]][:popular_pool]
+    pool = order[described[order]][: options.popular_pool]
     cold = able[slices.cold_users[able]]
     tail = np.flatnonzero(slices.tail_items & described)
     asked = {
-        "popular": _from_pool(able, pool, candidates, history, dataset.n_items, rng),
-        "cold": _from_cells(cold, vectors, described, cold_candidates, dataset.n_items, rng),
-        "tail": _random_users(tail, able, tail_users, dataset.n_items, rng),
+        "popular": _from_pool(able, pool, options.candidates, history, dataset.n_items, rng),
+        "cold": _from_cells(
+            cold, vectors, described, options.cold_candidates, dataset.n_items, rng
+        ),
+        "tail": _random_users(tail, able, options.tail_users, dataset.n_items, rng),
     }
     owners = np.repeat(np.arange(dataset.n_users, dtype=np.int64), history.counts)
     own = owners * dataset.n_items + history.indices
@@ -218,16 +209,7 @@ def score(dataset: Dataset, options: TeachConfig) -> schema.TeacherManifest:
     target = preferences.product_path(dataset.path, options.name)
     shards.check_target(target, overwrite=options.overwrite)
     embedder = make(options.scorer)
-    table, counts = score_candidates(
-        dataset,
-        embedder,
-        candidates=options.candidates,
-        popular_pool=options.popular_pool,
-        cold_candidates=options.cold_candidates,
-        tail_fraction=options.tail_fraction,
-        tail_users=options.tail_users,
-        seed=options.seed,
-    )
+    table, counts = score_candidates(dataset, embedder, options)
     provenance = preferences.Provenance(
         built_from="train_only",
         unlisted="unknown",

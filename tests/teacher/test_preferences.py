@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slgr_jax.data import schema, shards
+from slgr_jax.data.dataset import beaten
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
 from slgr_jax.teacher import preferences
 from slgr_jax.teacher.preferences import Provenance
@@ -412,7 +413,7 @@ def test_usable_pairs_equal_brute_force(rows, min_gap):
     offsets = np.cumsum([0, *map(len, rows)])
     scores = np.array([score for row in rows for score in row], np.float32)
     expected = [[sum(a > b and a - b >= min_gap for b in row) for a in row] for row in rows]
-    found = preferences.beaten(offsets, scores, min_gap)
+    found = beaten(offsets, scores, min_gap)
     assert found.tolist() == [count for row in expected for count in row]
     for u, row in enumerate(rows):  # "the first entries of the user's slice"
         for k, count in enumerate(found[offsets[u] : offsets[u + 1]]):

@@ -100,7 +100,7 @@ def test_fields_without_information_are_left_out(make_dataset):
 
 
 def test_scores_are_cosines_with_the_training_profile(clans):
-    table, _ = scorers.score_candidates(clans, Letters(), candidates=5, tail_users=3)
+    table, _ = scorers.score_candidates(clans, Letters(), TeachConfig(candidates=5, tail_users=3))
     vectors = scorers.item_vectors(clans, Letters())
     history = clans.positives(("train",))
     for row in table.slice(0, 200).to_pylist():
@@ -114,7 +114,9 @@ def test_scores_are_cosines_with_the_training_profile(clans):
 
 def test_candidates_follow_the_paper(clans):
     table, counts = scorers.score_candidates(
-        clans, Letters(), candidates=7, popular_pool=30, cold_candidates=0, tail_users=0
+        clans,
+        Letters(),
+        TeachConfig(candidates=7, popular_pool=30, cold_candidates=0, tail_users=0),
     )
     users, items = table["user"].to_numpy(), table["item"].to_numpy()
     pool = np.lexsort((np.arange(N_ITEMS), -clans.popularity.astype(int)))[:30]
@@ -128,14 +130,16 @@ def test_candidates_follow_the_paper(clans):
     assert (np.diff(users.astype(np.int64) * N_ITEMS + items) > 0).all()  # sorted, no repeats
 
     table, _ = scorers.score_candidates(
-        clans, Letters(), candidates=0, cold_candidates=9, tail_users=0
+        clans, Letters(), TeachConfig(candidates=0, cold_candidates=9, tail_users=0)
     )
     cold = np.flatnonzero(clans.slices(SliceConfig()).cold_users & (clans.history > 0))
     assert set(table["user"].to_pylist()) == set(cold.tolist())
     assert max(np.bincount(table["user"].to_numpy())) == 9  # fewer where an own item was drawn
 
     table, _ = scorers.score_candidates(
-        clans, Letters(), candidates=0, cold_candidates=0, tail_users=4, tail_fraction=0.1
+        clans,
+        Letters(),
+        TeachConfig(candidates=0, cold_candidates=0, tail_users=4, tail_fraction=0.1),
     )
     tail = clans.slices(SliceConfig(tail_item_fraction=0.1)).tail_items
     assert set(table["item"].to_pylist()) == set(np.flatnonzero(tail).tolist())
@@ -152,9 +156,9 @@ def test_cells_cover_the_text_space_evenly():
 
 
 def test_draws_depend_on_the_seed_only(clans, make_dataset):
-    first, _ = scorers.score_candidates(clans, Letters(), seed=1)
-    again, _ = scorers.score_candidates(clans, Letters(), seed=1)
-    other, _ = scorers.score_candidates(clans, Letters(), seed=2)
+    first, _ = scorers.score_candidates(clans, Letters(), TeachConfig(seed=1))
+    again, _ = scorers.score_candidates(clans, Letters(), TeachConfig(seed=1))
+    other, _ = scorers.score_candidates(clans, Letters(), TeachConfig(seed=2))
     assert first.equals(again)
     assert not first.equals(other)
 
@@ -163,7 +167,7 @@ def test_evaluation_parts_change_nothing(make_dataset):
     titles = ["a", "b", "ab", "c", "d", "ae"]
     one = make_dataset("one", titles=titles, valid={0: [3]}, test={1: [4]})
     two = make_dataset("two", titles=titles, valid={0: [5]}, test={3: [0]})
-    tables = [scorers.score_candidates(d, Letters(), seed=3)[0] for d in (one, two)]
+    tables = [scorers.score_candidates(d, Letters(), TeachConfig(seed=3))[0] for d in (one, two)]
     assert tables[0].equals(tables[1])
 
 
