@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -88,9 +89,21 @@ def _disk_errors(root: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _damage(checkpoint: pathlib.Path) -> Iterator[None]:
-    """Orbax and TensorStore raise whatever class a damaged file leads them to."""
+    """Orbax and TensorStore raise whatever class a damaged file leads them to.
+
+    Reads that are still under way when the first one fails meet a closed event loop, at any time
+    later; TensorStore reports that through `sys.unraisablehook`, as if it were news.
+    """
+    hook = sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = quiet
     try:
         yield
+        sys.unraisablehook = hook
     except Exception as error:
         # Orbax drops a coroutine on the way out, of which Python would warn at its end.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

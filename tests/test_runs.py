@@ -9,12 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import worlds
 
-from slgr_jax import runs, train
+from slgr_jax import checkpoint, runs, train
 from slgr_jax.config import (
     EvaluationConfig,
     GuidanceConfig,
@@ -179,6 +180,21 @@ def test_a_damaged_checkpoint_is_one_line(dataset, workdir, how):
     assert (found.returncode, found.stderr.count("\n")) == (2, 1), found.stderr
     assert re.search(r"checkpoints/\d+ cannot be restored \(.*--restart", found.stderr)
     assert train.train(_run(dataset, workdir, restart=True)).epoch == 1
+
+
+def test_late_reads_of_a_damaged_checkpoint_are_silent_and_nothing_else_is(tmp_path, monkeypatch):
+    """What TensorStore reports when a read ends after the one that failed: a race otherwise."""
+    heard: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: heard.append(str(found.exc_value)))
+    before = sys.unraisablehook
+    with checkpoint._damage(tmp_path):
+        pass
+    assert sys.unraisablehook is before
+    with pytest.raises(ManifestError, match="cannot be restored"), checkpoint._damage(tmp_path):
+        raise OSError("gone")
+    for text in ("Event loop is closed", "something new"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert heard == ["something new"]
 
 
 def test_damaged_progress_is_named(dataset, workdir):
