@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from slgr_jax import flags
-from slgr_jax.config import PrepareConfig, Section, knob
+from slgr_jax.config import PrepareConfig
 from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.knobs import Section, knob
 
 SISINF = ("facebook_book", "hetrec2011_lastfm_2k", "ml_small_2018")
 DATASETS = (*SISINF, "ml100k_lusifer", "ml1m")

@@ -2,18 +2,14 @@
 
 A section is a frozen dataclass whose fields are made with `knob`. `flags.py` derives the
 command line from the same fields, so a default or a help text is never written twice.
-This module imports neither JAX nor pyarrow: it must load in milliseconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import typing
-from typing import Any
 
-from slgr_jax.errors import ConfigError, listing
+from slgr_jax.errors import ConfigError
+from slgr_jax.knobs import Section, flag_name, knob
 
 BACKBONES = ("mf",)
 GUIDANCE = ("none", "selective")
@@ -31,82 +27,6 @@ BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
 UNLISTED = ("unknown", "below")
 SCORERS = ("wordllama",)
 SOURCES = ("movielens", "recbole", "amazon", "csv", "parquet")
-
-
-@dataclasses.dataclass(frozen=True)
-class Knob:
-    """What a field means to a user, and which values it takes."""
-
-    help: str
-    flag: str | None = None
-    choices: tuple[str, ...] | None = None
-    minimum: float | None = None
-    above: float | None = None
-    maximum: float | None = None
-    below: float | None = None
-
-
-def knob(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field with a default, a help text and a range.
-
-    `minimum`/`maximum` are inclusive, `above`/`below` exclusive; `flag` is the name on the
-    command line where it differs from the field's.
-    """
-    meta = Knob(help, flag, choices, minimum, above, maximum, below)
-    return dataclasses.field(default=default, metadata={"knob": meta})
-
-
-def knob_of(field: dataclasses.Field[Any]) -> Knob:
-    """The `Knob` of a section's field."""
-    found = field.metadata["knob"]
-    assert isinstance(found, Knob)
-    return found
-
-
-def flag_name(field: dataclasses.Field[Any]) -> str:
-    """The command-line name of a section's field."""
-    return knob_of(field).flag or field.name
-
-
-def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    meta, name = knob_of(field), flag_name(field)
-    if meta.choices is not None and value not in meta.choices:
-        known = listing(choice for choice in meta.choices if choice)
-        raise ConfigError(f"--{name}={value!r} is not one of: {known}")
-    values = value if isinstance(value, tuple) else (value,)
-    for one in values:
-        if isinstance(one, str | bool):
-            continue
-        if one != one or (math.isinf(one) and one != field.default):
-            raise ConfigError(f"--{name}={one} is not a finite number")
-        if meta.minimum is not None and one < meta.minimum:
-            raise ConfigError(f"--{name}={one} is below its minimum {meta.minimum:g}")
-        if meta.above is not None and one <= meta.above:
-            raise ConfigError(f"--{name}={one} must be greater than {meta.above:g}")
-        if meta.maximum is not None and one > meta.maximum:
-            raise ConfigError(f"--{name}={one} is over its maximum {meta.maximum:g}")
-        if meta.below is not None and one >= meta.below:
-            raise ConfigError(f"--{name}={one} must be less than {meta.below:g}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Base of every section: checks each knob's range when it is made."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if "knob" in field.metadata:
-                _check(field, getattr(self, field.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,60 +347,6 @@ class RunConfig:
         if self.guidance.guidance == "none":
             return 0
         return self.guidance.preferences_per_step or self.sampler.batch_size
-
-
-def to_json(config: Any) -> str:
-    """A config as JSON text, one key a field; `from_json` reads it back."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
-
-
-def run_config_from_json(text: str, where: str = "config") -> RunConfig:
-    """Read back what `to_json` wrote; `where` names it in errors.
-
-    A knob that is not in the text has its default: the run is older than the knob.
-
-    Raises:
-      ConfigError: not JSON, an unknown key, a value of another type or outside its range.
-    """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is damaged: {error}") from error
-    return _build(RunConfig, values, where)
-
-
-def _build(cls: type[Any], values: Any, where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    fields = [field.name for field in dataclasses.fields(cls)]
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} is {json.dumps(values)}; expected an object")
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        known = listing(fields, len(fields))
-        raise ConfigError(f"{where}: unknown key {listing(unknown)}; known: {known}")
-    missing = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}: missing key {listing(missing)}")
-    return cls(**{name: _value(hints[name], values[name], f"{where}: {name}") for name in values})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` as JSON gives it, checked and made into what a field of type `hint` holds."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where)
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        if isinstance(value, list):
-            return tuple(_value(inner, one, where) for one in value)
-    elif type(value) is hint or (hint is float and type(value) is int):
-        return hint(value)
-    raise ConfigError(f"{where} is {json.dumps(value)}, of another type than the knob")
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from slgr_jax.config import Knob, RunConfig, Section, flag_name, knob_of
+from slgr_jax.config import RunConfig
 from slgr_jax.errors import UserError, listing
+from slgr_jax.knobs import Knob, Section, flag_name, knob_of
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR = 2

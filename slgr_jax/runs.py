@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slgr_jax import __version__, checkpoint, config, evaluate, report
+from slgr_jax import __version__, checkpoint, config, evaluate, knobs, report
 from slgr_jax.backbones import make_backbone
 from slgr_jax.data import batches, schema
 from slgr_jax.data import dataset as dataset_lib
@@ -152,7 +152,7 @@ def read_config(workdir: str) -> config.RunConfig:
         raise ConfigError(f"{workdir} is not a run: it holds no {CONFIG} (see launch/train.py)")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return config.run_config_from_json(text, str(path))
+        return knobs.from_json(config.RunConfig, text, str(path))
     except ConfigError as error:
         raise ConfigError(f"{error}; restore it, or train anew with --restart") from error
 
@@ -254,7 +254,7 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
                 (root / name).unlink(missing_ok=True)
         elif (root / CONFIG).is_file():
             _refuse_changes(read_config(run.workdir), run, trained_on(run.workdir, dataset))
-        write_text(root / CONFIG, config.to_json(run))
+        write_text(root / CONFIG, knobs.to_json(run))
         yield
 
 

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from slgr_jax import config, flags
+from slgr_jax import config, flags, knobs
 from slgr_jax.backbones import make_backbone
 from slgr_jax.config import (
     EvaluationConfig,
@@ -30,7 +30,7 @@ KNOBS = [(section, field) for section in SECTIONS for field in dataclasses.field
 IDS = [f"{section.__name__}.{field.name}" for section, field in KNOBS]
 
 
-def _outside(meta: config.Knob) -> list[float]:
+def _outside(meta: knobs.Knob) -> list[float]:
     """A value just past each end of a knob's range."""
     out = [] if meta.minimum is None else [meta.minimum - 1]
     out += [] if meta.above is None else [meta.above, meta.above - 1]
@@ -40,21 +40,21 @@ def _outside(meta: config.Knob) -> list[float]:
 
 @pytest.mark.parametrize(("section", "field"), KNOBS, ids=IDS)
 def test_every_knob_is_described_and_keeps_its_range(section, field):
-    meta = config.knob_of(field)
+    meta = knobs.knob_of(field)
     assert len(meta.help) > 10, "a help text says what the knob means"
     for value in _outside(meta):
         wrong = (int(value),) if isinstance(field.default, tuple) else value
-        with pytest.raises(ConfigError, match=f"--{config.flag_name(field)}="):
+        with pytest.raises(ConfigError, match=f"--{knobs.flag_name(field)}="):
             section(**{field.name: wrong})
     if meta.choices is not None:
         assert field.default in meta.choices
-        with pytest.raises(ConfigError, match=f"--{config.flag_name(field)}='nonsense' is not one"):
+        with pytest.raises(ConfigError, match=f"--{knobs.flag_name(field)}='nonsense' is not one"):
             section(**{field.name: "nonsense"})
 
 
 def test_flag_names_are_distinct_within_a_command():
     for sections in ((config.PrepareConfig,), (config.TeachConfig,), RUN_SECTIONS):
-        names = [config.flag_name(f) for section in sections for f in dataclasses.fields(section)]
+        names = [knobs.flag_name(f) for section in sections for f in dataclasses.fields(section)]
         assert len(set(names)) == len(names)
 
 
@@ -97,7 +97,7 @@ def _changed(section: type) -> object:
     """A section in which every knob that has a second value has it."""
     values = {}
     for field in dataclasses.fields(section):
-        meta, default = config.knob_of(field), field.default
+        meta, default = knobs.knob_of(field), field.default
         if meta.choices is not None:
             values[field.name] = meta.choices[-1 if default == meta.choices[0] else 0]
         elif isinstance(default, bool):
@@ -116,27 +116,27 @@ def _changed(section: type) -> object:
 def test_json_gives_back_every_knob():
     sections = {name: _changed(section) for name, section in flags.run_sections().items()}
     run = RunConfig(data="a b", workdir="ü", **sections)
-    again = config.run_config_from_json(config.to_json(run))
+    again = knobs.from_json(RunConfig, knobs.to_json(run), "config")
     assert again == run
     assert type(again.evaluation.ks) is tuple
     plain = RunConfig(data="d", workdir="w")
     changed = {text[2:].split(":")[0] for text in config.differences(plain, run)}
     fields = [field for section in RUN_SECTIONS for field in dataclasses.fields(section)]
     only = {"backbone"} if len(config.BACKBONES) == 1 else set()
-    assert changed == {config.flag_name(field) for field in fields} - only
+    assert changed == {knobs.flag_name(field) for field in fields} - only
     assert config.differences(run, again) == []
 
 
 def test_a_knob_newer_than_the_run_has_its_default():
-    values = json.loads(config.to_json(RunConfig("d", "w", model=ModelConfig(dim=3))))
+    values = json.loads(knobs.to_json(RunConfig("d", "w", model=ModelConfig(dim=3))))
     del values["model"]["item_bias"]
-    assert config.run_config_from_json(json.dumps(values)).model == ModelConfig(dim=3)
+    assert knobs.from_json(RunConfig, json.dumps(values), "config").model == ModelConfig(dim=3)
 
 
 def test_an_integer_is_a_float_where_a_float_is_meant():
-    values = json.loads(config.to_json(RunConfig("d", "w")))
+    values = json.loads(knobs.to_json(RunConfig("d", "w")))
     values["optimizer"]["lr"] = 1
-    lr = config.run_config_from_json(json.dumps(values)).optimizer.lr
+    lr = knobs.from_json(RunConfig, json.dumps(values), "config").optimizer.lr
     assert (lr, type(lr)) == (1.0, float)
 
 
@@ -158,7 +158,7 @@ def test_an_integer_is_a_float_where_a_float_is_meant():
 )
 def test_damaged_json_is_named(text, message):
     with pytest.raises(ConfigError, match=message):
-        config.run_config_from_json(text, "x")
+        knobs.from_json(RunConfig, text, "x")
 
 
 # --- knobs that contradict each other -----------------------------------------------------------

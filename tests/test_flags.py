@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from absl import flags as absl_flags
 
-from slgr_jax import config, flags
+from slgr_jax import config, flags, knobs
 from slgr_jax.config import PrepareConfig, RunConfig, TeachConfig
 from slgr_jax.errors import ConfigError
 
@@ -52,9 +52,9 @@ def _parse(*args: str) -> None:
 def test_every_knob_has_a_flag_with_its_default_and_help(sections):
     for section in sections:
         for field in dataclasses.fields(section):
-            flag = flags.FLAGS[config.flag_name(field)]
+            flag = flags.FLAGS[knobs.flag_name(field)]
             assert flag.default == field.default
-            assert flag.help == config.knob_of(field).help
+            assert flag.help == knobs.knob_of(field).help
         assert flags.section_from_flags(section) == section()
 
 
@@ -64,7 +64,7 @@ def test_help_mentions_each_flag_its_default_and_its_choices(sections):
     flat = " ".join(text.split())
     for section in sections:
         for field in dataclasses.fields(section):
-            name, meta = config.flag_name(field), config.knob_of(field)
+            name, meta = knobs.flag_name(field), knobs.knob_of(field)
             assert f"\n  --{name}=" in text
             assert " ".join(meta.help.split()) in flat
             for choice in meta.choices or ():

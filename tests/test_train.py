@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import worlds
 
-from slgr_jax import checkpoint, config, runs, train
+from slgr_jax import checkpoint, knobs, runs, train
 from slgr_jax.config import GuidanceConfig, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
 from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
 
@@ -174,7 +174,7 @@ def test_restoring_what_never_trained(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
     run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(config.to_json(run))
+    (tmp_path / "run" / "config.json").write_text(knobs.to_json(run))
     with pytest.raises(ManifestError, match="no checkpoints"):
         runs.restore_run(run.workdir)
 
