@@ -1,35 +1,41 @@
 """How many users a second does full ranking serve?
 
     python benchmarks/ranking.py
+    python benchmarks/ranking.py --peer=implicit --peer_python=PYTHON
 
 Random factors (width 64), random seen and relevant items; users/s of the top-20 lists, of the
-ranks of all relevant items, and of those with the exact pooled AUC. Median, minimum and maximum
-over repeats after a warm-up that compiles.
+ranks of all relevant items, and of those with the exact pooled AUC, by the native kernels and by
+XLA's programs, taking turns. implicit, which only lists, takes its turns in another process.
+Median, minimum and maximum over repeats after a warm-up that compiles; `ratio` is the first
+row's median over this one's.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+import ranking_peers
+import turns
 from absl import app
 from absl import flags as absl_flags
 
 from slgr_jax import evaluate, report
 from slgr_jax.data.dataset import Csr
+from slgr_jax.kernels import build
 
 FLAGS = absl_flags.FLAGS
-absl_flags.DEFINE_integer("repeats", 3, "timed repeats", lower_bound=1)
-WIDTH = 64
-SIZES = ((943, 1_682, 85, 10), (20_000, 27_000, 100, 10))  # users, items, seen and relevant a user
-
-
-def rows(rng: np.random.Generator, n_users: int, n_items: int, per_user: int) -> Csr:
-    """About `per_user` random items a user."""
-    users = np.repeat(np.arange(n_users), per_user)
-    return Csr.from_pairs(users, rng.integers(0, n_items, users.size), n_users)
+absl_flags.DEFINE_integer("repeats", 5, "timed repeats", lower_bound=1)
+absl_flags.DEFINE_multi_enum("size", list(ranking_peers.SIZES), ranking_peers.SIZES, "what to rank")
+absl_flags.DEFINE_enum("peer", None, ["implicit"], "also time this library's top-20 lists")
+absl_flags.DEFINE_string("peer_python", sys.executable, "the interpreter that has the peer")
+PEER = pathlib.Path(__file__).with_name("ranking_peers.py")
 
 
 def score(state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
@@ -37,41 +43,73 @@ def score(state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
     return state[0][users] @ state[1].T
 
 
-def timed(call: Callable[[], object]) -> list[float]:
-    """Seconds of each repeat after one that compiles."""
-    times = []
-    for _ in range(FLAGS.repeats + 1):
-        begin = time.perf_counter()
+class Timed:
+    """A call that ranks `users` users, as a player; compiled when made."""
+
+    def __init__(self, users: int, call: Callable[[], object]) -> None:
+        self._users, self._call = users, call
         call()
-        times.append(time.perf_counter() - begin)
-    return times[1:]
+
+    def turn(self) -> turns.Turn:
+        """One repeat."""
+        return turns.Turn(self._users, turns.timed(self._call))
+
+
+def compare(players: Mapping[str, turns.HasTurn]) -> list[dict[str, object]]:
+    """A table row for each player."""
+    taken = turns.interleave(list(players.values()), FLAGS.repeats)
+    rates = {name: [turn.rate for turn in mine] for name, mine in zip(players, taken, strict=True)}
+    first = float(np.median(next(iter(rates.values()))))
+    return [
+        {
+            "way": name,
+            "users/s": round(float(np.median(found))),
+            "min": round(min(found)),
+            "max": round(max(found)),
+            "ratio": round(first / float(np.median(found)), 2),
+        }
+        for name, found in rates.items()
+    ]
 
 
 def main(_: list[str]) -> None:
     print(f"jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    # For the peer's process: its own threads share the work, and it is slower with more.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    native = build.choose("auto", platform=jax.default_backend(), devices=1)
+    ways = ["native", "xla"] if native else ["xla"]
     out = []
-    for n_users, n_items, n_seen, n_relevant in SIZES:
-        rng = np.random.default_rng(0)
-        factors = [rng.normal(size=(n, WIDTH)).astype(np.float32) for n in (n_users, n_items)]
-        state = tuple(map(jax.device_put, factors))
-        relevant = rows(rng, n_users, n_items, n_relevant)
-        seen = rows(rng, n_users, n_items, n_seen)
-        users = np.arange(n_users, dtype=np.int32)
-        whole = (score, state, relevant, seen, n_items)
-        ways: dict[str, Callable[[], object]] = {
-            "top-20": lambda s=state, u=users, m=seen, n=n_items: evaluate.top_k(
-                score, s, u, m, n, k=20
-            ),
-            "ranks": lambda w=whole: evaluate.rank(*w, pooled_auc=False),
-            "ranks, pooled AUC": lambda w=whole: evaluate.rank(*w),
+    for name in FLAGS.size:
+        size = ranking_peers.SIZES[name]
+        world = ranking_peers.make(size)
+        state = tuple(map(jax.device_put, world.factors))
+        seen, relevant = (
+            Csr.from_pairs(*pairs, size.users) for pairs in (world.seen, world.relevant)
+        )
+        lists = functools.partial(
+            evaluate.top_k, score, state, world.users, seen, size.items, k=ranking_peers.TOP
+        )
+        ranks = functools.partial(evaluate.rank, score, state, relevant, seen, size.items)
+        calls: dict[str, Callable[..., object]] = {
+            "top-20": lists,
+            "ranks": functools.partial(ranks, pooled_auc=False),
+            "ranks, pooled AUC": ranks,
         }
-        for name, call in ways.items():
-            rates = [n_users / seconds for seconds in timed(call)]
-            row = {"users": n_users, "items": n_items, "what": name}
-            row |= {"users/s": round(float(np.median(rates)))}
-            out.append(row | {"min": round(min(rates)), "max": round(max(rates))})
+        for what, call in calls.items():
+            players: dict[str, turns.HasTurn] = {
+                way: Timed(world.users.size, functools.partial(call, kernels=way)) for way in ways
+            }
+            with contextlib.ExitStack() as stack:
+                if FLAGS.peer and what == "top-20":
+                    command = [FLAGS.peer_python, str(PEER)]
+                    peer = stack.enter_context(turns.Player(command, {"size": name}))
+                    players[f"implicit {peer.facts['version']}"] = peer
+                out += [{"size": name, "what": what} | row for row in compare(players)]
     print(report.markdown_table(out))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    try:
+        app.run(main)
+    except turns.Refused as refusal:
+        sys.exit(str(refusal))

@@ -4,6 +4,8 @@ A checkpoint has the train state (step, tables with optimiser slots, parameters,
 the best serving state so far, and the loop's progress (epoch, counters, partial sums) as
 JSON. All three become visible together, so neither a kill nor a full disk can leave "best"
 and "last" at odds. The draws are a function of (seed, step): there is no iterator to save.
+
+Orbax takes half as long to import as JAX: it is, once there is something to restore or to save.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -21,7 +24,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from slgr_jax.errors import ManifestError, UserError
 from slgr_jax.step import ServingState, Trainer, TrainState, init_state, make_serving_state
@@ -138,12 +140,18 @@ class Checkpoints:
             root.mkdir(parents=True, exist_ok=True)
         elif not root.is_dir():
             raise ManifestError(f"{workdir} holds no checkpoints; train first (launch/train.py)")
-        self._checkpointer = ocp.training.Checkpointer(
-            root,
-            preservation_policy=ocp.training.preservation_policies.LatestN(1),
-            cleanup_tmp_directories=writable,
-        )
+        self._writable = writable
         self._pending: Any = None
+
+    @functools.cached_property
+    def _checkpointer(self) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
+        return ocp.training.Checkpointer(
+            self._root,
+            preservation_policy=ocp.training.preservation_policies.LatestN(1),
+            cleanup_tmp_directories=self._writable,
+        )
 
     def save(self, state: TrainState, best: ServingState, progress: Progress) -> None:
         """Start writing a checkpoint; a checkpoint of this very step is left as it is.
@@ -173,6 +181,8 @@ class Checkpoints:
 
     def progress(self) -> Progress | None:
         """What the newest whole checkpoint says of the loop; None if there is none."""
+        if not any(self._root.iterdir()):
+            return None
         latest = self._checkpointer.latest
         if latest is None:
             return None

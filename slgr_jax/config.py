@@ -17,8 +17,10 @@ GUIDANCE_LOSSES = ("hinge", "logistic")
 GATES = ("paper", "constant", "rule")
 UNCERTAINTIES = ("confidence", "entropy", "dropout")
 NEGATIVES = ("uniform", "popularity", "in_batch")
+KERNELS = ("auto", "native", "xla")
 PAIR_SELECTIONS = ("uniform", "largest_gap")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
+TABLE_DTYPES = ("float32", "bfloat16")
 SPLITS = ("auto", "global_time", "leave_last", "ratio", "premade")
 # What a teacher product was built from (DESIGN section 6); the loader refuses `includes_eval`.
 BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
@@ -181,6 +183,12 @@ class OptimizerConfig(Section):
     table_optimizer: str = knob(
         "adagrad", "update rule of the embedding rows a batch touches", choices=TABLE_OPTIMIZERS
     )
+    table_dtype: str = knob(
+        "float32",
+        "storage of the tables' values; bfloat16 halves it and rounds stochastically (what an "
+        "optimiser accumulates stays float32)",
+        choices=TABLE_DTYPES,
+    )
     lr: float = knob(0.05, "learning rate of the tables", above=0)
     l2: float = knob(
         0.02, "L2 penalty per triple on the rows it touches: l2/2 * (|u|^2+|i|^2+|j|^2)", minimum=0
@@ -196,6 +204,12 @@ class SamplerConfig(Section):
     """How triples are drawn on the device."""
 
     batch_size: int = knob(2048, "triples per step, over all devices", minimum=1)
+    triples_per_user: int = knob(
+        8,
+        "triples (and preferences) drawn for one user at a time; every training interaction stays "
+        "as likely, and a user's row is read once for several triples",
+        minimum=1,
+    )
     negatives: str = knob(
         "uniform", "distribution of the negative item j in a triple (u, i, j)", choices=NEGATIVES
     )
@@ -308,6 +322,12 @@ class TrainConfig(Section):
     )
     table_shards: int = knob(
         1, "devices that share the rows of one table; the others replicate it", minimum=1
+    )
+    kernels: str = knob(
+        "auto",
+        "who reads and writes table rows, and ranks: native (C++ compiled on this machine; one CPU "
+        "device), xla, or auto = native where it can be had",
+        choices=KERNELS,
     )
     min_devices: int = knob(1, "refuse to start with fewer devices", minimum=1)
     tensorboard: bool = knob(False, "also write TensorBoard files (extra: tensorboard)")

@@ -49,8 +49,9 @@ class Layout:
         return NamedSharding(self.mesh, self.table_spec)
 
     @property
-    def batch_sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, self.batch_spec)
+    def batches_sharding(self) -> NamedSharding:
+        """Of the batches of several steps: [S, B, ...] split by lane."""
+        return NamedSharding(self.mesh, PartitionSpec(None, (DATA, TABLE)))
 
     @property
     def replicated(self) -> NamedSharding:

@@ -3,11 +3,12 @@
 `run(main, sections=..., required=...)` is the whole of a launch script's ceremony: it
 defines a flag per knob, answers `--help` without importing JAX, turns a bad flag or a
 `UserError` into one line on standard error and exit status 2, and calls `main` with the
-parsed `absl.flags.FLAGS`.
+parsed `absl.flags.FLAGS`. What JAX compiles is kept for the next process (`keep_compiled`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -152,6 +153,25 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(EXIT_USER_ERROR)
 
 
+def keep_compiled() -> None:
+    """Let JAX keep every program it compiles for the next process, unless told otherwise.
+
+    JAX reads these variables when it is first imported. `JAX_COMPILATION_CACHE_DIR` moves the
+    cache, `JAX_ENABLE_COMPILATION_CACHE=0` turns it off. Where nothing can be written there is
+    none: JAX would warn of each program.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache = os.path.join(home, "slgr_jax", "xla")
+    # Small programs too: all of them together take longer to compile than a large one to look up.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError):
+        os.makedirs(cache, exist_ok=True)
+    if os.access(cache, os.W_OK | os.X_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+
+
 def run(
     main: Callable[[list[str]], None],
     *,
@@ -197,10 +217,7 @@ def run(
         return rest
 
     def guarded(rest: list[str]) -> None:
-        # Read by JAX when it is first imported, which `main` does: compiled programs are kept.
-        cache = os.path.join(os.path.expanduser("~"), ".cache", "slgr_jax", "xla")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        keep_compiled()
         # Orbax logs every file it writes, and each error that it then raises as well.
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)

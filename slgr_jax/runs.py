@@ -27,12 +27,13 @@ from jax.sharding import Mesh
 
 from slgr_jax import __version__, checkpoint, config, evaluate, knobs, report
 from slgr_jax.backbones import make_backbone
-from slgr_jax.data import batches, schema
+from slgr_jax.data import batches, draws, schema
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.distributed import Layout, make_layout
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.gates import make_gate
+from slgr_jax.kernels import build as kernel_build
 from slgr_jax.report import EvaluatedRun
 from slgr_jax.step import ServingState, Trainer, score_users
 from slgr_jax.teacher import preferences
@@ -44,6 +45,7 @@ RESUMABLE = frozenset(
     {
         *("epochs", "patience", "tensorboard", "verify_checksums", "checkpoint_every_s"),
         *("steps_per_dispatch", "table_shards", "min_devices", "eval_users_per_chunk", "restart"),
+        "kernels",
     }
 )
 
@@ -132,7 +134,7 @@ def make_trainer(
     ):
         if size % layout.devices:
             raise ConfigError(f"--{name}={size} is not a multiple of the {layout.devices} devices")
-    plan = batches.Plan(
+    plan = draws.Plan(
         n_items=dataset.n_items,
         n_pairs=int(resident.interactions.items.size),
         triples=run.sampler.batch_size,
@@ -140,6 +142,11 @@ def make_trainer(
         sampler=run.sampler,
         guidance=run.guidance,
         search_steps=batches.longest_row(resident).bit_length(),
+        native=kernel_build.choose(
+            run.train.kernels,
+            platform=layout.mesh.devices.flat[0].platform,
+            devices=layout.devices,
+        ),
     )
     backbone = make_backbone(run.model, n_users=dataset.n_users, n_items=dataset.n_items)
     return Trainer(run, backbone, make_gate(run.gate), plan, layout)
@@ -174,9 +181,7 @@ def restore_run(workdir: str, which: str = "best") -> Run:
     backbone = make_backbone(run.model, n_users=dataset.n_users, n_items=dataset.n_items)
     # Restoring needs no more than the sizes: one table shard, whatever the run had.
     layout = make_layout()
-    plan = batches.Plan(
-        dataset.n_items, 1, 1, run.preferences_per_step, run.sampler, run.guidance, 1
-    )
+    plan = draws.Plan(dataset.n_items, 1, 1, run.preferences_per_step, run.sampler, run.guidance, 1)
     trainer = Trainer(run, backbone, make_gate(run.gate), plan, layout)
     saved = checkpoint.Checkpoints(workdir, trainer, writable=False)
     try:
@@ -193,6 +198,7 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
     parts = evaluate.evaluate_dataset(
         *(run.score_users, run.state, run.dataset, run.config.slices, run.config.evaluation),
         mesh=run.mesh,
+        kernels=run.config.train.kernels,
     )
     found = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts)
     report.write_run(found)
@@ -312,6 +318,7 @@ def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved
         "devices": [str(device) for device in devices],
         "device_kind": devices[0].device_kind,
         "processes": jax.process_count(),
+        "kernels": "native" if trainer.plan.native else "xla",
         "dataset": dataset.manifest.name,
         "split_hash": dataset.manifest.split_hash,
         "id_map_hash": dataset.manifest.id_map_hash,

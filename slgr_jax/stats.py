@@ -1,6 +1,7 @@
 """Is one run better than another? Paired tests over users or seeds, intervals, corrections.
 
 Differences are a - b of the same user (or seed), so positive means that `a` is greater.
+scipy.stats takes as long to import as JAX: it is, when a test needs it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats as scipy_stats
 
 from slgr_jax.errors import ConfigError
 
@@ -52,6 +52,8 @@ def paired_t(differences: np.ndarray) -> float:
 
     1.0 if all are 0; NaN with fewer than two.
     """
+    from scipy import stats as scipy_stats
+
     d = np.asarray(differences, np.float64)
     if d.size < 2:
         return float("nan")
@@ -66,6 +68,8 @@ def wilcoxon(differences: np.ndarray) -> float:
 
     1.0 if all are 0; NaN without any difference.
     """
+    from scipy import stats as scipy_stats
+
     d = np.asarray(differences, np.float64)
     if not d.size:
         return float("nan")

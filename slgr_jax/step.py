@@ -16,6 +16,7 @@ resuming needs no iterator state.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,13 +29,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from slgr_jax import gates, losses, tables
+from slgr_jax.access import Access, Factors, Leaves, Rows
 from slgr_jax.backbones import Backbone
 from slgr_jax.config import RunConfig
-from slgr_jax.data import batches
+from slgr_jax.data import batches, draws
 from slgr_jax.distributed import Layout
 from slgr_jax.guidance import pairwise
 
 Sums = dict[str, jax.Array]
+# What is folded into a step's key for the rounding of table rows; far above any device's number.
+_ROUNDING = 1 << 31
+# Lanes (triples and preferences) drawn at once: enough that XLA's overhead per operation is small,
+# few enough that what was drawn is still in a CPU's cache when it is used.
+LANES_DRAWN = 1 << 16
 # Sums over the steps of a dispatch; the host divides by `steps` (means over steps).
 SUM_NAMES = (
     "steps",
@@ -55,7 +62,7 @@ class TrainState:
 
     Attributes:
       step: [] int32, steps done.
-      tables: name -> [R', D + S] values and optimiser slots.
+      tables: name -> [R', W] rows of values and optimiser slots (`tables.RowFormat`).
       params: {"backbone": ..., "gate": ...} dense parameters.
       opt_state: optax state of `params`.
     """
@@ -86,7 +93,7 @@ class Trainer:
     config: RunConfig
     backbone: Backbone
     gate: gates.Gate
-    plan: batches.Plan
+    plan: draws.Plan
     layout: Layout
 
     @property
@@ -103,6 +110,24 @@ class Trainer:
         return tables.make_row_optimizer(self.config.optimizer)
 
     @property
+    def access(self) -> Access:
+        """Dot products where the CPU kernels can serve them all, rows otherwise."""
+        backbone, native = self.backbone, self.plan.native
+        model, dtype = backbone.factor_model, self.config.optimizer.table_dtype
+        stochastic = backbone.dropout > 0 or (
+            self.guided and self.config.gate.uncertainty == "dropout"
+        )
+        if native and model is not None and dtype == "float32" and not stochastic:
+            width = backbone.tables[model.user_table].width
+            return Factors(model, width, tuple(backbone.tables), self.row_optimizer)
+        return Rows(backbone, self.row_optimizer, self.layout, native)
+
+    @property
+    def drawn_together(self) -> int:
+        """S: steps whose batches are drawn at once, by programs over long vectors."""
+        return max(1, LANES_DRAWN // (self.plan.triples + self.plan.preferences))
+
+    @property
     def leaf_names(self) -> list[str]:
         """What `Health.leaves` refers to, bit by bit."""
         return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
@@ -113,9 +138,10 @@ def init_state(trainer: Trainer, seed: int) -> TrainState:
     key = jax.random.key(seed)
     names = sorted(trainer.backbone.tables)
     keys = dict(zip(["", *names], jax.random.split(key, len(names) + 1), strict=True))
+    optimizer, dtype = trainer.row_optimizer, trainer.config.optimizer.table_dtype
     made = {
         name: tables.init_table(
-            keys[name], trainer.backbone.tables[name], trainer.row_optimizer, trainer.layout
+            keys[name], trainer.backbone.tables[name], optimizer, trainer.layout, dtype
         )
         for name in names
     }
@@ -153,9 +179,13 @@ def make_run_steps(
         sums = {name: jnp.zeros((), jnp.float32) for name in SUM_NAMES}
         health = Health(jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
-        def body(_: jax.Array, carry: Any) -> Any:
+        def body(batch: draws.Batch, keys: jax.Array, at: jax.Array, carry: Any) -> Any:
             state, slots, sums, health = carry
-            state, slots, new, bad = train_step(trainer, state, slots, resident, key)
+            mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, False), batch)
+            # Behind a barrier: otherwise XLA picks the step's ids anew for every entry of a row.
+            mine = jax.lax.optimization_barrier(mine)
+            facts = resident.interactions.facts
+            state, slots, new, bad = train_step(trainer, state, slots, mine, facts, keys[at])
             sums = {name: sums[name] + new[name] for name in SUM_NAMES}
             first = (health.step < 0) & (bad > 0)
             health = Health(
@@ -164,7 +194,20 @@ def make_run_steps(
             )
             return state, slots, sums, health
 
-        state, _, sums, health = jax.lax.fori_loop(0, count, body, (state, slots, sums, health))
+        together = trainer.drawn_together
+
+        def some(number: jax.Array, carry: Any) -> Any:
+            steps = carry[0].step + jnp.arange(together)
+            keys = jax.vmap(lambda step: jax.random.split(jax.random.fold_in(key, step)))(steps)
+            batch = draws.draw(keys[:, 0], resident, trainer.plan)
+            if trainer.layout.devices > 1:
+                batch = jax.lax.with_sharding_constraint(batch, trainer.layout.batches_sharding)
+            left = jnp.minimum(together, count - number * together)
+            return jax.lax.fori_loop(0, left, functools.partial(body, batch, keys[:, 1]), carry)
+
+        state, _, sums, health = jax.lax.fori_loop(
+            0, -(-count // together), some, (state, slots, sums, health)
+        )
         return state, sums, health
 
     # Stated, so that a dispatch's output is laid out as its input: otherwise the second call
@@ -178,16 +221,12 @@ def train_step(
     trainer: Trainer,
     state: TrainState,
     slots: dict[str, jax.Array],
-    resident: batches.Resident,
+    batch: draws.Batch,
+    facts: batches.Facts,
     key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array], Sums, Int[Array, ""]]:
-    """One step, pure and un-jitted; see the module's docstring."""
+    """One step on one batch, pure and un-jitted; see the module's docstring."""
     layout = trainer.layout
-    for_batch, for_dropout = jax.random.split(jax.random.fold_in(key, state.step))
-    batch = batches.draw(for_batch, resident, trainer.plan)
-    if layout.devices > 1:
-        batch = jax.lax.with_sharding_constraint(batch, layout.batch_sharding)
-    facts = resident.interactions.facts
 
     def local(*args: Any) -> Any:
         return _local_step(trainer, *args)
@@ -203,7 +242,7 @@ def train_step(
             check_vma=False,  # replicas of a table see the same gathered updates
         )
     new_tables, slots, params, opt_state, sums, bad = local(
-        state.tables, slots, state.params, state.opt_state, batch, facts, for_dropout
+        state.tables, slots, state.params, state.opt_state, batch, facts, key
     )
     return TrainState(state.step + 1, new_tables, params, opt_state), slots, sums, bad
 
@@ -214,47 +253,35 @@ def _local_step(
     slots: dict[str, jax.Array],
     params: dict[str, Any],
     opt_state: Any,
-    batch: batches.Batch,
+    batch: draws.Batch,
     facts: batches.Facts,
     key: jax.Array,
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
-    layout, backbone, specs = trainer.layout, trainer.backbone, trainer.backbone.tables
+    layout, access = trainer.layout, trainer.access
+    for_rounding = jax.random.fold_in(key, _ROUNDING)
     if layout.devices > 1:
         key = jax.random.fold_in(key, layout.device_index())
     users = jnp.concatenate([batch.users, batch.pref_users])
     items = jnp.concatenate([batch.items, batch.pref_items])
-    ids = backbone.ids(users, items)
-    rows = {
-        name: tables.lookup(state_tables[name], ids[name], specs[name].width, layout)
-        for name in specs
-    }
+    leaves = access.read(state_tables, users, items)
     counts = layout.sum_over_all(
         {"triples": jnp.sum(batch.weights), "preferences": jnp.sum(batch.pref_weights)}
     )
 
-    def objective(params: dict[str, Any], rows: tables.Rows) -> tuple[jax.Array, Sums]:
-        return _objective(trainer, params, rows, users, items, batch, facts, counts, key)
+    def objective(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Sums]:
+        return _objective(trainer, params, leaves, users, items, batch, facts, counts, key)
 
     grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-    (loss, sums), (params_grad, rows_grad) = grad(params, rows)
+    (loss, sums), (params_grad, leaves_grad) = grad(params, leaves)
     loss, sums, params_grad = layout.sum_over_all((loss, sums, params_grad))
-    finite = [jnp.isfinite(jnp.sum(jnp.square(rows[name]))) for name in specs]
-    finite = [_everywhere(layout, flag) for flag in finite]
+    finite = [_everywhere(layout, flag) for flag in access.finite(leaves)]
     finite.append(_all_finite(params))
     finite.append(jnp.isfinite(loss))
     bad = sum(jnp.where(flag, 0, 1 << bit) for bit, flag in enumerate(finite))
 
-    new_tables, new_slots = {}, {}
-    for name in specs:
-        new_tables[name], new_slots[name] = tables.update(
-            state_tables[name],
-            slots[name],
-            ids[name],
-            rows_grad[name] * jnp.maximum(counts["triples"], 1.0),
-            trainer.row_optimizer,
-            layout,
-        )
+    summed = jax.tree.map(lambda g: g * jnp.maximum(counts["triples"], 1.0), leaves_grad)
+    new_tables, new_slots = access.write(state_tables, slots, users, items, summed, for_rounding)
     updates, opt_state = trainer.optimizer.update(params_grad, opt_state, params)
     params = optax.apply_updates(params, updates)
     sums = {"steps": jnp.float32(1.0), "loss": loss, **counts, **sums}
@@ -273,29 +300,27 @@ def _all_finite(tree: Any) -> jax.Array:
 def _objective(
     trainer: Trainer,
     params: dict[str, Any],
-    rows: tables.Rows,
+    leaves: Leaves,
     users: Int[Array, "N"],
     items: Int[Array, "N 2"],
-    batch: batches.Batch,
+    batch: draws.Batch,
     facts: batches.Facts,
     counts: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[Float[Array, ""], Sums]:
     """This device's share of the loss: the sum over devices is the loss of the batch."""
-    config, backbone = trainer.config, trainer.backbone
+    config, access, rate = trainer.config, trainer.access, trainer.backbone.dropout
     for_pass, for_gate = jax.random.split(key)
-    dropout = (backbone.dropout, for_pass) if backbone.dropout > 0 else None
-    scores = backbone.score(params["backbone"], rows, users, items, dropout=dropout)
+    dropout = (rate, for_pass) if rate > 0 else None
+    scores = access.score(params["backbone"], leaves, users, items, dropout=dropout)
     difference = scores[:, 0] - scores[:, 1]
     triples = batch.users.shape[0]
     per_triple = 1.0 / jnp.maximum(counts["triples"], 1.0)
     rec = losses.masked_sum(losses.bpr(difference[:triples]), batch.weights) * per_triple
     penalty = jnp.float32(0.0)
     if config.optimizer.l2 > 0:
-        squares = [
-            jnp.sum(jnp.square(row[:triples].reshape(triples, -1)), axis=1) for row in rows.values()
-        ]
-        penalty = losses.masked_sum(jnp.sum(jnp.stack(squares), axis=0), batch.weights) * per_triple
+        squares = access.squares(leaves)[:triples]
+        penalty = losses.masked_sum(squares, batch.weights) * per_triple
         penalty = 0.5 * config.optimizer.l2 * penalty
     sums = {
         "rec_loss": rec,
@@ -309,10 +334,10 @@ def _objective(
     }
     if not trainer.guided:
         return rec + penalty, sums
-    own = {name: row[triples:] for name, row in rows.items()}
+    own = {name: leaf[triples:] for name, leaf in leaves.items()}
 
     def stochastic(key: jax.Array, rate: float) -> jax.Array:
-        return backbone.score(
+        return access.score(
             params["backbone"], own, batch.pref_users, batch.pref_items, dropout=(rate, key)
         )
 

@@ -8,11 +8,12 @@ run is bit-identical to an uninterrupted one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slgr_jax import checkpoint, config, evaluate, metrics, runs
+from slgr_jax import checkpoint, config, evaluate, metrics, runs, tables
 from slgr_jax.data import batches
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
@@ -93,6 +94,7 @@ class _Validation:
 
     def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
         self._config = trainer.config.evaluation
+        self._kernels = trainer.config.train.kernels
         self._score = score_users(trainer.backbone)
         self._relevant = dataset.positives(("valid",))
         self._seen = dataset.positives(("train",))
@@ -114,18 +116,38 @@ class _Validation:
             top_k=0,
             pooled_auc=False,
             mesh=self._mesh,
+            kernels=self._kernels,
         )
         found = metrics.summarize(metrics.per_user(ranking, self._config.ks))
         return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def _finite(state: TrainState) -> dict[str, jax.Array]:
+# What runs once at the start is a program each, with the seed as an argument: run line by line it
+# would be ten, and to look one up in the compilation cache takes longer than to run it.
+
+
+def _draw_key(seed: jax.Array) -> jax.Array:
+    """Key data of a run's draws; the seed itself is the initialisation's."""
+    return jax.random.key_data(jax.random.key(seed + 1))
+
+
+def _make_init(trainer: Trainer) -> Callable[[np.int32], TrainState]:
+    """Jitted `init_state`: seed -> a fresh state, laid out as the steps want it."""
+    everywhere = trainer.layout.replicated
+    layout = TrainState(everywhere, trainer.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
+    return jax.jit(functools.partial(init_state, trainer), out_shardings=layout)
+
+
+def _finite(trainer: Trainer, state: TrainState) -> dict[str, jax.Array]:
     """Which of the state's parts hold only finite numbers."""
-    parts = {f"tables/{name}": table for name, table in state.tables.items()}
-    return {
-        name: jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(part)]))
-        for name, part in (parts | {"params": state.params, "opt_state": state.opt_state}).items()
+    found = {
+        f"tables/{name}": tables.all_finite(state.tables[name], spec.width)
+        for name, spec in trainer.backbone.tables.items()
     }
+    for name, part in (("params", state.params), ("opt_state", state.opt_state)):
+        fine = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(part)]
+        found[name] = jnp.all(jnp.array(fine))
+    return found
 
 
 class _Loop:
@@ -137,18 +159,18 @@ class _Loop:
         self.run, self.trainer, self.resident = run, trainer, resident
         self.per_epoch = -(-trainer.plan.n_pairs // trainer.plan.triples)
         self.dispatch = _steps_per_dispatch(trainer)
-        self.key = jax.device_put(
-            jax.random.key_data(jax.random.key(run.train.seed + 1)), trainer.layout.replicated
+        self.key = jax.jit(_draw_key, out_shardings=trainer.layout.replicated)(
+            np.int32(run.train.seed)
         )
         self.run_steps = make_run_steps(trainer)
         self.serving = make_serving_state(trainer)
-        self.finite = jax.jit(_finite)
+        self.finite = jax.jit(functools.partial(_finite, trainer))
         self.validate = _Validation(trainer, dataset)
         self.saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
         progress = self.saved.progress()
         if progress is None:
             self.progress = checkpoint.Progress()
-            self.state = init_state(trainer, run.train.seed)
+            self.state = _make_init(trainer)(np.int32(run.train.seed))
             self.best = self.serving(self.state)
         else:
             self.progress = progress

@@ -11,7 +11,7 @@ import worlds
 from jax.sharding import AxisType, Mesh
 from sklearn.metrics import roc_auc_score
 
-from slgr_jax import evaluate, metrics
+from slgr_jax import evaluate, metrics, ranking
 from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError, NonFiniteError
@@ -24,6 +24,14 @@ def table(state: jax.Array, users: jax.Array) -> jax.Array:
 
 def factors(state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
     return state[0][users] @ state[1].T
+
+
+@pytest.fixture(params=["native", "xla"])
+def kernels(request) -> str:
+    """Who ranks."""
+    if request.param == "native":
+        worlds.need_native_kernels()
+    return request.param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +106,9 @@ def check(world: World, found: metrics.Ranking, k: int) -> None:
     ("seed", "n_users", "n_items", "chunk"),
     [(0, 23, 70, 7), (1, 16, 128, 8), (2, 9, 257, 1024), (3, 40, 20, 1)],
 )
-def test_equals_plain_numpy(seed, n_users, n_items, chunk, ties):
+def test_equals_plain_numpy(seed, n_users, n_items, chunk, ties, kernels):
     world = make_world(seed, n_users, n_items, ties=ties, overlap=seed % 2 == 1)
-    found = world.rank(users_per_chunk=chunk, top_k=15)
+    found = world.rank(users_per_chunk=chunk, top_k=15, kernels=kernels)
     check(world, found, 15)
     assert 1 not in found.users  # has seen everything
     assert (seed % 2 == 1) == (found.n_dropped > 0)
@@ -109,8 +117,8 @@ def test_equals_plain_numpy(seed, n_users, n_items, chunk, ties):
 def test_two_stage_lists_equal_the_sorted_order():
     """Long catalogue, short lists, many ties: the path that looks at blocks."""
     world = make_world(5, 12, 3000, ties=True, overlap=False)
-    assert evaluate._BLOCK * 4 * 5 <= 3000
-    check(world, world.rank(top_k=5), 5)
+    assert ranking._BLOCK * 4 * 5 <= 3000
+    check(world, world.rank(top_k=5, kernels="xla"), 5)
 
 
 @pytest.mark.slow
@@ -142,7 +150,7 @@ def test_item_order_does_not_matter():
     np.testing.assert_array_equal(a.top_items, listed)
 
 
-def test_every_room_for_relevant_items():
+def test_every_room_for_relevant_items(kernels):
     """1 to 300 relevant items: several compiled widths in one ranking."""
     rng = np.random.default_rng(4)
     relevant = np.zeros((12, 320), bool)
@@ -150,16 +158,23 @@ def test_every_room_for_relevant_items():
         relevant[u, rng.choice(320, count, replace=False)] = True
     scores = rng.integers(0, 50, relevant.shape).astype(np.float32)
     world = World(scores, relevant, np.zeros_like(relevant))
-    check(world, world.rank(users_per_chunk=2, top_k=3), 3)
+    check(world, world.rank(users_per_chunk=2, top_k=3, kernels=kernels), 3)
 
 
-def test_masked_items_are_never_listed():
+def test_masked_items_are_never_listed(kernels):
     world = make_world(6, 25, 60, ties=False, overlap=False)
     scores = world.scores + 100 * world.masked  # the model loves what is masked
     users = np.array([7, 3, 1, 24, 3], np.int32)
     with jax.transfer_guard("disallow"):
         top = evaluate.top_k(
-            table, jax.device_put(scores), users, world.csr[1], 60, k=50, users_per_chunk=2
+            table,
+            jax.device_put(scores),
+            users,
+            world.csr[1],
+            60,
+            k=50,
+            users_per_chunk=2,
+            kernels=kernels,
         )
     assert top.users.tolist() == users.tolist()
     for row, u in enumerate(users):
@@ -188,7 +203,7 @@ def test_lists_are_no_longer_than_the_catalogue():
     ],
     ids=["equal", "extreme", "narrow", "outlier", "geometric"],
 )
-def test_pooled_auc_is_exact_for_awkward_scores(relevant_scores):
+def test_pooled_auc_is_exact_for_awkward_scores(relevant_scores, kernels):
     """Scores that defeat the look-up table's equal cells; negatives equal and next to them."""
     positive = relevant_scores.astype(np.float32)
     near = [positive, np.nextafter(positive, np.float32(0)), np.nextafter(positive, np.float32(9))]
@@ -201,53 +216,63 @@ def test_pooled_auc_is_exact_for_awkward_scores(relevant_scores):
     world = World(scores, relevant, np.zeros_like(relevant))
     wins = np.sum(scores[relevant][:, None] > scores[~relevant][None, :])
     ties = np.sum(scores[relevant][:, None] == scores[~relevant][None, :])
-    assert world.rank().pooled_auc == (2 * wins + ties) / (2 * 50 * 150)
+    assert world.rank(kernels=kernels).pooled_auc == (2 * wins + ties) / (2 * 50 * 150)
 
 
 def test_pooled_auc_sums_pass_32_bits(monkeypatch):
     """Sums of a row's counts beyond 2^31 are carried in digits: force many of them."""
     world = make_world(3, 30, 1000, ties=True, overlap=False)
-    look_up = evaluate._pool_chunk
+    look_up = ranking.pool_chunk
 
-    def narrow(*args, pieces, bits, mesh):
+    def narrow(*args, pieces, bits, mesh, native):
         assert pieces == 1
-        digits = jax.device_get(look_up(*args, pieces=5, bits=3, mesh=mesh))
+        digits = jax.device_get(look_up(*args, pieces=5, bits=3, mesh=mesh, native=native))
         assert digits[:, 4].any()
         return (digits << (3 * np.arange(5))).sum(axis=1, keepdims=True)
 
-    base = world.rank()
-    monkeypatch.setattr(evaluate, "_pool_chunk", narrow)
-    assert world.rank().pooled_auc == base.pooled_auc
+    base = world.rank(kernels="xla")
+    monkeypatch.setattr(ranking, "pool_chunk", narrow)
+    assert world.rank(kernels="xla").pooled_auc == base.pooled_auc
 
 
 def test_pooled_auc_tiles_do_not_matter(monkeypatch):
     world = make_world(13, 10, 777, ties=True, overlap=False)
-    base = world.rank()
-    monkeypatch.setattr(evaluate, "_POOL_TILE", 1)
+    base = world.rank(kernels="xla")
+    monkeypatch.setattr(ranking, "_POOL_TILE", 1)
     jax.clear_caches()
-    assert world.rank().pooled_auc == base.pooled_auc
+    assert world.rank(kernels="xla").pooled_auc == base.pooled_auc
 
 
-def test_nothing_relevant():
+def test_nothing_relevant(kernels):
     world = make_world(0, 6, 12, ties=False, overlap=False)
-    found = World(world.scores, np.zeros_like(world.relevant), world.masked).rank()
+    found = World(world.scores, np.zeros_like(world.relevant), world.masked).rank(kernels=kernels)
     assert found.users.size == found.items.size == 0
     assert found.offsets.tolist() == [0]
     assert np.isnan(found.pooled_auc)
-    everything = World(world.scores, np.ones_like(world.relevant), world.masked & False).rank()
+    everything = World(world.scores, np.ones_like(world.relevant), world.masked & False).rank(
+        kernels=kernels
+    )
     assert np.isnan(everything.pooled_auc)
     assert set(everything.greater.tolist()) == {0}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_score_that_is_not_finite_names_the_user(bad):
+def test_a_score_that_is_not_finite_names_the_user(bad, kernels):
     world = make_world(1, 9, 30, ties=False, overlap=False)
     world.relevant[5, 11] = True
     world.scores[5, 17] = bad
     with pytest.raises(NonFiniteError, match=r"1 of \d users .* index 5;"):
-        world.rank()
+        world.rank(kernels=kernels)
     with pytest.raises(NonFiniteError, match="index 5;"):
-        evaluate.top_k(table, jax.device_put(world.scores), np.arange(9), world.csr[1], 30, k=3)
+        evaluate.top_k(
+            table,
+            jax.device_put(world.scores),
+            np.arange(9),
+            world.csr[1],
+            30,
+            k=3,
+            kernels=kernels,
+        )
 
 
 def test_a_model_of_another_catalogue_is_refused():
@@ -291,8 +316,8 @@ def test_scores_are_split_over_the_devices():
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = jax.device_put(np.zeros((64, 20), np.float32), everywhere)
-    users = jax.device_put(np.arange(64, dtype=np.int32), evaluate._by_user(mesh))
-    scores = evaluate._score_chunk(state, users, score_users=watched, n_items=20, mesh=mesh)
+    users = jax.device_put(np.arange(64, dtype=np.int32), ranking.by_user(mesh))
+    scores = ranking.score_chunk(None, state, users, score_users=watched, n_items=20, mesh=mesh)
     assert {shard.data.shape for shard in scores.addressable_shards} == {(8, 20)}
     assert len(seen) == 1
 
@@ -307,15 +332,15 @@ def test_one_model_is_traced_once_for_all_chunks_and_calls():
 
     state = jax.device_put(world.scores)
     relevant, seen = world.csr
-    before = evaluate._rank_chunk._cache_size()
+    before = ranking.rank_chunk._cache_size()
     for _ in range(3):
         evaluate.rank(counted, state, relevant, seen, 40, users_per_chunk=8)
     assert traces == [(8,)]
     # Rooms for 16 and 64 relevant items.
-    assert evaluate._rank_chunk._cache_size() - before == 2
+    assert ranking.rank_chunk._cache_size() - before == 2
 
 
-def test_tied_dot_products_stay_tied_between_the_passes():
+def test_tied_dot_products_stay_tied_between_the_passes(kernels):
     """Items with equal factors tie exactly, in ranks and in the pooled AUC."""
     rng = np.random.default_rng(0)
     items = np.repeat(rng.normal(size=(50, 16)), 2, axis=0).astype(np.float32)
@@ -324,7 +349,7 @@ def test_tied_dot_products_stay_tied_between_the_passes():
     relevant[:, ::2] = True  # every relevant item has a twin that is not
     csr = Csr.from_pairs(*np.nonzero(relevant), 20)
     none = Csr(np.zeros(21, np.int64), np.zeros(0, np.int32))
-    found = evaluate.rank(factors, jax.device_put((users, items)), csr, none, 100)
+    found = evaluate.rank(factors, jax.device_put((users, items)), csr, none, 100, kernels=kernels)
     assert np.all(found.tied == 1)
     auc = metrics.per_user(found, (10,)).values["auc"]
     np.testing.assert_allclose(auc, 0.5, atol=1e-12)

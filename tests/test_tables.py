@@ -1,6 +1,10 @@
-"""Row optimisers against optax, duplicates against a dense gradient, sharded against single."""
+"""Row optimisers against optax, duplicates against a dense gradient, sharded against single;
+bfloat16 rows against float32 rows and against their bits."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ import pytest
 import worlds
 
 from slgr_jax import tables
-from slgr_jax.config import OptimizerConfig
+from slgr_jax.config import TABLE_DTYPES, OptimizerConfig
 from slgr_jax.distributed import make_layout
 
 ROWS, WIDTH = 20, 6
@@ -38,25 +42,26 @@ def _steps(seed: int, count: int, lanes: int) -> list[tuple[np.ndarray, np.ndarr
 
 def _run(config: OptimizerConfig, layout, steps):
     optimizer = tables.make_row_optimizer(config)
-    table = tables.init_table(jax.random.key(0), SPEC, optimizer, layout)
+    table = tables.init_table(jax.random.key(0), SPEC, optimizer, layout, config.table_dtype)
     slot = jnp.zeros(table.shape[0], jnp.int32)
 
-    def one(table, slot, ids, grads):
-        return tables.update(table, slot, ids, grads, optimizer, layout)
+    def one(table, slot, ids, grads, key):
+        return tables.update(table, slot, ids, grads, optimizer, layout, key)
 
     if layout.devices > 1:
-        rows, batch = layout.table_spec, layout.batch_spec
+        rows, batch, whole = layout.table_spec, layout.batch_spec, jax.sharding.PartitionSpec()
         one = jax.shard_map(
             one,
             mesh=layout.mesh,
-            in_specs=(rows, rows, batch, batch),
+            in_specs=(rows, rows, batch, batch, whole),
             out_specs=(rows, rows),
             check_vma=False,
         )
     one = jax.jit(one)
     start = np.asarray(tables.values_of(table, SPEC))
-    for ids, grads in steps:
-        table, slot = one(table, slot, jnp.asarray(ids, jnp.int32), jnp.asarray(grads))
+    for number, (ids, grads) in enumerate(steps):
+        key = np.array([8, number], np.uint32)
+        table, slot = one(table, slot, jnp.asarray(ids, jnp.int32), jnp.asarray(grads), key)
     return start, np.asarray(tables.values_of(table, SPEC))
 
 
@@ -78,8 +83,9 @@ def test_rows_follow_optax_over_the_steps_that_touch_them(name):
         np.testing.assert_allclose(got[row], params, rtol=2e-5, atol=1e-6)
 
 
-def test_untouched_rows_do_not_move():
-    config, _ = OPTIMIZERS["lazy_adam"]
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_untouched_rows_do_not_move(dtype):
+    config = dataclasses.replace(OPTIMIZERS["lazy_adam"][0], table_dtype=dtype)
     ids = np.array([3, 3, 5])
     start, got = _run(config, worlds.one_device(), [(ids, np.ones((3, WIDTH), np.float32))])
     untouched = np.setdiff1d(np.arange(ROWS), ids)
@@ -97,24 +103,39 @@ def test_rowwise_adagrad_closed_form():
     np.testing.assert_allclose(got[4], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "rowwise_adagrad"])
+@functools.cache
+def _after_four_steps(config, layout):
+    return _run(config, layout, _steps(2, count=4, lanes=16))[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in (*OPTIMIZERS, "rowwise_adagrad")),
+        *((name, "bfloat16") for name in ("sgd", "adagrad")),
+    ],
+)
 @pytest.mark.parametrize("table_shards", [1, 2, 8])
-def test_sharded_equals_single(name, table_shards):
+def test_sharded_equals_single(name, dtype, table_shards):
     config = (
         OPTIMIZERS[name][0] if name in OPTIMIZERS else OptimizerConfig(table_optimizer=name, lr=0.1)
     )
-    steps = _steps(2, count=4, lanes=16)
-    _, alone = _run(config, worlds.one_device(), steps)
-    _, shared = _run(config, make_layout(table_shards=table_shards), steps)
-    np.testing.assert_allclose(shared, alone, rtol=1e-6, atol=1e-7)
+    config = dataclasses.replace(config, table_dtype=dtype)
+    alone = _after_four_steps(config, worlds.one_device())
+    shared = _after_four_steps(config, make_layout(table_shards=table_shards))
+    if dtype == "float32":
+        np.testing.assert_allclose(shared, alone, rtol=1e-6, atol=1e-7)
+    else:  # the same noise on any mesh; a last bit of float32 seldom decides
+        assert (shared != alone).mean() < 0.02
 
 
 @pytest.mark.parametrize("table_shards", [1, 4, 8])
-def test_sharded_lookup_reads_the_same_rows(table_shards):
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_sharded_lookup_reads_the_same_rows(table_shards, dtype):
     layout = make_layout(table_shards=table_shards)
     optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer="adagrad"))
     spec = tables.TableSpec(1000, 5, 1.0)
-    table = tables.init_table(jax.random.key(3), spec, optimizer, layout)
+    table = tables.init_table(jax.random.key(3), spec, optimizer, layout, dtype)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (16, 2)), jnp.int32)
     read = jax.jit(
         jax.shard_map(
@@ -125,16 +146,23 @@ def test_sharded_lookup_reads_the_same_rows(table_shards):
             check_vma=False,
         )
     )
-    np.testing.assert_array_equal(read(table, ids), np.asarray(table)[np.asarray(ids), :5])
+    values = np.asarray(tables.values_of(table, spec))
+    np.testing.assert_array_equal(read(table, ids), values[np.asarray(ids)])
 
 
-def test_values_do_not_depend_on_the_mesh():
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_initial_values_do_not_depend_on_the_mesh(dtype):
     optimizer = tables.make_row_optimizer(OptimizerConfig())
-    tables_of = [
-        tables.values_of(tables.init_table(jax.random.key(7), SPEC, optimizer, layout), SPEC)
-        for layout in (worlds.one_device(), make_layout(table_shards=8))
-    ]
-    np.testing.assert_array_equal(*tables_of)
+    alone, shared, exact = (
+        tables.values_of(tables.init_table(jax.random.key(7), SPEC, optimizer, layout, kind), SPEC)
+        for layout, kind in (
+            (worlds.one_device(), dtype),
+            (make_layout(table_shards=8), dtype),
+            (worlds.one_device(), "float32"),
+        )
+    )
+    np.testing.assert_array_equal(alone, shared)
+    np.testing.assert_array_equal(alone, exact.astype(dtype).astype(jnp.float32))
 
 
 def test_initial_entries_have_the_stated_spread():
@@ -145,25 +173,210 @@ def test_initial_entries_have_the_stated_spread():
     assert abs(values.mean()) < 1e-3
 
 
-def test_update_compiles_without_a_table_sized_temporary():
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_update_compiles_without_a_table_sized_temporary(dtype):
     """A million rows: what the program allocates beside its donated table stays with the batch."""
     optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer="adagrad"))
     rows, width, lanes, layout = 1_000_000, 16, 512, worlds.one_device()
+    spec = tables.TableSpec(rows, width, 1.0)
+    table = jax.eval_shape(
+        lambda: tables.init_table(jax.random.key(0), spec, optimizer, layout, dtype)
+    )
+    value_bytes = jnp.dtype(dtype).itemsize
+    assert table.size * table.dtype.itemsize == table.shape[0] * width * (value_bytes + 4)
 
-    def step(table, slot, ids, grads):
-        return tables.update(table, slot, ids, grads, optimizer, layout)
+    def step(table, slot, ids, grads, key):
+        return tables.update(table, slot, ids, grads, optimizer, layout, key)
 
     shape = jax.ShapeDtypeStruct
     compiled = (
         jax.jit(step, donate_argnums=(0, 1))
         .lower(
-            shape((rows, 2 * width), jnp.float32),
-            shape((rows,), jnp.int32),
+            table,
+            shape((table.shape[0],), jnp.int32),
             shape((lanes,), jnp.int32),
             shape((lanes, width), jnp.float32),
+            shape((2,), jnp.uint32),
         )
         .compile()
     )
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 40 * lanes * width * 4
-    assert memory.alias_size_in_bytes >= rows * 2 * width * 4
+    assert memory.alias_size_in_bytes >= table.size * table.dtype.itemsize
+
+
+# --- bfloat16 rows --------------------------------------------------------------------------------
+
+PACKED = tables.RowFormat(WIDTH, 3, "bfloat16")
+
+
+def _neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bfloat16 numbers around float32 ones, as bits: towards zero, away from it."""
+    towards = values.view(np.uint32) >> 16
+    return towards, towards + (values.view(np.uint32) & 0xFFFF != 0)
+
+
+def _bits(values: jax.Array) -> np.ndarray:
+    """The upper half of float32 values that must have no lower one."""
+    bits = np.asarray(values).view(np.uint32)
+    assert (bits & 0xFFFF == 0).all()
+    return bits >> 16
+
+
+@jax.jit
+def _round(values: jax.Array, key: jax.Array) -> jax.Array:
+    """Stochastically rounded rows 0, 1, 2, ..."""
+    rows, width = values.shape
+    row_format = tables.RowFormat(width, 0, "bfloat16")
+    noise = tables.rounding_noise(key, jnp.arange(rows), width)
+    return row_format.unpack(row_format.pack(values, jnp.zeros((rows, 0)), noise))[0]
+
+
+def test_every_bit_of_a_slot_survives_the_way_through_a_table():
+    """Every pattern as either half of a slot: NaNs of any kind, subnormals, -0. Scatter, loop,
+    select and gather as in a step."""
+    every, rng = np.arange(1 << 16, dtype=np.uint32), np.random.default_rng(0)
+    other = rng.integers(0, 1 << 16, every.size, dtype=np.uint32)
+    slots = np.concatenate([every << 16 | other, other << 16 | every]).reshape(-1, PACKED.slots - 1)
+    slots = np.concatenate([slots, slots[:, :1]], axis=1).view(np.float32)
+    values = rng.integers(0, 0x7F80, (len(slots), WIDTH), dtype=np.uint32) << 16
+    order = jnp.asarray(rng.permutation(len(slots)))
+
+    @jax.jit
+    def there_and_back(values, slots):
+        def body(_, table):
+            old = table.at[order].get(mode="promise_in_bounds")
+            fresh = PACKED.pack(values, slots)[order]
+            new = jnp.where((order % 2 == 0)[:, None], fresh, PACKED.pack(*PACKED.unpack(old)))
+            return table.at[order].set(new, mode="drop", unique_indices=True)
+
+        # Odd rows hold theirs from the start, and are read and written back.
+        table = jax.lax.fori_loop(0, 2, body, PACKED.pack(values, slots))
+        return table, *PACKED.unpack(table)
+
+    table, got_values, got_slots = there_and_back(values.view(np.float32), slots)
+    assert table.dtype.itemsize * table.shape[1] == 2 * WIDTH + 4 * PACKED.slots
+    np.testing.assert_array_equal(np.asarray(got_slots).view(np.uint32), slots.view(np.uint32))
+    np.testing.assert_array_equal(np.asarray(got_values).view(np.uint32), values)
+
+
+def test_rounding_is_to_a_neighbour_and_right_on_average():
+    """Up (away from zero) as often as the cut-off half says, within 4 standard errors."""
+    rng = np.random.default_rng(0)
+    row = np.concatenate(
+        [
+            rng.normal(size=40) * 10.0 ** rng.integers(-30, 30, 40),
+            [1e-40, -3e-39, 1.0 + 2**-20, -1.0 - 2**-9, 2.0**100 * (1 + 2**-8), 3.3e38],
+        ]
+    ).astype(np.float32)
+    rows, keys = 512, jax.random.split(jax.random.key(0), 16)
+    got = np.stack([_bits(_round(np.tile(row, (rows, 1)), key)) for key in keys])
+    towards, away = _neighbours(row)
+    assert ((got == towards) | (got == away)).all()
+    share = (row.view(np.uint32) & 0xFFFF) / 65536
+    error = np.sqrt(share * (1 - share) / (rows * len(keys)))
+    up = (got != towards).mean(axis=(0, 1))
+    assert (np.abs(up - share) <= 4 * error).all()
+
+
+def test_rounding_keeps_what_is_on_the_grid_and_what_is_no_number():
+    finite = np.arange(1 << 16, dtype=np.uint32)
+    finite = finite[finite & 0x7F80 != 0x7F80]
+    values = (finite << 16).view(np.float32).reshape(-1, 8)
+    for key in jax.random.split(jax.random.key(0), 4):
+        np.testing.assert_array_equal(_bits(_round(values, key)).ravel(), finite)
+    # A NaN by its lower half alone, and one that noise would carry into -0.
+    nans = np.array([0x7F80_0001, 0x7FFF_FFFF, 0xFFFF_FFFF], np.uint32).view(np.float32)
+    row = np.concatenate([np.array([np.inf, -np.inf, np.nan], np.float32), nans])
+    got = _round(np.tile(row, (1000, 1)), jax.random.key(1))
+    np.testing.assert_array_equal(got, np.broadcast_to(row, got.shape))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "rowwise_adagrad"])
+def test_an_update_is_the_float32_one_rounded(name):
+    """From the same values and slots: slots equal to the bit, values to a neighbour."""
+    optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    layout, width, lanes = worlds.one_device(), 8, 64
+    spec = tables.TableSpec(100, width, 1.0)
+    packed = tables.init_table(jax.random.key(0), spec, optimizer, layout, "bfloat16")
+    of_packed = tables.RowFormat.of(packed, width)
+    assert of_packed == tables.RowFormat(width, optimizer.slots(width), "bfloat16")
+    plain = dataclasses.replace(of_packed, dtype="float32").pack(*of_packed.unpack(packed))
+    assert tables.RowFormat.of(plain, width).dtype == "float32"
+    rng = np.random.default_rng(1)
+    ids = jnp.asarray(rng.integers(0, spec.rows, lanes), jnp.int32)
+    grads = jnp.asarray(rng.normal(size=(lanes, width)), jnp.float32)
+
+    @jax.jit
+    def step(table):
+        slot = jnp.zeros(table.shape[0], jnp.int32)
+        args = (table, slot, ids, grads, optimizer, layout, jax.random.key(2))
+        return tables.RowFormat.of(table, width).unpack(tables.update(*args)[0])
+
+    values, slots = step(packed)
+    exact, exact_slots = step(plain)
+    np.testing.assert_array_equal(slots, exact_slots)
+    towards, away = _neighbours(np.asarray(exact))
+    bits = _bits(values)
+    assert ((bits == towards) | (bits == away)).all()
+    assert 0.2 < (bits == away)[towards != away].mean() < 0.8  # neither always down nor always up
+
+
+def test_updates_below_half_an_ulp_are_kept_on_average():
+    """64 updates of a 16th of an ulp, in two halves each: to nearest, none would be seen."""
+    optimizer, layout, rows, width = tables.Sgd(2.0**-11), worlds.one_device(), 512, 16
+    row_format = tables.RowFormat(width, 0, "bfloat16")
+    table = row_format.pack(jnp.ones((rows, width)), jnp.zeros((rows, 0)))
+    ids = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), 2)
+    grads = jnp.full((2 * rows, width), -0.5)
+
+    @jax.jit
+    def run(table):
+        def body(step, carry):
+            key = jax.random.fold_in(jax.random.key(0), step)
+            return tables.update(*carry, ids, grads, optimizer, layout, key)
+
+        return jax.lax.fori_loop(0, 64, body, (table, jnp.zeros(rows, jnp.int32)))[0]
+
+    values = np.asarray(row_format.unpack(run(table))[0], np.float64)
+    error = values.std() / np.sqrt(values.size)
+    assert abs(values.mean() - (1 + 64 * 2.0**-11)) < 4 * error
+    assert error < 1e-3
+
+
+def test_noise_depends_on_key_row_and_column_alone():
+    """Not on where in a batch a row stands; and it repeats in none of the three."""
+    key, ids = jax.random.key(3), np.arange(300)
+    noise = np.asarray(tables.rounding_noise(key, ids, 20))
+    mixed = np.random.default_rng(0).permutation(300)[:77]
+    np.testing.assert_array_equal(tables.rounding_noise(key, mixed, 7), noise[mixed, :7])
+    other = np.asarray(tables.rounding_noise(jax.random.key(4), ids, 20))
+    assert (noise == other).mean() < 1e-3
+    uniform = noise / 2**16 - 0.5
+    for a, b in ((noise, other), (noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
+    assert abs(uniform.mean()) < 4 / np.sqrt(12 * uniform.size)
+
+
+def test_a_bfloat16_update_needs_a_key():
+    table = PACKED.pack(jnp.zeros((4, WIDTH)), jnp.zeros((4, PACKED.slots)))
+    with pytest.raises(ValueError, match="with a key"):
+        tables.update(
+            *(table, jnp.zeros(4, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros((1, WIDTH))),
+            *(tables.RowwiseAdagrad(0.1, 1e-8), worlds.one_device()),
+        )
+
+
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_all_finite_reads_numbers_not_lanes(dtype):
+    row_format = dataclasses.replace(PACKED, dtype=dtype)
+    values, slots = np.ones((5, WIDTH), np.float32), np.ones((5, PACKED.slots), np.float32)
+    # A number whose lower half alone would be an infinity.
+    slots[2, 1] = np.uint32(0x3F80_7F80).view(np.float32)
+    fine = jax.jit(lambda *parts: tables.all_finite(row_format.pack(*parts), WIDTH))
+    assert fine(values, slots)
+    for part in (values, slots):
+        for bad in (np.nan, np.inf, -np.inf):
+            kept, part[3, -1] = part[3, -1], bad
+            assert not fine(values, slots)
+            part[3, -1] = kept

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import worlds
+from orbax.checkpoint import v1 as ocp
 
 from slgr_jax import checkpoint, knobs, runs, train
 from slgr_jax.config import GuidanceConfig, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
@@ -182,14 +183,14 @@ def test_restoring_what_never_trained(tmp_path):
 def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
     """Replacing deletes first: a kill in between would lose the only one."""
     dataset = worlds.random_dataset(tmp_path / "d")
-    saved, real = [], checkpoint.ocp.training.Checkpointer.save_checkpointables_async
+    saved, real = [], ocp.training.Checkpointer.save_checkpointables_async
 
     def spy(self, step, items, **options):
         assert not options.get("overwrite")
         saved.append(step)
         return real(self, step, items, **options)
 
-    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", spy)
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", spy)
     often = SMALL | {"train": dataclasses.replace(SMALL["train"], checkpoint_every_s=0.0)}
     train.train(worlds.run_config(dataset, tmp_path / "run", **often))
     per_epoch = -(-len(dataset.train) // 32)
@@ -213,7 +214,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monke
         raise ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device')
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", full)
+        patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full)
         with pytest.raises(UserError, match=r"no space left.*again to resume"):
             train.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
     after = _values(tmp_path / "run")

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.distributed import Layout, make_layout
+from slgr_jax.errors import ConfigError
+from slgr_jax.kernels import build
 
 
 def one_device(**options: int) -> Layout:
@@ -139,3 +142,11 @@ def pairs_of(users: np.ndarray, items: np.ndarray) -> set[tuple[int, int]]:
 def names(values: Sequence[object]) -> list[str]:
     """Each as text."""
     return [str(value) for value in values]
+
+
+def need_native_kernels() -> None:
+    """Skip the test where the CPU kernels cannot be built, saying why."""
+    try:
+        build.choose("native", platform="cpu", devices=1)
+    except ConfigError as error:
+        pytest.skip(str(error))

@@ -5,6 +5,7 @@ Shape letters: B batch, C candidates per user, D width, U users, I items.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,6 +13,20 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.tables import Rows, TableSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorModel:
+    """A backbone whose score is a dot product of two rows: s_ui = p_u . q_i, nothing else.
+
+    Attributes:
+      user_table, item_table: whose rows, of the same width, p_u and q_i are.
+      unit: the last entry of p_u counts as 1, so that the last of q_i is the item's bias.
+    """
+
+    user_table: str
+    item_table: str
+    unit: bool
 
 
 class Backbone(Protocol):
@@ -53,6 +68,11 @@ class Backbone(Protocol):
     @property
     def dropout(self) -> float:
         """The dropout rate of a training pass; 0 for none."""
+        ...
+
+    @property
+    def factor_model(self) -> FactorModel | None:
+        """How to score without writing rows out, where a deterministic score is a dot product."""
         ...
 
     def factors(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from slgr_jax.backbones.base import FactorModel
 from slgr_jax.tables import Rows, TableSpec
 
 
@@ -57,6 +58,7 @@ class MatrixFactorization:
             "item": TableSpec(n_items, dim, init_std),
         }
         self.dropout = dropout
+        self.factor_model = FactorModel("user", "item", item_bias)
         self._item_bias = item_bias
         self._module = DotProduct(item_bias)
 

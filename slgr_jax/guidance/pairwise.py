@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from slgr_jax import gates, losses
 from slgr_jax.config import GateConfig, GuidanceConfig
-from slgr_jax.data.batches import Batch, Facts
+from slgr_jax.data.batches import Facts
+from slgr_jax.data.draws import Batch
 
 
 @struct.dataclass

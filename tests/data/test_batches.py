@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data import batches
+from slgr_jax.data import batches, draws
 from slgr_jax.data.dataset import Csr
 
 
 def _plan(resident, *, triples=0, preferences=0, n_items, sampler=None, guidance=None):
-    return batches.Plan(
+    return draws.Plan(
         n_items=n_items,
         n_pairs=int(np.asarray(resident.interactions.items).size),
         triples=triples,
@@ -34,37 +34,44 @@ def _resident(dataset, sampler=None, teacher=None):
     return batches.Resident(found, teacher)
 
 
-def _draw(resident, plan, draws=1, seed=0):
+def _draw(resident, plan, steps=1, seed=0):
     arrays = jax.device_put(resident)
-    one = jax.jit(lambda key: batches.draw(key, arrays, plan))
-    keys = jax.random.split(jax.random.key(seed), draws)
-    return jax.device_get(jax.vmap(one)(keys))
+    every = jax.jit(lambda keys: draws.draw(keys, arrays, plan))
+    keys = jax.random.split(jax.random.key(seed), steps)
+    return jax.device_get(every(keys))
 
 
 @given(bits=st.integers(0, 2**32 - 1), bound=st.integers(0, 2**31 - 1))
 @settings(max_examples=300, deadline=None)
 def test_below_is_the_high_word_of_the_product(bits, bound):
-    got = batches.below(jnp.asarray(bits, jnp.uint32), jnp.asarray(bound, jnp.int32))
+    got = draws.below(jnp.asarray(bits, jnp.uint32), jnp.asarray(bound, jnp.int32))
     assert int(got) == bits * bound >> 32
 
 
-def test_triples_are_training_pairs_and_negatives_never_positives(tmp_path):
+@pytest.mark.parametrize("together", [1, 8, 5])
+def test_triples_are_training_pairs_and_negatives_never_positives(tmp_path, together):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=7, n_items=12, per_user=9)
     resident = _resident(dataset)
-    batch = _draw(resident, _plan(resident, triples=4096, n_items=12), draws=8)
+    sampler = SamplerConfig(triples_per_user=together)
+    plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
+    batch = _draw(resident, plan, steps=8)
     positives = worlds.pairs_of(dataset.train.users, dataset.train.items)
     users, items = batch.users.ravel(), batch.items.reshape(-1, 2)
     assert worlds.pairs_of(users, items[:, 0]) == positives
     every = {(u, i) for u in range(7) for i in range(12)}
     assert worlds.pairs_of(users, items[:, 1]) == every - positives
     assert (batch.weights == 1).all()
-    # Both draws are uniform: pairs over the training set, negatives within each user.
-    codes = users * 12 + items[:, 0]
-    counts = np.array([np.sum(codes == u * 12 + i) for u, i in sorted(positives)])
-    assert stats.chisquare(counts).pvalue > 1e-4
+    # Users follow their number of pairs, positives and negatives are uniform within each user:
+    # every training pair is as likely as any other, however many triples a user gets at once.
+    drawn = batch.users[:, ::together]
+    assert (np.repeat(drawn, together, axis=1)[:, :4096] == batch.users).all()
+    history = np.bincount(dataset.train.users, minlength=7)
+    counts = np.bincount(drawn.ravel(), minlength=7)
+    assert stats.chisquare(counts, history * counts.sum() / history.sum()).pvalue > 1e-4
     for user in range(7):
-        seen = np.bincount(items[users == user, 1], minlength=12)
-        assert stats.chisquare(seen[seen > 0]).pvalue > 1e-4
+        for column in range(2):
+            seen = np.bincount(items[users == user, column], minlength=12)
+            assert stats.chisquare(seen[seen > 0]).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
@@ -73,7 +80,7 @@ def test_popularity_negatives_follow_the_masses_outside_the_positives(tmp_path, 
     sampler = SamplerConfig(negatives="popularity", popularity_power=power)
     resident = _resident(dataset, sampler)
     plan = _plan(resident, triples=4096, n_items=15, sampler=sampler)
-    batch = _draw(resident, plan, draws=16)
+    batch = _draw(resident, plan, steps=16)
     users, negative = batch.users.ravel(), batch.items.reshape(-1, 2)[:, 1]
     positives = dataset.positives(("train",))
     for user in range(9):
@@ -87,7 +94,7 @@ def test_popularity_negatives_follow_the_masses_outside_the_positives(tmp_path, 
 
 def test_in_batch_negatives_are_other_rows_positives(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=9, n_items=15, per_user=8)
-    sampler = SamplerConfig(negatives="in_batch")
+    sampler = SamplerConfig(negatives="in_batch", triples_per_user=1)
     resident = _resident(dataset, sampler)
     plan = _plan(resident, triples=256, n_items=15, sampler=sampler)
     batch = jax.tree.map(lambda x: x[0], _draw(resident, plan))
@@ -103,7 +110,7 @@ def test_positives_as_negatives_only_on_request(tmp_path):
     sampler = SamplerConfig(allow_positive_negatives=True)
     resident = _resident(dataset, sampler)
     plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
-    batch = _draw(resident, plan, draws=4)
+    batch = _draw(resident, plan, steps=4)
     codes = batch.users.ravel() * 12 + batch.items.reshape(-1, 2)[:, 1]
     counts = np.bincount(codes, minlength=84).reshape(7, 12)
     for row in counts:
@@ -142,7 +149,7 @@ ROWS = [
 ]
 
 
-def _preferences(guidance, rows=ROWS, *, unlisted=False, positives=None, size=4096, draws=4):
+def _preferences(guidance, rows=ROWS, *, unlisted=False, positives=None, size=4096, steps=4):
     offsets, items, scores = _lists(rows)
     teacher = batches.teacher_lists(
         offsets,
@@ -165,7 +172,7 @@ def _preferences(guidance, rows=ROWS, *, unlisted=False, positives=None, size=40
         teacher,
     )
     plan = _plan(resident, triples=1, preferences=size, n_items=10, guidance=guidance)
-    batch = _draw(resident, plan, draws=draws)
+    batch = _draw(resident, plan, steps=steps)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
 
 

@@ -10,7 +10,8 @@ from scipy.special import expit
 
 from slgr_jax import gates, losses
 from slgr_jax.config import GateConfig, GuidanceConfig
-from slgr_jax.data.batches import Batch, Facts
+from slgr_jax.data.batches import Facts
+from slgr_jax.data.draws import Batch
 from slgr_jax.guidance import pairwise
 
 

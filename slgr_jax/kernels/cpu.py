@@ -1,0 +1,147 @@
+"""What the CPU kernels compute, as functions of JAX arrays (rows.cc computes it).
+
+Columns are worked on in blocks of 32 by one thread each, and the blocks' sums are added in
+order: results do not depend on the number of threads. Ids are trusted to be in bounds.
+
+Shape letters: N lanes, C candidates per user, D width, W numbers of a table's row (values and
+slots), R rows of a table, n entries of the excluded sets, U users.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+BLOCK = 32
+RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "lazy_adam": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A row optimiser's update rule (one of `RULES`) and its numbers; see tables.py."""
+
+    name: str
+    lr: float
+    eps: float = 0.0
+    b1: float = 0.0
+    b2: float = 0.0
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        numbers = {name: np.float32(getattr(self, name)) for name in ("lr", "eps", "b1", "b2")}
+        return {"kind": np.int64(RULES[self.name])} | numbers
+
+
+def _blocks(width: int) -> int:
+    return -(-width // BLOCK)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+def factor_scores(
+    user_table: Float[Array, "Ru Wu"],
+    item_table: Float[Array, "Ri Wi"],
+    users: Int[Array, "N"],
+    items: Int[Array, "N C"],
+    *,
+    width: int,
+    unit: bool,
+) -> tuple[Float[Array, "N C"], Float[Array, "N 2"]]:
+    """Dot products of rows, which are never written out: s_nc = p_n . q_nc.
+
+    Args:
+      users, items: rows of the two tables.
+      width: D, the columns that are values.
+      unit: the last entry of p counts as 1 in the product (it meets the item's bias).
+
+    Returns:
+      scores, and per lane (|p_n|^2, sum_c |q_nc|^2).
+    """
+    n, c = items.shape
+    out = (_floats(n, c), _floats(n, 2), _floats(_blocks(width), n, c + 2))
+    call = jax.ffi.ffi_call("slgr_factor_scores", out)
+    scores, squares, _ = call(
+        user_table, item_table, users, items, width=np.int64(width), bias=unit
+    )
+    return scores, squares
+
+
+def factor_update(
+    user_table: Float[Array, "Ru Wu"],
+    item_table: Float[Array, "Ri Wi"],
+    user_slot: Int[Array, "Ru"],
+    item_slot: Int[Array, "Ri"],
+    users: Int[Array, "N"],
+    items: Int[Array, "N C"],
+    d_scores: Float[Array, "N C"],
+    d_squares: Float[Array, "N 2"],
+    rule: Rule,
+    *,
+    width: int,
+    unit: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The update of both tables, given the gradient of what `factor_scores` returned.
+
+    Gradients of equal rows are summed, then `rule` is applied once to each distinct row. The
+    tables and slots (scratch, an entry a row) are updated in place.
+    """
+    n, m = users.size, items.size
+    room = (n + m) * (_blocks(width) * BLOCK + 2)
+    tables = (user_table, item_table, user_slot, item_slot)
+    out = (*map(_like, tables), _floats(room), _ints(2 * (n + m)))
+    call = jax.ffi.ffi_call(
+        "slgr_factor_update", out, input_output_aliases={k: k for k in range(4)}
+    )
+    found = call(
+        *tables, users, items, d_scores, d_squares,
+        width=np.int64(width), bias=unit, **rule.attributes,
+    )  # fmt: skip
+    return found[0], found[1], found[2], found[3]
+
+
+def row_update(
+    table: Float[Array, "R W"],
+    slot: Int[Array, "R"],
+    ids: Int[Array, "N"],
+    grads: Float[Array, "N D"],
+    rule: Rule,
+) -> tuple[Float[Array, "R W"], Int[Array, "R"]]:
+    """`rule` applied once to each distinct row of `ids`, with its gradients summed; in place."""
+    n, width = grads.shape
+    room = n * (_blocks(width) * BLOCK + 2)
+    out = (_like(table), _like(slot), _floats(room), _ints(2 * n))
+    call = jax.ffi.ffi_call("slgr_row_update", out, input_output_aliases={0: 0, 1: 1})
+    found = call(table, slot, ids, grads, width=np.int64(width), **rule.attributes)
+    return found[0], found[1]
+
+
+def draw_outside(
+    bits: UInt32[Array, "N"],
+    users: Int[Array, "N"],
+    offsets: Int[Array, "U1"],
+    keys: Int[Array, "n"],
+    shifts: Int[Array, "n"] | None,
+    free: Int[Array, "U"],
+) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
+    """Places outside each user's excluded set, and weights: see `draws.draw_outside`."""
+    call = jax.ffi.ffi_call("slgr_draw_outside", (_ints(*users.shape), _floats(*users.shape)))
+    unit = shifts is None
+    place, weight = call(
+        bits, users, offsets, keys, keys if shifts is None else shifts, free, unit_mass=unit
+    )
+    return place, weight

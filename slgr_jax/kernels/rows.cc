@@ -1,0 +1,402 @@
+// CPU kernels of the train step, called by XLA (see cpu.py for what each one computes).
+//
+// Why they exist: XLA's CPU backend writes every gathered row and every row gradient to memory
+// and moves them between cores; for rows of a few hundred bytes that is most of a step. Here a
+// row is read, used and written by one core: the columns of all tables are cut into blocks of
+// kBlock, and a block is one task. A block meets the others in the sums over columns alone,
+// which are added in block order: results do not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "block.h"
+#include "common.h"
+
+namespace slgr {
+namespace {
+
+constexpr int64_t kAhead = 12;  // lanes between a prefetch and its use
+
+// A table [rows, stride] of which the columns [0, width) are values.
+struct Table {
+  float* data;
+  int64_t stride;
+  float* row(int64_t id) const { return data + id * stride; }
+};
+
+int64_t Blocks(int64_t width) { return (width + kBlock - 1) / kBlock; }
+
+// Calls f(whether the block is full, its first column, its columns).
+template <typename F>
+void OnBlock(int64_t block, int64_t width, const F& f) {
+  const int64_t begin = block * kBlock, size = std::min(kBlock, width - begin);
+  if (size == kBlock) {
+    f(std::true_type{}, begin, size);
+  } else {
+    f(std::false_type{}, begin, size);
+  }
+}
+
+// (users [N], items [N, C]) of a call, and the two tables they are rows of.
+struct Lanes {
+  Table user, item;
+  const int32_t *users, *items;
+  int64_t n, c;
+
+  void PrefetchLane(int64_t lane, int64_t begin) const {
+    if (lane >= n) return;
+    Prefetch(user.row(users[lane]) + begin);
+    for (int64_t k = 0; k < c; ++k) Prefetch(item.row(items[lane * c + k]) + begin);
+  }
+};
+
+// ---- scores of factor models ----------------------------------------------------------------
+
+// out [N, C + 2]: this block's part of the scores, of |p|^2 and of sum_c |q_c|^2. With `kBias` the
+// user's last column counts as 1 in the scores.
+template <bool kFull, bool kBias>
+void BlockScores(const Lanes& in, int64_t begin, int64_t size, float* out) {
+  const Mask bias(size - 1);
+  for (int64_t lane = 0; lane < in.n; ++lane) {
+    in.PrefetchLane(lane + kAhead, begin);
+    const Block p = Load<kFull>(in.user.row(in.users[lane]) + begin, size);
+    const Block unit = kBias ? bias.Put(p, 1.0f) : p;
+    const int32_t* items = in.items + lane * in.c;
+    float* o = out + lane * (in.c + 2);
+    if (in.c == 2) {
+      const Block a = Load<kFull>(in.item.row(items[0]) + begin, size);
+      const Block b = Load<kFull>(in.item.row(items[1]) + begin, size);
+      const V4 sums = Sums(unit * a, unit * b, p * p, a * a + b * b);
+      std::memcpy(o, &sums, sizeof sums);
+      continue;
+    }
+    float squares = 0.0f;
+    for (int64_t k = 0; k < in.c; ++k) {
+      const Block q = Load<kFull>(in.item.row(items[k]) + begin, size);
+      o[k] = Sum(unit * q);
+      squares += Sum(q * q);
+    }
+    o[in.c] = Sum(p * p);
+    o[in.c + 1] = squares;
+  }
+}
+
+// ---- distinct rows ----------------------------------------------------------------------------
+
+// lane_row[lane] = number of the lane's row among the distinct ones, in order of appearance;
+// ids_of[number] = its id. `slot` has an entry per table row and needs no clearing: an entry
+// counts only if it points at a number whose id is its own. Returns how many are distinct.
+int64_t Distinct(const int32_t* ids, int64_t n, int32_t* slot, int32_t* lane_row, int32_t* ids_of) {
+  int64_t found = 0;
+  for (int64_t lane = 0; lane < n; ++lane) {
+    if (lane + kAhead < n) __builtin_prefetch(slot + ids[lane + kAhead], 1);
+    const int32_t id = ids[lane];
+    int32_t number = slot[id];
+    if (static_cast<uint32_t>(number) >= static_cast<uint32_t>(found) || ids_of[number] != id) {
+      number = static_cast<int32_t>(found++);
+      slot[id] = number;
+      ids_of[number] = id;
+    }
+    lane_row[lane] = number;
+  }
+  return found;
+}
+
+// ---- row optimisers ---------------------------------------------------------------------------
+
+enum Kind : int64_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kLazyAdam = 3 };
+
+// The touched rows of one table. `grad` [blocks, room, kBlock] holds the sums of their gradients,
+// `scale` [2, room] what a rule needs once a row.
+struct Touched {
+  Table table;
+  int64_t width, count, room;
+  const int32_t* ids;
+  float *grad, *scale;
+
+  float* row(int64_t k) const { return table.row(ids[k]); }
+  float* sums(int64_t block) const { return grad + block * room * kBlock; }
+  void Clear(int64_t block) const {
+    std::memset(sums(block), 0, count * kBlock * sizeof(float));
+  }
+};
+
+// The update rules of tables.py, on rows [values | slots].
+struct Optimizer {
+  int64_t kind;
+  float lr, eps, b1, b2;
+
+  // Whether a rule needs a row's whole gradient, or a slot that the row has once.
+  bool per_row() const { return kind == kRowwiseAdagrad || kind == kLazyAdam; }
+
+  // Before any block is applied: the slots and scales that a row has once.
+  void PerRow(const Touched& t) const {
+    for (int64_t k = 0; k < t.count; ++k) {
+      float* slots = t.row(k) + t.width;
+      if (kind == kRowwiseAdagrad) {
+        float squares = 0.0f;
+        for (int64_t block = 0; block < Blocks(t.width); ++block) {
+          const Block g = Load<true>(t.sums(block) + k * kBlock, kBlock);
+          squares += Sum(g * g);
+        }
+        slots[0] += squares / static_cast<float>(t.width);
+        t.scale[k] = lr / std::sqrt(slots[0] + eps);
+      } else {
+        const double count = slots[2 * t.width] += 1.0f;
+        t.scale[k] = b1 > 0 ? -1.0 / std::expm1(count * std::log(b1)) : 1.0;
+        t.scale[t.room + k] = b2 > 0 ? -1.0 / std::expm1(count * std::log(b2)) : 1.0;
+      }
+    }
+  }
+
+  template <bool kFull>
+  void Columns(const Touched& t, int64_t block, int64_t begin, int64_t size) const {
+    const float* grads = t.sums(block);
+    for (int64_t k = 0; k < t.count; ++k) {
+      if (k + kAhead < t.count) {
+        const float* next = t.row(k + kAhead) + begin;
+        Prefetch(next);
+        if (kind == kAdagrad) Prefetch(next + t.width);
+      }
+      const Block g = Load<true>(grads + k * kBlock, kBlock);
+      float* row = t.row(k) + begin;
+      Block value = Load<kFull>(row, size);
+      if (kind == kSgd) {
+        value = value - lr * g;
+      } else if (kind == kAdagrad) {
+        float* slots = row + t.width;
+        const Block slot = Load<kFull>(slots, size) + g * g;
+        Store<kFull>(slots, slot, size);
+        value = value - lr * g * InverseRoot({slot.lo + eps, slot.hi + eps});
+      } else if (kind == kRowwiseAdagrad) {
+        value = value - t.scale[k] * g;
+      } else {
+        float *first = row + t.width, *second = row + 2 * t.width;
+        const Block m = b1 * Load<kFull>(first, size) + (1.0f - b1) * g;
+        const Block v = b2 * Load<kFull>(second, size) + (1.0f - b2) * (g * g);
+        Store<kFull>(first, m, size);
+        Store<kFull>(second, v, size);
+        Block root = t.scale[t.room + k] * v;
+        for (int i = 0; i < 16; ++i) root.lo[i] = std::sqrt(root.lo[i]);
+        for (int i = 0; i < 16; ++i) root.hi[i] = std::sqrt(root.hi[i]);
+        const Block step = t.scale[k] * m;
+        value = value - lr * Block{step.lo / (root.lo + eps), step.hi / (root.hi + eps)};
+      }
+      Store<kFull>(row, value, size);
+    }
+  }
+
+  void Apply(const Touched& t, int64_t block) const {
+    OnBlock(block, t.width, [&](auto full, int64_t begin, int64_t size) {
+      Columns<decltype(full)::value>(t, block, begin, size);
+    });
+  }
+};
+
+// Sums the gradients of all tables, block by block with `add`, and applies the optimiser.
+template <typename Add, typename... T>
+void Update(ffi::ThreadPool& pool, const Optimizer& optimizer, int64_t work, const Add& add,
+            const T&... touched) {
+  const int64_t blocks = Blocks(std::get<0>(std::tie(touched...)).width);
+  Parallel(pool, blocks, work, [&](int64_t block) {
+    (touched.Clear(block), ...);
+    add(block);
+    if (!optimizer.per_row()) (optimizer.Apply(touched, block), ...);
+  });
+  if (!optimizer.per_row()) return;
+  (optimizer.PerRow(touched), ...);
+  Parallel(pool, blocks, work,
+           [&](int64_t block) { (optimizer.Apply(touched, block), ...); });
+}
+
+// ---- gradients of factor models ---------------------------------------------------------------
+
+// Adds to the sums of each lane's rows, with p the user's row and q_c the items':
+//   d/dp   = sum_c dscores_c q_c + 2 dsquares_0 p       (kBias: no score part in the last column)
+//   d/dq_c = dscores_c p + 2 dsquares_1 q_c             (kBias: p counts as 1 in the last column)
+template <bool kFull, bool kBias>
+void BlockGrads(const Lanes& in, const int32_t* user_row, const int32_t* item_row,
+                const float* dscores, const float* dsquares, int64_t begin, int64_t size,
+                float* user_sums, float* item_sums) {
+  const Mask bias(size - 1);
+  for (int64_t lane = 0; lane < in.n; ++lane) {
+    in.PrefetchLane(lane + kAhead, begin);
+    const Block p = Load<kFull>(in.user.row(in.users[lane]) + begin, size);
+    const Block unit = kBias ? bias.Put(p, 1.0f) : p;
+    const float own = 2.0f * dsquares[2 * lane], other = 2.0f * dsquares[2 * lane + 1];
+    Block sum{};
+    const int64_t first = lane * in.c, end = first + (in.c == 2 ? 2 : in.c);
+    for (int64_t k = first; k < end; ++k) {
+      const Block q = Load<kFull>(in.item.row(in.items[k]) + begin, size);
+      float* to = item_sums + item_row[k] * kBlock;
+      const Block so_far = Load<true>(to, kBlock);
+      Store<true>(to, so_far + dscores[k] * unit + other * q, kBlock);
+      sum = sum + dscores[k] * q;
+    }
+    if (kBias) sum = bias.Put(sum, 0.0f);
+    float* to = user_sums + user_row[lane] * kBlock;
+    Store<true>(to, Load<true>(to, kBlock) + sum + own * p, kBlock);
+  }
+}
+
+}  // namespace
+
+// ---- handlers ---------------------------------------------------------------------------------
+
+static Lanes MakeLanes(float* user, int64_t user_stride, float* item, int64_t item_stride, S32 users,
+                       S32 items) {
+  const int64_t n = users.element_count();
+  return {{user, user_stride}, {item, item_stride}, users.typed_data(), items.typed_data(),
+          n,   n ? static_cast<int64_t>(items.element_count()) / n : 0};
+}
+
+static ffi::Error FactorScores(ffi::ThreadPool pool, F32 user, F32 item, S32 users, S32 items,
+                               OutF32 scores, OutF32 squares, OutF32 parts, int64_t width,
+                               bool bias) {
+  const Lanes in = MakeLanes(user.typed_data(), user.dimensions()[1], item.typed_data(),
+                             item.dimensions()[1], users, items);
+  const int64_t blocks = Blocks(width), out = in.c + 2;
+  float* part = parts->typed_data();
+  Parallel(pool, blocks, in.n * (1 + in.c) * width, [&](int64_t block) {
+    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+      constexpr bool kFull = decltype(full)::value;
+      const bool last = bias && block == blocks - 1;
+      const auto run = last ? BlockScores<kFull, true> : BlockScores<kFull, false>;
+      run(in, begin, size, part + block * in.n * out);
+    });
+  });
+  float *s = scores->typed_data(), *sq = squares->typed_data();
+  for (int64_t lane = 0; lane < in.n; ++lane) {
+    for (int64_t k = 0; k < out; ++k) {
+      float sum = 0.0f;
+      for (int64_t block = 0; block < blocks; ++block) sum += part[(block * in.n + lane) * out + k];
+      (k < in.c ? s[lane * in.c + k] : sq[2 * lane + k - in.c]) = sum;
+    }
+  }
+  return ffi::Error::Success();
+}
+
+static ffi::Error FactorUpdate(ffi::ThreadPool pool, F32, F32, S32, S32, S32 users, S32 items,
+                               F32 dscores, F32 dsquares, OutF32 user, OutF32 item,
+                               OutS32 user_slot, OutS32 item_slot, OutF32 floats, OutS32 ints,
+                               int64_t width, bool bias, int64_t kind, float lr, float eps,
+                               float b1, float b2) {
+  const Lanes in = MakeLanes(user->typed_data(), user->dimensions()[1], item->typed_data(),
+                             item->dimensions()[1], users, items);
+  const int64_t n = in.n, m = in.n * in.c, blocks = Blocks(width);
+  float* room = floats->typed_data();
+  float* item_room = room + n * (blocks * kBlock + 2);
+  int32_t* user_row = ints->typed_data();
+  int32_t *item_row = user_row + n, *user_ids = item_row + m, *item_ids = user_ids + n;
+  int64_t n_users = 0, n_items = 0;
+  Parallel(pool, 2, (n + m) * 16, [&](int64_t i) {
+    if (i == 0) {
+      n_users = Distinct(in.users, n, user_slot->typed_data(), user_row, user_ids);
+    } else {
+      n_items = Distinct(in.items, m, item_slot->typed_data(), item_row, item_ids);
+    }
+  });
+  const Touched of_users{in.user, width, n_users, n, user_ids, room, room + n * blocks * kBlock};
+  const Touched of_items{in.item,   width,     n_items,
+                         m,         item_ids,  item_room,
+                         item_room + m * blocks * kBlock};
+  const auto add = [&](int64_t block) {
+    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+      constexpr bool kFull = decltype(full)::value;
+      const bool last = bias && block == blocks - 1;
+      const auto run = last ? BlockGrads<kFull, true> : BlockGrads<kFull, false>;
+      run(in, user_row, item_row, dscores.typed_data(), dsquares.typed_data(), begin, size,
+          of_users.sums(block), of_items.sums(block));
+    });
+  };
+  Update(pool, {kind, lr, eps, b1, b2}, (n + m) * width, add, of_users, of_items);
+  return ffi::Error::Success();
+}
+
+static ffi::Error RowUpdate(ffi::ThreadPool pool, F32, S32, S32 ids, F32 grads, OutF32 table,
+                            OutS32 slot, OutF32 floats, OutS32 ints, int64_t width, int64_t kind,
+                            float lr, float eps, float b1, float b2) {
+  const int64_t n = ids.element_count(), blocks = Blocks(width);
+  int32_t *lane_row = ints->typed_data(), *ids_of = lane_row + n;
+  const int64_t count = Distinct(ids.typed_data(), n, slot->typed_data(), lane_row, ids_of);
+  float* room = floats->typed_data();
+  const Touched touched{{table->typed_data(), static_cast<int64_t>(table->dimensions()[1])},
+                        width, count, n, ids_of, room, room + n * blocks * kBlock};
+  const auto add = [&](int64_t block) {
+    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+      constexpr bool kFull = decltype(full)::value;
+      float* sums = touched.sums(block);
+      for (int64_t lane = 0; lane < n; ++lane) {
+        float* to = sums + lane_row[lane] * kBlock;
+        const Block g = Load<kFull>(grads.typed_data() + lane * width + begin, size);
+        Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
+      }
+    });
+  };
+  Update(pool, {kind, lr, eps, b1, b2}, n * width, add, touched);
+  return ffi::Error::Success();
+}
+
+}  // namespace slgr
+
+using namespace slgr;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_scores, FactorScores,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()   // user table
+                                  .Arg<F32>()   // item table
+                                  .Arg<S32>()   // users [N]
+                                  .Arg<S32>()   // items [N, C]
+                                  .Ret<F32>()   // scores [N, C]
+                                  .Ret<F32>()   // squares [N, 2]
+                                  .Ret<F32>()   // scratch
+                                  .Attr<int64_t>("width")
+                                  .Attr<bool>("bias"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_update, FactorUpdate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()   // user table
+                                  .Arg<F32>()   // item table
+                                  .Arg<S32>()   // user slot
+                                  .Arg<S32>()   // item slot
+                                  .Arg<S32>()   // users [N]
+                                  .Arg<S32>()   // items [N, C]
+                                  .Arg<F32>()   // d loss / d scores [N, C]
+                                  .Arg<F32>()   // d loss / d squares [N, 2]
+                                  .Ret<F32>()   // the four first arguments, updated in place
+                                  .Ret<F32>()
+                                  .Ret<S32>()
+                                  .Ret<S32>()
+                                  .Ret<F32>()   // scratch
+                                  .Ret<S32>()   // scratch
+                                  .Attr<int64_t>("width")
+                                  .Attr<bool>("bias")
+                                  .Attr<int64_t>("kind")
+                                  .Attr<float>("lr")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("b1")
+                                  .Attr<float>("b2"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_row_update, RowUpdate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()   // table
+                                  .Arg<S32>()   // slot
+                                  .Arg<S32>()   // ids [N]
+                                  .Arg<F32>()   // gradients [N, D]
+                                  .Ret<F32>()   // the two first arguments, updated in place
+                                  .Ret<S32>()
+                                  .Ret<F32>()   // scratch
+                                  .Ret<S32>()   // scratch
+                                  .Attr<int64_t>("width")
+                                  .Attr<int64_t>("kind")
+                                  .Attr<float>("lr")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("b1")
+                                  .Attr<float>("b2"));

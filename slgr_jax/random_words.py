@@ -1,0 +1,45 @@
+"""Random words by hashing counters: a tenth of the cost of `jax.random.bits` on CPU.
+
+A generator is keyed by words that JAX's own generator makes (Threefry, once a step); the many
+words of a step are MurmurHash3's finaliser (Appleby) of a Weyl sequence of counters, as in
+SplitMix (Steele, Lea & Flood 2014), applied twice with a key word before each. What they are
+used for, drawing samples and rounding, asks for uniform and uncorrelated words, not for secrets.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+WEYL = 0x9E3779B9  # 2^32 / golden ratio
+
+
+def mixed(x: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
+    """MurmurHash3's finaliser: a permutation of the 32-bit words in which every bit of x counts."""
+    x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)
+    return x ^ x >> 16
+
+
+def words(keys: jax.Array, rows: int, size: int) -> UInt32[Array, "rows S size"]:
+    """[rows, size] uniform words for each of S keys, a function of its key alone."""
+    key = jax.vmap(lambda one: jax.random.bits(one, (2,), jnp.uint32))(keys)
+    counter = jnp.arange(rows * size, dtype=jnp.uint32).reshape(rows, 1, size)
+    first, second = key[None, :, :1], key[None, :, 1:]
+    return mixed(mixed(counter * jnp.uint32(WEYL) + first) ^ second)
+
+
+def of_rows(key: jax.Array, ids: Int[Array, "N"], width: int) -> UInt32[Array, "N D"]:
+    """Uniform words, a function of (key, row id, column) alone: the same on any mesh."""
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    start = mixed(mixed(ids.astype(jnp.uint32) ^ first) + second)
+    column = jnp.arange(1, width + 1, dtype=jnp.uint32) * jnp.uint32(WEYL)
+    return mixed(start[:, None] + column[None, :])
+
+
+def normal(words: UInt32[Array, "*N"]) -> Float[Array, "*N"]:
+    """Standard normal numbers from words: sqrt(2) erfinv(u), u uniform in (-1, 1) in 2^23 steps."""
+    # 23 bits and a half are exact in float32: neither end of the range is ever reached.
+    uniform = ((words >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1.0
+    return jnp.sqrt(2.0) * jax.lax.erf_inv(uniform)

@@ -1,0 +1,182 @@
+"""The CPU kernels against float64 NumPy, against the XLA programs they stand in for, and over
+widths that fill no block."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worlds
+
+from slgr_jax import tables
+from slgr_jax.config import TABLE_OPTIMIZERS, GuidanceConfig, OptimizerConfig, SamplerConfig
+from slgr_jax.data import batches, draws
+from slgr_jax.data.dataset import Csr
+from slgr_jax.kernels import cpu
+
+WIDTHS = (1, 64, 77)  # a part of a block, two blocks, two and a part
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    worlds.need_native_kernels()
+
+
+def _world(width, *, lanes=300, candidates=2, slots=0, seed=0):
+    """Tables with few rows, so that most are touched often, and lanes of them."""
+    rng = np.random.default_rng(seed)
+    table = {
+        name: np.concatenate(
+            [rng.normal(size=(rows, width)), rng.uniform(0.1, 2, (rows, slots))], axis=1
+        ).astype(np.float32)
+        for name, rows in (("user", 40), ("item", 90))
+    }
+    users = rng.integers(0, 40, lanes).astype(np.int32)
+    items = rng.integers(0, 90, (lanes, candidates)).astype(np.int32)
+    return table, users, items
+
+
+def _scores(p, q, unit):
+    p = p.astype(np.float64).copy()
+    if unit:
+        p[:, -1] = 1.0
+    return np.einsum("nd,ncd->nc", p, q.astype(np.float64))
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("candidates", [1, 2, 3])
+def test_scores_are_dot_products_and_squared_norms(width, candidates, unit):
+    table, users, items = _world(width, candidates=candidates, slots=3)
+    run = jax.jit(lambda *args: cpu.factor_scores(*args, width=width, unit=unit))
+    scores, squares = run(table["user"], table["item"], users, items)
+    p, q = table["user"][users, :width], table["item"][items, :width]
+    np.testing.assert_allclose(scores, _scores(p, q, unit), rtol=1e-5, atol=1e-5)
+    norms = np.stack([(p.astype(float) ** 2).sum(1), (q.astype(float) ** 2).sum((1, 2))], axis=1)
+    np.testing.assert_allclose(squares, norms, rtol=1e-5)
+
+
+def test_many_lanes_on_many_threads_give_the_bits_of_few_lanes():
+    """Work is shared out by columns; a lane's result does not depend on who else is in the call."""
+    table, users, items = _world(64, lanes=5000)
+    run = jax.jit(lambda *args: cpu.factor_scores(*args, width=64, unit=True))
+    together = run(table["user"], table["item"], users, items)
+    for part in (slice(0, 9), slice(4990, 5000)):
+        alone = run(table["user"], table["item"], users[part], items[part])
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one, other[part])
+
+
+def test_nan_and_infinity_reach_the_scores_and_norms():
+    table, users, items = _world(64)
+    table["user"][users[0], 3], table["item"][items[5, 1], 40] = np.nan, np.inf
+    scores, squares = cpu.factor_scores(
+        table["user"], table["item"], users, items, width=64, unit=True
+    )
+    assert np.isnan(scores[0]).all()
+    assert np.isnan(squares[0, 0])
+    assert not np.isfinite(scores[5, 1])
+    assert np.isinf(squares[5, 1])
+
+
+@pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
+@pytest.mark.parametrize(("width", "unit"), [(1, True), (64, True), (77, True), (77, False)])
+def test_factor_update_equals_autodiff_and_the_row_optimiser(name, width, unit):
+    """d/d rows of sum(ds * scores + dq * squares), then tables.update by XLA."""
+    optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1, eps=1e-6))
+    table, users, items = _world(width, slots=optimizer.slots(width))
+    rng = np.random.default_rng(1)
+    d_scores = rng.normal(size=items.shape).astype(np.float32)
+    d_squares = rng.normal(size=(users.size, 2)).astype(np.float32)
+    slots = {"user": jnp.full(40, 7, jnp.int32), "item": jnp.full(90, -3, jnp.int32)}
+
+    def objective(p, q):
+        inner = p.at[:, -1].set(1.0) if unit else p
+        scores = jnp.einsum("nd,ncd->nc", inner, q)
+        norms = jnp.stack([jnp.sum(p * p, 1), jnp.sum(q * q, (1, 2))], axis=1)
+        return jnp.sum(scores * d_scores) + jnp.sum(norms * d_squares)
+
+    p, q = jnp.asarray(table["user"][users, :width]), jnp.asarray(table["item"][items, :width])
+    grads = dict(zip(("user", "item"), jax.grad(objective, argnums=(0, 1))(p, q), strict=True))
+    ids, layout = {"user": users, "item": items}, worlds.one_device()
+    wanted = {
+        key: tables.update(
+            jnp.asarray(table[key]), slots[key], ids[key], grads[key], optimizer, layout
+        )[0]
+        for key in ids
+    }
+    run = jax.jit(lambda *args: cpu.factor_update(*args, optimizer.rule, width=width, unit=unit))
+    got = run(
+        table["user"], table["item"], slots["user"], slots["item"],
+        users, items, d_scores, d_squares,
+    )  # fmt: skip
+    for new, key in zip(got[:2], ("user", "item"), strict=True):
+        np.testing.assert_allclose(new, wanted[key], rtol=2e-4, atol=2e-4)
+        untouched = np.setdiff1d(np.arange(table[key].shape[0]), ids[key])
+        np.testing.assert_array_equal(np.asarray(new)[untouched], table[key][untouched])
+
+
+@pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_row_update_equals_the_xla_update(name, width):
+    optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    table, _, items = _world(width, lanes=2000, slots=optimizer.slots(width))
+    start = jnp.asarray(table["item"])
+    grads = np.random.default_rng(2).normal(size=(*items.shape, width)).astype(np.float32)
+    slot, layout = jnp.zeros(90, jnp.int32), worlds.one_device()
+    by = {
+        native: jax.jit(
+            lambda *a, native=native: tables.update(*a, optimizer, layout, native=native)[0]
+        )(start, slot, items, grads)
+        for native in (False, True)
+    }
+    np.testing.assert_allclose(by[True], by[False], rtol=2e-4, atol=2e-4)
+    assert not np.allclose(by[True], start)
+
+
+def test_no_lanes_change_nothing():
+    table, _, _ = _world(8)
+    slots = jnp.zeros(40, jnp.int32), jnp.zeros(90, jnp.int32)
+    none, pairs = np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
+    scores, squares = cpu.factor_scores(
+        table["user"], table["item"], none, pairs, width=8, unit=True
+    )
+    assert scores.shape == squares.shape == (0, 2)
+    floats = np.zeros((0, 2), np.float32)
+    rule = cpu.Rule("sgd", 1.0)
+    got = cpu.factor_update(
+        table["user"], table["item"], *slots, none, pairs, floats, floats, rule, width=8, unit=True
+    )
+    np.testing.assert_array_equal(got[0], table["user"])
+    np.testing.assert_array_equal(got[1], table["item"])
+
+
+@pytest.mark.parametrize("popularity", [False, True])
+def test_draws_outside_are_those_of_xla_to_the_bit(popularity):
+    """Users with nothing, with some and with everything excluded."""
+    rng = np.random.default_rng(3)
+    n_items, n_users = 50, 30
+    rows = [rng.choice(n_items, size, replace=False) for size in (0, 1, 49, 50, *range(4, 30))]
+    users = np.repeat(np.arange(n_users), [len(row) for row in rows])
+    sets = Csr.from_pairs(users, np.concatenate(rows), n_users)
+    masses = rng.integers(0, 9, n_items) if popularity else None
+    cut = jax.device_put(batches.excluded(sets, masses, n_items))
+    cumulative = None
+    if masses is not None:
+        cumulative = jnp.asarray(np.concatenate([[0], np.cumsum(masses)]), jnp.int32)
+    bits = jax.random.bits(jax.random.key(0), (4, 5000), jnp.uint32)
+    who = jnp.asarray(rng.integers(0, n_users, (4, 5000)), jnp.int32)
+    found = [
+        draws.draw_outside(
+            bits,
+            who,
+            cut,
+            cumulative,
+            draws.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 6, native),
+        )
+        for native in (False, True)
+    ]
+    for by_xla, by_kernel in zip(*found, strict=True):
+        np.testing.assert_array_equal(by_xla, by_kernel)
+    assert set(np.asarray(found[0][1]).ravel()) == {0.0, 1.0}
