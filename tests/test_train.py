@@ -126,7 +126,7 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
     progress = saved.progress()
     poisoned = jax.tree.map(lambda x: x, state)
     poisoned = poisoned.replace(
-        tables=poisoned.tables | {"user": poisoned.tables["user"].at[3, 0].set(np.nan)}
+        tables=poisoned.tables | {"user": poisoned.tables["user"].at[:, 0].set(np.nan)}
     )
     saved.save(poisoned, best, dataclasses.replace(progress, step=progress.step + 1))
     saved.close()
