@@ -9,6 +9,7 @@ namespace slgr {
 namespace {
 
 constexpr int64_t kAhead = 12;  // lanes between a prefetch and its use
+constexpr int64_t kLine = 16;   // int32 of a cache line
 
 }  // namespace
 
@@ -28,10 +29,12 @@ static ffi::Error DrawOutside(ffi::ThreadPool pool, U32 bits, S32 users, S32 off
         __builtin_prefetch(offset + user[lane + 2 * kAhead]);
         __builtin_prefetch(left + user[lane + 2 * kAhead]);
       }
-      if (lane + kAhead < end) {  // where the search would end if the set were spread evenly
+      if (lane + kAhead < end && user[lane + kAhead] != user[lane + kAhead - 1]) {
+        // What a search reads of a new user's row: all of it, or every 16th part.
         const int64_t begin = offset[user[lane + kAhead]];
-        const uint64_t length = offset[user[lane + kAhead] + 1] - begin;
-        __builtin_prefetch(key + begin + ((word[lane + kAhead] * length) >> 32));
+        const int64_t length = offset[user[lane + kAhead] + 1] - begin;
+        const int64_t stride = std::max(kLine, length / 16);
+        for (int64_t k = 0; k < length; k += stride) __builtin_prefetch(key + begin + k);
       }
       const int32_t u = user[lane];
       const uint64_t bound = static_cast<uint32_t>(left[u]);
