@@ -190,6 +190,12 @@ def prepare(job: Facts) -> Contestant:
         raise turns.Refused(str(error)) from error
 
 
+def _kernels(trainer: Trainer) -> str:
+    """Who reads and writes the rows: the CPU kernels serve float32 alone."""
+    float32 = trainer.config.optimizer.table_dtype == "float32"
+    return "native" if trainer.plan.native and float32 else "xla"
+
+
 def _prepare(job: Facts) -> Contestant:
     run = knobs.from_json(RunConfig, job["config"], "the job's config")
     dataset = synthetic_dataset.from_pairs(synthetic.Pairs.load(job["pairs"]), run.data)
@@ -211,7 +217,7 @@ def _prepare(job: Facts) -> Contestant:
         "devices": f"{devices.size} x {devices[0].device_kind}",
         "platform": devices[0].platform,
         "cores": os.cpu_count(),
-        "kernels": "native" if trainer.plan.native else "xla",
+        "kernels": _kernels(trainer),
         "compile_s": compile_s,
         "steps_per_turn": steps,
         "steps_per_dispatch": stepper.dispatch,

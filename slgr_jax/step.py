@@ -182,8 +182,6 @@ def make_run_steps(
         def body(batch: draws.Batch, keys: jax.Array, at: jax.Array, carry: Any) -> Any:
             state, slots, sums, health = carry
             mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, False), batch)
-            # Behind a barrier: otherwise XLA picks the step's ids anew for every entry of a row.
-            mine = jax.lax.optimization_barrier(mine)
             facts = resident.interactions.facts
             state, slots, new, bad = train_step(trainer, state, slots, mine, facts, keys[at])
             sums = {name: sums[name] + new[name] for name in SUM_NAMES}

@@ -165,6 +165,16 @@ def test_initial_values_do_not_depend_on_the_mesh(dtype):
     np.testing.assert_array_equal(alone, exact.astype(dtype).astype(jnp.float32))
 
 
+def test_a_table_is_made_without_a_second_one():
+    """Initial values are elementwise in (row, column): no temporary of the table's size."""
+    optimizer = tables.make_row_optimizer(OptimizerConfig())
+    spec, layout = tables.TableSpec(100_000, 64, 0.1), worlds.one_device()
+    make = jax.jit(lambda key: tables.init_table(key, spec, optimizer, layout))
+    memory = make.lower(jax.random.key(0)).compile().memory_analysis()
+    assert memory.output_size_in_bytes >= 100_000 * 128 * 4
+    assert memory.temp_size_in_bytes < 100_000
+
+
 def test_initial_entries_have_the_stated_spread():
     spec = tables.TableSpec(20_000, 16, 0.5)
     optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer="sgd"))

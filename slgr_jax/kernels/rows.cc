@@ -229,8 +229,7 @@ void BlockGrads(const Lanes& in, const int32_t* user_row, const int32_t* item_ro
     const Block unit = kBias ? bias.Put(p, 1.0f) : p;
     const float own = 2.0f * dsquares[2 * lane], other = 2.0f * dsquares[2 * lane + 1];
     Block sum{};
-    const int64_t first = lane * in.c, end = first + (in.c == 2 ? 2 : in.c);
-    for (int64_t k = first; k < end; ++k) {
+    for (int64_t k = lane * in.c; k < (lane + 1) * in.c; ++k) {
       const Block q = Load<kFull>(in.item.row(in.items[k]) + begin, size);
       float* to = item_sums + item_row[k] * kBlock;
       const Block so_far = Load<true>(to, kBlock);
