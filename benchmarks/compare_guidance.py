@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax import config, flags
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError, listing
 
@@ -240,7 +240,7 @@ def draw(rows: Sequence[dict[str, Any]], metric: str, path: pathlib.Path, title:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from slgr_jax.report import COLORS
+    from slgr_jax.picture import COLORS
 
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     figure = Figure(figsize=(2.2 * len(SLICES), 3.2), layout="constrained")
@@ -291,7 +291,7 @@ if __name__ == "__main__":
     flags.run(
         main,
         usage=__doc__,
-        sections=tuple(flags.run_sections().values()),
+        sections=tuple(config.sections().values()),
         own=OWN,
         required=("data", "out"),
     )

@@ -1,4 +1,5 @@
-"""Other trainers of the same job, one a process: BPR matrix factorisation on the same pairs.
+"""Other trainers of the same job, one a process: on the same pairs, BPR matrix factorisation, or
+(recbole) the recommender of the same name.
 
     python benchmarks/throughput.py --peer=implicit,cornac --peer_python=PYTHON
 
@@ -19,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import synthetic
@@ -26,6 +28,7 @@ import turns
 from turns import Contestant, Facts, Turn
 
 LR, L2 = 0.01, 0.01  # neither changes the speed
+ROWS_GB = 1.0  # most that RecBole's rows of histories may take
 
 
 def versions(*packages: str) -> Facts:
@@ -151,10 +154,90 @@ def torch(pairs: synthetic.Pairs, job: Facts) -> Contestant:
     )
 
 
-def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
-    """RecBole's BPR: its loader, its sampler, its model and its optimiser (dense Adam).
+# RecBole's names of the recommenders, and what it calls the knobs of ours.
+RECBOLE: dict[str, tuple[str, Callable[[Facts], Facts]]] = {
+    "mf": ("BPR", lambda knobs: {"embedding_size": knobs["dim"]}),
+    "lightgcn": (
+        "LightGCN",
+        lambda knobs: {"embedding_size": knobs["dim"], "n_layers": knobs["layers"]},
+    ),
+    "sasrec": ("SASRec", lambda knobs: _transformer(knobs)),
+    "bert4rec": (
+        "BERT4Rec",
+        lambda knobs: _transformer(knobs) | {"mask_ratio": knobs["mask_probability"]},
+    ),
+    "gru4rec": (
+        "GRU4Rec",
+        lambda knobs: {
+            "embedding_size": knobs["dim"],
+            "hidden_size": knobs["hidden"],
+            "num_layers": knobs["layers"],
+            "dropout_prob": knobs["dropout"],
+        },
+    ),
+    "deepfm": ("DeepFM", lambda knobs: _perceptron(knobs)),
+    "xdeepfm": ("xDeepFM", lambda knobs: _perceptron(knobs) | {"cin_layer_size": knobs["cin"]}),
+    "autoint": (
+        "AutoInt",
+        lambda knobs: (
+            _perceptron(knobs)
+            | {
+                "attention_size": knobs["attention_width"],
+                "n_layers": knobs["layers"],
+                "num_heads": knobs["heads"],
+                "dropout_probs": [knobs["dropout"]] * 3,
+            }
+        ),
+    ),
+    "dcn": ("DCN", lambda knobs: _perceptron(knobs) | {"cross_layer_num": knobs["layers"]}),
+    "dcnv2": (
+        "DCNV2",
+        lambda knobs: (
+            _perceptron(knobs)
+            | {
+                "structure": "parallel",
+                "cross_layer_num": knobs["layers"],
+                "mixed": knobs["low_rank"] > 0,
+                "expert_num": knobs["experts"],
+                "low_rank": knobs["low_rank"],
+            }
+        ),
+    ),
+    "din": ("DIN", lambda knobs: _perceptron(knobs)),
+}
 
-    The lines of its trainer's epoch, stopped after as many batches as a turn has time for.
+
+CLICK = ("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din")
+
+
+def _transformer(knobs: Facts) -> Facts:
+    return {
+        "hidden_size": knobs["dim"],
+        "inner_size": knobs["hidden"],
+        "n_layers": knobs["layers"],
+        "n_heads": knobs["heads"],
+        "hidden_dropout_prob": knobs["dropout"],
+        "attn_dropout_prob": knobs["dropout"],
+    }
+
+
+def _perceptron(knobs: Facts) -> Facts:
+    return {
+        "embedding_size": knobs["dim"],
+        "mlp_hidden_size": knobs["mlp"],
+        "dropout_prob": knobs["dropout"],
+    }
+
+
+def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
+    """RecBole's model of a backbone: its loader, its sampler, its loss, its optimiser (dense Adam).
+
+    The lines of its trainer's epoch, stopped after as many batches as a turn has time for. A row
+    of its data is, for BPR and LightGCN, a triple; for click models (and DIN, with a history) an
+    item with a label, of which a triple has two or more; for SASRec and GRU4Rec a history of up
+    to --max_history events and the one place that is predicted, its end; BERT4Rec predicts what
+    it masks of that history, or in every other batch its last event. --dim, --layers, --heads,
+    --hidden, --mlp and their like are those of the run; its DIN has one width for both MLPs.
     """
     import torch
 
@@ -162,52 +245,76 @@ def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
     for name, kind in (("float_", np.float64), ("complex_", np.complex128), ("unicode_", np.str_)):
         if not hasattr(np, name):
             setattr(np, name, kind)
+    import pandas
+
+    # It counts each entry's items with `agg(len)`, which since pandas 3 counts the entries.
+    agg = pandas.Series.agg
+    pandas.Series.agg = lambda self, how, **more: (
+        self.map(len) if how is len else agg(self, how, **more)
+    )
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
-    from recbole.model.general_recommender import BPR
-    from recbole.trainer import Trainer
+    from recbole.utils import get_model, get_trainer
 
     torch.set_num_threads(job["threads"])
-    batch = job["batch_size"] or 2048
+    backbone = job["backbone"]
+    model_name, named = RECBOLE[backbone]
+    softmax, click = backbone in ("sasrec", "bert4rec", "gru4rec"), backbone in CLICK
+    timed = softmax or backbone == "din"
+    negatives: Facts = {"distribution": "uniform", "sample_num": job["negatives"]}
+    negatives |= {"alpha": 1.0, "dynamic": False, "candidate_num": 0}
+    batch = job["batch_size"] or (job["own_batch_size"] if backbone == "lightgcn" else 2048)
     # Its trainer writes a log to the working directory.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        _write_atomic(pairs, pathlib.Path(folder) / "pairs")
+        if timed:
+            _check_rows(pairs, job)
+        _write_atomic(pairs, pathlib.Path(folder) / "pairs", moments=timed, fields=click)
+        columns = ["user_id", "item_id"] + ["timestamp"] * timed
         config = Config(
-            model="BPR",
+            model=model_name,
             dataset="pairs",
             config_dict={
                 "data_path": folder,
                 "checkpoint_dir": folder,
-                "load_col": {"inter": ["user_id", "item_id"]},
+                "load_col": {"inter": columns} | ({"item": ["item_id", "class"]} if click else {}),
                 "eval_args": {
                     "split": {"RS": [1.0, 0.0, 0.0]},
-                    "order": "RO",
+                    "order": "TO" if timed else "RO",
                     "group_by": "none",
                     "mode": "full",
                 },
-                "embedding_size": job["dim"],
+                "metrics": ["Recall"],
+                "valid_metric": "Recall@10",
+                "train_neg_sample_args": None if softmax else negatives,
+                "MAX_ITEM_LIST_LENGTH": job["knobs"]["max_history"],
                 "train_batch_size": batch,
                 "learning_rate": LR,
                 "worker": 0,
                 "show_progress": False,
                 "state": "ERROR",
-            },
+            }
+            | named(job["knobs"]),
         )
         data = create_dataset(config)
         loader, _, _ = data_preparation(config, data)
-        model = BPR(config, loader.dataset).to(config["device"])
-        optimizer = Trainer(config, model).optimizer
+        kind = get_model(model_name)
+        if backbone == "lightgcn":
+            # Its own goes through a dictionary of edges, which SciPy 1.13 and later refuse.
+            kind.get_norm_adj_mat = _normalised
+        model = kind(config, loader.dataset).to(config["device"])
+        optimizer = get_trainer(config["MODEL_TYPE"], model_name)(config, model).optimizer
+    model.train()
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
 
-    def batches(count: int) -> int:
-        triples = 0
+    def batches(count: int) -> float:
+        triples = 0.0
         for interaction in itertools.islice(endless, count):
             interaction = interaction.to(config["device"])
             optimizer.zero_grad()
             loss = model.calculate_loss(interaction)
             loss.backward()
             optimizer.step()
-            triples += len(interaction)
+            triples += counted(backbone, interaction, job["negatives"])
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return triples
@@ -224,6 +331,7 @@ def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
             "versions": versions("recbole", "torch"),
             "device": str(config["device"]),
             "optimizer": "adam",
+            "model": model_name,
             "batch_size": batch,
         },
         turn,
@@ -231,12 +339,58 @@ def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
     )
 
 
-def _write_atomic(pairs: synthetic.Pairs, folder: pathlib.Path) -> None:
-    """The pairs as RecBole's file of interactions."""
+def counted(backbone: str, interaction: Any, negatives: int) -> float:
+    """Triples or predicted places of a batch of RecBole's; see `recbole`."""
+    if backbone == "bert4rec":  # as its loss does: a mask at the first place is not
+        return int((interaction["MASK_INDEX"] > 0).sum())
+    return len(interaction) / (1 + negatives if backbone in CLICK else 1)
+
+
+def _normalised(model: Any) -> Any:
+    """D^-1/2 A D^-1/2 of RecBole's LightGCN as the sparse tensor that it propagates with."""
+    import scipy.sparse
+    import torch
+
+    pairs = model.interaction_matrix.astype(np.float32)
+    whole = scipy.sparse.bmat([[None, pairs], [pairs.T, None]], format="coo")
+    scale = (np.asarray(whole.sum(axis=1)).ravel() + 1e-7) ** -0.5
+    values = (scale[whole.row] * whole.data * scale[whole.col]).astype(np.float32)
+    places = np.stack([whole.row, whole.col]).astype(np.int64)
+    return torch.sparse_coo_tensor(torch.from_numpy(places), torch.from_numpy(values), whole.shape)
+
+
+def _check_rows(pairs: synthetic.Pairs, job: Facts) -> None:
+    """RecBole keeps the history of every row: two lists (items, times) of 8 and 4 bytes an event.
+
+    Raises:
+      Refused: that is more than ROWS_GB.
+    """
+    gb = len(pairs) * job["knobs"]["max_history"] * 12 / 1e9
+    if gb > ROWS_GB:
+        raise turns.Refused(
+            f"--peer=recbole keeps a row with its history for each of {len(pairs):,} interactions: "
+            f"{gb:.1f} GB for --backbone={job['backbone']}, made one by one; compare on "
+            "--sizes=ml100k, or lower --interactions or --max_history"
+        )
+
+
+def _write_atomic(
+    pairs: synthetic.Pairs, folder: pathlib.Path, *, moments: bool, fields: bool
+) -> None:
+    """The pairs as RecBole's file of interactions; `fields`: and one of the items' categories."""
     folder.mkdir()
+    columns = {"user_id:token": pairs.users, "item_id:token": pairs.items}
+    if moments:
+        columns["timestamp:float"] = synthetic.moments(pairs)
     with open(folder / f"{folder.name}.inter", "w", encoding="ascii") as file:
-        file.write("user_id:token\titem_id:token\n")
-        np.savetxt(file, np.stack([pairs.users, pairs.items], axis=1), "%d", delimiter="\t")
+        print(*columns, sep="\t", file=file)
+        np.savetxt(file, np.stack(list(columns.values()), axis=1), "%d", delimiter="\t")
+    if fields:
+        offsets, codes = synthetic.categories(pairs.n_items)
+        with open(folder / f"{folder.name}.item", "w", encoding="ascii") as file:
+            print("item_id:token", "class:token_seq", sep="\t", file=file)
+            for item, of_item in enumerate(np.split(codes, offsets[1:-1])):
+                print(item, " ".join(map(str, of_item)), sep="\t", file=file)
 
 
 PEERS: dict[str, Callable[[synthetic.Pairs, Facts], Contestant]] = {
@@ -244,6 +398,11 @@ PEERS: dict[str, Callable[[synthetic.Pairs, Facts], Contestant]] = {
     "cornac": cornac,
     "recbole": recbole,
     "torch": torch,
+}
+# The backbones that each peer trains; recbole: its models of the same names.
+TRAINED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("implicit", "cornac", "torch"), ("mf",)),
+    "recbole": tuple(RECBOLE),
 }
 INSTALL = {
     "implicit": "pip install 'slgr_jax[peers]'",

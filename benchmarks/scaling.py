@@ -30,7 +30,7 @@ import turns
 from absl import flags as absl_flags
 from turns import Player
 
-from slgr_jax import flags, knobs
+from slgr_jax import config, flags, knobs
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError, UserError, listing
 
@@ -128,7 +128,7 @@ def draw(rows: Sequence[Row], path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from slgr_jax.report import COLORS
+    from slgr_jax.picture import COLORS
 
     kinds = list(dict.fromkeys(row["vary"] for row in rows))
     figure = Figure(figsize=(3.8 * len(kinds), 3.4), layout="constrained")
@@ -163,7 +163,9 @@ def draw(rows: Sequence[Row], path: str) -> None:
 def define_flags() -> tuple[str, ...]:
     """Define this command's own flags; their names, for --help."""
     absl_flags.DEFINE_string("out", None, "picture to write (.png, .pdf, .svg)")
-    absl_flags.DEFINE_list("rows", ["10000", "100000", "1000000", "10000000"], "rows of a table")
+    absl_flags.DEFINE_list(
+        "table_rows", ["10000", "100000", "1000000", "10000000"], "rows of the table that grows"
+    )
     absl_flags.DEFINE_list("vary", ["users", "items"], "which table grows: users, items")
     absl_flags.DEFINE_integer(
         "interactions", 2_000_000, "training pairs at every size", lower_bound=1
@@ -177,7 +179,7 @@ def define_flags() -> tuple[str, ...]:
         lower_bound=0.0,
     )
     absl_flags.DEFINE_string("json", "", "also write the rows to this file")
-    return ("out", "rows", "vary", "interactions", "repeats", "seconds", "max_gb", "json")
+    return ("out", "table_rows", "vary", "interactions", "repeats", "seconds", "max_gb", "json")
 
 
 def main(_: list[str]) -> None:
@@ -185,15 +187,17 @@ def main(_: list[str]) -> None:
     unknown = [kind for kind in given.vary if kind not in ("users", "items")]
     if unknown or not given.vary:
         raise ConfigError(f"--vary: {listing(unknown)} is not one of: users, items")
-    if not given.rows or not all(text.isdecimal() for text in given.rows):
-        raise ConfigError(f"--rows: {listing(given.rows)}: expected integers, e.g. 10000,1000000")
+    if not given.table_rows or not all(text.isdecimal() for text in given.table_rows):
+        raise ConfigError(
+            f"--table_rows: {listing(given.table_rows)}: expected integers, e.g. 10000,1000000"
+        )
     base = flags.run_config_from_flags("", "")
     what = f"batch {base.sampler.batch_size}, {base.optimizer.table_optimizer}"
     what += f", {base.optimizer.table_dtype}, d = {base.model.dim}, {given.interactions:,} pairs"
     rows: list[Row] = []
     for vary in given.vary:
         found: list[Row] = []
-        for count in sorted(map(int, given.rows)):
+        for count in sorted(map(int, given.table_rows)):
             size = size_of(vary, count, given.interactions)
             if found:
                 per_row = found[-1]["stated_bytes_per_row"]
@@ -216,7 +220,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sections = flags.run_sections()
+    sections = config.sections()
     flags.run(
         main,
         usage=__doc__,

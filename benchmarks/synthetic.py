@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 
 HEAD = 20.0  # items weigh 1 / (rank + HEAD)
+CATEGORIES, MOST_CATEGORIES = 18, 3  # in all, of an item; MovieLens-100K has 18 genres
 # Users with more than this share of the catalogue are drawn by sorting, the others by rejection.
 HEAVY_SHARE = 1 / 20
 
@@ -101,6 +102,31 @@ def make(size: Size) -> Pairs:
     keys.sort()
     users, items = np.divmod(keys, size.items)
     return Pairs(size.users, size.items, users.astype(np.int32), items.astype(np.int32))
+
+
+def moments(pairs: Pairs, *, seed: int = 1) -> np.ndarray:
+    """[n] int64: the place in time of each pair among its user's, 0, 1, ...; a random order."""
+    order = np.random.default_rng(seed).random(len(pairs))
+    order = np.lexsort((order, pairs.users))  # users ascend already: only rows are shuffled
+    counts = pairs.counts
+    start = np.repeat(np.cumsum(counts) - counts, counts)
+    found = np.empty(len(pairs), np.int64)
+    found[order] = np.arange(len(pairs)) - start
+    return found
+
+
+def categories(n_items: int, *, seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """1 to MOST_CATEGORIES distinct categories of each item, uniformly.
+
+    Returns:
+      offsets: [n_items + 1] bounds of each item's categories.
+      codes: in [0, CATEGORIES), item after item.
+    """
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, MOST_CATEGORIES + 1, n_items)
+    codes = rng.random((n_items, CATEGORIES)).argsort(axis=1)[:, :MOST_CATEGORIES]
+    kept = np.arange(MOST_CATEGORIES)[None, :] < counts[:, None]
+    return np.concatenate([[0], np.cumsum(counts)]), codes[kept]
 
 
 def activity(rng: np.random.Generator, size: Size) -> np.ndarray:

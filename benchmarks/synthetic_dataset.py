@@ -12,20 +12,40 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Collection
 
 import numpy as np
 import pyarrow as pa
 import synthetic
 
 from slgr_jax.data import schema, shards
+from slgr_jax.data.context import FIELDS, HISTORY
 from slgr_jax.data.dataset import Dataset, Part
 from slgr_jax.teacher import preferences
 
 TEACHER = "random"
 
 
-def from_pairs(pairs: synthetic.Pairs, folder: str | os.PathLike[str]) -> Dataset:
-    """The pairs as the training part; nothing to validate or test on, no names, no texts."""
+def from_pairs(
+    pairs: synthetic.Pairs, folder: str | os.PathLike[str], reads: Collection[str] = ()
+) -> Dataset:
+    """The pairs as the training part; nothing to validate or test on, no names, no texts.
+
+    Args:
+      reads: what a backbone looks up (`reads_of`): HISTORY gives the pairs times, FIELDS gives
+        the items categories.
+    """
+    items, times = pairs.items, None
+    if HISTORY in reads:
+        times = synthetic.moments(pairs)
+        order = np.lexsort((times, pairs.users))
+        items, times = items[order], times[order]
+    table = pa.table({"item_id": pa.nulls(pairs.n_items, pa.string())})
+    if FIELDS in reads:
+        offsets, codes = synthetic.categories(pairs.n_items)
+        names = pa.array(codes.astype(str))
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), names)
+        table = table.append_column("categories", lists)
     nothing = Part(np.zeros(0, np.int32), np.zeros(0, np.int32), None, None)
     manifest = schema.DatasetManifest(
         name="synthetic",
@@ -41,11 +61,11 @@ def from_pairs(pairs: synthetic.Pairs, folder: str | os.PathLike[str]) -> Datase
     return Dataset(
         path=pathlib.Path(folder),
         manifest=manifest,
-        train=Part(pairs.users, pairs.items, None, None),
+        train=Part(pairs.users, items, times, None),
         valid=nothing,
         test=nothing,
         user_ids=pa.nulls(pairs.n_users, pa.string()),
-        items=pa.table({"item_id": pa.nulls(pairs.n_items, pa.string())}),
+        items=table,
     )
 
 

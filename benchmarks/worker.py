@@ -12,11 +12,10 @@ its last state.
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,8 +28,10 @@ import turns
 from turns import Contestant, Facts, Turn
 
 from slgr_jax import __version__, knobs, runs, train
+from slgr_jax.access import Rows
+from slgr_jax.backbones import DotBackbone, reads_of
 from slgr_jax.config import RunConfig
-from slgr_jax.data import batches
+from slgr_jax.data import batches, draws
 from slgr_jax.errors import UserError
 from slgr_jax.step import Sums, Trainer, TrainState, init_state, make_run_steps
 
@@ -73,11 +74,16 @@ class Stepper:
         return sums
 
     def turn(self, steps: int) -> Turn:
-        """Time `steps`; lanes that drew no triple do not count."""
+        """Time `steps`; lanes (and places) that had nothing to learn from do not count."""
         begin = time.perf_counter()
         sums = self.run(steps)
         seconds = time.perf_counter() - begin
-        return Turn(sum(float(one["triples"]) for one in jax.device_get(sums)), seconds)
+        return Turn(triples(sums), seconds)
+
+
+def triples(sums: Sequence[Sums]) -> float:
+    """How many triples were learned from; of sequence backbones, predicted places."""
+    return sum(float(one["triples"]) for one in jax.device_get(sums))
 
 
 def row_bytes(trainer: Trainer, state: TrainState) -> dict[str, float]:
@@ -89,16 +95,39 @@ def row_bytes(trainer: Trainer, state: TrainState) -> dict[str, float]:
     }
 
 
-def bytes_per_triple(trainer: Trainer, bytes_of_row: Mapping[str, float]) -> float:
-    """2 * (1 + G / B) * sum over tables of (rows that a triple names) * (bytes of a row).
+def rows_named(trainer: Trainer, resident: batches.Resident) -> dict[str, int]:
+    """Rows of each table that a step names, as often as it does; of whole tables every row, once.
 
-    Each named row is read once and written once, however often a batch names it; a preference
-    names as many rows as a triple. Interactions and other small reads are left out.
+    A step that moves no row but computes dot products (`access.Factors`) names the same ones.
     """
-    user, items = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    ids = jax.eval_shape(trainer.backbone.ids, user, items)
-    named = sum(math.prod(ids[name].shape) * size for name, size in bytes_of_row.items())
-    return 2.0 * (1.0 + trainer.plan.preferences / trainer.plan.triples) * named
+    rows = Rows(trainer.backbone, trainer.row_optimizer, trainer.layout, native=False)
+
+    def named(key: jax.Array, resident: batches.Resident) -> dict[str, list[jax.Array]]:
+        drawn = draws.draw(key[None], resident, trainer.plan)
+        batch = jax.tree.map(lambda x: x[0], drawn)
+        return rows.named(resident.context, trainer.objective.reads(batch, resident.context))
+
+    found = jax.eval_shape(named, jax.random.key_data(jax.random.key(0)), resident)
+    return {name: sum(ids.size for ids in groups) for name, groups in found.items()}
+
+
+def bytes_per_step(rows: Mapping[str, int], bytes_of_row: Mapping[str, float]) -> float:
+    """2 * sum over tables of (rows that a step names) * (bytes of a row).
+
+    Each named row is read once and written once, however often a batch names it. Dense
+    parameters, interactions and what is computed between the two are left out.
+    """
+    return 2.0 * sum(count * bytes_of_row[name] for name, count in rows.items())
+
+
+def rows_per_triple(trainer: Trainer) -> int:
+    """Rows that a click backbone predicts for each triple: the positive and its negatives; else 0.
+
+    They are what trainers of such models count.
+    """
+    if isinstance(trainer.backbone, DotBackbone):
+        return 0
+    return 1 + trainer.plan.negatives
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -198,10 +227,11 @@ def _kernels(trainer: Trainer) -> str:
 
 def _prepare(job: Facts) -> Contestant:
     run = knobs.from_json(RunConfig, job["config"], "the job's config")
-    dataset = synthetic_dataset.from_pairs(synthetic.Pairs.load(job["pairs"]), run.data)
+    pairs = synthetic.Pairs.load(job["pairs"])
+    dataset = synthetic_dataset.from_pairs(pairs, run.data, reads_of(run.model))
     trainer, resident = runs.build(run, dataset)
     gather_rows = job.get("gather_rows") or dataset.n_users
-    del dataset
+    del dataset, pairs
     jax.block_until_ready(resident)
     built = Memory()
     stepper = Stepper(trainer, resident)
@@ -210,6 +240,8 @@ def _prepare(job: Facts) -> Contestant:
     ready = Memory()
     steps = job["steps"] or turns.units_for(job["seconds"], stepper.run)
     size = row_bytes(trainer, stepper.state)
+    moved = bytes_per_step(rows_named(trainer, resident), size)
+    turns_taken: list[Turn] = []
     devices = trainer.layout.mesh.devices.ravel()
     facts: Facts = {
         "versions": {"slgr_jax": __version__, "jax": jax.__version__, "numpy": np.__version__}
@@ -222,17 +254,24 @@ def _prepare(job: Facts) -> Contestant:
         "steps_per_turn": steps,
         "steps_per_dispatch": stepper.dispatch,
         "row_bytes": size,
-        "bytes_per_triple": bytes_per_triple(trainer, size),
+        "rows_per_triple": rows_per_triple(trainer),
     }
+
+    def turn() -> Turn:
+        turns_taken.append(stepper.turn(steps))
+        return turns_taken[-1]
 
     def finish() -> Facts:
         after = Memory()
+        # Known only now: how many places a window predicts depends on the histories drawn.
+        per_step = sum(one.triples for one in turns_taken) / (steps * len(turns_taken))
         peak = max(built.peak_mb, ready.peak_mb, after.peak_mb)
         found = {"peak_mb": peak, "device_peak_mb": after.device_peak_mb}
         found |= {"state_mb": after.grown_since(built)}
+        found |= {"triples_per_step": per_step, "bytes_per_triple": moved / per_step}
         return found | {"gather_bandwidth": gather_bandwidth(gather_rows)}
 
-    return Contestant(facts, lambda: stepper.turn(steps), finish)
+    return Contestant(facts, turn, finish)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax import config, flags
 
 absl_flags.DEFINE_string("data", None, "dataset directory (launch/prepare.py)")
 absl_flags.DEFINE_string("workdir", None, "directory of this run: config, log, checkpoints")
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     flags.run(
         main,
         usage=__doc__,
-        sections=tuple(flags.run_sections().values()),
+        sections=tuple(config.sections().values()),
         own=("data", "workdir"),
         required=("data", "workdir"),
     )

@@ -24,7 +24,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from slgr_jax.data.context import Context
 from slgr_jax.errors import ManifestError, UserError
 from slgr_jax.step import ServingState, Trainer, TrainState, init_state, make_serving_state
 
@@ -70,7 +72,12 @@ def abstract_state(trainer: Trainer) -> TrainState:
 
 def abstract_serving(trainer: Trainer) -> ServingState:
     """Shapes, types and shardings of a serving state."""
-    shapes = jax.eval_shape(make_serving_state(trainer), abstract_state(trainer))
+    state = abstract_state(trainer)
+    values = {
+        name: jax.ShapeDtypeStruct((spec.rows, spec.width), jnp.float32)
+        for name, spec in trainer.backbone.tables.items()
+    }
+    shapes = ServingState(state.params["backbone"], values)  # type: ignore[arg-type]
     return _abstract(shapes, jax.tree.map(lambda _: trainer.layout.replicated, shapes))
 
 
@@ -201,10 +208,10 @@ class Checkpoints:
         assert isinstance(best, ServingState)
         return best
 
-    def restore_last(self) -> ServingState:
+    def restore_last(self, context: Context) -> ServingState:
         """The serving state of the newest checkpoint's train state."""
         state = self._load({_STATE: abstract_state(self._trainer)})[_STATE]
-        return make_serving_state(self._trainer)(state)
+        return make_serving_state(self._trainer)(state, context)
 
     def _serving(self) -> ServingState:
         return abstract_serving(self._trainer)

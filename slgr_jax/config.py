@@ -7,11 +7,28 @@ command line from the same fields, so a default or a help text is never written 
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
 
-from slgr_jax.errors import ConfigError
+from slgr_jax.errors import ConfigError, listing
 from slgr_jax.knobs import Section, flag_name, knob
 
-BACKBONES = ("mf",)
+BACKBONES = (
+    *("mf", "lightgcn"),
+    *("sasrec", "gru4rec", "bert4rec"),
+    *("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din"),
+)
+SEQUENCE_BACKBONES = ("sasrec", "gru4rec", "bert4rec")
+CLICK_BACKBONES = ("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din")
+LOSSES = ("auto", "bpr", "bce", "softmax", "sampled_softmax")
+# Losses that make sense for a backbone; the first is what `auto` means.
+LOSSES_OF: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mf", "lightgcn"), ("bpr", "bce", "softmax", "sampled_softmax")),
+    **dict.fromkeys(SEQUENCE_BACKBONES, ("softmax", "sampled_softmax", "bce", "bpr")),
+    **dict.fromkeys(CLICK_BACKBONES, ("bce", "bpr")),
+}
+ROWS = ("none", "sampled", "rated")
 GUIDANCE = ("none", "selective")
 GUIDANCE_LOSSES = ("hinge", "logistic")
 GATES = ("paper", "constant", "rule")
@@ -28,7 +45,7 @@ BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
 # that the teacher wrote freely over the whole catalogue).
 UNLISTED = ("unknown", "below")
 SCORERS = ("wordllama",)
-SOURCES = ("movielens", "recbole", "amazon", "csv", "parquet")
+SOURCES = ("movielens", "recbole", "amazon", "s3rec", "csv", "parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +60,9 @@ class PrepareConfig(Section):
     name: str = knob("", "data set inside --input where it holds several; also the name in reports")
     split: str = knob(
         "auto",
-        "split rule; auto = global_time where there are timestamps, else ratio; premade = take "
-        "--test_input/--valid_input or --split_column as they are",
+        "split rule; auto = global_time where there are timestamps, else ratio; s3rec needs "
+        "leave_last or ratio; premade = take --test_input/--valid_input or --split_column as they "
+        "are",
         choices=SPLITS,
     )
     split_column: str = knob("", "column that says train, valid or test (with --split=premade)")
@@ -173,7 +191,45 @@ class ModelConfig(Section):
         "per sqrt(dim), i.e. entries ~ N(0, init_std^2 / dim)",
         above=0,
     )
-    dropout: float = knob(0.0, "mf: dropout rate on the user-item product", minimum=0, below=1)
+    dropout: float = knob(
+        0.0,
+        "dropout rate of a training pass: mf on the user's vector, lightgcn on the graph's edges, "
+        "others inside the network",
+        minimum=0,
+        below=1,
+    )
+    layers: int = knob(
+        2,
+        "lightgcn: propagations; sasrec, bert4rec: transformer blocks; gru4rec: recurrent layers; "
+        "autoint, dcn, dcnv2: interaction layers",
+        minimum=1,
+    )
+    heads: int = knob(2, "sasrec, bert4rec, autoint: attention heads", minimum=1)
+    hidden: int = knob(
+        128, "gru4rec: width of the state; sasrec, bert4rec: width of the feed-forward", minimum=1
+    )
+    max_history: int = knob(
+        50, "sequence and click backbones: latest events of a user that are looked at", minimum=1
+    )
+    history_fields: bool = knob(
+        True, "click backbones: use the history and its categories as fields (needs times)"
+    )
+    most_categories: int = knob(8, "click backbones: categories kept of an item", minimum=1)
+    mask_probability: float = knob(
+        0.2, "bert4rec: share of events that are masked and predicted", above=0, below=1
+    )
+    mlp: tuple[int, ...] = knob((200, 80), "click backbones: widths of the MLP", minimum=1)
+    attention_mlp: tuple[int, ...] = knob(
+        (64, 16), "din: widths of the attention unit's MLP", minimum=1
+    )
+    attention_width: int = knob(64, "autoint: width of the attention over fields", minimum=1)
+    cin: tuple[int, ...] = knob(
+        (100, 100, 100), "xdeepfm: maps of each layer of the interaction network", minimum=1
+    )
+    experts: int = knob(4, "dcnv2: experts of a cross layer (with --low_rank)", minimum=1)
+    low_rank: int = knob(
+        0, "dcnv2: rank of an expert's cross matrix; 0 = one full matrix", minimum=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +256,44 @@ class OptimizerConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class LossConfig(Section):
+    """What is learned from interactions."""
+
+    loss: str = knob(
+        "auto",
+        "bpr: a positive over a drawn negative; bce: positive and negatives as labelled rows; "
+        "softmax: the positive among all items; sampled_softmax: among --shared_negatives, with "
+        "their probability taken out; auto: the backbone's own",
+        choices=LOSSES,
+    )
+    negatives_per_positive: int = knob(1, "bpr, bce: negatives drawn for each positive", minimum=1)
+    shared_negatives: int = knob(
+        1024, "sampled_softmax: negatives drawn a step, for all positives of it", minimum=1
+    )
+    rating_threshold: float = knob(
+        0.0,
+        "bce: every training interaction is a row, 1 where its rating is at least this, and no "
+        "negative is drawn; 0 = all are positives",
+        minimum=0,
+    )
+    min_history: int = knob(
+        0,
+        "learn from interactions that have at least this many earlier ones of the user (the click "
+        "benchmark of S-LLMR: 1); sequence backbones need one anyway",
+        minimum=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplerConfig(Section):
     """How triples are drawn on the device."""
 
-    batch_size: int = knob(2048, "triples per step, over all devices", minimum=1)
+    batch_size: int = knob(
+        2048,
+        "per step, over all devices: triples, labelled positives or, for sequence backbones, "
+        "windows of --max_history events",
+        minimum=1,
+    )
     triples_per_user: int = knob(
         8,
         "triples (and preferences) drawn for one user at a time; every training interaction stays "
@@ -286,11 +376,57 @@ class EvaluationConfig(Section):
     ks: tuple[int, ...] = knob((10, 20), "cut-offs K of the ranking metrics", minimum=1)
     eval_users_per_chunk: int = knob(1024, "users ranked at once; bounds memory", minimum=1)
     pooled_auc: bool = knob(True, "also report AUC over all user-item pairs pooled")
+    ranking: bool = knob(True, "rank the catalogue; --noranking leaves only --rows")
+    rows: str = knob(
+        "none",
+        "also predict clicks on labelled rows (auc, gauc, log-loss): sampled = each positive with "
+        "--row_negatives drawn items; rated = interactions, 1 where rated --rating_threshold",
+        choices=ROWS,
+    )
+    row_negatives: int = knob(1, "rows=sampled: negatives drawn for each positive", minimum=1)
+    row_seed: int = knob(0, "rows=sampled: seed of the negatives", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.ks:
             raise ConfigError("--ks is empty; give at least one cut-off, e.g. --ks=10,20")
+
+
+BASELINES = ("popular", "ease", "ials")
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig(Section):
+    """Recommenders of a few seconds that a run is shown beside."""
+
+    baselines: str = knob(
+        "auto",
+        "popular, ease, ials, or several with commas; none; auto = popular, and ease up to 5,000 "
+        "items (its time grows with their cube). Settings are chosen by validation ndcg@10",
+    )
+    ease_lambdas: tuple[int, ...] = knob(
+        (10, 50, 100, 200, 400, 1000, 2000), "ease: L2 weights to try", minimum=1
+    )
+    ease_gb: float = knob(16.0, "ease: most memory, in gigabytes (24 bytes x items^2)", above=0)
+    ials_dim: int = knob(64, "ials: width of a factor (extra: ials)", minimum=1)
+    ials_regularizations: tuple[int, ...] = knob(
+        (1, 3, 10, 30), "ials: L2 weights to try", minimum=0
+    )
+    ials_alphas: tuple[int, ...] = knob(
+        (1, 10), "ials: weights of an interaction to try; any other pair weighs 1", minimum=1
+    )
+    ials_iterations: int = knob(20, "ials: sweeps over users and items", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.baselines.split(",")
+        unknown = [name for name in names if name not in BASELINES]
+        if unknown and self.baselines not in ("auto", "none"):
+            known = listing(("auto", "none", *BASELINES))
+            raise ConfigError(f"--baselines={self.baselines}: choose from {known}")
+        for name in ("ease_lambdas", "ials_regularizations", "ials_alphas"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty; give at least one value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +470,31 @@ class TrainConfig(Section):
     verify_checksums: bool = knob(True, "check every shard's SHA-256 when loading")
 
 
+_SEQUENCE_DEFAULTS: Mapping[str, Any] = {
+    "table_optimizer": "lazy_adam",
+    "lr": 1e-3,
+    "l2": 0.0,
+    "batch_size": 128,
+    "dropout": 0.2,
+}
+_CLICK_DEFAULTS: Mapping[str, Any] = {
+    "table_optimizer": "lazy_adam",
+    "lr": 1e-3,
+    "l2": 0.0,
+    "dropout": 0.1,
+    "max_history": 20,
+    "rows": "sampled",
+    "ranking": False,
+    "early_stop_metric": "rows_auc",
+}
+# What a knob's default is where a backbone is known to want another; by command-line name.
+BACKBONE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "lightgcn": {"table_optimizer": "lazy_adam", "lr": 3e-3, "l2": 1e-2},
+    **dict.fromkeys(SEQUENCE_BACKBONES, _SEQUENCE_DEFAULTS),
+    **dict.fromkeys(CLICK_BACKBONES, _CLICK_DEFAULTS),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One training run: where, and every section."""
@@ -342,6 +503,7 @@ class RunConfig:
     workdir: str
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
@@ -361,12 +523,78 @@ class RunConfig:
                 "add --guidance=selective or drop it"
             )
 
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        backbone, loss = self.model.backbone, self.loss
+        if loss.loss not in ("auto", *LOSSES_OF[backbone]):
+            raise ConfigError(
+                f"--loss={loss.loss} makes no sense for --backbone={backbone}; "
+                f"choose one of {listing(LOSSES_OF[backbone])}"
+            )
+        if loss.rating_threshold and self.loss_name != "bce":
+            raise ConfigError(
+                f"--rating_threshold={loss.rating_threshold:g} labels rows, which --loss=bce "
+                f"learns from; this run has --loss={self.loss_name}"
+            )
+        if loss.rating_threshold and backbone in SEQUENCE_BACKBONES:
+            raise ConfigError(
+                f"--rating_threshold labels rows; --backbone={backbone} learns from sequences of "
+                "interactions: drop the low ones with launch/prepare.py --min_rating"
+            )
+        if self.evaluation.rows == "rated" and not loss.rating_threshold:
+            raise ConfigError("--rows=rated needs --rating_threshold=R: label 1 from R on")
+        if not self.evaluation.ranking and self.evaluation.rows == "none":
+            raise ConfigError("--noranking and --rows=none leave nothing to evaluate")
+        if self.sampler.negatives == "in_batch" and (
+            self.loss_name in ("softmax", "sampled_softmax")
+            or backbone in SEQUENCE_BACKBONES
+            or loss.negatives_per_positive > 1
+        ):
+            raise ConfigError(
+                "--negatives=in_batch gives one negative to a triple; use uniform or popularity "
+                f"with --backbone={backbone} --loss={self.loss_name}"
+            )
+
+    @property
+    def loss_name(self) -> str:
+        """The recommendation loss, with `auto` resolved."""
+        chosen = self.loss.loss
+        return LOSSES_OF[self.model.backbone][0] if chosen == "auto" else chosen
+
     @property
     def preferences_per_step(self) -> int:
         """G: preferences drawn per step; 0 without guidance."""
         if self.guidance.guidance == "none":
             return 0
         return self.guidance.preferences_per_step or self.sampler.batch_size
+
+
+def sections() -> dict[str, type[Section]]:
+    """The sections of a training run by the name they have in `RunConfig`."""
+    hints = typing.get_type_hints(RunConfig)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(RunConfig)
+        if dataclasses.is_dataclass(hints[field.name])
+    }
+
+
+def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
+    """A run from knobs by their command-line names; those not given have the backbone's defaults.
+
+    Raises:
+      ConfigError: a name that is no knob, or a value out of its range.
+    """
+    backbone = values.get("backbone", ModelConfig.backbone)
+    chosen = {**BACKBONE_DEFAULTS.get(backbone, {}), **values}
+    made = {}
+    for name, section in sections().items():
+        fields = {flag_name(field): field.name for field in dataclasses.fields(section)}
+        made[name] = section(**{fields[k]: chosen.pop(k) for k in list(chosen) if k in fields})
+    if chosen:
+        raise ConfigError(f"no knob is called {listing(map(repr, chosen))}")
+    return RunConfig(data, workdir, **made)  # type: ignore[arg-type]
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from slgr_jax import config
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import UserError, listing
 from slgr_jax.knobs import Knob, Section, flag_name, knob_of
@@ -88,24 +89,27 @@ def section_from_flags(section: type[Any]) -> Any:
     return section(**values)
 
 
-def run_sections() -> dict[str, type[Section]]:
-    """The sections of a training run by the name they have in `RunConfig`."""
-    hints = typing.get_type_hints(RunConfig)
-    return {
-        field.name: hints[field.name]
-        for field in dataclasses.fields(RunConfig)
-        if dataclasses.is_dataclass(hints[field.name])
-    }
-
-
 def run_config_from_flags(data: str, workdir: str) -> RunConfig:
-    """The `RunConfig` that the command line describes."""
-    sections = {name: section_from_flags(cls) for name, cls in run_sections().items()}
-    return RunConfig(data=data, workdir=workdir, **sections)
+    """The `RunConfig` that the command line describes.
+
+    A knob that is not given there has the default of --backbone, where that has one of its own.
+    """
+    sections = config.sections().values()
+    names = [flag_name(field) for section in sections for field in dataclasses.fields(section)]
+    given = {
+        name: FLAGS[name].value
+        for name in names
+        if name in FLAGS and not FLAGS[name].using_default_value
+    }
+    return config.make_run(data, workdir, **given)
 
 
-def _range_text(meta: Knob) -> str:
-    parts = []
+def _range_text(meta: Knob, name: str) -> str:
+    others: dict[str, list[str]] = {}
+    for backbone, defaults in config.BACKBONE_DEFAULTS.items():
+        if name in defaults:
+            others.setdefault(str(defaults[name]), []).append(backbone)
+    parts = [f"default {value} for {', '.join(which)}" for value, which in others.items()]
     if meta.choices is not None:
         parts.append("one of " + ", ".join(choice or "''" for choice in meta.choices))
     if meta.minimum is not None:
@@ -143,7 +147,7 @@ def help_text(usage: str, sections: Sequence[type[Section]], own: Sequence[str])
         lines.extend(["", f"{doc}:"])
         for field in fields:
             meta = knob_of(field)
-            add(flag_name(field), field.default, meta.help, _range_text(meta))
+            add(flag_name(field), field.default, meta.help, _range_text(meta, flag_name(field)))
     return "\n".join(lines)
 
 

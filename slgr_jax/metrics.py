@@ -122,13 +122,24 @@ def metric_names(ks: Sequence[int]) -> tuple[str, ...]:
     return (*per_k, "mrr", "auc")
 
 
-def check_metric(name: str, ks: Sequence[int], *, pooled_auc: bool = False) -> str:
+ROW_METRICS = ("rows_auc", "rows_gauc")  # of labelled rows (click_metrics.py), better when greater
+
+
+def check_metric(
+    name: str,
+    ks: Sequence[int],
+    *,
+    pooled_auc: bool = False,
+    ranking: bool = True,
+    rows: bool = False,
+) -> str:
     """`name` if the overall slice has it.
 
     Raises:
       ConfigError: it does not; the message lists what there is.
     """
-    known = metric_names(ks) + (("auc_pooled",) if pooled_auc else ())
+    known = metric_names(ks) + (("auc_pooled",) if pooled_auc else ()) if ranking else ()
+    known += ROW_METRICS if rows else ()
     if name not in known:
         raise ConfigError(f"unknown metric {name!r}; known: {listing(known, limit=len(known))}")
     return name

@@ -17,28 +17,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slgr_jax.config import RunConfig
+from slgr_jax import click_metrics
+from slgr_jax.config import EvaluationConfig, RunConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.metrics import DEFINITIONS, PartResult, check_metric
+from slgr_jax.metrics import DEFINITIONS, PartResult, Values, check_metric
 from slgr_jax.stats import compare, holm
 
 METRICS, PER_USER, PICTURE = "metrics.json", "per_user.parquet", "metrics.png"
 MAIN_SLICES = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
-# Okabe and Ito's palette: distinct with colour-blindness and in grey.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatedRun:
-    """A run and its results by part."""
+    """A run, or a baseline on a run's data, and its results by part."""
 
     workdir: str
     label: str
     config: RunConfig
     dataset: Dataset
-    checkpoint: str  # best | last
-    parts: Mapping[str, PartResult]
+    checkpoint: str  # best | last; none of a baseline
+    parts: Mapping[str, PartResult]  # full ranking; {} with --noranking
+    rows: Mapping[str, Mapping[str, Values]] = dataclasses.field(default_factory=dict)
+    """part -> slice -> metrics of labelled rows; {} with --rows=none"""
+    baseline: Mapping[str, Any] | None = None  # name, settings, tuned_on, tried
 
 
 # ------------------------------------------------------------------------ tables
@@ -106,6 +108,24 @@ def _aligned(
         line = f" {edge} ".join(padded) if edge else "  ".join(padded).rstrip()
         lines.append(f"{edge} {line} {edge}" if edge else line)
     return lines
+
+
+def click_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
+    """A row per run and slice of labelled rows; rela_impr is over the first run."""
+    scored = [run for run in runs if part in run.rows]
+    out = []
+    for name, base in scored[0].rows[part].items():
+        for run in scored:
+            values = run.rows[part][name]
+            row = {"slice": name, "run": run.label, **values}
+            if len(scored) > 1:
+                mine, first = values["auc"], base["auc"]
+                row["rela_impr"] = None
+                if run is not scored[0] and mine is not None and first is not None:
+                    row["rela_impr"] = click_metrics.rela_impr(mine, first)
+            if values["n"]:
+                out.append(row)
+    return out
 
 
 def main_columns(ks: Sequence[int]) -> tuple[str, ...]:
@@ -207,7 +227,11 @@ def footer(run: EvaluatedRun) -> str:
         note = f"; {dropped} relevant pairs dropped because masked" if dropped else ""
         lines.append(f"  {part}: masks each user's {' and '.join(masked)} items{note}")
     lines.append(f"definitions (checkpoint: {run.checkpoint}):")
-    for name, text in DEFINITIONS.items():
+    shown = {
+        **(DEFINITIONS if run.parts else {}),
+        **(click_metrics.DEFINITIONS if run.rows else {}),
+    }
+    for name, text in shown.items():
         lines += textwrap.wrap(
             f"{name}: {text}", 96, initial_indent="  ", subsequent_indent="      "
         )
@@ -219,7 +243,7 @@ def footer(run: EvaluatedRun) -> str:
 
 def thresholds(run: EvaluatedRun) -> dict[str, Any]:
     """The slices as resolved numbers, and what was masked."""
-    slices = next(iter(run.parts.values())).data.slices
+    slices = run.dataset.slices(run.config.slices)
     config = run.config.slices
     return {
         "cold_user_history": slices.cold_user_history,
@@ -236,8 +260,16 @@ def thresholds(run: EvaluatedRun) -> dict[str, Any]:
 
 
 def metrics_json(run: EvaluatedRun) -> dict[str, Any]:
-    """`metrics.json`: part -> slice -> metric -> value (null where undefined); what it means."""
+    """`metrics.json`: part -> slice -> metric -> value (null where undefined); what it means.
+
+    A baseline's also says which settings were tried and chosen.
+    """
     out: dict[str, Any] = {part: dict(result.slices) for part, result in run.parts.items()}
+    if run.rows:
+        out["rows"] = {part: dict(slices) for part, slices in run.rows.items()}
+        out["rows_definitions"] = dict(click_metrics.DEFINITIONS)
+    if run.baseline is not None:
+        out["baseline"] = dict(run.baseline)
     return out | {"thresholds": thresholds(run), "definitions": dict(DEFINITIONS)}
 
 
@@ -262,10 +294,10 @@ def user_table(run: EvaluatedRun) -> pa.Table:
             for name, values in table.values.items():
                 columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
             pieces.append(pa.table(columns))
-    return pa.concat_tables(pieces)
+    return pa.concat_tables(pieces) if pieces else pa.table({})
 
 
-def _atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+def atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
     """`write` to a file beside `path`, then put it in place: readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
@@ -283,8 +315,8 @@ def write_run(run: EvaluatedRun) -> list[pathlib.Path]:
     text = json.dumps(metrics_json(run), indent=2, allow_nan=False) + "\n"
     table = user_table(run)
     return [
-        _atomically(root / METRICS, lambda path: _write_text(path, text)),
-        _atomically(root / PER_USER, lambda path: pq.write_table(table, path)),
+        atomically(root / METRICS, lambda path: _write_text(path, text)),
+        atomically(root / PER_USER, lambda path: pq.write_table(table, path)),
     ]
 
 
@@ -295,122 +327,39 @@ def _write_text(path: pathlib.Path, text: str) -> None:
 def labels(workdirs: Sequence[str]) -> list[str]:
     """Short distinct names of runs: as few trailing path components as tell them apart."""
     parts = [pathlib.Path(os.path.abspath(one)).parts for one in workdirs]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
+    for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(one[-depth:]) for one in parts]
         if len(set(names)) == len(names):
             return names
     raise ConfigError(f"--workdir names the same run twice: {listing(workdirs)}")
 
 
-# ------------------------------------------------------------------------ the picture
-
-
-def panels(runs: Sequence[EvaluatedRun], part: str) -> list[tuple[str, list[str]]]:
-    """(title, slice names) of each panel of the picture, without slices that no user is in."""
-    found = [run.parts[part].slices for run in runs]
-    names = list(dict.fromkeys(name for slices in found for name in slices))
-    names = [name for name in names if any(s.get(name, {}).get("n") for s in found)]
-    groups = (
-        ("users and items", lambda name: name in MAIN_SLICES),
-        ("users by training history", lambda name: name.startswith("history")),
-        ("relevant items by training popularity", lambda name: name.startswith("popularity")),
-    )
-    out = [(title, [name for name in names if belongs(name)]) for title, belongs in groups]
-    return [(title, chosen) for title, chosen in out if chosen]
-
-
-def _tick(name: str, counts: set[int]) -> str:
-    short = name.replace("_", " ")
-    if name.startswith(("history", "popularity")):
-        short = name.removeprefix("history").removeprefix("popularity").strip()
-        short = short.replace("<=", "≤ ").replace(">", "> ").replace("-", "–")
-    n = f"{counts.pop():,}" if len(counts) == 1 else "varies"
-    return f"{short}\nn = {n}"
-
-
-def draw(runs: Sequence[EvaluatedRun], metric: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """A picture of `metric` by slice: a row of panels per part, a bar per run; returns its path.
-
-    A bar that is missing has no value (no users, or undefined); n counts the slice's users.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    parts = [part for part in runs[0].parts if panels(runs, part)]
-    if not parts:
-        raise ConfigError("nothing to draw: no user has relevant items in valid or test")
-    layout = [panels(runs, part) for part in parts]
-    bars = len(runs)
-    width = min(0.85, 0.25 + 0.2 * bars) / bars  # of one bar, in groups
-    per_group = max(0.85, 0.24 * bars)  # inches
-    groups = max(sum(len(names) for _, names in row) for row in layout)
-    legend_rows = -(-bars // 4) if bars > 1 else 0
-    height = 3.3 * len(parts) + 0.6 + 0.25 * legend_rows
-    figure = Figure(figsize=(max(7.0, 1.2 + per_group * groups), height), layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subfigures(len(parts), 1, squeeze=False)[:, 0]
-    for part, row, subfigure in zip(parts, layout, rows, strict=True):
-        axes = subfigure.subplots(
-            *(1, len(row)),
-            sharey=True,
-            squeeze=False,
-            gridspec_kw={"width_ratios": [len(names) for _, names in row]},
-        )[0]
-        for (title, names), axis in zip(row, axes, strict=True):
-            _draw_panel(axis, runs, part, metric, names, width)
-            if subfigure is rows[0]:
-                axis.set_title(title, fontsize=10)
-        axes[0].set_ylabel(f"{part} {metric}")
-    name = runs[0].dataset.manifest.name
-    title = f"{metric} by slice, {name}" + (f": {runs[0].label}" if bars == 1 else "")
-    figure.suptitle(title, fontsize=12)
-    if bars > 1:
-        handles, names = rows[0].axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(bars, 4), frameon=False)
-    return _atomically(pathlib.Path(path), lambda partial: figure.savefig(partial, dpi=150))
-
-
-def _draw_panel(
-    axis: Any, runs: Sequence[EvaluatedRun], part: str, metric: str, names: list[str], width: float
-) -> None:
-    places = np.arange(len(names))
-    for i, run in enumerate(runs):
-        found = [run.parts[part].slices.get(name, {}).get(metric) for name in names]
-        heights = np.array([np.nan if value is None else value for value in found], float)
-        at = places + (i - (len(runs) - 1) / 2) * width
-        color = COLORS[i % len(COLORS)]
-        drawn = axis.bar(at, heights, 0.92 * width, color=color, label=run.label, zorder=2)
-        if len(runs) <= 2:
-            text = ["" if np.isnan(value) else f"{value:.3f}" for value in heights]
-            axis.bar_label(drawn, text, fontsize=7 if len(runs) == 1 else 6, padding=2)
-    counts = [{int(run.parts[part].slices[name]["n"] or 0) for run in runs} for name in names]
-    ticks = [_tick(name, n) for name, n in zip(names, counts, strict=True)]
-    axis.set_xticks(places, ticks, fontsize=8)
-    axis.set_xlim(-0.6, len(names) - 0.4)
-    axis.margins(y=0.12)
-    axis.grid(axis="y", color="0.88", zorder=0)
-    axis.tick_params(axis="x", length=0)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 # ------------------------------------------------------------------------ everything
 
 
-def choose_metric(asked: str, ks: Sequence[int]) -> str:
-    """The metric to draw and to test: `asked`, or ndcg@10 (ndcg at the first cut-off without 10).
+def choose_metric(asked: str, config: EvaluationConfig) -> str:
+    """The metric to draw and to test: `asked`, or ndcg@10 (ndcg at the first cut-off without 10);
+    of runs that only score rows, rows_auc.
 
     Raises:
       ConfigError: there is no such metric.
     """
-    return check_metric(asked or f"ndcg@{10 if 10 in ks else ks[0]}", ks)
+    ks, rows = config.ks, config.rows != "none"
+    own = f"ndcg@{10 if 10 in ks else ks[0]}" if config.ranking else "rows_auc"
+    return check_metric(asked or own, ks, ranking=config.ranking, rows=rows)
 
 
 def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> str:
     """The tables of every part, paired tests against the first run, and what it all means.
 
+    Baselines are tested apart, so that p_holm of the runs is the same with and without them.
     `bins` off leaves history and popularity bins to the picture and to metrics.json.
     """
     first = runs[0]
+    families = {
+        "run": [run for run in runs[1:] if run.baseline is None],
+        "baseline": [run for run in runs[1:] if run.baseline is not None],
+    }
     splits = {run.dataset.manifest.split_hash for run in runs}
     out = []
     for part in first.parts:
@@ -419,14 +368,28 @@ def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> s
             text_table(metric_rows(runs, part, bins=bins)),
         ]
         out += [f"{part}: the lists of all users", text_table(list_rows(runs, part))]
-        rows = paired_rows(runs, part, metric) if len(splits) == 1 else []
-        if rows:
+        for what, others in families.items():
+            rows = paired_rows([first, *others], part, metric) if len(splits) == 1 else []
+            if not rows:
+                continue
             out += [
-                f"{part}: {metric} user by user, each run minus {first.label}",
+                f"{part}: {metric} user by user, each {what} minus {first.label}",
                 text_table(rows)
                 + "p: paired t-test; p_flip: sign-flip permutation test; p_holm: p corrected for "
                 "the rows above (Holm)\n",
             ]
+    for part in first.rows:
+        out += [f"{part}: labelled rows", text_table(click_rows(runs, part))]
     if len(splits) > 1:
         out.append("no paired tests: the runs were trained on different splits\n")
+    out += [_settings_line(run) for run in runs if run.baseline is not None]
     return "\n".join([*out, footer(first)])
+
+
+def _settings_line(run: EvaluatedRun) -> str:
+    """What a baseline was given, and how that was chosen."""
+    assert run.baseline is not None
+    text = ", ".join(f"{name} {value:g}" for name, value in run.baseline["settings"].items())
+    tried = len(run.baseline["tried"])
+    why = f", the best of {tried} by {run.baseline['tuned_on']}" if tried else ""
+    return f"baseline {run.label}: {text or 'no settings'}{why}\n"

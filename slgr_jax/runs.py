@@ -25,17 +25,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slgr_jax import __version__, checkpoint, config, evaluate, knobs, report
-from slgr_jax.backbones import make_backbone
-from slgr_jax.data import batches, draws, schema
+from slgr_jax import (
+    __version__,
+    checkpoint,
+    click_metrics,
+    config,
+    evaluate,
+    knobs,
+    objectives,
+    report,
+)
+from slgr_jax.backbones import AnyBackbone, SequenceBackbone, make_backbone, reads_of
+from slgr_jax.data import batches, context, draws, labelled, schema
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data.context import HISTORY, Context
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.distributed import Layout, make_layout
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.gates import make_gate
 from slgr_jax.kernels import build as kernel_build
+from slgr_jax.metrics import PartResult, Values
 from slgr_jax.report import EvaluatedRun
-from slgr_jax.step import ServingState, Trainer, score_users
+from slgr_jax.scoring import Scoring, moments, score_rows, score_users
+from slgr_jax.step import ServingState, Trainer
 from slgr_jax.teacher import preferences
 
 CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
@@ -57,16 +69,23 @@ class Run:
     Attributes:
       config: as the run was started.
       dataset: what it was trained on.
-      score_users: (state, users [B]) -> scores [B, I].
-      state: its argument.
+      backbone: what was trained.
+      score_users: (scoring, users [B]) -> scores [B, I].
+      serving, context: what `scoring` puts together.
       mesh: devices to split users over; None on one device.
     """
 
     config: config.RunConfig
     dataset: Dataset
+    backbone: AnyBackbone
     score_users: Callable[[Any, jax.Array], jax.Array]
-    state: ServingState
+    serving: ServingState
+    context: Context
     mesh: Mesh | None
+
+    def scoring(self, part: str) -> Scoring:
+        """The argument of `score_users` as of the moment before `part` (valid or test)."""
+        return Scoring(self.serving, self.context, moments(self.context, part))
 
 
 def resident_teacher(
@@ -112,43 +131,105 @@ def resident_teacher(
     return found
 
 
+def _reads(run: config.RunConfig, dataset: Dataset) -> frozenset[str]:
+    """What of the context the run's backbone looks up.
+
+    Raises:
+      ConfigError: a history is wanted of a dataset without times.
+    """
+    reads = reads_of(run.model)
+    if HISTORY in reads and dataset.train.timestamps is None:
+        fix = "give them (--time_column of launch/prepare.py; any increasing number will do)"
+        if run.model.backbone in config.CLICK_BACKBONES:
+            fix += ", or train without history fields: --nohistory_fields"
+        raise ConfigError(
+            f"--backbone={run.model.backbone} reads histories, and {dataset.path} has no times; "
+            f"{fix}"
+        )
+    return reads
+
+
+def _backbone(
+    run: config.RunConfig, dataset: Dataset, *, native: bool
+) -> tuple[AnyBackbone, Context]:
+    """The run's backbone, and the host arrays that it looks up."""
+    reads, most = _reads(run, dataset), run.model.most_categories
+    found = context.make_context(dataset, reads, most_categories=most)
+    sizes = context.sizes(dataset, reads, most_categories=most)
+    return make_backbone(run.model, sizes, native=native), found
+
+
+def _targets(
+    run: config.RunConfig, dataset: Dataset, backbone: AnyBackbone
+) -> batches.Targets | None:
+    """What is drawn instead of training pairs, where their time, label or number counts."""
+    window = backbone.length if isinstance(backbone, SequenceBackbone) else 0
+    loss, history = run.loss, HISTORY in backbone.reads
+    pairs = not (history or loss.min_history or loss.rating_threshold)
+    if pairs and objectives.negatives_of_lane(run, window) == 1:
+        return None
+    return batches.targets(
+        dataset,
+        window=window,
+        history=history,
+        min_history=loss.min_history,
+        threshold=loss.rating_threshold,
+    )
+
+
 def build(run: config.RunConfig, dataset: Dataset) -> tuple[Trainer, batches.Resident]:
     """The compiled-in parts of a run and its resident arrays, on the devices."""
     slices = dataset.slices(run.slices)
-    resident = batches.Resident(
-        batches.interactions(dataset, run.sampler, slices.cold_users, slices.tail_items),
-        resident_teacher(run, dataset),
-    )
     layout = make_layout(table_shards=run.train.table_shards, min_devices=run.train.min_devices)
-    trainer = make_trainer(run, dataset, resident, layout)
+    native = _native(run, layout)
+    backbone, found = _backbone(run, dataset, native=native)
+    made = batches.interactions(dataset, run.sampler, slices.cold_users, slices.tail_items)
+    made = dataclasses.replace(made, targets=_targets(run, dataset, backbone))
+    resident = batches.Resident(made, resident_teacher(run, dataset), found)
+    trainer = make_trainer(run, dataset, resident, layout, backbone)
     return trainer, jax.device_put(resident, layout.replicated)
 
 
+def _native(run: config.RunConfig, layout: Layout) -> bool:
+    return kernel_build.choose(
+        run.train.kernels,
+        platform=layout.mesh.devices.flat[0].platform,
+        devices=layout.devices,
+    )
+
+
 def make_trainer(
-    run: config.RunConfig, dataset: Dataset, resident: batches.Resident, layout: Layout
+    run: config.RunConfig,
+    dataset: Dataset,
+    resident: batches.Resident,
+    layout: Layout,
+    backbone: AnyBackbone | None = None,
 ) -> Trainer:
     """What is compiled into the steps that draw from `resident` on the devices of `layout`."""
+    native = _native(run, layout)
+    if backbone is None:
+        backbone, _ = _backbone(run, dataset, native=native)
+    shared = run.loss.shared_negatives if run.loss_name == "sampled_softmax" else 0
     for name, size in (
         ("batch_size", run.sampler.batch_size),
         ("preferences_per_step", run.preferences_per_step),
+        ("shared_negatives", shared),
     ):
         if size % layout.devices:
             raise ConfigError(f"--{name}={size} is not a multiple of the {layout.devices} devices")
+    window = backbone.length if isinstance(backbone, SequenceBackbone) else 0
     plan = draws.Plan(
         n_items=dataset.n_items,
-        n_pairs=int(resident.interactions.items.size),
+        drawn=resident.drawn,
         triples=run.sampler.batch_size,
         preferences=run.preferences_per_step,
         sampler=run.sampler,
         guidance=run.guidance,
         search_steps=batches.longest_row(resident).bit_length(),
-        native=kernel_build.choose(
-            run.train.kernels,
-            platform=layout.mesh.devices.flat[0].platform,
-            devices=layout.devices,
-        ),
+        native=native,
+        negatives=objectives.negatives_of_lane(run, window),
+        shared=shared,
     )
-    backbone = make_backbone(run.model, n_users=dataset.n_users, n_items=dataset.n_items)
     return Trainer(run, backbone, make_gate(run.gate), plan, layout)
 
 
@@ -178,29 +259,41 @@ def restore_run(workdir: str, which: str = "best") -> Run:
             f"{workdir} was trained on another split or id map than {dataset.path} now holds "
             f"(split {dataset.manifest.split_hash[:8]}); point --data back or train again"
         )
-    backbone = make_backbone(run.model, n_users=dataset.n_users, n_items=dataset.n_items)
+    backbone, found = _backbone(run, dataset, native=False)
     # Restoring needs no more than the sizes: one table shard, whatever the run had.
     layout = make_layout()
     plan = draws.Plan(dataset.n_items, 1, 1, run.preferences_per_step, run.sampler, run.guidance, 1)
     trainer = Trainer(run, backbone, make_gate(run.gate), plan, layout)
+    placed = jax.device_put(found, layout.replicated)
     saved = checkpoint.Checkpoints(workdir, trainer, writable=False)
     try:
-        state = saved.restore_best() if which == "best" else saved.restore_last()
+        serving = saved.restore_best() if which == "best" else saved.restore_last(placed)
     finally:
         saved.close()
     mesh = layout.mesh if layout.devices > 1 else None
-    return Run(run, dataset, score_users(backbone), state, mesh)
+    return Run(run, dataset, backbone, score_users(backbone), serving, placed, mesh)
 
 
 def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
     """Rank validation and test with a run's state; writes metrics.json and per_user.parquet."""
     run = restore_run(workdir, which)
-    parts = evaluate.evaluate_dataset(
-        *(run.score_users, run.state, run.dataset, run.config.slices, run.config.evaluation),
-        mesh=run.mesh,
-        kernels=run.config.train.kernels,
-    )
-    found = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts)
+    parts: dict[str, PartResult] = {}
+    rows: dict[str, dict[str, Values]] = {}
+    evaluation, slices = run.config.evaluation, run.dataset.slices(run.config.slices)
+    score = score_rows(run.backbone)
+    for part in ("valid", "test"):
+        scoring = run.scoring(part)
+        if evaluation.ranking:
+            parts |= evaluate.evaluate_dataset(
+                *(run.score_users, scoring, run.dataset, run.config.slices, evaluation),
+                parts=(part,),
+                mesh=run.mesh,
+                kernels=run.config.train.kernels,
+            )
+        if evaluation.rows != "none" and len(run.dataset.part(part)):
+            made = labelled.make_rows(run.dataset, part, evaluation, run.config.loss)
+            rows[part] = click_metrics.summarize_rows(made, score(scoring, made), slices)
+    found = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts, rows)
     report.write_run(found)
     return found
 
@@ -325,7 +418,8 @@ def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved
         "teacher_hash": teacher_hash(run),
         "users": dataset.n_users,
         "items": dataset.n_items,
-        "train_pairs": trainer.plan.n_pairs,
+        "train_pairs": int(dataset.history.sum()),
+        "drawn_an_epoch": trainer.plan.drawn,
         "preferences_per_step": trainer.plan.preferences,
         "cold_user_history": slices.cold_user_history,
         "tail_item_popularity": slices.tail_item_popularity,

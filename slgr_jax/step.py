@@ -1,23 +1,25 @@
-"""The one fused train step: draw, look up, score once, differentiate rows, update rows.
+"""The one fused train step: draw, look up, score, differentiate rows, update rows.
 
     key     = fold_in(seed, step)
     batch   = draw(key)                        B triples (u, i, j), G preferences (u, a, b)
     rows    = lookup(tables, ids(batch))
-    loss    = mean_B bpr(s_ui - s_uj) + l2/2 mean_B |rows of the triple|^2
+    loss    = mean_B rec(s_ui, s_uj) + l2/2 mean_B |rows of the triple|^2
               + lambda mean_G [alpha * pair(s_ua - s_ub) + gate objective]
     params  = optax Adam on the mean loss
     tables  = row optimiser on B times the mean loss, i.e. on the sum over the batch
 
-The row gradients are those of the *sum* over the batch, so a row's learning rate does not
-depend on how many other triples share its batch. Everything is a function of (state, seed):
-resuming needs no iterator state.
+What is learned from interactions, and from which rows, is the objective's (objectives.py): a
+triple for matrix factorisation and graphs, labelled rows for click prediction, whole windows of a
+history for sequence models. The row gradients are those of the *sum* over the batch, so a row's
+learning rate does not depend on how many other triples share its batch. Everything is a function of
+(state, seed): resuming needs no iterator state.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,17 +30,20 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from slgr_jax import gates, losses, tables
-from slgr_jax.access import Access, Factors, Leaves, Rows
-from slgr_jax.backbones import Backbone
+from slgr_jax import gates, losses, objectives, tables
+from slgr_jax.access import Access, Factors, Leaves, Reads, Rows
+from slgr_jax.backbones import AnyBackbone, DotBackbone
 from slgr_jax.config import RunConfig
 from slgr_jax.data import batches, draws
+from slgr_jax.data.context import Context
 from slgr_jax.distributed import Layout
 from slgr_jax.guidance import pairwise
 
 Sums = dict[str, jax.Array]
 # What is folded into a step's key for the rounding of table rows; far above any device's number.
 _ROUNDING = 1 << 31
+# The number of the pass whose dropout all lanes share (a graph's edges).
+_SHARED_PASS = 2
 # Lanes (triples and preferences) drawn at once: enough that XLA's overhead per operation is small,
 # few enough that what was drawn is still in a CPU's cache when it is used.
 LANES_DRAWN = 1 << 16
@@ -48,7 +53,7 @@ SUM_NAMES = (
     "loss",
     "rec_loss",
     "guidance_loss",
-    "triple_accuracy",
+    "accuracy",
     "alpha",
     "agreement",
     "triples",
@@ -91,7 +96,7 @@ class Trainer:
     """The compiled-in parts of a run: what is trained, how, and on which devices."""
 
     config: RunConfig
-    backbone: Backbone
+    backbone: AnyBackbone
     gate: gates.Gate
     plan: draws.Plan
     layout: Layout
@@ -109,23 +114,33 @@ class Trainer:
     def row_optimizer(self) -> tables.RowOptimizer:
         return tables.make_row_optimizer(self.config.optimizer)
 
+    @functools.cached_property
+    def objective(self) -> objectives.Objective:
+        """What is learned from interactions."""
+        return objectives.make_objective(self.config, self.backbone, self.plan)
+
     @property
     def access(self) -> Access:
         """Dot products where the CPU kernels can serve them all, rows otherwise."""
-        backbone, native = self.backbone, self.plan.native
-        model, dtype = backbone.factor_model, self.config.optimizer.table_dtype
-        stochastic = backbone.dropout > 0 or (
-            self.guided and self.config.gate.uncertainty == "dropout"
-        )
-        if native and model is not None and dtype == "float32" and not stochastic:
-            width = backbone.tables[model.user_table].width
-            return Factors(model, width, tuple(backbone.tables), self.row_optimizer)
+        backbone, objective, native = self.backbone, self.objective, self.plan.native
+        simple = isinstance(objective, objectives.Pairs) and objective.merged
+        if (
+            native
+            and simple
+            and isinstance(backbone, DotBackbone)
+            and backbone.factor_model is not None
+            and backbone.dropout == 0
+            and self.config.optimizer.table_dtype == "float32"
+        ):
+            width = backbone.tables[backbone.factor_model.user_table].width
+            return Factors(backbone.factor_model, width, self.row_optimizer)
         return Rows(backbone, self.row_optimizer, self.layout, native)
 
     @property
     def drawn_together(self) -> int:
         """S: steps whose batches are drawn at once, by programs over long vectors."""
-        return max(1, LANES_DRAWN // (self.plan.triples + self.plan.preferences))
+        plan = self.plan
+        return max(1, LANES_DRAWN // (plan.triples * max(plan.negatives, 1) + plan.preferences))
 
     @property
     def leaf_names(self) -> list[str]:
@@ -182,8 +197,7 @@ def make_run_steps(
         def body(batch: draws.Batch, keys: jax.Array, at: jax.Array, carry: Any) -> Any:
             state, slots, sums, health = carry
             mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, False), batch)
-            facts = resident.interactions.facts
-            state, slots, new, bad = train_step(trainer, state, slots, mine, facts, keys[at])
+            state, slots, new, bad = train_step(trainer, state, slots, mine, resident, keys[at])
             sums = {name: sums[name] + new[name] for name in SUM_NAMES}
             first = (health.step < 0) & (bad > 0)
             health = Health(
@@ -220,7 +234,7 @@ def train_step(
     state: TrainState,
     slots: dict[str, jax.Array],
     batch: draws.Batch,
-    facts: batches.Facts,
+    resident: batches.Resident,
     key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array], Sums, Int[Array, ""]]:
     """One step on one batch, pure and un-jitted; see the module's docstring."""
@@ -235,12 +249,13 @@ def train_step(
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, whole, whole, layout.batch_spec, whole, whole),
+            in_specs=(rows, rows, whole, whole, layout.batch_spec, whole, whole, whole),
             out_specs=(rows, rows, whole, whole, whole, whole),
             check_vma=False,  # replicas of a table see the same gathered updates
         )
     new_tables, slots, params, opt_state, sums, bad = local(
-        state.tables, slots, state.params, state.opt_state, batch, facts, key
+        *(state.tables, slots, state.params, state.opt_state),
+        *(batch, resident.interactions, resident.context, key),
     )
     return TrainState(state.step + 1, new_tables, params, opt_state), slots, sums, bad
 
@@ -252,7 +267,8 @@ def _local_step(
     params: dict[str, Any],
     opt_state: Any,
     batch: draws.Batch,
-    facts: batches.Facts,
+    interactions: batches.Interactions,
+    context: Context,
     key: jax.Array,
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
@@ -260,26 +276,27 @@ def _local_step(
     for_rounding = jax.random.fold_in(key, _ROUNDING)
     if layout.devices > 1:
         key = jax.random.fold_in(key, layout.device_index())
-    users = jnp.concatenate([batch.users, batch.pref_users])
-    items = jnp.concatenate([batch.items, batch.pref_items])
-    leaves = access.read(state_tables, users, items)
-    counts = layout.sum_over_all(
-        {"triples": jnp.sum(batch.weights), "preferences": jnp.sum(batch.pref_weights)}
-    )
+    if batch.shared is not None:
+        batch = batch.replace(shared=layout.gather_over_all(batch.shared))  # type: ignore[attr-defined]
+    reads = trainer.objective.reads(batch, context)
+    leaves = access.read(state_tables, context, reads)
+    part = _Part(batch, reads, interactions, context, key)
 
     def objective(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Sums]:
-        return _objective(trainer, params, leaves, users, items, batch, facts, counts, key)
+        return _objective(trainer, params, leaves, part)
 
     grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     (loss, sums), (params_grad, leaves_grad) = grad(params, leaves)
+    counts = {name: sums.pop(name) for name in ("triples", "preferences")}
     loss, sums, params_grad = layout.sum_over_all((loss, sums, params_grad))
-    finite = [_everywhere(layout, flag) for flag in access.finite(leaves)]
+    found = access.finite(leaves)
+    finite = [_everywhere(layout, found[name]) for name in trainer.backbone.tables]
     finite.append(_all_finite(params))
     finite.append(jnp.isfinite(loss))
     bad = sum(jnp.where(flag, 0, 1 << bit) for bit, flag in enumerate(finite))
 
     summed = jax.tree.map(lambda g: g * jnp.maximum(counts["triples"], 1.0), leaves_grad)
-    new_tables, new_slots = access.write(state_tables, slots, users, items, summed, for_rounding)
+    new_tables, new_slots = access.write(state_tables, slots, context, reads, summed, for_rounding)
     updates, opt_state = trainer.optimizer.update(params_grad, opt_state, params)
     params = optax.apply_updates(params, updates)
     sums = {"steps": jnp.float32(1.0), "loss": loss, **counts, **sums}
@@ -295,53 +312,65 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What the loss of one device's part of a batch is computed from, besides what is trained."""
+
+    batch: draws.Batch
+    reads: Reads
+    interactions: batches.Interactions
+    context: Context
+    key: jax.Array
+
+
 def _objective(
-    trainer: Trainer,
-    params: dict[str, Any],
-    leaves: Leaves,
-    users: Int[Array, "N"],
-    items: Int[Array, "N 2"],
-    batch: draws.Batch,
-    facts: batches.Facts,
-    counts: Mapping[str, jax.Array],
-    key: jax.Array,
+    trainer: Trainer, params: dict[str, Any], leaves: Leaves, part: _Part
 ) -> tuple[Float[Array, ""], Sums]:
-    """This device's share of the loss: the sum over devices is the loss of the batch."""
-    config, access, rate = trainer.config, trainer.access, trainer.backbone.dropout
-    for_pass, for_gate = jax.random.split(key)
-    dropout = (rate, for_pass) if rate > 0 else None
-    scores = access.score(params["backbone"], leaves, users, items, dropout=dropout)
-    difference = scores[:, 0] - scores[:, 1]
-    triples = batch.users.shape[0]
+    """This device's share of the loss: the sum over devices is the loss of the batch.
+
+    The sums also hold `triples` and `preferences`, over all devices.
+    """
+    config, access, objective = trainer.config, trainer.access, trainer.objective
+    batch, rate, layout = part.batch, trainer.backbone.dropout, trainer.layout
+    for_pass, for_gate = jax.random.split(part.key)
+    own = params["backbone"]
+    inputs = objectives.Inputs(
+        *(batch, part.context, part.interactions, own),
+        *(rate, config.loss.negatives_per_positive, for_pass),
+    )
+    view = access.view(own, leaves, part.context, part.reads, inputs.pass_(_SHARED_PASS))
+    learned = objective.learn(view, inputs)
+    counts = {"triples": learned.count, "preferences": jnp.sum(batch.pref_weights)}
+    counts = layout.sum_over_all(jax.lax.stop_gradient(counts))
     per_triple = 1.0 / jnp.maximum(counts["triples"], 1.0)
-    rec = losses.masked_sum(losses.bpr(difference[:triples]), batch.weights) * per_triple
+    rec = learned.loss * per_triple
     penalty = jnp.float32(0.0)
     if config.optimizer.l2 > 0:
-        squares = access.squares(leaves)[:triples]
-        penalty = losses.masked_sum(squares, batch.weights) * per_triple
+        squares = access.squares(leaves, part.context, part.reads)
+        for name in objective.penalised:
+            lanes = squares[name][: batch.weights.shape[0]]
+            penalty += losses.masked_sum(lanes, batch.weights) * per_triple
         penalty = 0.5 * config.optimizer.l2 * penalty
     sums = {
+        **counts,
         "rec_loss": rec,
-        "triple_accuracy": losses.masked_sum(
-            (difference[:triples] > 0).astype(jnp.float32), batch.weights
-        )
-        * per_triple,
+        "accuracy": learned.right * per_triple,
         "guidance_loss": jnp.float32(0.0),
         "alpha": jnp.float32(0.0),
         "agreement": jnp.float32(0.0),
     }
     if not trainer.guided:
         return rec + penalty, sums
-    own = {name: leaf[triples:] for name, leaf in leaves.items()}
+    scores = objective.preferences(view, inputs)
 
     def stochastic(key: jax.Array, rate: float) -> jax.Array:
-        return access.score(
-            params["backbone"], own, batch.pref_users, batch.pref_items, dropout=(rate, key)
-        )
+        again = access.view(own, leaves, part.context, part.reads, (rate, key))
+        return again.scores(objectives.PREFERENCES, (rate, key))
 
-    inputs = pairwise.gate_inputs(config.gate, scores[triples:], stochastic, batch, facts, for_gate)
+    facts = part.interactions.facts
+    seen = pairwise.gate_inputs(config.gate, scores, stochastic, batch, facts, for_gate)
     found = pairwise.selective(
-        trainer.gate, params["gate"], inputs, difference[triples:], config.guidance
+        trainer.gate, params["gate"], seen, scores[:, 0] - scores[:, 1], config.guidance
     )
     weights = batch.pref_weights
     per_preference = 1.0 / jnp.maximum(counts["preferences"], 1.0)
@@ -354,34 +383,27 @@ def _objective(
 
 @struct.dataclass
 class ServingState:
-    """What scoring needs: values without optimiser slots, and the backbone's parameters."""
+    """What scoring needs: values without optimiser slots, and the backbone's parameters.
+
+    The values of a backbone that propagates whole tables are what they become on the graph.
+    """
 
     params: dict[str, Any]
     values: dict[str, jax.Array]
 
 
-def make_serving_state(trainer: Trainer) -> Callable[[TrainState], ServingState]:
-    """Jitted copy of what serving needs out of a train state."""
+def make_serving_state(trainer: Trainer) -> Callable[[TrainState, Context], ServingState]:
+    """Jitted: what serving needs out of a train state."""
+    backbone = trainer.backbone
 
-    def pick(state: TrainState) -> ServingState:
-        return ServingState(
-            state.params["backbone"],
-            {
-                name: tables.values_of(state.tables[name], spec)
-                for name, spec in trainer.backbone.tables.items()
-            },
-        )
+    def pick(state: TrainState, context: Context) -> ServingState:
+        params = state.params["backbone"]
+        values = {
+            name: tables.values_of(state.tables[name], spec)
+            for name, spec in backbone.tables.items()
+        }
+        if isinstance(backbone, DotBackbone) and backbone.whole:
+            values = backbone.propagate(params, values, context)
+        return ServingState(params, values)
 
     return jax.jit(pick)
-
-
-def score_users(
-    backbone: Backbone,
-) -> Callable[[ServingState, Int[Array, "B"]], Float[Array, "B I"]]:
-    """(serving state, users) -> scores of all items, for full ranking."""
-
-    def score(serving: ServingState, users: jax.Array) -> jax.Array:
-        user_vectors, item_vectors = backbone.factors(serving.params, serving.values)
-        return user_vectors[users] @ item_vectors.T
-
-    return score

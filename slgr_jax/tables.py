@@ -347,6 +347,44 @@ def lookup(
     return rows.reshape(*ids.shape, width)
 
 
+def every_row(table: Num[Array, "Rs W"], spec: TableSpec, layout: Layout) -> Float[Array, "R D"]:
+    """The float32 values of all R rows, without padding, inside the step's `shard_map`."""
+    values, _ = RowFormat.of(table, spec.width).unpack(table)
+    if layout.table_shards > 1:
+        values = layout.gather_over_table(values)
+    return values[: spec.rows]
+
+
+def update_every_row(
+    table: Num[Array, "Rs W"],
+    grads: Float[Array, "R D"],
+    optimizer: RowOptimizer,
+    layout: Layout,
+    key: jax.Array | None = None,
+) -> Num[Array, "Rs W"]:
+    """Apply `optimizer` once to every row: what a dense optimiser does.
+
+    Args:
+      table: this device's block of the table.
+      grads: this device's share of the gradient of `every_row`.
+      key: as for `update`.
+    """
+    rows, width = table.shape[0], grads.shape[1]
+    row_format = RowFormat.of(table, width)
+    grads = layout.sum_over_all(grads)
+    grads = jnp.pad(grads, ((0, rows * layout.table_shards - grads.shape[0]), (0, 0)))
+    ids = jnp.arange(rows, dtype=jnp.int32)
+    if layout.table_shards > 1:
+        ids = ids + layout.table_index() * rows
+        grads = jax.lax.dynamic_slice_in_dim(grads, layout.table_index() * rows, rows)
+    noise = None
+    if row_format.dtype == "bfloat16":
+        if key is None:
+            raise ValueError("a bfloat16 table is updated with a key, to round stochastically")
+        noise = rounding_noise(key, ids, width)
+    return row_format.pack(*optimizer.apply(*row_format.unpack(table), grads), noise)
+
+
 def update(
     table: Num[Array, "Rs W"],
     slot: Int[Array, "Rs"],

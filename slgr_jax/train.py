@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slgr_jax import checkpoint, config, evaluate, metrics, runs, tables
-from slgr_jax.data import batches
+from slgr_jax import checkpoint, click_metrics, config, evaluate, metrics, runs, tables
+from slgr_jax.data import batches, labelled
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data.context import Context
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import NonFiniteError, listing
 from slgr_jax.journal import Journal
+from slgr_jax.scoring import Scoring, moments, score_rows, score_users
 from slgr_jax.step import (
     Health,
     ServingState,
@@ -36,7 +38,6 @@ from slgr_jax.step import (
     init_state,
     make_run_steps,
     make_serving_state,
-    score_users,
 )
 
 LANES_PER_DISPATCH = 1 << 21  # steps_per_dispatch=0: triples and preferences in one dispatch
@@ -90,35 +91,47 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
 
 class _Validation:
-    """The overall validation metrics of a state: train items masked, full ranking."""
+    """The overall validation metrics of a state: train items masked, full ranking; rows."""
 
-    def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
-        self._config = trainer.config.evaluation
-        self._kernels = trainer.config.train.kernels
+    def __init__(self, trainer: Trainer, dataset: Dataset, context: Context) -> None:
+        config = trainer.config
+        self._config, self._kernels = config.evaluation, config.train.kernels
+        self._context = context
         self._score = score_users(trainer.backbone)
+        self._score_rows = score_rows(trainer.backbone)
         self._relevant = dataset.positives(("valid",))
         self._seen = dataset.positives(("train",))
         self._n_items = dataset.n_items
         self._mesh = trainer.layout.mesh if trainer.layout.devices > 1 else None
+        self._rows, self._slices = None, dataset.slices(config.slices)
+        if self.possible and self._config.rows != "none":
+            self._rows = labelled.make_rows(dataset, "valid", self._config, config.loss)
 
     @property
     def possible(self) -> bool:
         return self._relevant.indices.size > 0
 
     def __call__(self, serving: ServingState) -> dict[str, float]:
-        ranking = evaluate.rank(
-            self._score,
-            serving,
-            self._relevant,
-            self._seen,
-            self._n_items,
-            users_per_chunk=self._config.eval_users_per_chunk,
-            top_k=0,
-            pooled_auc=False,
-            mesh=self._mesh,
-            kernels=self._kernels,
-        )
-        found = metrics.summarize(metrics.per_user(ranking, self._config.ks))
+        scoring = Scoring(serving, self._context, moments(self._context, "valid"))
+        found: metrics.Values = {}
+        if self._config.ranking:
+            ranking = evaluate.rank(
+                self._score,
+                scoring,
+                self._relevant,
+                self._seen,
+                self._n_items,
+                users_per_chunk=self._config.eval_users_per_chunk,
+                top_k=0,
+                pooled_auc=False,
+                mesh=self._mesh,
+                kernels=self._kernels,
+            )
+            found = metrics.summarize(metrics.per_user(ranking, self._config.ks))
+        if self._rows is not None:
+            scores = self._score_rows(scoring, self._rows)
+            overall = click_metrics.summarize_rows(self._rows, scores, self._slices)["overall"]
+            found |= {f"rows_{name}": value for name, value in overall.items()}
         return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -157,7 +170,7 @@ class _Loop:
         self, run: config.RunConfig, trainer: Trainer, resident: batches.Resident, dataset: Dataset
     ) -> None:
         self.run, self.trainer, self.resident = run, trainer, resident
-        self.per_epoch = -(-trainer.plan.n_pairs // trainer.plan.triples)
+        self.per_epoch = -(-trainer.plan.drawn // trainer.plan.triples)
         self.dispatch = _steps_per_dispatch(trainer)
         self.key = jax.jit(_draw_key, out_shardings=trainer.layout.replicated)(
             np.int32(run.train.seed)
@@ -165,13 +178,13 @@ class _Loop:
         self.run_steps = make_run_steps(trainer)
         self.serving = make_serving_state(trainer)
         self.finite = jax.jit(functools.partial(_finite, trainer))
-        self.validate = _Validation(trainer, dataset)
+        self.validate = _Validation(trainer, dataset, resident.context)
         self.saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
         progress = self.saved.progress()
         if progress is None:
             self.progress = checkpoint.Progress()
             self.state = _make_init(trainer)(np.int32(run.train.seed))
-            self.best = self.serving(self.state)
+            self.best = self.serving(self.state, self.resident.context)
         else:
             self.progress = progress
             self.state, self.best = self.saved.restore()
@@ -251,7 +264,7 @@ class _Loop:
         text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
         if self.trainer.guided:
             text += f"  guidance {means['guidance_loss']:.4f}  alpha {means['alpha']:.3f}"
-        serving = self.serving(self.state)
+        serving = self.serving(self.state, self.resident.context)
         if self.validate.possible:
             found = self.validate(serving)
             record |= {f"valid/{name}": value for name, value in found.items()}
@@ -303,7 +316,11 @@ def train(run: config.RunConfig) -> Outcome:
     Raises:
       UserError: bad data, teacher, config or a non-finite step, each with its fix.
     """
-    metrics.check_metric(run.train.early_stop_metric, run.evaluation.ks)
+    metrics.check_metric(
+        *(run.train.early_stop_metric, run.evaluation.ks),
+        ranking=run.evaluation.ranking,
+        rows=run.evaluation.rows != "none",
+    )
     dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
     with _stop_on_signal() as stop, jax.transfer_guard("disallow"):
         return _train(run, dataset, stop)
@@ -369,6 +386,6 @@ def _opening(run: config.RunConfig, dataset: Dataset, trainer: Trainer, loop: _L
     guided = f"{run.guidance.teacher} through gate {run.gate.gate}" if trainer.guided else "none"
     return (
         f"{start}: {run.model.backbone} on {dataset.manifest.name}, {dataset.n_users} users x "
-        f"{dataset.n_items} items, {trainer.plan.n_pairs} training pairs, {loop.per_epoch} steps "
-        f"an epoch, {layout.devices} x {kind}, guidance: {guided}"
+        f"{dataset.n_items} items, {len(dataset.train)} training interactions, "
+        f"{loop.per_epoch} steps an epoch, {layout.devices} x {kind}, guidance: {guided}"
     )

@@ -1,8 +1,18 @@
-"""The test policy: 8 virtual devices, warnings and rank promotion are errors, flags parsed."""
+"""The test policy: 8 virtual devices, warnings and rank promotion are errors, flags parsed.
+
+Most of the suite's time is XLA compiling small programs that run once: LLVM does not optimise them,
+and what one test has compiled is kept for the others, in this process or another.
+"""
 
 from __future__ import annotations
 
+import os
+import pathlib
+import shutil
+import tempfile
 import warnings
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import pytest
@@ -11,6 +21,15 @@ from absl import flags
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+_shared = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+_compiled = pathlib.Path(tempfile.gettempdir(), f"slgr_jax-tests-{_shared}")
+jax.config.update("jax_compilation_cache_dir", str(_compiled))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # the process that waits for all others
+        shutil.rmtree(_compiled, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from slgr_jax import config, flags, knobs
+from slgr_jax import config, knobs
 from slgr_jax.backbones import make_backbone
 from slgr_jax.config import (
     EvaluationConfig,
@@ -20,11 +20,12 @@ from slgr_jax.config import (
     SliceConfig,
     TrainConfig,
 )
+from slgr_jax.data.context import Sizes
 from slgr_jax.errors import ConfigError
 from slgr_jax.gates import make_gate
 from slgr_jax.tables import make_row_optimizer
 
-RUN_SECTIONS = tuple(flags.run_sections().values())
+RUN_SECTIONS = tuple(config.sections().values())
 SECTIONS = (config.PrepareConfig, config.TeachConfig, *RUN_SECTIONS)
 KNOBS = [(section, field) for section in SECTIONS for field in dataclasses.fields(section)]
 IDS = [f"{section.__name__}.{field.name}" for section, field in KNOBS]
@@ -79,7 +80,8 @@ def test_a_message_names_the_ends_of_a_range():
 def test_a_name_that_config_offers_can_be_made_and_no_other():
     """The registries and the choices are two lists: neither may have what the other lacks."""
     for name in config.BACKBONES:
-        assert make_backbone(ModelConfig(backbone=name), n_users=3, n_items=4).tables
+        sizes = Sizes(users=3, items=4, longest_history=5)
+        assert make_backbone(ModelConfig(backbone=name), sizes).tables
     for name in config.GATES:
         assert callable(make_gate(GateConfig(gate=name)))
     for name in config.TABLE_OPTIMIZERS:
@@ -93,13 +95,18 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
 # --- JSON -----------------------------------------------------------------------------------------
 
 
+# Where not every value goes with those that the other knobs are changed to.
+_FITTING = {"loss": "bce", "negatives": "popularity"}
+
+
 def _changed(section: type) -> object:
     """A section in which every knob that has a second value has it."""
     values = {}
     for field in dataclasses.fields(section):
         meta, default = knobs.knob_of(field), field.default
         if meta.choices is not None:
-            values[field.name] = meta.choices[-1 if default == meta.choices[0] else 0]
+            other = meta.choices[-1 if default == meta.choices[0] else 0]
+            values[field.name] = _FITTING.get(field.name, other)
         elif isinstance(default, bool):
             values[field.name] = not default
         elif isinstance(default, str):
@@ -114,7 +121,7 @@ def _changed(section: type) -> object:
 
 
 def test_json_gives_back_every_knob():
-    sections = {name: _changed(section) for name, section in flags.run_sections().items()}
+    sections = {name: _changed(section) for name, section in config.sections().items()}
     run = RunConfig(data="a b", workdir="ü", **sections)
     again = knobs.from_json(RunConfig, knobs.to_json(run), "config")
     assert again == run

@@ -18,7 +18,7 @@ from slgr_jax.config import PrepareConfig, RunConfig, TeachConfig
 from slgr_jax.errors import ConfigError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-RUN_SECTIONS = tuple(flags.run_sections().values())
+RUN_SECTIONS = tuple(config.sections().values())
 COMMANDS = {"prepare": (PrepareConfig,), "teach": (TeachConfig,), "train": RUN_SECTIONS}
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import worlds
 
-from slgr_jax import evaluate, report, train
+from slgr_jax import evaluate, picture, report, train
 from slgr_jax.config import EvaluationConfig, SamplerConfig, SliceConfig, TrainConfig
 from slgr_jax.errors import ConfigError
 
@@ -112,11 +112,11 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        report._atomically(target, fail)
+        report.atomically(target, fail)
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["x.json"]
     with target.open() as reader:
-        report._atomically(target, lambda path: path.write_text("new"))
+        report.atomically(target, lambda path: path.write_text("new"))
         assert reader.read() == "old"  # a reader keeps the file it opened, whole
     assert target.read_text() == "new"
 
@@ -189,14 +189,35 @@ def test_runs_of_different_splits_are_not_tested(tmp_path):
     assert "user by user" not in text
 
 
+def test_baselines_are_tested_apart_and_say_what_was_chosen(tmp_path):
+    runs = _runs(tmp_path, ("base", "better", "simple"))
+    facts = {"name": "simple", "settings": {"lambda": 50}, "tuned_on": "valid ndcg@10"}
+    simple = dataclasses.replace(runs[2], baseline=facts | {"tried": [{"lambda": 50}, {}]})
+    alone = report.render(runs[:2], "ndcg@10").split("\n\n")
+    beside = report.render([*runs[:2], simple], "ndcg@10").split("\n\n")
+    for part in ("valid", "test"):
+        begin = f"{part}: ndcg@10 user by user, each run minus base"
+        tables = [next(b for b in text if b.startswith(begin)) for text in (alone, beside)]
+        assert tables[0] == tables[1]  # p_holm too
+        begin = f"{part}: ndcg@10 user by user, each baseline minus base"
+        table = next(block for block in beside if block.startswith(begin)).splitlines()
+        assert sum("simple" in line for line in table) == len(report.MAIN_SLICES)
+        assert not any("better" in line for line in table)
+        main = next(block for block in beside if block.startswith(f"{part}: full ranking"))
+        assert sum("simple" in line for line in main.splitlines()) >= len(report.MAIN_SLICES)
+    assert "baseline simple: lambda 50, the best of 2 by valid ndcg@10\n" in "\n".join(beside)
+    assert report.metrics_json(simple)["baseline"]["settings"] == {"lambda": 50}
+    assert "baseline" not in report.metrics_json(runs[0])
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_picture_shows_every_run(tmp_path, count):
     runs = _runs(tmp_path, ("base", "better", "best")[:count])
-    path = report.draw(runs, "ndcg@10", tmp_path / "out" / "metrics.png")
+    path = picture.draw(runs, "ndcg@10", tmp_path / "out" / "metrics.png")
     assert os.listdir(tmp_path / "out") == ["metrics.png"]
     pixels = matplotlib.image.imread(path)[:, :, :3]
     assert pixels.shape[1] > 1000
-    for i, color in enumerate(report.COLORS):
+    for i, color in enumerate(picture.COLORS):
         wanted = np.array([int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)])
         drawn = np.sum(np.all(np.abs(pixels - wanted) < 0.01, axis=2))
         if color != "#000000":  # the axes are black
@@ -204,27 +225,28 @@ def test_the_picture_shows_every_run(tmp_path, count):
 
 
 def test_the_panels_leave_out_empty_slices(tmp_path):
-    panels = dict(report.panels(_runs(tmp_path, ("a",)), "test"))
+    panels = dict(picture.panels(_runs(tmp_path, ("a",)), "test"))
     assert panels["users and items"] == list(report.MAIN_SLICES)
     assert "history<=5" not in panels["users by training history"]
     assert "history 6-10" in panels["users by training history"]
-    assert report._tick("popularity 11-20", {1200}) == "11–20\nn = 1,200"
-    assert report._tick("tail_items", {3, 4}) == "tail items\nn = varies"
+    assert picture._tick("popularity 11-20", {1200}) == "11–20\nn = 1,200"
+    assert picture._tick("tail_items", {3, 4}) == "tail items\nn = varies"
 
 
 def test_labels_tell_runs_apart():
     assert report.labels(["runs/a", "runs/b/"]) == ["a", "b"]
     assert report.labels(["x/seed0/run", "x/seed1/run"]) == ["seed0/run", "seed1/run"]
+    assert report.labels([]) == []
     with pytest.raises(ConfigError, match="twice"):
         report.labels(["runs/a", "runs/../runs/a"])
 
 
 def test_the_default_metric_is_one_the_run_has():
-    assert report.choose_metric("", (5, 10)) == "ndcg@10"
-    assert report.choose_metric("", (5, 20)) == "ndcg@5"
-    assert report.choose_metric("mrr", (5,)) == "mrr"
+    assert report.choose_metric("", EvaluationConfig(ks=(5, 10))) == "ndcg@10"
+    assert report.choose_metric("", EvaluationConfig(ks=(5, 20))) == "ndcg@5"
+    assert report.choose_metric("mrr", EvaluationConfig(ks=(5,))) == "mrr"
     with pytest.raises(ConfigError, match=r"recall@5, ndcg@5"):
-        report.choose_metric("ndcg@10", (5,))
+        report.choose_metric("ndcg@10", EvaluationConfig(ks=(5,)))
 
 
 def _launch(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -252,6 +274,9 @@ def test_help_is_quick_and_needs_no_jax():
     ("flags", "message"),
     [
         ((), "missing --workdir"),
+        (("--data=/nowhere",), "missing --workdir, or --data and --out"),
+        (("--data=/nowhere", "--workdir=/nowhere"), "--data is for baselines without a run"),
+        (("--workdir=/nowhere", "--baselines=ease,knn"), "--baselines=ease,knn: choose from"),
         (("--workdir=/nowhere", "--checkpoint=first"), "is not one of: best, last"),
         (("--workdir=/nowhere",), "/nowhere is not a run"),
     ],

@@ -26,6 +26,7 @@ from slgr_jax.config import (
     TrainConfig,
 )
 from slgr_jax.data import batches, draws
+from slgr_jax.data.context import Context
 from slgr_jax.distributed import make_layout
 
 
@@ -76,7 +77,10 @@ def _run(trainer, resident, steps, seed=0):
 
 
 def _values(trainer, state):
-    return {k: np.asarray(v) for k, v in step.make_serving_state(trainer)(state).values.items()}
+    return {
+        k: np.asarray(v)
+        for k, v in step.make_serving_state(trainer)(state, Context()).values.items()
+    }
 
 
 @pytest.mark.parametrize("gate", ["paper", "constant", "rule"])
@@ -109,14 +113,14 @@ def test_one_step_equals_dense_numpy(tmp_path, gate):
         grad_q[i, -1] += d
 
     rec = guidance = 0.0
-    for u, (i, j) in zip(batch.users, batch.items, strict=True):
+    for u, (i, j) in zip(batch.queries.users, batch.items, strict=True):
         x = score(u, i) - score(u, j)
         rec += np.log1p(np.exp(-x)) / 16
         add(u, i, -expit(-x))
         add(u, j, expit(-x))
         for table, row, grad in ((p, u, grad_p), (q, i, grad_q), (q, j, grad_q)):
             grad[row] += 0.05 * table[row]
-    for u, (a, b) in zip(batch.pref_users, batch.pref_items, strict=True):
+    for u, (a, b) in zip(batch.pref_queries.users, batch.pref_items, strict=True):
         x = score(u, a) - score(u, b)
         alpha = {"constant": 0.7, "rule": max(cold[u], tail[a], tail[b]), "paper": 0.5}[gate]
         guidance += alpha * max(0.0, 1.0 - x) / 16
@@ -313,7 +317,7 @@ def test_a_checkpoint_keeps_every_bit_of_a_bfloat16_table(tmp_path):
         for name, table in state.tables.items()
     }
     state = state.replace(tables=jax.device_put(bits, trainer.layout.table_sharding))
-    best = step.make_serving_state(trainer)(state)
+    best = step.make_serving_state(trainer)(state, Context())
     saved = checkpoint.Checkpoints(str(tmp_path / "run"), trainer, writable=True)
     saved.save(state, best, checkpoint.Progress(step=1))
     saved.close()
@@ -342,7 +346,7 @@ def test_checkerboard_is_solved_in_bfloat16(tmp_path):
     restored = runs.restore_run(run.workdir)
     ranking = evaluate.rank(
         restored.score_users,
-        restored.state,
+        restored.scoring("test"),
         dataset.positives(("test",)),
         dataset.positives(("train", "valid")),
         dataset.n_items,

@@ -39,7 +39,7 @@ def _log(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 def _values(workdir: pathlib.Path, which: str = "last") -> dict[str, np.ndarray]:
-    state = runs.restore_run(str(workdir), which).state
+    state = runs.restore_run(str(workdir), which).serving
     return {name: np.asarray(value) for name, value in state.values.items()}
 
 

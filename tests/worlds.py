@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,19 +50,31 @@ def write_dataset(
     *,
     n_users: int,
     n_items: int,
+    timed: bool = True,
+    ratings: bool = False,
+    categories: int = 0,
 ) -> Dataset:
-    """A finished dataset directory from [n, 2] index pairs; external ids are `u0`, `i0`, ..."""
+    """A finished dataset directory from [n, 2] index pairs; external ids are `u0`, `i0`, ...
+
+    Args:
+      timed: the order of a part's pairs is their order in time.
+      ratings: 1 to 5, a function of the pair.
+      categories: item i has categories `c{i % categories}` and, if i is even, `c{i // 2 % ...}`.
+    """
     parts = {"train": train, "valid": valid, "test": test}
     files = {}
     path.mkdir(parents=True)
     for name, pairs in parts.items():
-        order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+        when = np.arange(len(pairs)) if timed else pairs[:, 1]
+        order = np.lexsort((when, pairs[:, 0]))
+        users, listed = pairs[order, 0], pairs[order, 1]
+        times, rated = pa.nulls(len(pairs), pa.int64()), pa.nulls(len(pairs), pa.float32())
         table = pa.table(
             {
-                "user": pa.array(pairs[order, 0], pa.int32()),
-                "item": pa.array(pairs[order, 1], pa.int32()),
-                "timestamp": pa.nulls(len(pairs), schema.TIMESTAMP),
-                "rating": pa.nulls(len(pairs), pa.float32()),
+                "user": pa.array(users, pa.int32()),
+                "item": pa.array(listed, pa.int32()),
+                "timestamp": (pa.array(when[order]) if timed else times).cast(schema.TIMESTAMP),
+                "rating": pa.array((users + 2 * listed) % 5 + 1.0) if ratings else rated,
             }
         ).cast(schema.INTERACTIONS)
         files[name] = shards.write_shards(path, f"{name}/part", table, rows_per_shard=1000)
@@ -72,7 +85,9 @@ def write_dataset(
             "item_id": [f"i{i}" for i in range(n_items)],
             "title": [f"item {i}" for i in range(n_items)],
             "text": pa.nulls(n_items, pa.string()),
-            "categories": pa.nulls(n_items, pa.list_(pa.string())),
+            "categories": pa.array(
+                [_categories(i, categories) for i in range(n_items)], pa.list_(pa.string())
+            ),
         }
     ).cast(schema.ITEMS)
     files["users"] = shards.write_shards(path, "users", users, rows_per_shard=10**6)
@@ -92,8 +107,20 @@ def write_dataset(
     return dataset_lib.load(path)
 
 
+def _categories(item: int, count: int) -> list[str] | None:
+    if not count:
+        return None
+    return [f"c{item % count}", f"c{item // 2 % count}"][: 1 + (item % 2 == 0)]
+
+
 def random_dataset(
-    path: pathlib.Path, *, seed: int = 0, n_users: int = 40, n_items: int = 30, per_user: int = 10
+    path: pathlib.Path,
+    *,
+    seed: int = 0,
+    n_users: int = 40,
+    n_items: int = 30,
+    per_user: int = 10,
+    **more: Any,
 ) -> Dataset:
     """Random pairs, 60 % train, 20 % validation, 20 % test."""
     pairs = random_pairs(seed, n_users, n_items, per_user)
@@ -106,22 +133,25 @@ def random_dataset(
         pairs[cut : 2 * cut],
         n_users=n_users,
         n_items=n_items,
+        **more,
     )
 
 
 def checkerboard(path: pathlib.Path, size: int = 40) -> Dataset:
     """User u likes item i iff u + i is even; the diagonal is withheld as validation and test.
 
-    Every recommender must rank the withheld item of a user first among the unseen ones.
+    Every recommender must rank the withheld item of a user first among the unseen ones. Likes
+    come in any order of time.
     """
     users, items = np.divmod(np.arange(size * size), size)
     liked = (users + items) % 2 == 0
     diagonal = users == items
     pairs = np.stack([users, items], axis=1)
     held = pairs[liked & diagonal]
+    train = np.random.default_rng(0).permutation(pairs[liked & ~diagonal])
     return write_dataset(
         path,
-        pairs[liked & ~diagonal],
+        train,
         held[::2],
         held[1::2],
         n_users=size,

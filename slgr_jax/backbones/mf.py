@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.backbones.base import FactorModel
+from slgr_jax.backbones.base import Dropout, FactorModel, Ids, Params
+from slgr_jax.data.context import Context, Queries
 from slgr_jax.tables import Rows, TableSpec
 
 
-class DotProduct(nn.Module):
-    """Scores from gathered rows; the item bias is the last entry of the item's row.
+class MatrixFactorization:
+    """BPR-MF as a `DotBackbone`: tables `user` [U, D] and `item` [I, D], no dense parameters.
 
-    Keeping the bias in the row (the user's last entry counts as 1) costs no table, no gather
-    and no scatter of its own. With `item_bias` a row of width D holds D - 1 factors.
+    The item's bias is the last entry of its row, which the user's last entry, counted as 1, meets:
+    no table, no gather and no scatter of its own. With `item_bias` a row holds D - 1 factors.
+    Dropout is on the user's vector.
     """
 
-    item_bias: bool
-
-    @nn.compact
-    def __call__(
-        self, user: Float[Array, "B D"], item: Float[Array, "B C D"], *, dropout: float = 0.0
-    ) -> Float[Array, "B C"]:
-        product = with_unit(user, self.item_bias)[:, None, :] * item
-        if dropout > 0.0:
-            product = nn.Dropout(dropout, deterministic=False)(product)
-        return jnp.sum(product, axis=-1)
-
-
-def with_unit(user: Float[Array, "*B D"], item_bias: bool) -> Float[Array, "*B D"]:
-    """The user vector with its last entry set to 1 where that entry meets the item's bias."""
-    if not item_bias:
-        return user
-    return user.at[..., -1].set(1.0)
-
-
-class MatrixFactorization:
-    """BPR-MF as a `Backbone`: tables `user` [U, D] and `item` [I, D], no dense parameters."""
+    reads: frozenset[str] = frozenset()
+    whole = False
 
     def __init__(
         self,
@@ -60,33 +41,43 @@ class MatrixFactorization:
         self.dropout = dropout
         self.factor_model = FactorModel("user", "item", item_bias)
         self._item_bias = item_bias
-        self._module = DotProduct(item_bias)
 
-    def init(self, key: jax.Array) -> Mapping[str, Any]:
+    def init(self, key: jax.Array) -> Params:
         return {}
 
-    def ids(
-        self, users: Int[Array, "B"], items: Int[Array, "B C"]
-    ) -> Mapping[str, Int[Array, "..."]]:
-        return {"user": users, "item": items}
-
-    def score(
+    def propagate(
         self,
-        params: Mapping[str, Any],
-        rows: Rows,
-        users: Int[Array, "B"],
-        items: Int[Array, "B C"],
+        params: Params,
+        values: Mapping[str, Float[Array, "R D"]],
+        context: Context,
         *,
-        dropout: tuple[float, jax.Array] | None = None,
-    ) -> Float[Array, "B C"]:
-        rate, rngs = (0.0, {}) if dropout is None else (dropout[0], {"dropout": dropout[1]})
-        scores = self._module.apply(
-            {"params": params}, rows["user"], rows["item"], dropout=rate, rngs=rngs
-        )
-        assert isinstance(scores, jax.Array)
-        return scores
+        dropout: Dropout = None,
+    ) -> dict[str, Float[Array, "R D"]]:
+        return dict(values)
 
-    def factors(
-        self, params: Mapping[str, Any], values: Mapping[str, Float[Array, "R D"]]
-    ) -> tuple[Float[Array, "U E"], Float[Array, "I E"]]:
-        return with_unit(values["user"], self._item_bias), values["item"]
+    def query_ids(self, context: Context, queries: Queries) -> Ids:
+        return {"user": queries.users}
+
+    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
+        return {"item": items}
+
+    def query_vectors(
+        self,
+        params: Params,
+        rows: Rows,
+        context: Context,
+        queries: Queries,
+        *,
+        dropout: Dropout = None,
+    ) -> Float[Array, "N E"]:
+        user = rows["user"]
+        if dropout is not None:
+            rate, key = dropout
+            kept = jax.random.bernoulli(key, 1.0 - rate, user.shape)
+            user = jnp.where(kept, user / (1.0 - rate), 0.0)
+        if self._item_bias:
+            user = user.at[..., -1].set(1.0)
+        return user
+
+    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+        return rows["item"]

@@ -9,6 +9,7 @@ that can start a preference.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
+from slgr_jax.data.context import Context
 from slgr_jax.data.dataset import Csr, Dataset, beaten
 from slgr_jax.errors import InputError
 
@@ -54,6 +56,22 @@ class Facts:
 
 
 @struct.dataclass
+class Targets:
+    """Interactions to learn from one by one, where their time or their label counts.
+
+    Attributes:
+      users, items: of each; a window's are those of its last event.
+      until: how many events the user has before it; None where no history is read.
+      labels: 1 or 0; None where every interaction is a positive.
+    """
+
+    users: Int[Array, "m"]
+    items: Int[Array, "m"]
+    until: Int[Array, "m"] | None
+    labels: Float[Array, "m"] | None
+
+
+@struct.dataclass
 class Interactions:
     """Training pairs, sorted by user and item, with what drawing triples from them needs."""
 
@@ -62,6 +80,7 @@ class Interactions:
     negatives: Excluded
     cumulative: Int[Array, "I1"] | None  # mass of items below i; None when every mass is 1
     facts: Facts
+    targets: Targets | None = None  # drawn from instead of the pairs
 
 
 @struct.dataclass
@@ -98,6 +117,13 @@ class Resident:
 
     interactions: Interactions
     teacher: TeacherLists | TeacherPairs | None
+    context: Context = dataclasses.field(default_factory=Context)
+
+    @property
+    def drawn(self) -> int:
+        """How many interactions (or windows) an epoch draws."""
+        targets = self.interactions.targets
+        return int((self.interactions if targets is None else targets).items.shape[0])
 
 
 def host_array(x: np.ndarray, dtype: type) -> Any:
@@ -136,6 +162,47 @@ def excluded(sets: Csr, masses: np.ndarray | None, n_items: int) -> Excluded:
     keys = below[sets.indices] - (own[:-1] - start)  # without it
     free = below[-1] - (own[sets.offsets[1:]] - own[sets.offsets[:-1]])
     return Excluded(_host32(sets.offsets), _host32(keys), shifts, _host32(free))
+
+
+def targets(
+    dataset: Dataset, *, window: int, history: bool, min_history: int, threshold: float
+) -> Targets:
+    """The training interactions to learn from, in the order of the part (user, then time).
+
+    Args:
+      window: L of a sequence backbone: a target stands for itself and the L - 1 events before it,
+        and every event with one before it is in exactly one window. 0: each interaction.
+      history: whether the backbone reads histories.
+      min_history: fewest earlier events of the user.
+      threshold: label 1 from this rating on; 0: all are positives.
+
+    Raises:
+      InputError: nothing is left, labels without ratings, or labels that are all the same.
+    """
+    part = dataset.train
+    place = dataset.moments("train")
+    keep = place >= max(min_history, 1 if window else 0)
+    if window:  # counted back from the user's last event
+        last = np.bincount(part.users, minlength=dataset.n_users) - 1
+        keep &= (last[part.users] - place) % window == 0
+    if not keep.any():
+        raise InputError(
+            f"no user has a training interaction with {max(min_history, 1)} earlier ones; "
+            "lower --min_history or use another backbone"
+        )
+    labels = None
+    if threshold:
+        if part.ratings is None:
+            raise InputError(f"--rating_threshold={threshold:g}: the dataset has no ratings")
+        found = part.ratings[keep] >= threshold
+        if found.all() or not found.any():
+            raise InputError(
+                f"--rating_threshold={threshold:g} gives all {found.size} training rows the label "
+                f"{int(found[0])}; ratings go from {part.ratings.min():g} to {part.ratings.max():g}"
+            )
+        labels = host_array(found, np.float32)
+    until = _host32(place[keep]) if history else None
+    return Targets(_host32(part.users[keep]), _host32(part.items[keep]), until, labels)
 
 
 def interactions(

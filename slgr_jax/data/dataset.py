@@ -154,6 +154,22 @@ class Dataset:
         items = np.concatenate([part.items for part in chosen])
         return Csr.from_pairs(users, items, self.n_users)
 
+    def moments(self, part: str) -> np.ndarray:
+        """[n] int32: how many events of its user lie before each interaction of a part.
+
+        train: the event's place among the user's training events, as the part orders them (by
+        time, then item; without times by item alone). valid: the user's training events. test:
+        those of training and validation.
+        """
+        users = self.part(part).users
+        if part == "train":  # sorted by user and time
+            counts = np.bincount(users, minlength=self.n_users)
+            start = np.cumsum(counts) - counts
+            return (np.arange(users.size) - start[users]).astype(np.int32)
+        before = {"valid": ("train",), "test": ("train", "valid")}[part]
+        events = np.concatenate([self.part(name).users for name in before])
+        return np.bincount(events, minlength=self.n_users).astype(np.int32)[users]
+
     def slices(self, config: SliceConfig) -> Slices:
         """Cold users and tail items by training counts.
 

@@ -22,7 +22,15 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data.batches import Excluded, Interactions, Resident, TeacherLists, TeacherPairs
+from slgr_jax.data.batches import (
+    Excluded,
+    Interactions,
+    Resident,
+    Targets,
+    TeacherLists,
+    TeacherPairs,
+)
+from slgr_jax.data.context import Queries
 from slgr_jax.kernels import cpu
 from slgr_jax.random_words import words as random_words
 
@@ -37,15 +45,19 @@ class Batch:
     A weight of 0 marks a lane that could not be drawn.
 
     Attributes:
-      users: [B]; items: [B, 2] (positive, negative); weights: [B].
-      pref_users: [G]; pref_items: [G, 2] (preferred, other); pref_margins: [G] teacher's score
+      queries: [B] users and moments; items: [B, C] (positive, negatives); weights: [B].
+      labels: [B] of the first item where rows are labelled; None where it is a positive.
+      shared: [N] negatives that all lanes share; None where each has its own.
+      pref_queries: [G]; pref_items: [G, 2] (preferred, other); pref_margins: [G] teacher's score
         difference; pref_weights: [G].
     """
 
-    users: Int[Array, "B"]
-    items: Int[Array, "B 2"]
+    queries: Queries
+    items: Int[Array, "B C"]
     weights: Float[Array, "B"]
-    pref_users: Int[Array, "G"]
+    labels: Float[Array, "B"] | None
+    shared: Int[Array, "N"] | None
+    pref_queries: Queries
     pref_items: Int[Array, "G 2"]
     pref_margins: Float[Array, "G"]
     pref_weights: Float[Array, "G"]
@@ -56,13 +68,15 @@ class Plan:
     """The static numbers of a draw: they are compiled in."""
 
     n_items: int
-    n_pairs: int
+    drawn: int  # interactions (or windows) that triples are drawn from
     triples: int
     preferences: int
     sampler: SamplerConfig
     guidance: GuidanceConfig
     search_steps: int  # halvings that cover the longest excluded row
     native: bool = False  # whether the CPU kernels search
+    negatives: int = 1  # of each lane: C - 1
+    shared: int = 0  # negatives that the lanes of a step share
 
 
 def below(bits: UInt32[Array, "..."], bound: Int[Array, "..."] | int) -> Int[Array, "..."]:
@@ -129,6 +143,10 @@ def _other(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 1)
 
 
+def _third(key: jax.Array) -> jax.Array:
+    return jax.random.fold_in(key, 2)
+
+
 def draw_triples(
     keys: jax.Array, data: Interactions, plan: Plan
 ) -> tuple[Int[Array, "S B"], Int[Array, "S B 2"], Float[Array, "S B"]]:
@@ -141,28 +159,75 @@ def draw_triples(
     together = min(sampler.triples_per_user, size)
     words = random_words(keys, 2, size)
     if together == 1:
-        pair = below(words[0], plan.n_pairs)
+        pair = below(words[0], plan.drawn)
         users, positive = data.users[pair], data.items[pair]
     else:
-        first = below(
-            random_words(jax.vmap(_other)(keys), 1, -(-size // together))[0], plan.n_pairs
-        )
+        first = below(random_words(jax.vmap(_other)(keys), 1, -(-size // together))[0], plan.drawn)
         users = jnp.repeat(data.users[first], together, axis=1)[:, :size]
         start = data.negatives.offsets[users]
         pair = start + below(words[0], data.negatives.offsets[users + 1] - start)
         positive = data.items[pair]
+    negative, weights = _negatives(words[1], users, positive, data, plan)
+    return users, jnp.stack([positive, negative], axis=-1), weights
+
+
+def _negatives(
+    bits: UInt32[Array, "S B"],
+    users: Int[Array, "S B"],
+    positive: Int[Array, "S B"],
+    data: Interactions,
+    plan: Plan,
+) -> tuple[Int[Array, "S B"], Float[Array, "S B"]]:
+    """A negative for each lane; weight 0 where there is none."""
+    sampler = plan.sampler
     if sampler.negatives == "in_batch":
-        negative, weights = _in_batch(words[1], users, positive, data, plan)
-    elif sampler.allow_positive_negatives:
-        if data.cumulative is None:
-            negative = below(words[1], plan.n_items)
-        else:
-            place = below(words[1], data.cumulative[-1])
-            negative = jnp.searchsorted(data.cumulative, place, side="right") - 1
-        weights = jnp.ones(users.shape, jnp.float32)
-    else:
-        negative, weights = draw_outside(words[1], users, data.negatives, data.cumulative, plan)
-    return users, jnp.stack([positive, negative.astype(jnp.int32)], axis=-1), weights
+        return _in_batch(bits, users, positive, data, plan)
+    if sampler.allow_positive_negatives:
+        return _anything(bits, data, plan), jnp.ones(users.shape, jnp.float32)
+    negative, weights = draw_outside(bits, users, data.negatives, data.cumulative, plan)
+    return negative.astype(jnp.int32), weights
+
+
+def _anything(bits: UInt32[Array, "*N"], data: Interactions, plan: Plan) -> Int[Array, "*N"]:
+    """An item by mass, whoever has it."""
+    if data.cumulative is None:
+        return below(bits, plan.n_items)
+    place = below(bits, data.cumulative[-1])
+    return (jnp.searchsorted(data.cumulative, place, side="right") - 1).astype(jnp.int32)
+
+
+def draw_targets(
+    keys: jax.Array, data: Interactions, targets: Targets, plan: Plan
+) -> tuple[Queries, Int[Array, "S B C"], Float[Array, "S B"], Float[Array, "S B"] | None]:
+    """B targets a step, uniformly with replacement, each with its negatives (and its label).
+
+    A lane is left out where one of its negatives cannot be drawn.
+    """
+    size, count = plan.triples, plan.negatives
+    chosen = below(random_words(keys, 1, size)[0], plan.drawn)
+    users, positive = targets.users[chosen], targets.items[chosen]
+    until = None if targets.until is None else targets.until[chosen]
+    labels = None if targets.labels is None else targets.labels[chosen]
+    items, weights = positive[..., None], jnp.ones(users.shape, jnp.float32)
+    if count:
+        bits = random_words(jax.vmap(_other)(keys), 1, size * count)[0]
+        lanes = jnp.repeat(users, count, axis=1), jnp.repeat(positive, count, axis=1)
+        negative, able = _negatives(bits, *lanes, data, plan)
+        shape = (*users.shape, count)
+        items = jnp.concatenate([items, negative.reshape(shape)], axis=-1)
+        weights = jnp.min(able.reshape(shape), axis=-1)
+    return Queries(users, until), items, weights, labels
+
+
+def shared_log_expected(
+    items: Int[Array, "*N"], data: Interactions, plan: Plan
+) -> Float[Array, "*N"]:
+    """log of how often an item is expected among the `plan.shared` negatives of a step."""
+    if data.cumulative is None:
+        return jnp.full(items.shape, np.log(plan.shared / plan.n_items), jnp.float32)
+    mass = (data.cumulative[items + 1] - data.cumulative[items]).astype(jnp.float32)
+    share = jnp.maximum(mass, 1.0) / data.cumulative[-1].astype(jnp.float32)
+    return jnp.log(plan.shared * share)
 
 
 def _in_batch(
@@ -263,8 +328,16 @@ def _from_lists(
 def draw(keys: jax.Array, resident: Resident, plan: Plan) -> Batch:
     """The batches of S steps, each a function of its own key."""
     pairs = jax.vmap(jax.random.split)(keys)
-    users, items, weights = draw_triples(pairs[:, 0], resident.interactions, plan)
-    steps = users.shape[0]
+    data, labels, shared = resident.interactions, None, None
+    if data.targets is None:
+        users, items, weights = draw_triples(pairs[:, 0], data, plan)
+        queries = Queries(users)
+    else:
+        queries, items, weights, labels = draw_targets(pairs[:, 0], data, data.targets, plan)
+    steps = weights.shape[0]
+    if plan.shared:
+        bits = random_words(jax.vmap(_third)(pairs[:, 0]), 1, plan.shared)[0]
+        shared = _anything(bits, data, plan)
     extra: tuple[Any, ...] = (
         jnp.zeros((steps, 0), jnp.int32),
         jnp.zeros((steps, 0, 2), jnp.int32),
@@ -273,4 +346,7 @@ def draw(keys: jax.Array, resident: Resident, plan: Plan) -> Batch:
     )
     if plan.preferences and resident.teacher is not None:
         extra = draw_preferences(pairs[:, 1], resident.teacher, plan)
-    return Batch(users, items, weights, *extra)
+    histories = resident.context.histories
+    # A preference is about the user as known from training: all of the training history.
+    moments = None if histories is None else histories.trained[extra[0]]
+    return Batch(queries, items, weights, labels, shared, Queries(extra[0], moments), *extra[1:])

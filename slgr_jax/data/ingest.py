@@ -1,4 +1,4 @@
-"""Readers of raw files: MovieLens, RecBole, Amazon, CSV, Parquet and Arrow.
+"""What every reader of raw files shares, and the readers of CSV, Parquet and Arrow.
 
 A reader finds the file, names its columns and hands them over as they are; `columns.py` turns
 them into arrays. Item and user texts are read afterwards, for the ids that are left.

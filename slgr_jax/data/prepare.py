@@ -90,6 +90,8 @@ def _rule(config: PrepareConfig) -> str:
         raise ConfigError(f"{given} is a pre-made split; drop it or --split={config.split}")
     if config.split == "premade" and not premade and config.source != "recbole":
         raise ConfigError("--split=premade needs --test_input or --split_column")
+    if config.source == "s3rec" and config.split == "auto":
+        return "leave_last"  # places in a line, which are its times, do not compare across users
     return "premade" if premade else config.split
 
 

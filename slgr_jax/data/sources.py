@@ -1,4 +1,4 @@
-"""Public layouts: MovieLens, RecBole atomic files, Amazon Reviews. See `ingest.Raw`.
+"""Public layouts: MovieLens, RecBole atomic files, Amazon Reviews, S3-Rec. See `ingest.Raw`.
 
 Layouts as their own README files state them: MovieLens 100K, 1M, 10M and the csv releases;
 RecBole's `name:type` headers; Amazon Reviews 2014, 2018 and 2023.
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pajson
 
 from slgr_jax.config import PrepareConfig
-from slgr_jax.data import ingest, schema
+from slgr_jax.data import ingest, s3rec, schema
 from slgr_jax.data.archive import Files, reading
 from slgr_jax.data.ingest import Piece, Raw, delimited, header, pick
 from slgr_jax.errors import ConfigError, InputError, listing
@@ -36,14 +36,15 @@ def read(config: PrepareConfig) -> Raw:
         "movielens": movielens,
         "recbole": recbole,
         "amazon": amazon,
+        "s3rec": s3rec.sequences,
         "csv": ingest.named_columns,
         "parquet": ingest.named_columns,
     }
     if config.source not in readers:
         raise ConfigError(f"--source={config.source!r} is not one of: {listing(readers)}")
-    if config.split_column and config.source in ("movielens", "amazon"):
+    if config.split_column and config.source in ("movielens", "amazon", "s3rec"):
         raise ConfigError(f"--split_column is not used with --source={config.source}")
-    if config.items_input and config.source in ("movielens", "recbole"):
+    if config.items_input and config.source in ("movielens", "recbole", "s3rec"):
         raise ConfigError(
             f"--items_input is not used with --source={config.source}: item texts are found "
             "beside the interactions"

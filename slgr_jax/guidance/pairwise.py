@@ -53,7 +53,7 @@ def gate_inputs(
         uncertainty = gates.entropy_uncertainty(scores)
     else:
         uncertainty = gates.confidence_uncertainty(scores)
-    users, items = batch.pref_users, batch.pref_items
+    users, items = batch.pref_queries.users, batch.pref_items
     inputs = gates.GateInputs(
         history=facts.history[users],
         popularity=facts.popularity[items],

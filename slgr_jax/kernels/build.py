@@ -24,7 +24,7 @@ import jax
 from slgr_jax.errors import ConfigError
 
 HERE = pathlib.Path(__file__).parent
-SOURCES = (HERE / "rows.cc", HERE / "draws.cc", HERE / "ranks.cc")
+SOURCES = (HERE / "rows.cc", HERE / "draws.cc", HERE / "ranks.cc", HERE / "graph.cc")
 HEADERS = (HERE / "common.h", HERE / "block.h")
 TARGETS = (
     "slgr_factor_scores",
@@ -33,6 +33,7 @@ TARGETS = (
     "slgr_draw_outside",
     "slgr_rank_rows",
     "slgr_pool_rows",
+    "slgr_graph_propagate",
 )
 # Finite-maths shortcuts stay off: a NaN must stay one. Without errno a square root is one
 # instruction.

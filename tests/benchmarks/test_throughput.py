@@ -10,13 +10,17 @@ import textwrap
 
 import numpy as np
 import pytest
+import worlds
 
 from slgr_jax import config, runs
+from slgr_jax.backbones import reads_of
+from slgr_jax.data.context import FIELDS, HISTORY
 from slgr_jax.step import init_state
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts there import one another by plain name
 
+import peers  # noqa: E402
 import scaling  # noqa: E402
 import synthetic  # noqa: E402
 import synthetic_dataset  # noqa: E402
@@ -31,9 +35,17 @@ KEYS = {
     *("table_optimizer", "dim", "triples_per_s", "min", "max", "repeats", "bytes_per_triple"),
     *("gather_bandwidth", "bandwidth_share", "compile_s", "peak_mb", "device_peak_mb", "kernels"),
     *("devices", "platform", "cores", "versions", "peer"),
+    *("counted", "triples_per_step", "rows_per_triple", "rows_per_s"),
 }
 PEER_KEYS = {
-    *("peer_triples_per_s", "peer_min", "peer_max", "peer_peak_mb", "peer_facts"),
+    *(
+        "peer_triples_per_s",
+        "peer_rows_per_s",
+        "peer_min",
+        "peer_max",
+        "peer_peak_mb",
+        "peer_facts",
+    ),
     *("ratio", "ratio_min", "ratio_max"),
 }
 
@@ -105,12 +117,46 @@ def test_the_teacher_is_one_that_training_accepts(tmp_path):
     dataset = synthetic_dataset.from_pairs(synthetic.make(TINY), tmp_path)
     synthetic_dataset.write_teacher(dataset)
     run = throughput.Case("tiny", "mf", "selective", "float32", 64)
-    trainer, resident = runs.build(run.config(config.RunConfig("", ""), str(tmp_path)), dataset)
+    trainer, resident = runs.build(run.config({}, str(tmp_path)), dataset)
     assert trainer.plan.preferences == 64
     assert resident.teacher.items.size == 60 * 20
 
 
+def test_histories_are_a_shuffle_of_each_users_pairs():
+    pairs = synthetic.make(TINY)
+    found = synthetic.moments(pairs)
+    for user in range(60):
+        mine = found[pairs.users == user]
+        assert sorted(mine) == list(range(mine.size))
+    assert not np.array_equal(found, synthetic.moments(pairs, seed=2))
+    # The item of a user's first event is any of theirs: its rank in the row is uniform.
+    counts = pairs.counts[pairs.users]
+    row = np.arange(600) - np.searchsorted(pairs.users, pairs.users)
+    assert (row / counts)[found == 0].mean() == pytest.approx(0.45, abs=0.12)
+
+
+def test_items_have_one_to_three_distinct_categories():
+    offsets, codes = synthetic.categories(3000)
+    owners = np.repeat(np.arange(3000), np.diff(offsets))
+    assert np.bincount(np.diff(offsets)).tolist() == pytest.approx([0, 1000, 1000, 1000], abs=100)
+    assert len(set(zip(owners.tolist(), codes.tolist(), strict=True))) == codes.size
+    assert np.bincount(codes).tolist() == pytest.approx([codes.size / 18] * 18, rel=0.25)
+
+
 # --- the model of bytes --------------------------------------------------------------------------
+
+
+BATCH = 16
+
+
+def bytes_of_step(tmp_path, backbone, guidance="none", dtype="float32", **given):
+    run = throughput.Case("tiny", backbone, guidance, dtype, BATCH).config(given, str(tmp_path))
+    pairs = synthetic.make(TINY)
+    dataset = synthetic_dataset.from_pairs(pairs, tmp_path, reads_of(run.model))
+    synthetic_dataset.write_teacher(dataset)
+    trainer, resident = runs.build(run, dataset)
+    size = worker.row_bytes(trainer, init_state(trainer, 0))
+    return worker.bytes_per_step(worker.rows_named(trainer, resident), size)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +171,104 @@ def test_the_teacher_is_one_that_training_accepts(tmp_path):
     ],
 )
 def test_bytes_per_triple_by_hand(tmp_path, optimizer, dtype, guidance, expected):
-    dataset = synthetic_dataset.from_pairs(synthetic.make(TINY), tmp_path)
-    synthetic_dataset.write_teacher(dataset)
-    base = config.RunConfig("", "", optimizer=config.OptimizerConfig(table_optimizer=optimizer))
-    run = throughput.Case("tiny", "mf", guidance, dtype, 16).config(base, str(tmp_path))
-    trainer, _ = runs.build(run, dataset)
-    size = worker.row_bytes(trainer, init_state(trainer, 0))
-    assert worker.bytes_per_triple(trainer, size) == expected
+    found = bytes_of_step(tmp_path, "mf", guidance, dtype, table_optimizer=optimizer)
+    assert found / BATCH == expected
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows"),
+    [
+        # The catalogue; of a window's events every one is in it.
+        ("softmax", 40),
+        # 5 events before each window's last one, and that; with a negative for each of 5 places.
+        ("bce", BATCH * (5 + 1 + 5)),
+        ("sampled_softmax", BATCH * (5 + 1) + 24),
+    ],
+)
+def test_bytes_of_a_sequence_step_by_hand(tmp_path, loss, rows):
+    own = {"loss": loss, "max_history": 5, "shared_negatives": 24, "table_optimizer": "adagrad"}
+    assert bytes_of_step(tmp_path, "sasrec", **own) == rows * 2 * (64 + 64) * 4
+
+
+def test_bytes_of_a_graph_step_by_hand(tmp_path):
+    # Every user and every item: weights of 64 values, two moments of 64, a count.
+    assert bytes_of_step(tmp_path, "lightgcn") == (60 + 40) * 2 * (3 * 64 + 1) * 4
+
+
+def test_bytes_of_a_click_step_by_hand(tmp_path):
+    # A row of 64 values and a first-order term for: the user; positive, negative and 5 events;
+    # up to 3 categories of each of those 7.
+    found = bytes_of_step(tmp_path, "deepfm", max_history=5, table_optimizer="sgd")
+    assert found == BATCH * (1 + 7 + 7 * 3) * 2 * 65 * 4
+
+
+# --- what is counted -----------------------------------------------------------------------------
+
+
+def even_pairs():
+    """24 users with 6 items each, of 40."""
+    users = np.repeat(np.arange(24, dtype=np.int32), 6)
+    return synthetic.Pairs(24, 40, users, (users + 5 * np.arange(144) % 30).astype(np.int32) % 40)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "counted", "per_lane", "rows"),
+    [("lightgcn", "triples", 1, 0), ("sasrec", "places", 5, 0), ("dcn", "triples", 1, 3)],
+)
+def test_a_turn_counts_triples_or_predicted_places(
+    tmp_path, monkeypatch, backbone, counted, per_lane, rows
+):
+    # The window of a user's last event has the 5 before it; it predicts all but the first of 6.
+    monkeypatch.setattr(runs, "make_layout", lambda **_: worlds.one_device())
+    case = throughput.Case("tiny", backbone, "none", "float32", 8)
+    small = {"dim": 4, "layers": 1, "hidden": 4, "mlp": (4,), "max_history": 5}
+    run = case.config({**small, "negatives_per_positive": 2}, str(tmp_path))
+    dataset = synthetic_dataset.from_pairs(even_pairs(), tmp_path, reads_of(run.model))
+    trainer, resident = runs.build(run, dataset)
+    assert worker.Stepper(trainer, resident).turn(3).triples == 3 * 8 * per_lane
+    assert (case.counted, worker.rows_per_triple(trainer)) == (counted, rows)
+
+
+def test_what_recbole_trains_on_is_counted_alike():
+    masks = {"MASK_INDEX": np.array([[0, 0, 3], [0, 4, 9]])}  # padded with 0
+    assert peers.counted("bert4rec", masks, 1) == 3
+    assert peers.counted("sasrec", range(20), 1) == 20
+    assert peers.counted("lightgcn", range(20), 1) == 20
+    assert peers.counted("din", range(20), 1) == 10
+    assert peers.counted("deepfm", range(20), 3) == 5
+
+
+def test_recbole_reads_the_histories_and_categories_that_we_train_on(tmp_path):
+    pairs = synthetic.make(TINY)
+    dataset = synthetic_dataset.from_pairs(pairs, tmp_path, {HISTORY, FIELDS})
+    peers._write_atomic(pairs, tmp_path / "pairs", moments=True, fields=True)
+    lines = (tmp_path / "pairs" / "pairs.inter").read_text().splitlines()
+    assert lines[0].split("\t") == ["user_id:token", "item_id:token", "timestamp:float"]
+    rows = sorted((int(u), int(t), int(i)) for u, i, t in (line.split() for line in lines[1:]))
+    part = dataset.train
+    ours = zip(*(x.tolist() for x in (part.users, part.timestamps, part.items)), strict=True)
+    assert rows == list(ours)  # by user, then time: no two events of a user share a moment
+    assert len({(user, moment) for user, moment, _ in rows}) == 600
+    lines = (tmp_path / "pairs" / "pairs.item").read_text().splitlines()
+    assert lines[0].split("\t") == ["item_id:token", "class:token_seq"]
+    theirs = [line.split("\t")[1].split(" ") for line in lines[1:]]
+    assert theirs == dataset.items.column("categories").to_pylist()
+
+
+def test_every_backbone_has_its_namesake_in_recbole():
+    assert tuple(sorted(peers.RECBOLE)) == tuple(sorted(config.BACKBONES))
+    knobs = throughput.peer_knobs(config.make_run("", ""))["knobs"]
+    for backbone, (name, named) in peers.RECBOLE.items():
+        assert name.lower() == {"mf": "bpr"}.get(backbone, backbone)
+        assert all(value is not None for value in named(knobs).values())
+
+
+def test_rows_of_histories_that_do_not_fit_are_refused(tmp_path):
+    many = np.zeros(2_000_000, np.int32)
+    job = {"backbone": "sasrec", "knobs": {"max_history": 50}}
+    with pytest.raises(turns.Refused, match=r"2,000,000 interactions: 1\.2 GB .*=sasrec"):
+        peers._check_rows(synthetic.Pairs(1, 1, many, many), job)
+    peers._check_rows(synthetic.Pairs(1, 1, many, many), {**job, "knobs": {"max_history": 20}})
 
 
 # --- turns ---------------------------------------------------------------------------------------
@@ -252,13 +389,13 @@ def test_rows_say_everything_and_the_peer_takes_its_turns(fake_implicit):
     case = throughput.Case("tiny", "mf", "none", "float32", 32)
     rows = throughput.measure(
         [case],
-        config.RunConfig("", ""),
+        {},
         synthetic.make(TINY),
         repeats=2,
         seconds=0.02,
         steps=5,
         peers=["implicit"],
-        peer_job={"dim": 64, "threads": 1, "batch_size": 0},
+        peer_job={"threads": 1, "batch_size": 0},
     )
     (row,) = json.loads(json.dumps(rows))
     assert set(row) >= KEYS | PEER_KEYS
@@ -282,8 +419,11 @@ def test_the_ratio_is_the_median_over_rounds():
     case = throughput.Case("tiny", "mf", "none", "float32", 32)
     mine = [turns.Turn(rate, 1.0) for rate in (10.0, 90.0, 20.0)]
     theirs = [turns.Turn(rate, 1.0) for rate in (5.0, 10.0, 10.0)]
-    measured = throughput.Measured(case, config.RunConfig("", ""), {}, mine, {"p": theirs})
+    measured = throughput.Measured(
+        case, config.RunConfig("", ""), {"rows_per_triple": 0}, mine, {"p": theirs}
+    )
     row = throughput.peer_row(measured, "p", {"peak_mb": 1.0})
+    assert row["peer_rows_per_s"] is None
     assert (row["ratio_min"], row["ratio"], row["ratio_max"]) == (2.0, 2.0, 9.0)
 
 
@@ -309,6 +449,7 @@ def test_a_peer_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
         ("--sizes=huge", "--sizes: huge is not one of: ml100k, large"),
         ("--guidance=none,maybe", "--guidance: maybe is not one of: none, selective"),
         ("--batch_sizes=2k", "--batch_sizes: 2k: expected integers"),
+        ("--loss=softmax", "--loss=softmax makes no sense for --backbone=deepfm"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flag, text):
@@ -318,6 +459,12 @@ def test_a_wrong_flag_is_one_line(flag, text):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_peer_that_does_not_train_the_backbone_is_one_line():
+    done = command("throughput.py", "--peer=implicit", "--backbone=sasrec")
+    assert done.returncode == 2
+    assert "implicit train mf, not sasrec" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_command_measures_lists_of_knobs(tmp_path):
     out = tmp_path / "rows.json"
@@ -325,12 +472,71 @@ def test_the_command_measures_lists_of_knobs(tmp_path):
         "throughput.py",
         *("--sizes=ml100k", "--batch_size=64", "--steps=3", "--repeats=1", f"--json={out}"),
         *("--guidance=none,selective", "--table_dtype=bfloat16", "--table_optimizer=sgd"),
+        "--backbone=mf",
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
     assert [row["guidance"] for row in rows] == ["none", "selective"]
     assert [row["bytes_per_triple"] for row in rows] == [768, 1536]
     assert all(set(row) >= KEYS and row["peer"] is None for row in rows)
+
+
+PLAN = """
+    import sys
+    sys.path.insert(0, {benchmarks!r})
+    import throughput
+    from slgr_jax import config, flags
+    for section in config.sections().values():
+        if section not in (config.SliceConfig, config.EvaluationConfig):
+            flags.define_section(section)
+    throughput.define_flags()
+    flags.FLAGS(sys.argv)
+    for size in ("ml100k", "large"):
+        for case in throughput.cases_from_flags(size, flags.FLAGS.peer):
+            run = case.config(throughput.given_knobs(), "", compared=bool(flags.FLAGS.peer))
+            optimizer, history = run.optimizer.table_optimizer, run.model.history_fields
+            print(size, *run.model.backbone.split(), run.sampler.batch_size, case.dtype, optimizer,
+                  run.guidance.guidance, history)
+"""
+
+
+def planned(*arguments):
+    """Of each case: size, backbone, batch size, dtype, optimiser, guidance, history fields."""
+    code = textwrap.dedent(PLAN.format(benchmarks=str(BENCHMARKS)))
+    line = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [tuple(row.split()) for row in done.stdout.splitlines()]
+
+
+def test_without_arguments_every_backbone_is_measured_by_its_own_defaults():
+    rows = planned()
+    for size in ("ml100k", "large"):
+        mine = [row for row in rows if row[0] == size]
+        left_out = set(throughput.LEFT_OUT) if size == "large" else set()
+        assert {row[1] for row in mine} == set(config.BACKBONES) - left_out
+        assert sum(row[1] == "mf" for row in mine) == 3 * 2 * 2  # batches, dtypes, guidance
+        assert len(mine) == 12 + len(config.BACKBONES) - 1 - len(left_out)
+    assert ("ml100k", "sasrec", "128", "float32", "lazy_adam", "none", "True") in rows
+    assert ("ml100k", "deepfm", "2048", "float32", "lazy_adam", "none", "True") in rows
+    assert ("large", "lightgcn", "65536", "float32", "lazy_adam", "none", "True") in rows
+    assert ("large", "mf", "8192", "bfloat16", "adagrad", "selective", "True") in rows
+
+
+def test_a_peer_is_compared_on_what_it_trains():
+    rows = planned("--peer=recbole", "--table_optimizer=sgd")
+    assert {row[1] for row in rows if row[0] == "ml100k"} == set(config.BACKBONES)
+    assert {row[1] for row in rows if row[0] == "large"} == {"mf", "lightgcn"}
+    assert {row[3:6] for row in rows} == {("float32", "sgd", "none")}
+    # RecBole's click models have no fields of a history; its DIN is made of one.
+    history = {row[1]: row[6] for row in rows}
+    assert {history[name] for name in config.CLICK_BACKBONES if name != "din"} == {"False"}
+    assert history["din"] == "True"
+    assert {row[1] for row in planned("--peer=implicit")} == {"mf"}
+    given = planned("--peer=recbole", "--backbone=dcn", "--history_fields", "--batch_sizes=64,32")
+    assert {(row[0], row[2], row[6]) for row in given} == {
+        (size, batch, "True") for size in ("ml100k", "large") for batch in ("64", "32")
+    }
 
 
 # --- scaling -------------------------------------------------------------------------------------
@@ -357,7 +563,7 @@ def test_scaling_draws_and_prints(tmp_path):
     picture, out = tmp_path / "scaling.png", tmp_path / "rows.json"
     done = command(
         "scaling.py",
-        *(f"--out={picture}", f"--json={out}", "--rows=300,600,100000000", "--vary=users"),
+        *(f"--out={picture}", f"--json={out}", "--table_rows=300,600,100000000", "--vary=users"),
         *("--interactions=2000", "--repeats=1", "--seconds=0", "--table_optimizer=sgd"),
     )
     assert done.returncode == 0, done.stderr

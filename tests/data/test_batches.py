@@ -19,7 +19,7 @@ from slgr_jax.data.dataset import Csr
 def _plan(resident, *, triples=0, preferences=0, n_items, sampler=None, guidance=None):
     return draws.Plan(
         n_items=n_items,
-        n_pairs=int(np.asarray(resident.interactions.items).size),
+        drawn=int(np.asarray(resident.interactions.items).size),
         triples=triples,
         preferences=preferences,
         sampler=sampler or SamplerConfig(),
@@ -56,15 +56,15 @@ def test_triples_are_training_pairs_and_negatives_never_positives(tmp_path, toge
     plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
     batch = _draw(resident, plan, steps=8)
     positives = worlds.pairs_of(dataset.train.users, dataset.train.items)
-    users, items = batch.users.ravel(), batch.items.reshape(-1, 2)
+    users, items = batch.queries.users.ravel(), batch.items.reshape(-1, 2)
     assert worlds.pairs_of(users, items[:, 0]) == positives
     every = {(u, i) for u in range(7) for i in range(12)}
     assert worlds.pairs_of(users, items[:, 1]) == every - positives
     assert (batch.weights == 1).all()
     # Users follow their number of pairs, positives and negatives are uniform within each user:
     # every training pair is as likely as any other, however many triples a user gets at once.
-    drawn = batch.users[:, ::together]
-    assert (np.repeat(drawn, together, axis=1)[:, :4096] == batch.users).all()
+    drawn = batch.queries.users[:, ::together]
+    assert (np.repeat(drawn, together, axis=1)[:, :4096] == batch.queries.users).all()
     history = np.bincount(dataset.train.users, minlength=7)
     counts = np.bincount(drawn.ravel(), minlength=7)
     assert stats.chisquare(counts, history * counts.sum() / history.sum()).pvalue > 1e-4
@@ -81,7 +81,7 @@ def test_popularity_negatives_follow_the_masses_outside_the_positives(tmp_path, 
     resident = _resident(dataset, sampler)
     plan = _plan(resident, triples=4096, n_items=15, sampler=sampler)
     batch = _draw(resident, plan, steps=16)
-    users, negative = batch.users.ravel(), batch.items.reshape(-1, 2)[:, 1]
+    users, negative = batch.queries.users.ravel(), batch.items.reshape(-1, 2)[:, 1]
     positives = dataset.positives(("train",))
     for user in range(9):
         mass = dataset.popularity.astype(float) ** power * (dataset.popularity > 0)
@@ -101,7 +101,7 @@ def test_in_batch_negatives_are_other_rows_positives(tmp_path):
     positives = worlds.pairs_of(dataset.train.users, dataset.train.items)
     kept = batch.weights > 0
     assert kept.mean() > 0.95
-    assert not worlds.pairs_of(batch.users[kept], batch.items[kept, 1]) & positives
+    assert not worlds.pairs_of(batch.queries.users[kept], batch.items[kept, 1]) & positives
     assert np.isin(batch.items[kept, 1], batch.items[:, 0]).all()
 
 
@@ -111,7 +111,7 @@ def test_positives_as_negatives_only_on_request(tmp_path):
     resident = _resident(dataset, sampler)
     plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
     batch = _draw(resident, plan, steps=4)
-    codes = batch.users.ravel() * 12 + batch.items.reshape(-1, 2)[:, 1]
+    codes = batch.queries.users.ravel() * 12 + batch.items.reshape(-1, 2)[:, 1]
     counts = np.bincount(codes, minlength=84).reshape(7, 12)
     for row in counts:
         assert stats.chisquare(row).pvalue > 1e-4
@@ -123,7 +123,7 @@ def test_a_user_who_has_everything_gets_weight_zero(tmp_path):
     dataset = worlds.write_dataset(tmp_path / "d", full, one, one, n_users=2, n_items=5)
     resident = _resident(dataset)
     batch = _draw(resident, _plan(resident, triples=512, n_items=5))
-    np.testing.assert_array_equal(batch.weights, (batch.users == 1).astype(np.float32))
+    np.testing.assert_array_equal(batch.weights, (batch.queries.users == 1).astype(np.float32))
     assert (batch.items >= 0).all()
     assert (batch.items < 5).all()
 
@@ -189,13 +189,15 @@ def _stated(rows=ROWS, min_gap=0.0):
 @pytest.mark.parametrize("min_gap", [0.0, 0.45])
 def test_preferences_are_exactly_the_stated_ones(min_gap):
     batch = _preferences(GuidanceConfig(min_gap=min_gap))
-    got = set(zip(batch.pref_users.tolist(), *batch.pref_items.T.tolist(), strict=True))
+    got = set(zip(batch.pref_queries.users.tolist(), *batch.pref_items.T.tolist(), strict=True))
     assert got == _stated(min_gap=min_gap)
     assert (batch.pref_weights == 1).all()
     score = {(u, i): x for u, row in enumerate(ROWS) for i, x in row}
     expected = [
         score[u, a] - score[u, b]
-        for u, (a, b) in zip(batch.pref_users.tolist(), batch.pref_items.tolist(), strict=True)
+        for u, (a, b) in zip(
+            batch.pref_queries.users.tolist(), batch.pref_items.tolist(), strict=True
+        )
     ]
     np.testing.assert_allclose(batch.pref_margins, expected, rtol=1e-5)
 
@@ -211,7 +213,7 @@ def test_largest_gap_keeps_the_greatest_margins():
 def test_unlisted_items_rank_below_and_are_neither_listed_nor_positives():
     positives = Csr.from_pairs(np.array([0, 1, 1]), np.array([7, 8, 9]), len(ROWS))
     batch = _preferences(GuidanceConfig(), unlisted=True, positives=positives)
-    got = set(zip(batch.pref_users.tolist(), *batch.pref_items.T.tolist(), strict=True))
+    got = set(zip(batch.pref_queries.users.tolist(), *batch.pref_items.T.tolist(), strict=True))
     expected = {
         (user, a, b)
         for user, row in enumerate(ROWS)
@@ -224,14 +226,14 @@ def test_unlisted_items_rank_below_and_are_neither_listed_nor_positives():
 def test_unlisted_share_mixes_both_kinds():
     batch = _preferences(GuidanceConfig(unlisted_share=0.25), unlisted=True, size=8192)
     listed = [{i for i, _ in row} for row in ROWS]
-    pairs = zip(batch.pref_users.tolist(), batch.pref_items[:, 1].tolist(), strict=True)
+    pairs = zip(batch.pref_queries.users.tolist(), batch.pref_items[:, 1].tolist(), strict=True)
     outside = np.array([b not in listed[u] for u, b in pairs])
-    able = np.isin(batch.pref_users, [0, 3])  # users with a stated pair of their own
+    able = np.isin(batch.pref_queries.users, [0, 3])  # users with a stated pair of their own
     assert outside[~able].all()
     assert outside[able].mean() == pytest.approx(0.25, abs=0.02)
     inside = set(
         zip(
-            batch.pref_users[~outside].tolist(),
+            batch.pref_queries.users[~outside].tolist(),
             *batch.pref_items[~outside].T.tolist(),
             strict=True,
         )

@@ -11,6 +11,7 @@ from scipy.special import expit
 from slgr_jax import gates, losses
 from slgr_jax.config import GateConfig, GuidanceConfig
 from slgr_jax.data.batches import Facts
+from slgr_jax.data.context import Queries
 from slgr_jax.data.draws import Batch
 from slgr_jax.guidance import pairwise
 
@@ -25,10 +26,12 @@ def _batch(count: int = 16, seed: int = 0) -> tuple[Batch, Facts]:
     )
     none = jnp.zeros(0)
     batch = Batch(
-        users=none,
+        queries=Queries(none),
         items=none,
         weights=none,
-        pref_users=jnp.asarray(rng.integers(0, 6, count), jnp.int32),
+        labels=None,
+        shared=None,
+        pref_queries=Queries(jnp.asarray(rng.integers(0, 6, count), jnp.int32)),
         pref_items=jnp.asarray(rng.integers(0, 8, (count, 2)), jnp.int32),
         pref_margins=jnp.asarray(rng.uniform(size=count), jnp.float32),
         pref_weights=jnp.ones(count),
@@ -53,7 +56,7 @@ def test_inputs_are_the_facts_of_each_preference():
     batch, facts = _batch()
     found = _inputs(scores)
     for g in range(16):
-        user, (a, b) = int(batch.pref_users[g]), batch.pref_items[g].tolist()
+        user, (a, b) = int(batch.pref_queries.users[g]), batch.pref_items[g].tolist()
         assert int(found.history[g]) == int(facts.history[user])
         assert float(found.cold[g]) == float(facts.cold[user])
         assert found.popularity[g].tolist() == [int(facts.popularity[i]) for i in (a, b)]

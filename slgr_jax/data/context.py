@@ -1,0 +1,198 @@
+"""What a backbone may look up while it scores: histories in time order, item fields, the graph.
+
+All of it is resident on the devices, made on the host from a dataset, and only what the backbone
+says it reads (`Backbone.reads`) is made. Nothing after a query's moment is ever looked up.
+
+Shape letters: U users, I items, N queries, C candidates, L history length, n interactions,
+F categories of an item.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.compute as pc
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from slgr_jax.data.dataset import Csr, Dataset
+
+HISTORY, FIELDS, GRAPH = "history", "fields", "graph"
+
+
+@struct.dataclass
+class Queries:
+    """Who is to be scored for, and at which moment.
+
+    Attributes:
+      users: [N].
+      until: [N] how many of the user's `Histories` events lie before the moment: a backbone looks
+        at none of the later ones. None where the backbone reads no history.
+    """
+
+    users: Int[Array, "N"]
+    until: Int[Array, "N"] | None = None
+
+
+@struct.dataclass
+class Histories:
+    """Each user's events, oldest first: those of training, then those of validation.
+
+    Attributes:
+      offsets: [U + 1] bounds of each user's row.
+      items: [n].
+      trained: [U] how many of a user's events are training interactions.
+    """
+
+    offsets: Int[Array, "U1"]
+    items: Int[Array, "n"]
+    trained: Int[Array, "U"]
+
+
+@struct.dataclass
+class Fields:
+    """The categories of each item, padded to F by repeating the item's last one.
+
+    Attributes:
+      categories: [I, F] category indices; 0 throughout where an item has none.
+      counts: [I] how many of the F are the item's.
+    """
+
+    categories: Int[Array, "I F"]
+    counts: Int[Array, "I"]
+
+
+@struct.dataclass
+class Graph:
+    """The training pairs in both orders: what users touched, and who touched items.
+
+    Attributes:
+      user_offsets: [U + 1]; items: [n], a user's items, ascending.
+      item_offsets: [I + 1]; users: [n], an item's users, ascending.
+    """
+
+    user_offsets: Int[Array, "U1"]
+    items: Int[Array, "n"]
+    item_offsets: Int[Array, "I1"]
+    users: Int[Array, "n"]
+
+
+@struct.dataclass
+class Context:
+    """What backbones read besides their tables; None for what this run's backbone does not."""
+
+    histories: Histories | None = None
+    fields: Fields | None = None
+    graph: Graph | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The numbers of a dataset that shape a backbone."""
+
+    users: int
+    items: int
+    categories: int = 0  # distinct categories of items; 0 where items have none
+    categories_per_item: int = 0  # F
+    longest_history: int = 0  # events of the user who has most; 0 where no history is read
+
+
+def recent(
+    histories: Histories, queries: Queries, length: int
+) -> tuple[Int[Array, "N L"], Bool[Array, "N L"]]:
+    """The last L events before each query, oldest first, the latest always in the last place.
+
+    Returns:
+      items: [N, L]. Places before the user's first event repeat it, so that no row is touched
+        that is not the user's own (a user without events gets somebody's).
+      there: [N, L] whether a place holds an event of its own.
+    """
+    assert queries.until is not None, "a backbone that reads histories is queried with a moment"
+    start = histories.offsets[queries.users]
+    back = jnp.arange(length, dtype=jnp.int32)[None, :] - length  # -L .. -1
+    place = queries.until[:, None] + back
+    there = place >= 0
+    at = start[:, None] + jnp.maximum(place, 0)
+    return histories.items.at[at].get(mode="clip"), there
+
+
+def categories_of(
+    fields: Fields, items: Int[Array, "..."]
+) -> tuple[Int[Array, "... F"], Bool[Array, "... F"]]:
+    """The category indices of items and which of them count."""
+    found = fields.categories[items]
+    place = jax.lax.broadcasted_iota(jnp.int32, found.shape, found.ndim - 1)
+    return found, place < fields.counts[items][..., None]
+
+
+def make_context(dataset: Dataset, reads: Collection[str], *, most_categories: int) -> Context:
+    """The resident arrays (host arrays) that a backbone with these `reads` looks up.
+
+    Args:
+      reads: of HISTORY, FIELDS, GRAPH.
+      most_categories: categories kept of an item that has more, in the order the item names them.
+    """
+    return Context(
+        _histories(dataset) if HISTORY in reads else None,
+        _fields(dataset, most_categories)[0] if FIELDS in reads else None,
+        _graph(dataset.positives(("train",)), dataset.n_items) if GRAPH in reads else None,
+    )
+
+
+def sizes(dataset: Dataset, reads: Collection[str], *, most_categories: int) -> Sizes:
+    """What shapes a backbone with these `reads` on `dataset`."""
+    names, width = 0, 0
+    if FIELDS in reads:
+        fields, names = _fields(dataset, most_categories)
+        width = fields.categories.shape[1]
+    longest = 0
+    if HISTORY in reads:
+        events = np.concatenate([dataset.train.users, dataset.valid.users])
+        longest = int(np.bincount(events, minlength=1).max())
+    return Sizes(dataset.n_users, dataset.n_items, names, width, longest)
+
+
+def _host32(x: np.ndarray) -> Any:
+    """A contiguous host array, standing in for the device array that `device_put` makes of it."""
+    return np.ascontiguousarray(x, np.int32)
+
+
+def _histories(dataset: Dataset) -> Histories:
+    """Events of each user by part (training first), then in the order of the part: by time."""
+    train, valid = dataset.train, dataset.valid
+    users = np.concatenate([train.users, valid.users])
+    items = np.concatenate([train.items, valid.items])
+    order = np.argsort(users, kind="stable")  # each part is sorted by user and time
+    offsets = np.zeros(dataset.n_users + 1, np.int64)
+    np.cumsum(np.bincount(users, minlength=dataset.n_users), out=offsets[1:])
+    trained = np.bincount(train.users, minlength=dataset.n_users)
+    return Histories(_host32(offsets), _host32(items[order]), _host32(trained))
+
+
+def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:
+    """Category arrays, and how many distinct categories there are."""
+    column = dataset.items.column("categories").combine_chunks()
+    counts = np.asarray(pc.fill_null(pc.list_value_length(column), 0)).astype(np.int64)
+    flat = pc.list_flatten(column).dictionary_encode()  # a null list flattens to nothing
+    codes = np.asarray(flat.indices)
+    start = np.cumsum(counts) - counts
+    width = max(1, min(int(counts.max(initial=0)), most))
+    kept = np.minimum(counts, width)
+    place = np.minimum(np.arange(width)[None, :], np.maximum(kept - 1, 0)[:, None])
+    if codes.size:
+        at = np.minimum(start[:, None] + place, codes.size - 1)
+        found = np.where(kept[:, None] > 0, codes[at], 0)
+    else:
+        found = np.zeros((dataset.n_items, width), np.int64)
+    return Fields(_host32(found), _host32(kept)), len(flat.dictionary)
+
+
+def _graph(pairs: Csr, n_items: int) -> Graph:
+    users = np.repeat(np.arange(pairs.offsets.size - 1), pairs.counts)
+    back = Csr.from_pairs(pairs.indices, users, n_items)
+    return Graph(*map(_host32, (pairs.offsets, pairs.indices, back.offsets, back.indices)))

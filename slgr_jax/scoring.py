@@ -1,0 +1,135 @@
+"""Scores of a trained backbone: every item for full ranking, or given pairs.
+
+Shape letters: B queries, I items, C candidates, T items scored at once by a JointBackbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from slgr_jax.access import Lanes, lane_ids, lane_scores
+from slgr_jax.backbones import AnyBackbone, DotBackbone, JointBackbone
+from slgr_jax.backbones.base import item_tables
+from slgr_jax.data.context import Context, Queries
+from slgr_jax.data.labelled import LabelledRows
+from slgr_jax.step import ServingState
+
+# Items that a JointBackbone scores for one query at once: a tile's fields stay in a CPU's cache.
+TILE = 2048
+
+
+@struct.dataclass
+class Scoring:
+    """What a trained backbone scores with.
+
+    Attributes:
+      serving: its parameters and tables.
+      context: what it looks up of users and items.
+      until: [U] the moment of each user: how many of their events it may look at; None where it
+        reads no history.
+    """
+
+    serving: ServingState
+    context: Context
+    until: Int[Array, "U"] | None
+
+    def queries(self, users: Int[Array, "B"]) -> Queries:
+        """The users at their moments."""
+        return Queries(users, None if self.until is None else self.until[users])
+
+
+def moments(context: Context, part: str) -> Any:
+    """[U] how many events of each user lie before `part`: valid looks at training alone, test at
+    validation too; None where no history is read."""
+    histories = context.histories
+    if histories is None:
+        return None
+    if part == "test":
+        return histories.offsets[1:] - histories.offsets[:-1]
+    return histories.trained
+
+
+def pair_scores(backbone: AnyBackbone, scoring: Scoring, lanes: Lanes) -> Float[Array, "B C"]:
+    """Logits of candidates, from whole tables."""
+    serving, context = scoring.serving, scoring.context
+    rows = {
+        side: _rows(serving.values, ids) for side, ids in lane_ids(backbone, context, lanes).items()
+    }
+    return lane_scores(backbone, serving.params, rows, context, lanes, None)
+
+
+# Rows that one call scores; the last chunk is filled up.
+_ROWS = 4096
+
+
+def score_rows(
+    backbone: AnyBackbone,
+) -> Callable[[Scoring, LabelledRows], np.ndarray]:
+    """(scoring, rows) -> [n] logits of labelled rows, each as of its own moment."""
+
+    @jax.jit
+    def chunk(scoring: Scoring, queries: Queries, items: jax.Array) -> jax.Array:
+        return pair_scores(backbone, scoring, Lanes(queries, items[:, None]))[:, 0]
+
+    def score(scoring: Scoring, rows: LabelledRows) -> np.ndarray:
+        out = []
+        for begin in range(0, len(rows), _ROWS):
+            mine = [x[begin : begin + _ROWS] for x in (rows.users, rows.until, rows.items)]
+            users, until, items = jax.device_put(
+                [np.pad(x, (0, _ROWS - x.size), mode="edge") for x in mine]
+            )
+            queries = Queries(users, None if scoring.until is None else until)
+            out.append((chunk(scoring, queries, items), mine[0].size))
+        found = [np.asarray(jax.device_get(scores))[:size] for scores, size in out]
+        return np.concatenate([np.zeros(0, np.float32), *found])
+
+    return score
+
+
+def _rows(values: Mapping[str, jax.Array], ids: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: values[name].at[wanted].get(mode="clip") for name, wanted in ids.items()}
+
+
+def score_users(backbone: AnyBackbone) -> Callable[[Scoring, Int[Array, "B"]], Float[Array, "B I"]]:
+    """(scoring, users) -> scores of all items, for full ranking."""
+    return _dot_catalogue(backbone) if isinstance(backbone, DotBackbone) else _joint(backbone)
+
+
+def _dot_catalogue(backbone: DotBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:
+    def score(scoring: Scoring, users: jax.Array) -> jax.Array:
+        serving, context, queries = scoring.serving, scoring.context, scoring.queries(users)
+        rows = _rows(serving.values, backbone.query_ids(context, queries))
+        states = backbone.query_vectors(serving.params, rows, context, queries, dropout=None)
+        items = {name: serving.values[name] for name in item_tables(backbone, context)}
+        return states @ backbone.item_vectors(serving.params, items).T
+
+    return score
+
+
+def _joint(backbone: JointBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:
+    """One query at a time, a tile of the catalogue at a time: memory does not grow with either."""
+
+    def score(scoring: Scoring, users: jax.Array) -> jax.Array:
+        n_items = backbone.tables["item"].rows
+        size = min(TILE, n_items)
+        tiles = -(-n_items // size)
+        items = jnp.minimum(jnp.arange(tiles * size, dtype=jnp.int32), n_items - 1)
+
+        def one(user: jax.Array) -> jax.Array:
+            queries = scoring.queries(user[None])
+
+            def tile(items: jax.Array) -> jax.Array:
+                return pair_scores(backbone, scoring, Lanes(queries, items[None]))[0]
+
+            return jax.lax.map(tile, items.reshape(tiles, size)).reshape(-1)[:n_items]
+
+        return jax.lax.map(one, users)
+
+    return score
