@@ -489,8 +489,9 @@ _CLICK_DEFAULTS: Mapping[str, Any] = {
 }
 # What a knob's default is where a backbone is known to want another; by command-line name.
 BACKBONE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "lightgcn": {"table_optimizer": "lazy_adam", "lr": 3e-3, "l2": 1e-2},
+    "lightgcn": {"table_optimizer": "lazy_adam", "lr": 3e-3, "l2": 1e-3, "layers": 3},
     **dict.fromkeys(SEQUENCE_BACKBONES, _SEQUENCE_DEFAULTS),
+    "sasrec": {**_SEQUENCE_DEFAULTS, "hidden": 256, "dropout": 0.5},
     **dict.fromkeys(CLICK_BACKBONES, _CLICK_DEFAULTS),
 }
 

@@ -12,7 +12,7 @@ of a field, E = F D or T D, H maps or heads, A attention width, K experts, r low
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -88,9 +88,22 @@ class DeepFm(nn.Module):
         return pairs + nn.Dense(1, kernel_init=GLOROT)(deep)[:, 0]
 
 
-# Columns (rows times width) of the products that a CPU makes at once. All of them, a hundred
-# numbers for each number of a field, would be written to memory and read back: 2.7 times slower.
-_CIN_COLUMNS = 4096
+# Numbers of the fields (rows times fields times width) of which a CPU makes the products at once:
+# a hundred for each. All rows' would be written to memory and read back (LOG.md).
+_AT_ONCE = 1 << 14
+
+
+def _by_chunks(
+    network: Callable[[jax.Array], jax.Array], fields: Float[Array, "R F D"]
+) -> Float[Array, "R M"]:
+    """`network` on a chunk of rows at a time, on a CPU; backward computes a chunk once more."""
+    rows, count, width = fields.shape
+    chunk = max(1, _AT_ONCE // (count * width))
+    if jax.default_backend() != "cpu" or rows <= chunk:
+        return network(fields)
+    padded = jnp.pad(fields, ((0, -rows % chunk), (0, 0), (0, 0)))
+    found = jax.lax.map(jax.checkpoint(network), padded.reshape(-1, chunk, count, width))
+    return found.reshape(padded.shape[0], -1)[:rows]
 
 
 def _compress(
@@ -131,24 +144,40 @@ class XDeepFm(nn.Module):
     def __call__(
         self, fields: Float[Array, "R F D"], *, dropout: Dropout = None
     ) -> Float[Array, "R"]:
-        rows, count, width = fields.shape
+        count = fields.shape[1]
         layers, inputs = [], count
         for layer, size in enumerate(self.cin):
             kernel = self.param(f"cin_{layer}", GLOROT, (inputs * count, size))
             layers.append((kernel, self.param(f"cin_bias_{layer}", nn.initializers.zeros, (size,))))
             inputs = size // 2
-        chunk = max(1, _CIN_COLUMNS // width) if jax.default_backend() == "cpu" else rows
-        if rows <= chunk:
-            compressed = _compress(layers, fields)
-        else:
-            padded = jnp.pad(fields, ((0, -rows % chunk), (0, 0), (0, 0)))
-            parts = padded.reshape(-1, chunk, count, width)
-            compress = jax.checkpoint(functools.partial(_compress, layers))
-            compressed = jax.lax.map(compress, parts)
-            compressed = compressed.reshape(padded.shape[0], -1)[:rows]
+        compress = functools.partial(_compress, layers)
+        compressed = _by_chunks(compress, fields)
         deep = Mlp(self.mlp)(_flat(fields), dropout=dropout)
         scores = nn.Dense(1, use_bias=False, kernel_init=GLOROT, name="cin_head")(compressed)
         return (scores + nn.Dense(1, kernel_init=GLOROT)(deep))[:, 0]
+
+
+def _attend(
+    kernels: Sequence[Float[Array, "E 4 A"]], heads: int, fields: Float[Array, "R F D"]
+) -> Float[Array, "R M"]:
+    """The fields after self-attention, flat; see `AutoInt`."""
+    rows, count, _ = fields.shape
+    x = fields
+    for kernel in kernels:
+        # Query, key, value and residual of all fields in one matrix product.
+        width = kernel.shape[2]
+        split = (rows, count, heads, width // heads)
+        parts = x.reshape(rows * count, -1) @ kernel.reshape(-1, 4 * width)
+        query, key, value, residual = jnp.split(parts, 4, axis=1)
+        query = query.reshape(split) * np.float32(split[3] ** -0.5)
+        key, value = key.reshape(split), value.reshape(split)
+        # Sums of products instead of matrix products: a row's matrices have a handful of
+        # fields, and on CPU a batched product is a call for each row and head.
+        fit = jnp.sum(query[:, :, None] * key[:, None, :], axis=-1)  # [R, F, F, H]
+        weights = jax.nn.softmax(fit, axis=2)
+        mixed = jnp.sum(weights[..., None] * value[:, None, :], axis=2)
+        x = jax.nn.relu(mixed.reshape(rows, count, -1) + residual.reshape(rows, count, -1))
+    return _flat(x)
 
 
 class AutoInt(nn.Module):
@@ -171,24 +200,14 @@ class AutoInt(nn.Module):
     def __call__(
         self, fields: Float[Array, "R F D"], *, dropout: Dropout = None
     ) -> Float[Array, "R"]:
-        rows, count, _ = fields.shape
-        split = (rows, count, self.heads, self.width // self.heads)
-        x = fields
+        kernels, width = [], fields.shape[2]
         for layer in range(self.layers):
-            # Query, key, value and residual of all fields in one matrix product.
-            kernel = self.param(f"attention_{layer}", GLOROT_SPLIT, (x.shape[2], 4, self.width))
-            parts = x.reshape(rows * count, -1) @ kernel.reshape(-1, 4 * self.width)
-            query, key, value, residual = jnp.split(parts, 4, axis=1)
-            query = query.reshape(split) * np.float32(split[3] ** -0.5)
-            key, value = key.reshape(split), value.reshape(split)
-            # Sums of products instead of matrix products: a row's matrices have a handful of
-            # fields, and on CPU a batched product is a call for each row and head.
-            fit = jnp.sum(query[:, :, None] * key[:, None, :], axis=-1)  # [R, F, F, H]
-            weights = jax.nn.softmax(fit, axis=2)
-            mixed = jnp.sum(weights[..., None] * value[:, None, :], axis=2)
-            x = jax.nn.relu(mixed.reshape(rows, count, -1) + residual.reshape(rows, count, -1))
+            shape = (width, 4, self.width)
+            kernels.append(self.param(f"attention_{layer}", GLOROT_SPLIT, shape))
+            width = self.width
+        x = _attend(kernels, self.heads, fields)
         deep = Mlp(self.mlp)(_flat(fields), dropout=dropout)
-        scores = nn.Dense(1, use_bias=False, kernel_init=GLOROT, name="attention_head")(_flat(x))
+        scores = nn.Dense(1, use_bias=False, kernel_init=GLOROT, name="attention_head")(x)
         return (scores + nn.Dense(1, kernel_init=GLOROT)(deep))[:, 0]
 
 

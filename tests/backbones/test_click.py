@@ -425,7 +425,7 @@ def test_settings_that_contradict_are_named():
             make_click(name, sizes=SIZES, **SMALL | settings)
 
 
-def test_a_compressed_interaction_network_in_chunks_is_the_same(monkeypatch):
+def test_rows_in_chunks_give_the_same(monkeypatch):
     """Three rows at a time, the last chunk filled up, forward and backward."""
     network = interactions.XDeepFm(cin=(4, 6), mlp=(5,))
     fields = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3, 4)), jnp.float32)
@@ -435,6 +435,6 @@ def test_a_compressed_interaction_network_in_chunks_is_the_same(monkeypatch):
         return jnp.sum(jnp.sin(network.apply(params, fields)))
 
     whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, fields)
-    monkeypatch.setattr(interactions, "_CIN_COLUMNS", 12)
+    monkeypatch.setattr(interactions, "_AT_ONCE", 36)
     parts = jax.jit(jax.value_and_grad(lambda *a: loss(*a), argnums=(0, 1)))(params, fields)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parts, whole)
