@@ -8,6 +8,7 @@
 3. Every arm is trained with --seeds seeds and meets the test part once.
 
 Arms: none; global = constant gate, alpha 1; rule; paper. Called again it goes on where it was.
+Beside them, without tests: most popular and EASE (tuned on validation).
 Writes DIR/report.md, DIR/report.json and DIR/report.png. Knobs of a run (--batch_size, ...)
 apply to every arm.
 """
@@ -139,6 +140,19 @@ def measure(
     return found
 
 
+def baseline_directories(
+    base: RunConfig, out: pathlib.Path, taken: Sequence[str]
+) -> dict[str, list[pathlib.Path]]:
+    """Most popular and, where it takes seconds, EASE: name -> directory of its per-user rows."""
+    from slgr_jax import baselines
+    from slgr_jax.config import BaselineConfig
+    from slgr_jax.data import dataset
+
+    data = dataset.load(base.data, verify=base.train.verify_checksums)
+    made = baselines.evaluate_baselines(BaselineConfig(), base, data, out, taken=taken)
+    return {one.label: [pathlib.Path(one.workdir)] for one in made}
+
+
 def user_values(workdirs: Sequence[pathlib.Path], slice_name: str, metric: str) -> Any:
     """[seeds, users] test values of one slice, users in one order."""
     import numpy as np
@@ -187,10 +201,10 @@ def summarize(found: dict[str, list[pathlib.Path]], metrics: Sequence[str]) -> l
                 "users": x.shape[1],
                 "seeds": x.shape[0],
                 "mean": float(seeds.mean()),
-                "sd": float(seeds.std(ddof=1)),
+                "sd": float(seeds.std(ddof=1)) if seeds.size > 1 else None,
             }
             for other in ("none", "global"):
-                if other in found and arm != other and arm != "none":
+                if other in found and arm in ARMS and arm not in (other, "none"):
                     y = values[other, name]
                     gain = float(seeds.mean() - y.mean())
                     row[f"vs_{other}"] = gain
@@ -250,8 +264,8 @@ def draw(rows: Sequence[dict[str, Any]], metric: str, path: pathlib.Path, title:
         axes.bar(
             [row["arm"] for row in mine],
             [row["mean"] for row in mine],
-            yerr=[row["sd"] for row in mine],
-            color=COLORS[: len(arms)],
+            yerr=[row["sd"] or 0.0 for row in mine],
+            color=[COLORS[arm % len(COLORS)] for arm in range(len(arms))],
             capsize=3,
         )
         axes.set_title(f"{name.replace('_', ' ')} (n = {mine[0]['users']})", fontsize=9)
@@ -274,6 +288,7 @@ def main(_: list[str]) -> None:
     arms = list(dict.fromkeys(["none", *given.arms]))
     tuned = tune(base, out, arms, teacher)
     found = measure(base, out, tuned, teacher, given.seeds)
+    found |= baseline_directories(base, out, tuple(found))
     ks = base.evaluation.ks
     rows = summarize(found, [f"{name}@{k}" for name in ("ndcg", "recall") for k in ks])
     title = json.loads((pathlib.Path(given.data) / "manifest.json").read_text())["name"]

@@ -229,6 +229,9 @@ def run(
             main(rest)
         except UserError as error:
             fail(str(error))
+        except BrokenPipeError:  # whoever read our output has seen enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at its end
+            raise SystemExit(1) from None
         except OSError as error:
             if error.errno not in _PATH_ERRORS:
                 raise
@@ -236,7 +239,5 @@ def run(
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             fix = "free space or choose another path" if full else "choose another path"
             fail(f"{os.strerror(error.errno or 0)}{where}; {fix}")
-        except BrokenPipeError:
-            raise SystemExit(1) from None
 
     app.run(guarded, flags_parser=parse)
