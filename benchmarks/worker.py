@@ -51,9 +51,7 @@ class Stepper:
         self.state: TrainState = jax.block_until_ready(init_state(trainer, seed))
         self._key = jax.device_put(jax.random.key_data(jax.random.key(seed + 1)), everywhere)
         self._run_steps = make_run_steps(trainer)
-        lanes = trainer.plan.triples + trainer.plan.preferences
-        chosen = trainer.config.train.steps_per_dispatch
-        self.dispatch = chosen or max(1, train.LANES_PER_DISPATCH // lanes)
+        self.dispatch = train.steps_per_dispatch(trainer)
 
     def run(self, steps: int) -> list[Sums]:
         """Do `steps`, wait for the state; the sums of each dispatch.

@@ -446,7 +446,7 @@ class TrainConfig(Section):
     steps_per_dispatch: int = knob(
         0,
         "steps K per device program, between which signals and errors are seen; 0 = about two "
-        "million triples and preferences",
+        "million triples and preferences of mf, or as much work",
         minimum=0,
     )
     checkpoint_every_s: float = knob(

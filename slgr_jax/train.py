@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slgr_jax import checkpoint, click_metrics, config, evaluate, metrics, runs, tables
+from slgr_jax.backbones import DotBackbone, JointBackbone, SequenceBackbone
 from slgr_jax.data import batches, labelled
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.context import Context
@@ -40,7 +41,11 @@ from slgr_jax.step import (
     make_serving_state,
 )
 
-LANES_PER_DISPATCH = 1 << 21  # steps_per_dispatch=0: triples and preferences in one dispatch
+LANES_PER_DISPATCH = 1 << 21  # steps_per_dispatch=0: work in one dispatch, in triples of mf
+# What else costs as much as a triple of matrix factorisation, on a CPU, to a factor of a few: a
+# place of a window, a triple of a click model, 16 logits of a softmax, 8 rows that a graph reads.
+# (The last two count how many go into one triple.)
+_PLACE, _CLICK, _LOGITS, _GRAPH_ROWS = 64, 64, 16, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +67,20 @@ class Outcome:
     seconds: float
 
 
-def _steps_per_dispatch(trainer: Trainer) -> int:
-    chosen = trainer.config.train.steps_per_dispatch
-    lanes = trainer.plan.triples + trainer.plan.preferences
-    return chosen or max(1, LANES_PER_DISPATCH // lanes)
+def steps_per_dispatch(trainer: Trainer) -> int:
+    """K: what --steps_per_dispatch says, or as many steps as take a second, roughly."""
+    backbone, plan = trainer.backbone, trainer.plan
+    lanes = plan.triples + plan.preferences
+    work = lanes
+    if isinstance(backbone, SequenceBackbone):
+        work = lanes * backbone.length * _PLACE
+    elif isinstance(backbone, JointBackbone):
+        work = lanes * _CLICK
+    elif trainer.config.loss_name == "softmax":
+        work += lanes * plan.n_items // _LOGITS
+    if isinstance(backbone, DotBackbone) and backbone.whole:
+        work += 12 * plan.drawn // _GRAPH_ROWS  # a few layers, both ways, forward and back
+    return trainer.config.train.steps_per_dispatch or max(1, LANES_PER_DISPATCH // work)
 
 
 @contextmanager
@@ -171,7 +186,7 @@ class _Loop:
     ) -> None:
         self.run, self.trainer, self.resident = run, trainer, resident
         self.per_epoch = -(-trainer.plan.drawn // trainer.plan.triples)
-        self.dispatch = _steps_per_dispatch(trainer)
+        self.dispatch = steps_per_dispatch(trainer)
         self.key = jax.jit(_draw_key, out_shardings=trainer.layout.replicated)(
             np.int32(run.train.seed)
         )

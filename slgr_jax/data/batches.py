@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data.context import Context
+from slgr_jax.data.context import Context, host32
 from slgr_jax.data.dataset import Csr, Dataset, beaten
 from slgr_jax.errors import InputError
 
@@ -131,10 +131,6 @@ def host_array(x: np.ndarray, dtype: type) -> Any:
     return np.ascontiguousarray(x, dtype)
 
 
-def _host32(x: np.ndarray) -> Any:
-    return host_array(x, np.int32)
-
-
 def item_masses(popularity: np.ndarray, sampler: SamplerConfig) -> np.ndarray | None:
     """[I] int64 masses of the negative distribution; None when all are 1 (uniform, in-batch).
 
@@ -158,10 +154,10 @@ def excluded(sets: Csr, masses: np.ndarray | None, n_items: int) -> Excluded:
     below = np.concatenate([[0], np.cumsum(mass)])
     own = np.concatenate([[0], np.cumsum(mass[sets.indices])])
     start = own[sets.offsets[:-1]][rows]
-    shifts = None if masses is None else _host32(own[1:] - start)  # with the k-th
+    shifts = None if masses is None else host32(own[1:] - start)  # with the k-th
     keys = below[sets.indices] - (own[:-1] - start)  # without it
     free = below[-1] - (own[sets.offsets[1:]] - own[sets.offsets[:-1]])
-    return Excluded(_host32(sets.offsets), _host32(keys), shifts, _host32(free))
+    return Excluded(host32(sets.offsets), host32(keys), shifts, host32(free))
 
 
 def targets(
@@ -201,8 +197,8 @@ def targets(
                 f"{int(found[0])}; ratings go from {part.ratings.min():g} to {part.ratings.max():g}"
             )
         labels = host_array(found, np.float32)
-    until = _host32(place[keep]) if history else None
-    return Targets(_host32(part.users[keep]), _host32(part.items[keep]), until, labels)
+    until = host32(place[keep]) if history else None
+    return Targets(host32(part.users[keep]), host32(part.items[keep]), until, labels)
 
 
 def interactions(
@@ -223,13 +219,13 @@ def interactions(
         )
     masses = item_masses(dataset.popularity, sampler)
     return Interactions(
-        users=_host32(np.repeat(np.arange(dataset.n_users), pairs.counts)),
-        items=_host32(pairs.indices),
+        users=host32(np.repeat(np.arange(dataset.n_users), pairs.counts)),
+        items=host32(pairs.indices),
         negatives=excluded(pairs, masses, dataset.n_items),
-        cumulative=None if masses is None else _host32(np.concatenate([[0], np.cumsum(masses)])),
+        cumulative=None if masses is None else host32(np.concatenate([[0], np.cumsum(masses)])),
         facts=Facts(
-            history=_host32(dataset.history),
-            popularity=_host32(dataset.popularity),
+            history=host32(dataset.history),
+            popularity=host32(dataset.popularity),
             cold=host_array(cold, np.float32),
             tail=host_array(tail, np.float32),
         ),
@@ -274,13 +270,13 @@ def teacher_lists(
         able &= cut.free[users] > 0
     chosen = np.flatnonzero(able)
     return TeacherLists(
-        offsets=_host32(offsets),
-        items=_host32(items),
+        offsets=host32(offsets),
+        items=host32(items),
         scores=host_array(scores, np.float32),
-        entries=_host32(chosen),
-        users=_host32(users[chosen]),
-        tie_low=_host32(low[chosen]),
-        tie_high=_host32(high[chosen]),
+        entries=host32(chosen),
+        users=host32(users[chosen]),
+        tie_low=host32(low[chosen]),
+        tie_high=host32(high[chosen]),
         unlisted=cut,
         floor=float(scores.min()) if scores.size else 0.0,
     )

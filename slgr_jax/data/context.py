@@ -157,7 +157,7 @@ def sizes(dataset: Dataset, reads: Collection[str], *, most_categories: int) -> 
     return Sizes(dataset.n_users, dataset.n_items, names, width, longest)
 
 
-def _host32(x: np.ndarray) -> Any:
+def host32(x: np.ndarray) -> Any:
     """A contiguous host array, standing in for the device array that `device_put` makes of it."""
     return np.ascontiguousarray(x, np.int32)
 
@@ -171,7 +171,7 @@ def _histories(dataset: Dataset) -> Histories:
     offsets = np.zeros(dataset.n_users + 1, np.int64)
     np.cumsum(np.bincount(users, minlength=dataset.n_users), out=offsets[1:])
     trained = np.bincount(train.users, minlength=dataset.n_users)
-    return Histories(_host32(offsets), _host32(items[order]), _host32(trained))
+    return Histories(host32(offsets), host32(items[order]), host32(trained))
 
 
 def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:
@@ -189,10 +189,10 @@ def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:
         found = np.where(kept[:, None] > 0, codes[at], 0)
     else:
         found = np.zeros((dataset.n_items, width), np.int64)
-    return Fields(_host32(found), _host32(kept)), len(flat.dictionary)
+    return Fields(host32(found), host32(kept)), len(flat.dictionary)
 
 
 def _graph(pairs: Csr, n_items: int) -> Graph:
     users = np.repeat(np.arange(pairs.offsets.size - 1), pairs.counts)
     back = Csr.from_pairs(pairs.indices, users, n_items)
-    return Graph(*map(_host32, (pairs.offsets, pairs.indices, back.offsets, back.indices)))
+    return Graph(*map(host32, (pairs.offsets, pairs.indices, back.offsets, back.indices)))
