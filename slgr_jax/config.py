@@ -492,6 +492,7 @@ BACKBONE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lightgcn": {"table_optimizer": "lazy_adam", "lr": 3e-3, "l2": 1e-3, "layers": 3},
     **dict.fromkeys(SEQUENCE_BACKBONES, _SEQUENCE_DEFAULTS),
     "sasrec": {**_SEQUENCE_DEFAULTS, "hidden": 256, "dropout": 0.5},
+    "gru4rec": {**_SEQUENCE_DEFAULTS, "layers": 1, "dropout": 0.3},
     **dict.fromkeys(CLICK_BACKBONES, _CLICK_DEFAULTS),
 }
 
