@@ -113,6 +113,31 @@ class DotBackbone(Backbone, Protocol):
         ...
 
 
+class ItemRows:
+    """What most of them share: tables as they are, and row i of table `item` as item i's vector."""
+
+    whole = False
+
+    def propagate(
+        self,
+        params: Params,
+        values: Mapping[str, Float[Array, "R D"]],
+        context: Context,
+        *,
+        dropout: Dropout = None,
+    ) -> dict[str, Float[Array, "R D"]]:
+        """See `DotBackbone.propagate`."""
+        return dict(values)
+
+    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
+        """See `DotBackbone.item_ids`."""
+        return {"item": items}
+
+    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+        """See `DotBackbone.item_vectors`."""
+        return rows["item"]
+
+
 class Window(NamedTuple):
     """What a sequence backbone predicts of W windows, T places each.
 
@@ -129,7 +154,8 @@ class Window(NamedTuple):
 
 @runtime_checkable
 class SequenceBackbone(DotBackbone, Protocol):
-    """Reads the user's last L events; `query_ids` are {"item": [N, L]} of `context.recent`.
+    """Reads the user's last L events (a masked place may be one of the L): `query_ids` are
+    {"item": ids} of `context.recent`.
 
     A window is L + 1 events: the L before a query's moment (as `recent` gives them) and the one
     at it.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax import random_words
 from slgr_jax.backbones.attention import Encoder, dense, gelu, last_place
-from slgr_jax.backbones.base import Dropout, Ids, Params, Window
+from slgr_jax.backbones.base import Dropout, Ids, ItemRows, Params, Window
 from slgr_jax.data.context import HISTORY, Context, Queries, recent
 from slgr_jax.tables import Rows, TableSpec
 
@@ -86,7 +86,7 @@ class Cloze(nn.Module):
         return nn.LayerNorm(name="output_norm")(gelu(dense(dim, "output")(states)))
 
 
-class BERT4Rec:
+class BERT4Rec(ItemRows):
     """s_ui = <state of a [MASK] behind the user's latest events, e_i>, one table `item` [I, D].
 
     A sequence has L places. For a query they hold the user's last L - 1 events and [MASK]; in
@@ -106,7 +106,6 @@ class BERT4Rec:
     """
 
     reads = frozenset({HISTORY})
-    whole = False
     factor_model = None
 
     def __init__(
@@ -134,23 +133,10 @@ class BERT4Rec:
         found = self._network.init(key, jnp.zeros(shape), there, there, at=last_place(there))
         return found["params"]
 
-    def propagate(
-        self,
-        params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
-        context: Context,
-        *,
-        dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
-        return dict(values)
-
     def query_ids(self, context: Context, queries: Queries) -> Ids:
         """The last L - 1 events, [N, L - 1]: [MASK] takes the last place."""
         assert context.histories is not None
         return {"item": recent(context.histories, queries, self.length - 1)[0]}
-
-    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
-        return {"item": items}
 
     def query_vectors(
         self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
@@ -161,9 +147,6 @@ class BERT4Rec:
         events, there = jnp.pad(rows["item"], (*behind, (0, 0))), jnp.pad(there, behind)
         masked = jnp.zeros_like(there).at[:, -1].set(True)
         return self._states(params, events, there, masked, dropout, last_place(there))[:, 0]
-
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
-        return rows["item"]
 
     def window(
         self,

@@ -9,10 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from slgr_jax.backbones.attention import Drop
-from slgr_jax.backbones.base import Dropout, Ids, Params, Window
+from slgr_jax.backbones.base import Dropout, Ids, ItemRows, Params, Window
 from slgr_jax.data.context import HISTORY, Context, Queries, recent
 from slgr_jax.tables import Rows, TableSpec
 
@@ -103,7 +103,7 @@ class Recurrent(nn.Module):
         return output(jnp.swapaxes(states, 0, 1))
 
 
-class GRU4Rec:
+class GRU4Rec(ItemRows):
     """s_ui = <A h_u + a, e_i>, h_u the GRU's state after the user's latest event.
 
     One table `item` [I, D] for both sides, as in RecBole; the paper feeds one-hot items and has
@@ -121,7 +121,6 @@ class GRU4Rec:
     """
 
     reads = frozenset({HISTORY})
-    whole = False
     factor_model = None
 
     def __init__(
@@ -144,22 +143,9 @@ class GRU4Rec:
         shape = (1, self.length, self.tables["item"].width)
         return self._network.init(key, jnp.zeros(shape), jnp.ones(shape[:2], bool))["params"]
 
-    def propagate(
-        self,
-        params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
-        context: Context,
-        *,
-        dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
-        return dict(values)
-
     def query_ids(self, context: Context, queries: Queries) -> Ids:
         assert context.histories is not None
         return {"item": recent(context.histories, queries, self.length)[0]}
-
-    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
-        return {"item": items}
 
     def query_vectors(
         self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
@@ -167,9 +153,6 @@ class GRU4Rec:
         assert context.histories is not None
         _, there = recent(context.histories, queries, self.length)
         return self._states(params, rows["item"], there, dropout, only_last=True)[:, 0]
-
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
-        return rows["item"]
 
     def window(
         self,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax import random_words
-from slgr_jax.backbones.base import Dropout, Ids, Params
+from slgr_jax.backbones.base import Dropout, Ids, ItemRows, Params
 from slgr_jax.data.context import GRAPH, Context, Graph, Queries
 from slgr_jax.kernels import graph as kernel
 from slgr_jax.tables import Rows, TableSpec
@@ -200,7 +200,7 @@ def _by_xla(how: Propagation, tables: Pair, graph: Graph, words: Pair | None) ->
     return mean[:n_users], mean[n_users:]
 
 
-class LightGCN:
+class LightGCN(ItemRows):
     """LightGCN as a `DotBackbone`: tables `user` [U, D] and `item` [I, D], no dense parameters.
 
     Dropout is on the edges of the training graph: a pass drops each with that rate in both
@@ -253,9 +253,6 @@ class LightGCN:
     def query_ids(self, context: Context, queries: Queries) -> Ids:
         return {"user": queries.users}
 
-    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
-        return {"item": items}
-
     def query_vectors(
         self,
         params: Params,
@@ -266,6 +263,3 @@ class LightGCN:
         dropout: Dropout = None,
     ) -> Float[Array, "N E"]:
         return rows["user"]
-
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
-        return rows["item"]

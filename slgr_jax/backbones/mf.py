@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from slgr_jax.backbones.base import Dropout, FactorModel, Ids, Params
+from slgr_jax.backbones.base import Dropout, FactorModel, Ids, ItemRows, Params
 from slgr_jax.data.context import Context, Queries
 from slgr_jax.tables import Rows, TableSpec
 
 
-class MatrixFactorization:
+class MatrixFactorization(ItemRows):
     """BPR-MF as a `DotBackbone`: tables `user` [U, D] and `item` [I, D], no dense parameters.
 
     The item's bias is the last entry of its row, which the user's last entry, counted as 1, meets:
@@ -22,7 +22,6 @@ class MatrixFactorization:
     """
 
     reads: frozenset[str] = frozenset()
-    whole = False
 
     def __init__(
         self,
@@ -45,21 +44,8 @@ class MatrixFactorization:
     def init(self, key: jax.Array) -> Params:
         return {}
 
-    def propagate(
-        self,
-        params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
-        context: Context,
-        *,
-        dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
-        return dict(values)
-
     def query_ids(self, context: Context, queries: Queries) -> Ids:
         return {"user": queries.users}
-
-    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
-        return {"item": items}
 
     def query_vectors(
         self,
@@ -78,6 +64,3 @@ class MatrixFactorization:
         if self._item_bias:
             user = user.at[..., -1].set(1.0)
         return user
-
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
-        return rows["item"]

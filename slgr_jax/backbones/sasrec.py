@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.backbones.attention import Encoder, last_place
-from slgr_jax.backbones.base import Dropout, Ids, Params, Window
+from slgr_jax.backbones.base import Dropout, Ids, ItemRows, Params, Window
 from slgr_jax.data.context import HISTORY, Context, Queries, recent
 from slgr_jax.tables import Rows, TableSpec
 
 
-class SASRec:
+class SASRec(ItemRows):
     """s_ui = <state of the user's latest event, e_i>, one table `item` [I, D] for both sides.
 
     The encoder reads e_i sqrt(D), as the authors' code does, and `attention` says what else was
@@ -34,7 +34,6 @@ class SASRec:
     """
 
     reads = frozenset({HISTORY})
-    whole = False
     factor_model = None
 
     def __init__(
@@ -58,22 +57,9 @@ class SASRec:
         shape = (1, self.length, self.tables["item"].width)
         return self._encoder.init(key, jnp.zeros(shape), jnp.ones(shape[:2], bool))["params"]
 
-    def propagate(
-        self,
-        params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
-        context: Context,
-        *,
-        dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
-        return dict(values)
-
     def query_ids(self, context: Context, queries: Queries) -> Ids:
         assert context.histories is not None
         return {"item": recent(context.histories, queries, self.length)[0]}
-
-    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
-        return {"item": items}
 
     def query_vectors(
         self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
@@ -81,9 +67,6 @@ class SASRec:
         assert context.histories is not None
         _, there = recent(context.histories, queries, self.length)
         return self._states(params, rows["item"], there, dropout, last_place(there))[:, 0]
-
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
-        return rows["item"]
 
     def window(
         self,
