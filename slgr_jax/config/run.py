@@ -1,8 +1,4 @@
-"""Every knob of the trainer: name, default, unit, range, in one place.
-
-A section is a frozen dataclass whose fields are made with `knob`. `flags.py` derives the
-command line from the same fields, so a default or a help text is never written twice.
-"""
+"""The knobs of a training run, and what goes with what."""
 
 from __future__ import annotations
 
@@ -38,123 +34,6 @@ KERNELS = ("auto", "native", "xla")
 PAIR_SELECTIONS = ("uniform", "largest_gap")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
 TABLE_DTYPES = ("float32", "bfloat16")
-SPLITS = ("auto", "global_time", "leave_last", "ratio", "premade")
-# What a teacher product was built from (DESIGN section 6); the loader refuses `includes_eval`.
-BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
-# What an item outside a user's list means: never asked about, or ranked below the list (a list
-# that the teacher wrote freely over the whole catalogue).
-UNLISTED = ("unknown", "below")
-SCORERS = ("wordllama",)
-SOURCES = ("movielens", "recbole", "amazon", "s3rec", "csv", "parquet")
-
-
-@dataclasses.dataclass(frozen=True)
-class PrepareConfig(Section):
-    """Raw files to a dataset directory."""
-
-    source: str = knob("", "layout of the input", choices=("", *SOURCES))
-    input: str = knob("", "file, folder, or zip archive (a .whl is one) with the raw data")
-    test_input: str = knob("", "rows of a pre-made test split, same layout as --input")
-    valid_input: str = knob("", "rows of a pre-made validation split, same layout as --input")
-    out: str = knob("", "dataset directory to write; must not exist")
-    name: str = knob("", "data set inside --input where it holds several; also the name in reports")
-    split: str = knob(
-        "auto",
-        "split rule; auto = global_time where there are timestamps, else ratio; s3rec needs "
-        "leave_last or ratio; premade = take --test_input/--valid_input or --split_column as they "
-        "are",
-        choices=SPLITS,
-    )
-    split_column: str = knob("", "column that says train, valid or test (with --split=premade)")
-    valid_fraction: float = knob(
-        0.1, "share of interactions for validation (ratio, global_time)", above=0, below=1
-    )
-    test_fraction: float = knob(
-        0.1, "share of interactions for test (ratio, global_time)", above=0, below=1
-    )
-    ratio_by: str = knob(
-        "all", "ratio split: shuffle all rows together, or each user's", choices=("all", "user")
-    )
-    seed: int = knob(0, "seed of the ratio split", minimum=0)
-    user_core: int = knob(1, "drop users with fewer interactions, repeatedly (k-core)", minimum=1)
-    item_core: int = knob(1, "drop items with fewer interactions, repeatedly (k-core)", minimum=1)
-    min_rating: float = knob(
-        float("-inf"), "drop interactions rated below this; -inf keeps all", flag="min_rating"
-    )
-    user_column: str = knob("user", "csv, parquet: column with user ids (any text)")
-    item_column: str = knob("item", "csv, parquet: column with item ids (any text)")
-    time_column: str = knob(
-        "timestamp", "csv, parquet: column with times (s, ms, us, ns or dates); used if present"
-    )
-    rating_column: str = knob("rating", "csv, parquet: column with ratings; used if present")
-    items_input: str = knob(
-        "",
-        "csv, parquet: item table (csv, Parquet or Arrow with --item_column) to attach; "
-        "amazon: metadata jsonl",
-    )
-    title_column: str = knob("title", "--items_input: column with titles; used if present")
-    text_column: str = knob("text", "--items_input: column with descriptions; used if present")
-    categories_column: str = knob(
-        "categories", "--items_input: column with lists, or text split at '|'; used if present"
-    )
-    delimiter: str = knob(",", "csv: column separator; tab is '\\t'")
-    rows_per_shard: int = knob(4_194_304, "most interactions in one Arrow shard", minimum=1)
-    overwrite: bool = knob(False, "replace --out when it exists")
-
-
-@dataclasses.dataclass(frozen=True)
-class TeachConfig(Section):
-    """Teacher answers to a product under DATA/teacher."""
-
-    data: str = knob("", "dataset directory that launch/prepare.py wrote")
-    name: str = knob("", "product to write or inspect: DATA/teacher/NAME")
-    scores: str = knob(
-        "",
-        "import: Parquet, Arrow or CSV file with user, item, score (empty score: not answered) or "
-        "user, preferred, other[, margin]; ids as in the raw data",
-    )
-    built_from: str = knob(
-        "train_only",
-        "import: what the teacher saw; train_only = training interactions, prefix = what came "
-        "before each interaction, includes_label = also the training answers it scores, "
-        "includes_eval = evaluation data (training refuses it)",
-        choices=BUILT_FROM,
-    )
-    unlisted: str = knob(
-        "unknown",
-        "import: an item outside a user's list was never asked about (unknown) or ranks below "
-        "the list (below: the teacher wrote it freely over the whole catalogue)",
-        choices=UNLISTED,
-    )
-    model: str = knob("", "import: which LLM answered, for reports")
-    prompt_hash: str = knob("", "import: hash or name of the prompt, for reports")
-    score_kind: str = knob("score", "import: logit, prob, rating, rank, ..., for reports")
-    unknown: str = knob(
-        "error",
-        "import: rows with an id that DATA does not have; drop counts them",
-        choices=("error", "drop"),
-    )
-    duplicates: str = knob(
-        "error",
-        "import: rows that disagree about one user's same items; equal rows count once",
-        choices=("error", "mean"),
-    )
-    delimiter: str = knob(",", "import: CSV column separator; tab is '\\t'")
-    scorer: str = knob("wordllama", "score: local language model (extra: llm)", choices=SCORERS)
-    candidates: int = knob(
-        20, "score: items per user with history, drawn from the popular pool", minimum=0
-    )
-    popular_pool: int = knob(1000, "score: size of the pool, most training users first", minimum=1)
-    cold_candidates: int = knob(
-        20, "score: more items per cold user, evenly spread over the text space", minimum=0
-    )
-    tail_fraction: float = knob(
-        0.1, "score: tail items are this share of the catalogue", minimum=0, maximum=1
-    )
-    tail_users: int = knob(20, "score: users drawn per tail item", minimum=0)
-    seed: int = knob(0, "score: seed of the candidate draws", minimum=0)
-    rows_per_shard: int = knob(4_194_304, "most rows in one Arrow shard", minimum=1)
-    overwrite: bool = knob(False, "replace the product when it exists")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,43 +269,6 @@ class EvaluationConfig(Section):
         super().__post_init__()
         if not self.ks:
             raise ConfigError("--ks is empty; give at least one cut-off, e.g. --ks=10,20")
-
-
-BASELINES = ("popular", "ease", "ials")
-
-
-@dataclasses.dataclass(frozen=True)
-class BaselineConfig(Section):
-    """Recommenders of a few seconds that a run is shown beside."""
-
-    baselines: str = knob(
-        "auto",
-        "popular, ease, ials, or several with commas; none; auto = popular, and ease up to 5,000 "
-        "items (its time grows with their cube). Settings are chosen by validation ndcg@10",
-    )
-    ease_lambdas: tuple[int, ...] = knob(
-        (10, 50, 100, 200, 400, 1000, 2000), "ease: L2 weights to try", minimum=1
-    )
-    ease_gb: float = knob(16.0, "ease: most memory, in gigabytes (24 bytes x items^2)", above=0)
-    ials_dim: int = knob(64, "ials: width of a factor (extra: ials)", minimum=1)
-    ials_regularizations: tuple[int, ...] = knob(
-        (1, 3, 10, 30), "ials: L2 weights to try", minimum=0
-    )
-    ials_alphas: tuple[int, ...] = knob(
-        (1, 10), "ials: weights of an interaction to try; any other pair weighs 1", minimum=1
-    )
-    ials_iterations: int = knob(20, "ials: sweeps over users and items", minimum=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        names = self.baselines.split(",")
-        unknown = [name for name in names if name not in BASELINES]
-        if unknown and self.baselines not in ("auto", "none"):
-            known = listing(("auto", "none", *BASELINES))
-            raise ConfigError(f"--baselines={self.baselines}: choose from {known}")
-        for name in ("ease_lambdas", "ials_regularizations", "ials_alphas"):
-            if not getattr(self, name):
-                raise ConfigError(f"--{name} is empty; give at least one value")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Every knob: name, default, unit, range, in one place.
+
+A section is a frozen dataclass whose fields are made with `knob`. `flags.py` derives the
+command line from the same fields, so a default or a help text is never written twice.
+"""
+
+from slgr_jax.config.baselines import (
+    BASELINES,
+    BaselineConfig,
+)
+from slgr_jax.config.prepare import (
+    SOURCES,
+    SPLITS,
+    PrepareConfig,
+)
+from slgr_jax.config.run import (
+    BACKBONE_DEFAULTS,
+    BACKBONES,
+    CLICK_BACKBONES,
+    GATES,
+    GUIDANCE,
+    GUIDANCE_LOSSES,
+    KERNELS,
+    LOSSES,
+    LOSSES_OF,
+    NEGATIVES,
+    PAIR_SELECTIONS,
+    ROWS,
+    SEQUENCE_BACKBONES,
+    TABLE_DTYPES,
+    TABLE_OPTIMIZERS,
+    UNCERTAINTIES,
+    EvaluationConfig,
+    GateConfig,
+    GuidanceConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+    SliceConfig,
+    TrainConfig,
+    differences,
+    make_run,
+    sections,
+)
+from slgr_jax.config.teach import (
+    BUILT_FROM,
+    SCORERS,
+    UNLISTED,
+    TeachConfig,
+)
+
+__all__ = [
+    "BACKBONES",
+    "BACKBONE_DEFAULTS",
+    "BASELINES",
+    "BUILT_FROM",
+    "BaselineConfig",
+    "CLICK_BACKBONES",
+    "EvaluationConfig",
+    "GATES",
+    "GUIDANCE",
+    "GUIDANCE_LOSSES",
+    "GateConfig",
+    "GuidanceConfig",
+    "KERNELS",
+    "LOSSES",
+    "LOSSES_OF",
+    "LossConfig",
+    "ModelConfig",
+    "NEGATIVES",
+    "OptimizerConfig",
+    "PAIR_SELECTIONS",
+    "PrepareConfig",
+    "ROWS",
+    "RunConfig",
+    "SCORERS",
+    "SEQUENCE_BACKBONES",
+    "SOURCES",
+    "SPLITS",
+    "SamplerConfig",
+    "SliceConfig",
+    "TABLE_DTYPES",
+    "TABLE_OPTIMIZERS",
+    "TeachConfig",
+    "TrainConfig",
+    "UNCERTAINTIES",
+    "UNLISTED",
+    "differences",
+    "make_run",
+    "sections",
+]

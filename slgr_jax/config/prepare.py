@@ -1,0 +1,64 @@
+"""The knobs of launch/prepare.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from slgr_jax.knobs import Section, knob
+
+SOURCES = ("movielens", "recbole", "amazon", "s3rec", "csv", "parquet")
+SPLITS = ("auto", "global_time", "leave_last", "ratio", "premade")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig(Section):
+    """Raw files to a dataset directory."""
+
+    source: str = knob("", "layout of the input", choices=("", *SOURCES))
+    input: str = knob("", "file, folder, or zip archive (a .whl is one) with the raw data")
+    test_input: str = knob("", "rows of a pre-made test split, same layout as --input")
+    valid_input: str = knob("", "rows of a pre-made validation split, same layout as --input")
+    out: str = knob("", "dataset directory to write; must not exist")
+    name: str = knob("", "data set inside --input where it holds several; also the name in reports")
+    split: str = knob(
+        "auto",
+        "split rule; auto = global_time where there are timestamps, else ratio; s3rec needs "
+        "leave_last or ratio; premade = take --test_input/--valid_input or --split_column as they "
+        "are",
+        choices=SPLITS,
+    )
+    split_column: str = knob("", "column that says train, valid or test (with --split=premade)")
+    valid_fraction: float = knob(
+        0.1, "share of interactions for validation (ratio, global_time)", above=0, below=1
+    )
+    test_fraction: float = knob(
+        0.1, "share of interactions for test (ratio, global_time)", above=0, below=1
+    )
+    ratio_by: str = knob(
+        "all", "ratio split: shuffle all rows together, or each user's", choices=("all", "user")
+    )
+    seed: int = knob(0, "seed of the ratio split", minimum=0)
+    user_core: int = knob(1, "drop users with fewer interactions, repeatedly (k-core)", minimum=1)
+    item_core: int = knob(1, "drop items with fewer interactions, repeatedly (k-core)", minimum=1)
+    min_rating: float = knob(
+        float("-inf"), "drop interactions rated below this; -inf keeps all", flag="min_rating"
+    )
+    user_column: str = knob("user", "csv, parquet: column with user ids (any text)")
+    item_column: str = knob("item", "csv, parquet: column with item ids (any text)")
+    time_column: str = knob(
+        "timestamp", "csv, parquet: column with times (s, ms, us, ns or dates); used if present"
+    )
+    rating_column: str = knob("rating", "csv, parquet: column with ratings; used if present")
+    items_input: str = knob(
+        "",
+        "csv, parquet: item table (csv, Parquet or Arrow with --item_column) to attach; "
+        "amazon: metadata jsonl",
+    )
+    title_column: str = knob("title", "--items_input: column with titles; used if present")
+    text_column: str = knob("text", "--items_input: column with descriptions; used if present")
+    categories_column: str = knob(
+        "categories", "--items_input: column with lists, or text split at '|'; used if present"
+    )
+    delimiter: str = knob(",", "csv: column separator; tab is '\\t'")
+    rows_per_shard: int = knob(4_194_304, "most interactions in one Arrow shard", minimum=1)
+    overwrite: bool = knob(False, "replace --out when it exists")
