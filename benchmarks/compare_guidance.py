@@ -1,312 +1,327 @@
-"""Does guidance help? No guidance, global distillation and gates on one data set, many seeds.
+"""Does guidance help, and does selecting? Arms and controls on backbones, tuned alike, many seeds.
 
     python benchmarks/compare_guidance.py --data=DATA --teacher=NAME --out=DIR
+    python benchmarks/compare_guidance.py --data=DATA --teacher=NAME --out=DIR \\
+        --backbones=mf,lightgcn,sasrec,dcnv2 --guidance=none,global,rule,paper,calibrated --seeds=10
+    python benchmarks/compare_guidance.py --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
 
-1. `none` is tuned over --tune_lr x --tune_l2 on validation (seed 0); all arms take its lr.
-2. Every guided arm is tuned on validation (seed 0) over --tune_lambda at the l2 of `none`, then
-   over --tune_l2 at the best lambda: with the defaults as many runs as `none` had.
-3. Every arm is trained with --seeds seeds and meets the test part once.
+1. Tuning, on validation with seed 0: `none` over the backbone's grid; every other arm over lambda
+   at the settings of `none`, then over the grid at its best lambda, as many runs as `none` had.
+2. --seeds runs of every arm.
+3. Every run meets the test part, once.
 
-Arms: none; global = constant gate, alpha 1; rule; paper. Called again it goes on where it was.
-Beside them, without tests: most popular and EASE (tuned on validation).
-Writes DIR/report.md, DIR/report.json and DIR/report.png. Knobs of a run (--batch_size, ...)
-apply to every arm.
+Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
+calibrated, meta; --arm for others. Controls, in every report: constant (the matched gate's mean
+alpha), shuffled (another user's answers), popularity and item_item as teachers.
+
+Called again it goes on where it was: finished runs are known by their settings and data. Other
+knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
+Writes DIR/report.md, report.json and pictures; of several data sets, in DIR/NAME.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
+import functools
 import pathlib
-from collections.abc import Sequence
+import shlex
+import sys
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
+from comparison import arms, pool, presets, results, tuning
+from comparison.arms import Plan
 
 from slgr_jax import config, flags
-from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError, listing
+from slgr_jax.knobs import Section, flag_name
 
-ARMS = {
-    "none": {},
-    "global": {"gate": "constant", "alpha": 1.0},
-    "rule": {"gate": "rule"},
-    "paper": {"gate": "paper"},
-}
-SLICES = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
+_DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
 
-absl_flags.DEFINE_string("data", None, "dataset directory (launch/prepare.py)")
-absl_flags.DEFINE_string("out", None, "directory of the runs and the report")
-absl_flags.DEFINE_list("arms", list(ARMS), f"arms to compare: {', '.join(ARMS)}")
+absl_flags.DEFINE_list("data", [], "dataset directories (launch/prepare.py)")
+absl_flags.DEFINE_string("out", "", "directory of the runs and the report")
+absl_flags.DEFINE_string("preset", "", f"shape of a published table: {', '.join(presets.PRESETS)}")
+absl_flags.DEFINE_list("backbones", ["mf"], f"recommenders: {', '.join(config.BACKBONES)}")
+absl_flags.DEFINE_list(
+    "guidance", list(_DEFAULT_ARMS), f"arms: {', '.join((*arms.ARMS, *arms.CONTROLS))}"
+)
+absl_flags.DEFINE_multi_string(
+    "arm", [], "one more arm: NAME:knob=value,knob=value; may be given several times"
+)
+absl_flags.DEFINE_list(
+    "controls", list(arms.CONTROLS), "controls besides; --controls= for none of them"
+)
+absl_flags.DEFINE_string(
+    "matched_to", "", f"arm that controls copy; the first there is of {', '.join(arms.GATED)}"
+)
+absl_flags.DEFINE_string("focus", "", "arm that the verdict is about; --matched_to unless given")
+absl_flags.DEFINE_string("teacher", "", "name of the teacher product under DATA/teacher")
 absl_flags.DEFINE_integer("seeds", 5, "seeds per arm", lower_bound=2)
-absl_flags.DEFINE_list("tune_lr", ["0.05", "0.1"], "learning rates tried for `none`")
-absl_flags.DEFINE_list("tune_l2", ["0.005", "0.01", "0.02", "0.05"], "L2 tried for every arm")
-absl_flags.DEFINE_list("tune_lambda", ["0.03", "0.1", "0.3", "1"], "lambda tried for each gate")
-OWN = ("data", "out", "arms", "seeds", "tune_lr", "tune_l2", "tune_lambda")
-
-
-def arm_config(base: RunConfig, arm: str, teacher: str, workdir: pathlib.Path) -> RunConfig:
-    """`base` as the named arm, in `workdir`."""
-    guidance = {"guidance": "none", "teacher": ""}
-    if arm != "none":
-        guidance = {"guidance": "selective", "teacher": teacher}
-    return dataclasses.replace(
-        base,
-        workdir=str(workdir),
-        guidance=dataclasses.replace(base.guidance, **guidance),
-        gate=dataclasses.replace(base.gate, **ARMS[arm]),
+absl_flags.DEFINE_integer(
+    *("tune_runs", 0, "tuning runs per arm; 0 = as many as the backbone's grid has points"),
+    lower_bound=0,
+)
+for _name in arms.TUNED[:-1]:
+    absl_flags.DEFINE_list(
+        f"tune_{_name}", [], f"values of --{_name} tried; empty = the backbone's"
     )
+absl_flags.DEFINE_list(
+    "tune_lambda", [f"{value:g}" for value in arms.LAMBDAS], "values of --lambda tried"
+)
+absl_flags.DEFINE_integer(
+    "workers", 0, "processes on a CPU; 0 = one per core; accelerators take one", lower_bound=0
+)
+OWN = (
+    *("data", "out", "preset", "backbones", "guidance", "arm", "controls", "matched_to", "focus"),
+    *("teacher", "seeds", "tune_runs", *(f"tune_{name}" for name in arms.TUNED), "workers"),
+)
+# Knobs of a run that the comparison sets itself.
+_SET_HERE = frozenset({"backbone", "guidance", "teacher", "gate", "alpha", "seed", "restart"})
 
 
-def with_knobs(base: RunConfig, **knobs: Any) -> RunConfig:
-    """`base` with lr, l2, weight or seed changed."""
-    sections: dict[str, dict[str, Any]] = {}
-    homes = {"lr": "optimizer", "l2": "optimizer", "weight": "guidance", "seed": "train"}
-    for name, value in knobs.items():
-        sections.setdefault(homes[name], {})[name] = value
-    return dataclasses.replace(
-        base,
-        **{home: dataclasses.replace(getattr(base, home), **new) for home, new in sections.items()},
-    )
+# --------------------------------------------------------------------- the command line
 
 
-def fit(run: RunConfig) -> float:
-    """Train (or finish) a run, its lines into RUN/train.log; its best validation metric."""
-    from slgr_jax import train
-
-    root = pathlib.Path(run.workdir)
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / "train.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        outcome = train.train(run)
-    if outcome.status != "finished":
-        raise SystemExit("interrupted; call again to go on")
-    if outcome.best_metric is None:
-        raise ConfigError("--data has no validation part: nothing to tune on")
-    print(f"  {root.name}: {outcome.best_metric:.4f} (epoch {outcome.best_epoch})", flush=True)
-    return outcome.best_metric
-
-
-def tune(base: RunConfig, out: pathlib.Path, arms: Sequence[str], teacher: str) -> dict[str, Any]:
-    """The validation grids and what won in each: {arm: {"tried": [...], "chosen": {...}}}."""
-    given = flags.FLAGS
-    found: dict[str, Any] = {}
-    l2s, weights = [float(x) for x in given.tune_l2], [float(x) for x in given.tune_lambda]
-
-    def grid(arm: str, knobs: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-        tried = []
-        for one in knobs:
-            name = "_".join([arm, *(f"{key}{value:g}" for key, value in one.items())])
-            run = with_knobs(arm_config(base, arm, teacher, out / "tune" / name), **one, seed=0)
-            tried.append(one | {"valid": fit(run)})
-        return tried
-
-    def best(tried: Sequence[dict[str, float]]) -> dict[str, float]:
-        chosen = max(tried, key=lambda row: row["valid"])
-        return {key: value for key, value in chosen.items() if key != "valid"}
-
-    print("tuning none", flush=True)
-    tried = grid("none", [{"lr": float(lr), "l2": l2} for lr in given.tune_lr for l2 in l2s])
-    shared = best(tried)
-    found["none"] = {"tried": tried, "chosen": shared}
-    for arm in (one for one in arms if one != "none"):
-        print(f"tuning {arm}", flush=True)
-        tried = grid(arm, [shared | {"weight": weight} for weight in weights])
-        weight = best(tried)["weight"]
-        tried += grid(
-            arm, [shared | {"l2": l2, "weight": weight} for l2 in l2s if l2 != shared["l2"]]
+def _without(section: type[Section]) -> type[Section]:
+    """A section without the knobs that are set here: only the others become flags."""
+    hints = typing.get_type_hints(section)
+    kept = [
+        (
+            field.name,
+            hints[field.name],
+            dataclasses.field(default=field.default, metadata=field.metadata),
         )
-        found[arm] = {"tried": tried, "chosen": best(tried)}
-    return found
+        for field in dataclasses.fields(section)
+        if flag_name(field) not in _SET_HERE
+    ]
+    namespace = {"__doc__": section.__doc__}
+    return dataclasses.make_dataclass(
+        section.__name__, kept, bases=(Section,), frozen=True, namespace=namespace
+    )
 
 
-def measure(
-    base: RunConfig, out: pathlib.Path, tuned: dict[str, Any], teacher: str, seeds: int
-) -> dict[str, list[pathlib.Path]]:
-    """Train and test every arm and seed: arm -> run directories with metrics and per-user rows."""
-    from slgr_jax import report, runs
-
-    found: dict[str, list[pathlib.Path]] = {}
-    for arm, result in tuned.items():
-        print(f"seeds of {arm} at {result['chosen']}", flush=True)
-        for seed in range(seeds):
-            workdir = out / "runs" / f"{arm}_seed{seed}"
-            run = with_knobs(arm_config(base, arm, teacher, workdir), **result["chosen"], seed=seed)
-            done = workdir / report.PER_USER
-            if not (done.is_file() and runs.read_config(str(workdir)) == run):
-                fit(run)
-                runs.evaluate_run(str(workdir), workdir.name)
-            found.setdefault(arm, []).append(workdir)
-    return found
+def given_knobs() -> dict[str, Any]:
+    """The knobs of a run that the command line gives, by name."""
+    fields = [field for one in config.sections().values() for field in dataclasses.fields(one)]
+    names = {flag_name(field) for field in fields} - _SET_HERE
+    found = {name: flags.FLAGS[name] for name in names}
+    return {name: flag.value for name, flag in found.items() if not flag.using_default_value}
 
 
-def baseline_directories(
-    base: RunConfig, out: pathlib.Path, taken: Sequence[str]
-) -> dict[str, list[pathlib.Path]]:
-    """Most popular and, where it takes seconds, EASE: name -> directory of its per-user rows."""
-    from slgr_jax import baselines
-    from slgr_jax.config import BaselineConfig
+def _values(name: str) -> tuple[float, ...]:
+    """The numbers of a --tune_ flag."""
+    try:
+        return tuple(float(text) for text in flags.FLAGS[name].value)
+    except ValueError as error:
+        raise ConfigError(f"--{name}: {error}; give numbers, e.g. --{name}=0.1,1") from error
+
+
+def make_plan(data: str, out: pathlib.Path) -> Plan:
+    """What the command line asks for on one data set."""
+    given = flags.FLAGS
+    if given.preset and given.preset not in presets.PRESETS:
+        raise ConfigError(f"--preset={given.preset} is not one of: {listing(presets.PRESETS)}")
+    preset = presets.PRESETS.get(given.preset)
+    backbones, asked, wanted = given.backbones, given.guidance, given.controls
+    knobs = given_knobs()
+    if preset is not None:
+        backbones = given.backbones if given["backbones"].present else preset.backbones
+        asked = given.guidance if given["guidance"].present else preset.arms
+        wanted = given.controls if given["controls"].present else ()
+        knobs = {**preset.knobs, **knobs}
+    if not given.teacher:
+        if given["guidance"].present and set(given.guidance) != {"none"}:
+            raise ConfigError("missing --teacher; without one only --guidance=none can be measured")
+        asked, wanted = ("none",), ()
+    own_arms = dict(map(arms.own_arm, given.arm)) if given.teacher else {}
+    chosen, matched, focus = arms.choose(asked, wanted, given.matched_to, given.focus, own_arms)
+    lambdas = (float(knobs["lambda"]),) if "lambda" in knobs else _values("tune_lambda")
+    plan = Plan(
+        data=data,
+        out=out,
+        knobs={name: value for name, value in knobs.items() if name not in arms.TUNED},
+        teacher=given.teacher,
+        backbones=tuple(dict.fromkeys(backbones)),
+        arms=chosen,
+        matched=matched,
+        focus=focus,
+        seeds=given.seeds,
+        grids=arms.grids(backbones, knobs, {k: _values(f"tune_{k}") for k in arms.TUNED[:-1]}),
+        lambdas=lambdas,
+        own_arms=own_arms,
+        tune_runs=given.tune_runs,
+    )
+    if len(chosen) > 1 and not lambdas:
+        raise ConfigError("--tune_lambda is empty; give at least one value")
+    if len(chosen) > 1 and 0 < plan.tune_runs < len(lambdas):
+        raise ConfigError(
+            f"--tune_runs={plan.tune_runs} is below the {len(lambdas)} values of --tune_lambda; "
+            "raise it, or try fewer"
+        )
+    plan.check()
+    return plan
+
+
+# --------------------------------------------------------------------- one data set
+
+
+def compare(plan: Plan, workers: int) -> dict[str, Any]:
+    """Tune, train and test everything; what report.json holds."""
+    train = functools.partial(pool.train_runs, workers=workers, root=plan.out)
+    print(f"tuning {listing(plan.arms, 99)} of {listing(plan.backbones, 99)}", flush=True)
+    tuned = tuning.tune(plan, train)
+    runs = {
+        (backbone, arm): [_run(plan, backbone, arm, found, seed) for seed in range(plan.seeds)]
+        for backbone, of_arms in tuned.items()
+        for arm, found in ((arm, of_arms[arm]) for arm in plan.arms)
+    }
+    every = [run for mine in runs.values() for run in mine]
+    print(f"{plan.seeds} seeds of each", flush=True)
+    for run, outcome in zip(every, train(every), strict=True):
+        if outcome["error"]:
+            raise ConfigError(f"{run.workdir}: {outcome['error']}")
+    print("meeting the test part", flush=True)
+    pool.evaluate_runs(every, workers=workers)
+    return _report(plan, tuned, runs)
+
+
+def _run(
+    plan: Plan, backbone: str, arm: str, found: Mapping[str, Any], seed: int
+) -> config.RunConfig:
+    """The run of a seed; that of seed 0 is the one that tuning trained, where it did."""
+    where = plan.run_dir(backbone, arm, seed)
+    if seed == 0 and found["tried"]:
+        where = plan.tune_dir(backbone, arm, found["chosen"])
+    return plan.config(backbone, arm, found["chosen"], where, seed)
+
+
+def _report(
+    plan: Plan, tuned: tuning.Tuned, runs: Mapping[tuple[str, str], Sequence[config.RunConfig]]
+) -> dict[str, Any]:
+    from comparison import summary
+
     from slgr_jax.data import dataset
 
-    data = dataset.load(base.data, verify=base.train.verify_checksums)
-    made = baselines.evaluate_baselines(BaselineConfig(), base, data, out, taken=taken)
-    return {one.label: [pathlib.Path(one.workdir)] for one in made}
+    data = dataset.load(plan.data, verify=False)
+    firsts = {backbone: mine[0] for (backbone, arm), mine in runs.items() if arm == "none"}
+    primary = {backbone: run.train.early_stop_metric for backbone, run in firsts.items()}
+    first = next(iter(firsts.values()))
+    where = {key: [pathlib.Path(run.workdir) for run in mine] for key, mine in runs.items()}
+    controls = [arm for arm in plan.arms if arm in arms.CONTROLS]
+    rows = summary.rows_of(where, first.evaluation.ks, primary, plan.focus, controls)
+    slices = data.slices(first.slices)
+    protocol = {
+        "data": data.manifest.name,
+        "split_hash": data.manifest.split_hash,
+        "teacher": plan.teacher,
+        "command": shlex.join(["python", *sys.argv]),
+        "backbones": list(plan.backbones),
+        "arms": list(plan.arms),
+        "matched_to": plan.matched,
+        "focus": plan.focus,
+        "seeds": plan.seeds,
+        "primary": primary,
+        "budget": {
+            backbone: {arm: len(found["tried"]) for arm, found in mine.items() if found["tried"]}
+            for backbone, mine in tuned.items()
+        },
+        "thresholds": {
+            "cold_user_history": slices.cold_user_history,
+            "tail_item_popularity": slices.tail_item_popularity,
+            "cold users": int(slices.cold_users.sum()),
+            "tail items": int(slices.tail_items.sum()),
+        },
+        "tests": sum(
+            bool(value) and "p_seeds" in value
+            for row in rows
+            if row["primary"]
+            for key, value in row.items()
+            if key.startswith("vs_")
+        ),
+    }
+    return {
+        "protocol": protocol,
+        "tuned": tuned,
+        "rows": rows,
+        "verdict": summary.verdict(rows, plan.focus),
+        "cost": summary.costs(where),
+        "gate": summary.gates(where),
+        "alpha_by_epoch": summary.alphas(where),
+        "baselines": _baselines(plan, list(firsts.values()), data, primary),
+    }
 
 
-def user_values(workdirs: Sequence[pathlib.Path], slice_name: str, metric: str) -> Any:
-    """[seeds, users] test values of one slice, users in one order."""
-    import numpy as np
-    import pyarrow.parquet as pq
+def _baselines(
+    plan: Plan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Most popular and, where it takes seconds, EASE, by slice; none where nothing is ranked."""
+    from slgr_jax import baselines
 
-    from slgr_jax import report
-
-    kind = slice_name.removesuffix("_items") if slice_name.endswith("_items") else "all"
-    rows = []
-    for workdir in workdirs:
-        table = pq.read_table(workdir / report.PER_USER)
-        keep = np.array(table["part"].to_pylist()) == "test"
-        keep &= np.array(table["items"].to_pylist()) == kind
-        cold = table["cold"].to_numpy()
-        if slice_name in ("cold_users", "warm_users"):
-            keep &= cold == (slice_name == "cold_users")
-        order = np.argsort(np.array(table["user"].to_pylist())[keep])
-        rows.append(table[metric].to_numpy()[keep][order])
-    return np.stack(rows)
-
-
-def summarize(found: dict[str, list[pathlib.Path]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One object per arm, slice and metric; p-values against none and against global.
-
-    p_seeds: paired t-test over seeds. p_users: paired t-test over users, each user's metric
-    averaged over seeds. Both Holm-corrected over all rows of a metric.
-    """
-    import numpy as np
-
-    from slgr_jax.stats import holm, paired_t
-
-    rows = []
-    for metric in metrics:
-        values = {
-            (arm, name): user_values(dirs, name, metric)
-            for arm, dirs in found.items()
-            for name in SLICES
-        }
-        own = []
-        for (arm, name), x in values.items():
-            seeds = x.mean(axis=1)
-            row: dict[str, Any] = {
-                "arm": arm,
-                "slice": name,
-                "metric": metric,
-                "users": x.shape[1],
-                "seeds": x.shape[0],
-                "mean": float(seeds.mean()),
-                "sd": float(seeds.std(ddof=1)) if seeds.size > 1 else None,
-            }
-            for other in ("none", "global"):
-                if other in found and arm in ARMS and arm not in (other, "none"):
-                    y = values[other, name]
-                    gain = float(seeds.mean() - y.mean())
-                    row[f"vs_{other}"] = gain
-                    row[f"relative_vs_{other}"] = gain / y.mean() if y.mean() else None
-                    row[f"p_seeds_vs_{other}"] = paired_t(seeds - y.mean(axis=1))
-                    row[f"p_users_vs_{other}"] = paired_t(x.mean(axis=0) - y.mean(axis=0))
-            own.append(row)
-        for key in ("p_seeds_vs_none", "p_users_vs_none", "p_seeds_vs_global", "p_users_vs_global"):
-            tested = [row for row in own if key in row]
-            corrected = holm([row[key] for row in tested])
-            for row, p in zip(tested, corrected, strict=True):
-                row[key] = None if np.isnan(p) else p
-        rows += own
-    return rows
+    ranked = [run for run in runs if run.evaluation.ranking]
+    if not ranked:
+        return []
+    metrics = dict.fromkeys(primary[run.model.backbone] for run in ranked)
+    made = baselines.evaluate_baselines(config.BaselineConfig(), ranked[0], data, plan.out)
+    return [
+        {"baseline": one.label, "slice": name, "users": values["n"]}
+        | {metric: values.get(metric) for metric in metrics}
+        for one in made
+        for name in results.MAIN_SLICES
+        for values in [one.parts["test"].slices[name]]
+    ]
 
 
-def render(rows: Sequence[dict[str, Any]], tuned: dict[str, Any], title: str) -> str:
-    """The report as Markdown."""
-    from slgr_jax import report
+def write(found: Mapping[str, Any], out: pathlib.Path) -> None:
+    """report.json, pictures and report.md."""
+    from comparison import plots, render
 
-    lines = [f"# {title}", "", "## Tuned on validation (seed 0)", ""]
-    for arm, result in tuned.items():
-        tried = "; ".join(
-            ", ".join(f"{'lambda' if k == 'weight' else k} {v:.4g}" for k, v in row.items())
-            for row in result["tried"]
-        )
-        chosen = {("lambda" if k == "weight" else k): v for k, v in result["chosen"].items()}
-        lines.append(f"- {arm}: {tried}. Chosen: {chosen}")
-    lines += ["", "## Test, mean over users; p: paired t, Holm over the rows of a metric", ""]
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        table = []
-        for name in SLICES:
-            for row in (r for r in rows if (r["metric"], r["slice"]) == (metric, name)):
-                shown = {"slice": name, "arm": row["arm"], "users": row["users"]}
-                shown |= {metric: row["mean"], "sd": row["sd"]}
-                for other in ("none", "global"):
-                    shown[f"vs {other}"] = row.get(f"vs_{other}")
-                    shown[f"p seeds {other}"] = row.get(f"p_seeds_vs_{other}")
-                    shown[f"p users {other}"] = row.get(f"p_users_vs_{other}")
-                table.append(shown)
-        lines += [report.markdown_table(table), ""]
-    return "\n".join(lines)
+    results.write_json(out / "report.json", found)
+    pictures = plots.draw(found, out)
+    text = render.render(found, pictures)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
-def draw(rows: Sequence[dict[str, Any]], metric: str, path: pathlib.Path, title: str) -> None:
-    """Bars of `metric` by slice and arm, with the standard deviation over seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def make_controls(plan: Plan) -> None:
+    """Write the control products that are not there."""
+    from slgr_jax.data import dataset
+    from slgr_jax.teacher import controls
 
-    from slgr_jax.picture import COLORS
-
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    figure = Figure(figsize=(2.2 * len(SLICES), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(1, len(SLICES)), SLICES, strict=True):
-        mine = [r for r in rows if (r["metric"], r["slice"]) == (metric, name)]
-        axes.bar(
-            [row["arm"] for row in mine],
-            [row["mean"] for row in mine],
-            yerr=[row["sd"] or 0.0 for row in mine],
-            color=[COLORS[arm % len(COLORS)] for arm in range(len(arms))],
-            capsize=3,
-        )
-        axes.set_title(f"{name.replace('_', ' ')} (n = {mine[0]['users']})", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}: test {metric}, mean and spread over seeds", fontsize=10)
-    figure.savefig(path, dpi=150)
+    wanted = [arm for arm in plan.arms if arm in controls.CONTROLS]
+    if wanted:
+        data = dataset.load(plan.data)
+        for control in wanted:
+            print(f"control {controls.ensure(data, plan.teacher, control)}", flush=True)
 
 
 def main(_: list[str]) -> None:
     given = flags.FLAGS
-    unknown = [arm for arm in given.arms if arm not in ARMS]
-    if unknown:
-        raise ConfigError(f"--arms: {listing(unknown)} is not one of: {listing(ARMS)}")
-    teacher, out = given.teacher, pathlib.Path(given.out)
-    if not teacher and set(given.arms) != {"none"}:
-        raise ConfigError("missing --teacher; without one only --arms=none can be measured")
-    given.teacher = ""  # `none` takes no teacher; arms that do are given it by arm_config
-    base = flags.run_config_from_flags(given.data, "")
-    arms = list(dict.fromkeys(["none", *given.arms]))
-    tuned = tune(base, out, arms, teacher)
-    found = measure(base, out, tuned, teacher, given.seeds)
-    found |= baseline_directories(base, out, tuple(found))
-    ks = base.evaluation.ks
-    rows = summarize(found, [f"{name}@{k}" for name in ("ndcg", "recall") for k in ks])
-    title = json.loads((pathlib.Path(given.data) / "manifest.json").read_text())["name"]
-    title += f", teacher {teacher}" if teacher else ""
-    text = render(rows, tuned, title)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "report.json").write_text(
-        json.dumps({"tuned": tuned, "rows": rows}, indent=2) + "\n", encoding="utf-8"
-    )
-    draw(rows, base.train.early_stop_metric, out / "report.png", title)
-    print(text)
+    names = [pool.check_data(data) for data in given.data]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--data: {listing(names)}: two data sets of one name")
+    root = pathlib.Path(given.out)
+    places = [root] if len(names) == 1 else [root / name for name in names]
+    plans = [make_plan(data, out) for data, out in zip(given.data, places, strict=True)]
+    for plan in plans:
+        make_controls(plan)
+    workers = pool.workers(given.workers)
+    found = {}
+    for name, plan in zip(names, plans, strict=True):
+        found[name] = compare(plan, workers)
+        write(found[name], plan.out)
+    if given.preset:
+        text = presets.table(given.preset, found)
+        (root / f"{given.preset}.md").write_text(text, encoding="utf-8")
+        print(text)
 
 
 if __name__ == "__main__":
     flags.run(
         main,
         usage=__doc__,
-        sections=tuple(config.sections().values()),
+        sections=[_without(section) for section in config.sections().values()],
         own=OWN,
         required=("data", "out"),
     )

@@ -72,6 +72,8 @@ from slgr_jax.errors import ConfigError, UserError, listing
 HERE = pathlib.Path(__file__).parent
 Row = dict[str, Any]
 # Knobs that each case states for itself.
+# Uses of the teacher that are measured unless --guidance asks for others.
+COMPARED = ("none", "selective")
 OF_CASE = ("backbone", "table_dtype", "batch_size", "guidance", "teacher")
 # Batch sizes by default, of a backbone (on one size); of others its own.
 BATCH_SIZES: dict[Any, list[int]] = {"mf": [2048, 8192, 65536], ("lightgcn", "large"): [65536]}
@@ -444,7 +446,7 @@ def cases_from_flags(size: str, peers: Sequence[str]) -> Iterator[Case]:
     for backbone in backbones_from_flags(size, peers)[0]:
         most = None if backbone == "mf" and not peers else 1
         for guidance, dtype, batch_size in itertools.product(
-            chosen(("guidance",), GUIDANCE[:most], GUIDANCE),
+            chosen(("guidance",), COMPARED[:most], GUIDANCE),
             chosen(("dtypes", "table_dtype"), TABLE_DTYPES[:most], TABLE_DTYPES),
             batch_sizes or BATCH_SIZES.get((backbone, size)) or BATCH_SIZES.get(backbone, [0]),
         ):

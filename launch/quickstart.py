@@ -1,4 +1,4 @@
-"""From nothing to guided recommenders on MovieLens-100K: data, teacher, four runs, a table.
+"""From nothing to guided recommenders on MovieLens-100K: data, teacher, five runs, a table.
 
     python launch/quickstart.py --workdir=runs/quickstart
 
@@ -23,7 +23,13 @@ from slgr_jax.errors import InputError
 
 HERE = pathlib.Path(__file__).resolve().parent
 WHEEL, VERSION = "recbole-1.2.1-py3-none-any.whl", "recbole==1.2.1"
-GATES = {"none": [], "global": ["--gate=constant"], "rule": ["--gate=rule"], "paper": []}
+GATES = {
+    "none": [],
+    "global": ["--gate=constant"],
+    "rule": ["--gate=rule"],
+    "paper": ["--gate=paper"],
+    "calibrated": ["--gate=calibrated"],
+}
 
 absl_flags.DEFINE_string("workdir", "runs/quickstart", "directory for data and runs")
 absl_flags.DEFINE_string("input", "", "raw data instead of the download")

@@ -2,60 +2,193 @@
 
     python launch/teach.py import --data=DATA --scores=FILE --name=NAME
     python launch/teach.py score --data=DATA --name=NAME
+    python launch/teach.py embed --data=DATA --name=NAME [--embedder=MODEL | --vectors=FILE]
+    python launch/teach.py candidates --data=DATA --name=NAME [--run=WORKDIR]
+    python launch/teach.py requests --data=DATA --name=NAME --model=LLM [--dry_run]
+    python launch/teach.py collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
     python launch/teach.py inspect --data=DATA --name=NAME
+    python launch/teach.py report --data=DATA --name=NAME [--out=FOLDER]
 
 import: answers of any LLM, with the ids of the raw data.
-score: a small local language model scores item texts against each user's training history.
+score: a local language model scores items by their texts against each user's training history.
+embed: vectors of items and users to DATA/embeddings/NAME, of a local model or from a file.
+candidates: whom to ask about what, and what it will cost (--price_in, --max_requests, ...).
+requests: prompts as batch-API files for any LLM: `vllm run-batch` or a hosted service.
+collect: what came back to an answer log and a product; again over more results, it only adds.
 inspect: check a product's shards and show what it is.
+report: what the teacher is worth: where it is right, and whether the data know that already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
 from slgr_jax import config, flags
-from slgr_jax.errors import ConfigError
+from slgr_jax.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from slgr_jax.data.dataset import Dataset
+
+
+def import_(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import preferences
+
+    options = flags.section_from_flags(config.ImportConfig)
+    if not options.scores:
+        raise ConfigError("missing --scores; see --help")
+    manifest = preferences.import_scores(
+        data,
+        options.scores,
+        common.name,
+        provenance=preferences.Provenance(
+            built_from=options.built_from,
+            unlisted=options.unlisted,
+            training_items=options.training_items,
+            model=common.model,
+            prompt_hash=options.prompt_hash,
+            score_kind=options.score_kind,
+        ),
+        unknown=options.unknown,
+        duplicates=options.duplicates,
+        delimiter=common.delimiter,
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
+        to_existing=options.append,
+    )
+    print(preferences.report(manifest))
+
+
+def score(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import preferences, scorers
+
+    options = flags.section_from_flags(config.ScoreConfig)
+    prompt = flags.section_from_flags(config.RequestConfig)
+    scorer = scorers.make(data, options, history_items=prompt.history_items)
+    manifest = scorers.score(
+        *(data, common, options, flags.section_from_flags(config.CandidateConfig), scorer),
+        candidate_set=prompt.candidate_set,
+    )
+    print(scorers.held_in_report(data, scorer, options))
+    print(preferences.report(manifest))
+
+
+def embed(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import embeddings
+
+    options = flags.section_from_flags(config.EmbedConfig)
+    stated = flags.section_from_flags(config.ImportConfig)
+    if options.text_requests:
+        count = embeddings.write_requests(data, options.text_requests, common.model)
+        print(f"{count:,} embedding requests in {options.text_requests}")
+        return
+    manifest = embeddings.embed(
+        *(data, common, options),
+        llm=flags.section_from_flags(config.ScoreConfig).llm,
+        built_from=stated.built_from,
+        unknown=stated.unknown,
+    )
+    print(embeddings.report(manifest))
+
+
+def candidates(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.data import shards
+    from slgr_jax.teacher import asking, prompts, scorers
+    from slgr_jax.teacher import candidates as sets
+
+    options = flags.section_from_flags(config.CandidateConfig)
+    costs = flags.section_from_flags(config.RequestConfig)
+    shards.check_target(sets.set_path(data.path, common.name), overwrite=common.overwrite)
+    lines = prompts.item_lines(data)
+    try:
+        space, spread = scorers.item_vectors(data, scorers.WordLlama()), "the text space"
+    except UserError:  # the extra `llm` is not installed
+        space, spread = None, "popularity"
+    drawn = sets.draw(data, lines, options, seed=common.seed, space=space)
+    planned = asking.plan(asking.asker(data, drawn, lines, costs, common.seed))
+    print(planned.report())
+    if not costs.dry_run:
+        manifest = sets.write(
+            *(data, common.name, drawn.of_users(planned.users), options),
+            seed=common.seed,
+            diversity=spread,
+            rows_per_shard=common.rows_per_shard,
+            overwrite=common.overwrite,
+        )
+        print(sets.report(manifest))
+
+
+def requests(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import asking, prompts
+    from slgr_jax.teacher import candidates as sets
+    from slgr_jax.teacher import requests as files
+
+    options = flags.section_from_flags(config.RequestConfig)
+    drawn, source = sets.load(data, options.candidate_set or common.name)
+    one = asking.asker(data, drawn, prompts.item_lines(data), options, common.seed)
+    planned = asking.plan(one)
+    print(planned.report(), flush=True)
+    if not options.dry_run:
+        root = files.directory(data.path, common.name, options.out)
+        manifest = files.write(
+            one, planned, source, root, model=common.model, overwrite=common.overwrite
+        )
+        print(files.report(manifest, root))
+
+
+def collect(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import collect as log
+    from slgr_jax.teacher import preferences
+
+    manifest, told = log.collect(data, common, flags.section_from_flags(config.CollectConfig))
+    print(told)
+    print(preferences.report(manifest))
+
+
+def inspect(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import preferences
+
+    print(preferences.report(preferences.load(data, common.name).manifest))
+
+
+def report(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax import worth_report
+
+    shared = flags.section_from_flags(config.RequestConfig)
+    found = worth_report.make(
+        *(data, common.name, flags.section_from_flags(config.ReportConfig)),
+        prices=(shared.price_in, shared.price_out),
+        seed=common.seed,
+    )
+    print(worth_report.terminal(found))
+    out = shared.out or data.path / "reports" / common.name
+    print("wrote " + ", ".join(map(str, worth_report.write(found, out))))
+
+
+COMMANDS: Mapping[str, Callable[[Dataset, config.TeachConfig], None]] = {
+    "import": import_,
+    "score": score,
+    "embed": embed,
+    "candidates": candidates,
+    "requests": requests,
+    "collect": collect,
+    "inspect": inspect,
+    "report": report,
+}
 
 
 def main(args: list[str]) -> None:
-    options = flags.section_from_flags(config.TeachConfig)
-    if args[0] == "import" and not options.scores:
-        raise ConfigError("missing --scores; see --help")
-    from slgr_jax.data import dataset as dataset_lib
-    from slgr_jax.teacher import preferences
+    common = flags.section_from_flags(config.TeachConfig)
+    from slgr_jax.data import dataset
 
-    data = dataset_lib.load(options.data)
-    if args[0] == "import":
-        manifest = preferences.import_scores(
-            data,
-            options.scores,
-            options.name,
-            provenance=preferences.Provenance(
-                built_from=options.built_from,
-                unlisted=options.unlisted,
-                model=options.model,
-                prompt_hash=options.prompt_hash,
-                score_kind=options.score_kind,
-            ),
-            unknown=options.unknown,
-            duplicates=options.duplicates,
-            delimiter=options.delimiter,
-            rows_per_shard=options.rows_per_shard,
-            overwrite=options.overwrite,
-        )
-    elif args[0] == "score":
-        from slgr_jax.teacher import scorers
-
-        manifest = scorers.score(data, options)
-        print(scorers.held_in_report(data, scorers.make(options.scorer)))
-    else:
-        manifest = preferences.load(data, options.name).manifest
-    print(preferences.report(manifest))
+    COMMANDS[args[0]](dataset.load(common.data), common)
 
 
 if __name__ == "__main__":
     flags.run(
         main,
         usage=__doc__,
-        sections=[config.TeachConfig],
+        sections=config.TEACH_SECTIONS,
         required=("data", "name"),
-        positional=("import", "score", "inspect"),
+        positional=tuple(COMMANDS),
     )

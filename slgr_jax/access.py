@@ -200,11 +200,30 @@ class Rows:
         reads: Reads,
         dropout: Dropout,
     ) -> View:
+        values = self._propagated(params, leaves, context, dropout)
+        rows = self._gathered(leaves["rows"], values, self._ids(context, reads))
+        return _RowsView(self.backbone, params, context, reads, rows, values)
+
+    def sides(
+        self,
+        params: Mapping[str, Any],
+        leaves: Leaves,
+        context: Context,
+        reads: Reads,
+        dropout: Dropout,
+    ) -> dict[str, dict[str, dict[str, jax.Array]]]:
+        """By name of lanes: the rows of each side, as `lane_scores` takes them."""
+        values = self._propagated(params, leaves, context, dropout)
+        groups = self._gathered(leaves["rows"], values, self._ids(context, reads))
+        return {name: _sides(groups, name) for name in reads.lanes}
+
+    def _propagated(
+        self, params: Mapping[str, Any], leaves: Leaves, context: Context, dropout: Dropout
+    ) -> Mapping[str, jax.Array]:
         backbone, values = self.backbone, leaves["whole"]
         if isinstance(backbone, DotBackbone) and backbone.whole:
-            values = backbone.propagate(params, values, context, dropout=dropout)
-        rows = self._gathered(leaves["rows"], values, self._ids(context, reads))
-        return _RowsView(backbone, params, context, reads, rows, values)
+            return backbone.propagate(params, values, context, dropout=dropout)
+        return dict(values)
 
     def _gathered(
         self,
@@ -281,6 +300,16 @@ class Rows:
         return new_tables, new_slots
 
 
+def _sides(
+    groups: Mapping[str, Mapping[str, jax.Array]], name: str
+) -> dict[str, dict[str, jax.Array]]:
+    return {
+        group.split("/")[1]: dict(rows)
+        for group, rows in groups.items()
+        if group.startswith(f"{name}/")
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class _RowsView:
     backbone: AnyBackbone
@@ -291,12 +320,7 @@ class _RowsView:
     values: Mapping[str, jax.Array]
 
     def scores(self, name: str, dropout: Dropout) -> jax.Array:
-        sides = {
-            group.split("/")[1]: rows
-            for group, rows in self.groups.items()
-            if group.startswith(f"{name}/")
-        }
-        lanes = self.reads.lanes[name]
+        sides, lanes = _sides(self.groups, name), self.reads.lanes[name]
         return lane_scores(self.backbone, self.params, sides, self.context, lanes, dropout)
 
     def rows(self, name: str) -> Mapping[str, jax.Array]:

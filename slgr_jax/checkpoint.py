@@ -77,7 +77,7 @@ def abstract_serving(trainer: Trainer) -> ServingState:
         name: jax.ShapeDtypeStruct((spec.rows, spec.width), jnp.float32)
         for name, spec in trainer.backbone.tables.items()
     }
-    shapes = ServingState(state.params["backbone"], values)  # type: ignore[arg-type]
+    shapes = ServingState(state.params["backbone"], values, state.params["gate"])  # type: ignore[arg-type]
     return _abstract(shapes, jax.tree.map(lambda _: trainer.layout.replicated, shapes))
 
 

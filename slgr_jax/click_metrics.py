@@ -8,14 +8,14 @@ Shape letters: n rows, U users, I items, R groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from slgr_jax.data.dataset import Slices
 from slgr_jax.data.labelled import LabelledRows
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.metrics import Values
+from slgr_jax.metrics import UserValues, Values, bins
 
 # History at the row that still counts as cold: with it the training rows are Table 1 of S-LLMR.
 COLD_ROW_HISTORY = 3
@@ -172,6 +172,50 @@ def row_slices(
     }
 
 
+def bin_slices(
+    rows: LabelledRows,
+    history: np.ndarray,
+    popularity: np.ndarray,
+    history_bins: Iterable[int],
+    popularity_bins: Iterable[int],
+) -> dict[str, np.ndarray]:
+    """[n] bool per bin, named as in `metrics.slice_masks`: all rows of users with so many training
+    items; rows, positive or negative, whose item has so many training users.
+
+    Args:
+      rows: what was scored.
+      history: [U] training items of each user.
+      popularity: [I] training users of each item.
+      history_bins, popularity_bins: upper edges.
+    """
+    out = {}
+    for what, counts, edges in (
+        ("history", history[rows.users], history_bins),
+        ("popularity", popularity[rows.items], popularity_bins),
+    ):
+        for name, low, high in bins(what, edges):
+            out[name] = (counts >= low) & (counts <= high)
+    return out
+
+
+def per_user(rows: LabelledRows, scores: np.ndarray, keep: np.ndarray | None = None) -> UserValues:
+    """auc among the rows of each user, those of `gauc`: what a paired test over users needs.
+
+    `n_relevant` counts positives. NaN where a user's rows are all of one label, or a score is NaN.
+
+    Args:
+      rows: what was scored.
+      scores: [n] logits.
+      keep: [n] bool: only these rows.
+    """
+    chosen = np.ones(len(rows), bool) if keep is None else keep
+    users, groups = np.unique(rows.users[chosen], return_inverse=True)
+    score, positive = scores[chosen], rows.labels[chosen] == 1
+    found, _, positives = _aucs(score, positive, groups)
+    found[np.unique(groups[np.isnan(score)])] = np.nan
+    return UserValues(users.astype(np.int32), positives, {"auc": found})
+
+
 def summarize_rows(
     rows: LabelledRows,
     scores: np.ndarray,
@@ -187,8 +231,17 @@ def summarize_rows(
       slices: cold users and tail items, from `Dataset.slices`.
       cold_row_history: a row with at most this many events before it is cold.
     """
+    return summarize_slices(
+        rows, scores, row_slices(rows, slices, cold_row_history=cold_row_history)
+    )
+
+
+def summarize_slices(
+    rows: LabelledRows, scores: np.ndarray, slices: Mapping[str, np.ndarray]
+) -> dict[str, Values]:
+    """`summarize_rows` of any slices: name -> [n] bool."""
     out: dict[str, Values] = {}
-    for name, chosen in row_slices(rows, slices, cold_row_history=cold_row_history).items():
+    for name, chosen in slices.items():
         score, label, user = scores[chosen], rows.labels[chosen], rows.users[chosen]
         found = {
             "auc": auc(score, label),

@@ -1,15 +1,18 @@
 """Gates: for one preference, is the teacher to be believed? alpha in [0, 1].
 
-A gate is a Flax module from `GateInputs` to alpha [G], plus an objective that is added to
-the training loss. Everything a gate reads of the recommender is detached: a gate must not
-move the recommender in order to move itself.
+A gate is a Flax module from `GateInputs` to alpha [G]. Everything a gate reads of the recommender
+is detached: a gate must not move the recommender in order to move itself. How a gate learns:
+
+  paper, budget     from the gated guidance loss itself, as S-LLMR prints it
+  constant, rule    not at all
+  calibrated        as P(the teacher is right), by cross-entropy on known answers
+  meta              by what a look-ahead step on the guidance does to the loss of known answers
 
 Shape letters: G preferences; the axis of length 2 is (preferred item, other item).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -19,7 +22,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.config import GateConfig
+from slgr_jax import random_words
+from slgr_jax.config import GATE_INPUTS, TAUGHT_GATES, GateConfig
+from slgr_jax.random_words import WEYL
 
 
 @struct.dataclass
@@ -27,22 +32,29 @@ class GateInputs:
     """What a gate may know of G preferences; nothing in it carries a gradient.
 
     Attributes:
-      history: training interactions of the user.
-      popularity: training interactions of each item.
+      history: log(1 + training interactions of the user), standardised over users.
+      popularity: log(1 + training interactions of each item), standardised over items.
       cold: 1 where the user is cold.
       tail: 1 where an item is tail.
       uncertainty: q of the recommender for (user, item), in [0, 1].
       score_margin: the recommender's own s_ua - s_ub.
-      teacher_margin: the teacher's score difference, > 0.
+      teacher_margin: the teacher's score difference, > 0, over a typical one.
+      fold: 0 or 1, the half of the users that the user is in (`folds`).
     """
 
-    history: Int[Array, "G"]
-    popularity: Int[Array, "G 2"]
+    history: Float[Array, "G"]
+    popularity: Float[Array, "G 2"]
     cold: Float[Array, "G"]
     tail: Float[Array, "G 2"]
     uncertainty: Float[Array, "G 2"]
     score_margin: Float[Array, "G"]
     teacher_margin: Float[Array, "G"]
+    fold: Int[Array, "G"]
+
+
+def folds(users: Int[Array, "G"]) -> Int[Array, "G"]:
+    """[G] 0 or 1: which half of the users each is in, by a hash of the index."""
+    return (random_words.mixed(users.astype(jnp.uint32) + np.uint32(WEYL)) & 1).astype(jnp.int32)
 
 
 class PaperGate(nn.Module):
@@ -61,10 +73,6 @@ class PaperGate(nn.Module):
         logit = weight[0] * cold + weight[1] * inputs.tail + weight[2] * inputs.uncertainty + bias
         return jnp.mean(jax.nn.sigmoid(logit), axis=1)
 
-    def objective(self, alpha: Float[Array, "G"], inputs: GateInputs) -> Float[Array, "G"]:
-        """None of its own: the gate learns through the gated loss alone."""
-        return jnp.zeros_like(alpha)
-
 
 class ConstantGate(nn.Module):
     """alpha_uij = c. c = 1 is global pairwise distillation, c = 0 is no guidance."""
@@ -75,10 +83,6 @@ class ConstantGate(nn.Module):
     def __call__(self, inputs: GateInputs) -> Float[Array, "G"]:
         return jnp.full_like(inputs.cold, self.alpha)
 
-    def objective(self, alpha: Float[Array, "G"], inputs: GateInputs) -> Float[Array, "G"]:
-        """None: nothing to learn."""
-        return jnp.zeros_like(alpha)
-
 
 class RuleGate(nn.Module):
     """alpha_uij = 1 if the user is cold or either item is tail, else 0: the hand-made gate."""
@@ -87,36 +91,95 @@ class RuleGate(nn.Module):
     def __call__(self, inputs: GateInputs) -> Float[Array, "G"]:
         return jnp.maximum(inputs.cold, jnp.max(inputs.tail, axis=1))
 
-    def objective(self, alpha: Float[Array, "G"], inputs: GateInputs) -> Float[Array, "G"]:
-        """None: nothing to learn."""
-        return jnp.zeros_like(alpha)
+
+class LogisticGate(nn.Module):
+    """alpha = sigmoid(w_f . z + b_f [+ v_f . tanh(V_f z)]), one set of parameters for each fold f.
+
+    z are the named inputs. Two folds, because what teaches a gate (validation interactions) also
+    chooses the best epoch: the parameters of a fold are taught by its own users and used for those
+    of the other. With the margin among its inputs it starts at sigmoid(margin), the recommender's
+    own belief, otherwise at 1/2: a teacher adds nothing until it has been seen to.
+    """
+
+    names: tuple[str, ...]
+    hidden: int = 0
+
+    def features(self, inputs: GateInputs) -> Float[Array, "G F"]:
+        """z, in the order of `config.GATE_INPUTS`."""
+        known = {
+            "margin": inputs.score_margin[:, None],
+            "history": inputs.history[:, None],
+            "popularity": inputs.popularity,
+            "uncertainty": inputs.uncertainty,
+            "teacher": inputs.teacher_margin[:, None],
+            "slices": jnp.concatenate([inputs.cold[:, None], inputs.tail], axis=1),
+        }
+        chosen = [known[name] for name in GATE_INPUTS if name in self.names]
+        return jnp.concatenate(chosen, axis=1)
+
+    def __call__(self, inputs: GateInputs) -> Float[Array, "G"]:
+        return jax.nn.sigmoid(self.logit(inputs))
+
+    @nn.compact
+    def logit(self, inputs: GateInputs) -> Float[Array, "G"]:
+        """log(alpha / (1 - alpha))."""
+        z, fold = self.features(inputs), inputs.fold
+        width = z.shape[1]
+        first = 1.0 if "margin" in self.names else 0.0  # margin comes first
+
+        def start(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jnp.zeros(shape).at[:, 0].set(first)
+
+        weight = self.param("weight", start, (2, width))
+        bias = self.param("bias", nn.initializers.zeros, (2,))
+        found = jnp.sum(weight[fold] * z, axis=1) + bias[fold]
+        if self.hidden:
+            inner = self.param("inner", nn.initializers.lecun_normal(), (2, width, self.hidden))
+            outer = self.param("outer", nn.initializers.zeros, (2, self.hidden))
+            states = jnp.tanh(jnp.einsum("gz,fzh->gfh", z, inner))
+            each = jnp.einsum("gfh,fh->gf", states, outer)
+            found += jnp.take_along_axis(each, fold[:, None], axis=1)[:, 0]
+        return found
 
 
-Gate = PaperGate | ConstantGate | RuleGate
+Gate = PaperGate | ConstantGate | RuleGate | LogisticGate
 
 
 def make_gate(config: GateConfig) -> Gate:
     """The gate that `config.gate` names."""
     makers: dict[str, Callable[[], Gate]] = {
         "paper": PaperGate,
+        "budget": PaperGate,
         "constant": lambda: ConstantGate(config.alpha),
         "rule": RuleGate,
+        **dict.fromkeys(TAUGHT_GATES, lambda: LogisticGate(config.input_names, config.gate_hidden)),
     }
     return makers[config.gate]()
 
 
+def budget_penalty(
+    alpha: Float[Array, "G"], mean: Float[Array, ""], config: GateConfig
+) -> Float[Array, "G"]:
+    """Of mean (mean alpha - rho)^2, with its gradient: what holds the mean of alpha at rho.
+
+    Per preference, so that it can be averaged over devices with everything else:
+    (m - rho)^2 + 2 (m - rho) (alpha_g - m), m = `mean` of alpha over the whole batch, detached.
+    """
+    off = jax.lax.stop_gradient(mean) - config.budget
+    return config.budget_weight * (off**2 + 2.0 * off * (alpha - jax.lax.stop_gradient(mean)))
+
+
+def calibration_loss(logit: Float[Array, "K"], right: Float[Array, "K"]) -> Float[Array, "K"]:
+    """Cross-entropy of alpha = sigmoid(logit) with whether the teacher is right."""
+    return jax.nn.softplus(logit) - right * logit
+
+
 def empty_inputs() -> GateInputs:
     """Inputs for zero preferences, to initialise a gate's parameters."""
-    shapes = {"history": (0,), "popularity": (0, 2), "cold": (0,), "tail": (0, 2)}
-    shapes |= {"uncertainty": (0, 2), "score_margin": (0,), "teacher_margin": (0,)}
-    integer = ("history", "popularity")
+    one, two = jnp.zeros((0,)), jnp.zeros((0, 2))
     return GateInputs(
-        **{
-            field.name: jnp.zeros(
-                shapes[field.name], jnp.int32 if field.name in integer else jnp.float32
-            )
-            for field in dataclasses.fields(GateInputs)
-        }
+        *(one, two, one, two, two, one, one),
+        fold=jnp.zeros((0,), jnp.int32),
     )
 
 

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.config import GuidanceConfig
-
 # Logits that exist at once: enough for the matrix product to run at its best, few enough to stay
 # in a CPU's last cache.
 _CHUNK_LOGITS = {"cpu": 1 << 21, "other": 1 << 26}
@@ -43,13 +41,28 @@ def pairwise_logistic(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return bpr(x)
 
 
-def guidance_pair_loss(config: GuidanceConfig) -> Callable[[jax.Array], jax.Array]:
-    """The loss on a preference's score difference that `config.guidance_loss` names."""
-    losses: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "hinge": lambda x: pairwise_hinge(x, config.margin),
-        "logistic": pairwise_logistic,
+def pairwise_soft(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Array, "..."]:
+    """-alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x): least where sigmoid(x) = alpha."""
+    return jax.nn.softplus(x) - alpha * x
+
+
+def pairwise_informed(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Array, "..."]:
+    """(2 alpha - 1)^2 times the soft loss: a teacher that is right half the time has no say.
+
+    The soft loss alone pulls sigmoid(x) to 1/2 there, and so unlearns what interactions taught.
+    """
+    return jnp.square(2.0 * alpha - 1.0) * pairwise_soft(x, alpha)
+
+
+def guidance_pair_loss(name: str, margin: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(x, alpha) -> the loss of a preference believed by alpha, as --guidance_loss names it."""
+    losses: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+        "hinge": lambda x, alpha: alpha * pairwise_hinge(x, margin),
+        "logistic": lambda x, alpha: alpha * pairwise_logistic(x),
+        "soft": pairwise_soft,
+        "informed": pairwise_informed,
     }
-    return losses[config.guidance_loss]
+    return losses[name]
 
 
 def masked_sum(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:

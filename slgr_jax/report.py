@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 
 from slgr_jax import click_metrics
 from slgr_jax.config import EvaluationConfig, RunConfig
-from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.dataset import Dataset, Slices
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.metrics import DEFINITIONS, PartResult, Values, check_metric
+from slgr_jax.metrics import DEFINITIONS, PartResult, UserValues, Values, check_metric
 from slgr_jax.stats import compare, holm
 
 METRICS, PER_USER, PICTURE = "metrics.json", "per_user.parquet", "metrics.png"
+ROWS_PER_USER = "rows_per_user.parquet"
 MAIN_SLICES = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
 
 
@@ -41,6 +42,7 @@ class EvaluatedRun:
     rows: Mapping[str, Mapping[str, Values]] = dataclasses.field(default_factory=dict)
     """part -> slice -> metrics of labelled rows; {} with --rows=none"""
     baseline: Mapping[str, Any] | None = None  # name, settings, tuned_on, tried
+    gate: Mapping[str, Any] | None = None  # judging.judge; None without a gate
 
 
 # ------------------------------------------------------------------------ tables
@@ -161,6 +163,34 @@ def metric_rows(
     return rows
 
 
+def gate_rows(runs: Sequence[EvaluatedRun], *, bins: bool = True) -> list[dict[str, Any]]:
+    """A row per slice and gated run: mean alpha, how often the teacher is right, pairs."""
+    gated = [run for run in runs if run.gate is not None]
+    names = dict.fromkeys(
+        name for run in gated for name in (run.gate or {})["slices"] if bins or name in MAIN_SLICES
+    )
+    return [
+        {"slice": name, "run": run.label} | dict(run.gate["slices"][name])
+        for name in names
+        for run in gated
+        if run.gate is not None and name in run.gate["slices"]
+    ]
+
+
+def _gate_note(runs: Sequence[EvaluatedRun]) -> str:
+    """What the rows of `gate_rows` are, and each gate's two numbers."""
+    lines = [
+        "pairs of a test item and an item the user never chose on which the teacher has a word, "
+        "drawn as training draws preferences"
+    ]
+    for run in runs:
+        if run.gate is not None:
+            auc, error = run.gate["auc"], run.gate["calibration_error"]
+            shown = "undefined" if auc is None else f"{auc:.3f}"
+            lines.append(f"{run.label}: AUC of alpha {shown}, calibration error {error:.3f}")
+    return "\n".join(lines) + "\n"
+
+
 def list_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
     """A row per run: what only `overall` has (pooled AUC, coverage, popularity)."""
     rows = []
@@ -270,6 +300,8 @@ def metrics_json(run: EvaluatedRun) -> dict[str, Any]:
         out["rows_definitions"] = dict(click_metrics.DEFINITIONS)
     if run.baseline is not None:
         out["baseline"] = dict(run.baseline)
+    if run.gate is not None:
+        out["gate"] = dict(run.gate)
     return out | {"thresholds": thresholds(run), "definitions": dict(DEFINITIONS)}
 
 
@@ -279,22 +311,53 @@ def user_table(run: EvaluatedRun) -> pa.Table:
     Columns: part, items (all, tail, head: which relevant items count), user (external id),
     n_relevant, history (training items), cold, then the metrics (null where undefined).
     """
-    pieces = []
-    for part, result in run.parts.items():
-        for kind, table in result.users.items():
-            n = table.users.size
-            columns: dict[str, Any] = {
-                "part": pa.array([part] * n, pa.string()),
-                "items": pa.array([kind] * n, pa.string()),
-                "user": run.dataset.user_ids.take(pa.array(table.users)),
-                "n_relevant": pa.array(table.n_relevant, pa.int64()),
-                "history": pa.array(result.data.history[table.users], pa.int32()),
-                "cold": pa.array(result.data.slices.cold_users[table.users], pa.bool_()),
-            }
-            for name, values in table.values.items():
-                columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
-            pieces.append(pa.table(columns))
+    pieces = [
+        _user_rows(run.dataset, result.data.slices, part, kind, table)
+        for part, result in run.parts.items()
+        for kind, table in result.users.items()
+    ]
     return pa.concat_tables(pieces) if pieces else pa.table({})
+
+
+def _user_rows(
+    dataset: Dataset, slices: Slices, part: str, kind: str, found: UserValues
+) -> pa.Table:
+    n = found.users.size
+    columns: dict[str, Any] = {
+        "part": pa.array([part] * n, pa.string()),
+        "items": pa.array([kind] * n, pa.string()),
+        "user": dataset.user_ids.take(pa.array(found.users)),
+        "n_relevant": pa.array(found.n_relevant, pa.int64()),
+        "history": pa.array(dataset.history[found.users], pa.int32()),
+        "cold": pa.array(slices.cold_users[found.users], pa.bool_()),
+    }
+    for name, values in found.values.items():
+        columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
+    return pa.table(columns)
+
+
+def write_row_users(
+    workdir: str | os.PathLike[str],
+    dataset: Dataset,
+    slices: Slices,
+    found: Mapping[str, Mapping[str, UserValues]],
+) -> pathlib.Path:
+    """Write `rows_per_user.parquet`: the columns of `user_table`, of labelled rows.
+
+    Args:
+      workdir: the run's directory.
+      dataset, slices: what the rows are of.
+      found: part -> items (all; tail, head: only rows of such items) -> values.
+    """
+    table = pa.concat_tables(
+        [
+            _user_rows(dataset, slices, part, kind, values)
+            for part, kinds in found.items()
+            for kind, values in kinds.items()
+        ]
+    )
+    path = pathlib.Path(workdir) / ROWS_PER_USER
+    return atomically(path, lambda partial: pq.write_table(table, partial))
 
 
 def atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
@@ -380,6 +443,11 @@ def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> s
             ]
     for part in first.rows:
         out += [f"{part}: labelled rows", text_table(click_rows(runs, part))]
+    if rows := gate_rows(runs, bins=bins):
+        out += [
+            "test: how far the gate believed the teacher, and how often it was right",
+            text_table(rows) + _gate_note(runs),
+        ]
     if len(splits) > 1:
         out.append("no paired tests: the runs were trained on different splits\n")
     out += [_settings_line(run) for run in runs if run.baseline is not None]

@@ -31,15 +31,16 @@ from slgr_jax import (
     click_metrics,
     config,
     evaluate,
+    judging,
     knobs,
     objectives,
     report,
 )
 from slgr_jax.backbones import AnyBackbone, SequenceBackbone, make_backbone, reads_of
-from slgr_jax.data import batches, context, draws, labelled, schema
+from slgr_jax.data import batches, context, draws, known, labelled, schema
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data.context import HISTORY, Context
-from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.context import GRAPH, HISTORY, Context
+from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.distributed import Layout, make_layout
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.gates import make_gate
@@ -103,11 +104,12 @@ def resident_teacher(
     teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
     found: batches.TeacherLists | batches.TeacherPairs
     if teacher.manifest.kind == "preferences":
-        keep = teacher.margin >= guidance.min_gap
+        # Margins are above 0; a slice of everything is no copy.
+        keep = teacher.margin >= guidance.min_gap if guidance.min_gap > 0 else slice(None)
         found = batches.TeacherPairs(
             users=batches.host_array(teacher.users[keep], np.int32),
             items=batches.host_array(
-                np.stack([teacher.preferred, teacher.other], axis=1)[keep], np.int32
+                np.stack([teacher.preferred[keep], teacher.other[keep]], axis=1), np.int32
             ),
             margins=batches.host_array(teacher.margin[keep], np.float32),
         )
@@ -129,6 +131,69 @@ def resident_teacher(
             f"{'lower it, or ' if gap else ''}give more answers"
         )
     return found
+
+
+def resident_known(
+    run: config.RunConfig,
+    dataset: Dataset,
+    teacher: batches.TeacherLists | batches.TeacherPairs | None,
+    backbone: AnyBackbone,
+) -> tuple[batches.Known | None, Csr | None]:
+    """What a taught gate learns from, as host arrays, and the interactions left out for it.
+
+    Raises:
+      ConfigError: hidden training items that there are not, or that this backbone would see.
+      InputError: there is no known answer.
+    """
+    gate = run.gate
+    if not run.gated or not gate.taught or teacher is None:
+        return None, None
+    path = preferences.product_path(run.data, run.guidance.teacher)
+    manifest = schema.read_teacher_manifest(path)
+    hides = manifest.training_items == "hidden"
+    # A window of a history, or a graph, shows the recommender what it should not learn from.
+    able = not isinstance(backbone, SequenceBackbone) and GRAPH not in backbone.reads
+    if gate.known_answers == "hidden" and not (hides and able):
+        why = (
+            f"--backbone={run.model.backbone} would still see them in histories or its graph"
+            if hides
+            else f"teacher {run.guidance.teacher} was not asked about hidden training items (its "
+            f"manifest says training_items={manifest.training_items})"
+        )
+        raise ConfigError(f"--known_answers=hidden: {why}; use --known_answers=validation")
+    below = manifest.unlisted == "below"
+
+    def answers(source: str, hidden: Csr | None) -> batches.Known:
+        chosen = known.make_chosen(dataset, source, hidden)
+        if gate.gate == "meta":
+            return batches.Known(chosen, None)
+        return known.make_known(dataset, teacher, chosen, unlisted_below=below)
+
+    source, left_out, found = "valid", None, answers("valid", None)
+    if hides and able and gate.known_answers != "validation":
+        hidden = known.hidden_positives(dataset, *_asked(teacher))
+        asked = answers("hidden", hidden)
+        if gate.known_answers == "hidden" or asked.count > found.count:
+            source, left_out, found = "hidden", hidden, asked
+    if not found.count:
+        what = "hidden training items" if source == "hidden" else "validation interactions"
+        raise InputError(
+            f"--gate={gate.gate} learns where the answer is known, and the teacher "
+            f"{run.guidance.teacher} has no word on any of the {found.chosen.items.shape[0]} "
+            f"{what}; use another --gate, or have the teacher asked about them (launch/teach.py "
+            "candidates)"
+        )
+    return found, left_out
+
+
+def _asked(
+    teacher: batches.TeacherLists | batches.TeacherPairs,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Users and items that a teacher (host arrays) answered."""
+    if isinstance(teacher, batches.TeacherPairs):
+        return np.repeat(teacher.users, 2), np.asarray(teacher.items).ravel()
+    counts = np.diff(np.asarray(teacher.offsets))
+    return np.repeat(np.arange(counts.size), counts), np.asarray(teacher.items)
 
 
 def _reads(run: config.RunConfig, dataset: Dataset) -> frozenset[str]:
@@ -160,13 +225,14 @@ def _backbone(
 
 
 def _targets(
-    run: config.RunConfig, dataset: Dataset, backbone: AnyBackbone
+    run: config.RunConfig, dataset: Dataset, backbone: AnyBackbone, left_out: Csr | None
 ) -> batches.Targets | None:
-    """What is drawn instead of training pairs, where their time, label or number counts."""
+    """What is drawn instead of training pairs, where their time, label or number counts, or
+    where some are left out."""
     window = backbone.length if isinstance(backbone, SequenceBackbone) else 0
     loss, history = run.loss, HISTORY in backbone.reads
     pairs = not (history or loss.min_history or loss.rating_threshold)
-    if pairs and objectives.negatives_of_lane(run, window) == 1:
+    if pairs and left_out is None and objectives.negatives_of_lane(run, window) == 1:
         return None
     return batches.targets(
         dataset,
@@ -174,6 +240,7 @@ def _targets(
         history=history,
         min_history=loss.min_history,
         threshold=loss.rating_threshold,
+        left_out=left_out,
     )
 
 
@@ -184,8 +251,10 @@ def build(run: config.RunConfig, dataset: Dataset) -> tuple[Trainer, batches.Res
     native = _native(run, layout)
     backbone, found = _backbone(run, dataset, native=native)
     made = batches.interactions(dataset, run.sampler, slices.cold_users, slices.tail_items)
-    made = dataclasses.replace(made, targets=_targets(run, dataset, backbone))
-    resident = batches.Resident(made, resident_teacher(run, dataset), found)
+    teacher = resident_teacher(run, dataset)
+    answers, left_out = resident_known(run, dataset, teacher, backbone)
+    made = dataclasses.replace(made, targets=_targets(run, dataset, backbone, left_out))
+    resident = batches.Resident(made, teacher, found, answers)
     trainer = make_trainer(run, dataset, resident, layout, backbone)
     return trainer, jax.device_put(resident, layout.replicated)
 
@@ -213,11 +282,13 @@ def make_trainer(
     for name, size in (
         ("batch_size", run.sampler.batch_size),
         ("preferences_per_step", run.preferences_per_step),
+        ("known_per_step", run.known_per_step),
         ("shared_negatives", shared),
     ):
         if size % layout.devices:
             raise ConfigError(f"--{name}={size} is not a multiple of the {layout.devices} devices")
     window = backbone.length if isinstance(backbone, SequenceBackbone) else 0
+    longest = batches.longest_row(resident)
     plan = draws.Plan(
         n_items=dataset.n_items,
         drawn=resident.drawn,
@@ -225,10 +296,13 @@ def make_trainer(
         preferences=run.preferences_per_step,
         sampler=run.sampler,
         guidance=run.guidance,
-        search_steps=batches.longest_row(resident).bit_length(),
+        search_steps=longest.bit_length(),
         native=native,
         negatives=objectives.negatives_of_lane(run, window),
         shared=shared,
+        known=run.known_per_step,
+        held_out=run.gated and run.gate.gate == "meta",
+        margin_scale=batches.margin_scale(resident.teacher),
     )
     return Trainer(run, backbone, make_gate(run.gate), plan, layout)
 
@@ -293,9 +367,24 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
         if evaluation.rows != "none" and len(run.dataset.part(part)):
             made = labelled.make_rows(run.dataset, part, evaluation, run.config.loss)
             rows[part] = click_metrics.summarize_rows(made, score(scoring, made), slices)
-    found = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts, rows)
+    found = EvaluatedRun(
+        *(workdir, label, run.config, run.dataset, which, parts, rows), gate=_judged(run)
+    )
     report.write_run(found)
     return found
+
+
+def _judged(run: Run) -> dict[str, Any] | None:
+    """How well the run's gate tells where the teacher is right; None without a gate."""
+    teacher = resident_teacher(run.config, run.dataset) if run.config.gated else None
+    if teacher is None:
+        return None
+    path = preferences.product_path(run.config.data, run.config.guidance.teacher)
+    return judging.judge(
+        *(run.config, run.dataset, run.backbone, make_gate(run.config.gate)),
+        *(run.scoring("test"), teacher),
+        unlisted_below=schema.read_teacher_manifest(path).unlisted == "below",
+    )
 
 
 def recorded(workdir: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.access import Lanes, lane_ids, lane_scores
+from slgr_jax.access import Dropout, Lanes, lane_ids, lane_scores
 from slgr_jax.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.backbones.base import item_tables
 from slgr_jax.data.context import Context, Queries
@@ -56,13 +56,15 @@ def moments(context: Context, part: str) -> Any:
     return histories.trained
 
 
-def pair_scores(backbone: AnyBackbone, scoring: Scoring, lanes: Lanes) -> Float[Array, "B C"]:
-    """Logits of candidates, from whole tables."""
+def pair_scores(
+    backbone: AnyBackbone, scoring: Scoring, lanes: Lanes, dropout: Dropout = None
+) -> Float[Array, "B C"]:
+    """Logits of candidates, from whole tables; of a stochastic pass with `dropout`."""
     serving, context = scoring.serving, scoring.context
     rows = {
         side: _rows(serving.values, ids) for side, ids in lane_ids(backbone, context, lanes).items()
     }
-    return lane_scores(backbone, serving.params, rows, context, lanes, None)
+    return lane_scores(backbone, serving.params, rows, context, lanes, dropout)
 
 
 # Rows that one call scores; the last chunk is filled up.

@@ -100,6 +100,22 @@ def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) 
     return (extreme + 1) / (resamples + 1)
 
 
+def t_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of `values` [n]: mean -+ t_{n-1} sd / sqrt(n).
+
+    NaNs with fewer than two.
+    """
+    from scipy import stats as scipy_stats
+
+    x = np.asarray(values, np.float64)
+    if not 0 < level < 1:
+        raise ConfigError(f"level={level} must be between 0 and 1")
+    if x.size < 2:
+        return float("nan"), float("nan")
+    half = scipy_stats.t.ppf((1 + level) / 2, x.size - 1) * np.std(x, ddof=1) / np.sqrt(x.size)
+    return float(np.mean(x) - half), float(np.mean(x) + half)
+
+
 def bootstrap_interval(
     differences: np.ndarray, *, level: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> tuple[float, float]:

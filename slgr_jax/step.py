@@ -4,7 +4,7 @@
     batch   = draw(key)                        B triples (u, i, j), G preferences (u, a, b)
     rows    = lookup(tables, ids(batch))
     loss    = mean_B rec(s_ui, s_uj) + l2/2 mean_B |rows of the triple|^2
-              + lambda mean_G [alpha * pair(s_ua - s_ub) + gate objective]
+              + lambda mean_G pair(s_ua - s_ub, alpha) + what teaches the gate (supervision.py)
     params  = optax Adam on the mean loss
     tables  = row optimiser on B times the mean loss, i.e. on the sum over the batch
 
@@ -37,11 +37,13 @@ from slgr_jax.config import RunConfig
 from slgr_jax.data import batches, draws
 from slgr_jax.data.context import Context
 from slgr_jax.distributed import Layout
-from slgr_jax.guidance import pairwise
+from slgr_jax.supervision import Seen, Supervision
 
 Sums = dict[str, jax.Array]
-# What is folded into a step's key for the rounding of table rows; far above any device's number.
+# What is folded into a step's key for the rounding of table rows and for what teaches a gate; far
+# above any device's number.
 _ROUNDING = 1 << 31
+_FOR_ANSWERS = _ROUNDING + 1
 # The number of the pass whose dropout all lanes share (a graph's edges).
 _SHARED_PASS = 2
 # Lanes (triples and preferences) drawn at once: enough that XLA's overhead per operation is small,
@@ -53,6 +55,7 @@ SUM_NAMES = (
     "loss",
     "rec_loss",
     "guidance_loss",
+    "gate_loss",
     "accuracy",
     "alpha",
     "agreement",
@@ -106,9 +109,24 @@ class Trainer:
         return self.plan.preferences > 0
 
     @property
+    def gated(self) -> bool:
+        return self.guided and self.config.gated
+
+    @property
+    def supervision(self) -> Supervision:
+        """What guidance adds to the loss."""
+        return Supervision(
+            *(self.config, self.gate, self.access, self.layout, self.plan.margin_scale)
+        )
+
+    @property
     def optimizer(self) -> optax.GradientTransformation:
         """Adam for dense parameters; no weight decay, the gate least of all."""
-        return optax.adam(self.config.optimizer.dense_lr)
+        dense = optax.adam(self.config.optimizer.dense_lr)
+        if not self.gated:
+            return dense
+        each = {"backbone": dense, "gate": optax.adam(self.config.gate_lr)}
+        return optax.multi_transform(each, {name: name for name in each})
 
     @property
     def row_optimizer(self) -> tables.RowOptimizer:
@@ -122,19 +140,20 @@ class Trainer:
     @property
     def access(self) -> Access:
         """Dot products where the CPU kernels can serve them all, rows otherwise."""
-        backbone, objective, native = self.backbone, self.objective, self.plan.native
+        backbone, objective, plan = self.backbone, self.objective, self.plan
         simple = isinstance(objective, objectives.Pairs) and objective.merged
         if (
-            native
+            plan.native
             and simple
             and isinstance(backbone, DotBackbone)
             and backbone.factor_model is not None
             and backbone.dropout == 0
             and self.config.optimizer.table_dtype == "float32"
+            and not plan.held_out  # a look-ahead step needs the rows
         ):
             width = backbone.tables[backbone.factor_model.user_table].width
             return Factors(backbone.factor_model, width, self.row_optimizer)
-        return Rows(backbone, self.row_optimizer, self.layout, native)
+        return Rows(backbone, self.row_optimizer, self.layout, plan.native)
 
     @property
     def drawn_together(self) -> int:
@@ -164,7 +183,7 @@ def init_state(trainer: Trainer, seed: int) -> TrainState:
     def dense(key: jax.Array) -> tuple[dict[str, Any], Any]:
         for_backbone, for_gate = jax.random.split(key)
         params: dict[str, Any] = {"backbone": trainer.backbone.init(for_backbone), "gate": {}}
-        if trainer.guided:
+        if trainer.gated:
             params["gate"] = trainer.gate.init(for_gate, gates.empty_inputs()).get("params", {})
         return params, trainer.optimizer.init(params)
 
@@ -280,7 +299,17 @@ def _local_step(
         batch = batch.replace(shared=layout.gather_over_all(batch.shared))  # type: ignore[attr-defined]
     reads = trainer.objective.reads(batch, context)
     leaves = access.read(state_tables, context, reads)
-    part = _Part(batch, reads, interactions, context, key)
+    for_pass, for_gate = jax.random.split(key)
+    for_answers = jax.random.fold_in(key, _FOR_ANSWERS)
+    seen = Seen()
+    if trainer.gated:
+        rate = trainer.backbone.dropout
+        dropout = (rate, jax.random.fold_in(for_answers, 1)) if rate > 0 else None
+        seen = trainer.supervision.see(
+            *(state_tables, params["backbone"], batch, context, interactions.facts),
+            *(dropout, for_answers),
+        )
+    part = _Part(batch, reads, interactions, context, seen, for_pass, for_gate)
 
     def objective(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Sums]:
         return _objective(trainer, params, leaves, part)
@@ -320,7 +349,9 @@ class _Part:
     reads: Reads
     interactions: batches.Interactions
     context: Context
-    key: jax.Array
+    seen: Seen
+    for_pass: jax.Array
+    for_gate: jax.Array
 
 
 def _objective(
@@ -332,11 +363,10 @@ def _objective(
     """
     config, access, objective = trainer.config, trainer.access, trainer.objective
     batch, rate, layout = part.batch, trainer.backbone.dropout, trainer.layout
-    for_pass, for_gate = jax.random.split(part.key)
     own = params["backbone"]
     inputs = objectives.Inputs(
         *(batch, part.context, part.interactions, own),
-        *(rate, config.loss.negatives_per_positive, for_pass),
+        *(rate, config.loss.negatives_per_positive, part.for_pass),
     )
     view = access.view(own, leaves, part.context, part.reads, inputs.pass_(_SHARED_PASS))
     learned = objective.learn(view, inputs)
@@ -355,9 +385,7 @@ def _objective(
         **counts,
         "rec_loss": rec,
         "accuracy": learned.right * per_triple,
-        "guidance_loss": jnp.float32(0.0),
-        "alpha": jnp.float32(0.0),
-        "agreement": jnp.float32(0.0),
+        **dict.fromkeys(("guidance_loss", "gate_loss", "alpha", "agreement"), jnp.float32(0.0)),
     }
     if not trainer.guided:
         return rec + penalty, sums
@@ -367,29 +395,26 @@ def _objective(
         again = access.view(own, leaves, part.context, part.reads, (rate, key))
         return again.scores(objectives.PREFERENCES, (rate, key))
 
-    facts = part.interactions.facts
-    seen = pairwise.gate_inputs(config.gate, scores, stochastic, batch, facts, for_gate)
-    found = pairwise.selective(
-        trainer.gate, params["gate"], seen, scores[:, 0] - scores[:, 1], config.guidance
+    added = trainer.supervision.add(
+        *(params["gate"], scores, stochastic, batch, part.interactions.facts),
+        *(part.seen, part.for_gate),
     )
-    weights = batch.pref_weights
-    per_preference = 1.0 / jnp.maximum(counts["preferences"], 1.0)
-    guidance = losses.masked_sum(found.loss, weights) * per_preference
-    sums["guidance_loss"] = guidance
-    sums["alpha"] = losses.masked_sum(found.alpha, weights) * per_preference
-    sums["agreement"] = losses.masked_sum(found.agrees, weights) * per_preference
-    return rec + penalty + config.guidance.weight * guidance, sums
+    sums |= {"guidance_loss": added.guidance, "gate_loss": added.gate}
+    sums |= {"alpha": added.alpha, "agreement": added.agreement}
+    return rec + penalty + config.guidance.weight * added.guidance + added.gate, sums
 
 
 @struct.dataclass
 class ServingState:
     """What scoring needs: values without optimiser slots, and the backbone's parameters.
 
-    The values of a backbone that propagates whole tables are what they become on the graph.
+    The values of a backbone that propagates whole tables are what they become on the graph. The
+    gate's parameters serve nothing: they say, in reports, how far the teacher was believed.
     """
 
     params: dict[str, Any]
     values: dict[str, jax.Array]
+    gate: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_serving_state(trainer: Trainer) -> Callable[[TrainState, Context], ServingState]:
@@ -404,6 +429,6 @@ def make_serving_state(trainer: Trainer) -> Callable[[TrainState, Context], Serv
         }
         if isinstance(backbone, DotBackbone) and backbone.whole:
             values = backbone.propagate(params, values, context)
-        return ServingState(params, values)
+        return ServingState(params, values, state.params["gate"])
 
     return jax.jit(pick)

@@ -201,3 +201,49 @@ def test_an_empty_slice_has_none():
     expected = {"auc": None, "log_loss": None, "gauc": None, "n": 0, "n_positives": 0}
     assert found["cold_rows"] == expected
     assert found["warm_rows"] == found["overall"]
+
+
+def test_bins_by_hand():
+    # Users 0, 1, 2 have 2, 5, 9 training items; items 0, 1 have 4, 20 training users.
+    users, items = np.array([0, 1, 2, 2]), np.array([1, 0, 0, 1])
+    rows = LabelledRows(users, items, np.ones(4), np.array([1.0, 0, 1, 0]))
+    found = click_metrics.bin_slices(rows, np.array([2, 5, 9]), np.array([4, 20]), (5, 8), (4,))
+    assert {name: np.flatnonzero(chosen).tolist() for name, chosen in found.items()} == {
+        "history<=5": [0, 1],
+        "history 6-8": [],
+        "history>8": [2, 3],
+        "popularity<=4": [1, 2],
+        "popularity>4": [0, 3],
+    }
+
+
+def test_the_auc_of_each_user_makes_up_gauc():
+    rows, scores, slices = world(5, n=200)
+    keep = slices.tail_items[rows.items]
+    for chosen in (None, keep):
+        found = click_metrics.per_user(rows, scores, chosen)
+        mask = np.ones(len(rows), bool) if chosen is None else chosen
+        assert found.users.tolist() == sorted(set(rows.users[mask].tolist()))
+        weights = []
+        for user, value, positives in zip(
+            found.users, found.values["auc"], found.n_relevant, strict=True
+        ):
+            mine = mask & (rows.users == user)
+            weights.append(mine.sum())
+            assert positives == rows.labels[mine].sum()
+            if 0 < positives < mine.sum():
+                assert value == pytest.approx(roc_auc_score(rows.labels[mine], scores[mine]))
+            else:
+                assert math.isnan(value)
+        there = ~np.isnan(found.values["auc"])
+        assert 0 < there.sum() < there.size
+        mean = np.average(found.values["auc"][there], weights=np.array(weights)[there])
+        expected = click_metrics.gauc(scores[mask], rows.labels[mask], rows.users[mask])
+        assert mean == pytest.approx(expected, abs=1e-14)
+    # A model that has diverged for one user says nothing of that user, and all of the others.
+    broken = np.where(rows.users == rows.users[0], np.nan, scores).astype(np.float32)
+    values = click_metrics.per_user(rows, broken).values["auc"]
+    whole = click_metrics.per_user(rows, scores)
+    assert np.isnan(values[whole.users == rows.users[0]]).all()
+    others = whole.users != rows.users[0]
+    np.testing.assert_array_equal(values[others], whole.values["auc"][others])

@@ -26,7 +26,7 @@ from slgr_jax.gates import make_gate
 from slgr_jax.tables import make_row_optimizer
 
 RUN_SECTIONS = tuple(config.sections().values())
-SECTIONS = (config.PrepareConfig, config.TeachConfig, *RUN_SECTIONS)
+SECTIONS = (config.PrepareConfig, *config.TEACH_SECTIONS, *RUN_SECTIONS)
 KNOBS = [(section, field) for section in SECTIONS for field in dataclasses.fields(section)]
 IDS = [f"{section.__name__}.{field.name}" for section, field in KNOBS]
 
@@ -54,7 +54,7 @@ def test_every_knob_is_described_and_keeps_its_range(section, field):
 
 
 def test_flag_names_are_distinct_within_a_command():
-    for sections in ((config.PrepareConfig,), (config.TeachConfig,), RUN_SECTIONS):
+    for sections in ((config.PrepareConfig,), config.TEACH_SECTIONS, RUN_SECTIONS):
         names = [knobs.flag_name(f) for section in sections for f in dataclasses.fields(section)]
         assert len(set(names)) == len(names)
 
@@ -96,7 +96,7 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
 
 
 # Where not every value goes with those that the other knobs are changed to.
-_FITTING = {"loss": "bce", "negatives": "popularity"}
+_FITTING = {"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,slices"}
 
 
 def _changed(section: type) -> object:
@@ -110,7 +110,7 @@ def _changed(section: type) -> object:
         elif isinstance(default, bool):
             values[field.name] = not default
         elif isinstance(default, str):
-            values[field.name] = f'{default}é "x"'
+            values[field.name] = _FITTING.get(field.name, f'{default}é "x"')
         elif isinstance(default, tuple):
             values[field.name] = (*default, 1000)
         elif isinstance(default, int):

@@ -14,12 +14,12 @@ import pytest
 from absl import flags as absl_flags
 
 from slgr_jax import config, flags, knobs
-from slgr_jax.config import PrepareConfig, RunConfig, TeachConfig
+from slgr_jax.config import TEACH_SECTIONS, PrepareConfig, RunConfig
 from slgr_jax.errors import ConfigError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 RUN_SECTIONS = tuple(config.sections().values())
-COMMANDS = {"prepare": (PrepareConfig,), "teach": (TeachConfig,), "train": RUN_SECTIONS}
+COMMANDS = {"prepare": (PrepareConfig,), "teach": TEACH_SECTIONS, "train": RUN_SECTIONS}
 
 
 @pytest.fixture(params=COMMANDS)

@@ -9,21 +9,22 @@ import pytest
 from scipy import stats as sps
 from scipy.special import expit
 
-from slgr_jax import gates
-from slgr_jax.config import GateConfig, GuidanceConfig
+from slgr_jax import gates, losses
+from slgr_jax.config import GATE_INPUTS, GateConfig
 from slgr_jax.guidance import pairwise
 
 
 def _inputs(count: int = 64, seed: int = 0) -> gates.GateInputs:
     rng = np.random.default_rng(seed)
     return gates.GateInputs(
-        history=jnp.asarray(rng.integers(0, 50, count), jnp.int32),
-        popularity=jnp.asarray(rng.integers(0, 50, (count, 2)), jnp.int32),
+        history=jnp.asarray(rng.normal(size=count), jnp.float32),
+        popularity=jnp.asarray(rng.normal(size=(count, 2)), jnp.float32),
         cold=jnp.asarray(rng.integers(0, 2, count), jnp.float32),
         tail=jnp.asarray(rng.integers(0, 2, (count, 2)), jnp.float32),
         uncertainty=jnp.asarray(rng.uniform(size=(count, 2)), jnp.float32),
         score_margin=jnp.asarray(rng.normal(size=count), jnp.float32),
         teacher_margin=jnp.asarray(rng.uniform(size=count), jnp.float32),
+        fold=jnp.asarray(rng.integers(0, 2, count), jnp.int32),
     )
 
 
@@ -54,10 +55,11 @@ def test_paper_gate_starts_at_one_half_with_four_parameters():
 
 def test_paper_gate_can_only_fall():
     """PAPER 4.3: each term of its gradient is >= 0, so descent never raises w or b."""
-    gate, config = gates.PaperGate(), GuidanceConfig()
+    gate, pair_loss = gates.PaperGate(), losses.guidance_pair_loss("hinge", 1.0)
 
     def loss(params, inputs, difference):
-        return jnp.sum(pairwise.selective(gate, params, inputs, difference, config).loss)
+        alpha = gate.apply({"params": params}, inputs)
+        return jnp.sum(pairwise.guided(alpha, difference, pair_loss).loss)
 
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -97,3 +99,77 @@ def test_uncertainties_match_their_formulas():
     samples = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
     expected = 4 * expit(samples.astype(np.float64)).var(axis=0)
     np.testing.assert_allclose(gates.dropout_uncertainty(samples), expected, rtol=1e-4)
+
+
+def _columns(inputs, names):
+    """z of a logistic gate, column by column, in the order of the knob's help."""
+    found = {
+        "margin": [inputs.score_margin],
+        "history": [inputs.history],
+        "popularity": list(inputs.popularity.T),
+        "uncertainty": list(inputs.uncertainty.T),
+        "teacher": [inputs.teacher_margin],
+        "slices": [inputs.cold, *inputs.tail.T],
+    }
+    return np.stack([column for name in names for column in found[name]], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "hidden"), [(GATE_INPUTS, 0), (("history", "popularity", "teacher"), 3)]
+)
+def test_logistic_gate_is_a_sigmoid_of_its_inputs_by_fold(names, hidden):
+    inputs = _inputs()
+    gate = gates.LogisticGate(names, hidden)
+    params = gate.init(jax.random.key(0), gates.empty_inputs())["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    z = _columns(jax.tree.map(lambda x: np.asarray(x, np.float64), inputs), names)
+    logit = []
+    for row, fold in zip(z, inputs.fold, strict=True):
+        value = params["weight"][fold] @ row + params["bias"][fold]
+        if hidden:
+            value += params["outer"][fold] @ np.tanh(np.asarray(params["inner"][fold]).T @ row)
+        logit.append(float(value))
+    found = gate.apply({"params": params}, inputs)
+    np.testing.assert_allclose(found, expit(logit), rtol=1e-4)
+
+
+def test_a_taught_gate_starts_at_the_recommenders_own_belief():
+    inputs = _inputs()
+    for names, expected in (
+        (("margin", "history"), expit(np.asarray(inputs.score_margin))),
+        (("history", "teacher"), np.full(64, 0.5)),
+    ):
+        gate = gates.LogisticGate(names, 4)
+        variables = gate.init(jax.random.key(0), gates.empty_inputs())
+        np.testing.assert_allclose(gate.apply(variables, inputs), expected, rtol=1e-5)
+
+
+def test_folds_are_two_halves_that_do_not_follow_the_index():
+    fold = np.asarray(gates.folds(jnp.arange(10_000)))
+    assert set(fold.tolist()) == {0, 1}
+    assert abs(fold.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(fold[1:], fold[:-1])[0, 1]) < 0.03
+    assert abs(np.corrcoef(fold, np.arange(10_000))[0, 1]) < 0.03
+
+
+def test_budget_penalty_has_the_value_and_the_gradient_of_the_squared_gap():
+    config = GateConfig(gate="budget", budget=0.3, budget_weight=2.0)
+    alpha = jnp.asarray(np.random.default_rng(0).uniform(size=50), jnp.float32)
+
+    def plain(alpha):
+        return 2.0 * (jnp.mean(alpha) - 0.3) ** 2
+
+    def ours(alpha):
+        mean = jax.lax.stop_gradient(jnp.mean(alpha))
+        return jnp.mean(gates.budget_penalty(alpha, mean, config))
+
+    assert float(ours(alpha)) == pytest.approx(float(plain(alpha)), rel=1e-4)
+    np.testing.assert_allclose(jax.grad(ours)(alpha), jax.grad(plain)(alpha), rtol=1e-4)
+
+
+def test_calibration_loss_is_cross_entropy():
+    logit, right = np.array([-3.0, 0.0, 2.0]), np.array([1.0, 0.0, 1.0])
+    p = expit(logit)
+    expected = -right * np.log(p) - (1 - right) * np.log(1 - p)
+    np.testing.assert_allclose(gates.calibration_loss(logit, right), expected, rtol=1e-5)

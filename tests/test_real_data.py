@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from slgr_jax.config import ScoreConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.teacher import preferences, scorers
 
@@ -179,7 +180,8 @@ def test_lusifer_teacher_names_training_pairs_only(tmp_path):
 )
 def test_local_teacher_beats_chance_on_movielens(tmp_path):
     data, _ = build("ml100k_lusifer", tmp_path)
-    share = scorers.held_in_accuracy(data, scorers.make("wordllama"))
+    scorer = scorers.make(data, ScoreConfig(scorer="wordllama"))
+    share = scorers.held_in_accuracy(data, scorer)
     # Chance .5; popularity alone has .59 against negatives drawn by popularity.
     assert share["popular"] > 0.64
     assert share["uniform"] > 0.64

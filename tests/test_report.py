@@ -20,6 +20,7 @@ import worlds
 from slgr_jax import evaluate, picture, report, train
 from slgr_jax.config import EvaluationConfig, SamplerConfig, SliceConfig, TrainConfig
 from slgr_jax.errors import ConfigError
+from slgr_jax.metrics import UserValues
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch" / "evaluate.py"
@@ -101,6 +102,26 @@ def test_an_undefined_value_is_null_in_the_table(tmp_path):
     table = report.user_table(dataclasses.replace(run, parts={"test": result}))
     assert table["auc"].null_count == 1
     assert table["auc"][2].as_py() is None
+
+
+def test_users_of_labelled_rows_are_written_like_users_of_a_ranking(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "data")
+    slices = dataset.slices(SliceConfig())
+    users = np.array([3, 0, 7], np.int32)
+    some = UserValues(users, np.array([1, 2, 1]), {"auc": np.array([0.5, np.nan, 1.0])})
+    one = UserValues(users[:1], np.array([1]), {"auc": np.array([0.25])})
+    path = report.write_row_users(
+        tmp_path / "run", dataset, slices, {"test": {"all": some, "tail": one}}
+    )
+    assert path == tmp_path / "run" / "rows_per_user.parquet"
+    found = pq.read_table(path).to_pylist()
+    assert [(row["items"], row["user"], row["auc"]) for row in found] == [
+        *(("all", "u3", 0.5), ("all", "u0", None), ("all", "u7", 1.0), ("tail", "u3", 0.25)),
+    ]
+    assert {row["part"] for row in found} == {"test"}
+    assert [row["n_relevant"] for row in found] == [1, 2, 1, 1]
+    assert [row["cold"] for row in found[:3]] == slices.cold_users[users].tolist()
+    assert [row["history"] for row in found[:3]] == dataset.history[users].tolist()
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

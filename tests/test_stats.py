@@ -30,6 +30,17 @@ def test_paired_t_of_constant_differences():
     assert np.isnan(stats.paired_t(np.array([1.0])))
 
 
+@pytest.mark.parametrize(("n", "level"), [(2, 0.95), (10, 0.95), (10, 0.5)])
+def test_t_interval_equals_scipy(n, level):
+    x = np.random.default_rng(n).normal(size=n) + 0.3
+    expected = scipy_stats.t.interval(level, n - 1, x.mean(), scipy_stats.sem(x))
+    assert stats.t_interval(x, level=level) == pytest.approx(expected)
+    assert stats.t_interval(np.full(5, 0.25)) == (0.25, 0.25)
+    assert np.isnan(stats.t_interval(x[:1])).all()
+    with pytest.raises(ConfigError, match="level=0"):
+        stats.t_interval(x, level=0.0)
+
+
 def test_wilcoxon_equals_scipy_and_ignores_zeros():
     a, b = sample(30)
     expected = scipy_stats.wilcoxon(a - b).pvalue

@@ -25,9 +25,13 @@ LOSSES_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(CLICK_BACKBONES, ("bce", "bpr")),
 }
 ROWS = ("none", "sampled", "rated")
-GUIDANCE = ("none", "selective")
-GUIDANCE_LOSSES = ("hinge", "logistic")
-GATES = ("paper", "constant", "rule")
+GUIDANCE = ("none", "selective", "pointwise")
+GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "informed")
+GATES = ("paper", "constant", "rule", "budget", "calibrated", "meta")
+# Gates that are taught by interactions which the recommender does not learn from.
+TAUGHT_GATES = ("calibrated", "meta")
+GATE_INPUTS = ("margin", "history", "popularity", "uncertainty", "teacher", "slices")
+KNOWN_ANSWERS = ("auto", "validation", "hidden")
 UNCERTAINTIES = ("confidence", "entropy", "dropout")
 NEGATIVES = ("uniform", "popularity", "in_batch")
 KERNELS = ("auto", "native", "xla")
@@ -194,12 +198,20 @@ class SamplerConfig(Section):
 class GuidanceConfig(Section):
     """What the teacher's preferences do to the loss."""
 
-    guidance: str = knob("none", "use of the teacher in training", choices=GUIDANCE)
+    guidance: str = knob(
+        "none",
+        "use of the teacher in training; selective = gated preferences; pointwise = squared error "
+        "of sigmoid(score) and the teacher's score, scaled to [0, 1], without a gate",
+        choices=GUIDANCE,
+    )
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
     weight: float = knob(0.1, "weight of the guidance loss", flag="lambda", minimum=0)
     guidance_loss: str = knob(
-        "hinge",
-        "pairwise loss on x = s_ua - s_ub: hinge max(0, margin - x), logistic log(1 + exp(-x))",
+        "auto",
+        "pairwise loss on x = s_ua - s_ub: hinge max(0, margin - x), logistic log(1 + exp(-x)), "
+        "both times alpha; soft -alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x); informed = "
+        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; auto = "
+        "informed for gate=calibrated, else hinge (the paper's)",
         choices=GUIDANCE_LOSSES,
     )
     margin: float = knob(1.0, "hinge: margin m on logits", above=0)
@@ -231,21 +243,71 @@ class GateConfig(Section):
 
     gate: str = knob(
         "paper",
-        "paper = sigmoid(w.[cold, tail, q] + b), learned; constant = --alpha; rule = 1 on "
-        "cold users or tail items, else 0",
+        "paper = sigmoid(w.[cold, tail, q] + b), learned from the guidance loss; budget = the same "
+        "with the mean of alpha held at --budget; constant = --alpha; rule = 1 on cold users or "
+        "tail items, else 0; calibrated = P(the teacher is right), learned where the answer is "
+        "known; meta = what lowers the loss of known interactions after a look-ahead step",
         choices=GATES,
     )
     alpha: float = knob(
         1.0, "gate=constant: 1 is global distillation, 0 is none", minimum=0, maximum=1
     )
+    budget: float = knob(0.3, "gate=budget: rho, the mean of alpha", minimum=0, maximum=1)
+    budget_weight: float = knob(
+        10.0, "gate=budget: weight of (mean alpha - rho)^2 beside the gated loss", minimum=0
+    )
+    gate_lr: float = knob(
+        0.0,
+        "Adam learning rate of the gate; 0 = 0.02 for calibrated and meta, else dense_lr",
+        minimum=0,
+    )
+    gate_inputs: str = knob(
+        "history,popularity,teacher",
+        "gate=calibrated, meta: what the gate reads: history and popularity (log counts), teacher "
+        "(its margin), slices (cold, tail), uncertainty (q of both items), margin (the "
+        "recommender's own s_ua - s_ub). With the last two a soft loss aims at what the "
+        "recommender already believes, which benchmarks/LOG.md found to help less",
+    )
+    gate_hidden: int = knob(
+        16, "gate=calibrated, meta: width of a hidden layer beside the linear one", minimum=0
+    )
+    known_answers: str = knob(
+        "auto",
+        "gate=calibrated, meta: where the right answer is known; validation = validation "
+        "interactions, cross-fitted over two halves of the users; hidden = training items that "
+        "were hidden from the teacher, and are then not trained on; auto = where the teacher has "
+        "a word on more of them",
+        choices=KNOWN_ANSWERS,
+    )
+    known_per_step: int = knob(
+        0, "gate=calibrated: known answers drawn per step; 0 = half the preferences", minimum=0
+    )
     uncertainty: str = knob(
         "entropy",
-        "q of gate=paper: confidence 2(1 - max(p, 1-p)), entropy H(p)/ln 2, dropout "
-        "4 Var(p) over dropout_samples passes; p = sigmoid(score)",
+        "q, read by paper, budget and --gate_inputs: confidence 2(1 - max(p, 1-p)), entropy "
+        "H(p)/ln 2, dropout 4 Var(p) over dropout_samples passes; p = sigmoid(score)",
         choices=UNCERTAINTIES,
     )
     dropout_samples: int = knob(5, "uncertainty=dropout: stochastic passes", minimum=2)
     dropout_rate: float = knob(0.2, "uncertainty=dropout: dropout rate", above=0, below=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.input_names if name not in GATE_INPUTS]
+        if unknown or not self.input_names:
+            raise ConfigError(
+                f"--gate_inputs={self.gate_inputs}: choose from {listing(GATE_INPUTS)}"
+            )
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What --gate_inputs names."""
+        return tuple(name for name in self.gate_inputs.split(",") if name)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the gate is taught by known answers."""
+        return self.gate in TAUGHT_GATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,10 +418,10 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.guidance.guidance == "selective" and not self.guidance.teacher:
+        if self.guidance.guidance != "none" and not self.guidance.teacher:
             raise ConfigError(
-                "--guidance=selective needs --teacher=NAME, a product under DATA/teacher "
-                "(make one with launch/teach.py)"
+                f"--guidance={self.guidance.guidance} needs --teacher=NAME, a product under "
+                "DATA/teacher (make one with launch/teach.py)"
             )
         if self.guidance.guidance == "none" and self.guidance.teacher:
             raise ConfigError(
@@ -405,6 +467,31 @@ class RunConfig:
         """The recommendation loss, with `auto` resolved."""
         chosen = self.loss.loss
         return LOSSES_OF[self.model.backbone][0] if chosen == "auto" else chosen
+
+    @property
+    def guidance_loss_name(self) -> str:
+        """The pairwise loss on preferences, with `auto` resolved."""
+        chosen = self.guidance.guidance_loss
+        if chosen != "auto":
+            return chosen
+        return "informed" if self.gate.gate == "calibrated" else "hinge"
+
+    @property
+    def gated(self) -> bool:
+        """Whether preferences go through a gate."""
+        return self.guidance.guidance == "selective"
+
+    @property
+    def gate_lr(self) -> float:
+        """Adam learning rate of the gate, with 0 resolved."""
+        return self.gate.gate_lr or (0.02 if self.gate.taught else self.optimizer.dense_lr)
+
+    @property
+    def known_per_step(self) -> int:
+        """K: known answers drawn per step; 0 unless the gate is calibrated."""
+        if not self.gated or self.gate.gate != "calibrated":
+            return 0
+        return self.gate.known_per_step or max(1, self.preferences_per_step // 2)
 
     @property
     def preferences_per_step(self) -> int:

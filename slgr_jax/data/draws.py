@@ -23,8 +23,12 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
 from slgr_jax.data.batches import (
+    Chosen,
     Excluded,
     Interactions,
+    Known,
+    KnownLists,
+    KnownPairs,
     Resident,
     Targets,
     TeacherLists,
@@ -39,6 +43,28 @@ IN_BATCH_TRIES = 8
 
 
 @struct.dataclass
+class Answers:
+    """K pairs on which the teacher has a word, and whether it is right; weight 0: none drawn.
+
+    `items` is (preferred by the teacher, other).
+    """
+
+    queries: Queries
+    items: Int[Array, "K 2"]
+    margins: Float[Array, "K"]
+    right: Float[Array, "K"]
+    weights: Float[Array, "K"]
+
+
+@struct.dataclass
+class HeldOut:
+    """For each preference an item that its user chose, and one not; weight 0: there is none."""
+
+    items: Int[Array, "G 2"]
+    weights: Float[Array, "G"]
+
+
+@struct.dataclass
 class Batch:
     """What one step trains on; `draw` adds a leading axis S of steps to every field.
 
@@ -50,6 +76,9 @@ class Batch:
       shared: [N] negatives that all lanes share; None where each has its own.
       pref_queries: [G]; pref_items: [G, 2] (preferred, other); pref_margins: [G] teacher's score
         difference; pref_weights: [G].
+      pref_targets: [G, 2] the teacher's scores, scaled to [0, 1]; None unless they are learned.
+      known: answers that a gate is calibrated on; None where no gate is.
+      held_out: of each preference's user, for a gate that looks ahead; None where none does.
     """
 
     queries: Queries
@@ -61,6 +90,9 @@ class Batch:
     pref_items: Int[Array, "G 2"]
     pref_margins: Float[Array, "G"]
     pref_weights: Float[Array, "G"]
+    pref_targets: Float[Array, "G 2"] | None = None
+    known: Answers | None = None
+    held_out: HeldOut | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +109,9 @@ class Plan:
     native: bool = False  # whether the CPU kernels search
     negatives: int = 1  # of each lane: C - 1
     shared: int = 0  # negatives that the lanes of a step share
+    known: int = 0  # answers that the gate is calibrated on
+    held_out: bool = False  # whether each preference comes with held-out items of its user
+    margin_scale: float = 1.0  # a typical teacher margin, in which gates read them
 
 
 def below(bits: UInt32[Array, "..."], bound: Int[Array, "..."] | int) -> Int[Array, "..."]:
@@ -325,6 +360,108 @@ def _from_lists(
     return users, items, margins, weights
 
 
+def draw_scored(
+    keys: jax.Array, teacher: TeacherLists, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Float[Array, "S G 2"]]:
+    """G times two scored items of one user: as `draw_preferences`, and the scores in [0, 1].
+
+    The first is a listed item, uniformly; the second another of the list or, for teachers whose
+    unlisted items rank below, one outside list and positives, of score 0.
+    """
+    words = random_words(keys, 3, plan.preferences)
+    chosen = below(words[0], teacher.users.shape[0])
+    entry, users = teacher.entries[chosen], teacher.users[chosen]
+    start = teacher.offsets[users]
+    partner = start + below(words[1], teacher.offsets[users + 1] - start)
+    items = teacher.items[jnp.stack([entry, partner], axis=-1)]
+    scores = teacher.scores[jnp.stack([entry, partner], axis=-1)]
+    weights = jnp.ones(users.shape, jnp.float32)
+    if teacher.unlisted is not None:
+        outside, weights = draw_outside(words[2], users, teacher.unlisted, None, plan)
+        items = items.at[..., 1].set(outside.astype(jnp.int32))
+        scores = scores.at[..., 1].set(teacher.floor)
+    size = max(teacher.ceiling - teacher.floor, 1e-12)
+    targets = (scores - teacher.floor) / size
+    return users, items, jnp.zeros_like(weights), weights, targets
+
+
+def draw_answers(
+    keys: jax.Array,
+    known: Known,
+    teacher: TeacherLists | TeacherPairs,
+    plan: Plan,
+) -> Answers:
+    """K known answers a step, [S, K], distributed as preferences are."""
+    assert known.answers is not None
+    bits = random_words(keys, 4, plan.known)
+    place = below(bits[0], known.count)
+    if isinstance(known.answers, KnownPairs):
+        chosen = known.answers.pairs[place]
+        until = known.answers.until[place]
+        return Answers(
+            Queries(teacher.users[chosen], until),
+            teacher.items[chosen],
+            teacher.margins[chosen],  # type: ignore[union-attr]
+            known.answers.right[place].astype(jnp.float32),
+            jnp.ones(chosen.shape, jnp.float32),
+        )
+    assert isinstance(teacher, TeacherLists)
+    return _answers_from_lists(bits, place, known.chosen, known.answers, teacher, plan)
+
+
+def _answers_from_lists(
+    bits: jax.Array,
+    place: Int[Array, "S K"],
+    chosen: Chosen,
+    answers: KnownLists,
+    teacher: TeacherLists,
+    plan: Plan,
+) -> Answers:
+    at, entry = answers.chosen[place], answers.entry[place]
+    users, positive = chosen.users[at], chosen.items[at]
+    listed = entry >= 0
+    start = answers.other_offsets[users]
+    count = answers.other_offsets[users + 1] - start
+    other = answers.others.at[start + below(bits[1], count)].get(mode="clip")
+    own, others = teacher.scores[jnp.maximum(entry, 0)], teacher.scores[other]
+    gap, least = own - others, plan.guidance.min_gap
+    right = gap > 0
+    rival = teacher.items[other]
+    items = jnp.stack(
+        [jnp.where(right, positive, rival), jnp.where(right, rival, positive)], axis=-1
+    )
+    margins = jnp.abs(gap)
+    able = listed & (count > 0) & (margins > 0) & (margins >= least)
+    weights = able.astype(jnp.float32)
+    if answers.outside is not None:
+        free, found = draw_outside(bits[2], users, answers.outside, None, plan)
+        share = np.uint32(min(2**32 - 1, round(plan.guidance.unlisted_share * 2**32)))
+        use = bits[3] <= share if share else jnp.zeros(users.shape, bool)
+        over = jnp.stack(
+            [jnp.where(listed, positive, rival), jnp.where(listed, free, positive)], axis=-1
+        )
+        room = jnp.maximum(answers.outside.free[users], 1).astype(jnp.float32)
+        mass = jnp.where(listed, found, count.astype(jnp.float32) / room)
+        items = jnp.where(use[..., None], over, items)
+        margins = jnp.where(use, jnp.where(listed, own, others) - teacher.floor, margins)
+        right = jnp.where(use, listed, right)
+        weights = jnp.where(use, mass, weights)
+    return Answers(
+        Queries(users, chosen.until[at]), items, margins, right.astype(jnp.float32), weights
+    )
+
+
+def draw_held_out(keys: jax.Array, users: Int[Array, "S G"], chosen: Chosen, plan: Plan) -> HeldOut:
+    """For each user one of their chosen items, uniformly, and an item they did not choose."""
+    bits = random_words(keys, 2, users.shape[1])
+    start = chosen.offsets[users]
+    count = chosen.offsets[users + 1] - start
+    positive = chosen.items.at[start + below(bits[0], count)].get(mode="clip")
+    negative, able = draw_outside(bits[1], users, chosen.negatives, None, plan)
+    weights = jnp.where(count > 0, able, 0.0)
+    return HeldOut(jnp.stack([positive, negative.astype(jnp.int32)], axis=-1), weights)
+
+
 def draw(keys: jax.Array, resident: Resident, plan: Plan) -> Batch:
     """The batches of S steps, each a function of its own key."""
     pairs = jax.vmap(jax.random.split)(keys)
@@ -344,9 +481,27 @@ def draw(keys: jax.Array, resident: Resident, plan: Plan) -> Batch:
         jnp.zeros((steps, 0), jnp.float32),
         jnp.zeros((steps, 0), jnp.float32),
     )
+    targets = known = held_out = None
     if plan.preferences and resident.teacher is not None:
-        extra = draw_preferences(pairs[:, 1], resident.teacher, plan)
+        if plan.guidance.guidance == "pointwise":
+            assert isinstance(resident.teacher, TeacherLists)
+            *scored, targets = draw_scored(pairs[:, 1], resident.teacher, plan)
+            extra = tuple(scored)
+        else:
+            extra = draw_preferences(pairs[:, 1], resident.teacher, plan)
+        if plan.known and resident.known is not None:
+            keys = jax.vmap(_third)(pairs[:, 1])
+            known = draw_answers(keys, resident.known, resident.teacher, plan)
+        if plan.held_out and resident.known is not None:
+            keys = jax.vmap(_third)(pairs[:, 1])
+            held_out = draw_held_out(keys, extra[0], resident.known.chosen, plan)
     histories = resident.context.histories
     # A preference is about the user as known from training: all of the training history.
     moments = None if histories is None else histories.trained[extra[0]]
-    return Batch(queries, items, weights, labels, shared, Queries(extra[0], moments), *extra[1:])
+    if known is not None and histories is None:
+        known = known.replace(queries=Queries(known.queries.users))  # type: ignore[attr-defined]
+    about = Queries(extra[0], moments)
+    return Batch(
+        *(queries, items, weights, labels, shared),
+        *(about, *extra[1:], targets, known, held_out),
+    )

@@ -8,6 +8,10 @@ A dataset directory:
     train/part-00000-of-00002.arrow   valid/...   test/...
     teacher/NAME/manifest.json     teacher products built for this split
     teacher/NAME/part-...
+    candidates/NAME/manifest.json  whom to ask about what; hidden/...: what their prompts leave out
+    requests/NAME/requests.json    prompts as batch-API files, with an index of what each shows
+    embeddings/NAME/manifest.json  vectors of items and users
+    answers/NAME/manifest.json     parsed answers of an LLM: only ever appended to
 
 Indices are int32 and start at 0; external ids are strings, kept exactly as in the input
 (leading zeros, spaces inside, any Unicode). Interactions of a part are sorted by user,
@@ -33,8 +37,17 @@ from slgr_jax.errors import ManifestError, ShardError, listing
 MANIFEST = "manifest.json"
 PARTS = ("train", "valid", "test")
 TEACHER_DIR = "teacher"
+CANDIDATES_DIR = "candidates"
+REQUESTS_DIR = "requests"
+ANSWERS_DIR = "answers"
+EMBEDDINGS_DIR = "embeddings"
+REQUESTS_MANIFEST = "requests.json"
 DATASET_FORMAT = "slgr_jax.dataset"
 TEACHER_FORMAT = "slgr_jax.teacher"
+CANDIDATES_FORMAT = "slgr_jax.candidates"
+REQUESTS_FORMAT = "slgr_jax.requests"
+ANSWERS_FORMAT = "slgr_jax.answers"
+EMBEDDINGS_FORMAT = "slgr_jax.embeddings"
 VERSION = 1
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
@@ -79,10 +92,72 @@ TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
     "preferences": TEACHER_PREFERENCES,
 }
 
+# One row per (user, item) to ask about, sorted; `reasons` has bit k set where set k of
+# `REASONS` drew it.
+REASONS = ("popular", "cold", "tail", "hard_top", "hard_uncertain", "calibration")
+CANDIDATES = pa.schema(
+    [
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("reasons", pa.int32(), nullable=False),
+    ]
+)
+# Training items that no prompt of the user shows as history: what calibration asks about.
+HIDDEN = pa.schema(
+    [pa.field("user", pa.int32(), nullable=False), pa.field("item", pa.int32(), nullable=False)]
+)
+# One row per request, in the order of the request files; `items` as the prompt shows them.
+REQUESTS = pa.schema(
+    [
+        pa.field("request", pa.int64(), nullable=False),
+        pa.field("custom_id", pa.string(), nullable=False),
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("permutation", pa.int32(), nullable=False),
+        pa.field("items", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+# One row per item that an accepted answer was asked about, `position` counted from 0 as shown; a
+# null score is an item that the answer left out. Where two items were compared, one row: `item`
+# was shown first, `other` second, and `score` is the probability that `item` is preferred.
+ANSWERS = pa.schema(
+    [
+        pa.field("request", pa.int64(), nullable=False),
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("other", pa.int32()),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("permutation", pa.int32(), nullable=False),
+        pa.field("score", pa.float32()),
+    ]
+)
+# One row per accepted answer; `digest` is of its scores, tokens are null where not told.
+ANSWERED = pa.schema(
+    [
+        pa.field("request", pa.int64(), nullable=False),
+        pa.field("digest", pa.int64(), nullable=False),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("completion_tokens", pa.int32()),
+    ]
+)
+
+
+def vectors(dim: int, dtype: str) -> pa.Schema:
+    """One row per item (or user) in index order; a null has no vector."""
+    kind = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    return pa.schema([pa.field("vector", pa.list_(kind, dim))])
+
+
 # Annotation of a manifest's field -> its type in JSON; a mapping is an object.
-_JSON_TYPES: Mapping[str, type] = {"str": str, "int": int, "tuple[ShardFile, ...]": list}
+_JSON_TYPES: Mapping[str, type] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "tuple[ShardFile, ...]": list,
+    "tuple[Mapping[str, Any], ...]": list,
+}
 BUILT_FROM = config.BUILT_FROM
 UNLISTED = config.UNLISTED
+TRAINING_ITEMS = config.TRAINING_ITEMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +193,10 @@ class DatasetManifest:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherManifest:
-    """What a teacher product is, what it was built from and which dataset it fits."""
+    """What a teacher product is, what it was built from and which dataset it fits.
+
+    A field with a default may be missing from a manifest: it was written before there was one.
+    """
 
     name: str
     kind: str  # scores | preferences
@@ -134,8 +212,108 @@ class TeacherManifest:
     counts: Mapping[str, int]  # rows, answered, users, items, dropped_...
     coverage: Mapping[str, float]  # users: share with at least one preference; items: likewise
     files: tuple[ShardFile, ...]
+    training_items: str = "shown"  # one of TRAINING_ITEMS
+    order: str = ""  # user: the rows of each shard ascend by user; empty: nothing is promised
     format: str = TEACHER_FORMAT
     version: int = VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateManifest:
+    """What a candidate set holds and how it was drawn."""
+
+    name: str
+    created: str
+    dataset: str
+    id_map_hash: str
+    split_hash: str
+    seed: int
+    options: Mapping[str, Any]  # config.CandidateConfig
+    evaluation: str  # drawn: validation and test items are drawn like any other; excluded: never
+    diversity: str  # the space in which cold users' items are spread
+    counts: Mapping[str, int]  # pairs, users, items, hidden, a count a reason
+    files: Mapping[str, tuple[ShardFile, ...]]  # keys: pairs, hidden
+    format: str = CANDIDATES_FORMAT
+    version: int = VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestManifest:
+    """What the request files of a directory ask, and how far they are written.
+
+    `fingerprint` is a hash of everything that decides their bytes; `custom_id`s begin with it.
+    """
+
+    fingerprint: str
+    complete: bool
+    dataset: str
+    id_map_hash: str
+    split_hash: str
+    candidates: str
+    candidates_hash: str
+    training_items: str  # none | hidden: see TeacherManifest
+    prompt: str  # one of config.PROMPTS
+    template_hash: str
+    model: str
+    options: Mapping[str, Any]  # config.RequestConfig
+    plan: Mapping[str, Any]  # requests, users, estimated tokens and cost, what the budget cut
+    files: Mapping[str, tuple[ShardFile, ...]]  # keys: requests (jsonl), index
+    format: str = REQUESTS_FORMAT
+    version: int = VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerManifest:
+    """What an answer log holds. Shards are added; none is ever rewritten."""
+
+    name: str
+    dataset: str
+    id_map_hash: str
+    split_hash: str
+    sources: tuple[Mapping[str, Any], ...]  # a request directory each: what was asked, and how
+    counts: Mapping[str, int]
+    files: Mapping[str, tuple[ShardFile, ...]]  # keys: answers, answered
+    format: str = ANSWERS_FORMAT
+    version: int = VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingManifest:
+    """What an embedding product holds, what it was built from and which dataset it fits."""
+
+    name: str
+    created: str
+    dataset: str
+    id_map_hash: str
+    split_hash: str
+    built_from: str
+    model: str
+    prompt_hash: str
+    users_from: str  # history: mean of the training items' vectors; text; file
+    dim: int
+    dtype: str  # float32 | float16
+    counts: Mapping[str, int]  # items, users: rows with a vector; dropped_...
+    files: Mapping[str, tuple[ShardFile, ...]]  # keys: items, users; row = index
+    format: str = EMBEDDINGS_FORMAT
+    version: int = VERSION
+
+
+AnyManifest = (
+    DatasetManifest
+    | TeacherManifest
+    | CandidateManifest
+    | RequestManifest
+    | AnswerManifest
+    | EmbeddingManifest
+)
+_CLASSES: Mapping[str, type[AnyManifest]] = {
+    DATASET_FORMAT: DatasetManifest,
+    TEACHER_FORMAT: TeacherManifest,
+    CANDIDATES_FORMAT: CandidateManifest,
+    REQUESTS_FORMAT: RequestManifest,
+    ANSWERS_FORMAT: AnswerManifest,
+    EMBEDDINGS_FORMAT: EmbeddingManifest,
+}
 
 
 def id_map_hash(user_ids: pa.Array, item_ids: pa.Array) -> str:
@@ -167,15 +345,20 @@ def split_hash(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
 
 
 def write_manifest(
-    directory: str | os.PathLike[str], manifest: DatasetManifest | TeacherManifest
+    directory: str | os.PathLike[str], manifest: AnyManifest, file_name: str = MANIFEST
 ) -> None:
-    """Write `manifest.json`, flushed to disk: the last file of a directory that is whole."""
-    path = pathlib.Path(directory) / MANIFEST
-    with open(path, "w", encoding="utf-8") as file:
+    """Write a manifest, flushed to disk: the last file of a directory that is whole.
+
+    It appears only when it is whole, so that one which is there can be replaced.
+    """
+    path = pathlib.Path(directory) / file_name
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(manifest), file, indent=2, sort_keys=True)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
@@ -195,6 +378,42 @@ def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
     return TeacherManifest(**raw)
 
 
+def read_candidate_manifest(directory: str | os.PathLike[str]) -> CandidateManifest:
+    """Read a candidate set's manifest; a missing, foreign or damaged one is a `ManifestError`."""
+    raw = _read_json(directory, CANDIDATES_FORMAT, "launch/teach.py candidates")
+    return CandidateManifest(**_with_files(raw, ("pairs", "hidden"), directory))
+
+
+def read_request_manifest(directory: str | os.PathLike[str]) -> RequestManifest:
+    """Read requests.json; a missing, foreign or damaged one is a `ManifestError`."""
+    raw = _read_json(
+        directory, REQUESTS_FORMAT, "launch/teach.py requests", file_name=REQUESTS_MANIFEST
+    )
+    return RequestManifest(**_with_files(raw, ("requests", "index"), directory))
+
+
+def read_answer_manifest(directory: str | os.PathLike[str]) -> AnswerManifest:
+    """Read an answer log's manifest; a missing, foreign or damaged one is a `ManifestError`."""
+    raw = _read_json(directory, ANSWERS_FORMAT, "launch/teach.py collect")
+    raw["sources"] = tuple(raw["sources"])
+    return AnswerManifest(**_with_files(raw, ("answers", "answered"), directory))
+
+
+def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManifest:
+    """Read an embedding product's manifest; a missing or damaged one is a `ManifestError`."""
+    raw = _read_json(directory, EMBEDDINGS_FORMAT, "launch/teach.py embed")
+    return EmbeddingManifest(**_with_files(raw, ("items", "users"), directory))
+
+
+def _with_files(
+    raw: dict[str, Any], keys: tuple[str, ...], directory: str | os.PathLike[str]
+) -> dict[str, Any]:
+    where = pathlib.Path(directory)
+    if missing := sorted(set(keys) - set(raw["files"])):
+        raise ManifestError(f"{where} is damaged: it lists no files of {listing(missing)}")
+    return raw | {"files": {key: _shard_files(raw["files"][key], where) for key in keys}}
+
+
 def _shard_files(values: list[Any], where: pathlib.Path) -> tuple[ShardFile, ...]:
     kinds = {"path": str, "rows": int, "bytes": int, "sha256": str}
     for value in values if isinstance(values, list) else [values]:
@@ -204,13 +423,15 @@ def _shard_files(values: list[Any], where: pathlib.Path) -> tuple[ShardFile, ...
     return tuple(ShardFile(**value) for value in values)
 
 
-def _read_json(directory: str | os.PathLike[str], expected: str, maker: str) -> dict[str, Any]:
-    path = pathlib.Path(directory) / MANIFEST
+def _read_json(
+    directory: str | os.PathLike[str], expected: str, maker: str, *, file_name: str = MANIFEST
+) -> dict[str, Any]:
+    path = pathlib.Path(directory) / file_name
     if not pathlib.Path(directory).is_dir():
         raise ManifestError(f"{directory} is not a directory; make it with {maker}")
     if not path.is_file():
         raise ManifestError(
-            f"{directory} holds no {MANIFEST}: it is not a finished product; make it with {maker}"
+            f"{directory} holds no {file_name}: it is not a finished product; make it with {maker}"
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -224,16 +445,19 @@ def _read_json(directory: str | os.PathLike[str], expected: str, maker: str) -> 
             f"{path} has version {raw.get('version')}, this code reads {VERSION}; "
             f"make it again with {maker}"
         )
-    cls = DatasetManifest if expected == DATASET_FORMAT else TeacherManifest
-    known = {field.name for field in dataclasses.fields(cls)}
-    missing, unknown = sorted(known - set(raw)), sorted(set(raw) - known)
+    fields = dataclasses.fields(_CLASSES[expected])
+    known = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    missing, unknown = sorted(needed - set(raw)), sorted(set(raw) - known)
     if missing or unknown:
         raise ManifestError(
             f"{path}: missing {listing(missing)}; unknown {listing(unknown)}; "
             f"make it again with {maker}"
         )
-    for field in dataclasses.fields(cls):
-        if not isinstance(raw[field.name], _JSON_TYPES.get(str(field.type), dict)):
+    for field in fields:
+        if field.name in raw and not isinstance(
+            raw[field.name], _JSON_TYPES.get(str(field.type), dict)
+        ):
             raise ManifestError(
                 f"{path} is damaged: {field.name} is {json.dumps(raw[field.name])[:80]}; "
                 f"make it again with {maker}"

@@ -7,13 +7,16 @@ IPC file format (what this project writes), the IPC stream format (what Hugging 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -23,6 +26,20 @@ from slgr_jax.data.schema import MANIFEST, ShardFile, check_schema
 from slgr_jax.errors import InputError, ShardError
 
 PathLike = str | os.PathLike[str]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def on_all_cores(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
+    """`work` of each job, in threads; the error of the first job that has one is raised.
+
+    For work that leaves Python for long: hashing, files, numpy on more than a few thousand values.
+    """
+    todo = list(jobs)
+    if len(todo) < 2:
+        return [work(job) for job in todo]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, todo))
 
 
 @contextlib.contextmanager
@@ -50,7 +67,7 @@ def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[path
             retired = staging.with_name(staging.name + "-old")
             target.rename(retired)
         staging.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         if retired is not None:
             if target.exists():
@@ -87,7 +104,29 @@ def check_target(out: PathLike, *, overwrite: bool) -> None:
         raise InputError(f"{out} holds no {MANIFEST}, so --overwrite leaves it alone; remove it")
 
 
-def _sync(directory: pathlib.Path) -> None:
+@contextlib.contextmanager
+def locked(directory: PathLike) -> Iterator[None]:
+    """Hold a directory against other writers; the system lets go however the process ends.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"{directory} is being written by another process; wait for it") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(directory: PathLike) -> None:
+    """Flush a directory's list of files to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,14 +154,14 @@ def write_shards(
     to disk before the function returns.
     """
     count = max(1, -(-table.num_rows // rows_per_shard))
-    files = []
-    for index in range(count):
-        relative = f"{prefix}-{index:05d}-of-{count:05d}.arrow"
-        path = pathlib.Path(root) / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
+    (pathlib.Path(root) / prefix).parent.mkdir(parents=True, exist_ok=True)
+
+    def write(index: int) -> ShardFile:
         part = table.slice(index * rows_per_shard, rows_per_shard)
-        files.append(write_shard(root, relative, part, rows_per_batch=rows_per_batch))
-    return tuple(files)
+        relative = f"{prefix}-{index:05d}-of-{count:05d}.arrow"
+        return write_shard(root, relative, part, rows_per_batch=rows_per_batch)
+
+    return tuple(on_all_cores(write, range(count)))
 
 
 def write_shard(
@@ -150,8 +189,16 @@ def read_shards(
     Size and row count are always compared with the manifest, the SHA-256 when `verify`. A
     missing, truncated, altered or foreign shard is a `ShardError` that names it.
     """
-    tables = []
-    for file in files:
+    tables = open_shards(root, files, schema, verify=verify)
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def open_shards(
+    root: PathLike, files: Sequence[ShardFile], schema: pa.Schema, *, verify: bool = True
+) -> list[pa.Table]:
+    """One table per file; else as `read_shards`."""
+
+    def open_one(file: ShardFile) -> pa.Table:
         path = pathlib.Path(root) / file.path
         if not path.is_file():
             raise ShardError(f"{path} is missing; the manifest lists it with {file.rows} rows")
@@ -161,11 +208,8 @@ def read_shards(
                 f"{path} has {size} bytes, the manifest says {file.bytes}: it is truncated or was "
                 "replaced; copy or build it again"
             )
-        if verify and sha256_of(path) != file.sha256:
-            raise ShardError(
-                f"{path} does not match its SHA-256 {file.sha256[:12]}... in the manifest: it is "
-                "corrupt or was replaced; copy or build it again"
-            )
+        if verify:
+            check_bytes(root, file)
         table = read_table(path)
         check_schema(table.schema, schema, str(path))
         if table.num_rows != file.rows:
@@ -174,8 +218,19 @@ def read_shards(
             missing = table.column(name).null_count
             if missing and not schema.field(name).nullable:
                 raise ShardError(f"{path}: column {name} must not be null; {missing} rows are")
-        tables.append(table.cast(schema))
-    return pa.concat_tables(tables) if tables else schema.empty_table()
+        return table.cast(schema)
+
+    return on_all_cores(open_one, files)
+
+
+def check_bytes(root: PathLike, file: ShardFile) -> None:
+    """Refuse a shard whose bytes are not those of the manifest (`ShardError`)."""
+    path = pathlib.Path(root) / file.path
+    if sha256_of(path) != file.sha256:
+        raise ShardError(
+            f"{path} does not match its SHA-256 {file.sha256[:12]}... in the manifest: it is "
+            "corrupt or was replaced; copy or build it again"
+        )
 
 
 def read_table(path: PathLike, *, columns: Sequence[str] | None = None) -> pa.Table:

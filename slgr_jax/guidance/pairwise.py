@@ -8,18 +8,16 @@ Shape letters: G preferences; the axis of length 2 is (preferred item, other ite
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from slgr_jax import gates, losses
-from slgr_jax.config import GateConfig, GuidanceConfig
+from slgr_jax import gates
+from slgr_jax.config import GateConfig
 from slgr_jax.data.batches import Facts
-from slgr_jax.data.draws import Batch
 
 
 @struct.dataclass
@@ -35,15 +33,18 @@ def gate_inputs(
     config: GateConfig,
     scores: Float[Array, "G 2"],
     stochastic: Callable[[jax.Array, float], Float[Array, "G 2"]],
-    batch: Batch,
+    users: Int[Array, "G"],
+    items: Int[Array, "G 2"],
+    margins: Float[Array, "G"],
     facts: Facts,
     key: jax.Array,
 ) -> gates.GateInputs:
-    """What a gate may see of the batch's preferences, detached from the recommender.
+    """What a gate may see of preferences, detached from the recommender.
 
     Args:
       scores: logits of both items.
       stochastic: (key, dropout rate) -> the logits of one stochastic pass.
+      margins: the teacher's, over a typical one.
     """
     if config.uncertainty == "dropout":
         keys = jax.random.split(key, config.dropout_samples)
@@ -53,33 +54,41 @@ def gate_inputs(
         uncertainty = gates.entropy_uncertainty(scores)
     else:
         uncertainty = gates.confidence_uncertainty(scores)
-    users, items = batch.pref_queries.users, batch.pref_items
     inputs = gates.GateInputs(
-        history=facts.history[users],
-        popularity=facts.popularity[items],
+        history=facts.log_history[users],
+        popularity=facts.log_popularity[items],
         cold=facts.cold[users],
         tail=facts.tail[items],
         uncertainty=uncertainty,
         score_margin=scores[:, 0] - scores[:, 1],
-        teacher_margin=batch.pref_margins,
+        teacher_margin=margins,
+        fold=gates.folds(users),
     )
     return jax.tree.map(jax.lax.stop_gradient, inputs)
 
 
-def selective(
-    gate: gates.Gate,
-    gate_params: Mapping[str, Any],
-    inputs: gates.GateInputs,
+def guided(
+    alpha: Float[Array, "G"],
     difference: Float[Array, "G"],
-    config: GuidanceConfig,
+    pair_loss: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Guided:
-    """The gated loss of each preference, plus the gate's own objective.
+    """The loss of each preference, believed by alpha.
 
     Args:
       difference: s_ua - s_ub, with its gradient.
+      pair_loss: (difference, alpha) -> loss (`losses.guidance_pair_loss`).
     """
-    alpha = gate.apply({"params": gate_params}, inputs)
-    assert isinstance(alpha, jax.Array)
-    loss = alpha * losses.guidance_pair_loss(config)(difference)
     agrees = (jax.lax.stop_gradient(difference) > 0).astype(jnp.float32)
-    return Guided(loss + gate.objective(alpha, inputs), alpha, agrees)
+    return Guided(pair_loss(difference, alpha), alpha, agrees)
+
+
+def pointwise(scores: Float[Array, "G 2"], targets: Float[Array, "G 2"]) -> Guided:
+    """(sigmoid(s) - t)^2, the mean of both items (S-LLMR, table 3, "LLM pointwise MSE").
+
+    Args:
+      targets: the teacher's scores in [0, 1].
+    """
+    errors = jnp.mean(jnp.square(jax.nn.sigmoid(scores) - targets), axis=1)
+    detached = jax.lax.stop_gradient(scores)
+    agrees = (detached[:, 0] - detached[:, 1]) * (targets[:, 0] - targets[:, 1]) > 0
+    return Guided(errors, jnp.ones_like(errors), agrees.astype(jnp.float32))

@@ -2,9 +2,7 @@
 
 A teacher is an LLM that somebody ran offline. `import_scores` turns its answers into a
 product: Arrow shards, and a manifest that ties them to one dataset and says what the teacher
-had seen. `load` gives a run the arrays, or refuses them and says why.
-
-Shape letters: U users, I items, n answered scores, P stated preferences.
+had seen. `append` adds to one. `load` gives a run the arrays, or refuses them and says why.
 """
 
 from __future__ import annotations
@@ -16,19 +14,34 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-import numpy as np
 import pyarrow as pa
 
-from slgr_jax.config import SliceConfig
 from slgr_jax.data import schema, shards
-from slgr_jax.data.dataset import Dataset, beaten
+from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.dataset import load as load_dataset
-from slgr_jax.errors import ConfigError, ManifestError, ShardError, listing
-from slgr_jax.teacher import answers
+from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
+from slgr_jax.teacher import answers, rows
+from slgr_jax.teacher.coverage import measure
+from slgr_jax.teacher.rows import Teacher, usable_pairs
+
+__all__ = [
+    "Provenance",
+    "ROWS_PER_SHARD",
+    "Teacher",
+    "append",
+    "import_scores",
+    "load",
+    "product_path",
+    "products",
+    "report",
+    "usable_pairs",
+    "write_product",
+]
 
 PathLike = str | os.PathLike[str]
 
 ROWS_PER_SHARD = 4_194_304
+_ADDED = "append-"  # what `append` names its shards with
 _MADE_BY = "python launch/teach.py import --data={data} --scores=FILE --name={name} --overwrite"
 
 
@@ -39,6 +52,7 @@ class Provenance:
     Attributes:
       built_from: one of `schema.BUILT_FROM`.
       unlisted: one of `schema.UNLISTED`.
+      training_items: one of `schema.TRAINING_ITEMS`.
       model, prompt_hash, score_kind: free text for reports.
     """
 
@@ -47,63 +61,39 @@ class Provenance:
     model: str = ""
     prompt_hash: str = ""
     score_kind: str = "score"
+    training_items: str = "shown"
 
     def __post_init__(self) -> None:
-        for name, choices in (("built_from", schema.BUILT_FROM), ("unlisted", schema.UNLISTED)):
+        for name, choices in (
+            ("built_from", schema.BUILT_FROM),
+            ("unlisted", schema.UNLISTED),
+            ("training_items", schema.TRAINING_ITEMS),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"--{name}={getattr(self, name)!r} is not one of: {listing(choices)}"
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A product in memory; the arrays of the other kind are empty.
-
-    Attributes:
-      manifest: what the product is.
-      offsets: [U + 1] int64; rows of user u are `offsets[u]:offsets[u + 1]`, for either kind.
-      items, scores: kind scores, [n] int32 and float32: answered entries, within a user by
-        score ascending, then item: equal scores are one run, and the entries that entry k is
-        preferred over are the first `beaten(...)[k]` of its user's slice.
-      users, preferred, other, margin: kind preferences, [P] int32 (margin float32), by user.
-    """
-
-    manifest: schema.TeacherManifest
-    offsets: np.ndarray
-    items: np.ndarray
-    scores: np.ndarray
-    users: np.ndarray
-    preferred: np.ndarray
-    other: np.ndarray
-    margin: np.ndarray
-
-
-def usable_pairs(teacher: Teacher, *, min_gap: float = 0.0) -> np.ndarray:
-    """[U] int64: ordered pairs that the teacher states for each user among listed items.
-
-    Scores: pairs of answered items whose scores differ by at least `min_gap`; a tie is no pair.
-    Preferences: rows with at least that margin. Pairs of a listed with an unlisted item
-    (`manifest.unlisted == "below"`) are not counted.
-    """
-    if teacher.manifest.kind == "scores":
-        per_row = beaten(teacher.offsets, teacher.scores, min_gap)
-    else:
-        per_row = (teacher.margin >= min_gap).astype(np.int64)
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_row)])
-    return sums[teacher.offsets[1:]] - sums[teacher.offsets[:-1]]
-
-
 # --- reading a product -------------------------------------------------------------------------
 
 
-def load(dataset: Dataset, name: str, *, verify: bool = True) -> Teacher:
+def load(
+    dataset: Dataset,
+    name: str,
+    *,
+    verify: bool = True,
+    reader: tuple[int, int] = (0, 1),
+) -> Teacher:
     """Read the product `name` of `dataset`, or refuse it.
 
     Args:
       dataset: what the product must fit: same id map, same split.
       name: directory under DATA/teacher.
       verify: also compare each shard's SHA-256.
+      reader: (k, count): the k-th of `count` processes that share the work. It gets the rows of
+        users from k * U // count to before (k + 1) * U // count, and reads, hashes and checks no
+        other shards than those that hold some; other users have no rows.
 
     Raises:
       ManifestError: no such product, made for another split or id map, or the teacher has
@@ -111,6 +101,13 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Teacher:
       ShardError: a shard is missing, truncated or corrupt, or holds an index outside the id
         maps, a score that is not finite, or the same pair twice.
     """
+    root, manifest = _find(dataset, name)
+    tables = _tables(root, manifest, dataset.n_users, verify=verify, reader=reader)
+    found = rows.gather(manifest.kind, tables, dataset.n_users, dataset.n_items, str(root))
+    return rows.make(manifest, *found)
+
+
+def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherManifest]:
     root = product_path(dataset.path, name)
     if not (root / schema.MANIFEST).is_file():
         raise ManifestError(
@@ -138,9 +135,38 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Teacher:
     if manifest.unlisted not in schema.UNLISTED:
         known = listing(schema.UNLISTED)
         raise ManifestError(f"{root}: unlisted {manifest.unlisted!r} is not one of: {known}")
-    expected = schema.TEACHER_SCHEMAS[manifest.kind]
-    table = shards.read_shards(root, manifest.files, expected, verify=verify)
-    return _teacher(manifest, table, dataset.n_users, dataset.n_items, str(root))
+    if manifest.training_items not in schema.TRAINING_ITEMS:
+        known = listing(schema.TRAINING_ITEMS)
+        raise ManifestError(
+            f"{root}: training_items {manifest.training_items!r} is not one of: {known}"
+        )
+    return root, manifest
+
+
+def _tables(
+    root: pathlib.Path,
+    manifest: schema.TeacherManifest,
+    n_users: int,
+    *,
+    verify: bool,
+    reader: tuple[int, int],
+) -> list[pa.Table]:
+    index, count = reader
+    if not 0 <= index < count:
+        raise ConfigError(f"reader {index} of {count}: readers count from 0 to {count - 1}")
+    files, columns = manifest.files, schema.TEACHER_SCHEMAS[manifest.kind]
+    if count == 1:
+        return shards.open_shards(root, files, columns, verify=verify)
+    first, last = index * n_users // count, (index + 1) * n_users // count
+    ordered = manifest.order == "user"
+    opened = shards.open_shards(root, files, columns, verify=verify and not ordered)
+    if not ordered:
+        return [rows.only_users(table, first, last) for table in opened]
+    tables = [rows.slice_users(table, first, last) for table in opened]
+    if verify:
+        mine = [f for f, table in zip(files, tables, strict=True) if table.num_rows]
+        shards.on_all_cores(lambda file: shards.check_bytes(root, file), mine)
+    return tables
 
 
 def product_path(data: PathLike, name: str) -> pathlib.Path:
@@ -158,66 +184,6 @@ def products(data: PathLike) -> list[str]:
     return sorted(path.parent.name for path in found if not path.parent.name.startswith("."))
 
 
-def _teacher(
-    manifest: schema.TeacherManifest, table: pa.Table, n_users: int, n_items: int, where: str
-) -> Teacher:
-    table = table.combine_chunks()
-    arrays = {name: table.column(name).to_numpy() for name in table.column_names if name != "score"}
-    for name, bound in (("user", n_users), *((n, n_items) for n in ("item", "preferred", "other"))):
-        ids = arrays.get(name)
-        if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= bound):
-            bad = ids.min() if ids.min() < 0 else ids.max()
-            raise ShardError(f"{where}: {name} index {bad} is outside the id map of {bound}")
-    users, none = arrays["user"], np.zeros(0, np.int32)
-    if manifest.kind == "scores":
-        _refuse_repeats(users, arrays["item"], n_items, where)
-        answered = table.column("score").is_valid().to_numpy()
-        users, items = users[answered], arrays["item"][answered]
-        scores = table.column("score").drop_null().to_numpy()
-        _refuse_non_finite(scores, "score", where)
-        order = np.lexsort((items, scores, users))
-        offsets = _offsets(users, n_users)
-        floats = np.zeros(0, np.float32)
-        return Teacher(manifest, offsets, items[order], scores[order], none, none, none, floats)
-    preferred, other, margin = arrays["preferred"], arrays["other"], arrays["margin"]
-    _refuse_non_finite(margin, "margin", where)
-    if margin.size and margin.min() <= 0:
-        raise ShardError(f"{where}: margin {margin.min()} is not greater than 0")
-    if (preferred == other).any():
-        item = preferred[preferred == other][0]
-        raise ShardError(f"{where}: item {item} is preferred over itself")
-    if (users[1:] < users[:-1]).any():
-        order = np.argsort(users, kind="stable")
-        users, preferred, other, margin = (
-            array[order] for array in (users, preferred, other, margin)
-        )
-    offsets, scores = _offsets(users, n_users), np.zeros(0, np.float32)
-    return Teacher(manifest, offsets, none, scores, users, preferred, other, margin)
-
-
-def _offsets(users: np.ndarray, n_users: int) -> np.ndarray:
-    offsets = np.zeros(n_users + 1, np.int64)
-    np.cumsum(np.bincount(users, minlength=n_users), out=offsets[1:])
-    return offsets
-
-
-def _refuse_repeats(users: np.ndarray, items: np.ndarray, n_items: int, where: str) -> None:
-    keys = users.astype(np.int64) * n_items + items
-    if (keys[1:] <= keys[:-1]).any():  # what this project writes is sorted: nothing to sort then
-        keys = np.sort(keys)
-        repeated = keys[1:][keys[1:] == keys[:-1]]
-        if repeated.size:
-            user, item = divmod(int(repeated[0]), n_items)
-            raise ShardError(f"{where}: user {user}, item {item} has two scores")
-
-
-def _refuse_non_finite(values: np.ndarray, name: str, where: str) -> None:
-    finite = np.isfinite(values)
-    if not finite.all():
-        bad = values[~finite][0]
-        raise ShardError(f"{where}: a {name} is {bad}; an item without an answer must be null")
-
-
 # --- writing a product -------------------------------------------------------------------------
 
 
@@ -232,6 +198,7 @@ def import_scores(
     delimiter: str = ",",
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
+    to_existing: bool = False,
 ) -> schema.TeacherManifest:
     """Turn a file of teacher answers with external ids into the product DATA/teacher/NAME.
 
@@ -251,15 +218,23 @@ def import_scores(
       delimiter: CSV column separator.
       rows_per_shard: most rows in one shard.
       overwrite: replace the product if there is one.
+      to_existing: add to the product that there is, see `append`; its provenance stays.
 
     Raises:
       InputError: the file cannot be used; the message names the row.
     """
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
+    if to_existing and overwrite:
+        raise ConfigError("--append adds to a product and --overwrite replaces it: drop one")
+    if to_existing:
+        _find(dataset, name)
+    else:
+        shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
     table, counts = answers.read(
         scores_file, dataset, unknown=unknown, duplicates=duplicates, delimiter=delimiter
     )
+    if to_existing:
+        return append(dataset, name, table, counts=counts, rows_per_shard=rows_per_shard)
     return write_product(
         dataset,
         name,
@@ -281,11 +256,15 @@ def write_product(
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
 ) -> schema.TeacherManifest:
-    """Write `table` (indices; one of `schema.TEACHER_SCHEMAS`, sorted by user) as a product.
+    """Write `table` (indices; one of `schema.TEACHER_SCHEMAS`, in any order) as a product.
 
-    The manifest is written last, and the directory appears only when it is whole.
+    Rows are stored in the order of `Teacher`, so that reading sorts nothing. The manifest is
+    written last, and the directory appears only when it is whole.
+
+    Raises:
+      ShardError: rows that `load` would refuse.
     """
-    kind = next(kind for kind, known in schema.TEACHER_SCHEMAS.items() if table.schema == known)
+    kind = _kind_of(table)
     manifest = schema.TeacherManifest(
         name=name,
         kind=kind,
@@ -297,62 +276,84 @@ def write_product(
         counts={},
         coverage={},
         files=(),
+        order="user",
     )
     root = product_path(dataset.path, name)
-    teacher = _teacher(manifest, table, dataset.n_users, dataset.n_items, str(root))
-    facts, coverage = _measure(dataset, teacher)
-    rows = {"rows": table.num_rows, "unanswered": table.num_rows - facts["answered"]}
+    arrays, offsets = rows.gather(kind, [table], dataset.n_users, dataset.n_items, str(root))
+    manifest = _measured(dataset, rows.make(manifest, arrays, offsets), table.num_rows, counts)
     with shards.atomic_directory(root, overwrite=overwrite) as staging:
-        files = shards.write_shards(staging, "part", table, rows_per_shard=rows_per_shard)
-        manifest = dataclasses.replace(
-            manifest, files=files, counts={**rows, **facts, **(counts or {})}, coverage=coverage
+        files = shards.write_shards(
+            staging, "part", rows.table_of(kind, arrays), rows_per_shard=rows_per_shard
         )
+        manifest = dataclasses.replace(manifest, files=files)
         schema.write_manifest(staging, manifest)
     return manifest
 
 
-def _measure(dataset: Dataset, teacher: Teacher) -> tuple[dict[str, int], dict[str, float]]:
-    pairs, lengths = usable_pairs(teacher), np.diff(teacher.offsets)
-    per_row = np.repeat(np.arange(dataset.n_users), lengths)
-    useful = pairs > 0
-    if teacher.manifest.kind == "scores":
-        if teacher.manifest.unlisted == "below":
-            useful = (lengths > 0) & (lengths < dataset.n_items)
-        # Where two of a user's scores differ, every item of that user differs from one of them.
-        named, named_users = teacher.items, per_row
-        used = teacher.items[useful[per_row]]
-    else:
-        named = np.concatenate([teacher.preferred, teacher.other])
-        named_users, used = np.concatenate([per_row, per_row]), named
-    has_item = np.zeros(dataset.n_items, bool)
-    has_item[used] = True
-    slices = dataset.slices(SliceConfig())
-    counts = {
-        "answered": int(per_row.size),
-        "users": int((lengths > 0).sum()),
-        "items": int(np.unique(named).size),
-        "preferences": int(pairs.sum()),
-    }
-    for part in schema.PARTS:
-        held = dataset.positives((part,))
-        owners = np.repeat(np.arange(dataset.n_users), held.counts)
-        found = np.isin(
-            np.unique(named_users * dataset.n_items + named),
-            owners * dataset.n_items + held.indices,
-        )
-        counts[f"{part}_pairs"] = int(found.sum())
-    coverage = {
-        "users": _share(useful, None),
-        "items": _share(has_item, None),
-        "cold_users": _share(useful, slices.cold_users),
-        "tail_items": _share(has_item, slices.tail_items),
-    }
-    return counts, coverage
+def append(
+    dataset: Dataset,
+    name: str,
+    table: pa.Table,
+    *,
+    counts: Mapping[str, int] | None = None,
+    rows_per_shard: int = ROWS_PER_SHARD,
+) -> schema.TeacherManifest:
+    """Add the rows of `table` (as for `write_product`) to a product, as new shards.
+
+    No shard is written again. The manifest is replaced last: who reads meanwhile, or after a
+    crash, finds the product as it was, and the next `append` removes what the crash left behind.
+    Counts and coverage are measured anew over all rows; other counts are added up.
+
+    Raises:
+      ManifestError: there is no such product, or it does not fit `dataset`.
+      InputError: the product is of the other kind, has one of the pairs already (answered or not;
+        a preference: in either order), or is being appended to by another process.
+      ShardError: rows that `load` would refuse, or the product is damaged.
+    """
+    root, _ = _find(dataset, name)
+    kind, sizes = _kind_of(table), (dataset.n_users, dataset.n_items)
+    with shards.locked(root):
+        _, manifest = _find(dataset, name)
+        if kind != manifest.kind:
+            raise InputError(f"teacher {name!r} holds {manifest.kind}, not {kind}; use another")
+        listed = {file.path for file in manifest.files}
+        for path in root.glob(f"{_ADDED}*"):
+            if path.name not in listed:
+                path.unlink()
+        there = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
+        added, _ = rows.gather(kind, [table], *sizes, f"what is added to {root}")
+        rows.refuse_known(there, added, dataset.n_items, str(root))
+        table = rows.table_of(kind, added)
+        everything = rows.make(manifest, *rows.gather(kind, [*there, table], *sizes, str(root)))
+        n_rows = sum(file.rows for file in manifest.files) + table.num_rows
+        manifest = _measured(dataset, everything, n_rows, counts)
+        numbers = [path.split("-")[1] for path in listed if path.startswith(_ADDED)]
+        number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
+        prefix = f"{_ADDED}{number:05d}-part"
+        files = shards.write_shards(root, prefix, table, rows_per_shard=rows_per_shard)
+        shards.sync(root)
+        manifest = dataclasses.replace(manifest, files=(*manifest.files, *files))
+        schema.write_manifest(root, manifest)
+        shards.sync(root)
+    return manifest
 
 
-def _share(has: np.ndarray, among: np.ndarray | None) -> float:
-    chosen = has if among is None else has[among]
-    return round(float(chosen.mean()), 6) if chosen.size else 0.0
+def _kind_of(table: pa.Table) -> str:
+    kinds = [kind for kind, known in schema.TEACHER_SCHEMAS.items() if table.schema == known]
+    if not kinds:
+        raise InputError(f"a table with columns {listing(table.column_names)} is no teacher")
+    return kinds[0]
+
+
+def _measured(
+    dataset: Dataset, teacher: Teacher, n_rows: int, counts: Mapping[str, int] | None
+) -> schema.TeacherManifest:
+    """The manifest with the teacher's counts; those of `counts` are added to what it had."""
+    facts, coverage = measure(dataset, teacher)
+    facts |= {"rows": n_rows, "unanswered": n_rows - facts["answered"]}
+    had, new = teacher.manifest.counts, counts or {}
+    others = {key: had.get(key, 0) + new.get(key, 0) for key in {**had, **new} if key not in facts}
+    return dataclasses.replace(teacher.manifest, counts={**facts, **others}, coverage=coverage)
 
 
 def report(manifest: schema.TeacherManifest) -> str:

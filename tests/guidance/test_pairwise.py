@@ -9,7 +9,7 @@ import pytest
 from scipy.special import expit
 
 from slgr_jax import gates, losses
-from slgr_jax.config import GateConfig, GuidanceConfig
+from slgr_jax.config import GateConfig
 from slgr_jax.data.batches import Facts
 from slgr_jax.data.context import Queries
 from slgr_jax.data.draws import Batch
@@ -21,6 +21,8 @@ def _batch(count: int = 16, seed: int = 0) -> tuple[Batch, Facts]:
     facts = Facts(
         history=jnp.asarray(rng.integers(0, 9, 6), jnp.int32),
         popularity=jnp.asarray(rng.integers(0, 9, 8), jnp.int32),
+        log_history=jnp.asarray(rng.normal(size=6), jnp.float32),
+        log_popularity=jnp.asarray(rng.normal(size=8), jnp.float32),
         cold=jnp.asarray(rng.integers(0, 2, 6), jnp.float32),
         tail=jnp.asarray(rng.integers(0, 2, 8), jnp.float32),
     )
@@ -45,7 +47,9 @@ def _inputs(scores, config=None):
         config or GateConfig(),
         scores,
         lambda key, rate: scores + rate * jax.random.normal(key, scores.shape),
-        batch,
+        batch.pref_queries.users,
+        batch.pref_items,
+        batch.pref_margins,
         facts,
         jax.random.key(0),
     )
@@ -57,12 +61,13 @@ def test_inputs_are_the_facts_of_each_preference():
     found = _inputs(scores)
     for g in range(16):
         user, (a, b) = int(batch.pref_queries.users[g]), batch.pref_items[g].tolist()
-        assert int(found.history[g]) == int(facts.history[user])
+        assert float(found.history[g]) == float(facts.log_history[user])
         assert float(found.cold[g]) == float(facts.cold[user])
-        assert found.popularity[g].tolist() == [int(facts.popularity[i]) for i in (a, b)]
+        assert found.popularity[g].tolist() == facts.log_popularity[jnp.array([a, b])].tolist()
         assert found.tail[g].tolist() == [float(facts.tail[i]) for i in (a, b)]
     np.testing.assert_allclose(found.score_margin, scores[:, 0] - scores[:, 1])
     np.testing.assert_array_equal(found.teacher_margin, batch.pref_margins)
+    np.testing.assert_array_equal(found.fold, gates.folds(batch.pref_queries.users))
 
 
 @pytest.mark.parametrize("uncertainty", ["confidence", "entropy", "dropout"])
@@ -94,13 +99,34 @@ def test_gated_hinge_golden_value():
     assert float(loss) == pytest.approx(0.336, abs=1e-6)
 
 
-def test_guidance_loss_scales_with_alpha_and_follows_its_config():
-    inputs, difference = _inputs(jnp.zeros((64, 2))), jnp.linspace(-2.0, 2.0, 64)
+def test_guidance_losses_match_their_formulas():
+    x = np.linspace(-2.0, 2.0, 64)
+    alpha = np.random.default_rng(0).uniform(size=64)
     for name, expected in (
-        ("hinge", np.maximum(0, 1.5 - np.asarray(difference))),
-        ("logistic", np.log1p(np.exp(-np.asarray(difference, np.float64)))),
+        ("hinge", alpha * np.maximum(0, 1.5 - x)),
+        ("logistic", alpha * np.log1p(np.exp(-x))),
+        ("soft", -alpha * np.log(expit(x)) - (1 - alpha) * np.log(expit(-x))),
+        (
+            "informed",
+            (2 * alpha - 1) ** 2 * (-alpha * np.log(expit(x)) - (1 - alpha) * np.log(expit(-x))),
+        ),
     ):
-        config = GuidanceConfig(guidance_loss=name, margin=1.5)
-        found = pairwise.selective(gates.ConstantGate(0.3), {}, inputs, difference, config)
-        np.testing.assert_allclose(found.loss, 0.3 * expected, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(found.agrees, np.asarray(difference) > 0)
+        pair_loss = losses.guidance_pair_loss(name, 1.5)
+        found = pairwise.guided(jnp.asarray(alpha), jnp.asarray(x), pair_loss)
+        np.testing.assert_allclose(found.loss, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found.agrees, x > 0)
+
+
+def test_the_soft_loss_is_least_where_the_recommender_believes_as_the_gate_does():
+    alpha = jnp.array([0.1, 0.5, 0.9])
+    slope = jax.vmap(jax.grad(losses.pairwise_soft))(jnp.log(alpha / (1 - alpha)), alpha)
+    np.testing.assert_allclose(slope, 0.0, atol=1e-6)
+
+
+def test_pointwise_is_the_squared_error_of_both_probabilities():
+    rng = np.random.default_rng(0)
+    scores, targets = rng.normal(size=(9, 2)), rng.uniform(size=(9, 2))
+    found = pairwise.pointwise(jnp.asarray(scores), jnp.asarray(targets))
+    np.testing.assert_allclose(found.loss, ((expit(scores) - targets) ** 2).mean(1), rtol=1e-5)
+    same = np.sign(scores[:, 0] - scores[:, 1]) == np.sign(targets[:, 0] - targets[:, 1])
+    np.testing.assert_array_equal(found.agrees, same)

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slgr_jax.config import SliceConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import beaten
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
@@ -74,7 +75,7 @@ def test_scores_come_back_masked_and_sorted(tiny, tmp_path):
 def test_coverage_of_cold_users_and_tail_items(tiny, tmp_path):
     # Cold: <= 2 training items (lower quartile of 1, 2, 3, 3, 4): users 1, 3. Tail: the one
     # item (of six, 20 %) with fewest training users: item 5 ("电影").
-    slices = tiny.slices(preferences.SliceConfig())
+    slices = tiny.slices(SliceConfig())
     assert slices.cold_users.tolist() == [False, True, False, True, False]
     assert np.flatnonzero(slices.tail_items).tolist() == [5]
     text = "user,item,score\n7,01,1\n7,电影,2\n007,01,1\n007,1,2\n"
@@ -334,8 +335,8 @@ def test_shards_are_sorted_and_sized(tiny, tmp_path):
     root = preferences.product_path(tiny.path, "t")
     table = shards.read_shards(root, manifest.files, schema.TEACHER_SCORES)
     pairs = list(zip(table["user"].to_pylist(), table["item"].to_pylist(), strict=True))
-    assert pairs == [(0, 0), (0, 4), (1, 0), (1, 4)]
-    assert table["score"].to_pylist() == [3.0, 2.0, 1.0, 0.0]
+    assert pairs == [(0, 4), (0, 0), (1, 4), (1, 0)]  # by user, then score
+    assert table["score"].to_pylist() == [2.0, 3.0, 0.0, 1.0]
 
 
 def rewrite(dataset, name, **changes):

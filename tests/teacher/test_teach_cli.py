@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pathlib
 import subprocess
 import sys
@@ -112,10 +113,16 @@ def test_inspect_refuses_a_damaged_product(tiny, tmp_path):
 
 
 BAD = {
-    "nothing": ([], ["no command given", "import, score, inspect"]),
+    "nothing": ([], ["no command given", "import, score", "candidates, requests, collect"]),
     "unknown command": (["imports"], ["'imports' is not a command"]),
     "no data": (["import", "--name=t"], ["missing --data"]),
     "no scores": (["import", "--data={data}", "--name=t"], ["missing --scores"]),
+    "no results": (["collect", "--data={data}", "--name=t"], ["missing --results"]),
+    "no candidates": (
+        ["requests", "--data={data}", "--name=t", "--model=m"],
+        ["has no candidate set 't'", "launch/teach.py candidates"],
+    ),
+    "no titles": (["candidates", "--data={data}", "--name=t"], ["--items_input"]),
     "no dataset": (
         ["import", "--data=nowhere", "--scores={scores}", "--name=t"],
         ["nowhere is not a directory", "launch/prepare.py"],
@@ -163,3 +170,37 @@ def test_score_writes_a_product(make_dataset):
     # Two candidates each, fewer only where a user has interacted with nearly everything.
     assert teacher.offsets.tolist() == [0, 2, 4, 6, 8, 10]
     assert teacher.manifest.counts["train_pairs"] == 0
+
+
+def test_the_chain_from_candidates_to_a_product(make_dataset, tmp_path):
+    data = make_dataset(titles=["Alien", "Aliens", "Heat", "Toy Story", "Toy Story 2", "Psycho"])
+    common = (f"--data={data.path}", "--name=llm")
+    plan = teach("candidates", *common, "--price_in=1000", "--dry_run")
+    assert plan.returncode == 0, plan.stderr
+    assert "requests about 5 users" in plan.stdout
+    assert "cost 0.00" not in plan.stdout
+    assert not (data.path / schema.CANDIDATES_DIR).exists()
+    drawn = teach("candidates", *common, "--price_in=1000")
+    assert drawn.returncode == 0, drawn.stderr
+    assert drawn.stdout.startswith(plan.stdout)
+    refused(teach("requests", *common), "missing --model")
+    assert teach("requests", *common, "--dry_run").returncode == 0
+    assert not (data.path / schema.REQUESTS_DIR).exists()
+    written = teach("requests", *common, "--model=some-llm", "--price_in=1000")
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith(plan.stdout)
+    lines = (data.path / "requests/llm/requests-00000.jsonl").read_text("utf-8").splitlines()
+    answers = tmp_path / "answers.jsonl"
+    with open(answers, "w", encoding="utf-8") as file:
+        for number, line in enumerate(lines):
+            message = {"content": '{"A": 0.5}' if number else "no idea"}
+            told = {"custom_id": json.loads(line)["custom_id"]}
+            told["response"] = {"choices": [{"message": message}]}
+            file.write(json.dumps(told) + "\n")
+    result = teach("collect", *common, f"--results={answers}")
+    assert result.returncode == 0, result.stderr
+    assert f"{len(lines) - 1} accepted, 0 repeated, 1 quarantined" in result.stdout
+    assert "by some-llm" in result.stdout
+    teacher = preferences.load(data, "llm")
+    assert teacher.scores.tolist() == [0.5] * (len(lines) - 1)
+    assert teacher.manifest.training_items == "hidden"

@@ -1,0 +1,120 @@
+"""When can an LLM be believed, and what does the gate do about it? A world where it is known.
+
+    python benchmarks/believe.py --out=DIR
+
+A simulated world (slgr_jax/simulate): the teacher is right more often about users with a short
+history and about unpopular items. No guidance, global distillation, the paper's gate and the
+calibrated one, each at three lambdas, and a teacher that tosses a coin. Nothing is tuned: the
+teacher was asked about validation items, which so cannot tell lambdas apart. Prints test NDCG@10
+of all and writes, of the smallest lambda, DIR/alpha.png (alpha beside the truth),
+DIR/reliability.png (is alpha a probability?) and DIR/collapse.png (mean alpha while training).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from absl import flags as absl_flags
+
+from slgr_jax import flags
+
+absl_flags.DEFINE_string("out", None, "folder for the world, the runs and the pictures")
+absl_flags.DEFINE_integer("users", 2000, "users of the world", lower_bound=50)
+absl_flags.DEFINE_integer("epochs", 40, "epochs of every run", lower_bound=2)
+
+_SHARED = {"batch_size": 1024, "lr": 0.1, "eval_every": 2, "patience": 0, "pooled_auc": False}
+_GUIDED = {"guidance": "selective", "teacher": "pairs"}
+LAMBDAS = (1.0, 0.3, 0.1)
+_CALIBRATED = {"gate": "calibrated", "gate_inputs": "history,popularity"}
+ARMS = {
+    "no guidance": {},
+    "global": _GUIDED | {"gate": "constant", "guidance_loss": "logistic"},
+    "paper": _GUIDED | {"gate": "paper", "guidance_loss": "logistic"},
+    "calibrated": _GUIDED | _CALIBRATED,
+    "global, coin": _GUIDED | {"gate": "constant", "guidance_loss": "logistic", "teacher": "coin"},
+    "calibrated, coin": _GUIDED | _CALIBRATED | {"teacher": "coin"},
+}
+
+
+def main(_: list[str]) -> None:
+    from slgr_jax import config, judging, reliability, report, runs, simulate, train
+    from slgr_jax.data import batches
+    from slgr_jax.gates import make_gate
+
+    given = flags.FLAGS
+    out = pathlib.Path(given.out)
+    made = simulate.WorldConfig(n_users=given.users, known_per_valid=4)
+    world = simulate.simulate(made)
+    dataset = simulate.write(world, out / "world")
+    coin = dataclasses.replace(made, reliability=simulate.TEACHERS["shuffled"])
+    simulate.write_pairs(simulate.simulate(coin), dataset, "coin")
+    rows, alphas, bins = [], {}, {}
+    said = world.judge(np.random.default_rng(0), "test", per_positive=4)
+    for name, knobs in ARMS.items():
+        for weight in LAMBDAS if knobs else (0.0,):
+            workdir = str(out / f"{name} {weight:g}".replace(", ", " ").replace(" ", "_"))
+            own = knobs | {"lambda": weight} if knobs else {}
+            run = config.make_run(str(dataset.path), workdir, epochs=given.epochs, **_SHARED, **own)
+            train.train(run)
+            found = runs.evaluate_run(workdir, name).parts["test"].slices
+            rows.append(
+                {"run": name, "lambda": weight if knobs else None}
+                | {key: found[key]["ndcg@10"] for key in report.MAIN_SLICES[:3]}
+            )
+        text = (pathlib.Path(workdir) / "log.jsonl").read_text(encoding="utf-8")
+        log = [json.loads(line) for line in text.splitlines()]
+        if knobs:
+            alphas[name] = [(row["epoch"], row["train/alpha"]) for row in log]
+        if name in ("paper", "calibrated"):
+            restored, slices = runs.restore_run(workdir), dataset.slices(run.slices)
+            masks = slices.cold_users, slices.tail_items
+            facts = batches.interactions(dataset, run.sampler, *masks).facts
+            alpha = judging.alphas(
+                *(run, facts, restored.backbone, make_gate(run.gate), restored.scoring("test")),
+                *(said.users, said.items, said.margin),
+            )
+            bins[name] = reliability.reliability_bins(alpha, said.right)
+            if name == "calibrated":
+                reliability.draw_alpha_against_truth(
+                    *(alpha, said.reliability, world.history[said.users]),
+                    *(world.popularity[said.items].mean(axis=1), out / "alpha.png"),
+                    title="The calibrated gate's alpha beside how often the teacher is right",
+                )
+                error = reliability.calibration_error(alpha, said.reliability)
+                own = reliability.auc(alpha, said.right)
+                best = reliability.auc(said.reliability, said.right)
+                print(
+                    f"calibrated gate: calibration error {error:.3f} against the true "
+                    f"reliability; AUC {own:.3f}, of the true reliability {best:.3f}"
+                )
+    reliability.draw_reliability(bins, out / "reliability.png")
+    draw_collapse(alphas, out / "collapse.png")
+    print(report.markdown_table(rows))
+
+
+def draw_collapse(alphas: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None:
+    """Mean alpha of the drawn preferences by epoch, a line a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from slgr_jax.picture import COLORS
+
+    figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for color, (name, points) in zip(COLORS, alphas.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), color=color, label=name)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("mean alpha")
+    axes.set_ylim(-0.02, 1.05)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("How far each gate believes, while it trains", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    flags.run(main, usage=__doc__, sections=(), own=("out", "users", "epochs"), required=("out",))

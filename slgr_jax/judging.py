@@ -1,0 +1,165 @@
+"""Is a run's gate right about its teacher? alpha against known answers that nothing learned from.
+
+Known answers of the test part (data/known.py): pairs of a test item and an item that the user never
+chose, on which the teacher has a word. Nothing in training has seen them, and they are drawn as
+preferences are, so that the mean of `right` is how often the teacher is to be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slgr_jax import gates, metrics, reliability
+from slgr_jax.access import Lanes
+from slgr_jax.backbones import AnyBackbone
+from slgr_jax.config import RunConfig
+from slgr_jax.data import batches, draws, known
+from slgr_jax.data.context import Queries
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.guidance import pairwise
+from slgr_jax.scoring import Scoring, pair_scores
+from slgr_jax.supervision import believed
+
+# Known answers that are looked at, and how many are drawn for each.
+_ANSWERS, _DRAWN = 20_000, 4
+
+
+def judge(
+    run: RunConfig,
+    dataset: Dataset,
+    backbone: AnyBackbone,
+    gate: gates.Gate,
+    scoring: Scoring,
+    teacher: batches.TeacherLists | batches.TeacherPairs,
+    *,
+    unlisted_below: bool,
+    part: str = "test",
+) -> dict[str, Any] | None:
+    """alpha of known answers of `part`; None where the teacher has no word on any.
+
+    Args:
+      scoring: the trained backbone; its serving state has the gate's parameters.
+      teacher: its preferences (host arrays).
+
+    Returns:
+      auc, calibration_error: of alpha as a prediction of `right` (reliability.py).
+      slices: name -> {alpha: its mean, right: share on which the teacher is right, n}.
+      reliability: bins of alpha of equal size: {low, high, alpha, right, n}.
+    """
+    chosen = known.make_chosen(dataset, part)
+    found = known.make_known(dataset, teacher, chosen, unlisted_below=unlisted_below)
+    if not found.count:
+        return None
+    slices = dataset.slices(run.slices)
+    masks = (slices.cold_users, slices.tail_items)
+    made = batches.interactions(dataset, run.sampler, *masks)
+    longest = batches.longest_row(batches.Resident(made, teacher, scoring.context, found))
+    plan = draws.Plan(
+        *(dataset.n_items, 1, 1, 0, run.sampler, run.guidance),
+        search_steps=longest.bit_length(),
+        known=_ANSWERS * _DRAWN,
+    )
+    keys = jax.random.split(jax.random.key(0), 1)
+    placed, resident = jax.device_put((found, teacher))
+    drawn = jax.tree.map(
+        lambda x: np.asarray(x)[0], draws.draw_answers(keys, placed, resident, plan)
+    )
+    # Equally many for everything that follows: by weight, with replacement.
+    mass = np.asarray(drawn.weights, np.float64)
+    if not mass.sum():
+        return None
+    taken = np.random.default_rng(0).choice(mass.size, size=_ANSWERS, p=mass / mass.sum())
+    users, items = drawn.queries.users[taken], drawn.items[taken]
+    margins = drawn.margins[taken] / batches.margin_scale(teacher)
+    until = drawn.queries.until[taken]
+    alpha = alphas(run, made.facts, backbone, gate, scoring, users, items, margins, until)
+    right = drawn.right[taken] > 0.5
+    groups = _groups(run, dataset, users, items)
+    return {
+        "auc": None if right.all() or not right.any() else reliability.auc(alpha, right),
+        "calibration_error": reliability.calibration_error(alpha, right),
+        "slices": {
+            name: {
+                "alpha": float(alpha[mask].mean()),
+                "right": float(right[mask].mean()),
+                "n": int(mask.sum()),
+            }
+            for name, mask in groups.items()
+            if mask.any()
+        },
+        "reliability": [
+            {"low": b.low, "high": b.high, "alpha": b.alpha, "right": b.right, "n": b.n}
+            for b in reliability.reliability_bins(alpha, right)
+        ],
+    }
+
+
+def alphas(
+    run: RunConfig,
+    facts: batches.Facts,
+    backbone: AnyBackbone,
+    gate: gates.Gate,
+    scoring: Scoring,
+    users: np.ndarray,
+    items: np.ndarray,
+    margins: np.ndarray,
+    until: np.ndarray | None = None,
+) -> np.ndarray:
+    """[n] alpha of preferences, as a trained run believes them.
+
+    Args:
+      facts: of the training data (`batches.interactions`).
+      scoring: the trained backbone; its serving state has the gate's parameters.
+      users, items: [n], [n, 2] (preferred, other).
+      margins: [n] the teacher's, over a typical one.
+      until: [n] the moment of each, for backbones that read histories.
+    """
+    moments = None if scoring.until is None else jnp.asarray(until)
+    asked = Lanes(Queries(jnp.asarray(users), moments), jnp.asarray(items))
+
+    @jax.jit
+    def believe(scoring: Scoring, lanes: Lanes, margins: jax.Array, facts: batches.Facts) -> Any:
+        def scores(dropout: tuple[float, jax.Array] | None) -> jax.Array:
+            return pair_scores(backbone, scoring, lanes, dropout)
+
+        inputs = pairwise.gate_inputs(
+            run.gate,
+            scores(None),
+            lambda key, rate: scores((rate, key)),
+            lanes.queries.users,
+            lanes.items,
+            margins,
+            facts,
+            jax.random.key(1),
+        )
+        return believed(gate, scoring.serving.gate, inputs)
+
+    found = believe(scoring, asked, jnp.asarray(margins), jax.device_put(facts))
+    return np.asarray(found, np.float64)
+
+
+def _groups(
+    run: RunConfig, dataset: Dataset, users: np.ndarray, items: np.ndarray
+) -> Mapping[str, np.ndarray]:
+    """Masks over pairs: by the user, by either item being tail, by the preferred item's count."""
+    slices = dataset.slices(run.slices)
+    cold, tail = slices.cold_users[users], slices.tail_items[items].any(axis=1)
+    found = {
+        "overall": np.ones(users.size, bool),
+        "cold_users": cold,
+        "warm_users": ~cold,
+        "tail_items": tail,
+        "head_items": ~tail,
+    }
+    for what, values, edges in (
+        ("history", dataset.history[users], run.slices.history_bins),
+        ("popularity", dataset.popularity[items[:, 0]], run.slices.popularity_bins),
+    ):
+        for name, low, high in metrics.bins(what, edges):
+            found[name] = (values >= low) & (values <= high)
+    return found
