@@ -8,7 +8,7 @@ call, the memory is the most that the process held of its own or mapped.
   write      preferences.write_product: check, measure, write and hash
   append     preferences.append of 1 % more rows, of users who are in it already
   load       preferences.load: cold (files dropped from the page cache first) or warm
-  resident   runs.resident_teacher: load, and the host arrays that training draws from
+  resident   resident.resident_teacher: load, and the host arrays that training draws from
   reader     preferences.load of the second of eight processes
 """
 
@@ -105,11 +105,11 @@ def reader(job: Job) -> Callable[[], object]:
 
 
 def resident(job: Job) -> Callable[[], object]:
-    from slgr_jax import runs
+    from slgr_jax import resident
 
     dataset = dataset_of(job)
     run = config.RunConfig("", "", guidance=config.GuidanceConfig("selective", "big"))
-    return lambda: runs.resident_teacher(run, dataset)
+    return lambda: resident.resident_teacher(run, dataset)
 
 
 STEPS: dict[str, Callable[[Job], Callable[[], object]]] = {

@@ -113,6 +113,7 @@ class LogisticGate(nn.Module):
             "uncertainty": inputs.uncertainty,
             "teacher": inputs.teacher_margin[:, None],
             "slices": jnp.concatenate([inputs.cold[:, None], inputs.tail], axis=1),
+            "agreement": jnp.sign(inputs.score_margin)[:, None],
         }
         chosen = [known[name] for name in GATE_INPUTS if name in self.names]
         return jnp.concatenate(chosen, axis=1)

@@ -37,16 +37,17 @@ from slgr_jax import (
     report,
 )
 from slgr_jax.backbones import AnyBackbone, SequenceBackbone, make_backbone, reads_of
-from slgr_jax.data import batches, context, draws, known, labelled, schema
+from slgr_jax.data import batches, context, draws, labelled, schema
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data.context import GRAPH, HISTORY, Context
+from slgr_jax.data.context import HISTORY, Context
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.distributed import Layout, make_layout
-from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.errors import ConfigError, listing
 from slgr_jax.gates import make_gate
 from slgr_jax.kernels import build as kernel_build
 from slgr_jax.metrics import PartResult, Values
 from slgr_jax.report import EvaluatedRun
+from slgr_jax.resident import resident_known, resident_teacher
 from slgr_jax.scoring import Scoring, moments, score_rows, score_users
 from slgr_jax.step import ServingState, Trainer
 from slgr_jax.teacher import preferences
@@ -87,113 +88,6 @@ class Run:
     def scoring(self, part: str) -> Scoring:
         """The argument of `score_users` as of the moment before `part` (valid or test)."""
         return Scoring(self.serving, self.context, moments(self.context, part))
-
-
-def resident_teacher(
-    run: config.RunConfig, dataset: Dataset
-) -> batches.TeacherLists | batches.TeacherPairs | None:
-    """The teacher's preferences as host arrays to draw from; None without guidance.
-
-    Raises:
-      ManifestError, ShardError: the product does not fit or is damaged.
-      InputError: it states no preference at all.
-    """
-    guidance = run.guidance
-    if guidance.guidance == "none":
-        return None
-    teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
-    found: batches.TeacherLists | batches.TeacherPairs
-    if teacher.manifest.kind == "preferences":
-        # Margins are above 0; a slice of everything is no copy.
-        keep = teacher.margin >= guidance.min_gap if guidance.min_gap > 0 else slice(None)
-        found = batches.TeacherPairs(
-            users=batches.host_array(teacher.users[keep], np.int32),
-            items=batches.host_array(
-                np.stack([teacher.preferred[keep], teacher.other[keep]], axis=1), np.int32
-            ),
-            margins=batches.host_array(teacher.margin[keep], np.float32),
-        )
-    else:
-        found = batches.teacher_lists(
-            teacher.offsets,
-            teacher.items,
-            teacher.scores,
-            guidance,
-            unlisted_below=teacher.manifest.unlisted == "below",
-            positives=dataset.positives(("train",)),
-            n_items=dataset.n_items,
-        )
-    if found.users.size == 0:
-        gap = guidance.min_gap
-        why = f" of --min_gap={gap:g} or more" if gap else ": no user has two different scores"
-        raise InputError(
-            f"teacher {guidance.teacher} states no preference{why}; "
-            f"{'lower it, or ' if gap else ''}give more answers"
-        )
-    return found
-
-
-def resident_known(
-    run: config.RunConfig,
-    dataset: Dataset,
-    teacher: batches.TeacherLists | batches.TeacherPairs | None,
-    backbone: AnyBackbone,
-) -> tuple[batches.Known | None, Csr | None]:
-    """What a taught gate learns from, as host arrays, and the interactions left out for it.
-
-    Raises:
-      ConfigError: hidden training items that there are not, or that this backbone would see.
-      InputError: there is no known answer.
-    """
-    gate = run.gate
-    if not run.gated or not gate.taught or teacher is None:
-        return None, None
-    path = preferences.product_path(run.data, run.guidance.teacher)
-    manifest = schema.read_teacher_manifest(path)
-    hides = manifest.training_items == "hidden"
-    # A window of a history, or a graph, shows the recommender what it should not learn from.
-    able = not isinstance(backbone, SequenceBackbone) and GRAPH not in backbone.reads
-    if gate.known_answers == "hidden" and not (hides and able):
-        why = (
-            f"--backbone={run.model.backbone} would still see them in histories or its graph"
-            if hides
-            else f"teacher {run.guidance.teacher} was not asked about hidden training items (its "
-            f"manifest says training_items={manifest.training_items})"
-        )
-        raise ConfigError(f"--known_answers=hidden: {why}; use --known_answers=validation")
-    below = manifest.unlisted == "below"
-
-    def answers(source: str, hidden: Csr | None) -> batches.Known:
-        chosen = known.make_chosen(dataset, source, hidden)
-        if gate.gate == "meta":
-            return batches.Known(chosen, None)
-        return known.make_known(dataset, teacher, chosen, unlisted_below=below)
-
-    source, left_out, found = "valid", None, answers("valid", None)
-    if hides and able and gate.known_answers != "validation":
-        hidden = known.hidden_positives(dataset, *_asked(teacher))
-        asked = answers("hidden", hidden)
-        if gate.known_answers == "hidden" or asked.count > found.count:
-            source, left_out, found = "hidden", hidden, asked
-    if not found.count:
-        what = "hidden training items" if source == "hidden" else "validation interactions"
-        raise InputError(
-            f"--gate={gate.gate} learns where the answer is known, and the teacher "
-            f"{run.guidance.teacher} has no word on any of the {found.chosen.items.shape[0]} "
-            f"{what}; use another --gate, or have the teacher asked about them (launch/teach.py "
-            "candidates)"
-        )
-    return found, left_out
-
-
-def _asked(
-    teacher: batches.TeacherLists | batches.TeacherPairs,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Users and items that a teacher (host arrays) answered."""
-    if isinstance(teacher, batches.TeacherPairs):
-        return np.repeat(teacher.users, 2), np.asarray(teacher.items).ravel()
-    counts = np.diff(np.asarray(teacher.offsets))
-    return np.repeat(np.arange(counts.size), counts), np.asarray(teacher.items)
 
 
 def _reads(run: config.RunConfig, dataset: Dataset) -> frozenset[str]:

@@ -110,6 +110,7 @@ def _columns(inputs, names):
         "uncertainty": list(inputs.uncertainty.T),
         "teacher": [inputs.teacher_margin],
         "slices": [inputs.cold, *inputs.tail.T],
+        "agreement": [np.sign(inputs.score_margin)],
     }
     return np.stack([column for name in names for column in found[name]], axis=1)
 

@@ -1,0 +1,137 @@
+"""The knobs of guidance and of gates; parts of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.knobs import Section, knob
+
+GUIDANCE = ("none", "selective", "pointwise")
+GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "informed")
+GATES = ("paper", "constant", "rule", "budget", "calibrated", "meta")
+# Gates that are taught by interactions which the recommender does not learn from.
+TAUGHT_GATES = ("calibrated", "meta")
+GATE_INPUTS = (
+    *("margin", "history", "popularity", "uncertainty", "teacher", "slices", "agreement"),
+)
+KNOWN_ANSWERS = ("auto", "validation", "hidden")
+UNCERTAINTIES = ("confidence", "entropy", "dropout")
+PAIR_SELECTIONS = ("uniform", "largest_gap")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceConfig(Section):
+    """What the teacher's preferences do to the loss."""
+
+    guidance: str = knob(
+        "none",
+        "use of the teacher in training; selective = gated preferences; pointwise = squared error "
+        "of sigmoid(score) and the teacher's score, scaled to [0, 1], without a gate",
+        choices=GUIDANCE,
+    )
+    teacher: str = knob("", "name of the teacher product under DATA/teacher")
+    weight: float = knob(0.1, "weight of the guidance loss", flag="lambda", minimum=0)
+    guidance_loss: str = knob(
+        "auto",
+        "pairwise loss on x = s_ua - s_ub: hinge max(0, margin - x), logistic log(1 + exp(-x)), "
+        "both times alpha; soft -alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x); informed = "
+        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; auto = "
+        "informed for gate=calibrated, else hinge (the paper's)",
+        choices=GUIDANCE_LOSSES,
+    )
+    margin: float = knob(1.0, "hinge: margin m on logits", above=0)
+    preferences_per_step: int = knob(0, "preferences G per step; 0 = batch_size", minimum=0)
+    min_gap: float = knob(
+        0.0,
+        "least difference of two teacher scores that makes a preference; ties never do",
+        minimum=0,
+    )
+    pair_selection: str = knob(
+        "uniform",
+        "uniform over preferences, or keep the largest score gaps among "
+        "pair_candidates times as many (the paper's rule)",
+        choices=PAIR_SELECTIONS,
+    )
+    pair_candidates: int = knob(4, "pair_selection=largest_gap: candidates per kept one", minimum=1)
+    unlisted_share: float = knob(
+        1.0,
+        "share of preferences that put a listed item over an unlisted one, for teachers "
+        "whose manifest says that unlisted items rank below the list",
+        minimum=0,
+        maximum=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig(Section):
+    """Whether a preference is believed: alpha in [0, 1]."""
+
+    gate: str = knob(
+        "paper",
+        "paper = sigmoid(w.[cold, tail, q] + b), learned from the guidance loss; budget = the same "
+        "with the mean of alpha held at --budget; constant = --alpha; rule = 1 on cold users or "
+        "tail items, else 0; calibrated = P(the teacher is right), learned where the answer is "
+        "known; meta = what lowers the loss of known interactions after a look-ahead step",
+        choices=GATES,
+    )
+    alpha: float = knob(
+        1.0, "gate=constant: 1 is global distillation, 0 is none", minimum=0, maximum=1
+    )
+    budget: float = knob(0.3, "gate=budget: rho, the mean of alpha", minimum=0, maximum=1)
+    budget_weight: float = knob(
+        10.0, "gate=budget: weight of (mean alpha - rho)^2 beside the gated loss", minimum=0
+    )
+    gate_lr: float = knob(
+        0.0,
+        "Adam learning rate of the gate; 0 = 0.02 for calibrated and meta, else dense_lr",
+        minimum=0,
+    )
+    gate_inputs: str = knob(
+        "history,popularity,teacher",
+        "gate=calibrated, meta: what the gate reads: history and popularity (log counts), teacher "
+        "(its margin), slices (cold, tail), uncertainty (q of both items), margin (the "
+        "recommender's own s_ua - s_ub), agreement (its sign). With the last three a soft loss "
+        "aims at what the recommender already believes, which benchmarks/LOG.md found to help "
+        "less",
+    )
+    gate_hidden: int = knob(
+        16, "gate=calibrated, meta: width of a hidden layer beside the linear one", minimum=0
+    )
+    known_answers: str = knob(
+        "auto",
+        "gate=calibrated, meta: where the right answer is known; validation = validation "
+        "interactions, cross-fitted over two halves of the users; hidden = training items that "
+        "were hidden from the teacher, and are then not trained on; auto = where the teacher has "
+        "a word on more of them",
+        choices=KNOWN_ANSWERS,
+    )
+    known_per_step: int = knob(
+        0, "gate=calibrated: known answers drawn per step; 0 = half the preferences", minimum=0
+    )
+    uncertainty: str = knob(
+        "entropy",
+        "q, read by paper, budget and --gate_inputs: confidence 2(1 - max(p, 1-p)), entropy "
+        "H(p)/ln 2, dropout 4 Var(p) over dropout_samples passes; p = sigmoid(score)",
+        choices=UNCERTAINTIES,
+    )
+    dropout_samples: int = knob(5, "uncertainty=dropout: stochastic passes", minimum=2)
+    dropout_rate: float = knob(0.2, "uncertainty=dropout: dropout rate", above=0, below=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.input_names if name not in GATE_INPUTS]
+        if unknown or not self.input_names:
+            raise ConfigError(
+                f"--gate_inputs={self.gate_inputs}: choose from {listing(GATE_INPUTS)}"
+            )
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What --gate_inputs names."""
+        return tuple(name for name in self.gate_inputs.split(",") if name)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the gate is taught by known answers."""
+        return self.gate in TAUGHT_GATES
