@@ -192,15 +192,29 @@ def init_state(trainer: Trainer, seed: int) -> TrainState:
     return TrainState(zero, made, params, opt_state)
 
 
-def make_run_steps(
-    trainer: Trainer,
-) -> Callable[
+RunSteps = Callable[
     [TrainState, batches.Resident, jax.Array, jax.Array], tuple[TrainState, Sums, Health]
-]:
+]
+
+
+def make_run_steps(trainer: Trainer) -> RunSteps:
     """The jitted train program: (state, resident, seed key, K) -> (state', sums, health).
 
     K is a traced number, so one compilation serves every dispatch length. The state is donated.
     """
+    # Stated, so that a dispatch's output is laid out as its input: otherwise the second call
+    # would compile the program again.
+    everywhere = trainer.layout.replicated
+    like_input = TrainState(everywhere, trainer.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
+    return jax.jit(
+        make_program(trainer),
+        donate_argnums=0,
+        out_shardings=(like_input, everywhere, everywhere),
+    )
+
+
+def make_program(trainer: Trainer) -> RunSteps:
+    """What `make_run_steps` compiles, un-jitted: `many.py` maps it over seeds."""
 
     def program(
         state: TrainState, resident: batches.Resident, key: jax.Array, count: jax.Array
@@ -241,11 +255,7 @@ def make_run_steps(
         )
         return state, sums, health
 
-    # Stated, so that a dispatch's output is laid out as its input: otherwise the second call
-    # would compile the program again.
-    everywhere = trainer.layout.replicated
-    like_input = TrainState(everywhere, trainer.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
-    return jax.jit(program, donate_argnums=0, out_shardings=(like_input, everywhere, everywhere))
+    return program
 
 
 def train_step(

@@ -13,7 +13,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -178,6 +178,146 @@ def _finite(trainer: Trainer, state: TrainState) -> dict[str, jax.Array]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a loop runs besides its steps; each is compiled once, whatever the number of seeds.
+
+    Attributes:
+      init: seed -> a fresh state.
+      key: seed -> key data of its draws.
+      serving: (state, context) -> what validation and export score with.
+      finite: state -> which of its parts hold only finite numbers.
+      validate: the metrics of a serving state.
+      per_epoch: steps of an epoch.
+      dispatch: K, steps of a dispatch.
+    """
+
+    init: Callable[[np.int32], TrainState]
+    key: Callable[[np.int32], jax.Array]
+    serving: Callable[[TrainState, Context], ServingState]
+    finite: Callable[[TrainState], dict[str, jax.Array]]
+    validate: _Validation
+    per_epoch: int
+    dispatch: int
+
+
+def make_programs(trainer: Trainer, dataset: Dataset, context: Context) -> Programs:
+    """The programs of runs that `trainer` trains on `dataset`."""
+    return Programs(
+        init=_make_init(trainer),
+        key=jax.jit(_draw_key, out_shardings=trainer.layout.replicated),
+        serving=make_serving_state(trainer),
+        finite=jax.jit(functools.partial(_finite, trainer)),
+        validate=_Validation(trainer, dataset, context),
+        per_epoch=-(-trainer.plan.drawn // trainer.plan.triples),
+        dispatch=steps_per_dispatch(trainer),
+    )
+
+
+def next_epoch(train: config.TrainConfig, progress: checkpoint.Progress) -> int:
+    """The epoch after which the next validation comes."""
+    return min((progress.epoch // train.eval_every + 1) * train.eval_every, train.epochs)
+
+
+def over(train: config.TrainConfig, progress: checkpoint.Progress) -> bool:
+    """Epochs or patience are used up."""
+    return progress.epoch >= train.epochs or 0 < train.patience <= progress.stale
+
+
+def add_sums(
+    progress: checkpoint.Progress, values: Mapping[str, np.ndarray]
+) -> checkpoint.Progress:
+    """The progress with a dispatch's sums added to those since the last validation."""
+    total = dict(progress.sums)
+    for name, value in values.items():
+        total[name] = total.get(name, 0.0) + float(value)
+    return dataclasses.replace(progress, sums=total)
+
+
+def close_epoch(
+    trainer: Trainer,
+    progress: checkpoint.Progress,
+    found: Mapping[str, float] | None,
+    seconds: float,
+) -> tuple[checkpoint.Progress, dict[str, float | int], str]:
+    """Keep the best validation, count towards the patience.
+
+    Args:
+      progress: with the sums of all steps since the last validation.
+      found: the metrics of this validation; None: there is nothing to validate on.
+      seconds: that those steps took.
+
+    Returns:
+      The progress after it, whose `best_epoch` is its `epoch` if this state is the best so far;
+      what the log records of it; the line to show.
+    """
+    sums, train = progress.sums, trainer.config.train
+    means = {
+        name: value / sums["steps"]
+        for name, value in sums.items()
+        if name not in ("steps", "triples", "preferences")
+    }
+    if not trainer.guided:
+        means = {k: v for k, v in means.items() if k not in ("alpha", "agreement")}
+    epoch = next_epoch(train, progress)
+    rate = sums["triples"] / max(seconds, 1e-9)
+    record: dict[str, float | int] = {"epoch": epoch}
+    record |= {f"train/{name}": value for name, value in means.items()}
+    record["triples_per_s"] = round(rate)
+    text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
+    if trainer.guided:
+        text += f"  guidance {means['guidance_loss']:.4f}  alpha {means['alpha']:.3f}"
+    value, best = None, progress.best_metric
+    if found is not None:
+        record |= {f"valid/{name}": one for name, one in found.items()}
+        value = found[train.early_stop_metric]
+        text += f"  valid {train.early_stop_metric} {value:.4f}"
+    progress = dataclasses.replace(progress, epoch=epoch, sums={})
+    if value is None or best is None or value > best:
+        progress = dataclasses.replace(progress, best_metric=value, best_epoch=epoch, stale=0)
+        text += "" if value is None else " *"
+    else:
+        progress = dataclasses.replace(progress, stale=progress.stale + 1)
+    return progress, record, f"{text}  {rate / 1e6:.2f} M triples/s"
+
+
+def leaves_at_fault(trainer: Trainer, health: Health) -> str:
+    """`step S: names` of what was not finite first."""
+    names = trainer.leaf_names
+    bad = [name for bit, name in enumerate(names) if int(health.leaves) >> bit & 1]
+    return f"step {int(health.step)}: {listing(bad)}"
+
+
+def not_finite(programs: Programs, state: TrainState) -> list[str]:
+    """The parts of a state that hold a NaN or an infinity."""
+    return [name for name, fine in jax.device_get(programs.finite(state)).items() if not fine]
+
+
+def open_journal(
+    run: config.RunConfig, programs: Programs, progress: checkpoint.Progress
+) -> Journal:
+    """The log of a run that stands at `progress`."""
+    return Journal(
+        run.workdir,
+        step=progress.step,
+        epoch=progress.epoch,
+        total=run.train.epochs * programs.per_epoch,
+        tensorboard=run.train.tensorboard,
+    )
+
+
+def write_record(
+    run: config.RunConfig, dataset: Dataset, trainer: Trainer, programs: Programs
+) -> None:
+    """Write `run.json`."""
+    resolved = {
+        "steps_per_epoch": programs.per_epoch,
+        "steps_per_dispatch": programs.dispatch,
+    }
+    text = runs.record(run, dataset, trainer, **resolved)
+    runs.write_text(pathlib.Path(run.workdir) / runs.RECORD, text)
+
+
 class _Loop:
     """One call of `train`: the state, where it stands, and what is still in flight."""
 
@@ -185,21 +325,15 @@ class _Loop:
         self, run: config.RunConfig, trainer: Trainer, resident: batches.Resident, dataset: Dataset
     ) -> None:
         self.run, self.trainer, self.resident = run, trainer, resident
-        self.per_epoch = -(-trainer.plan.drawn // trainer.plan.triples)
-        self.dispatch = steps_per_dispatch(trainer)
-        self.key = jax.jit(_draw_key, out_shardings=trainer.layout.replicated)(
-            np.int32(run.train.seed)
-        )
+        self.programs = make_programs(trainer, dataset, resident.context)
+        self.key = self.programs.key(np.int32(run.train.seed))
         self.run_steps = make_run_steps(trainer)
-        self.serving = make_serving_state(trainer)
-        self.finite = jax.jit(functools.partial(_finite, trainer))
-        self.validate = _Validation(trainer, dataset, resident.context)
         self.saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
         progress = self.saved.progress()
         if progress is None:
             self.progress = checkpoint.Progress()
-            self.state = _make_init(trainer)(np.int32(run.train.seed))
-            self.best = self.serving(self.state, self.resident.context)
+            self.state = self.programs.init(np.int32(run.train.seed))
+            self.best = self.programs.serving(self.state, self.resident.context)
         else:
             self.progress = progress
             self.state, self.best = self.saved.restore()
@@ -210,10 +344,12 @@ class _Loop:
 
     def round(self, journal: Journal, stop: threading.Event) -> bool:
         """Run up to the next validation; False if a signal came first."""
-        start, end = (epoch * self.per_epoch for epoch in (self.progress.epoch, self.next_epoch))
+        per_epoch, dispatch = self.programs.per_epoch, self.programs.dispatch
+        start = self.progress.epoch * per_epoch
+        end = next_epoch(self.run.train, self.progress) * per_epoch
         while self.progress.step < end:
             at = self.progress.step - start
-            count = min(self.dispatch - at % self.dispatch, end - self.progress.step)
+            count = min(dispatch - at % dispatch, end - self.progress.step)
             steps = jax.device_put(np.int32(count), self.trainer.layout.replicated)
             self.state, sums, health = self.run_steps(self.state, self.resident, self.key, steps)
             self.progress = dataclasses.replace(self.progress, step=self.progress.step + count)
@@ -228,12 +364,6 @@ class _Loop:
         self.drain(journal)
         return True
 
-    @property
-    def next_epoch(self) -> int:
-        """The epoch after which the next validation comes."""
-        every = self.run.train.eval_every
-        return min((self.progress.epoch // every + 1) * every, self.run.train.epochs)
-
     def drain(self, journal: Journal) -> None:
         """Read everything in flight."""
         while self._in_flight:
@@ -242,13 +372,8 @@ class _Loop:
     def _read(self, journal: Journal) -> None:
         values, where = jax.device_get(self._in_flight.pop(0))
         if where.step >= 0:
-            names = self.trainer.leaf_names
-            bad = [name for bit, name in enumerate(names) if int(where.leaves) >> bit & 1]
-            raise self._non_finite(f"step {int(where.step)}: {listing(bad)}")
-        total = dict(self.progress.sums)
-        for name, value in values.items():
-            total[name] = total.get(name, 0.0) + float(value)
-        self.progress = dataclasses.replace(self.progress, sums=total)
+            raise self._non_finite(leaves_at_fault(self.trainer, where))
+        self.progress = add_sums(self.progress, values)
         journal.advance(self.progress.step)
 
     def _non_finite(self, what: str) -> NonFiniteError:
@@ -262,51 +387,18 @@ class _Loop:
 
     def close_round(self, journal: Journal, seconds: float) -> None:
         """Validate, keep the best state, count towards the patience."""
-        sums, train = self.progress.sums, self.run.train
-        means = {
-            name: value / sums["steps"]
-            for name, value in sums.items()
-            if name not in ("steps", "triples", "preferences")
-        }
-        if not self.trainer.guided:
-            means = {k: v for k, v in means.items() if k not in ("alpha", "agreement")}
-        epoch = self.next_epoch
-        self.progress = dataclasses.replace(self.progress, epoch=epoch, sums={})
-        record: dict[str, float | int] = {"epoch": epoch}
-        record |= {f"train/{name}": value for name, value in means.items()}
-        rate = sums["triples"] / max(seconds, 1e-9)
-        record["triples_per_s"] = round(rate)
-        text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
-        if self.trainer.guided:
-            text += f"  guidance {means['guidance_loss']:.4f}  alpha {means['alpha']:.3f}"
-        serving = self.serving(self.state, self.resident.context)
-        if self.validate.possible:
-            found = self.validate(serving)
-            record |= {f"valid/{name}": value for name, value in found.items()}
-            text += self._judge(found[train.early_stop_metric], epoch, serving)
-        else:
-            self._keep(epoch, None, serving)
-        journal.record(self.progress.step, record, f"{text}  {rate / 1e6:.2f} M triples/s")
-
-    def _judge(self, value: float, epoch: int, serving: ServingState) -> str:
-        name, best = self.run.train.early_stop_metric, self.progress.best_metric
-        if best is None or value > best:
-            self._keep(epoch, value, serving)
-            return f"  valid {name} {value:.4f} *"
-        self.progress = dataclasses.replace(self.progress, stale=self.progress.stale + 1)
-        return f"  valid {name} {value:.4f}"
-
-    def _keep(self, epoch: int, value: float | None, serving: ServingState) -> None:
-        self.best = serving
-        self.progress = dataclasses.replace(
-            self.progress, best_metric=value, best_epoch=epoch, stale=0
-        )
+        serving = self.programs.serving(self.state, self.resident.context)
+        validate = self.programs.validate
+        found = validate(serving) if validate.possible else None
+        self.progress, record, text = close_epoch(self.trainer, self.progress, found, seconds)
+        if self.progress.best_epoch == self.progress.epoch:
+            self.best = serving
+        journal.record(self.progress.step, record, text)
 
     @property
     def over(self) -> bool:
         """Epochs or patience are used up."""
-        train, progress = self.run.train, self.progress
-        return progress.epoch >= train.epochs or 0 < train.patience <= progress.stale
+        return over(self.run.train, self.progress)
 
     # -- checkpoints --
 
@@ -316,7 +408,7 @@ class _Loop:
     def save(self, journal: Journal) -> None:
         """Write a checkpoint, of a state in which every number is finite."""
         self.drain(journal)
-        bad = [name for name, fine in jax.device_get(self.finite(self.state)).items() if not fine]
+        bad = not_finite(self.programs, self.state)
         if bad:
             raise self._non_finite(f"after step {self.progress.step - 1}: {listing(bad)}")
         self.saved.save(self.state, self.best, self.progress)
@@ -331,14 +423,24 @@ def train(run: config.RunConfig) -> Outcome:
     Raises:
       UserError: bad data, teacher, config or a non-finite step, each with its fix.
     """
+    dataset = load_data(run)
+    with _stop_on_signal() as stop, jax.transfer_guard("disallow"):
+        return _train(run, dataset, stop)
+
+
+def load_data(run: config.RunConfig) -> Dataset:
+    """The run's dataset, once it is known that its validation has what --early_stop_metric names.
+
+    Raises:
+      ConfigError: it has not.
+      ManifestError, ShardError: the dataset is damaged.
+    """
     metrics.check_metric(
         *(run.train.early_stop_metric, run.evaluation.ks),
         ranking=run.evaluation.ranking,
         rows=run.evaluation.rows != "none",
     )
-    dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
-    with _stop_on_signal() as stop, jax.transfer_guard("disallow"):
-        return _train(run, dataset, stop)
+    return dataset_lib.load(run.data, verify=run.train.verify_checksums)
 
 
 def _train(run: config.RunConfig, dataset: Dataset, stop: threading.Event) -> Outcome:
@@ -357,19 +459,12 @@ def _train_in_workdir(
 ) -> Outcome:
     with jax.transfer_guard("allow"):
         loop = _Loop(run, trainer, resident, dataset)
-    resolved = {"steps_per_epoch": loop.per_epoch, "steps_per_dispatch": loop.dispatch}
-    runs.write_text(
-        pathlib.Path(run.workdir) / runs.RECORD, runs.record(run, dataset, trainer, **resolved)
-    )
+    write_record(run, dataset, trainer, loop.programs)
     begin = time.monotonic()
-    with Journal(
-        run.workdir,
-        step=loop.progress.step,
-        epoch=loop.progress.epoch,
-        total=run.train.epochs * loop.per_epoch,
-        tensorboard=run.train.tensorboard,
-    ) as journal:
-        journal.say(_opening(run, dataset, trainer, loop))
+    with open_journal(run, loop.programs, loop.progress) as journal:
+        at = loop.progress.step
+        start = f"resuming at step {at}" if at else "starting"
+        journal.say(opening(start, dataset, trainer, loop.programs))
         status = "finished"
         while not loop.over:
             round_begin = time.monotonic()
@@ -383,24 +478,22 @@ def _train_in_workdir(
                 loop.save(journal)
         loop.save(journal)
         loop.saved.close()
-    progress = loop.progress
-    return Outcome(
-        status,
-        progress.epoch,
-        progress.step,
-        progress.best_epoch,
-        progress.best_metric,
-        time.monotonic() - begin,
-    )
+    return outcome(status, loop.progress, time.monotonic() - begin)
 
 
-def _opening(run: config.RunConfig, dataset: Dataset, trainer: Trainer, loop: _Loop) -> str:
-    layout = trainer.layout
+def outcome(status: str, progress: checkpoint.Progress, seconds: float) -> Outcome:
+    """How a run that stands at `progress` ended."""
+    best = (progress.best_epoch, progress.best_metric)
+    return Outcome(status, progress.epoch, progress.step, *best, seconds)
+
+
+def opening(start: str, dataset: Dataset, trainer: Trainer, programs: Programs) -> str:
+    """The line before the first epoch."""
+    run, layout = trainer.config, trainer.layout
     kind = layout.mesh.devices.ravel()[0].device_kind
-    start = f"resuming at step {loop.progress.step}" if loop.progress.step else "starting"
     guided = f"{run.guidance.teacher} through gate {run.gate.gate}" if trainer.guided else "none"
     return (
         f"{start}: {run.model.backbone} on {dataset.manifest.name}, {dataset.n_users} users x "
         f"{dataset.n_items} items, {len(dataset.train)} training interactions, "
-        f"{loop.per_epoch} steps an epoch, {layout.devices} x {kind}, guidance: {guided}"
+        f"{programs.per_epoch} steps an epoch, {layout.devices} x {kind}, guidance: {guided}"
     )

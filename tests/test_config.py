@@ -189,3 +189,21 @@ def test_preferences_follow_the_batch_unless_told():
 def test_sections_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SliceConfig().cold_user_history = 3  # type: ignore[misc]
+
+
+def test_what_a_gate_resolves_its_knobs_to():
+    def run(**values):
+        return config.make_run("d", "w", guidance="selective", teacher="t", **values)
+
+    calibrated = run(gate="calibrated", batch_size=300)
+    assert calibrated.guidance_loss_name == "informed"
+    assert (calibrated.gate_lr, calibrated.known_per_step) == (0.02, 150)
+    paper = run(gate="paper", dense_lr=0.003)
+    assert (paper.guidance_loss_name, paper.gate_lr, paper.known_per_step) == ("hinge", 0.003, 0)
+    given = run(gate="meta", guidance_loss="logistic", gate_lr=0.5)
+    assert (given.guidance_loss_name, given.gate_lr, given.known_per_step) == ("logistic", 0.5, 0)
+    assert config.make_run("d", "w").known_per_step == 0
+    with pytest.raises(ConfigError, match=r"--gate_inputs=history,fame: choose from margin"):
+        run(gate="calibrated", gate_inputs="history,fame")
+    with pytest.raises(ConfigError, match="--guidance=pointwise needs --teacher"):
+        config.make_run("d", "w", guidance="pointwise")

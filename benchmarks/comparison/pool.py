@@ -1,4 +1,5 @@
-"""Runs in processes: each worker one thread of one fresh process, so that all cores are used.
+"""Runs side by side: on a CPU in processes of one thread each, so that all cores are used; on an
+accelerator the seeds of a run in one program (slgr_jax/many.py).
 
 A run that is finished is not touched again: it is known by its config, its data and its teacher's
 answers, and by `outcome.json`, which is written when training has ended.
@@ -7,6 +8,7 @@ answers, and by `outcome.json`, which is written when training has ended.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import multiprocessing.process
@@ -15,15 +17,20 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from comparison import results
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
+
+if TYPE_CHECKING:
+    from slgr_jax.train import Outcome
+
+Job = TypeVar("Job")
 
 # XLA's own pool and Eigen's; kernels in C++ borrow the former.
 _ONE_THREAD = {"PJRT_NPROC": "1", "NPROC": "1", "OMP_NUM_THREADS": "1"}
@@ -58,7 +65,7 @@ def train_runs(
     for run in todo.values():
         _refuse_other(run)
     shown = functools.partial(_show, root=root)
-    _each(_fit, list(todo.values()), workers, shown)
+    _each(_fit_group, groups(list(todo.values())), workers, shown)
     return [_known(run) for run in runs]
 
 
@@ -66,6 +73,23 @@ def evaluate_runs(runs: Sequence[RunConfig], *, workers: int) -> None:
     """Let every run meet the test part, once."""
     todo = {run.workdir: run for run in runs if not results.evaluated(run.workdir)}
     _each(_evaluate, list(todo.values()), workers, lambda done, of, run: None)
+
+
+def groups(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Runs that one call trains: on an accelerator, those that differ in nothing but their seed.
+
+    On a CPU each alone: the kernels in C++, in a process a run, are faster than XLA's programs of
+    several seeds.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return [[run] for run in runs]
+    found: dict[RunConfig, list[RunConfig]] = {}
+    for run in runs:
+        shared = dataclasses.replace(run.train, seed=0)
+        found.setdefault(dataclasses.replace(run, workdir="", train=shared), []).append(run)
+    return list(found.values())
 
 
 def finished(run: RunConfig) -> bool:
@@ -108,15 +132,59 @@ def _known(run: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _show(done: int, of: int, run: RunConfig, *, root: pathlib.Path) -> None:
-    found, name = _known(run), pathlib.Path(run.workdir).relative_to(root)
-    value = found["error"] or "no validation"
-    if found["best_metric"] is not None:
-        value = f"{found['best_metric']:.4f} (epoch {found['best_epoch']})"
-    print(f"  [{done}/{of}] {name}: {value}", flush=True)
+def _show(done: int, of: int, group: Sequence[RunConfig], *, root: pathlib.Path) -> None:
+    for run in group:
+        found, name = _known(run), pathlib.Path(run.workdir).relative_to(root)
+        value = found["error"] or "no validation"
+        if found["best_metric"] is not None:
+            value = f"{found['best_metric']:.4f} (epoch {found['best_epoch']})"
+        print(f"  [{done}/{of}] {name}: {value}", flush=True)
 
 
-# --------------------------------------------------------------------- one run, in its process
+# --------------------------------------------------------------------- what one call trains
+
+
+def _fit_group(group: Sequence[RunConfig]) -> None:
+    """Train a run, or the seeds of one together; write their outcomes.
+
+    The lines of all seeds go into the first one's train.log. Where one of them diverges, each is
+    trained alone: the others are not to be lost with it.
+    """
+    if len(group) == 1:
+        _fit(group[0])
+        return
+    from slgr_jax import many
+
+    for run in group:
+        pathlib.Path(run.workdir).mkdir(parents=True, exist_ok=True)
+        results.forget(run.workdir)
+    begin = time.process_time()
+    try:
+        with _logged(group[0]):
+            outcomes = many.train_many(group)
+    except NonFiniteError:
+        for run in group:
+            _fit(run)
+        return
+    each = (time.process_time() - begin) / len(group)
+    for run, outcome in zip(group, outcomes, strict=True):
+        found = _outcome(outcome, each)
+        results.write_json(pathlib.Path(run.workdir) / results.OUTCOME, found)
+
+
+@contextlib.contextmanager
+def _logged(run: RunConfig) -> Iterator[None]:
+    """What is printed goes into RUN/train.log."""
+    path = pathlib.Path(run.workdir) / "train.log"
+    with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
+
+
+def _outcome(outcome: Outcome, cpu_seconds: float) -> dict[str, Any]:
+    """What outcome.json says of a run that was trained to its end."""
+    names = ("best_metric", "best_epoch", "epoch", "seconds")
+    found = {name: getattr(outcome, name) for name in names}
+    return found | {"cpu_seconds": cpu_seconds, "error": None}
 
 
 def _fit(run: RunConfig) -> None:
@@ -130,19 +198,17 @@ def _fit(run: RunConfig) -> None:
     root = pathlib.Path(run.workdir)
     root.mkdir(parents=True, exist_ok=True)
     results.forget(root)
-    found: dict[str, Any] = {"best_metric": None, "best_epoch": None, "epoch": None}
-    found |= {"seconds": None, "cpu_seconds": None, "error": None}
     begin = time.process_time()
-    with open(root / "train.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with _logged(run):
         try:
             outcome = train.train(run)
         except NonFiniteError as error:
-            found["error"] = str(error)
+            nothing = ("best_metric", "best_epoch", "epoch", "seconds", "cpu_seconds")
+            found = dict.fromkeys(nothing) | {"error": str(error)}
         else:
             if outcome.status != "finished":
                 raise KeyboardInterrupt
-            found |= {name: getattr(outcome, name) for name in found if hasattr(outcome, name)}
-            found["cpu_seconds"] = time.process_time() - begin
+            found = _outcome(outcome, time.process_time() - begin)
     results.write_json(root / results.OUTCOME, found)
 
 
@@ -177,36 +243,36 @@ def _evaluate(run: RunConfig) -> None:
 
 
 def _each(
-    work: Callable[[RunConfig], None],
-    runs: Sequence[RunConfig],
+    work: Callable[[Job], None],
+    jobs: Sequence[Job],
     workers: int,
-    shown: Callable[[int, int, RunConfig], None],
+    shown: Callable[[int, int, Job], None],
 ) -> None:
-    """`work` on every run: here, or in as many processes as `workers`.
+    """`work` on every job: here, or in as many processes as `workers`.
 
-    A failure lets the runs that have begun end, then is raised.
+    A failure lets the jobs that have begun end, then is raised.
 
     Raises:
       SystemExit: interrupted.
     """
     try:
-        if workers == 1 or len(runs) == 1:
-            for done, run in enumerate(runs, 1):
-                work(run)
-                shown(done, len(runs), run)
+        if workers == 1 or len(jobs) == 1:
+            for done, job in enumerate(jobs, 1):
+                work(job)
+                shown(done, len(jobs), job)
             return
         with ProcessPoolExecutor(
-            min(workers, len(runs) or 1),
+            min(workers, len(jobs) or 1),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
         ) as pool:
-            futures: dict[Future[None], RunConfig] = {
-                pool.submit(_in_worker, work, run): run for run in runs
+            futures: dict[Future[None], Job] = {
+                pool.submit(_in_worker, work, job): job for job in jobs
             }
             try:
                 for done, future in enumerate(as_completed(futures), 1):
                     future.result()
-                    shown(done, len(runs), futures[future])
+                    shown(done, len(jobs), futures[future])
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -231,11 +297,11 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _in_worker(work: Callable[[RunConfig], None], run: RunConfig) -> None:
+def _in_worker(work: Callable[[Job], None], job: Job) -> None:
     import jax
 
     try:
-        work(run)
+        work(job)
     finally:
         jax.clear_caches()  # a worker lives through many runs
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,9 +15,9 @@ import pytest
 import worlds
 from scipy import stats as scipy_stats
 
-from slgr_jax import config
+from slgr_jax import config, many, train
 from slgr_jax.data import schema
-from slgr_jax.errors import ConfigError
+from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.teacher import preferences
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
@@ -211,6 +212,56 @@ def test_a_setting_that_diverges_is_not_chosen(tmp_path):
 
 
 # --------------------------------------------------------------------- runs
+
+
+def test_seeds_train_together_on_accelerators_only(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path)
+    a = [plan.config("mf", "paper", {"lr": 0.1}, tmp_path / f"a{i}", i) for i in range(3)]
+    b = [plan.config("mf", "paper", {"lr": 0.2}, tmp_path / f"b{i}", i) for i in range(2)]
+    mixed = [a[0], b[0], a[1], b[1], a[2]]
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert pool.groups(mixed) == [[run] for run in mixed]
+    for backend in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert pool.groups(mixed) == [a, b]
+
+
+def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, capsys):
+    plan = plan_of(tmp_path)
+    runs = [plan.config("mf", "paper", {"lr": 0.1}, tmp_path / f"s{i}", i) for i in range(3)]
+    alone = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pool, "_fit", lambda run: alone.append(run) or results.write_json(
+        pathlib.Path(run.workdir) / results.OUTCOME,
+        {"best_metric": None, "best_epoch": None, "error": "diverged"}))  # fmt: skip
+
+    def together(group):
+        print("epoch 1")
+        return [train.Outcome("finished", 9, 90, 4 + i, 0.25, 3.5) for i in range(len(group))]
+
+    monkeypatch.setattr(many, "train_many", together)
+    found = pool.train_runs(runs, workers=1, root=tmp_path)
+    assert [one["best_epoch"] for one in found] == [4, 5, 6]
+    for one in found:
+        expected = {"epoch": 9, "best_metric": 0.25, "seconds": 3.5, "error": None}
+        assert {name: one[name] for name in expected} == expected
+        assert 0 <= one["cpu_seconds"] < 60
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[1] == "  [1/1] s1: 0.2500 (epoch 5)"
+    assert "epoch 1\n" in (tmp_path / "s0" / "train.log").read_text()
+    assert alone == []
+
+    def diverge(group):
+        raise NonFiniteError("seed 1")
+
+    # One that diverges does not take the others with it: each is trained alone.
+    monkeypatch.setattr(many, "train_many", diverge)
+    for run in runs:
+        results.forget(run.workdir)
+    assert [one["error"] for one in pool.train_runs(runs, workers=1, root=tmp_path)] == [
+        "diverged"
+    ] * 3
+    assert alone == runs
 
 
 @pytest.mark.slow
