@@ -13,6 +13,7 @@ from comparison.summary import Row
 
 _MARKERS = "osD^vP*X"
 Style = Mapping[str, tuple[str, str]]  # arm -> colour and marker, the same in every picture
+FEWEST = 30  # users or rows of a bin that is drawn
 
 
 def draw(found: Mapping[str, Any], out: pathlib.Path) -> list[str]:
@@ -116,8 +117,17 @@ def _one(rows: Sequence[Row], arm: str, name: str) -> Mapping[str, Any]:
 
 
 def _gains(rows: Sequence[Row], what: str, style: Style) -> Any:
-    """Difference to `none` by bin, with its 95 % interval over seeds."""
-    rows = [row for row in rows if row["slice"].startswith(what) and row.get("vs_none")]
+    """Difference to `none` by bin, with its 95 % interval over seeds.
+
+    Bins of fewer than `FEWEST` are left to the table: one user's luck would set the scale.
+    """
+    rows = [
+        row
+        for row in rows
+        if row["slice"].startswith(what)
+        and row.get("vs_none")
+        and row.get("rows", row["users"]) >= FEWEST
+    ]
 
     def panel(axis: Any, mine: list[Row]) -> None:
         names = list(dict.fromkeys(row["slice"] for row in mine))

@@ -536,7 +536,7 @@ def test_the_verdict_counts_cells():
     assert summary.verdict(rows, "none") is None
 
 
-def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path):
+def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypatch):
     runs, _ = written
     rows = summary.rows_of(runs, (10,), PRIMARY, "paper")
     tried = [{"lr": 0.1, "lambda": 0.3, "valid": 0.5, "epoch": 1},
@@ -559,6 +559,7 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path):
         "alpha_by_epoch": [{"backbone": "mf", "arm": "paper", "epochs": [1, 2], "alpha": [1, 0.1]}],
         "baselines": [{"baseline": "popular", "slice": "overall", "ndcg@10": 0.1}],
     }  # fmt: skip
+    monkeypatch.setattr(plots, "FEWEST", 1)
     names = plots.draw(found, tmp_path)
     assert names == [
         *("bars.png", "gain_by_history.png", "alpha_by_slice.png", "reliability.png"),
@@ -581,6 +582,8 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path):
     found |= {"gate": [], "alpha_by_epoch": [], "baselines": []}
     assert "## Gates" not in render.render(found, [])
     assert plots.draw(found, tmp_path) == ["bars.png", "gain_by_history.png"]
+    monkeypatch.setattr(plots, "FEWEST", USERS + 1)  # bins of fewer users are not drawn
+    assert plots.draw(found, tmp_path) == ["bars.png"]
 
 
 # --------------------------------------------------------------------- presets
