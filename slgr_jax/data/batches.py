@@ -45,13 +45,11 @@ class Facts:
     """What is known of each user and item from training data alone.
 
     Attributes:
-      history, popularity: training interactions of each user, of each item.
-      log_history, log_popularity: log(1 + count), of mean 0 and standard deviation 1.
+      log_history, log_popularity: log(1 + training interactions) of each user, of each item, with
+        mean 0 and standard deviation 1.
       cold, tail: 1 where the user is cold, where the item is tail.
     """
 
-    history: Int[Array, "U"]
-    popularity: Int[Array, "I"]
     log_history: Float[Array, "U"]
     log_popularity: Float[Array, "I"]
     cold: Float[Array, "U"]
@@ -299,8 +297,6 @@ def interactions(
         negatives=excluded(pairs, masses, dataset.n_items),
         cumulative=None if masses is None else host32(np.concatenate([[0], np.cumsum(masses)])),
         facts=Facts(
-            history=host32(dataset.history),
-            popularity=host32(dataset.popularity),
             log_history=_standardised(dataset.history),
             log_popularity=_standardised(dataset.popularity),
             cold=host_array(cold, np.float32),

@@ -19,8 +19,6 @@ from slgr_jax.guidance import pairwise
 def _batch(count: int = 16, seed: int = 0) -> tuple[Batch, Facts]:
     rng = np.random.default_rng(seed)
     facts = Facts(
-        history=jnp.asarray(rng.integers(0, 9, 6), jnp.int32),
-        popularity=jnp.asarray(rng.integers(0, 9, 8), jnp.int32),
         log_history=jnp.asarray(rng.normal(size=6), jnp.float32),
         log_popularity=jnp.asarray(rng.normal(size=8), jnp.float32),
         cold=jnp.asarray(rng.integers(0, 2, 6), jnp.float32),
