@@ -1,7 +1,7 @@
 """A world with a known answer: users, items, interactions, and a teacher as reliable as one sets.
 
     world = simulate(WorldConfig(reliability=Region(history=8)))
-    dataset = write(world, "/tmp/world")  # a dataset directory, with the teacher product `pairs`
+    dataset = write(world, "world")  # a dataset directory, with the teacher product `pairs`
     judged = world.judge(np.random.default_rng(1), "test")
     reliability.auc(judged.reliability, judged.right)  # of the Bayes rule
 
