@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data.context import Context, host32
+from slgr_jax.data.context import Context, Queries, host32
 from slgr_jax.data.dataset import Csr, Dataset, beaten
 from slgr_jax.errors import InputError
 
@@ -170,6 +170,28 @@ class Known:
         if isinstance(self.answers, KnownPairs):
             return int(self.answers.pairs.shape[0])
         return int((self.chosen.items if self.answers is None else self.answers.chosen).shape[0])
+
+
+@struct.dataclass
+class Answers:
+    """K pairs on which the teacher has a word, and whether it is right; weight 0: none drawn.
+
+    `items` is (preferred by the teacher, other).
+    """
+
+    queries: Queries
+    items: Int[Array, "K 2"]
+    margins: Float[Array, "K"]
+    right: Float[Array, "K"]
+    weights: Float[Array, "K"]
+
+
+@struct.dataclass
+class HeldOut:
+    """For each preference an item that its user chose, and one not; weight 0: there is none."""
+
+    items: Int[Array, "G 2"]
+    weights: Float[Array, "G"]
 
 
 @struct.dataclass

@@ -23,8 +23,10 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
 from slgr_jax.data.batches import (
+    Answers,
     Chosen,
     Excluded,
+    HeldOut,
     Interactions,
     Known,
     KnownLists,
@@ -40,28 +42,6 @@ from slgr_jax.random_words import words as random_words
 
 # Shifts tried by in-batch negatives before a triple is left without one (weight 0).
 IN_BATCH_TRIES = 8
-
-
-@struct.dataclass
-class Answers:
-    """K pairs on which the teacher has a word, and whether it is right; weight 0: none drawn.
-
-    `items` is (preferred by the teacher, other).
-    """
-
-    queries: Queries
-    items: Int[Array, "K 2"]
-    margins: Float[Array, "K"]
-    right: Float[Array, "K"]
-    weights: Float[Array, "K"]
-
-
-@struct.dataclass
-class HeldOut:
-    """For each preference an item that its user chose, and one not; weight 0: there is none."""
-
-    items: Int[Array, "G 2"]
-    weights: Float[Array, "G"]
 
 
 @struct.dataclass
