@@ -136,6 +136,8 @@ def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    from slgr_jax.teacher import combine
+
     log = _only(_plain(folder / "interactions.parquet"), "dataset", config.dataset)
     log = log.filter(pc.not_equal(log["split"], "unused"))
     interactions = {
@@ -164,11 +166,15 @@ def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
             products[f"{llm}_{exp}"] = Product(
                 _rows(user, item, score), "train_only", unlisted, llm, "1/log2(rank+1)"
             )
-    user, item, rank = (np.concatenate(parts) for parts in zip(*free.values(), strict=True))
-    pairs, where = np.unique(np.stack([user, item], 1), axis=0, return_inverse=True)
-    mean = np.bincount(where.ravel(), 1 / rank) / len(free)
+    users = np.arange(2 + max(int(user.max()) for user, _, _ in free.values()))
+    lists = []
+    for user, item, rank in free.values():
+        order = np.lexsort((-rank, user))  # within a user the best last
+        offsets = np.searchsorted(user, users)
+        lists.append(combine.Answers(offsets, item[order], -rank[order], below=True))
+    fused = combine.fuse(lists, "reciprocal")
     products["all_free"] = Product(
-        _rows(pairs[:, 0], pairs[:, 1], mean),
+        _rows(fused.users, fused.items, fused.scores),
         "train_only",
         "below",
         "mean of " + ", ".join(free),

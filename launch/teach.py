@@ -6,6 +6,7 @@
     python launch/teach.py candidates --data=DATA --name=NAME [--run=WORKDIR]
     python launch/teach.py requests --data=DATA --name=NAME --model=LLM [--dry_run]
     python launch/teach.py collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
+    python launch/teach.py combine --data=DATA --name=NAME --names=TEACHER,TEACHER[,...]
     python launch/teach.py inspect --data=DATA --name=NAME
     python launch/teach.py report --data=DATA --name=NAME [--out=FOLDER]
 
@@ -15,6 +16,7 @@ embed: vectors of items and users to DATA/embeddings/NAME, of a local model or f
 candidates: whom to ask about what, and what it will cost (--price_in, --max_requests, ...).
 requests: prompts as batch-API files for any LLM: `vllm run-batch` or a hosted service.
 collect: what came back to an answer log and a product; again over more results, it only adds.
+combine: several teachers as one, by ranks or scores; --min_votes: only what so many answered.
 inspect: check a product's shards and show what it is.
 report: what the teacher is worth: where it is right, and whether the data know that already.
 """
@@ -145,6 +147,19 @@ def collect(data: Dataset, common: config.TeachConfig) -> None:
     print(preferences.report(manifest))
 
 
+def combine(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import combine as fusion
+    from slgr_jax.teacher import preferences
+
+    if flags.section_from_flags(config.ImportConfig).append:
+        raise ConfigError(
+            "combine cannot --append: more answers change ranks and means; combine all of them "
+            "again with --overwrite"
+        )
+    manifest = fusion.combine(data, common, flags.section_from_flags(config.CombineConfig))
+    print(preferences.report(manifest))
+
+
 def inspect(data: Dataset, common: config.TeachConfig) -> None:
     from slgr_jax.teacher import preferences
 
@@ -172,6 +187,7 @@ COMMANDS: Mapping[str, Callable[[Dataset, config.TeachConfig], None]] = {
     "candidates": candidates,
     "requests": requests,
     "collect": collect,
+    "combine": combine,
     "inspect": inspect,
     "report": report,
 }

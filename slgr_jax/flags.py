@@ -15,7 +15,7 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -157,6 +157,17 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(EXIT_USER_ERROR)
 
 
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End without a word, with status 1, once whoever read our output has seen enough."""
+    try:
+        yield
+        print(end="", flush=True)  # what is still buffered fails here, and not at Python's end
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at its end
+        raise SystemExit(1) from None
+
+
 def keep_compiled() -> None:
     """Let JAX keep every program it compiles for the next process, unless told otherwise.
 
@@ -200,7 +211,8 @@ def run(
 
     def parse(argv: Sequence[str]) -> list[str]:
         if any(arg in ("-h", "-help", "--help", "--helpfull", "--helpshort") for arg in argv[1:]):
-            print(help_text(usage, sections, own))
+            with _reader_may_leave():
+                print(help_text(usage, sections, own))
             raise SystemExit(0)
         try:
             rest = FLAGS(list(argv))[1:]
@@ -226,12 +238,10 @@ def run(
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)
         try:
-            main(rest)
+            with _reader_may_leave():
+                main(rest)
         except UserError as error:
             fail(str(error))
-        except BrokenPipeError:  # whoever read our output has seen enough
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at its end
-            raise SystemExit(1) from None
         except OSError as error:
             if error.errno not in _PATH_ERRORS:
                 raise

@@ -175,3 +175,31 @@ def test_a_defect_keeps_its_traceback():
 
 def test_the_work_is_done():
     assert _call("fine") == (0, "did ['fine']\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("--help", "Usage."),  # in the buffer until the end
+        ("--help", "Usage. " * 2_000),  # past it
+        ("fine", "Usage."),
+    ],
+)
+def test_a_reader_that_goes_away_is_no_defect(command, usage):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", SCRIPT.format(errno=0).replace("Usage.", usage), command],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=REPO,
+            env=buffered,
+        )
+    finally:
+        os.close(writer)
+    assert (found.returncode, found.stderr) == (1, "")

@@ -20,6 +20,8 @@ EMBEDDERS = ("wordllama", "smollm2")
 # What a request asks for, by the form of its answer.
 PROMPTS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
 ORDERS = ("random", "both", "one")
+# How teachers are made one.
+FUSIONS = ("reciprocal", "rrf", "borda", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +262,25 @@ class EmbedConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class CombineConfig(Section):
+    """combine: teachers of DATA, with scores, as one."""
+
+    names: str = knob("", "two or more of DATA/teacher, separated by commas")
+    method: str = knob(
+        "reciprocal",
+        "reciprocal = mean of 1/rank, rrf = sum of 1/(rrf_k + rank), borda = mean of 1 - (rank - "
+        "1)/length of the list, mean = mean of scores scaled to 0..1, a teacher at a time. Where "
+        "unlisted items of all teachers rank below, an item that a teacher does not list counts 0 "
+        "(mean: is left out), and those of the result rank below. Otherwise it is left out of the "
+        "mean, but is 0 for a teacher whose own list it is below, and unlisted items of the result "
+        "are unknown",
+        choices=FUSIONS,
+    )
+    rrf_k: int = knob(60, "rrf: the larger, the less the first ranks stand out", minimum=0)
+    min_votes: int = knob(1, "keep items that at least this many teachers answered", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportConfig(Section):
     """report: what the teacher is worth."""
 
@@ -279,5 +300,6 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     RequestConfig,
     CollectConfig,
     EmbedConfig,
+    CombineConfig,
     ReportConfig,
 )
