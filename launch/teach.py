@@ -3,6 +3,7 @@
     python launch/teach.py import --data=DATA --scores=FILE --name=NAME
     python launch/teach.py score --data=DATA --name=NAME
     python launch/teach.py embed --data=DATA --name=NAME [--embedder=MODEL | --vectors=FILE]
+    python launch/teach.py nearest --data=DATA --name=NAME [--listed=50] [--embeddings=EMBEDDED]
     python launch/teach.py candidates --data=DATA --name=NAME [--run=WORKDIR]
     python launch/teach.py requests --data=DATA --name=NAME --model=LLM [--dry_run]
     python launch/teach.py collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
@@ -13,6 +14,7 @@
 import: answers of any LLM, with the ids of the raw data.
 score: a local language model scores items by their texts against each user's training history.
 embed: vectors of items and users to DATA/embeddings/NAME, of a local model or from a file.
+nearest: each user's nearest items by text vectors, as a list over the whole catalogue.
 candidates: whom to ask about what, and what it will cost (--price_in, --max_requests, ...).
 requests: prompts as batch-API files for any LLM: `vllm run-batch` or a hosted service.
 collect: what came back to an answer log and a product; again over more results, it only adds.
@@ -160,6 +162,14 @@ def combine(data: Dataset, common: config.TeachConfig) -> None:
     print(preferences.report(manifest))
 
 
+def nearest(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher import nearest as lists
+    from slgr_jax.teacher import preferences
+
+    manifest = lists.write(data, common, flags.section_from_flags(config.NearestConfig))
+    print(preferences.report(manifest))
+
+
 def inspect(data: Dataset, common: config.TeachConfig) -> None:
     from slgr_jax.teacher import preferences
 
@@ -184,6 +194,7 @@ COMMANDS: Mapping[str, Callable[[Dataset, config.TeachConfig], None]] = {
     "import": import_,
     "score": score,
     "embed": embed,
+    "nearest": nearest,
     "candidates": candidates,
     "requests": requests,
     "collect": collect,

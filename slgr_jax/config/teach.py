@@ -262,6 +262,16 @@ class EmbedConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class NearestConfig(Section):
+    """nearest: each user's nearest items by text, as a list over the whole catalogue."""
+
+    listed: int = knob(50, "length of a user's list", minimum=1)
+    embeddings: str = knob(
+        "", "vectors of DATA/embeddings/NAME (embed); empty = wordllama's of the item texts"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class CombineConfig(Section):
     """combine: teachers of DATA, with scores, as one."""
 
@@ -300,6 +310,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     RequestConfig,
     CollectConfig,
     EmbedConfig,
+    NearestConfig,
     CombineConfig,
     ReportConfig,
 )
