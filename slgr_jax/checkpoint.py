@@ -28,7 +28,8 @@ import jax.numpy as jnp
 
 from slgr_jax.data.context import Context
 from slgr_jax.errors import ManifestError, UserError
-from slgr_jax.step import ServingState, Trainer, TrainState, init_state, make_serving_state
+from slgr_jax.scoring import ServingState
+from slgr_jax.step import Trainer, TrainState, init_state, make_serving_state
 
 DIRECTORY = "checkpoints"
 _STATE, _BEST = "state", "best"

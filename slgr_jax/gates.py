@@ -39,6 +39,7 @@ class GateInputs:
       uncertainty: q of the recommender for (user, item), in [0, 1].
       score_margin: the recommender's own s_ua - s_ub.
       teacher_margin: the teacher's score difference, > 0, over a typical one.
+      reference_margin: the mean of s_ua - s_ub over the runs of an ensemble; 0 without one.
       fold: 0 or 1, the half of the users that the user is in (`folds`).
     """
 
@@ -49,6 +50,7 @@ class GateInputs:
     uncertainty: Float[Array, "G 2"]
     score_margin: Float[Array, "G"]
     teacher_margin: Float[Array, "G"]
+    reference_margin: Float[Array, "G"]
     fold: Int[Array, "G"]
 
 
@@ -97,8 +99,9 @@ class LogisticGate(nn.Module):
 
     z are the named inputs. Two folds, because what teaches a gate (validation interactions) also
     chooses the best epoch: the parameters of a fold are taught by its own users and used for those
-    of the other. With the margin among its inputs it starts at sigmoid(margin), the recommender's
-    own belief, otherwise at 1/2: a teacher adds nothing until it has been seen to.
+    of the other. With the margin (or a reference) among its inputs it starts at sigmoid of it, what
+    the recommender (or the reference) believes, otherwise at 1/2: a teacher adds nothing until it
+    has been seen to.
     """
 
     names: tuple[str, ...]
@@ -114,6 +117,7 @@ class LogisticGate(nn.Module):
             "teacher": inputs.teacher_margin[:, None],
             "slices": jnp.concatenate([inputs.cold[:, None], inputs.tail], axis=1),
             "agreement": jnp.sign(inputs.score_margin)[:, None],
+            "reference": inputs.reference_margin[:, None],
         }
         chosen = [known[name] for name in GATE_INPUTS if name in self.names]
         return jnp.concatenate(chosen, axis=1)
@@ -126,10 +130,14 @@ class LogisticGate(nn.Module):
         """log(alpha / (1 - alpha))."""
         z, fold = self.features(inputs), inputs.fold
         width = z.shape[1]
-        first = 1.0 if "margin" in self.names else 0.0  # margin comes first
+        belief = jnp.zeros(width)
+        if "margin" in self.names:
+            belief = belief.at[0].set(1.0)  # the first of GATE_INPUTS
+        elif "reference" in self.names:
+            belief = belief.at[-1].set(1.0)  # the last
 
         def start(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jnp.zeros(shape).at[:, 0].set(first)
+            return jnp.broadcast_to(belief, shape)
 
         weight = self.param("weight", start, (2, width))
         bias = self.param("bias", nn.initializers.zeros, (2,))
@@ -179,7 +187,7 @@ def empty_inputs() -> GateInputs:
     """Inputs for zero preferences, to initialise a gate's parameters."""
     one, two = jnp.zeros((0,)), jnp.zeros((0, 2))
     return GateInputs(
-        *(one, two, one, two, two, one, one),
+        *(one, two, one, two, two, one, one, one),
         fold=jnp.zeros((0,), jnp.int32),
     )
 
@@ -200,9 +208,11 @@ def entropy_uncertainty(scores: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.clip(entropy / np.float32(np.log(2.0)), 0.0, 1.0)
 
 
-def dropout_uncertainty(samples: Float[Array, "T ..."]) -> Float[Array, "..."]:
-    """q = 4 Var_t(p_t), p_t = sigmoid(score of stochastic pass t) (PAPER 1.3 (c)).
+def variance_uncertainty(samples: Float[Array, "T ..."]) -> Float[Array, "..."]:
+    """q = 4 Var_t(p_t), p_t = sigmoid(score t) (PAPER 1.3 (c)).
 
+    Over stochastic passes (dropout), or over runs that were trained apart: a deep ensemble
+    (Lakshminarayanan et al. 2017, "Simple and Scalable Predictive Uncertainty Estimation").
     The variance of a number in [0, 1] is at most 1/4, hence the scale.
     """
     return 4.0 * jnp.var(jax.nn.sigmoid(samples), axis=0)

@@ -7,7 +7,7 @@ preferences are, so that the mean of `right` is how often the teacher is to be b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from slgr_jax.data import batches, draws, known
 from slgr_jax.data.context import Queries
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.guidance import pairwise
-from slgr_jax.scoring import Scoring, pair_scores
+from slgr_jax.scoring import Scoring, ensemble_scores, pair_scores
 from slgr_jax.supervision import believed
 
 # Known answers that are looked at, and how many are drawn for each.
@@ -39,12 +39,14 @@ def judge(
     *,
     unlisted_below: bool,
     part: str = "test",
+    ensemble: Sequence[tuple[AnyBackbone, Scoring]] = (),
 ) -> dict[str, Any] | None:
     """alpha of known answers of `part`; None where the teacher has no word on any.
 
     Args:
       scoring: the trained backbone; its serving state has the gate's parameters.
       teacher: its preferences (host arrays).
+      ensemble: the runs whose spread the gate reads, as of the moment before `part`.
 
     Returns:
       auc, calibration_error: of alpha as a prediction of `right` (reliability.py).
@@ -77,7 +79,8 @@ def judge(
     users, items = drawn.queries.users[taken], drawn.items[taken]
     margins = drawn.margins[taken] / batches.margin_scale(teacher)
     until = drawn.queries.until[taken]
-    alpha = alphas(run, made.facts, backbone, gate, scoring, users, items, margins, until)
+    asked = (users, items, margins, until)
+    alpha = alphas(run, made.facts, backbone, gate, scoring, *asked, ensemble=ensemble)
     right = drawn.right[taken] > 0.5
     groups = _groups(run, dataset, users, items)
     return {
@@ -109,6 +112,8 @@ def alphas(
     items: np.ndarray,
     margins: np.ndarray,
     until: np.ndarray | None = None,
+    *,
+    ensemble: Sequence[tuple[AnyBackbone, Scoring]] = (),
 ) -> np.ndarray:
     """[n] alpha of preferences, as a trained run believes them.
 
@@ -118,12 +123,21 @@ def alphas(
       users, items: [n], [n, 2] (preferred, other).
       margins: [n] the teacher's, over a typical one.
       until: [n] the moment of each, for backbones that read histories.
+      ensemble: the runs whose spread the gate reads, each at its own moment of the users.
     """
     moments = None if scoring.until is None else jnp.asarray(until)
     asked = Lanes(Queries(jnp.asarray(users), moments), jnp.asarray(items))
 
+    backbones, members = [b for b, _ in ensemble], [member for _, member in ensemble]
+
     @jax.jit
-    def believe(scoring: Scoring, lanes: Lanes, margins: jax.Array, facts: batches.Facts) -> Any:
+    def believe(
+        scoring: Scoring,
+        members: Sequence[Scoring],
+        lanes: Lanes,
+        margins: jax.Array,
+        facts: batches.Facts,
+    ) -> Any:
         def scores(dropout: tuple[float, jax.Array] | None) -> jax.Array:
             return pair_scores(backbone, scoring, lanes, dropout)
 
@@ -136,10 +150,13 @@ def alphas(
             margins,
             facts,
             jax.random.key(1),
+            ensemble_scores(backbones, members, lanes.queries.users, lanes.items)
+            if members
+            else None,
         )
         return believed(gate, scoring.serving.gate, inputs)
 
-    found = believe(scoring, asked, jnp.asarray(margins), jax.device_put(facts))
+    found = believe(scoring, members, asked, jnp.asarray(margins), jax.device_put(facts))
     return np.asarray(found, np.float64)
 
 

@@ -3,9 +3,9 @@
     states [N, ...]  = the N initial states, stacked
     states', sums, health = vmap(steps)(states, resident, keys [N, 2], K)
 
-The resident arrays and K are shared. A small model leaves most of an accelerator idle, and N of
-them in one program take little longer than one. The CPU kernels do not vmap, so that these are
-XLA's programs; on a CPU a process a run is faster.
+The resident arrays (the runs of an ensemble too) and K are shared. A small model leaves most of an
+accelerator idle, and N of them in one program take little longer than one. The CPU kernels do not
+vmap, so that these are XLA's programs; on a CPU a process a run is faster.
 
 Every run comes out as `train.train` with --kernels=xla leaves it: its initial state and its draws
 to the bit, its numbers to rounding, its own best state and patience, its own directory. A run that
@@ -33,7 +33,8 @@ from slgr_jax.data.batches import Resident
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
 from slgr_jax.journal import Journal
-from slgr_jax.step import Health, RunSteps, ServingState, Sums, Trainer, TrainState, make_program
+from slgr_jax.scoring import ServingState
+from slgr_jax.step import Health, RunSteps, Sums, Trainer, TrainState, make_program
 
 # Of a device's memory, what stacked seeds may take; the rest is for validation.
 _SHARE = 0.75

@@ -75,15 +75,19 @@ def resident_known(
     path = preferences.product_path(run.data, run.guidance.teacher)
     manifest = schema.read_teacher_manifest(path)
     hides = manifest.training_items == "hidden"
-    # A window of a history, or a graph, shows the recommender what it should not learn from.
-    able = not isinstance(backbone, SequenceBackbone) and GRAPH not in backbone.reads
+    # A window of a history, or a graph, shows the recommender what it should not learn from. Runs
+    # of an ensemble have learned from it: they agree on what a user chose, and a gate would see it.
+    blind = not isinstance(backbone, SequenceBackbone) and GRAPH not in backbone.reads
+    able = blind and not run.ensemble
     if gate.known_answers == "hidden" and not (hides and able):
         why = (
-            f"--backbone={run.model.backbone} would still see them in histories or its graph"
-            if hides
-            else f"teacher {run.guidance.teacher} was not asked about hidden training items (its "
+            f"teacher {run.guidance.teacher} was not asked about hidden training items (its "
             f"manifest says training_items={manifest.training_items})"
         )
+        if hides and not blind:
+            why = f"--backbone={run.model.backbone} would still see them in histories or its graph"
+        elif hides:
+            why = "the runs of --ensemble were trained on them"
         raise ConfigError(f"--known_answers=hidden: {why}; use --known_answers=validation")
     below = manifest.unlisted == "below"
 

@@ -48,8 +48,8 @@ from slgr_jax.kernels import build as kernel_build
 from slgr_jax.metrics import PartResult, Values
 from slgr_jax.report import EvaluatedRun
 from slgr_jax.resident import resident_known, resident_teacher
-from slgr_jax.scoring import Scoring, moments, score_rows, score_users
-from slgr_jax.step import ServingState, Trainer
+from slgr_jax.scoring import Scoring, ServingState, moments, score_rows, score_users
+from slgr_jax.step import Trainer
 from slgr_jax.teacher import preferences
 
 CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
@@ -59,7 +59,8 @@ RESUMABLE = frozenset(
     {
         *("epochs", "patience", "tensorboard", "verify_checksums", "checkpoint_every_s"),
         *("steps_per_dispatch", "table_shards", "min_devices", "eval_users_per_chunk", "restart"),
-        "kernels",
+        # The ensemble's runs may have moved: what they hold is compared (`members`).
+        *("kernels", "ensemble"),
     }
 )
 
@@ -148,8 +149,11 @@ def build(run: config.RunConfig, dataset: Dataset) -> tuple[Trainer, batches.Res
     teacher = resident_teacher(run, dataset)
     answers, left_out = resident_known(run, dataset, teacher, backbone)
     made = dataclasses.replace(made, targets=_targets(run, dataset, backbone, left_out))
-    resident = batches.Resident(made, teacher, found, answers)
-    trainer = make_trainer(run, dataset, resident, layout, backbone)
+    frozen = restore_ensemble(run, dataset)
+    scorings = tuple(member.scoring("valid") for member in frozen)
+    resident = batches.Resident(made, teacher, found, answers, scorings)
+    backbones = tuple(member.backbone for member in frozen)
+    trainer = make_trainer(run, dataset, resident, layout, backbone, backbones)
     return trainer, jax.device_put(resident, layout.replicated)
 
 
@@ -167,8 +171,13 @@ def make_trainer(
     resident: batches.Resident,
     layout: Layout,
     backbone: AnyBackbone | None = None,
+    ensemble: tuple[AnyBackbone, ...] = (),
 ) -> Trainer:
-    """What is compiled into the steps that draw from `resident` on the devices of `layout`."""
+    """What is compiled into the steps that draw from `resident` on the devices of `layout`.
+
+    Args:
+      ensemble: the backbones of `resident.ensemble`.
+    """
     native = _native(run, layout)
     if backbone is None:
         backbone, _ = _backbone(run, dataset, native=native)
@@ -198,7 +207,7 @@ def make_trainer(
         held_out=run.gated and run.gate.gate == "meta",
         margin_scale=batches.margin_scale(resident.teacher),
     )
-    return Trainer(run, backbone, make_gate(run.gate), plan, layout)
+    return Trainer(run, backbone, make_gate(run.gate), plan, layout, ensemble)
 
 
 def read_config(workdir: str) -> config.RunConfig:
@@ -227,6 +236,11 @@ def restore_run(workdir: str, which: str = "best") -> Run:
             f"{workdir} was trained on another split or id map than {dataset.path} now holds "
             f"(split {dataset.manifest.split_hash[:8]}); point --data back or train again"
         )
+    return _restored(workdir, run, dataset, which)
+
+
+def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str) -> Run:
+    """A state of the run in `workdir`, which was trained on `dataset`."""
     backbone, found = _backbone(run, dataset, native=False)
     # Restoring needs no more than the sizes: one table shard, whatever the run had.
     layout = make_layout()
@@ -242,9 +256,68 @@ def restore_run(workdir: str, which: str = "best") -> Run:
     return Run(run, dataset, backbone, score_users(backbone), serving, placed, mesh)
 
 
+def restore_ensemble(run: config.RunConfig, dataset: Dataset) -> list[Run]:
+    """The best states of the runs whose spread the gate of `run` reads; [] where it reads none.
+
+    Raises:
+      ConfigError: one is not there, or was trained on another dataset than `dataset`.
+      ManifestError: one has no checkpoint yet, or a damaged one.
+    """
+    found: list[Run] = []
+    shared: dict[Any, Context] = {}  # what members of a kind look up is there once
+    for member in run.ensemble:
+        trained, was = read_config(member), recorded(member)
+        if was is None:
+            raise ConfigError(f"--ensemble: {member} holds no {RECORD}; train it first")
+        for name, what in (("split_hash", "split"), ("id_map_hash", "id map")):
+            mine = getattr(dataset.manifest, name)
+            if was[name] != mine:
+                raise ConfigError(
+                    f"--ensemble: {member} was trained on {what} {was[name][:8]}, {dataset.path} "
+                    f"has {what} {mine[:8]}; name runs that were trained on this dataset"
+                )
+        one = _restored(member, trained, dataset, "best")
+        kind = (one.backbone.reads, trained.model.most_categories)
+        looked_up = shared.setdefault(kind, dataclasses.replace(one.context, graph=None))
+        found.append(dataclasses.replace(one, context=looked_up))
+    return found
+
+
+def members(run: config.RunConfig) -> list[dict[str, Any]]:
+    """What the record says of the ensemble's runs: where each lies, and which checkpoint it holds.
+
+    `checkpoint` is the SHA-256 of Orbax's notes: how far the loop was, its best metric, and when it
+    was written, to the nanosecond. A copy of a run has the same.
+    """
+    found = []
+    for member in run.ensemble:
+        root = pathlib.Path(member) / checkpoint.DIRECTORY
+        steps = [int(path.name) for path in root.glob("*") if path.name.isdigit()]
+        if not steps:
+            raise ConfigError(f"--ensemble: {member} holds no finished checkpoint; train it first")
+        notes = root / str(max(steps)) / "_CHECKPOINT_METADATA"
+        sha256 = hashlib.sha256(notes.read_bytes()).hexdigest()
+        found.append({"run": os.path.abspath(member), "step": max(steps), "checkpoint": sha256})
+    return found
+
+
+def _other_members(workdir: str, run: config.RunConfig) -> str | None:
+    """How the ensemble of `run` differs from what the run in `workdir` was trained with, if so."""
+    record, now = _record(workdir), members(run)
+    if record is None:
+        names = [read_config(workdir).gate.ensemble, run.gate.ensemble]
+        return None if names[0] == names[1] else " -> ".join(names)
+    was = record.get("ensemble", [])
+    if [x["checkpoint"] for x in was] == [x["checkpoint"] for x in now]:
+        return None
+    old, new = (", ".join(f"{x['run']} at step {x['step']}" for x in y) for y in (was, now))
+    return f"{old} -> {new}, other checkpoints"
+
+
 def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
     """Rank validation and test with a run's state; writes metrics.json and per_user.parquet."""
     run = restore_run(workdir, which)
+    gate = _judged(workdir, run)
     parts: dict[str, PartResult] = {}
     rows: dict[str, dict[str, Values]] = {}
     evaluation, slices = run.config.evaluation, run.dataset.slices(run.config.slices)
@@ -261,15 +334,18 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
         if evaluation.rows != "none" and len(run.dataset.part(part)):
             made = labelled.make_rows(run.dataset, part, evaluation, run.config.loss)
             rows[part] = click_metrics.summarize_rows(made, score(scoring, made), slices)
-    found = EvaluatedRun(
-        *(workdir, label, run.config, run.dataset, which, parts, rows), gate=_judged(run)
-    )
+    found = EvaluatedRun(*(workdir, label, run.config, run.dataset, which, parts, rows), gate=gate)
     report.write_run(found)
     return found
 
 
-def _judged(run: Run) -> dict[str, Any] | None:
+def _judged(workdir: str, run: Run) -> dict[str, Any] | None:
     """How well the run's gate tells where the teacher is right; None without a gate."""
+    ensemble = restore_ensemble(run.config, run.dataset)
+    if ensemble and (other := _other_members(workdir, run.config)):
+        raise ConfigError(
+            f"{workdir} was trained with another --ensemble ({other}); put it back or train again"
+        )
     teacher = resident_teacher(run.config, run.dataset) if run.config.gated else None
     if teacher is None:
         return None
@@ -278,17 +354,24 @@ def _judged(run: Run) -> dict[str, Any] | None:
         *(run.config, run.dataset, run.backbone, make_gate(run.config.gate)),
         *(run.scoring("test"), teacher),
         unlisted_below=schema.read_teacher_manifest(path).unlisted == "below",
+        ensemble=[(member.backbone, member.scoring("test")) for member in ensemble],
     )
 
 
 def recorded(workdir: str) -> dict[str, Any] | None:
+    """The hashes that `run.json` names; None if there is none."""
+    found = _record(workdir)
+    return None if found is None else {key: found[key] for key in _RECORDED}
+
+
+def _record(workdir: str) -> dict[str, Any] | None:
     """What `run.json` says; None if there is none."""
     path = pathlib.Path(workdir) / RECORD
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        return {key: found[key] for key in _RECORDED}
+        return found | {key: found[key] for key in _RECORDED}
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} is damaged; restore it, or remove it: training writes it again"
@@ -369,6 +452,8 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
     was = recorded(run.workdir)
     if was is not None and was["teacher_hash"] != teacher_hash(run) and not changed:
         changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
+    if not changed and (other := _other_members(run.workdir, run)):
+        changed.append(f"--ensemble: {other}")
     if changed:
         raise ConfigError(
             f"{run.workdir} holds a run with other settings ({listing(changed)}); "
@@ -399,6 +484,7 @@ def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved
         "split_hash": dataset.manifest.split_hash,
         "id_map_hash": dataset.manifest.id_map_hash,
         "teacher_hash": teacher_hash(run),
+        "ensemble": members(run),
         "users": dataset.n_users,
         "items": dataset.n_items,
         "train_pairs": int(dataset.history.sum()),

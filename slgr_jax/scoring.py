@@ -1,11 +1,13 @@
 """Scores of a trained backbone: every item for full ranking, or given pairs.
 
-Shape letters: B queries, I items, C candidates, T items scored at once by a JointBackbone.
+Shape letters: B queries, I items, C candidates, T items scored at once by a JointBackbone, M runs
+of an ensemble.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +21,22 @@ from slgr_jax.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.backbones.base import item_tables
 from slgr_jax.data.context import Context, Queries
 from slgr_jax.data.labelled import LabelledRows
-from slgr_jax.step import ServingState
 
 # Items that a JointBackbone scores for one query at once: a tile's fields stay in a CPU's cache.
 TILE = 2048
+
+
+@struct.dataclass
+class ServingState:
+    """What scoring needs: values without optimiser slots, and the backbone's parameters.
+
+    The values of a backbone that propagates whole tables are what they become on the graph. The
+    gate's parameters serve nothing: they say, in reports, how far the teacher was believed.
+    """
+
+    params: dict[str, Any]
+    values: dict[str, jax.Array]
+    gate: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -65,6 +79,20 @@ def pair_scores(
         side: _rows(serving.values, ids) for side, ids in lane_ids(backbone, context, lanes).items()
     }
     return lane_scores(backbone, serving.params, rows, context, lanes, dropout)
+
+
+def ensemble_scores(
+    backbones: Sequence[AnyBackbone],
+    members: Sequence[Scoring],
+    users: Int[Array, "B"],
+    items: Int[Array, "B C"],
+) -> Float[Array, "M B C"]:
+    """Logits of candidates by runs that were trained apart, each at its own moment of the users."""
+    each = [
+        pair_scores(backbone, member, Lanes(member.queries(users), items))
+        for backbone, member in zip(backbones, members, strict=True)
+    ]
+    return jnp.stack(each)
 
 
 # Rows that one call scores; the last chunk is filled up.

@@ -37,6 +37,7 @@ from slgr_jax.config import RunConfig
 from slgr_jax.data import batches, draws
 from slgr_jax.data.context import Context
 from slgr_jax.distributed import Layout
+from slgr_jax.scoring import Scoring, ServingState
 from slgr_jax.supervision import Seen, Supervision
 
 Sums = dict[str, jax.Array]
@@ -96,13 +97,17 @@ class Health:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled-in parts of a run: what is trained, how, and on which devices."""
+    """The compiled-in parts of a run: what is trained, how, and on which devices.
+
+    `ensemble` holds the backbones of `Resident.ensemble`.
+    """
 
     config: RunConfig
     backbone: AnyBackbone
     gate: gates.Gate
     plan: draws.Plan
     layout: Layout
+    ensemble: tuple[AnyBackbone, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -116,7 +121,8 @@ class Trainer:
     def supervision(self) -> Supervision:
         """What guidance adds to the loss."""
         return Supervision(
-            *(self.config, self.gate, self.access, self.layout, self.plan.margin_scale)
+            *(self.config, self.gate, self.access, self.layout, self.plan.margin_scale),
+            self.ensemble,
         )
 
     @property
@@ -278,13 +284,13 @@ def train_step(
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, whole, whole, layout.batch_spec, whole, whole, whole),
+            in_specs=(rows, rows, whole, whole, layout.batch_spec, whole, whole, whole, whole),
             out_specs=(rows, rows, whole, whole, whole, whole),
             check_vma=False,  # replicas of a table see the same gathered updates
         )
     new_tables, slots, params, opt_state, sums, bad = local(
         *(state.tables, slots, state.params, state.opt_state),
-        *(batch, resident.interactions, resident.context, key),
+        *(batch, resident.interactions, resident.context, resident.ensemble, key),
     )
     return TrainState(state.step + 1, new_tables, params, opt_state), slots, sums, bad
 
@@ -298,6 +304,7 @@ def _local_step(
     batch: draws.Batch,
     interactions: batches.Interactions,
     context: Context,
+    ensemble: tuple[Scoring, ...],
     key: jax.Array,
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
@@ -317,7 +324,7 @@ def _local_step(
         dropout = (rate, jax.random.fold_in(for_answers, 1)) if rate > 0 else None
         seen = trainer.supervision.see(
             *(state_tables, params["backbone"], batch, context, interactions.facts),
-            *(dropout, for_answers),
+            *(dropout, for_answers, ensemble),
         )
     part = _Part(batch, reads, interactions, context, seen, for_pass, for_gate)
 
@@ -412,19 +419,6 @@ def _objective(
     sums |= {"guidance_loss": added.guidance, "gate_loss": added.gate}
     sums |= {"alpha": added.alpha, "agreement": added.agreement}
     return rec + penalty + config.guidance.weight * added.guidance + added.gate, sums
-
-
-@struct.dataclass
-class ServingState:
-    """What scoring needs: values without optimiser slots, and the backbone's parameters.
-
-    The values of a backbone that propagates whole tables are what they become on the graph. The
-    gate's parameters serve nothing: they say, in reports, how far the teacher was believed.
-    """
-
-    params: dict[str, Any]
-    values: dict[str, jax.Array]
-    gate: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_serving_state(trainer: Trainer) -> Callable[[TrainState, Context], ServingState]:

@@ -13,43 +13,48 @@ in its length (as Ren et al. 2018, "Learning to Reweight Examples", eq. 12, with
 free weights). Taught gates use the parameters of the other half of the users (`gates.LogisticGate`)
 and get no gradient from the gated loss, which would only teach them to fall.
 
-Shape letters: G preferences, K known answers; the axis of length 2 is (preferred, other).
+Shape letters: G preferences, K known answers, M runs of an ensemble, N lanes; the axis of length 2
+is (preferred, other).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from slgr_jax import gates, losses
 from slgr_jax.access import Access, Dropout, Lanes, Reads, Rows, lane_scores
+from slgr_jax.backbones import AnyBackbone
 from slgr_jax.config import RunConfig
 from slgr_jax.data.batches import Facts
-from slgr_jax.data.context import Context
+from slgr_jax.data.context import Context, Queries
 from slgr_jax.data.draws import Batch
 from slgr_jax.distributed import Layout
 from slgr_jax.guidance import pairwise
+from slgr_jax.scoring import Scoring, ensemble_scores
 
 _ANSWERS, _LOOK_AHEAD = "answers", "look_ahead"
 
 
 @struct.dataclass
 class Seen:
-    """What a taught gate learns from in this step, detached.
+    """What a step sees of things that it does not train: what teaches a gate, an ensemble's word.
 
     Attributes:
-      answers: its inputs for the known answers; None unless it is calibrated.
-      gains: [G] c_g over its root mean square; None unless it looks ahead.
+      answers: a gate's inputs for the known answers; None unless it is calibrated.
+      gains: [G] c_g over its root mean square; None unless the gate looks ahead.
+      members: [M, G, 2] logits of the preferences by the ensemble; None where there is none.
     """
 
     answers: gates.GateInputs | None = None
     gains: Float[Array, "G"] | None = None
+    members: Float[Array, "M G 2"] | None = None
 
 
 @struct.dataclass
@@ -70,13 +75,17 @@ class Added:
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """The guidance of a run; see the module's docstring."""
+    """The guidance of a run; see the module's docstring.
+
+    `ensemble` holds the backbones of the runs whose spread the gate reads.
+    """
 
     config: RunConfig
     gate: gates.Gate
     access: Access
     layout: Layout
     margin_scale: float
+    ensemble: tuple[AnyBackbone, ...] = ()
 
     def see(
         self,
@@ -87,17 +96,28 @@ class Supervision:
         facts: Facts,
         dropout: Dropout,
         key: jax.Array,
+        ensemble: Sequence[Scoring] = (),
     ) -> Seen:
         """Score what teaches the gate; nothing of it is differentiated or written back.
 
         Args:
           dropout: of a training pass, so that margins are those that preferences have.
+          ensemble: what the backbones of `self.ensemble` score with.
         """
+        answers = gains = None
         if batch.known is not None:
-            return Seen(answers=self._answers(tables, params, batch, context, facts, dropout, key))
+            answers = self._answers(tables, params, batch, context, facts, dropout, key, ensemble)
         if batch.held_out is not None:
-            return Seen(gains=self._gains(tables, params, batch, context, dropout))
-        return Seen()
+            gains = self._gains(tables, params, batch, context, dropout)
+        return Seen(answers, gains, self._members(ensemble, batch.pref_queries, batch.pref_items))
+
+    def _members(
+        self, ensemble: Sequence[Scoring], queries: Queries, items: Int[Array, "N 2"]
+    ) -> Float[Array, "M N 2"] | None:
+        """What the ensemble says of lanes."""
+        if not self.ensemble:
+            return None
+        return ensemble_scores(self.ensemble, ensemble, queries.users, items)
 
     def _answers(
         self,
@@ -108,6 +128,7 @@ class Supervision:
         facts: Facts,
         dropout: Dropout,
         key: jax.Array,
+        ensemble: Sequence[Scoring],
     ) -> gates.GateInputs:
         known, access = batch.known, self.access
         assert known is not None
@@ -123,7 +144,7 @@ class Supervision:
             scores(dropout),
             lambda key, rate: scores((rate, key)),
             *(known.queries.users, known.items, known.margins / self.margin_scale),
-            *(facts, key),
+            *(facts, key, self._members(ensemble, known.queries, known.items)),
         )
 
     def _gains(
@@ -194,6 +215,7 @@ class Supervision:
         inputs = pairwise.gate_inputs(
             *(self.config.gate, scores, stochastic, batch.pref_queries.users),
             *(batch.pref_items, batch.pref_margins / self.margin_scale, facts, key),
+            members=seen.members,
         )
         alpha = believed(self.gate, gate_params, inputs)
         found = pairwise.guided(alpha, scores[:, 0] - scores[:, 1], self._pair_loss)

@@ -29,10 +29,9 @@ from slgr_jax.data.context import Context
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import NonFiniteError, listing
 from slgr_jax.journal import Journal
-from slgr_jax.scoring import Scoring, moments, score_rows, score_users
+from slgr_jax.scoring import Scoring, ServingState, moments, score_rows, score_users
 from slgr_jax.step import (
     Health,
-    ServingState,
     Sums,
     Trainer,
     TrainState,

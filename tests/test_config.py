@@ -96,7 +96,10 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
 
 
 # Where not every value goes with those that the other knobs are changed to.
-_FITTING = {"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,slices"}
+_FITTING = {
+    **{"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,slices"},
+    **{"uncertainty": "ensemble", "ensemble": "a,b"},
+}
 
 
 def _changed(section: type) -> object:

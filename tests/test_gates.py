@@ -24,6 +24,7 @@ def _inputs(count: int = 64, seed: int = 0) -> gates.GateInputs:
         uncertainty=jnp.asarray(rng.uniform(size=(count, 2)), jnp.float32),
         score_margin=jnp.asarray(rng.normal(size=count), jnp.float32),
         teacher_margin=jnp.asarray(rng.uniform(size=count), jnp.float32),
+        reference_margin=jnp.asarray(rng.normal(size=count), jnp.float32),
         fold=jnp.asarray(rng.integers(0, 2, count), jnp.int32),
     )
 
@@ -98,7 +99,7 @@ def test_uncertainties_match_their_formulas():
     np.testing.assert_allclose(gates.entropy_uncertainty(scores), entropy, rtol=1e-5, atol=1e-6)
     samples = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
     expected = 4 * expit(samples.astype(np.float64)).var(axis=0)
-    np.testing.assert_allclose(gates.dropout_uncertainty(samples), expected, rtol=1e-4)
+    np.testing.assert_allclose(gates.variance_uncertainty(samples), expected, rtol=1e-4)
 
 
 def _columns(inputs, names):
@@ -111,6 +112,7 @@ def _columns(inputs, names):
         "teacher": [inputs.teacher_margin],
         "slices": [inputs.cold, *inputs.tail.T],
         "agreement": [np.sign(inputs.score_margin)],
+        "reference": [inputs.reference_margin],
     }
     return np.stack([column for name in names for column in found[name]], axis=1)
 
@@ -139,6 +141,8 @@ def test_a_taught_gate_starts_at_the_recommenders_own_belief():
     inputs = _inputs()
     for names, expected in (
         (("margin", "history"), expit(np.asarray(inputs.score_margin))),
+        (("popularity", "reference"), expit(np.asarray(inputs.reference_margin))),
+        (("margin", "reference"), expit(np.asarray(inputs.score_margin))),
         (("history", "teacher"), np.full(64, 0.5)),
     ):
         gate = gates.LogisticGate(names, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.knobs import Section, knob
@@ -13,10 +14,11 @@ GATES = ("paper", "constant", "rule", "budget", "calibrated", "meta")
 # Gates that are taught by interactions which the recommender does not learn from.
 TAUGHT_GATES = ("calibrated", "meta")
 GATE_INPUTS = (
-    *("margin", "history", "popularity", "uncertainty", "teacher", "slices", "agreement"),
+    *("margin", "history", "popularity", "uncertainty"),
+    *("teacher", "slices", "agreement", "reference"),
 )
 KNOWN_ANSWERS = ("auto", "validation", "hidden")
-UNCERTAINTIES = ("confidence", "entropy", "dropout")
+UNCERTAINTIES = ("confidence", "entropy", "dropout", "ensemble")
 PAIR_SELECTIONS = ("uniform", "largest_gap")
 
 
@@ -91,9 +93,10 @@ class GateConfig(Section):
         "history,popularity,teacher",
         "gate=calibrated, meta: what the gate reads: history and popularity (log counts), teacher "
         "(its margin), slices (cold, tail), uncertainty (q of both items), margin (the "
-        "recommender's own s_ua - s_ub), agreement (its sign). With the last three a soft loss "
-        "aims at what the recommender already believes, which benchmarks/LOG.md found to help "
-        "less",
+        "recommender's own s_ua - s_ub), agreement (its sign), reference (the mean of s_ua - s_ub "
+        "over the runs of --ensemble). With uncertainty, margin or agreement a soft loss aims at "
+        "what the recommender already believes, which benchmarks/LOG.md found to help less; a "
+        "reference stands still",
     )
     gate_hidden: int = knob(
         16, "gate=calibrated, meta: width of a hidden layer beside the linear one", minimum=0
@@ -112,8 +115,15 @@ class GateConfig(Section):
     uncertainty: str = knob(
         "entropy",
         "q, read by paper, budget and --gate_inputs: confidence 2(1 - max(p, 1-p)), entropy "
-        "H(p)/ln 2, dropout 4 Var(p) over dropout_samples passes; p = sigmoid(score)",
+        "H(p)/ln 2, dropout 4 Var(p) over dropout_samples passes, ensemble 4 Var(p) over the runs "
+        "of --ensemble; p = sigmoid(score)",
         choices=UNCERTAINTIES,
+    )
+    ensemble: str = knob(
+        "",
+        "uncertainty=ensemble, or reference among --gate_inputs: work directories RUN,RUN,... of "
+        "runs trained on this dataset, of any backbone, each with its own seed or settings (two or "
+        "more for an uncertainty); their best states are read, never changed",
     )
     dropout_samples: int = knob(5, "uncertainty=dropout: stochastic passes", minimum=2)
     dropout_rate: float = knob(0.2, "uncertainty=dropout: dropout rate", above=0, below=1)
@@ -125,6 +135,38 @@ class GateConfig(Section):
             raise ConfigError(
                 f"--gate_inputs={self.gate_inputs}: choose from {listing(GATE_INPUTS)}"
             )
+        self._check_ensemble()
+
+    def _check_ensemble(self) -> None:
+        spread = self.uncertainty == "ensemble"
+        mean = self.taught and "reference" in self.input_names
+        if not (spread or mean):
+            if self.ensemble:
+                raise ConfigError(
+                    f"--ensemble={self.ensemble} is not read with --uncertainty={self.uncertainty} "
+                    f"and --gate={self.gate}, --gate_inputs={self.gate_inputs}; add "
+                    "--uncertainty=ensemble, or reference to the inputs of a taught gate, or drop "
+                    "it"
+                )
+            return
+        places = [os.path.realpath(member) for member in self.members]
+        if len(places) < (least := 2 if spread else 1):
+            what = "--uncertainty=ensemble" if spread else f"--gate_inputs={self.gate_inputs}"
+            raise ConfigError(
+                f"{what} needs {least} or more runs, --ensemble={self.ensemble} names "
+                f"{len(places)}; give work directories of trained runs: --ensemble=RUN,RUN"
+            )
+        for member, place in zip(self.members, places, strict=True):
+            if (times := places.count(place)) > 1:
+                raise ConfigError(
+                    f"--ensemble={self.ensemble} names {member} {times} times: a run does not "
+                    "differ from itself; name each once"
+                )
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """What --ensemble names: directories of runs."""
+        return tuple(name for name in self.ensemble.split(",") if name)
 
     @property
     def input_names(self) -> tuple[str, ...]:

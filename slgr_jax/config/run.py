@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -304,6 +305,12 @@ class RunConfig:
                 f"--teacher={self.guidance.teacher} is not used with --guidance=none; "
                 "add --guidance=selective or drop it"
             )
+        own = os.path.realpath(self.workdir)
+        if own in map(os.path.realpath, self.gate.members):
+            raise ConfigError(
+                f"--ensemble={self.gate.ensemble} names --workdir={self.workdir} itself; name runs "
+                "that were trained before it"
+            )
 
         self._check_loss()
 
@@ -356,6 +363,11 @@ class RunConfig:
     def gated(self) -> bool:
         """Whether preferences go through a gate."""
         return self.guidance.guidance == "selective"
+
+    @property
+    def ensemble(self) -> tuple[str, ...]:
+        """Directories of the runs whose spread the gate reads; () without a gate."""
+        return self.gate.members if self.gated else ()
 
     @property
     def gate_lr(self) -> float:

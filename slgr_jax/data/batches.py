@@ -202,6 +202,8 @@ class Resident:
     teacher: TeacherLists | TeacherPairs | None
     context: Context = dataclasses.field(default_factory=Context)
     known: Known | None = None  # what a taught gate learns from
+    # The frozen runs whose spread a gate reads, as `scoring.Scoring`, a room further down.
+    ensemble: tuple[Any, ...] = ()
 
     @property
     def drawn(self) -> int:

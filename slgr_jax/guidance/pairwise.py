@@ -3,7 +3,8 @@
 S-LLMR (arXiv 2512.21526) sections 3.2 and 3.3: L_LLM = sum alpha_uab * max(0, m - (s_ua - s_ub)),
 here a mean over preferences, so that lambda does not depend on how many are drawn.
 
-Shape letters: G preferences; the axis of length 2 is (preferred item, other item).
+Shape letters: G preferences, M runs of an ensemble; the axis of length 2 is (preferred item, other
+item).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def gate_inputs(
     margins: Float[Array, "G"],
     facts: Facts,
     key: jax.Array,
+    members: Float[Array, "M G 2"] | None = None,
 ) -> gates.GateInputs:
     """What a gate may see of preferences, detached from the recommender.
 
@@ -45,11 +47,15 @@ def gate_inputs(
       scores: logits of both items.
       stochastic: (key, dropout rate) -> the logits of one stochastic pass.
       margins: the teacher's, over a typical one.
+      members: logits of both items by each run of --ensemble, where there are any.
     """
-    if config.uncertainty == "dropout":
+    if config.uncertainty == "ensemble":
+        assert members is not None, "uncertainty of an ensemble is asked of its members"
+        uncertainty = gates.variance_uncertainty(members)
+    elif config.uncertainty == "dropout":
         keys = jax.random.split(key, config.dropout_samples)
         samples = jax.vmap(lambda one: stochastic(one, config.dropout_rate))(keys)
-        uncertainty = gates.dropout_uncertainty(samples)
+        uncertainty = gates.variance_uncertainty(samples)
     elif config.uncertainty == "entropy":
         uncertainty = gates.entropy_uncertainty(scores)
     else:
@@ -62,6 +68,9 @@ def gate_inputs(
         uncertainty=uncertainty,
         score_margin=scores[:, 0] - scores[:, 1],
         teacher_margin=margins,
+        reference_margin=jnp.zeros_like(margins)
+        if members is None
+        else jnp.mean(members[..., 0] - members[..., 1], axis=0),
         fold=gates.folds(users),
     )
     return jax.tree.map(jax.lax.stop_gradient, inputs)

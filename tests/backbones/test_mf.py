@@ -13,8 +13,7 @@ from slgr_jax.access import Lanes
 from slgr_jax.backbones import make_backbone
 from slgr_jax.config import ModelConfig
 from slgr_jax.data.context import Context, Queries, Sizes
-from slgr_jax.scoring import Scoring, score_users
-from slgr_jax.step import ServingState
+from slgr_jax.scoring import Scoring, ServingState, score_users
 
 
 def _rows(backbone, seed=0):
