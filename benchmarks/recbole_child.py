@@ -3,8 +3,8 @@
     python recbole_child.py FOLDER MODEL JSON
 
 FOLDER/rows/rows.{train,valid,test}.inter are the parts of click prediction (a `label` column), or
-FOLDER/rows/rows.inter all interactions of a sequence model, which RecBole splits by leaving the
-last two out. Prints one line of JSON: the best validation's result and that of test.
+FOLDER/rows/rows.inter all interactions, which RecBole splits by leaving each user's last two out.
+Prints one line of JSON: the best validation's result and that of test.
 """
 
 from __future__ import annotations
