@@ -6,7 +6,8 @@
     python benchmarks/compare_guidance.py --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
 
 1. Tuning, on validation with seed 0: `none` over the backbone's grid; every other arm over lambda
-   at the settings of `none`, then over the grid at its best lambda, as many runs as `none` had.
+   at the settings of `none`, its other guidance loss at the best lambda, then over the grid, as
+   many runs as `none` had.
 2. --seeds runs of every arm.
 3. Every run meets the test part, once.
 
@@ -70,12 +71,18 @@ for _name in arms.TUNED[:-1]:
 absl_flags.DEFINE_list(
     "tune_lambda", [f"{value:g}" for value in arms.LAMBDAS], "values of --lambda tried"
 )
+absl_flags.DEFINE_bool(
+    *("tune_guidance_loss", True),
+    "also try, at an arm's best lambda, its other loss: hinge and logistic, of calibrated informed "
+    "and hinge; paper and pointwise keep their own, and --guidance_loss is that of every arm",
+)
 absl_flags.DEFINE_integer(
     "workers", 0, "processes on a CPU; 0 = one per core; accelerators take one", lower_bound=0
 )
 OWN = (
     *("data", "out", "preset", "backbones", "guidance", "arm", "controls", "matched_to", "focus"),
-    *("teacher", "seeds", "tune_runs", *(f"tune_{name}" for name in arms.TUNED), "workers"),
+    *("teacher", "seeds", "tune_runs", *(f"tune_{name}" for name in arms.TUNED)),
+    *("tune_guidance_loss", "workers"),
 )
 # Knobs of a run that the comparison sets itself.
 _SET_HERE = frozenset({"backbone", "guidance", "teacher", "gate", "alpha", "seed", "restart"})
@@ -150,6 +157,7 @@ def make_plan(data: str, out: pathlib.Path) -> Plan:
         seeds=given.seeds,
         grids=arms.grids(backbones, knobs, {k: _values(f"tune_{k}") for k in arms.TUNED[:-1]}),
         lambdas=lambdas,
+        tune_loss=given.tune_guidance_loss,
         own_arms=own_arms,
         tune_runs=given.tune_runs,
     )

@@ -17,7 +17,7 @@ from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, RunConfig
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.teacher import controls
 
-Settings = Mapping[str, float]
+Settings = Mapping[str, float | str]
 
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
@@ -36,6 +36,12 @@ GATED = ("calibrated", "paper", "meta", "budget", "rule")
 # too: they change one thing. The other two teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)
 UNTUNED = ("constant", "shuffled")
+
+# Guidance losses that are tried: of a gate whose alpha is a probability, and of others. Where alpha
+# says how much and not how likely, a loss that aims at alpha would push against the teacher.
+LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("informed", "hinge")}
+OTHER_LOSSES = ("hinge", "logistic")
+LITERAL = ("paper", "pointwise")  # arms that keep the loss they are known by
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0)
 # What is tuned of each backbone: knob -> values; lambda comes on top for guided arms.
@@ -89,6 +95,7 @@ class Plan:
       seeds: runs of an arm.
       grids: backbone -> what is tuned of it.
       lambdas: weights of the guidance that are tried.
+      tune_loss: also try the other guidance loss of an arm, at its best lambda.
       own_arms: arms beside `ARMS`: name -> knobs.
       tune_runs: most tuning runs of an arm; 0: as many as the backbone's grid has points.
     """
@@ -104,6 +111,7 @@ class Plan:
     seeds: int
     grids: Mapping[str, Mapping[str, tuple[float, ...]]]
     lambdas: tuple[float, ...]
+    tune_loss: bool = True
     own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     tune_runs: int = 0
 
@@ -128,6 +136,15 @@ class Plan:
             own |= {"gate": "constant", "guidance_loss": like.guidance_loss_name}
         return {**own, "teacher": self.teacher_of(arm)}
 
+    def other_losses(self, arm: str) -> tuple[str, ...]:
+        """Guidance losses that are tried beside the arm's own."""
+        knobs = {**self.knobs, **self.knobs_of(arm)}
+        like = self.matched if arm in CONTROLS else arm
+        if not self.tune_loss or like in ("none", *LITERAL) or "guidance_loss" in knobs:
+            return ()
+        own = config.make_run("", "", **knobs).guidance_loss_name
+        return tuple(x for x in LOSSES.get(knobs["gate"], OTHER_LOSSES) if x != own)
+
     def config(
         self, backbone: str, arm: str, settings: Settings, workdir: pathlib.Path, seed: int = 0
     ) -> RunConfig:
@@ -141,7 +158,11 @@ class Plan:
 
     def tune_dir(self, backbone: str, arm: str, settings: Settings) -> pathlib.Path:
         """Where a tuning run is kept."""
-        name = "_".join([arm, *(f"{key}{value:g}" for key, value in settings.items())])
+        parts = (
+            f"{key}{value if isinstance(value, str) else format(value, 'g')}"
+            for key, value in settings.items()
+        )
+        name = "_".join([arm, *parts])
         return self.out / backbone / "tune" / name
 
     def run_dir(self, backbone: str, arm: str, seed: int) -> pathlib.Path:

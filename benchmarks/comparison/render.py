@@ -195,7 +195,9 @@ def _tuning(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
             at = {
                 f"lambda {row['lambda']:g}": row["valid"]
                 for row in found["tried"]
-                if "lambda" in row and all(row.get(k) == v for k, v in base.items())
+                if "lambda" in row
+                and "guidance_loss" not in row
+                and all(row.get(k) == v for k, v in base.items())
             }
             if at:
                 sweep.append({"backbone": backbone, "arm": arm, **at})

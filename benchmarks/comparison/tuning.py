@@ -1,9 +1,9 @@
 """Settings by validation: every arm of every backbone gets the same number of runs, of seed 0.
 
 1. `none` of a backbone: every point of its grid.
-2. A guided arm: every lambda at the settings of `none`.
-3. Then, at its best lambda, other points of the grid, those most like the best of `none` first,
-   until it has had as many runs as `none`.
+2. A guided arm: every lambda at the settings of `none`; at the best, its other guidance loss.
+3. Then, at its best lambda and loss, other points of the grid, those most like the best of `none`
+   first, until it has had as many runs as `none`.
 """
 
 from __future__ import annotations
@@ -77,12 +77,20 @@ def tune(plan: Plan, train: Train) -> Tuned:
             for weight in plan.lambdas
         ]
         _try(plan, train, asked, found)
+        each = list(itertools.product(plan.backbones, guided))
+        asked = [
+            (backbone, arm, {**found[backbone][arm]["chosen"], "guidance_loss": loss})
+            for backbone, arm in each
+            for loss in plan.other_losses(arm)
+        ]
+        _try(plan, train, asked, found)
         asked = []
-        for backbone, arm in itertools.product(plan.backbones, guided):
-            weight = found[backbone][arm]["chosen"]["lambda"]
-            left = budgets[backbone] - len(plan.lambdas)
+        for backbone, arm in each:
+            mine = found[backbone][arm]
+            left = budgets[backbone] - len(mine["tried"])
             more = near(plan.grids[backbone], found[backbone]["none"]["chosen"], max(left, 0))
-            asked += [(backbone, arm, {**point, "lambda": weight}) for point in more]
+            kept = {k: v for k, v in mine["chosen"].items() if k in ("lambda", "guidance_loss")}
+            asked += [(backbone, arm, {**point, **kept}) for point in more]
         _try(plan, train, asked, found)
     for backbone, arm in itertools.product(plan.backbones, plan.arms):
         if arm in UNTUNED:
@@ -143,4 +151,7 @@ def mean_alpha(workdir: pathlib.Path) -> float:
 
 def as_text(settings: Settings) -> str:
     """`lr 0.1, lambda 0.3`."""
-    return ", ".join(f"{key} {value:.4g}" for key, value in settings.items())
+    return ", ".join(
+        f"{key} {value if isinstance(value, str) else format(value, '.4g')}"
+        for key, value in settings.items()
+    )

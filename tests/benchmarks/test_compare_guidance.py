@@ -136,11 +136,12 @@ def test_points_near_the_best():
 
 
 class Landscape:
-    """Validation by a formula: best at lr .2, l2 1 and a lambda of each arm's own."""
+    """Validation by a formula: best at lr .2, l2 1, a lambda of each arm's own, logistic loss."""
 
     def __init__(self):
         self.asked = []
         self.best_lambda = {"global": 1.0, "paper": 3.0, "popularity": 1.0}
+        self.losses = set()
 
     def __call__(self, runs):
         out = []
@@ -150,6 +151,8 @@ class Landscape:
             value = 1 - (run.optimizer.lr - 0.2) ** 2 - (run.optimizer.l2 - 1) ** 2 / 10
             if arm != "none":
                 value -= (run.guidance.weight - self.best_lambda[arm]) ** 2 / 100
+                value += 0.01 * (run.guidance_loss_name == "logistic")
+                self.losses.add((arm, run.guidance_loss_name))
             assert run.train.seed == 0
             root = pathlib.Path(run.workdir)
             root.mkdir(parents=True, exist_ok=True)
@@ -172,15 +175,37 @@ def test_every_arm_has_as_many_runs_and_gets_its_best(tmp_path):
     }
     assert sorted(set(train.asked)) == ["global", "none", "paper", "popularity"]
     assert found["none"]["chosen"] == {"lr": 0.2, "l2": 1.0}
+    # The paper's arm, and what is matched to it, keeps the paper's loss.
+    losses = {"global": {"guidance_loss": "logistic"}, "paper": {}, "popularity": {}}
     for arm, weight in train.best_lambda.items():
-        assert found[arm]["chosen"] == {"lr": 0.2, "l2": 1.0, "lambda": weight}
-    # The sweep of every guided arm is at the settings of `none`.
-    for arm in ("global", "paper"):
-        swept = [row for row in found[arm]["tried"] if (row["lr"], row["l2"]) == (0.2, 1.0)]
-        assert [row["lambda"] for row in swept] == [1.0, 3.0]
+        assert found[arm]["chosen"] == {"lr": 0.2, "l2": 1.0, "lambda": weight} | losses[arm]
+    tried = {("global", "logistic"), *((arm, "hinge") for arm in losses)}
+    assert train.losses == tried
+    # The sweep of every guided arm is at the settings of `none`, then comes the other loss.
+    for arm, swept in (("global", [1.0, 3.0, 1.0]), ("paper", [1.0, 3.0])):
+        rows = [row for row in found[arm]["tried"] if (row["lr"], row["l2"]) == (0.2, 1.0)]
+        assert [row["lambda"] for row in rows] == swept
+    found_again = {row["guidance_loss"] for row in found["global"]["tried"][2:]}
+    assert found_again == {"logistic"}
     # Matched controls: the settings of paper, and its mean alpha in its best epoch.
     assert found["shuffled"]["chosen"] == found["paper"]["chosen"]
     assert found["constant"]["chosen"] == {**found["paper"]["chosen"], "alpha": 0.375}
+
+
+def test_which_losses_an_arm_is_tried_with(tmp_path):
+    asked = ("none", "global", "pointwise", "rule", "paper", "calibrated")
+    own = {"mine": {"guidance": "selective", "gate": "calibrated", "guidance_loss": "soft"}}
+    plan = plan_of(tmp_path, asked=asked, controls=arms.CONTROLS, own_arms=own)
+    expected = dict.fromkeys(("none", "pointwise", "paper", "mine"), ())
+    expected |= dict.fromkeys(("global", "rule"), ("logistic",))
+    expected |= dict.fromkeys(("calibrated", "popularity", "item_item"), ("hinge",))
+    assert {arm: plan.other_losses(arm) for arm in expected} == expected
+    for fixed in ({"tune_loss": False}, {"knobs": {"guidance_loss": "soft"}}):
+        off = plan_of(tmp_path, asked=asked, **fixed)
+        assert {off.other_losses(arm) for arm in asked} == {()}
+    settings = {"lr": 0.1, "lambda": 3.0, "guidance_loss": "hinge"}
+    assert plan.tune_dir("mf", "global", settings).name == "global_lr0.1_lambda3_guidance_losshinge"
+    assert tuning.as_text(settings) == "lr 0.1, lambda 3, guidance_loss hinge"
 
 
 def test_a_setting_that_diverges_is_not_chosen(tmp_path):
