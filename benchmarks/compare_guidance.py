@@ -6,8 +6,8 @@
     python benchmarks/compare_guidance.py --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
 
 1. Tuning, on validation with seed 0: `none` over the backbone's grid; every other arm over lambda
-   at the settings of `none`, its other guidance loss at the best lambda, then over the grid, as
-   many runs as `none` had.
+   at the settings of `none`, its other guidance loss at the best lambda, then over the grid, until
+   it has had as many runs as `none` (every lambda is tried at least).
 2. --seeds runs of every arm.
 3. Every run meets the test part, once.
 

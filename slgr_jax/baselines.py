@@ -18,14 +18,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from scipy.linalg import lapack
 
 from slgr_jax import evaluate, report
 from slgr_jax.config import BaselineConfig, RunConfig
-from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.data.dataset import Dataset
 from slgr_jax.distributed import make_layout
 from slgr_jax.errors import ConfigError
 from slgr_jax.metrics import per_user
@@ -148,7 +147,7 @@ class Ease:
             )
         positives = dataset.positives(("train",))
         rows: tuple[Any, Any] = (positives.offsets.astype(np.int32), positives.indices)
-        x = _matrix(positives, n)
+        x = positives.matrix(n)
         gram = (x.T @ x).toarray()
         for settings in grid:
             weights: Any = _ease_weights(gram, settings["lambda"])
@@ -225,7 +224,7 @@ class Ials:
                 f"the baseline ials needs a package that is not there ({error}); "
                 "pip install 'slgr_jax[ials]', or leave ials out of --baselines"
             ) from error
-        x = _matrix(dataset.positives(("train",)), dataset.n_items)
+        x = dataset.positives(("train",)).matrix(dataset.n_items)
         for settings in grid:
             with threadpool_limits(1, "blas"):  # implicit has threads of its own
                 model = AlternatingLeastSquares(
@@ -237,13 +236,6 @@ class Ials:
                 )
                 model.fit(x, show_progress=False)
             yield Fitted(_factor_scores, (model.user_factors, model.item_factors))
-
-
-def _matrix(positives: Csr, n_items: int) -> scipy.sparse.csr_matrix:
-    """[U, I] float32 with 1 at each pair."""
-    ones = np.ones(positives.indices.size, np.float32)
-    shape = (positives.offsets.size - 1, n_items)
-    return scipy.sparse.csr_matrix((ones, positives.indices, positives.offsets), shape=shape)
 
 
 # ------------------------------------------------------------------------ by name

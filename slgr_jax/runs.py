@@ -391,8 +391,7 @@ def teacher_hash(run: config.RunConfig) -> str:
     if run.guidance.guidance == "none":
         return ""
     path = preferences.product_path(run.data, run.guidance.teacher)
-    shards = schema.read_teacher_manifest(path).files
-    return hashlib.sha256(" ".join(file.sha256 for file in shards).encode()).hexdigest()
+    return schema.files_hash(schema.read_teacher_manifest(path).files)
 
 
 @contextlib.contextmanager

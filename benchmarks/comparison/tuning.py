@@ -1,7 +1,8 @@
 """Settings by validation: every arm of every backbone gets the same number of runs, of seed 0.
 
 1. `none` of a backbone: every point of its grid.
-2. A guided arm: every lambda at the settings of `none`; at the best, its other guidance loss.
+2. A guided arm: every lambda at the settings of `none`; at the best, if that leaves a run, its
+   other guidance loss.
 3. Then, at its best lambda and loss, other points of the grid, those most like the best of `none`
    first, until it has had as many runs as `none`.
 """
@@ -81,6 +82,7 @@ def tune(plan: Plan, train: Train) -> Tuned:
         asked = [
             (backbone, arm, {**found[backbone][arm]["chosen"], "guidance_loss": loss})
             for backbone, arm in each
+            if len(found[backbone][arm]["tried"]) < budgets[backbone]
             for loss in plan.other_losses(arm)
         ]
         _try(plan, train, asked, found)

@@ -10,10 +10,12 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import scipy.sparse
 
 from slgr_jax.config import SliceConfig
 from slgr_jax.data import schema, shards
@@ -40,6 +42,12 @@ class Csr:
     def row(self, r: int) -> np.ndarray:
         """The entries of row `r`, ascending."""
         return self.indices[self.offsets[r] : self.offsets[r + 1]]
+
+    def matrix(self, n_columns: int, dtype: Any = np.float32) -> scipy.sparse.csr_matrix:
+        """[R, n_columns] with 1 at each entry."""
+        ones = np.ones(self.indices.size, dtype)
+        shape = (self.offsets.size - 1, n_columns)
+        return scipy.sparse.csr_matrix((ones, self.indices, self.offsets), shape=shape)
 
     @staticmethod
     def from_pairs(rows: np.ndarray, indices: np.ndarray, n_rows: int) -> Csr:

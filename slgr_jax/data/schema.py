@@ -25,7 +25,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -314,6 +314,11 @@ _CLASSES: Mapping[str, type[AnyManifest]] = {
     ANSWERS_FORMAT: AnswerManifest,
     EMBEDDINGS_FORMAT: EmbeddingManifest,
 }
+
+
+def files_hash(files: Sequence[ShardFile]) -> str:
+    """SHA-256 over the checksums of shards, in their order: what a product says, as one word."""
+    return hashlib.sha256(" ".join(file.sha256 for file in files).encode()).hexdigest()
 
 
 def id_map_hash(user_ids: pa.Array, item_ids: pa.Array) -> str:

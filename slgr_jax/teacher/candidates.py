@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -410,7 +409,7 @@ def refuse_other_split(
 def content_hash(manifest: schema.CandidateManifest) -> str:
     """SHA-256 over the checksums of a candidate set's shards."""
     files = [file for key in sorted(manifest.files) for file in manifest.files[key]]
-    return hashlib.sha256(" ".join(file.sha256 for file in files).encode()).hexdigest()
+    return schema.files_hash(files)
 
 
 def report(manifest: schema.CandidateManifest) -> str:

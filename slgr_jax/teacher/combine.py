@@ -23,7 +23,6 @@ Shape letters: T teachers, U users, n rows of a teacher, m of the result.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -231,10 +230,9 @@ def _load(dataset: Dataset, name: str) -> preferences.Teacher:
 
 
 def _origin(part: schema.TeacherManifest) -> str:
-    """A part as the result's manifest names it; the hash is the one that `controls` writes."""
-    digest = hashlib.sha256(" ".join(file.sha256 for file in part.files).encode()).hexdigest()
+    """A part as the result's manifest names it."""
     model = f"{part.model}, " if part.model else ""
-    return f"{part.name} ({model}answers {digest[:8]})"
+    return f"{part.name} ({model}answers {schema.files_hash(part.files)[:8]})"
 
 
 def _training_items(parts: Sequence[schema.TeacherManifest]) -> str:

@@ -17,15 +17,13 @@ Shape letters: U users, I items, n rows of a product.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse
 
 from slgr_jax.data import schema, shards
-from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.teacher import preferences
 
@@ -104,7 +102,7 @@ def write(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> schema
 
 def _model(product: schema.TeacherManifest, control: str, seed: int) -> str:
     """What a control's manifest says of itself: of which answers it is the control."""
-    answers = hashlib.sha256(" ".join(file.sha256 for file in product.files).encode()).hexdigest()
+    answers = schema.files_hash(product.files)
     drawn = f", seed {seed}" if control == "shuffled" else ""
     return f"control: {control} of {product.name} (answers {answers[:8]}{drawn})"
 
@@ -145,19 +143,12 @@ def _shuffled(table: pa.Table, manifest: schema.TeacherManifest, seed: int) -> p
 # --------------------------------------------------------------------- teachers that score
 
 
-def _matrix(pairs: Csr, n_items: int) -> scipy.sparse.csr_matrix:
-    ones = np.ones(pairs.indices.size)
-    return scipy.sparse.csr_matrix(
-        (ones, pairs.indices, pairs.offsets), shape=(pairs.offsets.size - 1, n_items)
-    )
-
-
 def _scorer(dataset: Dataset, control: str) -> _ScoreUsers:
     """Scores of any users for every item: [B] -> [B, I]."""
     popularity = dataset.popularity.astype(np.float64)
     if control == "popularity":
         return lambda users: np.broadcast_to(popularity, (users.size, dataset.n_items))
-    x = _matrix(dataset.positives(("train",)), dataset.n_items)
+    x = dataset.positives(("train",)).matrix(dataset.n_items, np.float64)
     scale = 1 / np.sqrt(np.maximum(popularity, 1))
 
     def item_item(users: np.ndarray) -> np.ndarray:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import scipy.sparse
 
 from slgr_jax.config import EmbedConfig, TeachConfig
 from slgr_jax.data import schema, shards
@@ -133,15 +132,8 @@ def item_texts(dataset: Dataset) -> list[str]:
 
 def mean_of_history(history: Csr, items: Vectors) -> Vectors:
     """Per user the unit mean of the vectors of its items; none without such an item."""
-    usable = items.has[history.indices]
-    bags = scipy.sparse.csr_matrix(
-        (usable.astype(np.float32), history.indices, history.offsets),
-        shape=(history.offsets.size - 1, items.has.size),
-    )
-    sums = np.asarray(bags @ items.values.astype(np.float32))
-    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-    has = lengths[:, 0] > 1e-12
-    return Vectors(sums / np.where(has[:, None], lengths, np.float32(np.inf)), has)
+    values = scorers.profiles(history, items.values.astype(np.float32))
+    return Vectors(values, np.asarray((values != 0).any(axis=1), bool))
 
 
 def _embedder(options: EmbedConfig, llm: str) -> scorers.Embedder:

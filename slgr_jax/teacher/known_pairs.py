@@ -218,19 +218,12 @@ def cosines(dataset: Dataset) -> Cosines:
 
     Sparse, or dense where that is faster.
     """
-    matrix = _chosen(dataset)
+    matrix = dataset.positives(("train",)).matrix(dataset.n_items)
     scale = sparse.diags(1 / _roots(dataset))
     found = (scale @ (matrix.T @ matrix) @ scale).tocsr()
     if found.nnz > 0.1 * dataset.n_items**2 and dataset.n_items <= 20_000:
         return found.toarray()
     return found
-
-
-def _chosen(dataset: Dataset) -> sparse.csr_matrix:
-    seen = dataset.positives(("train",))
-    ones = np.ones(seen.indices.size, np.float32)
-    shape = (dataset.n_users, dataset.n_items)
-    return sparse.csr_matrix((ones, seen.indices, seen.offsets), shape=shape)
 
 
 def _roots(dataset: Dataset) -> np.ndarray:
@@ -245,7 +238,7 @@ def by_items(dataset: Dataset, pairs: Pairs, cosines: Cosines, *, held_in: bool)
     as if the user had none of the held-in positives: neither in her history nor in what c and p
     of the positive count.
     """
-    history, roots = _chosen(dataset), _roots(dataset)
+    history, roots = dataset.positives(("train",)).matrix(dataset.n_items), _roots(dataset)
     if held_in:
         marks = (np.ones(len(pairs.users), np.float32), (pairs.users, pairs.positives))
         hidden = sparse.csr_matrix(marks, shape=history.shape).sign()

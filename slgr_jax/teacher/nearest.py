@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse
 
 from slgr_jax.config import NearestConfig, TeachConfig
 from slgr_jax.data import schema, shards
@@ -40,17 +39,14 @@ def nearest(
     length = min(length, usable.size)
     column = np.full(items.has.size, -1, np.int64)
     column[usable] = np.arange(usable.size)
-    catalogue = _unit(items.values[usable]).T
+    catalogue = scorers.unit(items.values[usable]).T
     able = np.flatnonzero(users.has) if usable.size else np.zeros(0, np.int64)
-    histories = scipy.sparse.csr_matrix(
-        (np.ones(seen.indices.size, np.int8), seen.indices, seen.offsets),
-        shape=(users.has.size, items.has.size),
-    )
+    histories = seen.matrix(items.has.size, np.int8)
     chunk = max(1, _SCORED_BYTES // (4 * max(usable.size, 1)))
     found = []
     for begin in range(0, able.size, chunk):
         owners = able[begin : begin + chunk]
-        scores = _unit(users.values[owners]) @ catalogue
+        scores = scorers.unit(users.values[owners]) @ catalogue
         rows, hidden = histories[owners].nonzero()
         known = column[hidden] >= 0
         scores[rows[known], column[hidden[known]]] = -np.inf
@@ -113,8 +109,3 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,
     )
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 1e-12, lengths, np.inf), np.float32)

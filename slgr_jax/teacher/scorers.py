@@ -107,7 +107,7 @@ class WordLlama:
             (np.ones(tokens.size, np.float32), tokens, starts),
             shape=(len(ids), self._vectors.shape[0]),
         )
-        return _unit(np.asarray(bags @ self._vectors))
+        return unit(np.asarray(bags @ self._vectors))
 
 
 def item_fields(dataset: Dataset) -> dict[str, list[str]]:
@@ -137,7 +137,7 @@ def item_vectors(dataset: Dataset, embedder: Embedder) -> np.ndarray:
         if len(set(texts)) < 2:  # nothing to tell items apart
             continue
         vectors = embedder.embed(texts)
-        centred = _unit(vectors - vectors[present].mean(0))
+        centred = unit(vectors - vectors[present].mean(0))
         centred[~present] = 0
         covariance = centred.T.astype(np.float64) @ centred / present.sum()
         values, axes = np.linalg.eigh(covariance)
@@ -145,17 +145,12 @@ def item_vectors(dataset: Dataset, embedder: Embedder) -> np.ndarray:
         blocks.append((centred @ axes / scale).astype(np.float32))
     if not blocks:
         raise InputError(_NO_TEXTS.format(data=dataset.path))
-    return _unit(np.concatenate(blocks, axis=1))
+    return unit(np.concatenate(blocks, axis=1))
 
 
 def profiles(history: Csr, vectors: np.ndarray) -> np.ndarray:
     """[U, F * D]: unit mean of the vectors of each user's items; zero without any."""
-    size = history.indices.size
-    bags = scipy.sparse.csr_matrix(
-        (np.ones(size, np.float32), history.indices, history.offsets),
-        shape=(history.offsets.size - 1, vectors.shape[0]),
-    )
-    return _unit(np.asarray(bags @ vectors))
+    return unit(np.asarray(history.matrix(vectors.shape[0]) @ vectors))
 
 
 class Scorer(Protocol):
@@ -470,7 +465,8 @@ def held_in_report(dataset: Dataset, scorer: Scorer, options: ScoreConfig) -> st
     )
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows over their length, float32; a row of zeros stays one."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(lengths > 1e-12, lengths, np.inf)).astype(np.float32)
 

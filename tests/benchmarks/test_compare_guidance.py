@@ -187,9 +187,19 @@ def test_every_arm_has_as_many_runs_and_gets_its_best(tmp_path):
         assert [row["lambda"] for row in rows] == swept
     found_again = {row["guidance_loss"] for row in found["global"]["tried"][2:]}
     assert found_again == {"logistic"}
+
     # Matched controls: the settings of paper, and its mean alpha in its best epoch.
     assert found["shuffled"]["chosen"] == found["paper"]["chosen"]
     assert found["constant"]["chosen"] == {**found["paper"]["chosen"], "alpha": 0.375}
+
+
+def test_another_loss_is_within_the_budget(tmp_path):
+    for runs, losses in ((2, {"hinge"}), (3, {"hinge", "logistic"})):
+        train = Landscape()
+        plan = plan_of(tmp_path / str(runs), asked=("none", "global"), tune_runs=runs)
+        found = tuning.tune(plan, train)["mf"]
+        assert [len(found[arm]["tried"]) for arm in ("none", "global")] == [runs, runs]
+        assert {loss for _, loss in train.losses} == losses
 
 
 def test_which_losses_an_arm_is_tried_with(tmp_path):

@@ -55,10 +55,13 @@ def test_a_user_with_little_left_lists_what_there_is():
 
 
 def test_ties_are_listed_by_item():
-    items = Vectors(np.tile(np.array([[1.0, 0.0]], np.float32), (99, 1)), np.ones(99, bool))
-    users = Vectors(np.array([[2.0, 1.0]], np.float32), np.ones(1, bool))
+    """Three kinds of items, in an order that no partition leaves alone."""
+    kind = np.random.default_rng(0).integers(0, 3, 300)
+    items = Vectors(np.eye(3, dtype=np.float32)[kind], np.ones(300, bool))
+    users = Vectors(np.array([[3.0, 2.0, 1.0]], np.float32), np.ones(1, bool))
     none = Csr.from_pairs(np.zeros(0, int), np.zeros(0, int), 1)
-    assert nearest.nearest(items, users, none, 99)[1].tolist() == list(range(99))
+    found = nearest.nearest(items, users, none, 300)[1]
+    assert found.tolist() == np.lexsort((np.arange(300), kind)).tolist()
 
 
 def test_product_of_embeddings(make_dataset, tmp_path):
