@@ -10,16 +10,18 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import scipy.sparse
 
 from slgr_jax.config import SliceConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.errors import ShardError
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Csr:
 
     def matrix(self, n_columns: int, dtype: Any = np.float32) -> scipy.sparse.csr_matrix:
         """[R, n_columns] with 1 at each entry."""
+        import scipy.sparse  # not at the top: training without a teacher never needs it
+
         ones = np.ones(self.indices.size, dtype)
         shape = (self.offsets.size - 1, n_columns)
         return scipy.sparse.csr_matrix((ones, self.indices, self.offsets), shape=shape)
