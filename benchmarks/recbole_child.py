@@ -1,4 +1,4 @@
-"""Train one RecBole model on atomic files; `recbole_quality.py` runs it where RecBole is installed.
+"""Train one RecBole model on atomic files; `peer_quality.py` runs it where RecBole is installed.
 
     python recbole_child.py FOLDER MODEL JSON
 
@@ -13,14 +13,17 @@ import json
 import sys
 
 import numpy as np
+import scipy.sparse
 import torch
 
-# RecBole 1.2.1 was written for NumPy 1 and for a torch that unpickled anything.
+# RecBole 1.2.1 was written for NumPy 1, for a torch that unpickled anything, and for a SciPy whose
+# dok_matrix had a way around its own check of every entry.
 for old, new in (("float_", np.float64), ("complex_", np.complex128), ("unicode_", np.str_)):
     if not hasattr(np, old):
         setattr(np, old, new)
 _load = torch.load
 torch.load = lambda *args, **more: _load(*args, **{**more, "weights_only": False})
+scipy.sparse.dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
 from recbole.config import Config  # noqa: E402
 from recbole.data import create_dataset, data_preparation  # noqa: E402

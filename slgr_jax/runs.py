@@ -301,7 +301,7 @@ def members(run: config.RunConfig) -> list[dict[str, Any]]:
     return found
 
 
-def _other_members(workdir: str, run: config.RunConfig) -> str | None:
+def other_members(workdir: str, run: config.RunConfig) -> str | None:
     """How the ensemble of `run` differs from what the run in `workdir` was trained with, if so."""
     record, now = _record(workdir), members(run)
     if record is None:
@@ -342,7 +342,7 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
 def _judged(workdir: str, run: Run) -> dict[str, Any] | None:
     """How well the run's gate tells where the teacher is right; None without a gate."""
     ensemble = restore_ensemble(run.config, run.dataset)
-    if ensemble and (other := _other_members(workdir, run.config)):
+    if ensemble and (other := other_members(workdir, run.config)):
         raise ConfigError(
             f"{workdir} was trained with another --ensemble ({other}); put it back or train again"
         )
@@ -451,7 +451,7 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
     was = recorded(run.workdir)
     if was is not None and was["teacher_hash"] != teacher_hash(run) and not changed:
         changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
-    if not changed and (other := _other_members(run.workdir, run)):
+    if not changed and (other := other_members(run.workdir, run)):
         changed.append(f"--ensemble: {other}")
     if changed:
         raise ConfigError(

@@ -1,7 +1,8 @@
 """The test policy: 8 virtual devices, warnings and rank promotion are errors, flags parsed.
 
 Most of the suite's time is XLA compiling small programs that run once: LLVM does not optimise them,
-and what one test has compiled is kept for the others, in this process or another.
+the older of two emitters makes them, and what one test has compiled is kept for the others, in this
+process or another. A test that reads a compiled program asks for a user's with `users_compiler`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import shutil
 import tempfile
 import warnings
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-
 import jax
 import pytest
 from absl import flags
+
+_quick = {"xla_backend_optimization_level": 0}
+if jax.__version_info__[:2] == (0, 10):  # XLA aborts on a flag that it does not know
+    _quick["xla_cpu_use_fusion_emitters"] = False
+_flags = [f"--{name}={int(value)}" for name, value in _quick.items()]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])  # not read so far
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -39,6 +44,12 @@ def _warnings_are_errors():
         # Raised inside third-party packages on import or teardown; nothing here can mend them.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(orbax|flax)\..*")
         yield
+
+
+@pytest.fixture(scope="session")
+def users_compiler() -> dict[str, bool]:
+    """Options of `.compile(compiler_options=...)` that make the program a user gets."""
+    return {name: True for name in _quick if name == "xla_cpu_use_fusion_emitters"}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -205,7 +205,9 @@ def test_eight_devices_equal_one(tmp_path, table_shards):
 @pytest.mark.parametrize(
     ("dtype", "kernels"), [("float32", "native"), ("float32", "xla"), ("bfloat16", "xla")]
 )
-def test_state_is_donated_and_step_cost_is_free_of_the_table(tmp_path, dtype, kernels):
+def test_state_is_donated_and_step_cost_is_free_of_the_table(
+    tmp_path, users_compiler, dtype, kernels
+):
     """The compiled dispatch reuses the state's buffers; beside slots, temporaries follow B. A
     step reads each table by one gather and writes it by one scatter, whole rows both; or it
     does so in two kernels. No table is copied, nothing is sorted."""
@@ -226,7 +228,8 @@ def test_state_is_donated_and_step_cost_is_free_of_the_table(tmp_path, dtype, ke
     state = jax.eval_shape(lambda: step.init_state(trainer, 0))
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = step.make_run_steps(trainer).lower(state, resident, key, count).compile()
+    lowered = step.make_run_steps(trainer).lower(state, resident, key, count)
+    compiled = lowered.compile(compiler_options=users_compiler)
     memory = compiled.memory_analysis()
     table_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state.tables.values())
     assert memory.alias_size_in_bytes >= table_bytes

@@ -1,8 +1,9 @@
 """Runs side by side: on a CPU in processes of one thread each, so that all cores are used; on an
 accelerator the seeds of a run in one program (slgr_jax/many.py).
 
-A run that is finished is not touched again: it is known by its config, its data and its teacher's
-answers, and by `outcome.json`, which is written when training has ended.
+A run that is finished is not touched again: it is known by its config, its data, its teacher's
+answers and its ensemble's checkpoints, and by `outcome.json`, which is written when training has
+ended.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def finished(run: RunConfig) -> bool:
         "id_map_hash": now.id_map_hash,
         "teacher_hash": runs.teacher_hash(run),
     }
-    return same
+    return same and runs.other_members(run.workdir, run) is None
 
 
 def _refuse_other(run: RunConfig) -> None:

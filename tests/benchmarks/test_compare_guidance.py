@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -317,8 +319,17 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     best = results.log(run.workdir)[outcome["best_epoch"] - 1]
     assert tuning.mean_alpha(tmp_path / "out" / "a") == best["train/alpha"]
 
-    pool.evaluate_runs([run], workers=1)
     root = tmp_path / "out" / "a"
+    other = shutil.copytree(root, tmp_path / "other")
+    knobs = plan.knobs | {"uncertainty": "ensemble", "ensemble": f"{root},{other}"}
+    unsure = dataclasses.replace(plan, knobs=knobs).config("mf", "paper", {}, root.parent / "b")
+    pool.train_runs([unsure], workers=1, root=tmp_path)
+    assert pool.finished(unsure)
+    (notes,) = other.glob("checkpoints/*/_CHECKPOINT_METADATA")
+    notes.write_text(notes.read_text() + " ")  # a member that was trained anew
+    assert not pool.finished(unsure)
+
+    pool.evaluate_runs([run], workers=1)
     assert (root / "metrics.json").is_file()
     seen = []
     monkeypatch.setattr(pool, "_fit", lambda run: seen.append(run) or results.write_json(

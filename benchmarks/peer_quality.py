@@ -1,11 +1,14 @@
-"""What RecBole's models reach on the parts of a dataset directory, for a table beside ours.
+"""What the models of RecBole and RecTools reach on a dataset directory, for a table beside ours.
 
-    python benchmarks/recbole_quality.py --data=DATA --models=DeepFM,DCNV2 --peer_python=PYTHON
-    python benchmarks/recbole_quality.py --data=DATA --models=GRU4Rec --rows=next_item ...
-    python benchmarks/recbole_quality.py --data=DATA --models=DIN --rows=clicks_in_order ...
+    python benchmarks/peer_quality.py --data=DATA --models=DeepFM,DCNV2 --peer_python=PYTHON
+    python benchmarks/peer_quality.py --data=DATA --models=GRU4Rec --rows=next_item ...
+    python benchmarks/peer_quality.py --data=DATA --models=DIN --rows=clicks_in_order ...
+    python benchmarks/peer_quality.py --data=DATA --peer=rectools --models=SASRec --rows=next_item
 
---rows says what is learned and evaluated, always by RecBole's own evaluator, with its early
-stopping on validation; `--options` is JSON over the settings printed.
+--rows says what is learned and evaluated; `--options` is JSON over the settings printed. RecBole
+runs with its own evaluator and its own early stopping on validation. RecTools has no early stopping
+of that kind: its own fit_partial, a few epochs at a time, and the same metrics of its recommended
+lists.
 
   clicks           labels are rating >= --rating_threshold, features are user and item, parts are
                    those of DATA; AUC and log-loss of pooled rows
@@ -27,19 +30,20 @@ from absl import flags as absl_flags
 
 from slgr_jax import flags
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.errors import InputError, UserError, listing
+from slgr_jax.errors import ConfigError, InputError, UserError, listing
 
 HERE = pathlib.Path(__file__).parent
 
 absl_flags.DEFINE_string("data", "", "dataset directory")
-absl_flags.DEFINE_list("models", [], "RecBole's names of its models")
+absl_flags.DEFINE_enum("peer", "recbole", ["recbole", "rectools"], "whose models")
+absl_flags.DEFINE_list("models", [], "the peer's names of its models")
 absl_flags.DEFINE_enum(
     *("rows", "clicks", ["clicks", "clicks_in_order", "next_item"]),
     "what is learned and evaluated",
 )
 absl_flags.DEFINE_float("rating_threshold", 4.0, "clicks: label 1 from this rating on")
 absl_flags.DEFINE_string("options", "{}", "RecBole settings as JSON")
-absl_flags.DEFINE_string("peer_python", "python", "the interpreter that has recbole")
+absl_flags.DEFINE_string("peer_python", "python", "the interpreter that has the peer")
 
 COMMON: dict[str, Any] = {
     "embedding_size": 64, "seed": 2020, "reproducibility": True, "learning_rate": 1e-3,
@@ -65,6 +69,10 @@ NEXT_ITEM: dict[str, Any] = {
     "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
     "metrics": ["Recall", "NDCG"], "topk": [10, 20], "valid_metric": "NDCG@10",
     "train_neg_sample_args": None, "loss_type": "CE",
+}  # fmt: skip
+RECTOOLS: dict[str, Any] = {
+    "epochs": 60, "eval_step": 5, "stopping_step": 2, "topk": [10, 20], "seed": 2020,
+    "model": {"n_factors": 64, "session_max_len": 50},
 }  # fmt: skip
 SETTINGS = {"clicks": CLICKS, "clicks_in_order": CLICKS | IN_ORDER, "next_item": NEXT_ITEM}
 _KINDS = {"label": "label:float", "timestamp": "timestamp:float"}
@@ -100,14 +108,17 @@ def write_rows(data: dataset_lib.Dataset, folder: pathlib.Path, rows: str, at: f
 
 def main(_: list[str]) -> None:
     given = flags.FLAGS
+    if given.peer == "rectools" and given.rows != "next_item":
+        raise ConfigError(f"--rows={given.rows}: RecTools has sequence models; use next_item")
     data = dataset_lib.load(given.data)
     with tempfile.TemporaryDirectory() as name:
         write_rows(data, pathlib.Path(name), given.rows, given.rating_threshold)
-        own = COMMON | SETTINGS[given.rows] | json.loads(given.options)
+        settings = RECTOOLS if given.peer == "rectools" else COMMON | SETTINGS[given.rows]
+        own = settings | json.loads(given.options)
         options = own | {"checkpoint_dir": f"{name}/saved"}
         print(json.dumps(own), flush=True)
         for model in given.models:
-            command = [given.peer_python, str(HERE / "recbole_child.py"), name, model]
+            command = [given.peer_python, str(HERE / f"{given.peer}_child.py"), name, model]
             done = subprocess.run(
                 [*command, json.dumps(options)], capture_output=True, text=True, cwd=name
             )
@@ -121,6 +132,6 @@ if __name__ == "__main__":
     flags.run(
         main,
         usage=__doc__,
-        own=("data", "models", "rows", "rating_threshold", "options", "peer_python"),
+        own=("data", "peer", "models", "rows", "rating_threshold", "options", "peer_python"),
         required=("data", "models"),
     )
