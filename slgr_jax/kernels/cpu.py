@@ -103,7 +103,7 @@ def factor_update(
     n, m = users.size, items.size
     room = (n + m) * (_blocks(width) * BLOCK + 2)
     tables = (user_table, item_table, user_slot, item_slot)
-    out = (*map(_like, tables), _floats(room), _ints(2 * (n + m)))
+    out = (*map(_like, tables), _floats(room), _ints(2 * (n + m) + m))
     call = jax.ffi.ffi_call(
         "slgr_factor_update", out, input_output_aliases={k: k for k in range(4)}
     )

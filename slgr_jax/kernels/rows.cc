@@ -106,6 +106,22 @@ int64_t Distinct(const int32_t* ids, int64_t n, int32_t* slot, int32_t* lane_row
   return found;
 }
 
+// Renumbers what `Distinct` found so that rows of one lane get -1, their id in `ids_of` going with
+// them, and the others 0, 1, ... Returns how many others there are. `times` [found] is scratch.
+int64_t Repeated(int64_t n, int64_t found, int32_t* lane_row, int32_t* ids_of, int32_t* times) {
+  std::memset(times, 0, found * sizeof(int32_t));
+  for (int64_t lane = 0; lane < n; ++lane) ++times[lane_row[lane]];
+  int32_t kept = 0;
+  for (int64_t k = 0; k < found; ++k) {
+    const bool repeated = times[k] > 1;
+    ids_of[kept] = ids_of[k];
+    times[k] = repeated ? kept : -1;
+    kept += repeated;
+  }
+  for (int64_t lane = 0; lane < n; ++lane) lane_row[lane] = times[lane_row[lane]];
+  return kept;
+}
+
 // ---- row optimisers ---------------------------------------------------------------------------
 
 enum Kind : int64_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kLazyAdam = 3 };
@@ -153,6 +169,20 @@ struct Optimizer {
     }
   }
 
+  // A block of a row [values | slots] and its gradient, of rules that need no more than that.
+  template <bool kFull>
+  void Direct(float* row, int64_t width, int64_t size, Block value, Block g) const {
+    if (kind == kSgd) {
+      value = value - lr * g;
+    } else {
+      float* slots = row + width;
+      const Block slot = Load<kFull>(slots, size) + g * g;
+      Store<kFull>(slots, slot, size);
+      value = value - lr * g * InverseRoot({slot.lo + eps, slot.hi + eps});
+    }
+    Store<kFull>(row, value, size);
+  }
+
   template <bool kFull>
   void Columns(const Touched& t, int64_t block, int64_t begin, int64_t size) const {
     const float* grads = t.sums(block);
@@ -165,14 +195,11 @@ struct Optimizer {
       const Block g = Load<true>(grads + k * kBlock, kBlock);
       float* row = t.row(k) + begin;
       Block value = Load<kFull>(row, size);
-      if (kind == kSgd) {
-        value = value - lr * g;
-      } else if (kind == kAdagrad) {
-        float* slots = row + t.width;
-        const Block slot = Load<kFull>(slots, size) + g * g;
-        Store<kFull>(slots, slot, size);
-        value = value - lr * g * InverseRoot({slot.lo + eps, slot.hi + eps});
-      } else if (kind == kRowwiseAdagrad) {
+      if (!per_row()) {
+        Direct<kFull>(row, t.width, size, value, g);
+        continue;
+      }
+      if (kind == kRowwiseAdagrad) {
         value = value - t.scale[k] * g;
       } else {
         float *first = row + t.width, *second = row + 2 * t.width;
@@ -218,23 +245,32 @@ void Update(ffi::ThreadPool& pool, const Optimizer& optimizer, int64_t work, con
 // Adds to the sums of each lane's rows, with p the user's row and q_c the items':
 //   d/dp   = sum_c dscores_c q_c + 2 dsquares_0 p       (kBias: no score part in the last column)
 //   d/dq_c = dscores_c p + 2 dsquares_1 q_c             (kBias: p counts as 1 in the last column)
+// An item's row of which this is the one lane (-1 in `item_row`) is updated at once: no other lane
+// reads it.
 template <bool kFull, bool kBias>
-void BlockGrads(const Lanes& in, const int32_t* user_row, const int32_t* item_row,
-                const float* dscores, const float* dsquares, int64_t begin, int64_t size,
-                float* user_sums, float* item_sums) {
+void BlockGrads(const Lanes& in, const Optimizer& optimizer, const int32_t* user_row,
+                const int32_t* item_row, const float* dscores, const float* dsquares,
+                int64_t begin, int64_t size, int64_t width, float* user_sums, float* item_sums) {
   const Mask bias(size - 1);
   for (int64_t lane = 0; lane < in.n; ++lane) {
     in.PrefetchLane(lane + kAhead, begin);
+    for (int64_t k = 0; optimizer.kind == kAdagrad && lane + kAhead < in.n && k < in.c; ++k) {
+      Prefetch(in.item.row(in.items[(lane + kAhead) * in.c + k]) + begin + width);
+    }
     const Block p = Load<kFull>(in.user.row(in.users[lane]) + begin, size);
     const Block unit = kBias ? bias.Put(p, 1.0f) : p;
     const float own = 2.0f * dsquares[2 * lane], other = 2.0f * dsquares[2 * lane + 1];
     Block sum{};
     for (int64_t k = lane * in.c; k < (lane + 1) * in.c; ++k) {
-      const Block q = Load<kFull>(in.item.row(in.items[k]) + begin, size);
-      float* to = item_sums + item_row[k] * kBlock;
-      const Block so_far = Load<true>(to, kBlock);
-      Store<true>(to, so_far + dscores[k] * unit + other * q, kBlock);
+      float* row = in.item.row(in.items[k]) + begin;
+      const Block q = Load<kFull>(row, size), g = dscores[k] * unit + other * q;
       sum = sum + dscores[k] * q;
+      if (item_row[k] < 0) {
+        optimizer.Direct<kFull>(row, width, size, q, g);
+        continue;
+      }
+      float* to = item_sums + item_row[k] * kBlock;
+      Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
     }
     if (kBias) sum = bias.Put(sum, 0.0f);
     float* to = user_sums + user_row[lane] * kBlock;
@@ -291,12 +327,14 @@ static ffi::Error FactorUpdate(ffi::ThreadPool pool, F32, F32, S32, S32, S32 use
   float* item_room = room + n * (blocks * kBlock + 2);
   int32_t* user_row = ints->typed_data();
   int32_t *item_row = user_row + n, *user_ids = item_row + m, *item_ids = user_ids + n;
+  const Optimizer optimizer{kind, lr, eps, b1, b2};
   int64_t n_users = 0, n_items = 0;
   Parallel(pool, 2, (n + m) * 16, [&](int64_t i) {
     if (i == 0) {
       n_users = Distinct(in.users, n, user_slot->typed_data(), user_row, user_ids);
     } else {
       n_items = Distinct(in.items, m, item_slot->typed_data(), item_row, item_ids);
+      if (!optimizer.per_row()) n_items = Repeated(m, n_items, item_row, item_ids, item_ids + m);
     }
   });
   const Touched of_users{in.user, width, n_users, n, user_ids, room, room + n * blocks * kBlock};
@@ -308,11 +346,11 @@ static ffi::Error FactorUpdate(ffi::ThreadPool pool, F32, F32, S32, S32, S32 use
       constexpr bool kFull = decltype(full)::value;
       const bool last = bias && block == blocks - 1;
       const auto run = last ? BlockGrads<kFull, true> : BlockGrads<kFull, false>;
-      run(in, user_row, item_row, dscores.typed_data(), dsquares.typed_data(), begin, size,
-          of_users.sums(block), of_items.sums(block));
+      run(in, optimizer, user_row, item_row, dscores.typed_data(), dsquares.typed_data(), begin,
+          size, width, of_users.sums(block), of_items.sums(block));
     });
   };
-  Update(pool, {kind, lr, eps, b1, b2}, (n + m) * width, add, of_users, of_items);
+  Update(pool, optimizer, (n + m) * width, add, of_users, of_items);
   return ffi::Error::Success();
 }
 

@@ -81,11 +81,19 @@ def test_nan_and_infinity_reach_the_scores_and_norms():
 
 
 @pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
-@pytest.mark.parametrize(("width", "unit"), [(1, True), (64, True), (77, True), (77, False)])
-def test_factor_update_equals_autodiff_and_the_row_optimiser(name, width, unit):
-    """d/d rows of sum(ds * scores + dq * squares), then tables.update by XLA."""
+@pytest.mark.parametrize(
+    ("width", "unit", "lanes"),
+    [(1, True, 40), (64, True, 300), (64, True, 40), (77, True, 300), (77, False, 40)],
+)
+def test_factor_update_equals_autodiff_and_the_row_optimiser(name, width, unit, lanes):
+    """d/d rows of sum(ds * scores + dq * squares), then tables.update by XLA.
+
+    Of 40 lanes some read an item that no other lane reads, of 300 next to none.
+    """
     optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1, eps=1e-6))
-    table, users, items = _world(width, slots=optimizer.slots(width))
+    table, users, items = _world(width, lanes=lanes, slots=optimizer.slots(width))
+    once = np.unique(items, return_counts=True)[1] == 1
+    assert (once.mean() > 0.2) == (lanes == 40)
     rng = np.random.default_rng(1)
     d_scores = rng.normal(size=items.shape).astype(np.float32)
     d_squares = rng.normal(size=(users.size, 2)).astype(np.float32)
