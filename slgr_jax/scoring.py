@@ -21,6 +21,7 @@ from slgr_jax.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.backbones.base import item_tables
 from slgr_jax.data.context import Context, Queries
 from slgr_jax.data.labelled import LabelledRows
+from slgr_jax.kernels import cpu
 
 # Items that a JointBackbone scores for one query at once: a tile's fields stay in a CPU's cache.
 TILE = 2048
@@ -86,13 +87,24 @@ def ensemble_scores(
     members: Sequence[Scoring],
     users: Int[Array, "B"],
     items: Int[Array, "B C"],
+    *,
+    native: bool = False,
 ) -> Float[Array, "M B C"]:
-    """Logits of candidates by runs that were trained apart, each at its own moment of the users."""
-    each = [
-        pair_scores(backbone, member, Lanes(member.queries(users), items))
-        for backbone, member in zip(backbones, members, strict=True)
-    ]
-    return jnp.stack(each)
+    """Logits of candidates by runs that were trained apart, each at its own moment of the users.
+
+    Args:
+      native: whether the CPU kernels read the rows of backbones that are a dot product of two.
+    """
+
+    def scores(backbone: AnyBackbone, member: Scoring) -> jax.Array:
+        model = backbone.factor_model if isinstance(backbone, DotBackbone) else None
+        if not native or model is None:
+            return pair_scores(backbone, member, Lanes(member.queries(users), items))
+        user, item = (member.serving.values[x] for x in (model.user_table, model.item_table))
+        width, unit = user.shape[1], model.unit
+        return cpu.factor_scores(user, item, users, items, width=width, unit=unit)[0]
+
+    return jnp.stack([scores(*each) for each in zip(backbones, members, strict=True)])
 
 
 # Rows that one call scores; the last chunk is filled up.

@@ -122,7 +122,7 @@ class Trainer:
         """What guidance adds to the loss."""
         return Supervision(
             *(self.config, self.gate, self.access, self.layout, self.plan.margin_scale),
-            self.ensemble,
+            *(self.ensemble, self.plan.native),
         )
 
     @property

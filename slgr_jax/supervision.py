@@ -77,7 +77,8 @@ class Added:
 class Supervision:
     """The guidance of a run; see the module's docstring.
 
-    `ensemble` holds the backbones of the runs whose spread the gate reads.
+    `ensemble` holds the backbones of the runs whose spread the gate reads; `native`: the CPU
+    kernels read their rows where they can.
     """
 
     config: RunConfig
@@ -86,6 +87,7 @@ class Supervision:
     layout: Layout
     margin_scale: float
     ensemble: tuple[AnyBackbone, ...] = ()
+    native: bool = False
 
     def see(
         self,
@@ -117,7 +119,7 @@ class Supervision:
         """What the ensemble says of lanes."""
         if not self.ensemble:
             return None
-        return ensemble_scores(self.ensemble, ensemble, queries.users, items)
+        return ensemble_scores(self.ensemble, ensemble, queries.users, items, native=self.native)
 
     def _answers(
         self,

@@ -147,10 +147,12 @@ def test_q_is_the_spread_of_what_the_runs_believe():
     np.testing.assert_allclose(gates.variance_uncertainty(sides), 1.0)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_alpha_of_a_step_equals_numpy(world, tmp_path, monkeypatch, devices):
+@pytest.mark.parametrize(("devices", "kernels"), [(1, "xla"), (2, "xla"), (1, "native")])
+def test_alpha_of_a_step_equals_numpy(world, tmp_path, monkeypatch, devices, kernels):
+    if kernels == "native":
+        worlds.need_native_kernels()
     _use_devices(monkeypatch, devices)
-    trainer, resident = runs.build(_run(world, tmp_path / "r"), world[0])
+    trainer, resident = runs.build(_run(world, tmp_path / "r", kernels=kernels), world[0])
     batch, _, sums = _one_step(trainer, resident)
     users, items = batch.pref_queries.users, batch.pref_items
     q = _q(*(_believed(member, users, items) for member in world[1:3]))
@@ -159,10 +161,14 @@ def test_alpha_of_a_step_equals_numpy(world, tmp_path, monkeypatch, devices):
     assert float(sums["alpha"]) == pytest.approx(expected.mean(), rel=1e-5)
 
 
-def test_a_member_that_reads_histories_is_asked_as_of_all_of_training(world, tmp_path):
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_a_member_that_reads_histories_is_asked_as_of_all_of_training(world, tmp_path, kernels):
     """By a run whose own backbone reads none."""
+    if kernels == "native":
+        worlds.need_native_kernels()
     _, mf, _, sasrec = world
-    trainer, resident = runs.build(_run(world, tmp_path / "r", ensemble=f"{mf},{sasrec}"), world[0])
+    knobs = {"ensemble": f"{mf},{sasrec}", "kernels": kernels}
+    trainer, resident = runs.build(_run(world, tmp_path / "r", **knobs), world[0])
     assert resident.context.histories is None
     batch, _, sums = _one_step(trainer, resident)
     users, items = batch.pref_queries.users, batch.pref_items
