@@ -42,7 +42,7 @@ absl_flags.DEFINE_enum(
     "what is learned and evaluated",
 )
 absl_flags.DEFINE_float("rating_threshold", 4.0, "clicks: label 1 from this rating on")
-absl_flags.DEFINE_string("options", "{}", "RecBole settings as JSON")
+absl_flags.DEFINE_string("options", "{}", "the peer's settings as JSON, over those printed")
 absl_flags.DEFINE_string("peer_python", "python", "the interpreter that has the peer")
 
 COMMON: dict[str, Any] = {
