@@ -26,7 +26,7 @@ from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.knobs import Section, knob
 
 SISINF = ("facebook_book", "hetrec2011_lastfm_2k", "ml_small_2018")
-DATASETS = (*SISINF, "ml100k_lusifer", "ml1m")
+DATASETS = (*SISINF, "ml100k_lusifer", "ml1m", "ml1m_profiles")
 USABLE = ("exact", "noyear", "fuzzy")  # how an LLM's title was found; the rest is not the catalogue
 
 
@@ -115,6 +115,7 @@ def read(config: RealDataConfig) -> Inputs:
     readers: dict[str, tuple[str, Callable[[pathlib.Path, RealDataConfig], Inputs]]] = {
         "ml100k_lusifer": ("ml100k_lusifer", _lusifer),
         "ml1m": ("ml1m_llm_text", _ml1m),
+        "ml1m_profiles": ("ml1m_llm_text", _ml1m_profiles),
         **dict.fromkeys(SISINF, ("sisinf_llm_recs", _sisinf)),
     }
     folder, reader = readers[config.dataset]
@@ -249,13 +250,6 @@ def _ml1m(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
     split = np.full(keys.size, "train", dtype=object)
     split[evaluated] = "test"
     split[evaluated[_halves(user[evaluated], config.seed + 1)]] = "valid"
-    items = _plain(folder / "items.parquet")
-    table = {
-        "item": items["movieId"],
-        "title": items["title"],
-        "text": items["qwen_max_description"],
-        "categories": items["genres"],
-    }
     hidden = np.isin(
         _keys(rated["userId"].to_numpy(), rated["movieId"].to_numpy()), keys[evaluated]
     )
@@ -268,7 +262,31 @@ def _ml1m(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
         )
     }
     interactions = pa.table({"user": user, "item": item, "split": pa.array(split, pa.string())})
-    return Inputs(interactions, pa.table(table), products)
+    return Inputs(interactions, _ml1m_items(folder), products)
+
+
+def _ml1m_profiles(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
+    """MovieLens-1M on the split that Qwen-max wrote the users' profiles for (GEAR-Rec).
+
+    The prompts held training items only. What Qwen wrote becomes a teacher by vectors of the
+    profiles and of its descriptions of the movies: `teach.py embed --vectors=ITEMS
+    --user_vectors=USERS --built_from=train_only`, then `teach.py nearest --embeddings`.
+    """
+    import pyarrow as pa
+
+    log = _plain(folder / "interactions.parquet")
+    user = log["userId"].to_numpy()
+    split = _halve_test(log["split"].to_pylist(), user, config.seed)
+    interactions = pa.table({"user": user, "item": log["movieId"], "split": split})
+    return Inputs(interactions, _ml1m_items(folder), {})
+
+
+def _ml1m_items(folder: pathlib.Path) -> Any:
+    """Titles, genres and Qwen's descriptions of the movies."""
+    items = _plain(folder / "items.parquet")
+    return items.select(["movieId", "title", "qwen_max_description", "genres"]).rename_columns(
+        ["item", "title", "text", "categories"]
+    )
 
 
 def _plain(path: pathlib.Path) -> Any:

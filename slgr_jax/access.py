@@ -332,7 +332,10 @@ class _RowsView:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Leaves: `scores` and `squares` = (|p|^2, |q_0|^2 + |q_1|^2) of one group of lanes, [N, 2]."""
+    """Leaves: `scores` and `squares` = (|p|^2, |q_0|^2 + |q_1|^2) of one group of lanes, [N, 2].
+
+    And `totals`, the sum of the squares over lanes, [2]: no loss reads them.
+    """
 
     model: FactorModel
     width: int
@@ -340,7 +343,7 @@ class Factors:
 
     def read(self, state: Tables, context: Context, reads: Reads) -> Leaves:
         model, lanes = self.model, self._lanes(reads)
-        scores, squares = cpu.factor_scores(
+        scores, squares, totals = cpu.factor_scores(
             state[model.user_table],
             state[model.item_table],
             lanes.queries.users,
@@ -348,7 +351,7 @@ class Factors:
             width=self.width,
             unit=model.unit,
         )
-        return {"scores": scores, "squares": squares}
+        return {"scores": scores, "squares": squares, "totals": totals}
 
     @staticmethod
     def _lanes(reads: Reads) -> Lanes:
@@ -370,8 +373,8 @@ class Factors:
         return {name: leaves["squares"][:, 0] + leaves["squares"][:, 1]}
 
     def finite(self, leaves: Leaves) -> dict[str, jax.Array]:
-        sums = jnp.isfinite(jnp.sum(leaves["squares"], axis=0))
-        return {self.model.user_table: sums[0], self.model.item_table: sums[1]}
+        fine = jnp.isfinite(leaves["totals"])
+        return {self.model.user_table: fine[0], self.model.item_table: fine[1]}
 
     def write(
         self,

@@ -149,8 +149,15 @@ def draw_outside(
         weight = (free > 0).astype(jnp.float32)
     if cumulative is None:
         return place, weight
+    return _item_at(place, weight, cumulative), weight
+
+
+def _item_at(
+    place: Int[Array, "*B"], weight: Float[Array, "*B"], cumulative: Int[Array, "I1"]
+) -> Int[Array, "*B"]:
+    """The item whose mass is at a place; 0 where none was drawn."""
     item = jnp.searchsorted(cumulative, place, side="right") - 1
-    return jnp.where(weight > 0, item, 0).astype(jnp.int32), weight
+    return jnp.where(weight > 0, item, 0).astype(jnp.int32)
 
 
 def _other(key: jax.Array) -> jax.Array:
@@ -177,13 +184,34 @@ def draw_triples(
         pair = below(words[0], plan.drawn)
         users, positive = data.users[pair], data.items[pair]
     else:
-        first = below(random_words(jax.vmap(_other)(keys), 1, -(-size // together))[0], plan.drawn)
-        users = jnp.repeat(data.users[first], together, axis=1)[:, :size]
+        first = random_words(jax.vmap(_other)(keys), 1, -(-size // together))[0]
+        if plan.native and sampler.negatives != "in_batch" and not sampler.allow_positive_negatives:
+            return _triples_by_kernel(first, words, together, data, plan)
+        users = jnp.repeat(data.users[below(first, plan.drawn)], together, axis=1)[:, :size]
         start = data.negatives.offsets[users]
         pair = start + below(words[0], data.negatives.offsets[users + 1] - start)
         positive = data.items[pair]
     negative, weights = _negatives(words[1], users, positive, data, plan)
     return users, jnp.stack([positive, negative], axis=-1), weights
+
+
+def _triples_by_kernel(
+    first: UInt32[Array, "S M"],
+    words: UInt32[Array, "2 S B"],
+    together: int,
+    data: Interactions,
+    plan: Plan,
+) -> tuple[Int[Array, "S B"], Int[Array, "S B 2"], Float[Array, "S B"]]:
+    cut = data.negatives
+    users, items, weights = cpu.draw_triples(
+        *(first, words[0], words[1], data.users, data.items),
+        *(cut.offsets, cut.keys, cut.shifts, cut.free),
+        drawn=plan.drawn,
+        together=together,
+    )
+    if data.cumulative is not None:
+        items = items.at[..., 1].set(_item_at(items[..., 1], weights, data.cumulative))
+    return users, items, weights
 
 
 def _negatives(

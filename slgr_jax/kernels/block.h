@@ -11,11 +11,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common.h"
+
 namespace slgr {
 
 constexpr int64_t kBlock = 32;  // columns of one task: two cache lines of float32
 
-inline void Prefetch(const float* row) {
+SLGR_PREFETCHES inline void Prefetch(const float* row) {
   __builtin_prefetch(row);
   __builtin_prefetch(row + 16);
 }
@@ -92,13 +94,13 @@ inline float Sum(Block block) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// The sums of four blocks, added in the order of `Sum`.
-inline V4 Sums(Block a, Block b, Block c, Block d) {
+// (sum of a, of b, anything, of d), added in the order of `Sum`.
+inline V4 Sums(Block a, Block b, Block d) {
   using Pick = int32_t __attribute__((vector_size(16)));
-  const V4 x = Fold(a), y = Fold(b), z = Fold(c), w = Fold(d);
+  const V4 x = Fold(a), y = Fold(b), w = Fold(d);
   const V4 xy = __builtin_shuffle(x, y, Pick{0, 4, 1, 5}) + __builtin_shuffle(x, y, Pick{2, 6, 3, 7});
-  const V4 zw = __builtin_shuffle(z, w, Pick{0, 4, 1, 5}) + __builtin_shuffle(z, w, Pick{2, 6, 3, 7});
-  return __builtin_shuffle(xy, zw, Pick{0, 1, 4, 5}) + __builtin_shuffle(xy, zw, Pick{2, 3, 6, 7});
+  const V4 ww = __builtin_shuffle(w, Pick{0, 0, 1, 1}) + __builtin_shuffle(w, Pick{2, 2, 3, 3});
+  return __builtin_shuffle(xy, ww, Pick{0, 1, 4, 5}) + __builtin_shuffle(xy, ww, Pick{2, 3, 6, 7});
 }
 
 inline V16 InverseRoot(V16 x) {

@@ -31,6 +31,7 @@ TARGETS = (
     "slgr_factor_update",
     "slgr_row_update",
     "slgr_draw_outside",
+    "slgr_draw_triples",
     "slgr_rank_rows",
     "slgr_pool_rows",
     "slgr_graph_propagate",

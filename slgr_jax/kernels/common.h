@@ -12,6 +12,10 @@
 
 #include "xla/ffi/api/ffi.h"
 
+// For functions that do nothing but prefetch: GCC takes one for free of effects and drops its calls,
+// unless it is inlined first.
+#define SLGR_PREFETCHES __attribute__((always_inline))
+
 namespace slgr {
 
 namespace ffi = xla::ffi;

@@ -61,7 +61,7 @@ def factor_scores(
     *,
     width: int,
     unit: bool,
-) -> tuple[Float[Array, "N C"], Float[Array, "N 2"]]:
+) -> tuple[Float[Array, "N C"], Float[Array, "N 2"], Float[Array, "2"]]:
     """Dot products of rows, which are never written out: s_nc = p_n . q_nc.
 
     Args:
@@ -70,15 +70,15 @@ def factor_scores(
       unit: the last entry of p counts as 1 in the product (it meets the item's bias).
 
     Returns:
-      scores, and per lane (|p_n|^2, sum_c |q_nc|^2).
+      scores, per lane (|p_n|^2, sum_c |q_nc|^2), and the sum of these over lanes.
     """
     n, c = items.shape
-    out = (_floats(n, c), _floats(n, 2), _floats(_blocks(width), n, c + 2))
+    out = (_floats(n, c), _floats(n, 2), _floats(2), _floats(_blocks(width), n, c + 2))
     call = jax.ffi.ffi_call("slgr_factor_scores", out)
-    scores, squares, _ = call(
+    scores, squares, totals, _ = call(
         user_table, item_table, users, items, width=np.int64(width), bias=unit
     )
-    return scores, squares
+    return scores, squares, totals
 
 
 def factor_update(
@@ -103,7 +103,7 @@ def factor_update(
     n, m = users.size, items.size
     room = (n + m) * (_blocks(width) * BLOCK + 2)
     tables = (user_table, item_table, user_slot, item_slot)
-    out = (*map(_like, tables), _floats(room), _ints(2 * (n + m) + m))
+    out = (*map(_like, tables), _floats(room), _ints(3 * (n + m)))
     call = jax.ffi.ffi_call(
         "slgr_factor_update", out, input_output_aliases={k: k for k in range(4)}
     )
@@ -124,7 +124,7 @@ def row_update(
     """`rule` applied once to each distinct row of `ids`, with its gradients summed; in place."""
     n, width = grads.shape
     room = n * (_blocks(width) * BLOCK + 2)
-    out = (_like(table), _like(slot), _floats(room), _ints(2 * n))
+    out = (_like(table), _like(slot), _floats(room), _ints(3 * n))
     call = jax.ffi.ffi_call("slgr_row_update", out, input_output_aliases={0: 0, 1: 1})
     found = call(table, slot, ids, grads, width=np.int64(width), **rule.attributes)
     return found[0], found[1]
@@ -145,3 +145,34 @@ def draw_outside(
         bits, users, offsets, keys, keys if shifts is None else shifts, free, unit_mass=unit
     )
     return place, weight
+
+
+def draw_triples(
+    first: UInt32[Array, "S M"],
+    positive: UInt32[Array, "S B"],
+    negative: UInt32[Array, "S B"],
+    pair_users: Int[Array, "n"],
+    pair_items: Int[Array, "n"],
+    offsets: Int[Array, "U1"],
+    keys: Int[Array, "n"],
+    shifts: Int[Array, "n"] | None,
+    free: Int[Array, "U"],
+    *,
+    drawn: int,
+    together: int,
+) -> tuple[Int[Array, "S B"], Int[Array, "S B 2"], Float[Array, "S B"]]:
+    """Users, (positive, place of the negative) and weights: see `draws.draw_triples`.
+
+    Args:
+      first, positive, negative: random words of each user, M = ceil(B / together), and lane.
+      drawn: users are drawn by the first so many pairs.
+      together: lanes that follow each other and have one user.
+    """
+    out = (_ints(*positive.shape), _ints(*positive.shape, 2), _floats(*positive.shape))
+    call = jax.ffi.ffi_call("slgr_draw_triples", out)
+    users, items, weights = call(
+        first, positive, negative, pair_users, pair_items,
+        offsets, keys, keys if shifts is None else shifts, free,
+        drawn=np.int64(drawn), together=np.int64(together), unit_mass=shifts is None,
+    )  # fmt: skip
+    return users, items, weights

@@ -1,4 +1,4 @@
-// The search that draws an item outside a user's excluded set (see cpu.py, data/draws.py).
+// Draws of triples and of items outside a user's excluded set (see cpu.py, data/draws.py).
 
 #include <algorithm>
 #include <cstdint>
@@ -8,50 +8,126 @@
 namespace slgr {
 namespace {
 
-constexpr int64_t kAhead = 12;  // lanes between a prefetch and its use
-constexpr int64_t kLine = 16;   // int32 of a cache line
+constexpr int64_t kLine = 16;    // int32 of a cache line
+constexpr int64_t kSearch = 8;   // searches of one row that go side by side
+constexpr int64_t kFetched = 32; // rows fetched before the first of them is searched
+
+// floor(word * bound / 2^32): a number in [0, bound), as `draws.below`.
+inline int32_t Below(uint32_t word, int64_t bound) {
+  return static_cast<int32_t>((static_cast<uint64_t>(word) * static_cast<uint32_t>(bound)) >> 32);
+}
+
+// The excluded sets of users: see data/batches.Excluded. `shifts` is null where every mass is 1.
+struct Cut {
+  const int32_t *offsets, *keys, *shifts, *free;
+
+  int64_t size(int32_t user) const { return offsets[user + 1] - offsets[user]; }
+
+  SLGR_PREFETCHES void PrefetchBounds(int32_t user) const {
+    __builtin_prefetch(offsets + user);
+    __builtin_prefetch(free + user);
+  }
+
+  // What a search reads of a user's row: all of it, or every 16th part.
+  SLGR_PREFETCHES void PrefetchRow(int32_t user) const {
+    const int32_t* row = keys + offsets[user];
+    const int64_t length = size(user), stride = std::max(kLine, length / 16);
+    for (int64_t k = 0; k < length; k += stride) __builtin_prefetch(row + k);
+  }
+
+  // Places outside a user's set by `n` <= kSearch random words, 1 where there are any.
+  void Draw(int32_t user, const uint32_t* words, int64_t n, int32_t* place, int64_t step,
+            float* weight) const {
+    const int64_t length = size(user), left = free[user];
+    const int32_t* row = keys + offsets[user];
+    int32_t mass[kSearch], base[kSearch] = {};
+    for (int64_t k = 0; k < kSearch; ++k) mass[k] = Below(words[k < n ? k : 0], left);
+    // Branch-free upper bounds, whose loads do not wait for each other: the first key above.
+    for (int64_t rest = length; rest > 1;) {
+      const int32_t half = static_cast<int32_t>(rest / 2);
+      for (int64_t k = 0; k < kSearch; ++k) {
+        base[k] += half & -static_cast<int32_t>(row[base[k] + half - 1] <= mass[k]);
+      }
+      rest -= half;
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      const int32_t passed = base[k] + (length > 0 && row[base[k]] <= mass[k]);
+      int32_t shift = passed;
+      if (shifts) shift = passed > 0 ? shifts[offsets[user] + passed - 1] : 0;
+      place[k * step] = left > 0 ? mass[k] + shift : 0;
+      weight[k] = left > 0 ? 1.0f : 0.0f;
+    }
+  }
+};
 
 }  // namespace
 
 static ffi::Error DrawOutside(ffi::ThreadPool pool, U32 bits, S32 users, S32 offsets, S32 keys,
                               S32 shifts, S32 free, OutS32 place, OutF32 weight, bool unit_mass) {
   const int64_t n = users.element_count();
-  const uint32_t* word = bits.typed_data();
-  const int32_t *user = users.typed_data(), *offset = offsets.typed_data();
-  const int32_t *key = keys.typed_data(), *shift = shifts.typed_data(), *left = free.typed_data();
-  int32_t* out = place->typed_data();
-  float* drawn = weight->typed_data();
+  const int32_t* user = users.typed_data();
+  const Cut cut{offsets.typed_data(), keys.typed_data(),
+                unit_mass ? nullptr : shifts.typed_data(), free.typed_data()};
   const int64_t tasks = std::max<int64_t>(1, pool.num_threads()), chunk = (n + tasks - 1) / tasks;
   Parallel(pool, tasks, n * 16, [&](int64_t i) {
     const int64_t end = std::min(n, (i + 1) * chunk);
-    for (int64_t lane = i * chunk; lane < end; ++lane) {
-      if (lane + 2 * kAhead < end) {
-        __builtin_prefetch(offset + user[lane + 2 * kAhead]);
-        __builtin_prefetch(left + user[lane + 2 * kAhead]);
+    for (int64_t begin = i * chunk; begin < end; begin += kFetched) {
+      const int64_t stop = std::min(end, begin + kFetched);
+      for (int64_t lane = begin; lane < stop; ++lane) cut.PrefetchBounds(user[lane]);
+      for (int64_t lane = begin; lane < stop; ++lane) {
+        if (lane == begin || user[lane] != user[lane - 1]) cut.PrefetchRow(user[lane]);
       }
-      if (lane + kAhead < end && user[lane + kAhead] != user[lane + kAhead - 1]) {
-        // What a search reads of a new user's row: all of it, or every 16th part.
-        const int64_t begin = offset[user[lane + kAhead]];
-        const int64_t length = offset[user[lane + kAhead] + 1] - begin;
-        const int64_t stride = std::max(kLine, length / 16);
-        for (int64_t k = 0; k < length; k += stride) __builtin_prefetch(key + begin + k);
+      for (int64_t lane = begin; lane < stop;) {
+        int64_t same = 1;
+        while (same < kSearch && lane + same < stop && user[lane + same] == user[lane]) ++same;
+        cut.Draw(user[lane], bits.typed_data() + lane, same, place->typed_data() + lane, 1,
+                 weight->typed_data() + lane);
+        lane += same;
       }
-      const int32_t u = user[lane];
-      const uint64_t bound = static_cast<uint32_t>(left[u]);
-      const int32_t mass = static_cast<int32_t>((word[lane] * bound) >> 32);
-      const int32_t* row = key + offset[u];
-      const int64_t size = offset[u + 1] - offset[u];
-      const int32_t* base = row;  // branch-free upper bound: the first key above mass
-      for (int64_t rest = size; rest > 1;) {
-        const int64_t half = rest / 2;
-        base += half & -static_cast<int64_t>(base[half - 1] <= mass);
-        rest -= half;
+    }
+  });
+  return ffi::Error::Success();
+}
+
+static ffi::Error DrawTriples(ffi::ThreadPool pool, U32 first, U32 positive, U32 negative,
+                              S32 pair_users, S32 pair_items, S32 offsets, S32 keys, S32 shifts,
+                              S32 free, OutS32 users, OutS32 items, OutF32 weights, int64_t drawn,
+                              int64_t together, bool unit_mass) {
+  const int64_t steps = users->dimensions()[0], size = users->dimensions()[1];
+  const int64_t groups = first.dimensions()[1];
+  const Cut cut{offsets.typed_data(), keys.typed_data(),
+                unit_mass ? nullptr : shifts.typed_data(), free.typed_data()};
+  const int32_t *owner = pair_users.typed_data(), *item = pair_items.typed_data();
+  const int64_t all = steps * groups, tasks = std::max<int64_t>(1, pool.num_threads());
+  const int64_t chunk = (all + tasks - 1) / tasks;
+  Parallel(pool, tasks, steps * size * 16, [&](int64_t i) {
+    const int64_t end = std::min(all, (i + 1) * chunk);
+    int32_t pair[kFetched], user[kFetched];
+    for (int64_t begin = i * chunk; begin < end; begin += kFetched) {
+      const int64_t count = std::min(kFetched, end - begin);
+      for (int64_t k = 0; k < count; ++k) {
+        pair[k] = Below(first.typed_data()[begin + k], drawn);
+        __builtin_prefetch(owner + pair[k]);
       }
-      const int64_t passed = base - row + (size > 0 && *base <= mass);
-      int32_t moved = mass + static_cast<int32_t>(passed);
-      if (!unit_mass) moved = mass + (passed > 0 ? shift[offset[u] + passed - 1] : 0);
-      out[lane] = left[u] > 0 ? moved : 0;
-      drawn[lane] = left[u] > 0 ? 1.0f : 0.0f;
+      for (int64_t k = 0; k < count; ++k) cut.PrefetchBounds(user[k] = owner[pair[k]]);
+      for (int64_t k = 0; k < count; ++k) cut.PrefetchRow(user[k]);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t step = (begin + k) / groups, group = (begin + k) % groups;
+        const int64_t lane = step * size + group * together;
+        const int64_t stop = std::min(lane + together, (step + 1) * size);
+        const int64_t start = cut.offsets[user[k]], length = cut.size(user[k]);
+        for (int64_t at = lane; at < stop; at += kSearch) {
+          const int64_t n = std::min(kSearch, stop - at);
+          int32_t* out = items->typed_data() + 2 * at;
+          for (int64_t j = 0; j < n; ++j) {
+            users->typed_data()[at + j] = user[k];
+            const int32_t chosen = Below(positive.typed_data()[at + j], length);
+            // With masses of 1 a key tells the item, from the lines that are searched next.
+            out[2 * j] = unit_mass ? cut.keys[start + chosen] + chosen : item[start + chosen];
+          }
+          cut.Draw(user[k], negative.typed_data() + at, n, out + 1, 2, weights->typed_data() + at);
+        }
+      }
     }
   });
   return ffi::Error::Success();
@@ -72,4 +148,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_draw_outside, DrawOutside,
                                   .Arg<S32>()   // free [U]
                                   .Ret<S32>()   // place [N]
                                   .Ret<F32>()   // weight [N]
+                                  .Attr<bool>("unit_mass"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_draw_triples, DrawTriples,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<U32>()   // random words of the users [S, M]
+                                  .Arg<U32>()   // of the positives [S, B]
+                                  .Arg<U32>()   // of the negatives [S, B]
+                                  .Arg<S32>()   // users of the pairs [n]
+                                  .Arg<S32>()   // items of the pairs [n]
+                                  .Arg<S32>()   // offsets [U + 1]
+                                  .Arg<S32>()   // keys [n]
+                                  .Arg<S32>()   // shifts [n]
+                                  .Arg<S32>()   // free [U]
+                                  .Ret<S32>()   // users [S, B]
+                                  .Ret<S32>()   // positive, place of the negative [S, B, 2]
+                                  .Ret<F32>()   // weight [S, B]
+                                  .Attr<int64_t>("drawn")
+                              .Attr<int64_t>("together")
                                   .Attr<bool>("unit_mass"));

@@ -7,6 +7,7 @@
 // which are added in block order: results do not depend on the number of threads.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,7 +20,8 @@
 namespace slgr {
 namespace {
 
-constexpr int64_t kAhead = 12;  // lanes between a prefetch and its use
+// Lanes between a prefetch and its use. A user has some lanes in a row, so theirs is further.
+constexpr int64_t kAhead = 12, kUsersAhead = 48;
 
 // A table [rows, stride] of which the columns [0, width) are values.
 struct Table {
@@ -47,9 +49,13 @@ struct Lanes {
   const int32_t *users, *items;
   int64_t n, c;
 
-  void PrefetchLane(int64_t lane, int64_t begin) const {
+  // Fetches what a lane to come will read: its items' rows, and of the one kUsersAhead further
+  // its user's, where that is not the user of the lane before.
+  SLGR_PREFETCHES void PrefetchAfter(int64_t lane, int64_t begin) const {
+    const int64_t far = lane + kUsersAhead;
+    if (far < n && users[far] != users[far - 1]) Prefetch(user.row(users[far]) + begin);
+    lane += kAhead;
     if (lane >= n) return;
-    Prefetch(user.row(users[lane]) + begin);
     for (int64_t k = 0; k < c; ++k) Prefetch(item.row(items[lane * c + k]) + begin);
   }
 };
@@ -61,56 +67,109 @@ struct Lanes {
 template <bool kFull, bool kBias>
 void BlockScores(const Lanes& in, int64_t begin, int64_t size, float* out) {
   const Mask bias(size - 1);
-  for (int64_t lane = 0; lane < in.n; ++lane) {
-    in.PrefetchLane(lane + kAhead, begin);
-    const Block p = Load<kFull>(in.user.row(in.users[lane]) + begin, size);
+  for (int64_t lane = 0; lane < in.n;) {
+    const int32_t user = in.users[lane];
+    const Block p = Load<kFull>(in.user.row(user) + begin, size);
     const Block unit = kBias ? bias.Put(p, 1.0f) : p;
-    const int32_t* items = in.items + lane * in.c;
-    float* o = out + lane * (in.c + 2);
-    if (in.c == 2) {
-      const Block a = Load<kFull>(in.item.row(items[0]) + begin, size);
-      const Block b = Load<kFull>(in.item.row(items[1]) + begin, size);
-      const V4 sums = Sums(unit * a, unit * b, p * p, a * a + b * b);
-      std::memcpy(o, &sums, sizeof sums);
-      continue;
+    const float squared = Sum(p * p);
+    do {
+      in.PrefetchAfter(lane, begin);
+      const int32_t* items = in.items + lane * in.c;
+      float* o = out + lane * (in.c + 2);
+      if (in.c == 2) {
+        const Block a = Load<kFull>(in.item.row(items[0]) + begin, size);
+        const Block b = Load<kFull>(in.item.row(items[1]) + begin, size);
+        V4 sums = Sums(unit * a, unit * b, a * a + b * b);
+        sums[2] = squared;
+        std::memcpy(o, &sums, sizeof sums);
+        continue;
+      }
+      float squares = 0.0f;
+      for (int64_t k = 0; k < in.c; ++k) {
+        const Block q = Load<kFull>(in.item.row(items[k]) + begin, size);
+        o[k] = Sum(unit * q);
+        squares += Sum(q * q);
+      }
+      o[in.c] = squared;
+      o[in.c + 1] = squares;
+    } while (++lane < in.n && in.users[lane] == user);
+  }
+}
+
+// The blocks' parts [blocks, N, C + 2] of scores [N, C] and squares [N, 2], added; `totals` [2] are
+// the sums of the squares over lanes.
+void AddParts(const float* part, int64_t n, int64_t c, int64_t blocks, float* scores,
+              float* squares, float* totals) {
+  const int64_t out = c + 2;
+  totals[0] = totals[1] = 0.0f;
+  if (c == 2) {
+    V4 total{};
+    for (int64_t lane = 0; lane < n; ++lane) {
+      V4 sum;
+      std::memcpy(&sum, part + lane * 4, sizeof sum);
+      for (int64_t block = 1; block < blocks; ++block) {
+        V4 more;
+        std::memcpy(&more, part + (block * n + lane) * 4, sizeof more);
+        sum += more;
+      }
+      total += sum;
+      const float four[] = {sum[0], sum[1], sum[2], sum[3]};
+      std::memcpy(scores + 2 * lane, four, 2 * sizeof(float));
+      std::memcpy(squares + 2 * lane, four + 2, 2 * sizeof(float));
     }
-    float squares = 0.0f;
-    for (int64_t k = 0; k < in.c; ++k) {
-      const Block q = Load<kFull>(in.item.row(items[k]) + begin, size);
-      o[k] = Sum(unit * q);
-      squares += Sum(q * q);
+    totals[0] = total[2], totals[1] = total[3];
+    return;
+  }
+  for (int64_t lane = 0; lane < n; ++lane) {
+    for (int64_t k = 0; k < out; ++k) {
+      float sum = 0.0f;
+      for (int64_t block = 0; block < blocks; ++block) sum += part[(block * n + lane) * out + k];
+      if (k < c) {
+        scores[lane * c + k] = sum;
+      } else {
+        totals[k - c] += squares[2 * lane + k - c] = sum;
+      }
     }
-    o[in.c] = Sum(p * p);
-    o[in.c + 1] = squares;
   }
 }
 
 // ---- distinct rows ----------------------------------------------------------------------------
 
 // lane_row[lane] = number of the lane's row among the distinct ones, in order of appearance;
-// ids_of[number] = its id. `slot` has an entry per table row and needs no clearing: an entry
-// counts only if it points at a number whose id is its own. Returns how many are distinct.
-int64_t Distinct(const int32_t* ids, int64_t n, int32_t* slot, int32_t* lane_row, int32_t* ids_of) {
-  int64_t found = 0;
+// ids_of[number] = its id, times[number] = its lanes (kRuns: how often it follows another row, as
+// lanes that follow each other are worked on together). `slot` has an entry per table row and needs
+// no clearing: what this call writes there is counted from a number that no call before it had.
+// Returns how many are distinct. Whether a row is new is random, so nothing branches on it.
+template <bool kRuns>
+int64_t Distinct(const int32_t* ids, int64_t n, int32_t* slot, int32_t* lane_row, int32_t* ids_of,
+                 int32_t* times) {
+  static std::atomic<uint32_t> calls{1};
+  const uint32_t count = static_cast<uint32_t>(n), first = calls.fetch_add(count);
+  uint32_t found = 0;
   for (int64_t lane = 0; lane < n; ++lane) {
-    if (lane + kAhead < n) __builtin_prefetch(slot + ids[lane + kAhead], 1);
+    if (lane + 2 * kAhead < n) __builtin_prefetch(slot + ids[lane + 2 * kAhead], 1);
     const int32_t id = ids[lane];
-    int32_t number = slot[id];
-    if (static_cast<uint32_t>(number) >= static_cast<uint32_t>(found) || ids_of[number] != id) {
-      number = static_cast<int32_t>(found++);
-      slot[id] = number;
-      ids_of[number] = id;
+    if (kRuns && lane > 0 && id == ids[lane - 1]) {
+      lane_row[lane] = lane_row[lane - 1];
+      continue;
     }
-    lane_row[lane] = number;
+    const uint32_t held = static_cast<uint32_t>(slot[id]) - first;
+    uint32_t known = -static_cast<uint32_t>(held < count);
+    // After 2^32 lanes an old entry may look like one of this call.
+    if (__builtin_expect((known & (ids_of[held & known] ^ id)) != 0, 0)) known = 0;
+    const uint32_t number = (held & known) | (found & ~known);
+    slot[id] = static_cast<int32_t>(first + number);
+    ids_of[number] = id;
+    times[number] = (times[number] & known) + 1;
+    lane_row[lane] = static_cast<int32_t>(number);
+    found += 1 + known;
   }
   return found;
 }
 
-// Renumbers what `Distinct` found so that rows of one lane get -1, their id in `ids_of` going with
-// them, and the others 0, 1, ... Returns how many others there are. `times` [found] is scratch.
-int64_t Repeated(int64_t n, int64_t found, int32_t* lane_row, int32_t* ids_of, int32_t* times) {
-  std::memset(times, 0, found * sizeof(int32_t));
-  for (int64_t lane = 0; lane < n; ++lane) ++times[lane_row[lane]];
+// Of what `Distinct` found keeps the rows of more than one lane: their ids in `ids_of`, and for each
+// number in `times` the new one, 0, 1, ..., or -1 for a row of one lane. Returns how many are kept.
+int64_t Repeated(int64_t found, int32_t* ids_of, int32_t* times) {
   int32_t kept = 0;
   for (int64_t k = 0; k < found; ++k) {
     const bool repeated = times[k] > 1;
@@ -118,8 +177,13 @@ int64_t Repeated(int64_t n, int64_t found, int32_t* lane_row, int32_t* ids_of, i
     times[k] = repeated ? kept : -1;
     kept += repeated;
   }
-  for (int64_t lane = 0; lane < n; ++lane) lane_row[lane] = times[lane_row[lane]];
   return kept;
+}
+
+// As `Repeated`, of a rule that needs every row's whole gradient: nothing is left out.
+int64_t All(int64_t found, int32_t* times) {
+  for (int64_t k = 0; k < found; ++k) times[k] = static_cast<int32_t>(k);
+  return found;
 }
 
 // ---- row optimisers ---------------------------------------------------------------------------
@@ -224,13 +288,13 @@ struct Optimizer {
   }
 };
 
-// Sums the gradients of all tables, block by block with `add`, and applies the optimiser.
+// Sums the gradients of all tables, block by block with `add` (which clears the sums it adds to),
+// and applies the optimiser.
 template <typename Add, typename... T>
 void Update(ffi::ThreadPool& pool, const Optimizer& optimizer, int64_t work, const Add& add,
             const T&... touched) {
   const int64_t blocks = Blocks(std::get<0>(std::tie(touched...)).width);
   Parallel(pool, blocks, work, [&](int64_t block) {
-    (touched.Clear(block), ...);
     add(block);
     if (!optimizer.per_row()) (optimizer.Apply(touched, block), ...);
   });
@@ -242,39 +306,69 @@ void Update(ffi::ThreadPool& pool, const Optimizer& optimizer, int64_t work, con
 
 // ---- gradients of factor models ---------------------------------------------------------------
 
+// The rows of a table that lanes read: `row` [lanes] numbers them, `sum` [numbers] says which sum
+// their gradient is added to; -1: none, one lane alone (of users one run of lanes) has the row.
+struct Numbers {
+  const int32_t *row, *sum;
+  int32_t operator[](int64_t lane) const { return sum[row[lane]]; }
+};
+
 // Adds to the sums of each lane's rows, with p the user's row and q_c the items':
 //   d/dp   = sum_c dscores_c q_c + 2 dsquares_0 p       (kBias: no score part in the last column)
 //   d/dq_c = dscores_c p + 2 dsquares_1 q_c             (kBias: p counts as 1 in the last column)
-// An item's row of which this is the one lane (-1 in `item_row`) is updated at once: no other lane
-// reads it.
+// The items' sums are cleared, the users' need not be. A row that has no sum is updated at once:
+// nothing else reads it.
 template <bool kFull, bool kBias>
-void BlockGrads(const Lanes& in, const Optimizer& optimizer, const int32_t* user_row,
-                const int32_t* item_row, const float* dscores, const float* dsquares,
-                int64_t begin, int64_t size, int64_t width, float* user_sums, float* item_sums) {
+void BlockGrads(const Lanes& in, const Optimizer& optimizer, Numbers users, Numbers items,
+                const float* dscores, const float* dsquares, int64_t begin, int64_t size,
+                int64_t width, float* user_sums, float* item_sums) {
   const Mask bias(size - 1);
-  for (int64_t lane = 0; lane < in.n; ++lane) {
-    in.PrefetchLane(lane + kAhead, begin);
-    for (int64_t k = 0; optimizer.kind == kAdagrad && lane + kAhead < in.n && k < in.c; ++k) {
-      Prefetch(in.item.row(in.items[(lane + kAhead) * in.c + k]) + begin + width);
-    }
-    const Block p = Load<kFull>(in.user.row(in.users[lane]) + begin, size);
-    const Block unit = kBias ? bias.Put(p, 1.0f) : p;
-    const float own = 2.0f * dsquares[2 * lane], other = 2.0f * dsquares[2 * lane + 1];
-    Block sum{};
-    for (int64_t k = lane * in.c; k < (lane + 1) * in.c; ++k) {
-      float* row = in.item.row(in.items[k]) + begin;
-      const Block q = Load<kFull>(row, size), g = dscores[k] * unit + other * q;
-      sum = sum + dscores[k] * q;
-      if (item_row[k] < 0) {
-        optimizer.Direct<kFull>(row, width, size, q, g);
-        continue;
+  const bool slots = optimizer.kind == kAdagrad;
+  int32_t fresh = 0;  // users' sums from here on hold nothing yet
+  for (int64_t lane = 0; lane < in.n;) {
+    const int32_t user = in.users[lane], number = users[lane];
+    float* const own_row = in.user.row(user) + begin;
+    float* const own_sum = user_sums + number * kBlock;
+    const Block p = Load<kFull>(own_row, size), unit = kBias ? bias.Put(p, 1.0f) : p;
+    if (slots && number < 0) Prefetch(own_row + width);
+    Block total{};
+    if (number < fresh && number >= 0) total = Load<true>(own_sum, kBlock);
+    fresh = std::max(fresh, number + 1);
+    do {
+      in.PrefetchAfter(lane, begin);
+      for (int64_t k = 0; slots && lane + kAhead < in.n && k < in.c; ++k) {
+        Prefetch(in.item.row(in.items[(lane + kAhead) * in.c + k]) + begin + width);
       }
-      float* to = item_sums + item_row[k] * kBlock;
-      Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
+      const float own = 2.0f * dsquares[2 * lane], other = 2.0f * dsquares[2 * lane + 1];
+      Block sum{};
+      for (int64_t k = lane * in.c; k < (lane + 1) * in.c; ++k) {
+        float* const row = in.item.row(in.items[k]) + begin;
+        const Block q = Load<kFull>(row, size), g = dscores[k] * unit + other * q;
+        sum = sum + dscores[k] * q;
+        const int32_t at = items[k];
+        if (kFull && optimizer.kind == kSgd) {
+          // Whether a row has a sum is random: one instruction for both, without a branch.
+          const intptr_t direct = at >> 31;
+          float* const to = reinterpret_cast<float*>(
+              (reinterpret_cast<intptr_t>(row) & direct) |
+              (reinterpret_cast<intptr_t>(item_sums + at * kBlock) & ~direct));
+          const float factors[] = {1.0f, -optimizer.lr};
+          Store<true>(to, Load<true>(to, kBlock) + factors[-direct] * g, kBlock);
+        } else if (at < 0) {
+          optimizer.Direct<kFull>(row, width, size, q, g);
+        } else {
+          float* const to = item_sums + at * kBlock;
+          Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
+        }
+      }
+      if (kBias) sum = bias.Put(sum, 0.0f);
+      total = total + (sum + own * p);
+    } while (++lane < in.n && in.users[lane] == user);
+    if (number < 0) {
+      optimizer.Direct<kFull>(own_row, width, size, p, total);
+    } else {
+      Store<true>(own_sum, total, kBlock);
     }
-    if (kBias) sum = bias.Put(sum, 0.0f);
-    float* to = user_sums + user_row[lane] * kBlock;
-    Store<true>(to, Load<true>(to, kBlock) + sum + own * p, kBlock);
   }
 }
 
@@ -290,8 +384,8 @@ static Lanes MakeLanes(float* user, int64_t user_stride, float* item, int64_t it
 }
 
 static ffi::Error FactorScores(ffi::ThreadPool pool, F32 user, F32 item, S32 users, S32 items,
-                               OutF32 scores, OutF32 squares, OutF32 parts, int64_t width,
-                               bool bias) {
+                               OutF32 scores, OutF32 squares, OutF32 totals, OutF32 parts,
+                               int64_t width, bool bias) {
   const Lanes in = MakeLanes(user.typed_data(), user.dimensions()[1], item.typed_data(),
                              item.dimensions()[1], users, items);
   const int64_t blocks = Blocks(width), out = in.c + 2;
@@ -304,14 +398,8 @@ static ffi::Error FactorScores(ffi::ThreadPool pool, F32 user, F32 item, S32 use
       run(in, begin, size, part + block * in.n * out);
     });
   });
-  float *s = scores->typed_data(), *sq = squares->typed_data();
-  for (int64_t lane = 0; lane < in.n; ++lane) {
-    for (int64_t k = 0; k < out; ++k) {
-      float sum = 0.0f;
-      for (int64_t block = 0; block < blocks; ++block) sum += part[(block * in.n + lane) * out + k];
-      (k < in.c ? s[lane * in.c + k] : sq[2 * lane + k - in.c]) = sum;
-    }
-  }
+  AddParts(part, in.n, in.c, blocks, scores->typed_data(), squares->typed_data(),
+           totals->typed_data());
   return ffi::Error::Success();
 }
 
@@ -327,14 +415,20 @@ static ffi::Error FactorUpdate(ffi::ThreadPool pool, F32, F32, S32, S32, S32 use
   float* item_room = room + n * (blocks * kBlock + 2);
   int32_t* user_row = ints->typed_data();
   int32_t *item_row = user_row + n, *user_ids = item_row + m, *item_ids = user_ids + n;
+  int32_t *item_times = item_ids + m, *user_times = item_times + m;
   const Optimizer optimizer{kind, lr, eps, b1, b2};
   int64_t n_users = 0, n_items = 0;
+  const auto distinct = [&](auto runs, S32 ids, OutS32 slot, int32_t* row, int32_t* ids_of,
+                            int32_t* times) {
+    const int64_t found = Distinct<decltype(runs)::value>(
+        ids.typed_data(), ids.element_count(), slot->typed_data(), row, ids_of, times);
+    return optimizer.per_row() ? All(found, times) : Repeated(found, ids_of, times);
+  };
   Parallel(pool, 2, (n + m) * 16, [&](int64_t i) {
     if (i == 0) {
-      n_users = Distinct(in.users, n, user_slot->typed_data(), user_row, user_ids);
+      n_users = distinct(std::true_type{}, users, user_slot, user_row, user_ids, user_times);
     } else {
-      n_items = Distinct(in.items, m, item_slot->typed_data(), item_row, item_ids);
-      if (!optimizer.per_row()) n_items = Repeated(m, n_items, item_row, item_ids, item_ids + m);
+      n_items = distinct(std::false_type{}, items, item_slot, item_row, item_ids, item_times);
     }
   });
   const Touched of_users{in.user, width, n_users, n, user_ids, room, room + n * blocks * kBlock};
@@ -344,9 +438,10 @@ static ffi::Error FactorUpdate(ffi::ThreadPool pool, F32, F32, S32, S32, S32 use
   const auto add = [&](int64_t block) {
     OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
       constexpr bool kFull = decltype(full)::value;
+      of_items.Clear(block);
       const bool last = bias && block == blocks - 1;
       const auto run = last ? BlockGrads<kFull, true> : BlockGrads<kFull, false>;
-      run(in, optimizer, user_row, item_row, dscores.typed_data(), dsquares.typed_data(), begin,
+      run(in, optimizer, {user_row, user_times}, {item_row, item_times}, dscores.typed_data(), dsquares.typed_data(), begin,
           size, width, of_users.sums(block), of_items.sums(block));
     });
   };
@@ -358,14 +453,15 @@ static ffi::Error RowUpdate(ffi::ThreadPool pool, F32, S32, S32 ids, F32 grads, 
                             OutS32 slot, OutF32 floats, OutS32 ints, int64_t width, int64_t kind,
                             float lr, float eps, float b1, float b2) {
   const int64_t n = ids.element_count(), blocks = Blocks(width);
-  int32_t *lane_row = ints->typed_data(), *ids_of = lane_row + n;
-  const int64_t count = Distinct(ids.typed_data(), n, slot->typed_data(), lane_row, ids_of);
+  int32_t *lane_row = ints->typed_data(), *ids_of = lane_row + n, *times = ids_of + n;
+  const int64_t count = Distinct<false>(ids.typed_data(), n, slot->typed_data(), lane_row, ids_of, times);
   float* room = floats->typed_data();
   const Touched touched{{table->typed_data(), static_cast<int64_t>(table->dimensions()[1])},
                         width, count, n, ids_of, room, room + n * blocks * kBlock};
   const auto add = [&](int64_t block) {
     OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
       constexpr bool kFull = decltype(full)::value;
+      touched.Clear(block);
       float* sums = touched.sums(block);
       for (int64_t lane = 0; lane < n; ++lane) {
         float* to = sums + lane_row[lane] * kBlock;
@@ -391,6 +487,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_scores, FactorScores,
                                   .Arg<S32>()   // items [N, C]
                                   .Ret<F32>()   // scores [N, C]
                                   .Ret<F32>()   // squares [N, 2]
+                                  .Ret<F32>()   // totals [2]
                                   .Ret<F32>()   // scratch
                                   .Attr<int64_t>("width")
                                   .Attr<bool>("bias"));

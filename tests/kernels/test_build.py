@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 
 import pytest
 import worlds
@@ -71,3 +74,22 @@ def test_only_one_cpu_device_takes_them(platform, devices):
     assert not build.choose("auto", platform=platform, devices=devices)
     with pytest.raises(ConfigError, match=f"the run has {devices} of kind {platform}"):
         build.choose("native", platform=platform, devices=devices)
+
+
+@pytest.mark.parametrize(
+    "function", ["BlockScores", "BlockGrads", "Columns", "DrawOutside", "DrawTriples", "Distinct"]
+)
+def test_what_is_read_ahead_is_fetched_ahead(function):
+    """A compiler may drop calls of a function that only prefetches: no result tells, only time."""
+    worlds.need_native_kernels()
+    tool = shutil.which("objdump")
+    if tool is None:
+        pytest.skip("no objdump to read the compiled kernels with")
+    command = [tool, "-d", "--no-show-raw-insn", str(build.shared_object())]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^[0-9a-f]+ <(.*)>:$", text, flags=re.M)[1:]
+    named = zip(parts[::2], parts[1::2], strict=True)
+    bodies = [body for name, body in named if function in name]
+    fetching = [body for body in bodies if re.search(r"\b(prefetch\w*|prfm)\b", body)]
+    # BlockScores and BlockGrads are one function for each kind of block.
+    assert len(fetching) >= (4 if function.startswith("Block") else 1)

@@ -50,11 +50,12 @@ def _scores(p, q, unit):
 def test_scores_are_dot_products_and_squared_norms(width, candidates, unit):
     table, users, items = _world(width, candidates=candidates, slots=3)
     run = jax.jit(lambda *args: cpu.factor_scores(*args, width=width, unit=unit))
-    scores, squares = run(table["user"], table["item"], users, items)
+    scores, squares, totals = run(table["user"], table["item"], users, items)
     p, q = table["user"][users, :width], table["item"][items, :width]
     np.testing.assert_allclose(scores, _scores(p, q, unit), rtol=1e-5, atol=1e-5)
     norms = np.stack([(p.astype(float) ** 2).sum(1), (q.astype(float) ** 2).sum((1, 2))], axis=1)
     np.testing.assert_allclose(squares, norms, rtol=1e-5)
+    np.testing.assert_allclose(totals, norms.sum(0), rtol=1e-5)
 
 
 def test_many_lanes_on_many_threads_give_the_bits_of_few_lanes():
@@ -64,14 +65,14 @@ def test_many_lanes_on_many_threads_give_the_bits_of_few_lanes():
     together = run(table["user"], table["item"], users, items)
     for part in (slice(0, 9), slice(4990, 5000)):
         alone = run(table["user"], table["item"], users[part], items[part])
-        for one, other in zip(alone, together, strict=True):
+        for one, other in zip(alone[:2], together[:2], strict=True):
             np.testing.assert_array_equal(one, other[part])
 
 
 def test_nan_and_infinity_reach_the_scores_and_norms():
     table, users, items = _world(64)
     table["user"][users[0], 3], table["item"][items[5, 1], 40] = np.nan, np.inf
-    scores, squares = cpu.factor_scores(
+    scores, squares, _ = cpu.factor_scores(
         table["user"], table["item"], users, items, width=64, unit=True
     )
     assert np.isnan(scores[0]).all()
@@ -147,7 +148,7 @@ def test_no_lanes_change_nothing():
     table, _, _ = _world(8)
     slots = jnp.zeros(40, jnp.int32), jnp.zeros(90, jnp.int32)
     none, pairs = np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
-    scores, squares = cpu.factor_scores(
+    scores, squares, _ = cpu.factor_scores(
         table["user"], table["item"], none, pairs, width=8, unit=True
     )
     assert scores.shape == squares.shape == (0, 2)
@@ -188,3 +189,34 @@ def test_draws_outside_are_those_of_xla_to_the_bit(popularity):
     for by_xla, by_kernel in zip(*found, strict=True):
         np.testing.assert_array_equal(by_xla, by_kernel)
     assert set(np.asarray(found[0][1]).ravel()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("size", "together"), [(64, 8), (21, 8), (10, 3), (40, 17)])
+@pytest.mark.parametrize("sampler", ["uniform", "popularity"])
+def test_triples_are_those_of_xla_to_the_bit(tmp_path, sampler, size, together):
+    """Groups that fill no search, a last group that is cut short, and a user without a negative."""
+    rng = np.random.default_rng(5)
+    n_users, n_items = 70, 40
+    seen = [np.sort(rng.choice(n_items, k, replace=False)) for k in (40, *rng.integers(1, 39, 69))]
+    users = np.repeat(np.arange(n_users), [len(row) for row in seen]).astype(np.int32)
+    items = np.concatenate(seen).astype(np.int32)
+    masses = rng.integers(1, 9, n_items) if sampler == "popularity" else None
+    cut = batches.excluded(Csr.from_pairs(users, items, n_users), masses, n_items)
+    cumulative = None
+    if masses is not None:
+        cumulative = np.concatenate([[0], np.cumsum(masses)]).astype(np.int32)
+    data = jax.device_put(batches.Interactions(users, items, cut, cumulative, facts=None))
+    config = SamplerConfig(batch_size=size, triples_per_user=together, negatives=sampler)
+    keys = jax.random.split(jax.random.key(1), 37)
+    found = []
+    for native in (False, True):
+        plan = draws.Plan(n_items, len(users), size, 0, config, GuidanceConfig(), 6, native)
+        found.append(jax.jit(lambda keys, plan=plan: draws.draw_triples(keys, data, plan))(keys))
+    for by_xla, by_kernel in zip(*found, strict=True):
+        np.testing.assert_array_equal(by_xla, by_kernel)
+    drawn, chosen, weights = map(np.asarray, found[1])
+    owned = np.zeros((n_users, n_items), bool)
+    owned[users, items] = True
+    assert owned[drawn, chosen[..., 0]].all()
+    np.testing.assert_array_equal(owned[drawn, chosen[..., 1]], weights == 0)
+    assert 0 < np.mean(weights) < 1
