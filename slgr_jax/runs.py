@@ -201,6 +201,7 @@ def make_trainer(
         guidance=run.guidance,
         search_steps=longest.bit_length(),
         native=native,
+        certain=batches.every_lane_drawn(resident, run.sampler),
         negatives=objectives.negatives_of_lane(run, window),
         shared=shared,
         known=run.known_per_step,

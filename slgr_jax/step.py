@@ -236,6 +236,8 @@ def make_program(trainer: Trainer) -> RunSteps:
         def body(batch: draws.Batch, keys: jax.Array, at: jax.Array, carry: Any) -> Any:
             state, slots, sums, health = carry
             mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, False), batch)
+            if trainer.plan.certain:  # a constant, so that nothing is masked or counted
+                mine = mine.replace(weights=jnp.ones_like(mine.weights))
             state, slots, new, bad = train_step(trainer, state, slots, mine, resident, keys[at])
             sums = {name: sums[name] + new[name] for name in SUM_NAMES}
             first = (health.step < 0) & (bad > 0)

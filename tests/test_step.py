@@ -187,6 +187,17 @@ def test_k_steps_in_one_dispatch_equal_k_dispatches(tmp_path, dtype):
     assert run._cache_size() == 1  # one trace serves every K
 
 
+def test_lanes_that_are_certain_are_those_that_are_drawn(tmp_path):
+    """Weights that are compiled in change no bit."""
+    dataset = worlds.random_dataset(tmp_path / "d")
+    trainer, resident = _trainer(dataset, worlds.one_device(), **GUIDED)
+    assert trainer.plan.certain
+    drawn = dataclasses.replace(trainer, plan=dataclasses.replace(trainer.plan, certain=False))
+    found = [_run(one, resident, 12) for one in (trainer, drawn)]
+    for compiled, weighed in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(compiled, weighed)
+
+
 @pytest.mark.parametrize("table_shards", [1, 2, 8])
 def test_eight_devices_equal_one(tmp_path, table_shards):
     dataset = worlds.random_dataset(tmp_path / "d")

@@ -334,6 +334,15 @@ def _standardised(counts: np.ndarray) -> Any:
     return host_array((logs - logs.mean()) / max(float(logs.std()), 1e-6), np.float32)
 
 
+def every_lane_drawn(resident: Resident, sampler: SamplerConfig) -> bool:
+    """Whether each user has a negative to draw, so that no lane is ever left out."""
+    if sampler.negatives == "in_batch":
+        return False
+    if sampler.allow_positive_negatives:
+        return True
+    return bool(np.all(np.asarray(resident.interactions.negatives.free) > 0))
+
+
 def margin_scale(teacher: TeacherLists | TeacherPairs | None) -> float:
     """The size of a typical teacher margin: the spread of its scores, or the mean margin."""
     if teacher is None:

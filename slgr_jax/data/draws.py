@@ -87,6 +87,7 @@ class Plan:
     guidance: GuidanceConfig
     search_steps: int  # halvings that cover the longest excluded row
     native: bool = False  # whether the CPU kernels search
+    certain: bool = False  # whether every lane has its negatives: weights are 1
     negatives: int = 1  # of each lane: C - 1
     shared: int = 0  # negatives that the lanes of a step share
     known: int = 0  # answers that the gate is calibrated on

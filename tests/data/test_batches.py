@@ -48,6 +48,35 @@ def test_below_is_the_high_word_of_the_product(bits, bound):
     assert int(got) == bits * bound >> 32
 
 
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerConfig(),
+        SamplerConfig(negatives="popularity"),
+        SamplerConfig(negatives="in_batch"),
+        SamplerConfig(allow_positive_negatives=True),
+    ],
+    ids=["uniform", "popularity", "in_batch", "anything"],
+)
+def test_lanes_are_certain_where_each_user_has_a_negative(tmp_path, sampler, everything):
+    """One user has every item, or lacks one of them."""
+    items = [list(range(12 if everything else 11)), [0, 11], [3, 4, 5]]
+    pairs = [(user, item) for user, row in enumerate(items) for item in row]
+    none = np.zeros((0, 2), np.int64)
+    dataset = worlds.write_dataset(
+        tmp_path / "d", np.array(pairs), none, none, n_users=3, n_items=12
+    )
+    resident = _resident(dataset, sampler)
+    certain = batches.every_lane_drawn(resident, sampler)
+    free = sampler.negatives != "in_batch"
+    assert certain == (free and (sampler.allow_positive_negatives or not everything))
+    plan = _plan(resident, triples=512, n_items=12, sampler=sampler)
+    weights = _draw(resident, plan, steps=4).weights
+    always = certain or (free and not everything)
+    assert set(np.unique(weights)) == ({1.0} if always else {0.0, 1.0})
+
+
 @pytest.mark.parametrize("together", [1, 8, 5])
 def test_triples_are_training_pairs_and_negatives_never_positives(tmp_path, together):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=7, n_items=12, per_user=9)
