@@ -1,5 +1,9 @@
 // Draws of triples and of items outside a user's excluded set (see cpu.py, data/draws.py).
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 
@@ -15,6 +19,39 @@ constexpr int64_t kFetched = 32; // rows fetched before the first of them is sea
 // floor(word * bound / 2^32): a number in [0, bound), as `draws.below`.
 inline int32_t Below(uint32_t word, int64_t bound) {
   return static_cast<int32_t>((static_cast<uint64_t>(word) * static_cast<uint32_t>(bound)) >> 32);
+}
+
+// passed[k] = #{j < length: row[j] <= mass[k]} of an ascending row: branch-free upper bounds, whose
+// loads do not wait for each other.
+inline void Search(const int32_t* row, int64_t length, const int32_t* mass, int32_t* passed) {
+#ifdef __AVX2__
+  static_assert(kSearch == 8, "lanes of a vector");
+  const __m256i masses = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mass));
+  __m256i base = _mm256_setzero_si256();
+  const auto step = [&](int32_t ahead, int32_t by) {
+    const __m256i at = _mm256_add_epi32(base, _mm256_set1_epi32(ahead));
+    const __m256i above = _mm256_cmpgt_epi32(_mm256_i32gather_epi32(row, at, 4), masses);
+    base = _mm256_add_epi32(base, _mm256_andnot_si256(above, _mm256_set1_epi32(by)));
+  };
+  for (int64_t rest = length; rest > 1; rest -= rest / 2) {
+    const int32_t half = static_cast<int32_t>(rest / 2);
+    step(half - 1, half);
+  }
+  if (length > 0) step(0, 1);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(passed), base);
+#else
+  std::fill(passed, passed + kSearch, 0);
+  const auto step = [&](int32_t ahead, int32_t by) {
+    for (int64_t k = 0; k < kSearch; ++k) {
+      passed[k] += by & -static_cast<int32_t>(row[passed[k] + ahead] <= mass[k]);
+    }
+  };
+  for (int64_t rest = length; rest > 1; rest -= rest / 2) {
+    const int32_t half = static_cast<int32_t>(rest / 2);
+    step(half - 1, half);
+  }
+  if (length > 0) step(0, 1);
+#endif
 }
 
 // The excluded sets of users: see data/batches.Excluded. `shifts` is null where every mass is 1.
@@ -40,20 +77,12 @@ struct Cut {
             float* weight) const {
     const int64_t length = size(user), left = free[user];
     const int32_t* row = keys + offsets[user];
-    int32_t mass[kSearch], base[kSearch] = {};
+    int32_t mass[kSearch], passed[kSearch];
     for (int64_t k = 0; k < kSearch; ++k) mass[k] = Below(words[k < n ? k : 0], left);
-    // Branch-free upper bounds, whose loads do not wait for each other: the first key above.
-    for (int64_t rest = length; rest > 1;) {
-      const int32_t half = static_cast<int32_t>(rest / 2);
-      for (int64_t k = 0; k < kSearch; ++k) {
-        base[k] += half & -static_cast<int32_t>(row[base[k] + half - 1] <= mass[k]);
-      }
-      rest -= half;
-    }
+    Search(row, length, mass, passed);
     for (int64_t k = 0; k < n; ++k) {
-      const int32_t passed = base[k] + (length > 0 && row[base[k]] <= mass[k]);
-      int32_t shift = passed;
-      if (shifts) shift = passed > 0 ? shifts[offsets[user] + passed - 1] : 0;
+      int32_t shift = passed[k];
+      if (shifts) shift = passed[k] > 0 ? shifts[offsets[user] + passed[k] - 1] : 0;
       place[k * step] = left > 0 ? mass[k] + shift : 0;
       weight[k] = left > 0 ? 1.0f : 0.0f;
     }
