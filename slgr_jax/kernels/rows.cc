@@ -144,7 +144,7 @@ template <bool kRuns>
 int64_t Distinct(const int32_t* ids, int64_t n, int32_t* slot, int32_t* lane_row, int32_t* ids_of,
                  int32_t* times) {
   static std::atomic<uint32_t> calls{1};
-  const uint32_t count = static_cast<uint32_t>(n), first = calls.fetch_add(count);
+  const uint32_t first = calls.fetch_add(static_cast<uint32_t>(n));
   uint32_t found = 0;
   for (int64_t lane = 0; lane < n; ++lane) {
     if (lane + 2 * kAhead < n) __builtin_prefetch(slot + ids[lane + 2 * kAhead], 1);
@@ -154,8 +154,8 @@ int64_t Distinct(const int32_t* ids, int64_t n, int32_t* slot, int32_t* lane_row
       continue;
     }
     const uint32_t held = static_cast<uint32_t>(slot[id]) - first;
-    uint32_t known = -static_cast<uint32_t>(held < count);
-    // After 2^32 lanes an old entry may look like one of this call.
+    uint32_t known = -static_cast<uint32_t>(held < found);
+    // After 2^32 lanes an old entry may look like one of this call; its id tells.
     if (__builtin_expect((known & (ids_of[held & known] ^ id)) != 0, 0)) known = 0;
     const uint32_t number = (held & known) | (found & ~known);
     slot[id] = static_cast<int32_t>(first + number);

@@ -83,16 +83,21 @@ def test_nan_and_infinity_reach_the_scores_and_norms():
 
 @pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
 @pytest.mark.parametrize(
-    ("width", "unit", "lanes"),
-    [(1, True, 40), (64, True, 300), (64, True, 40), (77, True, 300), (77, False, 40)],
+    ("width", "unit", "lanes", "together"),
+    [
+        *((1, True, 40, 1), (64, True, 300, 1), (64, True, 40, 1), (64, True, 40, 8)),
+        *((64, True, 300, 8), (77, True, 300, 8), (77, False, 40, 3)),
+    ],
 )
-def test_factor_update_equals_autodiff_and_the_row_optimiser(name, width, unit, lanes):
+def test_factor_update_equals_autodiff_and_the_row_optimiser(name, width, unit, lanes, together):
     """d/d rows of sum(ds * scores + dq * squares), then tables.update by XLA.
 
-    Of 40 lanes some read an item that no other lane reads, of 300 next to none.
+    Of 40 lanes some read an item that no other lane reads, of 300 next to none. A user has some
+    lanes in a row, once or more often.
     """
     optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1, eps=1e-6))
     table, users, items = _world(width, lanes=lanes, slots=optimizer.slots(width))
+    users = np.repeat(users, together)[:lanes]
     once = np.unique(items, return_counts=True)[1] == 1
     assert (once.mean() > 0.2) == (lanes == 40)
     rng = np.random.default_rng(1)
