@@ -45,6 +45,14 @@ def as_set(users, items):
     return set(zip(np.asarray(users).tolist(), np.asarray(items).tolist(), strict=True))
 
 
+def named(data, part):
+    """The pairs of a part, with the raw data's ids."""
+    users, items = (
+        np.array(ids.to_pylist(), np.int64) for ids in (data.user_ids, data.items["item_id"])
+    )
+    return as_set(users[part.users], items[part.items])
+
+
 def test_absent_data_gives_one_line(tmp_path):
     command = [sys.executable, SCRIPT, "--dataset=ml1m", f"--shared={tmp_path}", "--out=x"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -195,15 +203,26 @@ def test_ml1m_evaluates_on_rated_pairs_that_no_prompt_held(tmp_path):
     assert len(data.train) + len(data.valid) + len(data.test) == 998_539
     rated = pq.read_table(SHARED / "ml1m_llm_text" / "llm_ratings_53k.parquet")
     pairs = as_set(rated["userId"], rated["movieId"])
-    user_ids, item_ids = data.user_ids.to_pylist(), data.items["item_id"].to_pylist()
     for part in (data.valid, data.test):
-        named = {
-            (int(user_ids[u]), int(item_ids[i]))
-            for u, i in zip(part.users.tolist(), part.items.tolist(), strict=True)
-        }
-        assert named <= pairs
+        assert named(data, part) <= pairs
     for name in ("gpt4o_mini_rating", "gemma3_4b_rating"):
         counts = manifests[name].counts
         assert manifests[name].built_from == "includes_label"
         assert counts["train_pairs"] == counts["answered"] == 26_664
         assert counts["valid_pairs"] == counts["test_pairs"] == 0
+
+
+@needs("ml1m_llm_text")
+@pytest.mark.slow
+def test_profiles_of_ml1m_were_written_from_what_is_training_here(tmp_path):
+    """The authors' training part stays it; their test part is halved, user by user."""
+    data, manifests = build("ml1m_profiles", tmp_path)
+    log = pq.read_table(SHARED / "ml1m_llm_text" / "interactions.parquet")
+    train = np.asarray(log["split"].to_pylist()) == "train"
+    users, items = (np.asarray(log[name]) for name in ("userId", "movieId"))
+    assert manifests == {}
+    assert named(data, data.train) == as_set(users[train], items[train])
+    held = [named(data, part) for part in (data.valid, data.test)]
+    assert held[0] | held[1] == as_set(users[~train], items[~train])
+    assert not held[0] & held[1]
+    assert abs(len(held[0]) - len(held[1])) <= data.n_users
