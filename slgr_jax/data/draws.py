@@ -187,32 +187,22 @@ def draw_triples(
     else:
         first = random_words(jax.vmap(_other)(keys), 1, -(-size // together))[0]
         if plan.native and sampler.negatives != "in_batch" and not sampler.allow_positive_negatives:
-            return _triples_by_kernel(first, words, together, data, plan)
+            cut = data.negatives
+            users, items, weights = cpu.draw_triples(
+                *(first, words[0], words[1], data.users, data.items),
+                *(cut.offsets, cut.keys, cut.shifts, cut.free),
+                drawn=plan.drawn,
+                together=together,
+            )
+            if data.cumulative is not None:
+                items = items.at[..., 1].set(_item_at(items[..., 1], weights, data.cumulative))
+            return users, items, weights
         users = jnp.repeat(data.users[below(first, plan.drawn)], together, axis=1)[:, :size]
         start = data.negatives.offsets[users]
         pair = start + below(words[0], data.negatives.offsets[users + 1] - start)
         positive = data.items[pair]
     negative, weights = _negatives(words[1], users, positive, data, plan)
     return users, jnp.stack([positive, negative], axis=-1), weights
-
-
-def _triples_by_kernel(
-    first: UInt32[Array, "S M"],
-    words: UInt32[Array, "2 S B"],
-    together: int,
-    data: Interactions,
-    plan: Plan,
-) -> tuple[Int[Array, "S B"], Int[Array, "S B 2"], Float[Array, "S B"]]:
-    cut = data.negatives
-    users, items, weights = cpu.draw_triples(
-        *(first, words[0], words[1], data.users, data.items),
-        *(cut.offsets, cut.keys, cut.shifts, cut.free),
-        drawn=plan.drawn,
-        together=together,
-    )
-    if data.cumulative is not None:
-        items = items.at[..., 1].set(_item_at(items[..., 1], weights, data.cumulative))
-    return users, items, weights
 
 
 def _negatives(
@@ -480,16 +470,12 @@ def draw(keys: jax.Array, resident: Resident, plan: Plan) -> Batch:
         queries = Queries(users)
     else:
         queries, items, weights, labels = draw_targets(pairs[:, 0], data, data.targets, plan)
-    steps = weights.shape[0]
     if plan.shared:
         bits = random_words(jax.vmap(_third)(pairs[:, 0]), 1, plan.shared)[0]
         shared = _anything(bits, data, plan)
-    extra: tuple[Any, ...] = (
-        jnp.zeros((steps, 0), jnp.int32),
-        jnp.zeros((steps, 0, 2), jnp.int32),
-        jnp.zeros((steps, 0), jnp.float32),
-        jnp.zeros((steps, 0), jnp.float32),
-    )
+    nothing = jnp.zeros((weights.shape[0], 0), jnp.float32)
+    nobody = nothing.astype(jnp.int32)
+    extra: tuple[Any, ...] = (nobody, nobody[..., None].repeat(2, -1), nothing, nothing)
     targets = known = held_out = None
     if plan.preferences and resident.teacher is not None:
         if plan.guidance.guidance == "pointwise":
@@ -498,19 +484,17 @@ def draw(keys: jax.Array, resident: Resident, plan: Plan) -> Batch:
             extra = tuple(scored)
         else:
             extra = draw_preferences(pairs[:, 1], resident.teacher, plan)
+        keys = jax.vmap(_third)(pairs[:, 1])
         if plan.known and resident.known is not None:
-            keys = jax.vmap(_third)(pairs[:, 1])
             known = draw_answers(keys, resident.known, resident.teacher, plan)
         if plan.held_out and resident.known is not None:
-            keys = jax.vmap(_third)(pairs[:, 1])
             held_out = draw_held_out(keys, extra[0], resident.known.chosen, plan)
     histories = resident.context.histories
     # A preference is about the user as known from training: all of the training history.
     moments = None if histories is None else histories.trained[extra[0]]
     if known is not None and histories is None:
         known = known.replace(queries=Queries(known.queries.users))  # type: ignore[attr-defined]
-    about = Queries(extra[0], moments)
     return Batch(
         *(queries, items, weights, labels, shared),
-        *(about, *extra[1:], targets, known, held_out),
+        *(Queries(extra[0], moments), *extra[1:], targets, known, held_out),
     )
