@@ -305,6 +305,8 @@ def make_controls(plan: Plan) -> None:
 
 
 def main(_: list[str]) -> None:
+    from slgr_jax.data import shards
+
     given = flags.FLAGS
     names = [pool.check_data(data) for data in given.data]
     if len(set(names)) < len(names):
@@ -312,13 +314,15 @@ def main(_: list[str]) -> None:
     root = pathlib.Path(given.out)
     places = [root] if len(names) == 1 else [root / name for name in names]
     plans = [make_plan(data, out) for data, out in zip(given.data, places, strict=True)]
-    for plan in plans:
-        make_controls(plan)
     workers = pool.workers(given.workers)
+    root.mkdir(parents=True, exist_ok=True)
     found = {}
-    for name, plan in zip(names, plans, strict=True):
-        found[name] = compare(plan, workers)
-        write(found[name], plan.out)
+    with shards.locked(root):  # a second comparison would train over the runs of the first
+        for plan in plans:
+            make_controls(plan)
+        for name, plan in zip(names, plans, strict=True):
+            found[name] = compare(plan, workers)
+            write(found[name], plan.out)
     if given.preset:
         text = presets.table(given.preset, found)
         (root / f"{given.preset}.md").write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ import worlds
 from scipy import stats as scipy_stats
 
 from slgr_jax import config, many, train
-from slgr_jax.data import schema
+from slgr_jax.data import schema, shards
 from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.teacher import preferences
 
@@ -713,6 +713,18 @@ def test_mistakes_are_one_line(tmp_path):
         assert found.returncode == 2, (given, found.stderr)
         assert message in found.stderr
         assert len(found.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_comparisons_in_one_directory_are_refused(tmp_path):
+    """The second would train over the runs of the first."""
+    worlds.random_dataset(tmp_path / "data")
+    given = (f"--data={tmp_path / 'data'}", f"--out={tmp_path}", "--guidance=none", "--controls=")
+    with shards.locked(tmp_path):
+        found = launch(*given)
+    assert found.returncode == 2
+    assert f"{tmp_path} is being written by another process" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
