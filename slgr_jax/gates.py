@@ -13,6 +13,7 @@ Shape letters: G preferences; the axis of length 2 is (preferred item, other ite
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -59,6 +60,10 @@ def folds(users: Int[Array, "G"]) -> Int[Array, "G"]:
     return (random_words.mixed(users.astype(jnp.uint32) + np.uint32(WEYL)) & 1).astype(jnp.int32)
 
 
+# In float32 on accelerators too: a gate's products are small.
+_exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
 class PaperGate(nn.Module):
     """S-LLMR section 3.3, literally.
 
@@ -71,9 +76,18 @@ class PaperGate(nn.Module):
     def __call__(self, inputs: GateInputs) -> Float[Array, "G"]:
         weight = self.param("weight", nn.initializers.zeros, (3,))
         bias = self.param("bias", nn.initializers.zeros, ())
-        cold = jnp.broadcast_to(inputs.cold[:, None], inputs.tail.shape)
-        logit = weight[0] * cold + weight[1] * inputs.tail + weight[2] * inputs.uncertainty + bias
-        return jnp.mean(jax.nn.sigmoid(logit), axis=1)
+        # Item by item, since XLA's CPU works on vectors and not on a last axis of two; weights as
+        # vectors that both share, so that their gradients are one sum each.
+        w_cold, w_tail, w_uncertainty, offset = (
+            jnp.broadcast_to(one, inputs.cold.shape) for one in (*weight, bias)
+        )
+
+        def alpha(item: int) -> jax.Array:
+            logit = w_cold * inputs.cold + w_tail * inputs.tail[:, item]
+            logit += w_uncertainty * inputs.uncertainty[:, item]
+            return jax.nn.sigmoid(logit + offset)
+
+        return 0.5 * (alpha(0) + alpha(1))
 
 
 class ConstantGate(nn.Module):
@@ -107,20 +121,19 @@ class LogisticGate(nn.Module):
     names: tuple[str, ...]
     hidden: int = 0
 
-    def features(self, inputs: GateInputs) -> Float[Array, "G F"]:
+    def features(self, inputs: GateInputs) -> Float[Array, "F G"]:
         """z, in the order of `config.GATE_INPUTS`."""
         known = {
-            "margin": inputs.score_margin[:, None],
-            "history": inputs.history[:, None],
-            "popularity": inputs.popularity,
-            "uncertainty": inputs.uncertainty,
-            "teacher": inputs.teacher_margin[:, None],
-            "slices": jnp.concatenate([inputs.cold[:, None], inputs.tail], axis=1),
-            "agreement": jnp.sign(inputs.score_margin)[:, None],
-            "reference": inputs.reference_margin[:, None],
+            "margin": [inputs.score_margin],
+            "history": [inputs.history],
+            "popularity": [*inputs.popularity.T],
+            "uncertainty": [*inputs.uncertainty.T],
+            "teacher": [inputs.teacher_margin],
+            "slices": [inputs.cold, *inputs.tail.T],
+            "agreement": [jnp.sign(inputs.score_margin)],
+            "reference": [inputs.reference_margin],
         }
-        chosen = [known[name] for name in GATE_INPUTS if name in self.names]
-        return jnp.concatenate(chosen, axis=1)
+        return jnp.stack([z for name in GATE_INPUTS if name in self.names for z in known[name]])
 
     def __call__(self, inputs: GateInputs) -> Float[Array, "G"]:
         return jax.nn.sigmoid(self.logit(inputs))
@@ -128,8 +141,12 @@ class LogisticGate(nn.Module):
     @nn.compact
     def logit(self, inputs: GateInputs) -> Float[Array, "G"]:
         """log(alpha / (1 - alpha))."""
-        z, fold = self.features(inputs), inputs.fold
-        width = z.shape[1]
+        z, second = self.features(inputs), inputs.fold.astype(jnp.float32)
+        width = z.shape[0]
+        # The inputs of each fold's parameters, 0 for the other fold's users: what would be a
+        # lookup of parameters is a matrix product, and its gradient another.
+        mine = jnp.stack([1.0 - second, second])
+        both = (mine[:, None] * z[None]).reshape(2 * width, -1)
         belief = jnp.zeros(width)
         if "margin" in self.names:
             belief = belief.at[0].set(1.0)  # the first of GATE_INPUTS
@@ -141,13 +158,12 @@ class LogisticGate(nn.Module):
 
         weight = self.param("weight", start, (2, width))
         bias = self.param("bias", nn.initializers.zeros, (2,))
-        found = jnp.sum(weight[fold] * z, axis=1) + bias[fold]
+        found = _exact(weight.reshape(-1), both) + _exact(bias, mine)
         if self.hidden:
             inner = self.param("inner", nn.initializers.lecun_normal(), (2, width, self.hidden))
             outer = self.param("outer", nn.initializers.zeros, (2, self.hidden))
-            states = jnp.tanh(jnp.einsum("gz,fzh->gfh", z, inner))
-            each = jnp.einsum("gfh,fh->gf", states, outer)
-            found += jnp.take_along_axis(each, fold[:, None], axis=1)[:, 0]
+            states = jnp.tanh(_exact(inner.reshape(-1, self.hidden).T, both))
+            found += jnp.sum(mine * _exact(outer, states), axis=0)
         return found
 
 
@@ -202,9 +218,11 @@ def confidence_uncertainty(scores: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def entropy_uncertainty(scores: Float[Array, "..."]) -> Float[Array, "..."]:
     """q = H(p) / ln 2 with p = sigmoid(score) (PAPER 1.3 (b)), finite for any finite score."""
-    # H(p) = softplus(|s|) - |s| sigmoid(|s|): no 0 * log 0.
+    # With e = exp(-|s|), H(p) = log(1 + e) + |s| e / (1 + e): no 0 * log 0, and one exponential.
+    # Next to 1 the digits that log1p would keep do not count, and XLA's CPU computes log faster.
     size = jnp.abs(scores)
-    entropy = jax.nn.softplus(-size) + size * jax.nn.sigmoid(-size)
+    odds = jnp.exp(-size)
+    entropy = jnp.log(1.0 + odds) + size * odds / (1.0 + odds)
     return jnp.clip(entropy / np.float32(np.log(2.0)), 0.0, 1.0)
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slgr_jax import gates, metrics, reliability
+from slgr_jax import gates, metrics, random_words, reliability
 from slgr_jax.access import Lanes
 from slgr_jax.backbones import AnyBackbone
 from slgr_jax.config import RunConfig
-from slgr_jax.data import batches, draws, known
+from slgr_jax.data import batches, known, sampling, teacher_draws
 from slgr_jax.data.context import Queries
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.guidance import pairwise
@@ -61,15 +61,15 @@ def judge(
     masks = (slices.cold_users, slices.tail_items)
     made = batches.interactions(dataset, run.sampler, *masks)
     longest = batches.longest_row(batches.Resident(made, teacher, scoring.context, found))
-    plan = draws.Plan(
+    plan = sampling.Plan(
         *(dataset.n_items, 1, 1, 0, run.sampler, run.guidance),
         search_steps=longest.bit_length(),
         known=_ANSWERS * _DRAWN,
     )
-    keys = jax.random.split(jax.random.key(0), 1)
+    own = random_words.generators(jax.random.split(jax.random.key(0), 1))
     placed, resident = jax.device_put((found, teacher))
     drawn = jax.tree.map(
-        lambda x: np.asarray(x)[0], draws.draw_answers(keys, placed, resident, plan)
+        lambda x: np.asarray(x)[0], teacher_draws.draw_answers(own, placed, resident, plan)
     )
     # Equally many for everything that follows: by weight, with replacement.
     mass = np.asarray(drawn.weights, np.float64)
@@ -146,9 +146,8 @@ def alphas(
             scores(None),
             lambda key, rate: scores((rate, key)),
             lanes.queries.users,
-            lanes.items,
             margins,
-            facts,
+            teacher_draws.pair_facts(facts, lanes.queries.users, lanes.items),
             jax.random.key(1),
             ensemble_scores(backbones, members, lanes.queries.users, lanes.items)
             if members

@@ -39,7 +39,7 @@ from slgr_jax.backbones.base import (
     item_tables,
 )
 from slgr_jax.config import RunConfig
-from slgr_jax.data import draws
+from slgr_jax.data import draws, sampling
 from slgr_jax.data.batches import Interactions
 from slgr_jax.data.context import Context, recent
 from slgr_jax.data.draws import Batch
@@ -133,13 +133,18 @@ class Pairs:
         items = jnp.concatenate([batch.items, batch.pref_items])
         return Reads({BOTH: Lanes(queries, items)}, {})
 
-    def _scores(self, view: View, inputs: Inputs) -> Float[Array, "B C"]:
-        if not self.merged:
-            return view.scores("lanes", inputs.pass_(0))
-        return view.scores(BOTH, inputs.pass_(0))[: inputs.batch.items.shape[0]]
+    def _merged(self, view: View, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """Scores of triples and of preferences, split so that gradients are only concatenated."""
+        sizes = (inputs.batch.items.shape[0], inputs.batch.pref_items.shape[0])
+        triples, preferences = jax.lax.split(view.scores(BOTH, inputs.pass_(0)), sizes)
+        return triples, preferences
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
-        scores, weights = self._scores(view, inputs), inputs.batch.weights
+        weights = inputs.batch.weights
+        if self.merged:
+            scores, _ = self._merged(view, inputs)
+        else:
+            scores = view.scores("lanes", inputs.pass_(0))
         differences = scores[:, :1] - scores[:, 1:]
         right = jnp.mean((differences > 0).astype(jnp.float32), axis=1)
         if self.pair_loss == "bpr":
@@ -154,7 +159,7 @@ class Pairs:
     def preferences(self, view: View, inputs: Inputs) -> Float[Array, "G 2"]:
         if not self.merged:
             return view.scores(PREFERENCES, inputs.pass_(1))
-        return view.scores(BOTH, inputs.pass_(0))[inputs.batch.items.shape[0] :]
+        return self._merged(view, inputs)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +191,7 @@ class _Catalogue:
     """Softmax over every item, or over the negatives that a step shares."""
 
     backbone: DotBackbone
-    plan: draws.Plan
+    plan: sampling.Plan
 
     def reads(self, batch: Batch, context: Context) -> tuple[dict[str, Ids], frozenset[str]]:
         """Rows by name, and whole tables."""
@@ -315,7 +320,7 @@ def _joined(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def make_objective(run: RunConfig, backbone: AnyBackbone, plan: draws.Plan) -> Objective:
+def make_objective(run: RunConfig, backbone: AnyBackbone, plan: sampling.Plan) -> Objective:
     """The objective that --loss names for `backbone`."""
     loss = run.loss_name
     if isinstance(backbone, SequenceBackbone):

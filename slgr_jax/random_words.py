@@ -22,11 +22,15 @@ def mixed(x: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
     return x ^ x >> 16
 
 
-def words(keys: jax.Array, rows: int, size: int) -> UInt32[Array, "rows S size"]:
-    """[rows, size] uniform words for each of S keys, a function of its key alone."""
-    key = jax.vmap(lambda one: jax.random.bits(one, (2,), jnp.uint32))(keys)
+def generators(keys: jax.Array) -> UInt32[Array, "S 2"]:
+    """The two words that key the generator of each of S JAX keys."""
+    return jax.vmap(lambda one: jax.random.bits(one, (2,), jnp.uint32))(keys)
+
+
+def words(generators: UInt32[Array, "S 2"], rows: int, size: int) -> UInt32[Array, "rows S size"]:
+    """[rows, size] uniform words of each of S generators, a function of it alone."""
     counter = jnp.arange(rows * size, dtype=jnp.uint32).reshape(rows, 1, size)
-    first, second = key[None, :, :1], key[None, :, 1:]
+    first, second = generators[None, :, :1], generators[None, :, 1:]
     return mixed(mixed(counter * jnp.uint32(WEYL) + first) ^ second)
 
 

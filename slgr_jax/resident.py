@@ -47,7 +47,7 @@ def resident_teacher(
             positives=dataset.positives(("train",)),
             n_items=dataset.n_items,
         )
-    if found.users.size == 0:
+    if not found.stated:
         gap = guidance.min_gap
         why = f" of --min_gap={gap:g} or more" if gap else ": no user has two different scores"
         raise InputError(

@@ -37,7 +37,7 @@ from slgr_jax import (
     report,
 )
 from slgr_jax.backbones import AnyBackbone, SequenceBackbone, make_backbone, reads_of
-from slgr_jax.data import batches, context, draws, labelled, schema
+from slgr_jax.data import batches, context, labelled, sampling, schema
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.context import HISTORY, Context
 from slgr_jax.data.dataset import Csr, Dataset
@@ -192,7 +192,7 @@ def make_trainer(
             raise ConfigError(f"--{name}={size} is not a multiple of the {layout.devices} devices")
     window = backbone.length if isinstance(backbone, SequenceBackbone) else 0
     longest = batches.longest_row(resident)
-    plan = draws.Plan(
+    plan = sampling.Plan(
         n_items=dataset.n_items,
         drawn=resident.drawn,
         triples=run.sampler.batch_size,
@@ -245,7 +245,9 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
     backbone, found = _backbone(run, dataset, native=False)
     # Restoring needs no more than the sizes: one table shard, whatever the run had.
     layout = make_layout()
-    plan = draws.Plan(dataset.n_items, 1, 1, run.preferences_per_step, run.sampler, run.guidance, 1)
+    plan = sampling.Plan(
+        dataset.n_items, 1, 1, run.preferences_per_step, run.sampler, run.guidance, 1
+    )
     trainer = Trainer(run, backbone, make_gate(run.gate), plan, layout)
     placed = jax.device_put(found, layout.replicated)
     saved = checkpoint.Checkpoints(workdir, trainer, writable=False)

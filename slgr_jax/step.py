@@ -34,7 +34,7 @@ from slgr_jax import gates, losses, objectives, tables
 from slgr_jax.access import Access, Factors, Leaves, Reads, Rows
 from slgr_jax.backbones import AnyBackbone, DotBackbone
 from slgr_jax.config import RunConfig
-from slgr_jax.data import batches, draws
+from slgr_jax.data import batches, draws, sampling
 from slgr_jax.data.context import Context
 from slgr_jax.distributed import Layout
 from slgr_jax.scoring import Scoring, ServingState
@@ -105,7 +105,7 @@ class Trainer:
     config: RunConfig
     backbone: AnyBackbone
     gate: gates.Gate
-    plan: draws.Plan
+    plan: sampling.Plan
     layout: Layout
     ensemble: tuple[AnyBackbone, ...] = ()
 
@@ -325,7 +325,7 @@ def _local_step(
         rate = trainer.backbone.dropout
         dropout = (rate, jax.random.fold_in(for_answers, 1)) if rate > 0 else None
         seen = trainer.supervision.see(
-            *(state_tables, params["backbone"], batch, context, interactions.facts),
+            *(state_tables, params["backbone"], batch, context),
             *(dropout, for_answers, ensemble),
         )
     part = _Part(batch, reads, interactions, context, seen, for_pass, for_gate)
@@ -389,7 +389,8 @@ def _objective(
     )
     view = access.view(own, leaves, part.context, part.reads, inputs.pass_(_SHARED_PASS))
     learned = objective.learn(view, inputs)
-    counts = {"triples": learned.count, "preferences": jnp.sum(batch.pref_weights)}
+    preferences = jnp.float32(batch.pref_items.shape[0])
+    counts = {"triples": learned.count, "preferences": preferences}
     counts = layout.sum_over_all(jax.lax.stop_gradient(counts))
     per_triple = 1.0 / jnp.maximum(counts["triples"], 1.0)
     rec = learned.loss * per_triple
@@ -415,8 +416,7 @@ def _objective(
         return again.scores(objectives.PREFERENCES, (rate, key))
 
     added = trainer.supervision.add(
-        *(params["gate"], scores, stochastic, batch, part.interactions.facts),
-        *(part.seen, part.for_gate),
+        *(params["gate"], scores, stochastic, batch, part.seen, part.for_gate),
     )
     sums |= {"guidance_loss": added.guidance, "gate_loss": added.gate}
     sums |= {"alpha": added.alpha, "agreement": added.agreement}

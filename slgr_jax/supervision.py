@@ -32,7 +32,6 @@ from slgr_jax import gates, losses
 from slgr_jax.access import Access, Dropout, Lanes, Reads, Rows, lane_scores
 from slgr_jax.backbones import AnyBackbone
 from slgr_jax.config import RunConfig
-from slgr_jax.data.batches import Facts
 from slgr_jax.data.context import Context, Queries
 from slgr_jax.data.draws import Batch
 from slgr_jax.distributed import Layout
@@ -95,7 +94,6 @@ class Supervision:
         params: Mapping[str, Any],
         batch: Batch,
         context: Context,
-        facts: Facts,
         dropout: Dropout,
         key: jax.Array,
         ensemble: Sequence[Scoring] = (),
@@ -108,7 +106,7 @@ class Supervision:
         """
         answers = gains = None
         if batch.known is not None:
-            answers = self._answers(tables, params, batch, context, facts, dropout, key, ensemble)
+            answers = self._answers(tables, params, batch, context, dropout, key, ensemble)
         if batch.held_out is not None:
             gains = self._gains(tables, params, batch, context, dropout)
         return Seen(answers, gains, self._members(ensemble, batch.pref_queries, batch.pref_items))
@@ -127,13 +125,13 @@ class Supervision:
         params: Mapping[str, Any],
         batch: Batch,
         context: Context,
-        facts: Facts,
         dropout: Dropout,
         key: jax.Array,
         ensemble: Sequence[Scoring],
     ) -> gates.GateInputs:
         known, access = batch.known, self.access
         assert known is not None
+        assert known.facts is not None
         reads = Reads({_ANSWERS: Lanes(known.queries, known.items)}, {})
         leaves = access.read(tables, context, reads)
 
@@ -145,8 +143,11 @@ class Supervision:
             self.config.gate,
             scores(dropout),
             lambda key, rate: scores((rate, key)),
-            *(known.queries.users, known.items, known.margins / self.margin_scale),
-            *(facts, key, self._members(ensemble, known.queries, known.items)),
+            known.queries.users,
+            known.margins / self.margin_scale,
+            known.facts,
+            key,
+            self._members(ensemble, known.queries, known.items),
         )
 
     def _gains(
@@ -179,7 +180,7 @@ class Supervision:
         products = jax.tree.map(
             lambda a, b: jnp.sum((a * b).reshape(a.shape[0], -1), axis=1), of_pair, of_held_out
         )
-        gains = sum(jax.tree.leaves(products)) * held_out.weights * batch.pref_weights
+        gains = sum(jax.tree.leaves(products)) * held_out.weights
         size = self.layout.sum_over_all(jnp.stack([jnp.sum(gains**2), jnp.sum(gains != 0)]))
         return gains / jnp.maximum(jnp.sqrt(size[0] / jnp.maximum(size[1], 1.0)), 1e-12)
 
@@ -194,7 +195,6 @@ class Supervision:
         scores: Float[Array, "G 2"],
         stochastic: Any,
         batch: Batch,
-        facts: Facts,
         seen: Seen,
         key: jax.Array,
     ) -> Added:
@@ -204,19 +204,19 @@ class Supervision:
           scores: logits of both items, with their gradient.
           stochastic: (key, dropout rate) -> the logits of one stochastic pass.
         """
-        weights, layout, zero = batch.pref_weights, self.layout, jnp.float32(0.0)
-        count = layout.sum_over_all(jnp.sum(weights))
-        per_preference = 1.0 / jnp.maximum(count, 1.0)
+        layout, zero = self.layout, jnp.float32(0.0)
+        per_preference = 1.0 / (scores.shape[0] * layout.devices)
 
         def mean(values: jax.Array) -> jax.Array:
-            return losses.masked_sum(values, weights) * per_preference
+            return jnp.sum(values) * per_preference
 
         if batch.pref_targets is not None:
             matched = pairwise.pointwise(scores, batch.pref_targets)
             return Added(mean(matched.loss), zero, mean(matched.alpha), mean(matched.agrees))
+        assert batch.pref_facts is not None
         inputs = pairwise.gate_inputs(
             *(self.config.gate, scores, stochastic, batch.pref_queries.users),
-            *(batch.pref_items, batch.pref_margins / self.margin_scale, facts, key),
+            *(batch.pref_margins / self.margin_scale, batch.pref_facts, key),
             members=seen.members,
         )
         alpha = believed(self.gate, gate_params, inputs)

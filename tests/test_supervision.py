@@ -11,7 +11,7 @@ import pytest
 import worlds
 from scipy.special import expit
 
-from slgr_jax import gates, runs, step
+from slgr_jax import gates, random_words, runs, step
 from slgr_jax.config import (
     GateConfig,
     GuidanceConfig,
@@ -21,7 +21,7 @@ from slgr_jax.config import (
     SliceConfig,
     TrainConfig,
 )
-from slgr_jax.data import draws
+from slgr_jax.data import draws, teacher_draws
 from slgr_jax.distributed import make_layout
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.teacher import preferences
@@ -89,7 +89,7 @@ def test_look_ahead_gains_are_what_a_step_of_descent_gains(tmp_path, monkeypatch
     batch = _batch(trainer, resident)
     seen = trainer.supervision.see(
         *(state.tables, state.params["backbone"], batch, resident.context),
-        *(resident.interactions.facts, None, jax.random.key(0)),
+        *(None, jax.random.key(0)),
     )
     user, item = (
         np.asarray(state.tables[name][:, : trainer.backbone.tables[name].width], np.float64)
@@ -149,8 +149,8 @@ def test_a_calibrated_gate_learns_the_share_of_right_answers(tmp_path, monkeypat
         params[weight] = jax.device_get(end.params["gate"])
     np.testing.assert_array_equal(params[0.0]["bias"], params[5.0]["bias"])
     plan = dataclasses.replace(trainer.plan, known=200_000)
-    keys = jax.random.split(jax.random.key(3), 1)
-    drawn = draws.draw_answers(keys, resident.known, resident.teacher, plan)
+    own = random_words.generators(jax.random.split(jax.random.key(3), 1))
+    drawn = teacher_draws.draw_answers(own, resident.known, resident.teacher, plan)
     fold = np.asarray(gates.folds(drawn.queries.users))
     for half in (0, 1):
         weights = np.asarray(drawn.weights) * (fold == half)

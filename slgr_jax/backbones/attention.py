@@ -39,7 +39,8 @@ class Drop(nn.Module):
     def __call__(self, x: Float[Array, "*N"], rate: float) -> Float[Array, "*N"]:
         if rate == 0.0:
             return x
-        words = random_words.words(self.make_rng("dropout")[None], 1, x.size).reshape(x.shape)
+        own = random_words.generators(self.make_rng("dropout")[None])
+        words = random_words.words(own, 1, x.size).reshape(x.shape)
         return jnp.where(words >= jnp.uint32(rate * 2**32), x / (1.0 - rate), 0.0)
 
 

@@ -37,7 +37,7 @@ def cloze_places(
     """
     windows, length = there.shape
     most = max(1, int(probability * length + 0.5))
-    words = random_words.words(key[None], windows, length + 1)[:, 0]
+    words = random_words.words(random_words.generators(key[None]), windows, length + 1)[:, 0]
     uniform = (words >> 8).astype(jnp.float32) * 2.0**-24
     only_last = uniform[:, length] < ONLY_LAST
     is_last = jnp.arange(length, dtype=jnp.int32) == length - 1

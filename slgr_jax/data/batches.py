@@ -1,7 +1,7 @@
 """Resident arrays: what drawing batches needs, built on the host, kept on the devices.
 
 For each user the set of items that must not be drawn is cut out of the distribution over items
-(`Excluded`), so that a draw is one binary search and never a rejection (`draws.draw_outside`).
+(`Excluded`), so that a draw is one binary search and never a rejection (`sampling.draw_outside`).
 
 Shape letters: U users, I items, n training pairs, E entries of the teacher's lists, m entries
 that can start a preference.
@@ -57,6 +57,16 @@ class Facts:
 
 
 @struct.dataclass
+class PairFacts:
+    """`Facts` of the user and of both items of G pairs."""
+
+    log_history: Float[Array, "G"]
+    log_popularity: Float[Array, "G 2"]
+    cold: Float[Array, "G"]
+    tail: Float[Array, "G 2"]
+
+
+@struct.dataclass
 class Targets:
     """Interactions to learn from one by one, where their time or their label counts.
 
@@ -88,20 +98,23 @@ class Interactions:
 class TeacherLists:
     """Scored lists: a preference is two entries of one user with scores that differ enough.
 
-    Entries of a user are sorted by score. `tie_low[e]:tie_high[e]` (positions in the user's row)
-    are the entries too close to e to make a preference with it.
+    Entries of a user are sorted by score. A row of `starts` is (entry, its user, low, high):
+    low:high (positions in the user's row) are the entries too close to it to make a preference
+    with it. One array, as the four are looked up together at random places.
     """
 
     offsets: Int[Array, "U1"]
     items: Int[Array, "E"]
     scores: Float[Array, "E"]
-    entries: Int[Array, "m"]  # entries that can start a preference
-    users: Int[Array, "m"]  # user of each of them
-    tie_low: Int[Array, "m"]
-    tie_high: Int[Array, "m"]
+    starts: Int[Array, "m 4"]  # entries that can start a preference
     unlisted: Excluded | None  # list and positives cut out; None: unlisted means unknown
     floor: float = struct.field(pytree_node=False)  # score that an unlisted item counts with
     ceiling: float = struct.field(pytree_node=False)  # the greatest score
+
+    @property
+    def stated(self) -> int:
+        """How many entries there are to start a preference with."""
+        return int(self.starts.shape[0])
 
 
 @struct.dataclass
@@ -111,6 +124,11 @@ class TeacherPairs:
     users: Int[Array, "E"]
     items: Int[Array, "E 2"]
     margins: Float[Array, "E"]
+
+    @property
+    def stated(self) -> int:
+        """How many preferences there are to draw from."""
+        return int(self.users.shape[0])
 
 
 @struct.dataclass
@@ -176,7 +194,7 @@ class Known:
 class Answers:
     """K pairs on which the teacher has a word, and whether it is right; weight 0: none drawn.
 
-    `items` is (preferred by the teacher, other).
+    `items` is (preferred by the teacher, other); `facts` are there once a step has drawn them.
     """
 
     queries: Queries
@@ -184,6 +202,7 @@ class Answers:
     margins: Float[Array, "K"]
     right: Float[Array, "K"]
     weights: Float[Array, "K"]
+    facts: PairFacts | None = None
 
 
 @struct.dataclass
@@ -395,10 +414,7 @@ def teacher_lists(
         offsets=host32(offsets),
         items=host32(items),
         scores=host_array(scores, np.float32),
-        entries=host32(chosen),
-        users=host32(users[chosen]),
-        tie_low=host32(low[chosen]),
-        tie_high=host32(high[chosen]),
+        starts=host32(np.stack([x[chosen] for x in (np.arange(items.size), users, low, high)], 1)),
         unlisted=cut,
         floor=float(scores.min()) if scores.size else 0.0,
         ceiling=float(scores.max()) if scores.size else 0.0,

@@ -10,7 +10,7 @@ teacher whose unlisted items rank below its list L_u, a preference is a listed i
 N_u unlisted ones. So a chosen item of the list counts 1 (over a drawn unlisted item: right), and a
 chosen item outside it counts |L_u| / N_u (a drawn listed item is preferred over it: wrong).
 
-Which of them a step draws: `draws.draw_answers`.
+Which of them a step draws: `teacher_draws.draw_answers`.
 
 Shape letters: U users, m chosen items, n places to draw from, E entries of the teacher's lists.
 """

@@ -86,7 +86,7 @@ def sampled_rows(
 def _outside(
     cut: batches.Excluded, users: np.ndarray, n_items: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """[n]: an item outside each user's set, uniformly: `draws.draw_outside` on the host.
+    """[n]: an item outside each user's set, uniformly: `sampling.draw_outside` on the host.
 
     The r-th item outside a sorted set p_0 < p_1 < ... is r + #{k: p_k - k <= r}. The users' rows
     of keys p_k - k, each lifted above those before it, are one ascending array to search.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from slgr_jax import gates
 from slgr_jax.config import GateConfig
-from slgr_jax.data.batches import Facts
+from slgr_jax.data.batches import PairFacts
 
 
 @struct.dataclass
@@ -35,9 +35,8 @@ def gate_inputs(
     scores: Float[Array, "G 2"],
     stochastic: Callable[[jax.Array, float], Float[Array, "G 2"]],
     users: Int[Array, "G"],
-    items: Int[Array, "G 2"],
     margins: Float[Array, "G"],
-    facts: Facts,
+    facts: PairFacts,
     key: jax.Array,
     members: Float[Array, "M G 2"] | None = None,
 ) -> gates.GateInputs:
@@ -61,10 +60,10 @@ def gate_inputs(
     else:
         uncertainty = gates.confidence_uncertainty(scores)
     inputs = gates.GateInputs(
-        history=facts.log_history[users],
-        popularity=facts.log_popularity[items],
-        cold=facts.cold[users],
-        tail=facts.tail[items],
+        history=facts.log_history,
+        popularity=facts.log_popularity,
+        cold=facts.cold,
+        tail=facts.tail,
         uncertainty=uncertainty,
         score_margin=scores[:, 0] - scores[:, 1],
         teacher_margin=margins,

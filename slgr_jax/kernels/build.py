@@ -32,6 +32,8 @@ TARGETS = (
     "slgr_row_update",
     "slgr_draw_outside",
     "slgr_draw_triples",
+    "slgr_draw_preferences",
+    "slgr_take",
     "slgr_rank_rows",
     "slgr_pool_rows",
     "slgr_graph_propagate",

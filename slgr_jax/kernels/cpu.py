@@ -138,7 +138,7 @@ def draw_outside(
     shifts: Int[Array, "n"] | None,
     free: Int[Array, "U"],
 ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
-    """Places outside each user's excluded set, and weights: see `draws.draw_outside`."""
+    """Places outside each user's excluded set, and weights: see `sampling.draw_outside`."""
     call = jax.ffi.ffi_call("slgr_draw_outside", (_ints(*users.shape), _floats(*users.shape)))
     unit = shifts is None
     place, weight = call(
@@ -176,3 +176,45 @@ def draw_triples(
         drawn=np.int64(drawn), together=np.int64(together), unit_mass=shifts is None,
     )  # fmt: skip
     return users, items, weights
+
+
+def draw_preferences(
+    first: UInt32[Array, "S M"],
+    partner: UInt32[Array, "S G"],
+    share: UInt32[Array, "S G"] | None,
+    starts: Int[Array, "m 4"],
+    list_offsets: Int[Array, "U1"],
+    list_items: Int[Array, "E"],
+    list_scores: Float[Array, "E"],
+    outside: tuple[Int[Array, "U1"], Int[Array, "n"], Int[Array, "U"]] | None,
+    *,
+    together: int,
+    most: int,
+    floor: float,
+) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G"]]:
+    """Users, (preferred, other) and margins, from lists: `teacher_draws.draw_preferences`.
+
+    Args:
+      first, partner, share: random words of each first entry, M = ceil(G / together), of each
+        partner, and of whether that is unlisted; None where it never is.
+      outside: offsets, keys and free of what is outside a user's list; None as above.
+      together: lanes that follow each other and start with entries that do.
+      most: the greatest word of `share` for which the partner is unlisted.
+      floor: score of an unlisted item.
+    """
+    out = (_ints(*partner.shape), _ints(*partner.shape, 2), _floats(*partner.shape))
+    call = jax.ffi.ffi_call("slgr_draw_preferences", out)
+    users, items, margins = call(
+        first, partner, partner if share is None else share, starts,
+        list_offsets, list_items, list_scores,
+        *((list_offsets, list_items, list_items) if outside is None else outside),
+        together=np.int64(together), unlisted=outside is not None, most=np.int64(most),
+        floor=np.float32(floor),
+    )  # fmt: skip
+    return users, items, margins
+
+
+def take(values: Float[Array, "R"], at: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """values[at], read ahead: XLA's gather waits for each number that is in no cache."""
+    (found,) = jax.ffi.ffi_call("slgr_take", (_floats(*at.shape),))(values, at)
+    return found

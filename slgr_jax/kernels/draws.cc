@@ -1,4 +1,5 @@
-// Draws of triples and of items outside a user's excluded set (see cpu.py, data/draws.py).
+// Draws of triples, of preferences and of items outside a user's excluded set (see cpu.py,
+// data/draws.py).
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -162,6 +163,106 @@ static ffi::Error DrawTriples(ffi::ThreadPool pool, U32 first, U32 positive, U32
   return ffi::Error::Success();
 }
 
+static ffi::Error DrawPreferences(ffi::ThreadPool pool, U32 first, U32 partner, U32 share,
+                                  S32 starts, S32 list_offsets, S32 list_items, F32 list_scores,
+                                  S32 offsets, S32 keys, S32 free, OutS32 users, OutS32 items,
+                                  OutF32 margins, int64_t together, bool unlisted, int64_t most, float floor) {
+  const int64_t steps = users->dimensions()[0], size = users->dimensions()[1];
+  const int64_t groups = first.dimensions()[1], stated = starts.dimensions()[0];
+  const Cut cut{offsets.typed_data(), keys.typed_data(), nullptr, free.typed_data()};
+  struct Start {
+    int32_t entry, user, low, high;
+  };
+  const Start* begins = reinterpret_cast<const Start*>(starts.typed_data());
+  const int32_t *row = list_offsets.typed_data(), *item = list_items.typed_data();
+  const float* score = list_scores.typed_data();
+  const uint32_t *start_word = first.typed_data(), *partner_word = partner.typed_data();
+  const uint32_t* share_word = share.typed_data();
+  int32_t *out_users = users->typed_data(), *out_items = items->typed_data();
+  float* out_margins = margins->typed_data();
+  const int64_t all = steps * groups, tasks = std::max<int64_t>(1, pool.num_threads());
+  const int64_t chunk = (all + tasks - 1) / tasks;
+  // By value: what is written here could be a pointer that is read through a reference.
+  Parallel(pool, tasks, steps * size * 16, [=](int64_t i) {
+    const int64_t end = std::min(all, (i + 1) * chunk);
+    int32_t place[kFetched];
+    for (int64_t begin = i * chunk; begin < end; begin += kFetched) {
+      const int64_t count = std::min(kFetched, end - begin);
+      for (int64_t k = 0; k < count; ++k) {
+        place[k] = Below(start_word[begin + k], stated);
+        __builtin_prefetch(begins + place[k]);
+        __builtin_prefetch(begins + place[k] + together - 1);
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        __builtin_prefetch(row + begins[place[k]].user);
+        if (unlisted) cut.PrefetchBounds(begins[place[k]].user);
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        const int32_t user = begins[place[k]].user;
+        for (int64_t at = row[user]; at < row[user + 1]; at += kLine) {
+          __builtin_prefetch(item + at);
+          __builtin_prefetch(score + at);
+        }
+        if (unlisted) cut.PrefetchRow(user);
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t step = (begin + k) / groups, group = (begin + k) % groups;
+        const int64_t lane = step * size + group * together;
+        const int64_t stop = std::min(lane + together, (step + 1) * size);
+        int64_t from = place[k];
+        int32_t outside[kSearch];  // of the lanes of a run, which have one user
+        float able[kSearch];  // 1: only entries of users with something outside begin a preference
+        for (int64_t at = lane, run = 0, first_of_run = lane; at < stop; ++at) {
+          const auto [own, user, low, high] = begins[from];
+          if (unlisted && at == first_of_run + run) {
+            first_of_run = at;
+            for (run = 1; run < std::min(kSearch, stop - at); ++run) {
+              if (begins[(from + run) % stated].user != user) break;
+            }
+            cut.Draw(user, partner_word + at, run, outside, 1, able);
+          }
+          const int32_t start = row[user], ties = high - low;
+          const int32_t partners = row[user + 1] - start - ties;
+          out_users[at] = user;
+          if (unlisted && (partners <= 0 || share_word[at] <= most)) {
+            out_items[2 * at] = item[own];
+            out_items[2 * at + 1] = outside[at - first_of_run];
+            out_margins[at] = score[own] - floor;
+          } else {
+            // Scores ascend: what an entry beats comes before it, then its ties, then what beats it.
+            const int32_t chosen = Below(partner_word[at], partners);
+            const bool beats = chosen < low;
+            const int32_t other = start + chosen + (beats ? 0 : ties);
+            const int32_t preferred = beats ? own : other, beaten = beats ? other : own;
+            out_items[2 * at] = item[preferred];
+            out_items[2 * at + 1] = item[beaten];
+            out_margins[at] = score[preferred] - score[beaten];
+          }
+          if (++from == stated) from = 0;
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+static ffi::Error Take(ffi::ThreadPool pool, F32 values, S32 at, OutF32 found) {
+  constexpr int64_t kAhead = 64;
+  const int64_t n = at.element_count(), tasks = std::max<int64_t>(1, pool.num_threads());
+  const int64_t chunk = (n + tasks - 1) / tasks;
+  const float* value = values.typed_data();
+  const int32_t* place = at.typed_data();
+  float* out = found->typed_data();
+  Parallel(pool, tasks, n, [&](int64_t i) {
+    const int64_t begin = i * chunk, end = std::min(n, begin + chunk);
+    for (int64_t k = begin; k < end; ++k) {
+      if (k + kAhead < end) __builtin_prefetch(value + place[k + kAhead]);
+      out[k] = value[place[k]];
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace slgr
 
 using namespace slgr;
@@ -195,5 +296,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_draw_triples, DrawTriples,
                                   .Ret<S32>()   // positive, place of the negative [S, B, 2]
                                   .Ret<F32>()   // weight [S, B]
                                   .Attr<int64_t>("drawn")
-                              .Attr<int64_t>("together")
+                                  .Attr<int64_t>("together")
                                   .Attr<bool>("unit_mass"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_draw_preferences, DrawPreferences,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<U32>()   // random words of the first entries [S, M]
+                                  .Arg<U32>()   // of the partners [S, G]
+                                  .Arg<U32>()   // of whether the partner is unlisted [S, G]
+                                  .Arg<S32>()   // entry, user, ties from, to [m, 4]
+                                  .Arg<S32>()   // lists: offsets [U + 1]
+                                  .Arg<S32>()   // items [E]
+                                  .Arg<F32>()   // scores [E]
+                                  .Arg<S32>()   // outside: offsets [U + 1]
+                                  .Arg<S32>()   // keys [n]
+                                  .Arg<S32>()   // free [U]
+                                  .Ret<S32>()   // users [S, G]
+                                  .Ret<S32>()   // preferred, other [S, G, 2]
+                                  .Ret<F32>()   // margins [S, G]
+                                  .Attr<int64_t>("together")
+                                  .Attr<bool>("unlisted")
+                                  .Attr<int64_t>("most")
+                                  .Attr<float>("floor"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_take, Take,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()    // values [R]
+                                  .Arg<S32>()    // places [N]
+                                  .Ret<F32>());  // [N]

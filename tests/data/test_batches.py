@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data import batches, draws
+from slgr_jax.data import batches, draws, sampling
 from slgr_jax.data.dataset import Csr
 
 
 def _plan(resident, *, triples=0, preferences=0, n_items, sampler=None, guidance=None):
-    return draws.Plan(
+    return sampling.Plan(
         n_items=n_items,
         drawn=int(np.asarray(resident.interactions.items).size),
         triples=triples,
@@ -44,7 +44,7 @@ def _draw(resident, plan, steps=1, seed=0):
 @given(bits=st.integers(0, 2**32 - 1), bound=st.integers(0, 2**31 - 1))
 @settings(max_examples=300, deadline=None)
 def test_below_is_the_high_word_of_the_product(bits, bound):
-    got = draws.below(jnp.asarray(bits, jnp.uint32), jnp.asarray(bound, jnp.int32))
+    got = sampling.below(jnp.asarray(bits, jnp.uint32), jnp.asarray(bound, jnp.int32))
     assert int(got) == bits * bound >> 32
 
 
@@ -196,7 +196,9 @@ def _preferences(guidance, rows=ROWS, *, unlisted=False, positives=None, size=40
             items=np.zeros(1, np.int32),
             negatives=batches.excluded(one, None, 10),
             cumulative=None,
-            facts=None,
+            facts=batches.Facts(
+                *(np.zeros(size, np.float32) for size in (len(rows), 10, len(rows), 10))
+            ),
         ),
         teacher,
     )
@@ -220,7 +222,6 @@ def test_preferences_are_exactly_the_stated_ones(min_gap):
     batch = _preferences(GuidanceConfig(min_gap=min_gap))
     got = set(zip(batch.pref_queries.users.tolist(), *batch.pref_items.T.tolist(), strict=True))
     assert got == _stated(min_gap=min_gap)
-    assert (batch.pref_weights == 1).all()
     score = {(u, i): x for u, row in enumerate(ROWS) for i, x in row}
     expected = [
         score[u, a] - score[u, b]
@@ -306,8 +307,8 @@ def test_tie_runs_match_a_plain_count(rows, min_gap):
         for row in rows
         for x in row
     )
-    counts = np.diff(offsets)[teacher.users]
-    assert int((counts - (teacher.tie_high - teacher.tie_low)).sum()) == expected
+    _, users, low, high = teacher.starts.T
+    assert int((np.diff(offsets)[users] - (high - low)).sum()) == expected
 
 
 def test_masses_fit_32_bits_and_keep_unseen_items_out():

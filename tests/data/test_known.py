@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import worlds
 
+from slgr_jax import random_words
 from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data import batches, draws, known
+from slgr_jax.data import batches, known, sampling, teacher_draws
 
 
 def _lists(dataset, guidance, below, seed=0, length=8):
@@ -32,7 +33,7 @@ def _plan(dataset, found, teacher, guidance, size):
     masks = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
     made = batches.interactions(dataset, SamplerConfig(), *masks)
     longest = batches.longest_row(batches.Resident(made, teacher, known=found))
-    return draws.Plan(
+    return sampling.Plan(
         *(dataset.n_items, 1, 1, 1, SamplerConfig(), guidance),
         search_steps=longest.bit_length(),
         known=size,
@@ -41,8 +42,8 @@ def _plan(dataset, found, teacher, guidance, size):
 
 def _drawn(dataset, found, teacher, guidance, size=200_000):
     plan = _plan(dataset, found, teacher, guidance, size)
-    keys = jax.random.split(jax.random.key(0), 1)
-    drawn = draws.draw_answers(keys, *jax.device_put((found, teacher)), plan)
+    own = random_words.generators(jax.random.split(jax.random.key(0), 1))
+    drawn = teacher_draws.draw_answers(own, *jax.device_put((found, teacher)), plan)
     return jax.tree.map(lambda x: np.asarray(x)[0], drawn)
 
 
@@ -207,8 +208,8 @@ def test_held_out_items_are_of_the_preferences_users(tmp_path):
     found = batches.Known(chosen, None)
     plan = _plan(dataset, found, None, GuidanceConfig(), 1)
     users = np.tile(np.arange(8, dtype=np.int32), 500)[None, :]
-    keys = jax.random.split(jax.random.key(0), 1)
-    held = jax.device_get(draws.draw_held_out(keys, users, jax.device_put(chosen), plan))
+    own = random_words.generators(jax.random.split(jax.random.key(0), 1))
+    held = jax.device_get(teacher_draws.draw_held_out(own, users, jax.device_put(chosen), plan))
     seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
     got = [set() for _ in range(8)]
     for u, (a, b), weight in zip(users[0], held.items[0], held.weights[0], strict=True):

@@ -13,6 +13,7 @@ from slgr_jax.config import GateConfig
 from slgr_jax.data.batches import Facts
 from slgr_jax.data.context import Queries
 from slgr_jax.data.draws import Batch
+from slgr_jax.data.teacher_draws import pair_facts
 from slgr_jax.guidance import pairwise
 
 
@@ -34,7 +35,6 @@ def _batch(count: int = 16, seed: int = 0) -> tuple[Batch, Facts]:
         pref_queries=Queries(jnp.asarray(rng.integers(0, 6, count), jnp.int32)),
         pref_items=jnp.asarray(rng.integers(0, 8, (count, 2)), jnp.int32),
         pref_margins=jnp.asarray(rng.uniform(size=count), jnp.float32),
-        pref_weights=jnp.ones(count),
     )
     return batch, facts
 
@@ -46,9 +46,8 @@ def _inputs(scores, config=None):
         scores,
         lambda key, rate: scores + rate * jax.random.normal(key, scores.shape),
         batch.pref_queries.users,
-        batch.pref_items,
         batch.pref_margins,
-        facts,
+        pair_facts(facts, batch.pref_queries.users, batch.pref_items),
         jax.random.key(0),
     )
 

@@ -11,7 +11,7 @@ import worlds
 
 from slgr_jax import tables
 from slgr_jax.config import TABLE_OPTIMIZERS, GuidanceConfig, OptimizerConfig, SamplerConfig
-from slgr_jax.data import batches, draws
+from slgr_jax.data import batches, draws, sampling, teacher_draws
 from slgr_jax.data.dataset import Csr
 from slgr_jax.kernels import cpu
 
@@ -182,12 +182,12 @@ def test_draws_outside_are_those_of_xla_to_the_bit(popularity):
     bits = jax.random.bits(jax.random.key(0), (4, 5000), jnp.uint32)
     who = jnp.asarray(rng.integers(0, n_users, (4, 5000)), jnp.int32)
     found = [
-        draws.draw_outside(
+        sampling.draw_outside(
             bits,
             who,
             cut,
             cumulative,
-            draws.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 6, native),
+            sampling.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 6, native),
         )
         for native in (False, True)
     ]
@@ -212,11 +212,11 @@ def test_triples_are_those_of_xla_to_the_bit(tmp_path, sampler, size, together):
         cumulative = np.concatenate([[0], np.cumsum(masses)]).astype(np.int32)
     data = jax.device_put(batches.Interactions(users, items, cut, cumulative, facts=None))
     config = SamplerConfig(batch_size=size, triples_per_user=together, negatives=sampler)
-    keys = jax.random.split(jax.random.key(1), 37)
+    words_of, _ = sampling.generators(jax.random.split(jax.random.key(1), 37))
     found = []
     for native in (False, True):
-        plan = draws.Plan(n_items, len(users), size, 0, config, GuidanceConfig(), 6, native)
-        found.append(jax.jit(lambda keys, plan=plan: draws.draw_triples(keys, data, plan))(keys))
+        plan = sampling.Plan(n_items, len(users), size, 0, config, GuidanceConfig(), 6, native)
+        found.append(jax.jit(draws.draw_triples, static_argnums=2)(words_of, data, plan))
     for by_xla, by_kernel in zip(*found, strict=True):
         np.testing.assert_array_equal(by_xla, by_kernel)
     drawn, chosen, weights = map(np.asarray, found[1])
@@ -225,3 +225,60 @@ def test_triples_are_those_of_xla_to_the_bit(tmp_path, sampler, size, together):
     assert owned[drawn, chosen[..., 0]].all()
     np.testing.assert_array_equal(owned[drawn, chosen[..., 1]], weights == 0)
     assert 0 < np.mean(weights) < 1
+
+
+@pytest.mark.parametrize(("size", "together"), [(64, 8), (37, 5), (3, 8), (70, 64)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("selection", ["uniform", "largest_gap"])
+def test_preferences_are_those_of_xla_to_the_bit(size, together, share, selection):
+    """Users whose entries all tie, runs that go around, users with one entry, cut groups."""
+    rng = np.random.default_rng(7)
+    n_users, n_items = 60, 50
+    counts = rng.integers(0, 12, n_users)
+    counts[:3] = 1, 0, 5
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    rows = [rng.choice(n_items, k, replace=False) for k in counts]
+    scores = np.concatenate([np.sort(rng.integers(0, 4, k)) for k in counts]) / np.float32(4)
+    scores[offsets[2] : offsets[3]] = 0.5
+    bought = Csr.from_pairs(
+        np.repeat(np.arange(n_users), 20), rng.integers(0, n_items, 20 * n_users), n_users
+    )
+    guidance = GuidanceConfig(
+        min_gap=0.25, unlisted_share=share, pair_selection=selection, pair_candidates=3
+    )
+    teacher = jax.device_put(
+        batches.teacher_lists(
+            *(offsets, np.concatenate(rows), scores, guidance),
+            unlisted_below=True,
+            positives=bought,
+            n_items=n_items,
+        )
+    )
+    assert (teacher.unlisted is None) == (share == 0.0)
+    config = SamplerConfig(batch_size=8, triples_per_user=together)
+    _, words_of = sampling.generators(jax.random.split(jax.random.key(1), 29))
+    found = []
+    for native in (False, True):
+        plan = sampling.Plan(n_items, 1, 8, size, config, guidance, 6, native)
+        found.append(
+            jax.jit(teacher_draws.draw_preferences, static_argnums=2)(words_of, teacher, plan)
+        )
+    for by_xla, by_kernel in zip(*found, strict=True):
+        np.testing.assert_array_equal(by_xla, by_kernel)
+    users, items, margins = map(np.asarray, found[1])
+    assert users.shape == (29, size)
+    listed = np.zeros((n_users, n_items), bool)
+    listed[np.repeat(np.arange(n_users), counts), np.concatenate(rows)] = True
+    assert listed[users, items[..., 0]].all()
+    assert (margins >= 0.25).all() or share
+    unlisted = ~listed[users, items[..., 1]]
+    expected = {0.0: (0.0, 0.0), 0.3: (0.2, 0.9), 1.0: (1.0, 1.0)}[share]
+    assert expected[0] <= unlisted.mean() <= expected[1]
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 64, 2), (40, 4096)])
+def test_what_is_taken_is_what_is_there(shape):
+    rng = np.random.default_rng(3)
+    values = jnp.asarray(rng.normal(size=900), jnp.float32)
+    at = jnp.asarray(rng.integers(0, 900, shape), jnp.int32)
+    np.testing.assert_array_equal(jax.jit(cpu.take)(values, at), values[at])
