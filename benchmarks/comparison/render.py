@@ -8,7 +8,7 @@ from typing import Any
 from comparison import results
 from comparison.arms import CONTROLS
 from comparison.summary import REFERENCES, Row
-from comparison.tuning import as_text
+from comparison.tuning import as_text, at_an_end
 
 _TESTS = (
     "Means over seeds; +- half of the 95 % interval (Student's t over seeds). vs: difference to "
@@ -27,7 +27,8 @@ def render(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     protocol, rows = found["protocol"], found["rows"]
     title = f"# {protocol['data']}"
     title += f", teacher {protocol['teacher']}" if protocol["teacher"] else ""
-    lines = [title, "", *_verdict(found["verdict"]), *_protocol(protocol)]
+    lines = [title, "", *_verdict(found["verdict"]), *_ends(found["tuned"])]
+    lines += _protocol(protocol)
     lines += [f"![{name}]({name})" for name in pictures] + [""]
     for backbone, metric in protocol["primary"].items():
         lines += [f"## {backbone}: test {metric}", ""]
@@ -177,6 +178,20 @@ def _baselines(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     return ["## Beside them, tuned on validation, without tests", "", _markdown(rows), ""]
+
+
+def _ends(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """What was chosen at an end of its grid, before anybody reads the tables."""
+    lines = [
+        f"- {backbone} {arm}: {'; '.join(ends)} of what was tried"
+        for backbone, arms in tuned.items()
+        for arm, found in arms.items()
+        if (ends := at_an_end(arm, found))
+    ]
+    if not lines:
+        return []
+    told = "**Chosen at an end of its grid**, so that a wider one may change the outcome:"
+    return [told, "", *lines, ""]
 
 
 def _tuning(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:

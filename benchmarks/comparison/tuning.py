@@ -151,6 +151,24 @@ def mean_alpha(workdir: pathlib.Path) -> float:
     )
 
 
+def at_an_end(arm: str, found: Mapping[str, Any]) -> list[str]:
+    """What an arm chose that is the least or the greatest of what it tried: `lambda 0.3, the
+    greatest`. A wider grid may choose otherwise. 0 is the end of a range, not of a grid.
+
+    Args:
+      found: what was tried and chosen; of guided arms lambda alone has a grid of its own.
+    """
+    ends = []
+    for name, value in found["chosen"].items():
+        if isinstance(value, str) or not (arm == "none" or name == "lambda"):
+            continue
+        tried = {row[name] for row in found["tried"] if name in row}
+        if len(tried) > 1 and value in (min(tried), max(tried)) and value != 0:
+            which = "greatest" if value == max(tried) else "least"
+            ends.append(f"{name} {value:.4g}, the {which}")
+    return ends
+
+
 def as_text(settings: Settings) -> str:
     """`lr 0.1, lambda 0.3`."""
     return ", ".join(

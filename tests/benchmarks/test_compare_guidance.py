@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -218,6 +219,27 @@ def test_which_losses_an_arm_is_tried_with(tmp_path):
     settings = {"lr": 0.1, "lambda": 3.0, "guidance_loss": "hinge"}
     assert plan.tune_dir("mf", "global", settings).name == "global_lr0.1_lambda3_guidance_losshinge"
     assert tuning.as_text(settings) == "lr 0.1, lambda 3, guidance_loss hinge"
+
+
+@pytest.mark.parametrize(
+    ("arm", "chosen", "ends"),
+    [
+        ("none", {"lr": 0.3, "l2": 0.0, "dropout": 0.2}, ["lr 0.3, the greatest"]),
+        ("none", {"lr": 0.1, "l2": 0.1, "dropout": 0.2}, ["l2 0.1, the greatest"]),
+        ("none", {"lr": 0.01, "l2": 0.05, "dropout": 0.2}, ["lr 0.01, the least"]),
+        ("global", {"lr": 0.3, "lambda": 1.0, "guidance_loss": "soft"}, []),
+        ("global", {"lr": 0.3, "lambda": 0.1}, ["lambda 0.1, the least"]),
+        ("global", {"lr": 0.3, "lambda": 3.0}, ["lambda 3, the greatest"]),
+    ],
+)
+def test_what_is_chosen_at_an_end_of_its_grid_is_told(arm, chosen, ends):
+    own = itertools.product((0.01, 0.1, 0.3), (0.0, 0.05, 0.1))
+    tried = {
+        "none": [{"lr": lr, "l2": l2, "dropout": 0.2} for lr, l2 in own],
+        "global": [{"lr": 0.3, "lambda": weight} for weight in (0.1, 1.0, 3.0)],
+    }[arm]
+    assert tuning.at_an_end(arm, {"tried": tried, "chosen": chosen}) == ends
+    assert tuning.at_an_end(arm, {"tried": tried[:1], "chosen": tried[0]}) == []
 
 
 def test_a_setting_that_diverges_is_not_chosen(tmp_path):
@@ -624,6 +646,7 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
     assert float(cells[7]) == pytest.approx(vs["p_seeds_holm"], rel=1e-3)
     assert "| mf       | paper |     0.5000 |        - |" in text  # the sweep; what diverged is `-`
     assert "lr 0.1, lambda 0.3" in text
+    assert "- mf paper: lambda 0.3, the least of what was tried" in text
     # Nothing to say of gates: no table and no picture of them.
     found |= {"gate": [], "alpha_by_epoch": [], "baselines": []}
     assert "## Gates" not in render.render(found, [])
