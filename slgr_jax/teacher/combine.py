@@ -187,7 +187,7 @@ def combine(
         provenance=preferences.Provenance(
             built_from=max((m.built_from for m in manifests), key=schema.BUILT_FROM.index),
             unlisted="below" if below else "unknown",
-            model="combined: " + ", ".join(map(_origin, manifests)),
+            model=preferences.COMBINED + ", ".join(map(_origin, manifests)),
             prompt_hash="+".join(dict.fromkeys(m.prompt_hash for m in manifests if m.prompt_hash)),
             score_kind=_score_kind(options, len(names), below=below),
             training_items=_training_items(manifests),

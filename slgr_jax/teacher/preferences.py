@@ -42,6 +42,7 @@ PathLike = str | os.PathLike[str]
 
 ROWS_PER_SHARD = 4_194_304
 _ADDED = "append-"  # what `append` names its shards with
+COMBINED = "combined: "  # what the `model` of a product made of several begins with
 _MADE_BY = "python launch/teach.py import --data={data} --scores=FILE --name={name} --overwrite"
 
 
@@ -306,8 +307,9 @@ def append(
 
     Raises:
       ManifestError: there is no such product, or it does not fit `dataset`.
-      InputError: the product is of the other kind, has one of the pairs already (answered or not;
-        a preference: in either order), or is being appended to by another process.
+      InputError: the product is of the other kind, is combined of several, has one of the pairs
+        already (answered or not; a preference: in either order), or is being appended to by
+        another process.
       ShardError: rows that `load` would refuse, or the product is damaged.
     """
     root, _ = _find(dataset, name)
@@ -316,6 +318,12 @@ def append(
         _, manifest = _find(dataset, name)
         if kind != manifest.kind:
             raise InputError(f"teacher {name!r} holds {manifest.kind}, not {kind}; use another")
+        if manifest.model.startswith(COMBINED):
+            raise InputError(
+                f"teacher {name!r} is {manifest.model}: more answers would change its ranks and "
+                "means; add them to one of these, or import them under a name of their own, and "
+                "combine anew"
+            )
         listed = {file.path for file in manifest.files}
         for path in root.glob(f"{_ADDED}*"):
             if path.name not in listed:

@@ -337,3 +337,17 @@ def test_the_command_writes_what_training_reads(tmp_path):
         assert refused.returncode == 2
         assert len(refused.stderr.strip().splitlines()) == 1
         assert text in refused.stderr
+
+
+def test_nothing_is_appended_to_a_combined_product(tiny):
+    """Ranks and means are of all answers at once."""
+    product(tiny, "a", {(0, 1): 1.0, (0, 2): 2.0})
+    product(tiny, "b", {(0, 1): 1.0, (0, 3): 2.0})
+    made(tiny, "a,b")
+    before = preferences.load(tiny, "all")
+    more = pa.table([[1], [1], [5.0]], schema=schema.TEACHER_SCORES)
+    with pytest.raises(InputError, match=r"'all' is combined: a.*, b.*combine anew"):
+        preferences.append(tiny, "all", more)
+    after = preferences.load(tiny, "all")
+    np.testing.assert_array_equal(before.scores, after.scores)
+    assert before.manifest == after.manifest
