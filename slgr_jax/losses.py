@@ -19,6 +19,21 @@ from jaxtyping import Array, Float, Int
 _CHUNK_LOGITS = {"cpu": 1 << 21, "other": 1 << 26}
 
 
+@jax.custom_vjp
+def difference(scores: Float[Array, "N 2"]) -> Float[Array, "N"]:
+    """x_n = s_n0 - s_n1, with a gradient of few operations on a CPU: dx times (1, -1)."""
+    return scores[:, 0] - scores[:, 1]
+
+
+def _difference_backward(_: None, grad: Float[Array, "N"]) -> tuple[Float[Array, "N 2"]]:
+    # A product, which reads dx; of two slices XLA would make a sum of two padded arrays and
+    # compute the loss's derivative for every entry of either.
+    return (grad[:, None] * jnp.array([[1.0, -1.0]]),)
+
+
+difference.defvjp(lambda scores: (difference(scores), None), _difference_backward)
+
+
 def bpr(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """-log sigmoid(x) = log(1 + exp(-x)), finite for any finite x (Rendle et al. 2009, eq. 4)."""
     return jax.nn.softplus(-x)

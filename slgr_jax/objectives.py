@@ -62,6 +62,19 @@ class Learned:
     count: Float[Array, ""]
 
 
+@struct.dataclass
+class Preferred:
+    """What a step's pass says of its preferences.
+
+    Attributes:
+      scores: [G, 2] logits of (preferred, other).
+      differences: [G] s_ua - s_ub.
+    """
+
+    scores: Float[Array, "G 2"]
+    differences: Float[Array, "G"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What every objective's loss is a function of, besides the view."""
@@ -95,9 +108,13 @@ class Objective(Protocol):
         """The recommendation loss."""
         ...
 
-    def preferences(self, view: View, inputs: Inputs) -> Float[Array, "G 2"]:
-        """Scores of both items of each preference, in the training pass."""
+    def preferences(self, view: View, inputs: Inputs) -> Preferred:
+        """The preferences in the training pass."""
         ...
+
+
+def _preferred(scores: Float[Array, "G 2"]) -> Preferred:
+    return Preferred(scores, losses.difference(scores))
 
 
 def _preference_lanes(batch: Batch) -> dict[str, Lanes]:
@@ -133,19 +150,21 @@ class Pairs:
         items = jnp.concatenate([batch.items, batch.pref_items])
         return Reads({BOTH: Lanes(queries, items)}, {})
 
-    def _merged(self, view: View, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        """Scores of triples and of preferences, split so that gradients are only concatenated."""
+    def _merged(self, view: View, inputs: Inputs) -> tuple[Preferred, Preferred]:
+        """Of triples and of preferences. Split last, so that gradients meet by concatenation."""
+        scores = view.scores(BOTH, inputs.pass_(0))
         sizes = (inputs.batch.items.shape[0], inputs.batch.pref_items.shape[0])
-        triples, preferences = jax.lax.split(view.scores(BOTH, inputs.pass_(0)), sizes)
-        return triples, preferences
+        each, differences = (jax.lax.split(x, sizes) for x in (scores, losses.difference(scores)))
+        return Preferred(each[0], differences[0]), Preferred(each[1], differences[1])
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
         weights = inputs.batch.weights
         if self.merged:
-            scores, _ = self._merged(view, inputs)
+            triples, _ = self._merged(view, inputs)
+            scores, differences = triples.scores, triples.differences[:, None]
         else:
             scores = view.scores("lanes", inputs.pass_(0))
-        differences = scores[:, :1] - scores[:, 1:]
+            differences = scores[:, :1] - scores[:, 1:]
         right = jnp.mean((differences > 0).astype(jnp.float32), axis=1)
         if self.pair_loss == "bpr":
             loss = jnp.mean(losses.bpr(differences), axis=1)
@@ -156,9 +175,9 @@ class Pairs:
             losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Float[Array, "G 2"]:
+    def preferences(self, view: View, inputs: Inputs) -> Preferred:
         if not self.merged:
-            return view.scores(PREFERENCES, inputs.pass_(1))
+            return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
         return self._merged(view, inputs)[1]
 
 
@@ -182,8 +201,8 @@ class LabelledRows:
             jnp.sum(batch.weights),
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Float[Array, "G 2"]:
-        return view.scores(PREFERENCES, inputs.pass_(1))
+    def preferences(self, view: View, inputs: Inputs) -> Preferred:
+        return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,8 +270,8 @@ class Softmax:
             view, inputs, states, positives, batch.items[:, 0], batch.weights
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Float[Array, "G 2"]:
-        return view.scores(PREFERENCES, inputs.pass_(1))
+    def preferences(self, view: View, inputs: Inputs) -> Preferred:
+        return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +330,8 @@ class Windows:
             losses.masked_sum(each, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Float[Array, "G 2"]:
-        return view.scores(PREFERENCES, inputs.pass_(1))
+    def preferences(self, view: View, inputs: Inputs) -> Preferred:
+        return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
 
 
 def _joined(x: jax.Array) -> jax.Array:

@@ -409,14 +409,14 @@ def _objective(
     }
     if not trainer.guided:
         return rec + penalty, sums
-    scores = objective.preferences(view, inputs)
+    preferred = objective.preferences(view, inputs)
 
     def stochastic(key: jax.Array, rate: float) -> jax.Array:
         again = access.view(own, leaves, part.context, part.reads, (rate, key))
         return again.scores(objectives.PREFERENCES, (rate, key))
 
     added = trainer.supervision.add(
-        *(params["gate"], scores, stochastic, batch, part.seen, part.for_gate),
+        *(params["gate"], preferred, stochastic, batch, part.seen, part.for_gate),
     )
     sums |= {"guidance_loss": added.guidance, "gate_loss": added.gate}
     sums |= {"alpha": added.alpha, "agreement": added.agreement}

@@ -36,6 +36,7 @@ from slgr_jax.data.context import Context, Queries
 from slgr_jax.data.draws import Batch
 from slgr_jax.distributed import Layout
 from slgr_jax.guidance import pairwise
+from slgr_jax.objectives import Preferred
 from slgr_jax.scoring import Scoring, ensemble_scores
 
 _ANSWERS, _LOOK_AHEAD = "answers", "look_ahead"
@@ -192,7 +193,7 @@ class Supervision:
     def add(
         self,
         gate_params: Mapping[str, Any],
-        scores: Float[Array, "G 2"],
+        preferred: Preferred,
         stochastic: Any,
         batch: Batch,
         seen: Seen,
@@ -201,10 +202,11 @@ class Supervision:
         """The loss of the batch's preferences, and what teaches the gate.
 
         Args:
-          scores: logits of both items, with their gradient.
+          preferred: with its gradient.
           stochastic: (key, dropout rate) -> the logits of one stochastic pass.
         """
         layout, zero = self.layout, jnp.float32(0.0)
+        scores = preferred.scores
         per_preference = 1.0 / (scores.shape[0] * layout.devices)
 
         def mean(values: jax.Array) -> jax.Array:
@@ -220,7 +222,7 @@ class Supervision:
             members=seen.members,
         )
         alpha = believed(self.gate, gate_params, inputs)
-        found = pairwise.guided(alpha, scores[:, 0] - scores[:, 1], self._pair_loss)
+        found = pairwise.guided(alpha, preferred.differences, self._pair_loss)
         guidance, taught = mean(found.loss), zero
         if self.config.gate.gate == "budget":
             share = layout.sum_over_all(mean(jax.lax.stop_gradient(alpha)))

@@ -19,6 +19,7 @@ from slgr_jax import config, gates, judging, many, runs, step, supervision, trai
 from slgr_jax.data import batches, draws
 from slgr_jax.distributed import make_layout
 from slgr_jax.errors import ConfigError, ManifestError
+from slgr_jax.objectives import Preferred
 from slgr_jax.teacher import preferences
 
 N_USERS, N_ITEMS = 24, 30
@@ -284,7 +285,8 @@ def test_the_ensemble_gets_no_gradient(world, tmp_path):
             *(state.tables, {}, batch, resident.context, None, key, (first, *rest))
         )
         scores = jnp.zeros(batch.pref_items.shape)
-        return trainer.supervision.add(GATE, scores, None, batch, seen, key).guidance
+        preferred = Preferred(scores, scores[:, 0])
+        return trainer.supervision.add(GATE, preferred, None, batch, seen, key).guidance
 
     values = resident.ensemble[0].serving.values
     moved = {name: 2.0 * value for name, value in values.items()}

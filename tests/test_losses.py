@@ -30,6 +30,15 @@ def test_gradients(loss):
     check_grads(loss, (jnp.array([-1.3, 0.2, 0.7]),), order=1, modes=("rev",), eps=1e-3)
 
 
+def test_a_difference_and_its_gradient():
+    scores = jnp.array([[1.5, -0.25], [2.0, 2.0], [-3.0, 1.0]])
+    np.testing.assert_allclose(losses.difference(scores), [1.75, 0.0, -4.0])
+    check_grads(losses.difference, (scores,), order=1, modes=("rev",))
+    grad = jax.grad(lambda s: jnp.sum(losses.bpr(losses.difference(s))))(scores)
+    plain = jax.grad(lambda s: jnp.sum(losses.bpr(s[:, 0] - s[:, 1])))(scores)
+    np.testing.assert_array_equal(grad, plain)
+
+
 def test_masked_sum_silences_masked_nans():
     values, weights = jnp.array([1.0, jnp.nan, 3.0]), jnp.array([0.5, 0.0, 2.0])
     assert float(losses.masked_sum(values, weights)) == pytest.approx(6.5)
