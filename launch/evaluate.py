@@ -39,11 +39,11 @@ def main(_: list[str]) -> None:
     if not given.workdir and not (given.data and given.out):
         raise ConfigError("missing --workdir, or --data and --out in its place; see --help")
     options = flags.section_from_flags(BaselineConfig)
-    from slgr_jax import baselines, picture, report, runs
+    from slgr_jax import baselines, picture, report, runs, workdirs
     from slgr_jax.data import dataset as dataset_lib
 
     labels, metric = report.labels(given.workdir), given.metric
-    configs = [runs.read_config(workdir) for workdir in given.workdir]
+    configs = [workdirs.read_config(workdir) for workdir in given.workdir]
     configs = configs or [RunConfig(given.data, given.out)]
     for config in configs:
         metric = report.choose_metric(metric, config.evaluation)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slgr_jax import checkpoint, train
+from slgr_jax import checkpoint, train, workdirs
 from slgr_jax import runs as runs_lib
 from slgr_jax.config import RunConfig, differences
 from slgr_jax.data.batches import Resident
@@ -111,7 +111,7 @@ def _saved(run: RunConfig, dataset: Dataset, trainer: Trainer) -> checkpoint.Pro
       ConfigError: it holds another run.
     """
     with (
-        runs_lib.opened(run, dataset),
+        workdirs.opened(run, dataset),
         contextlib.closing(checkpoint.Checkpoints(run.workdir, trainer, writable=True)) as saved,
     ):
         return saved.progress()
@@ -243,7 +243,7 @@ class _Group:
         self.run_steps = steps
         self.seeds = []
         for run in runs:
-            stack.enter_context(runs_lib.opened(run, dataset))
+            stack.enter_context(workdirs.opened(run, dataset))
             train.write_record(run, dataset, trainer, programs)
             saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
             journal = train.open_journal(run, programs, checkpoint.Progress())

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slgr_jax import checkpoint, click_metrics, config, evaluate, metrics, runs, tables
+from slgr_jax import checkpoint, click_metrics, config, evaluate, metrics, runs, tables, workdirs
 from slgr_jax.backbones import DotBackbone, JointBackbone, SequenceBackbone
 from slgr_jax.data import batches, labelled
 from slgr_jax.data import dataset as dataset_lib
@@ -313,8 +313,8 @@ def write_record(
         "steps_per_epoch": programs.per_epoch,
         "steps_per_dispatch": programs.dispatch,
     }
-    text = runs.record(run, dataset, trainer, **resolved)
-    runs.write_text(pathlib.Path(run.workdir) / runs.RECORD, text)
+    text = workdirs.record(run, dataset, trainer, **resolved)
+    workdirs.write_text(pathlib.Path(run.workdir) / workdirs.RECORD, text)
 
 
 class _Loop:
@@ -445,7 +445,7 @@ def load_data(run: config.RunConfig) -> Dataset:
 def _train(run: config.RunConfig, dataset: Dataset, stop: threading.Event) -> Outcome:
     with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
         trainer, resident = runs.build(run, dataset)
-    with runs.opened(run, dataset):
+    with workdirs.opened(run, dataset):
         return _train_in_workdir(run, dataset, trainer, resident, stop)
 
 

@@ -15,7 +15,7 @@ import pytest
 import worlds
 from scipy.special import expit, logit
 
-from slgr_jax import config, gates, judging, many, runs, step, supervision, train
+from slgr_jax import config, gates, judging, many, runs, step, supervision, train, workdirs
 from slgr_jax.data import batches, draws
 from slgr_jax.distributed import make_layout
 from slgr_jax.errors import ConfigError, ManifestError
@@ -477,5 +477,5 @@ def test_without_a_gate_nobody_is_asked(world, tmp_path):
     run = _run(world, tmp_path / "r", ensemble="no,where", guidance="none", teacher="")
     _, resident = runs.build(run, world[0])
     assert resident.ensemble == ()
-    assert runs.members(run) == []
+    assert workdirs.members(run) == []
     assert supervision.Seen().members is None

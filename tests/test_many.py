@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import worlds
 
-from slgr_jax import checkpoint, config, many, runs, step, train
+from slgr_jax import checkpoint, config, many, runs, step, train, workdirs
 from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.teacher import preferences
@@ -99,7 +99,7 @@ def _assert_as_alone(alone: list[config.RunConfig], group: list[config.RunConfig
         files = [pathlib.Path(run.workdir) / "run.json" for run in (one, other)]
         records = [json.loads(file.read_text()) for file in files]
         assert records[0] == records[1]
-        assert runs.read_config(other.workdir) == other
+        assert workdirs.read_config(other.workdir) == other
     assert len({one.epoch for one in found}) > 1, "the seeds should stop at different epochs"
 
 

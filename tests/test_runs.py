@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import worlds
 
-from slgr_jax import checkpoint, runs, train
+from slgr_jax import checkpoint, runs, train, workdirs
 from slgr_jax.config import (
     EvaluationConfig,
     GuidanceConfig,
@@ -60,7 +60,7 @@ def _run(dataset: Dataset, workdir: pathlib.Path, **train_knobs: object) -> RunC
 
 
 def _open(run: RunConfig, dataset: Dataset) -> None:
-    with runs.opened(run, dataset):
+    with workdirs.opened(run, dataset):
         pass
 
 
@@ -85,7 +85,7 @@ def test_a_dataset_is_no_place_for_a_run(dataset):
 def test_one_process_at_a_time(dataset, tmp_path):
     run = _run(dataset, tmp_path / "run")
     with (
-        runs.opened(run, dataset),
+        workdirs.opened(run, dataset),
         pytest.raises(ConfigError, match=r"being trained by another process \(\d+ on .+\); stop"),
     ):
         _open(dataclasses.replace(run, train=TrainConfig(restart=True)), dataset)
@@ -97,9 +97,9 @@ def test_one_process_at_a_time(dataset, tmp_path):
 
 def test_moved_data_are_found_again(dataset, workdir, tmp_path):
     moved = load(shutil.copytree(dataset.path, tmp_path / "moved"))
-    values = json.loads((workdir / runs.CONFIG).read_text())
+    values = json.loads((workdir / workdirs.CONFIG).read_text())
     values["data"] = str(tmp_path / "gone")
-    (workdir / runs.CONFIG).write_text(json.dumps(values))
+    (workdir / workdirs.CONFIG).write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"gone, which is not there; .*--data=NEW"):
         runs.restore_run(str(workdir))
     _open(_run(moved, workdir), moved)
@@ -121,13 +121,13 @@ def test_resuming_on_a_dataset_that_was_replaced_is_refused(workdir, dataset, tm
 
 def test_a_record_without_its_hashes_is_named(dataset, workdir):
     for text in ('{"split_ha', "{}", "[]", '"x"'):
-        (workdir / runs.RECORD).write_text(text)
+        (workdir / workdirs.RECORD).write_text(text)
         with pytest.raises(ConfigError, match=r"run\.json is damaged; restore it, or remove it"):
             runs.restore_run(str(workdir))
-    (workdir / runs.RECORD).unlink()
+    (workdir / workdirs.RECORD).unlink()
     assert runs.restore_run(str(workdir)).dataset.n_users == 16
     train.train(_run(dataset, workdir))
-    assert runs.trained_on(str(workdir), dataset)
+    assert workdirs.trained_on(str(workdir), dataset)
 
 
 def test_restart_leaves_no_numbers_of_the_run_before(dataset, workdir):
@@ -142,7 +142,7 @@ def test_restart_leaves_no_numbers_of_the_run_before(dataset, workdir):
 
 @pytest.mark.parametrize("content", [b'{"data": "d", "wor', b"\xff\xfe\x00", b"", b"[]"], ids=repr)
 def test_a_damaged_config_is_named_and_restart_mends_it(dataset, workdir, content):
-    (workdir / runs.CONFIG).write_bytes(content)
+    (workdir / workdirs.CONFIG).write_bytes(content)
     for attempt in (
         lambda: runs.restore_run(str(workdir)),
         lambda: _open(_run(dataset, workdir), dataset),
@@ -150,7 +150,7 @@ def test_a_damaged_config_is_named_and_restart_mends_it(dataset, workdir, conten
         with pytest.raises(ConfigError, match=r"config\.json is .*; restore it, or .*--restart"):
             attempt()
     _open(_run(dataset, workdir, restart=True), dataset)
-    assert runs.read_config(str(workdir)) == _run(dataset, workdir, restart=True)
+    assert workdirs.read_config(str(workdir)) == _run(dataset, workdir, restart=True)
 
 
 def _checkpoint_files(workdir: pathlib.Path, parent: str) -> list[pathlib.Path]:

@@ -19,7 +19,7 @@ import pytest
 import worlds
 from orbax.checkpoint import v1 as ocp
 
-from slgr_jax import checkpoint, knobs, runs, train
+from slgr_jax import checkpoint, knobs, runs, train, workdirs
 from slgr_jax.config import GuidanceConfig, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
 from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
 
@@ -143,7 +143,7 @@ def test_run_record_states_what_was_resolved(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
     run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
     train.train(run)
-    assert runs.read_config(run.workdir) == run
+    assert workdirs.read_config(run.workdir) == run
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["split_hash"] == dataset.manifest.split_hash
     assert record["steps_per_epoch"] == -(-len(dataset.train) // 32)

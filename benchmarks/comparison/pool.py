@@ -95,30 +95,30 @@ def groups(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 def finished(run: RunConfig) -> bool:
     """Whether the run's directory holds this run, trained to its end on what is there now."""
-    from slgr_jax import runs
+    from slgr_jax import workdirs
     from slgr_jax.data import schema
 
-    if results.outcome(run.workdir) is None or runs.read_config(run.workdir) != run:
+    if results.outcome(run.workdir) is None or workdirs.read_config(run.workdir) != run:
         return False
-    was, now = runs.recorded(run.workdir), schema.read_dataset_manifest(run.data)
+    was, now = workdirs.recorded(run.workdir), schema.read_dataset_manifest(run.data)
     same: bool = was == {
         "split_hash": now.split_hash,
         "id_map_hash": now.id_map_hash,
-        "teacher_hash": runs.teacher_hash(run),
+        "teacher_hash": workdirs.teacher_hash(run),
     }
-    return same and runs.other_members(run.workdir, run) is None
+    return same and workdirs.other_members(run.workdir, run) is None
 
 
 def _refuse_other(run: RunConfig) -> None:
     """Refuse a directory that holds a run which this one cannot go on from."""
-    from slgr_jax import config, runs
+    from slgr_jax import config, workdirs
 
-    if not (pathlib.Path(run.workdir) / runs.CONFIG).is_file():
+    if not (pathlib.Path(run.workdir) / workdirs.CONFIG).is_file():
         return
     changed = [
         text
-        for text in config.differences(runs.read_config(run.workdir), run)
-        if text[2:].split(":")[0] not in runs.RESUMABLE
+        for text in config.differences(workdirs.read_config(run.workdir), run)
+        if text[2:].split(":")[0] not in workdirs.RESUMABLE
     ]
     if changed:
         raise ConfigError(
