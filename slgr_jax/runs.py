@@ -1,7 +1,6 @@
-"""Runs: what one is built of, how a trained one is loaded, and its evaluation.
+"""What a run is built of, how a trained one is loaded, and its evaluation."""
 
-metrics.json, per_user.parquet, metrics.png    launch/evaluate.py, beside what `workdirs.py` names
-"""
+from __future__ import annotations
 
 import dataclasses
 import os
