@@ -410,11 +410,14 @@ def teacher_lists(
         cut = excluded(both, None, n_items)
         able &= cut.free[users] > 0
     chosen = np.flatnonzero(able)
+    starts = np.empty((chosen.size, 4), np.int32)  # filled by column: lists can be large
+    for column, values in enumerate((chosen, users[chosen], low[chosen], high[chosen])):
+        starts[:, column] = values
     return TeacherLists(
         offsets=host32(offsets),
         items=host32(items),
         scores=host_array(scores, np.float32),
-        starts=host32(np.stack([x[chosen] for x in (np.arange(items.size), users, low, high)], 1)),
+        starts=host32(starts),
         unlisted=cut,
         floor=float(scores.min()) if scores.size else 0.0,
         ceiling=float(scores.max()) if scores.size else 0.0,
