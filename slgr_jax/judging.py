@@ -37,7 +37,6 @@ def judge(
     scoring: Scoring,
     teacher: batches.TeacherLists | batches.TeacherPairs,
     *,
-    unlisted_below: bool,
     part: str = "test",
     ensemble: Sequence[tuple[AnyBackbone, Scoring]] = (),
 ) -> dict[str, Any] | None:
@@ -54,7 +53,7 @@ def judge(
       reliability: bins of alpha of equal size: {low, high, alpha, right, n}.
     """
     chosen = known.make_chosen(dataset, part)
-    found = known.make_known(dataset, teacher, chosen, unlisted_below=unlisted_below)
+    found = known.make_known(dataset, teacher, chosen)
     if not found.count:
         return None
     slices = dataset.slices(run.slices)

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from slgr_jax import config
+from slgr_jax import config, rivals
 from slgr_jax.backbones import AnyBackbone, SequenceBackbone
 from slgr_jax.data import batches, known, schema
 from slgr_jax.data.context import GRAPH
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.scoring import Scoring
 from slgr_jax.teacher import preferences
 
 
 def resident_teacher(
-    run: config.RunConfig, dataset: Dataset
+    run: config.RunConfig,
+    dataset: Dataset,
+    members: Sequence[tuple[AnyBackbone, Scoring]] = (),
 ) -> batches.TeacherLists | batches.TeacherPairs | None:
     """The teacher's preferences as host arrays to draw from; None without guidance.
 
+    Args:
+      members: the runs of --ensemble, as of the end of training.
+
     Raises:
       ManifestError, ShardError: the product does not fit or is damaged.
+      ConfigError: lists that rivals cannot complete.
       InputError: it states no preference at all.
     """
     guidance = run.guidance
     if guidance.guidance == "none":
         return None
     teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
+    if run.rivals:
+        kernels = run.train.kernels
+        found_rivals = rivals.find(dataset, teacher, members, run.rivals, kernels=kernels)
+        teacher = rivals.complete(teacher, found_rivals)
     found: batches.TeacherLists | batches.TeacherPairs
     if teacher.manifest.kind == "preferences":
         # Margins are above 0; a slice of everything is no copy.
@@ -89,13 +102,12 @@ def resident_known(
         elif hides:
             why = "the runs of --ensemble were trained on them"
         raise ConfigError(f"--known_answers=hidden: {why}; use --known_answers=validation")
-    below = manifest.unlisted == "below"
 
     def answers(source: str, hidden: Csr | None) -> batches.Known:
         chosen = known.make_chosen(dataset, source, hidden)
         if gate.gate == "meta":
             return batches.Known(chosen, None)
-        return known.make_known(dataset, teacher, chosen, unlisted_below=below)
+        return known.make_known(dataset, teacher, chosen)
 
     source, left_out, found = "valid", None, answers("valid", None)
     if hides and able and gate.known_answers != "validation":

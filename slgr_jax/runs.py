@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from slgr_jax import (
     workdirs,
 )
 from slgr_jax.backbones import AnyBackbone, SequenceBackbone, make_backbone, reads_of
-from slgr_jax.data import batches, context, labelled, sampling, schema
+from slgr_jax.data import batches, context, labelled, sampling
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.context import HISTORY, Context
 from slgr_jax.data.dataset import Csr, Dataset
@@ -34,7 +34,6 @@ from slgr_jax.report import EvaluatedRun
 from slgr_jax.resident import resident_known, resident_teacher
 from slgr_jax.scoring import Scoring, ServingState, moments, score_rows, score_users
 from slgr_jax.step import Trainer
-from slgr_jax.teacher import preferences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +117,13 @@ def build(run: config.RunConfig, dataset: Dataset) -> tuple[Trainer, batches.Res
     native = _native(run, layout)
     backbone, found = _backbone(run, dataset, native=native)
     made = batches.interactions(dataset, run.sampler, slices.cold_users, slices.tail_items)
-    teacher = resident_teacher(run, dataset)
+    members = _members(restore_ensemble(run, dataset), "valid")
+    teacher = resident_teacher(run, dataset, members)
     answers, left_out = resident_known(run, dataset, teacher, backbone)
     made = dataclasses.replace(made, targets=_targets(run, dataset, backbone, left_out))
-    frozen = restore_ensemble(run, dataset)
-    scorings = tuple(member.scoring("valid") for member in frozen)
-    resident = batches.Resident(made, teacher, found, answers, scorings)
-    backbones = tuple(member.backbone for member in frozen)
+    read = members if run.gate.reads_ensemble else []
+    resident = batches.Resident(made, teacher, found, answers, tuple(one for _, one in read))
+    backbones = tuple(member for member, _ in read)
     trainer = make_trainer(run, dataset, resident, layout, backbone, backbones)
     return trainer, jax.device_put(resident, layout.replicated)
 
@@ -220,7 +219,7 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
 
 
 def restore_ensemble(run: config.RunConfig, dataset: Dataset) -> list[Run]:
-    """The best states of the runs whose spread the gate of `run` reads; [] where it reads none.
+    """The best states of the runs that --ensemble names; [] where it names none.
 
     Raises:
       ConfigError: one is not there, or was trained on another dataset than `dataset`.
@@ -273,18 +272,23 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
 
 def _judged(workdir: str, run: Run) -> dict[str, Any] | None:
     """How well the run's gate tells where the teacher is right; None without a gate."""
-    ensemble = restore_ensemble(run.config, run.dataset)
-    if ensemble and (other := workdirs.other_members(workdir, run.config)):
+    frozen = restore_ensemble(run.config, run.dataset)
+    if frozen and (other := workdirs.other_members(workdir, run.config)):
         raise ConfigError(
             f"{workdir} was trained with another --ensemble ({other}); put it back or train again"
         )
-    teacher = resident_teacher(run.config, run.dataset) if run.config.gated else None
+    if not run.config.gated:
+        return None
+    teacher = resident_teacher(run.config, run.dataset, _members(frozen, "valid"))
     if teacher is None:
         return None
-    path = preferences.product_path(run.config.data, run.config.guidance.teacher)
     return judging.judge(
         *(run.config, run.dataset, run.backbone, make_gate(run.config.gate)),
         *(run.scoring("test"), teacher),
-        unlisted_below=schema.read_teacher_manifest(path).unlisted == "below",
-        ensemble=[(member.backbone, member.scoring("test")) for member in ensemble],
+        ensemble=_members(frozen, "test") if run.config.gate.reads_ensemble else (),
     )
+
+
+def _members(frozen: Sequence[Run], part: str) -> list[tuple[AnyBackbone, Scoring]]:
+    """What runs of an ensemble score with, as of the moment before `part`."""
+    return [(member.backbone, member.scoring(part)) for member in frozen]

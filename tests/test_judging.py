@@ -40,7 +40,6 @@ def _judged(dataset, workdir, **knobs):
     return judging.judge(
         *(run, dataset, trainer.backbone, make_gate(run.gate), Scoring(serving, Context(), None)),
         resident_teacher(run, dataset),
-        unlisted_below=True,
     )
 
 

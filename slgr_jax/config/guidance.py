@@ -63,6 +63,14 @@ class GuidanceConfig(Section):
         minimum=0,
         maximum=1,
     )
+    rivals: int = knob(
+        0,
+        "draw preferences among a list and the R other items that the runs of --ensemble rank "
+        "highest for its user (hard negatives), for teachers whose manifest says that unlisted "
+        "items rank below the list; 0 = against any unlisted item. With it, add reference to "
+        "--gate_inputs",
+        minimum=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +129,7 @@ class GateConfig(Section):
     )
     ensemble: str = knob(
         "",
-        "uncertainty=ensemble, or reference among --gate_inputs: work directories RUN,RUN,... of "
+        "uncertainty=ensemble, reference among --gate_inputs, or --rivals: directories RUN,... of "
         "runs trained on this dataset, of any backbone, each with its own seed or settings (two or "
         "more for an uncertainty); their best states are read, never changed",
     )
@@ -138,20 +146,9 @@ class GateConfig(Section):
         self._check_ensemble()
 
     def _check_ensemble(self) -> None:
-        spread = self.uncertainty == "ensemble"
-        mean = self.taught and "reference" in self.input_names
-        if not (spread or mean):
-            if self.ensemble:
-                raise ConfigError(
-                    f"--ensemble={self.ensemble} is not read with --uncertainty={self.uncertainty} "
-                    f"and --gate={self.gate}, --gate_inputs={self.gate_inputs}; add "
-                    "--uncertainty=ensemble, or reference to the inputs of a taught gate, or drop "
-                    "it"
-                )
-            return
         places = [os.path.realpath(member) for member in self.members]
-        if len(places) < (least := 2 if spread else 1):
-            what = "--uncertainty=ensemble" if spread else f"--gate_inputs={self.gate_inputs}"
+        if self.reads_ensemble and len(places) < (least := 2 if self._spread else 1):
+            what = "--uncertainty=ensemble" if self._spread else f"--gate_inputs={self.gate_inputs}"
             raise ConfigError(
                 f"{what} needs {least} or more runs, --ensemble={self.ensemble} names "
                 f"{len(places)}; give work directories of trained runs: --ensemble=RUN,RUN"
@@ -162,6 +159,15 @@ class GateConfig(Section):
                     f"--ensemble={self.ensemble} names {member} {times} times: a run does not "
                     "differ from itself; name each once"
                 )
+
+    @property
+    def _spread(self) -> bool:
+        return self.uncertainty == "ensemble"
+
+    @property
+    def reads_ensemble(self) -> bool:
+        """Whether the gate looks at what the runs of --ensemble say of a preference."""
+        return self._spread or (self.taught and "reference" in self.input_names)
 
     @property
     def members(self) -> tuple[str, ...]:

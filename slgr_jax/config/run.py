@@ -305,14 +305,29 @@ class RunConfig:
                 f"--teacher={self.guidance.teacher} is not used with --guidance=none; "
                 "add --guidance=selective or drop it"
             )
+        self._check_ensemble()
+        self._check_loss()
+
+    def _check_ensemble(self) -> None:
+        gate, rivals = self.gate, self.guidance.rivals
+        if gate.ensemble and not (gate.reads_ensemble or rivals):
+            raise ConfigError(
+                f"--ensemble={gate.ensemble} is not read with --uncertainty={gate.uncertainty} "
+                f"and --gate={gate.gate}, --gate_inputs={gate.gate_inputs}; add "
+                "--uncertainty=ensemble, reference to the inputs of a taught gate, or --rivals, "
+                "or drop it"
+            )
+        if self.rivals and not gate.members:
+            raise ConfigError(
+                f"--rivals={rivals} are ranked by trained runs: name one that was trained without "
+                "guidance, --ensemble=RUN"
+            )
         own = os.path.realpath(self.workdir)
         if own in map(os.path.realpath, self.gate.members):
             raise ConfigError(
                 f"--ensemble={self.gate.ensemble} names --workdir={self.workdir} itself; name runs "
                 "that were trained before it"
             )
-
-        self._check_loss()
 
     def _check_loss(self) -> None:
         backbone, loss = self.model.backbone, self.loss
@@ -366,8 +381,13 @@ class RunConfig:
 
     @property
     def ensemble(self) -> tuple[str, ...]:
-        """Directories of the runs whose spread the gate reads; () without a gate."""
+        """Directories of the runs that a gate reads, or that rank rivals; () without a gate."""
         return self.gate.members if self.gated else ()
+
+    @property
+    def rivals(self) -> int:
+        """R: rivals that complete a user's list; 0 without a gate."""
+        return self.guidance.rivals if self.gated else 0
 
     @property
     def gate_lr(self) -> float:

@@ -80,8 +80,6 @@ def make_known(
     dataset: Dataset,
     teacher: TeacherLists | TeacherPairs,
     chosen: Chosen,
-    *,
-    unlisted_below: bool,
 ) -> Known:
     """What `teacher` (host arrays) says about the chosen items."""
     count = dataset.n_items
@@ -108,7 +106,7 @@ def make_known(
     other_counts = np.bincount(owners[others], minlength=dataset.n_users)
     users = np.asarray(chosen.users)
     outside = None
-    if unlisted_below:
+    if teacher.unlisted is not None:
         both = Csr.from_pairs(
             np.concatenate([owners, excluded_pairs // count]),
             np.concatenate([np.asarray(teacher.items), excluded_pairs % count]),

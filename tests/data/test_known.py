@@ -94,7 +94,7 @@ def test_answers_of_free_lists_are_preferences_with_one_chosen_item(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=8, n_items=20, per_user=10)
     teacher = _lists(dataset, guidance, below=True)
     chosen = known.make_chosen(dataset, "valid")
-    found = known.make_known(dataset, teacher, chosen, unlisted_below=True)
+    found = known.make_known(dataset, teacher, chosen)
     seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
     expected = {}
     for u in range(8):
@@ -149,7 +149,7 @@ def test_answers_of_asked_lists_compare_listed_items_only(tmp_path, min_gap):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=8, n_items=20, per_user=10)
     teacher = _lists(dataset, guidance, below=False)
     chosen = known.make_chosen(dataset, "valid")
-    found = known.make_known(dataset, teacher, chosen, unlisted_below=False)
+    found = known.make_known(dataset, teacher, chosen)
     seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
     expected = set()
     for u in range(8):
@@ -182,9 +182,7 @@ def test_answers_of_stated_preferences_are_those_with_one_chosen_item(tmp_path):
     users = np.sort(rng.integers(0, 8, 400)).astype(np.int32)
     items = np.stack([rng.choice(20, 2, replace=False) for _ in users]).astype(np.int32)
     teacher = batches.TeacherPairs(users, items, rng.random(400).astype(np.float32))
-    found = known.make_known(
-        dataset, teacher, known.make_chosen(dataset, "valid"), unlisted_below=False
-    )
+    found = known.make_known(dataset, teacher, known.make_chosen(dataset, "valid"))
     seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
     expected = {}
     for row, (u, (a, b)) in enumerate(zip(users, items, strict=True)):
