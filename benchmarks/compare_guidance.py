@@ -12,8 +12,11 @@
 3. Every run meets the test part, once.
 
 Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
-calibrated, meta; --arm for others. Controls, in every report: constant (the matched gate's mean
-alpha), shuffled (another user's answers), popularity and item_item as teachers.
+calibrated, meta; rivals (what the teacher lists against what `none` would recommend instead,
+calibrated with the margin of `none` among its inputs) and global_rivals (the same pairs, alpha 1);
+--arm for others (ensemble=none: the run of `none` of the same seed). Controls, in every report:
+constant (the matched gate's mean alpha), shuffled (another user's answers), popularity and
+item_item as teachers.
 
 Called again it goes on where it was: finished runs are known by their settings and data. Other
 knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
@@ -74,7 +77,8 @@ absl_flags.DEFINE_list(
 absl_flags.DEFINE_bool(
     *("tune_guidance_loss", True),
     "also try, at an arm's best lambda, its other loss: hinge and logistic, of calibrated informed "
-    "and hinge; paper and pointwise keep their own, and --guidance_loss is that of every arm",
+    "and hinge, of rivals the gate without a reference; paper and pointwise keep their own, and "
+    "--guidance_loss is that of every arm",
 )
 absl_flags.DEFINE_integer(
     "workers", 0, "processes on a CPU; 0 = one per core; accelerators take one", lower_bound=0
@@ -85,7 +89,9 @@ OWN = (
     *("tune_guidance_loss", "workers"),
 )
 # Knobs of a run that the comparison sets itself.
-_SET_HERE = frozenset({"backbone", "guidance", "teacher", "gate", "alpha", "seed", "restart"})
+_SET_HERE = frozenset(
+    {"backbone", "guidance", "teacher", "gate", "alpha", "rivals", "seed", "restart"}
+)
 
 
 # --------------------------------------------------------------------- the command line
@@ -181,9 +187,9 @@ def compare(plan: Plan, workers: int) -> dict[str, Any]:
     print(f"tuning {listing(plan.arms, 99)} of {listing(plan.backbones, 99)}", flush=True)
     tuned = tuning.tune(plan, train)
     runs = {
-        (backbone, arm): [_run(plan, backbone, arm, found, seed) for seed in range(plan.seeds)]
+        (backbone, arm): [plan.run(backbone, arm, of_arms, seed) for seed in range(plan.seeds)]
         for backbone, of_arms in tuned.items()
-        for arm, found in ((arm, of_arms[arm]) for arm in plan.arms)
+        for arm in plan.arms
     }
     every = [run for mine in runs.values() for run in mine]
     print(f"{plan.seeds} seeds of each", flush=True)
@@ -193,16 +199,6 @@ def compare(plan: Plan, workers: int) -> dict[str, Any]:
     print("meeting the test part", flush=True)
     pool.evaluate_runs(every, workers=workers)
     return _report(plan, tuned, runs)
-
-
-def _run(
-    plan: Plan, backbone: str, arm: str, found: Mapping[str, Any], seed: int
-) -> config.RunConfig:
-    """The run of a seed; that of seed 0 is the one that tuning trained, where it did."""
-    where = plan.run_dir(backbone, arm, seed)
-    if seed == 0 and found["tried"]:
-        where = plan.tune_dir(backbone, arm, found["chosen"])
-    return plan.config(backbone, arm, found["chosen"], where, seed)
 
 
 def _report(

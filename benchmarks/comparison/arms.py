@@ -19,6 +19,9 @@ from slgr_jax.teacher import controls
 
 Settings = Mapping[str, float | str]
 
+# What `ensemble` says in an arm whose reference is the run of `none` of the same seed.
+REFERENCE = "none"
+_AGAINST_RIVALS = {"guidance": "selective", "rivals": 100, "ensemble": REFERENCE}
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "none": {"guidance": "none"},
@@ -29,9 +32,15 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "budget": {"guidance": "selective", "gate": "budget"},
     "calibrated": {"guidance": "selective", "gate": "calibrated"},
     "meta": {"guidance": "selective", "gate": "meta"},
+    "global_rivals": {**_AGAINST_RIVALS, "gate": "constant", "alpha": 1.0},
+    "rivals": {
+        **_AGAINST_RIVALS,
+        "gate": "calibrated",
+        "gate_inputs": "reference,history,popularity,teacher",
+    },
 }
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
-GATED = ("calibrated", "paper", "meta", "budget", "rule")
+GATED = ("rivals", "calibrated", "paper", "meta", "budget", "rule")
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
 # too: they change one thing. The other two teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)
@@ -42,6 +51,8 @@ UNTUNED = ("constant", "shuffled")
 LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("informed", "hinge")}
 OTHER_LOSSES = ("hinge", "logistic")
 LITERAL = ("paper", "pointwise")  # arms that keep the loss they are known by
+# What is tried of a gate with a reference, in place of another loss: the gate without it.
+BLIND: Mapping[str, str] = {"gate_inputs": "history,popularity,teacher"}
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0)
 # What is tuned of each backbone: knob -> values; lambda comes on top for guided arms.
@@ -95,7 +106,7 @@ class Plan:
       seeds: runs of an arm.
       grids: backbone -> what is tuned of it.
       lambdas: weights of the guidance that are tried.
-      tune_loss: also try the other guidance loss of an arm, at its best lambda.
+      tune_loss: also try what `variants` says of an arm, at its best lambda.
       own_arms: arms beside `ARMS`: name -> knobs.
       tune_runs: most tuning runs of an arm; 0: as many as the backbone's grid has points.
     """
@@ -136,24 +147,42 @@ class Plan:
             own |= {"gate": "constant", "guidance_loss": like.guidance_loss_name}
         return {**own, "teacher": self.teacher_of(arm)}
 
-    def other_losses(self, arm: str) -> tuple[str, ...]:
-        """Guidance losses that are tried beside the arm's own."""
+    def variants(self, arm: str) -> tuple[Settings, ...]:
+        """What is tried beside the arm's own: its other guidance loss, or its gate without the
+        reference."""
         knobs = {**self.knobs, **self.knobs_of(arm)}
         like = self.matched if arm in CONTROLS else arm
-        if not self.tune_loss or like in ("none", *LITERAL) or "guidance_loss" in knobs:
+        if not self.tune_loss or like in ("none", *LITERAL):
+            return ()
+        if like == "rivals":
+            return (BLIND,)
+        if "guidance_loss" in knobs:
             return ()
         own = config.make_run("", "", **knobs).guidance_loss_name
-        return tuple(x for x in LOSSES.get(knobs["gate"], OTHER_LOSSES) if x != own)
+        losses = LOSSES.get(knobs["gate"], OTHER_LOSSES)
+        return tuple({"guidance_loss": loss} for loss in losses if loss != own)
 
     def config(
-        self, backbone: str, arm: str, settings: Settings, workdir: pathlib.Path, seed: int = 0
+        self,
+        backbone: str,
+        arm: str,
+        settings: Settings,
+        workdir: pathlib.Path,
+        seed: int = 0,
+        *,
+        reference: pathlib.Path | None = None,
     ) -> RunConfig:
         """The run of an arm with its settings.
+
+        Args:
+          reference: the run of `none` that an arm with one reads.
 
         Raises:
           ConfigError: a knob has no such value, an arm's gate for instance.
         """
         own = {**self.knobs, **self.knobs_of(arm), **settings}
+        if own.get("ensemble") == REFERENCE and reference is not None:
+            own["ensemble"] = str(reference)
         return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **own)
 
     def tune_dir(self, backbone: str, arm: str, settings: Settings) -> pathlib.Path:
@@ -165,9 +194,28 @@ class Plan:
         name = "_".join([arm, *parts])
         return self.out / backbone / "tune" / name
 
-    def run_dir(self, backbone: str, arm: str, seed: int) -> pathlib.Path:
-        """Where a run that meets the test part is kept, unless tuning has trained it."""
+    def run_dir(self, backbone: str, arm: str, found: Mapping[str, Any], seed: int) -> pathlib.Path:
+        """Where a run that meets the test part is kept: that of seed 0 is the one that tuning
+        trained, where it did.
+
+        Args:
+          found: what tuning tried and chose of the arm.
+        """
+        if seed == 0 and found["tried"]:
+            return self.tune_dir(backbone, arm, found["chosen"])
         return self.out / backbone / "runs" / f"{arm}_seed{seed}"
+
+    def run(
+        self, backbone: str, arm: str, of_arms: Mapping[str, Mapping[str, Any]], seed: int
+    ) -> RunConfig:
+        """The run of a seed with the settings that tuning chose.
+
+        Args:
+          of_arms: arm -> what tuning tried and chose.
+        """
+        found, where = of_arms[arm], self.run_dir(backbone, arm, of_arms[arm], seed)
+        reference = self.run_dir(backbone, "none", of_arms["none"], seed)
+        return self.config(backbone, arm, found["chosen"], where, seed, reference=reference)
 
     def check(self) -> None:
         """Refuse what no run can be made of, before the first one.

@@ -66,7 +66,8 @@ def train_runs(
     for run in todo.values():
         _refuse_other(run)
     shown = functools.partial(_show, root=root)
-    _each(_fit_group, groups(list(todo.values())), workers, shown)
+    for wave in waves(list(todo.values())):
+        _each(_fit_group, groups(wave), workers, shown)
     return [_known(run) for run in runs]
 
 
@@ -74,6 +75,13 @@ def evaluate_runs(runs: Sequence[RunConfig], *, workers: int) -> None:
     """Let every run meet the test part, once."""
     todo = {run.workdir: run for run in runs if not results.evaluated(run.workdir)}
     _each(_evaluate, list(todo.values()), workers, lambda done, of, run: None)
+
+
+def waves(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """The runs that others of them read (--ensemble), then the rest."""
+    read = {member for run in runs for member in run.ensemble}
+    first = [run for run in runs if run.workdir in read]
+    return [first, [run for run in runs if run.workdir not in read]]
 
 
 def groups(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:

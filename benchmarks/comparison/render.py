@@ -211,7 +211,7 @@ def _tuning(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
                 f"lambda {row['lambda']:g}": row["valid"]
                 for row in found["tried"]
                 if "lambda" in row
-                and "guidance_loss" not in row
+                and row.keys() <= {*base, "lambda", "valid", "epoch"}
                 and all(row.get(k) == v for k, v in base.items())
             }
             if at:

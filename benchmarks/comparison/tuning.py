@@ -2,9 +2,9 @@
 
 1. `none` of a backbone: every point of its grid.
 2. A guided arm: every lambda at the settings of `none`; at the best, if that leaves a run, its
-   other guidance loss.
-3. Then, at its best lambda and loss, other points of the grid, those most like the best of `none`
-   first, until it has had as many runs as `none`.
+   variant (`arms.Plan.variants`: another guidance loss).
+3. Then, at its best lambda and variant, other points of the grid, those most like the best of
+   `none` first, until it has had as many runs as `none`.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def tune(plan: Plan, train: Train) -> Tuned:
         _try(plan, train, asked, found)
         each = list(itertools.product(plan.backbones, guided))
         asked = [
-            (backbone, arm, {**found[backbone][arm]["chosen"], "guidance_loss": loss})
+            (backbone, arm, {**found[backbone][arm]["chosen"], **variant})
             for backbone, arm in each
             if len(found[backbone][arm]["tried"]) < budgets[backbone]
-            for loss in plan.other_losses(arm)
+            for variant in plan.variants(arm)
         ]
         _try(plan, train, asked, found)
         asked = []
@@ -91,7 +91,7 @@ def tune(plan: Plan, train: Train) -> Tuned:
             mine = found[backbone][arm]
             left = budgets[backbone] - len(mine["tried"])
             more = near(plan.grids[backbone], found[backbone]["none"]["chosen"], max(left, 0))
-            kept = {k: v for k, v in mine["chosen"].items() if k in ("lambda", "guidance_loss")}
+            kept = {k: v for k, v in mine["chosen"].items() if k not in plan.grids[backbone]}
             asked += [(backbone, arm, {**point, **kept}) for point in more]
         _try(plan, train, asked, found)
     for backbone, arm in itertools.product(plan.backbones, plan.arms):
@@ -104,10 +104,14 @@ def _try(
     plan: Plan, train: Train, asked: Sequence[tuple[str, str, Settings]], found: Tuned
 ) -> None:
     """Train what is asked for; add it to what was tried, and choose anew."""
-    runs = [
-        plan.config(backbone, arm, settings, plan.tune_dir(backbone, arm, settings))
-        for backbone, arm, settings in asked
-    ]
+
+    def run(backbone: str, arm: str, settings: Settings) -> RunConfig:
+        where = plan.tune_dir(backbone, arm, settings)
+        plain = found[backbone].get("none")
+        reference = plan.run_dir(backbone, "none", plain, 0) if arm != "none" and plain else None
+        return plan.config(backbone, arm, settings, where, reference=reference)
+
+    runs = [run(*one) for one in asked]
     for (backbone, arm, settings), outcome in zip(asked, train(runs), strict=True):
         mine = found[backbone].setdefault(arm, {"tried": [], "chosen": {}})
         if outcome["best_metric"] is None and not outcome["error"]:

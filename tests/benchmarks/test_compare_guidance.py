@@ -205,20 +205,76 @@ def test_another_loss_is_within_the_budget(tmp_path):
         assert {loss for _, loss in train.losses} == losses
 
 
-def test_which_losses_an_arm_is_tried_with(tmp_path):
+def test_which_variants_of_an_arm_are_tried(tmp_path):
     asked = ("none", "global", "pointwise", "rule", "paper", "calibrated")
     own = {"mine": {"guidance": "selective", "gate": "calibrated", "guidance_loss": "soft"}}
     plan = plan_of(tmp_path, asked=asked, controls=arms.CONTROLS, own_arms=own)
     expected = dict.fromkeys(("none", "pointwise", "paper", "mine"), ())
-    expected |= dict.fromkeys(("global", "rule"), ("logistic",))
-    expected |= dict.fromkeys(("calibrated", "popularity", "item_item"), ("hinge",))
-    assert {arm: plan.other_losses(arm) for arm in expected} == expected
+    expected |= dict.fromkeys(("global", "rule"), ({"guidance_loss": "logistic"},))
+    hinge = ({"guidance_loss": "hinge"},)
+    expected |= dict.fromkeys(("calibrated", "popularity", "item_item"), hinge)
+    assert {arm: plan.variants(arm) for arm in expected} == expected
     for fixed in ({"tune_loss": False}, {"knobs": {"guidance_loss": "soft"}}):
         off = plan_of(tmp_path, asked=asked, **fixed)
-        assert {off.other_losses(arm) for arm in asked} == {()}
+        assert {off.variants(arm) for arm in asked} == {()}
     settings = {"lr": 0.1, "lambda": 3.0, "guidance_loss": "hinge"}
     assert plan.tune_dir("mf", "global", settings).name == "global_lr0.1_lambda3_guidance_losshinge"
     assert tuning.as_text(settings) == "lr 0.1, lambda 3, guidance_loss hinge"
+
+
+def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
+    """While tuning, at the settings that `none` got; later of each seed, which train before."""
+    own = {"mine": {"guidance": "selective", "gate": "constant", "rivals": 7, "ensemble": "none"}}
+    knobs = {"rivals": 100, "gate_inputs": "reference,history,popularity,teacher"}
+    plan = plan_of(
+        tmp_path, asked=("none", "paper", "rivals"), controls=("shuffled", "popularity"),
+        own_arms=own, tune_runs=3,
+    )  # fmt: skip
+    assert (plan.matched, plan.focus) == ("rivals", "rivals")
+    plan.check()
+    asked, members = [], {}
+
+    def train(runs):
+        for run in runs:
+            name = pathlib.Path(run.workdir).name
+            asked.append(name)
+            members[name] = run.ensemble
+        # The gate without its reference, which is tried last, is the better one.
+        values = [run.optimizer.l2 - ("reference" in run.gate.gate_inputs) for run in runs]
+        return [{"best_metric": x, "best_epoch": 1, "error": None} for x in values]
+
+    found = tuning.tune(plan, train)
+    best = plan.tune_dir("mf", "none", found["mf"]["none"]["chosen"])
+    guided = [name for name in asked if not name.startswith("none")]
+    assert {arm: len(found["mf"][arm]["tried"]) for arm in ("none", "paper", "rivals")} == {
+        **dict.fromkeys(("none", "paper", "rivals"), 3),
+    }
+    for name in guided:
+        read = () if name.startswith("paper") else (str(best),)
+        assert members[name] == read
+    blind = {"lambda": 1.0, **arms.BLIND}
+    for arm in ("rivals", "popularity", "shuffled"):
+        assert found["mf"][arm]["chosen"] == {**found["mf"]["none"]["chosen"], **blind}
+    runs = {
+        (arm, seed): plan.run("mf", arm, found["mf"], seed)
+        for arm in plan.arms
+        for seed in range(2)
+    }
+    assert runs["none", 0].workdir == str(best)
+    for arm in ("rivals", "mine", "shuffled", "popularity"):
+        for seed in range(2):
+            assert runs[arm, seed].ensemble == (runs["none", seed].workdir,)
+            assert runs[arm, seed].rivals == (7 if arm == "mine" else 100)
+    assert runs["paper", 1].ensemble == ()
+    mine = plan.config("mf", "rivals", {}, tmp_path)
+    assert (mine.gate.gate, mine.guidance.rivals, mine.gate.gate_inputs) == (
+        *("calibrated", knobs["rivals"], knobs["gate_inputs"]),
+    )
+
+    # Runs that others read are trained before them.
+    first, rest = pool.waves([runs["rivals", 1], runs["none", 0], runs["none", 1]])
+    assert first == [runs["none", 1]]
+    assert rest == [runs["rivals", 1], runs["none", 0]]
 
 
 @pytest.mark.parametrize(
