@@ -116,6 +116,12 @@ class LogisticGate(nn.Module):
     of the other. With the margin (or a reference) among its inputs it starts at sigmoid of it, what
     the recommender (or the reference) believes, otherwise at 1/2: a teacher adds nothing until it
     has been seen to.
+
+    With a reference it also learns alpha_0, what one would believe of two items without knowing
+    which of them the teacher prefers: with g of the same form, of the same inputs but the
+    teacher's margin, and z' those with the items exchanged, sigmoid((g_f(z) - g_f(z')) / 2).
+    Exchanging the items exchanges alpha_0 and 1 - alpha_0, so that alpha - alpha_0 is what the
+    teacher adds.
     """
 
     names: tuple[str, ...]
@@ -123,48 +129,87 @@ class LogisticGate(nn.Module):
 
     def features(self, inputs: GateInputs) -> Float[Array, "F G"]:
         """z, in the order of `config.GATE_INPUTS`."""
-        known = {
-            "margin": [inputs.score_margin],
-            "history": [inputs.history],
-            "popularity": [*inputs.popularity.T],
-            "uncertainty": [*inputs.uncertainty.T],
-            "teacher": [inputs.teacher_margin],
-            "slices": [inputs.cold, *inputs.tail.T],
-            "agreement": [jnp.sign(inputs.score_margin)],
-            "reference": [inputs.reference_margin],
-        }
-        return jnp.stack([z for name in GATE_INPUTS if name in self.names for z in known[name]])
+        return _features(self.names, inputs)
 
     def __call__(self, inputs: GateInputs) -> Float[Array, "G"]:
-        return jax.nn.sigmoid(self.logit(inputs))
+        return jax.nn.sigmoid(self.logits(inputs)[0])
 
     @nn.compact
-    def logit(self, inputs: GateInputs) -> Float[Array, "G"]:
-        """log(alpha / (1 - alpha))."""
-        z, second = self.features(inputs), inputs.fold.astype(jnp.float32)
-        width = z.shape[0]
+    def logits(self, inputs: GateInputs) -> Float[Array, "P G"]:
+        """log(p / (1 - p)) of p = alpha and, with a reference, of p = alpha_0."""
+        second = inputs.fold.astype(jnp.float32)
+        mine = jnp.stack([1.0 - second, second])
+        alpha = _ByFold(_first_belief(self.names), self.hidden, bias=True, name="alpha")
+        found = alpha(self.features(inputs), mine)
+        if "reference" not in self.names:
+            return found[None]
+        names = tuple(name for name in self.names if name != "teacher")
+        prior = _ByFold(_first_belief(names), self.hidden, name="prior")
+        turned = _features(names, exchanged(inputs))
+        either = prior(_features(names, inputs), mine) - prior(turned, mine)
+        return jnp.stack([found, 0.5 * either])
+
+
+class _ByFold(nn.Module):
+    """w_f . z [+ b_f] [+ v_f . tanh(V_f z)] of columns z, one set of parameters for each fold."""
+
+    start: tuple[float, ...]
+    hidden: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "F G"], mine: Float[Array, "2 G"]) -> Float[Array, "G"]:
+        width = len(self.start)
         # The inputs of each fold's parameters, 0 for the other fold's users: what would be a
         # lookup of parameters is a matrix product, and its gradient another.
-        mine = jnp.stack([1.0 - second, second])
         both = (mine[:, None] * z[None]).reshape(2 * width, -1)
-        belief = jnp.zeros(width)
-        if "margin" in self.names:
-            belief = belief.at[0].set(1.0)  # the first of GATE_INPUTS
-        elif "reference" in self.names:
-            belief = belief.at[-1].set(1.0)  # the last
-
-        def start(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jnp.broadcast_to(belief, shape)
-
-        weight = self.param("weight", start, (2, width))
-        bias = self.param("bias", nn.initializers.zeros, (2,))
-        found = _exact(weight.reshape(-1), both) + _exact(bias, mine)
+        weight = self.param("weight", lambda *_: jnp.tile(jnp.array(self.start), (2, 1)))
+        found = _exact(weight.reshape(-1), both)
+        if self.bias:
+            found += _exact(self.param("bias", nn.initializers.zeros, (2,)), mine)
         if self.hidden:
             inner = self.param("inner", nn.initializers.lecun_normal(), (2, width, self.hidden))
             outer = self.param("outer", nn.initializers.zeros, (2, self.hidden))
             states = jnp.tanh(_exact(inner.reshape(-1, self.hidden).T, both))
             found += jnp.sum(mine * _exact(outer, states), axis=0)
         return found
+
+
+def _columns(inputs: GateInputs) -> dict[str, list[jax.Array]]:
+    """What each of `config.GATE_INPUTS` names."""
+    return {
+        "margin": [inputs.score_margin],
+        "history": [inputs.history],
+        "popularity": [*inputs.popularity.T],
+        "uncertainty": [*inputs.uncertainty.T],
+        "teacher": [inputs.teacher_margin],
+        "slices": [inputs.cold, *inputs.tail.T],
+        "agreement": [jnp.sign(inputs.score_margin)],
+        "reference": [inputs.reference_margin],
+    }
+
+
+def _features(names: tuple[str, ...], inputs: GateInputs) -> Float[Array, "F G"]:
+    known = _columns(inputs)
+    return jnp.stack([z for name in GATE_INPUTS if name in names for z in known[name]])
+
+
+def _first_belief(names: tuple[str, ...]) -> tuple[float, ...]:
+    """1 at the column of the margin, or of the reference's where it is not read; 0 elsewhere."""
+    own = "margin" if "margin" in names else "reference"
+    known = _columns(empty_inputs())
+    return tuple(float(name == own) for name in GATE_INPUTS if name in names for _ in known[name])
+
+
+def exchanged(inputs: GateInputs) -> GateInputs:
+    """The same preferences with their items exchanged; the teacher's margin says nothing then."""
+    return inputs.replace(  # type: ignore[attr-defined]
+        popularity=inputs.popularity[:, ::-1],
+        tail=inputs.tail[:, ::-1],
+        uncertainty=inputs.uncertainty[:, ::-1],
+        score_margin=-inputs.score_margin,
+        reference_margin=-inputs.reference_margin,
+    )
 
 
 Gate = PaperGate | ConstantGate | RuleGate | LogisticGate
@@ -194,9 +239,12 @@ def budget_penalty(
     return config.budget_weight * (off**2 + 2.0 * off * (alpha - jax.lax.stop_gradient(mean)))
 
 
-def calibration_loss(logit: Float[Array, "K"], right: Float[Array, "K"]) -> Float[Array, "K"]:
-    """Cross-entropy of alpha = sigmoid(logit) with whether the teacher is right."""
-    return jax.nn.softplus(logit) - right * logit
+def calibration_loss(logits: Float[Array, "P K"], right: Float[Array, "K"]) -> Float[Array, "K"]:
+    """Cross-entropy of alpha with whether the teacher is right, and of alpha_0 where there is one.
+
+    They share no parameter: each is learned as if alone.
+    """
+    return jnp.sum(jax.nn.softplus(logits) - right[None] * logits, axis=0)
 
 
 def empty_inputs() -> GateInputs:

@@ -152,7 +152,7 @@ def alphas(
             if members
             else None,
         )
-        return believed(gate, scoring.serving.gate, inputs)
+        return believed(gate, scoring.serving.gate, inputs)[0]
 
     found = believe(scoring, members, asked, jnp.asarray(margins), jax.device_put(facts))
     return np.asarray(found, np.float64)

@@ -69,13 +69,25 @@ def pairwise_informed(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Flo
     return jnp.square(2.0 * alpha - 1.0) * pairwise_soft(x, alpha)
 
 
-def guidance_pair_loss(name: str, margin: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(x, alpha) -> the loss of a preference believed by alpha, as --guidance_loss names it."""
-    losses: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-        "hinge": lambda x, alpha: alpha * pairwise_hinge(x, margin),
-        "logistic": lambda x, alpha: alpha * pairwise_logistic(x),
-        "soft": pairwise_soft,
-        "informed": pairwise_informed,
+def pairwise_added(
+    x: Float[Array, "..."], alpha: Float[Array, "..."], prior: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """|alpha - alpha_0| times the soft loss: who adds nothing to a reference has no say."""
+    return jnp.abs(alpha - prior) * pairwise_soft(x, alpha)
+
+
+# (x, alpha, alpha_0) -> the loss of a preference.
+PairLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def guidance_pair_loss(name: str, margin: float) -> PairLoss:
+    """The loss of a preference that is believed by alpha, as --guidance_loss names it."""
+    losses: dict[str, PairLoss] = {
+        "hinge": lambda x, alpha, _: alpha * pairwise_hinge(x, margin),
+        "logistic": lambda x, alpha, _: alpha * pairwise_logistic(x),
+        "soft": lambda x, alpha, _: pairwise_soft(x, alpha),
+        "informed": lambda x, alpha, _: pairwise_informed(x, alpha),
+        "added": pairwise_added,
     }
     return losses[name]
 

@@ -2,7 +2,8 @@
 
     preferences   mean_G pair(s_ua - s_ub, alpha), times lambda
     budget        + budget_weight (mean alpha - rho)^2, times lambda too
-    calibrated    + mean_K cross-entropy(alpha, the teacher is right) over known answers
+    calibrated    + mean_K cross-entropy(alpha, the teacher is right) over known answers, and of
+                  alpha_0 likewise (`gates.LogisticGate`)
     meta          - mean_G alpha c_g: c_g is how fast a step along the gradient of preference g
                   lowers the BPR loss of an item that its user chose, held out of training,
 
@@ -174,7 +175,7 @@ class Supervision:
             if held_out:
                 return jnp.sum(losses.bpr(scores[:, 2] - scores[:, 3]))
             difference = scores[:, 0] - scores[:, 1]
-            return jnp.sum(pair_loss(difference, jnp.ones_like(difference)))
+            return jnp.sum(pair_loss(difference, *jnp.ones((2, difference.size))))
 
         of_pair = jax.grad(lambda rows: lane_sum(rows, held_out=False))(rows)
         of_held_out = jax.grad(lambda rows: lane_sum(rows, held_out=True))(rows)
@@ -221,8 +222,8 @@ class Supervision:
             *(batch.pref_margins / self.margin_scale, batch.pref_facts, key),
             members=seen.members,
         )
-        alpha = believed(self.gate, gate_params, inputs)
-        found = pairwise.guided(alpha, preferred.differences, self._pair_loss)
+        alpha, prior = believed(self.gate, gate_params, inputs)
+        found = pairwise.guided(alpha, prior, preferred.differences, self._pair_loss)
         guidance, taught = mean(found.loss), zero
         if self.config.gate.gate == "budget":
             share = layout.sum_over_all(mean(jax.lax.stop_gradient(alpha)))
@@ -230,10 +231,10 @@ class Supervision:
         variables = {"params": gate_params}
         if seen.answers is not None:
             assert batch.known is not None
-            logit = self.gate.apply(variables, seen.answers, method="logit")
-            assert isinstance(logit, jax.Array)
+            logits = self.gate.apply(variables, seen.answers, method="logits")
+            assert isinstance(logits, jax.Array)
             every = layout.sum_over_all(jnp.sum(batch.known.weights))
-            each = gates.calibration_loss(logit, batch.known.right)
+            each = gates.calibration_loss(logits, batch.known.right)
             taught = losses.masked_sum(each, batch.known.weights) / jnp.maximum(every, 1e-12)
         if seen.gains is not None:
             own = self.gate.apply(variables, inputs)
@@ -243,10 +244,14 @@ class Supervision:
 
 def believed(
     gate: gates.Gate, params: Mapping[str, Any], inputs: gates.GateInputs
-) -> Float[Array, "G"]:
-    """alpha of preferences; of a taught gate by the parameters of the other half of the users,
-    and detached."""
+) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
+    """alpha and alpha_0 of preferences; of a taught gate by the parameters of the other half of the
+    users, and detached."""
+    variables = {"params": params}
     if isinstance(gate, gates.LogisticGate):
         other = inputs.replace(fold=1 - inputs.fold)  # type: ignore[attr-defined]
-        return jax.lax.stop_gradient(jnp.asarray(gate.apply({"params": params}, other)))
-    return jnp.asarray(gate.apply({"params": params}, inputs))
+        logits = jnp.asarray(gate.apply(variables, other, method="logits"))
+        found = jax.lax.stop_gradient(jax.nn.sigmoid(logits))
+    else:
+        found = jnp.asarray(gate.apply(variables, inputs))[None]
+    return found[0], found[1] if found.shape[0] > 1 else jnp.full_like(found[0], 0.5)

@@ -201,6 +201,12 @@ def test_what_a_gate_resolves_its_knobs_to():
     calibrated = run(gate="calibrated", batch_size=300)
     assert calibrated.guidance_loss_name == "informed"
     assert (calibrated.gate_lr, calibrated.known_per_step) == (0.02, 150)
+    reads = {"gate_inputs": "reference,teacher", "ensemble": "base"}
+    assert run(gate="calibrated", **reads).guidance_loss_name == "added"
+    assert run(gate="meta", **reads).guidance_loss_name == "hinge"
+    for wrong in ({"gate": "calibrated"}, {"gate": "paper"}, {"gate": "meta"} | reads):
+        with pytest.raises(ConfigError, match=r"added weighs by what a teacher adds to a ref"):
+            run(guidance_loss="added", **wrong)
     paper = run(gate="paper", dense_lr=0.003)
     assert (paper.guidance_loss_name, paper.gate_lr, paper.known_per_step) == ("hinge", 0.003, 0)
     given = run(gate="meta", guidance_loss="logistic", gate_lr=0.5)

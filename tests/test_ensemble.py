@@ -214,7 +214,8 @@ def test_a_reference_is_the_mean_margin_of_the_runs(world, tmp_path):
     for members in (world[1:3], world[1:2]):
         named = {"ensemble": ",".join(map(str, members))}
         trainer, resident = runs.build(_run(world, tmp_path / "r", **knobs, **named), world[0])
-        gate = {"weight": np.float32(weight), "bias": np.float32(bias)}
+        gate = {"alpha": {"weight": np.float32(weight), "bias": np.float32(bias)}}
+        gate["prior"] = {"weight": np.ones((2, 2), np.float32)}
         batch, _, sums = _one_step(trainer, resident, gate)
         users, items = batch.pref_queries.users, batch.pref_items
         logits = np.mean([logit(_believed(one, users, items)) for one in members], axis=0)
@@ -237,7 +238,7 @@ def test_a_gate_that_looks_ahead_reads_the_ensemble(world, tmp_path):
     knobs = {"gate": "meta", "gate_inputs": "uncertainty", "gate_hidden": 0}
     trainer, resident = runs.build(_run(world, tmp_path / "r", **knobs), world[0])
     weight, bias = np.array([[2.0, -1.0], [-3.0, 1.5]]), np.array([0.3, -0.2])
-    gate = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+    gate = {"alpha": {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}}
     batch, _, sums = _one_step(trainer, resident, gate)
     users, items = batch.pref_queries.users, batch.pref_items
     q = _q(*(_believed(member, users, items) for member in world[1:3]))

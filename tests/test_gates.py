@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as sps
 from scipy.special import expit
 
-from slgr_jax import gates, losses
+from slgr_jax import gates, losses, supervision
 from slgr_jax.config import GATE_INPUTS, GateConfig
 from slgr_jax.guidance import pairwise
 
@@ -60,7 +60,7 @@ def test_paper_gate_can_only_fall():
 
     def loss(params, inputs, difference):
         alpha = gate.apply({"params": params}, inputs)
-        return jnp.sum(pairwise.guided(alpha, difference, pair_loss).loss)
+        return jnp.sum(pairwise.guided(alpha, alpha, difference, pair_loss).loss)
 
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -117,6 +117,14 @@ def _columns(inputs, names):
     return np.stack([column for name in names for column in found[name]], axis=1)
 
 
+def _logit(params, fold, row):
+    """w . z [+ v . tanh(V z)] of one row."""
+    value = params["weight"][fold] @ row
+    if "inner" in params:
+        value += params["outer"][fold] @ np.tanh(np.asarray(params["inner"][fold]).T @ row)
+    return float(value)
+
+
 @pytest.mark.parametrize(
     ("names", "hidden"), [(GATE_INPUTS, 0), (("history", "popularity", "teacher"), 3)]
 )
@@ -129,10 +137,7 @@ def test_logistic_gate_is_a_sigmoid_of_its_inputs_by_fold(names, hidden):
     z = _columns(jax.tree.map(lambda x: np.asarray(x, np.float64), inputs), names)
     logit = []
     for row, fold in zip(z, inputs.fold, strict=True):
-        value = params["weight"][fold] @ row + params["bias"][fold]
-        if hidden:
-            value += params["outer"][fold] @ np.tanh(np.asarray(params["inner"][fold]).T @ row)
-        logit.append(float(value))
+        logit.append(_logit(params["alpha"], fold, row) + float(params["alpha"]["bias"][fold]))
     found = gate.apply({"params": params}, inputs)
     np.testing.assert_allclose(found, expit(logit), rtol=1e-4)
 
@@ -148,6 +153,40 @@ def test_a_taught_gate_starts_at_the_recommenders_own_belief():
         gate = gates.LogisticGate(names, 4)
         variables = gate.init(jax.random.key(0), gates.empty_inputs())
         np.testing.assert_allclose(gate.apply(variables, inputs), expected, rtol=1e-5)
+
+
+def test_what_is_believed_without_the_teacher_does_not_know_whom_it_prefers():
+    """alpha_0 by hand, of the other half's parameters; exchanging the items exchanges it too; it
+    starts at what the reference believes, and is 1/2 without one."""
+    inputs = _inputs()
+    names = ("margin", "history", "popularity", "teacher", "slices", "reference")
+    gate = gates.LogisticGate(names, 4)
+    params = gate.init(jax.random.key(0), gates.empty_inputs())["params"]
+    start = supervision.believed(gate, params, inputs)[1]
+    np.testing.assert_allclose(start, expit(np.asarray(inputs.score_margin)), rtol=1e-5)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    alpha, prior = supervision.believed(gate, params, inputs)
+    turned = inputs.replace(
+        popularity=inputs.popularity[:, ::-1], tail=inputs.tail[:, ::-1],
+        score_margin=-inputs.score_margin, reference_margin=-inputs.reference_margin,
+    )  # fmt: skip
+    known = tuple(name for name in names if name != "teacher")
+    rows, others = (
+        _columns(jax.tree.map(lambda x: np.asarray(x, np.float64), one), known)
+        for one in (inputs, turned)
+    )
+    logit = [
+        0.5 * (_logit(params["prior"], 1 - fold, z) - _logit(params["prior"], 1 - fold, other))
+        for z, other, fold in zip(rows, others, np.asarray(inputs.fold), strict=True)
+    ]
+    np.testing.assert_allclose(prior, expit(logit), rtol=1e-3)
+    other, against = supervision.believed(gate, params, turned)
+    np.testing.assert_allclose(against, 1 - prior, rtol=1e-4, atol=1e-6)
+    assert np.abs(other - (1 - alpha)).max() > 0.1
+    for blind in (gates.LogisticGate(("history",), 4), gates.RuleGate()):
+        params = blind.init(jax.random.key(0), gates.empty_inputs()).get("params", {})
+        np.testing.assert_array_equal(supervision.believed(blind, params, inputs)[1], 0.5)
 
 
 def test_folds_are_two_halves_that_do_not_follow_the_index():
@@ -177,4 +216,7 @@ def test_calibration_loss_is_cross_entropy():
     logit, right = np.array([-3.0, 0.0, 2.0]), np.array([1.0, 0.0, 1.0])
     p = expit(logit)
     expected = -right * np.log(p) - (1 - right) * np.log(1 - p)
-    np.testing.assert_allclose(gates.calibration_loss(logit, right), expected, rtol=1e-5)
+    np.testing.assert_allclose(gates.calibration_loss(logit[None], right), expected, rtol=1e-5)
+    both = np.stack([logit, np.zeros(3)])  # of alpha, and of an alpha_0 of 1/2
+    expected += np.log(2)
+    np.testing.assert_allclose(gates.calibration_loss(both, right), expected, rtol=1e-5)

@@ -147,7 +147,7 @@ def test_a_calibrated_gate_learns_the_share_of_right_answers(tmp_path, monkeypat
         one = dataclasses.replace(trainer, config=dataclasses.replace(run, guidance=guidance))
         end, _, _ = _steps(one, resident, step.init_state(one, 0), 400)
         params[weight] = jax.device_get(end.params["gate"])
-    np.testing.assert_array_equal(params[0.0]["bias"], params[5.0]["bias"])
+    np.testing.assert_array_equal(params[0.0]["alpha"]["bias"], params[5.0]["alpha"]["bias"])
     plan = dataclasses.replace(trainer.plan, known=200_000)
     own = random_words.generators(jax.random.split(jax.random.key(3), 1))
     drawn = teacher_draws.draw_answers(own, resident.known, resident.teacher, plan)
@@ -155,7 +155,7 @@ def test_a_calibrated_gate_learns_the_share_of_right_answers(tmp_path, monkeypat
     for half in (0, 1):
         weights = np.asarray(drawn.weights) * (fold == half)
         share = float((weights * np.asarray(drawn.right)).sum() / weights.sum())
-        assert expit(params[0.0]["bias"][half]) == pytest.approx(share, abs=0.04)
+        assert expit(params[0.0]["alpha"]["bias"][half]) == pytest.approx(share, abs=0.04)
 
 
 def test_hidden_training_items_are_not_trained_on(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from slgr_jax.errors import ConfigError, listing
 from slgr_jax.knobs import Section, knob
 
 GUIDANCE = ("none", "selective", "pointwise")
-GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "informed")
+GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "informed", "added")
 GATES = ("paper", "constant", "rule", "budget", "calibrated", "meta")
 # Gates that are taught by interactions which the recommender does not learn from.
 TAUGHT_GATES = ("calibrated", "meta")
@@ -38,8 +38,10 @@ class GuidanceConfig(Section):
         "auto",
         "pairwise loss on x = s_ua - s_ub: hinge max(0, margin - x), logistic log(1 + exp(-x)), "
         "both times alpha; soft -alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x); informed = "
-        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; auto = "
-        "informed for gate=calibrated, else hinge (the paper's)",
+        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; added = "
+        "|alpha - alpha_0| times soft, alpha_0 being what the reference alone believes; auto = "
+        "added for gate=calibrated with reference among its inputs, informed without, else hinge "
+        "(the paper's)",
         choices=GUIDANCE_LOSSES,
     )
     margin: float = knob(1.0, "hinge: margin m on logits", above=0)

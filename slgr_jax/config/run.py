@@ -322,6 +322,11 @@ class RunConfig:
                 f"--rivals={rivals} are ranked by trained runs: name one that was trained without "
                 "guidance, --ensemble=RUN"
             )
+        if self.gated and self.guidance_loss_name == "added" and not self._has_prior:
+            raise ConfigError(
+                "--guidance_loss=added weighs by what a teacher adds to a reference: it needs "
+                "--gate=calibrated with reference among --gate_inputs"
+            )
         own = os.path.realpath(self.workdir)
         if own in map(os.path.realpath, self.gate.members):
             raise ConfigError(
@@ -372,7 +377,13 @@ class RunConfig:
         chosen = self.guidance.guidance_loss
         if chosen != "auto":
             return chosen
-        return "informed" if self.gate.gate == "calibrated" else "hinge"
+        if self.gate.gate != "calibrated":
+            return "hinge"
+        return "added" if self._has_prior else "informed"
+
+    @property
+    def _has_prior(self) -> bool:
+        return self.gate.gate == "calibrated" and "reference" in self.gate.input_names
 
     @property
     def gated(self) -> bool:

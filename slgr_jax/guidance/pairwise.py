@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from slgr_jax import gates
 from slgr_jax.config import GateConfig
 from slgr_jax.data.batches import PairFacts
+from slgr_jax.losses import PairLoss
 
 
 @struct.dataclass
@@ -77,17 +78,19 @@ def gate_inputs(
 
 def guided(
     alpha: Float[Array, "G"],
+    prior: Float[Array, "G"],
     difference: Float[Array, "G"],
-    pair_loss: Callable[[jax.Array, jax.Array], jax.Array],
+    pair_loss: PairLoss,
 ) -> Guided:
     """The loss of each preference, believed by alpha.
 
     Args:
+      prior: alpha_0, what would be believed without the teacher.
       difference: s_ua - s_ub, with its gradient.
-      pair_loss: (difference, alpha) -> loss (`losses.guidance_pair_loss`).
+      pair_loss: as of `losses.guidance_pair_loss`.
     """
     agrees = (jax.lax.stop_gradient(difference) > 0).astype(jnp.float32)
-    return Guided(pair_loss(difference, alpha), alpha, agrees)
+    return Guided(pair_loss(difference, alpha, prior), alpha, agrees)
 
 
 def pointwise(scores: Float[Array, "G 2"], targets: Float[Array, "G 2"]) -> Guided:

@@ -98,18 +98,17 @@ def test_gated_hinge_golden_value():
 
 def test_guidance_losses_match_their_formulas():
     x = np.linspace(-2.0, 2.0, 64)
-    alpha = np.random.default_rng(0).uniform(size=64)
+    alpha, prior = np.random.default_rng(0).uniform(size=(2, 64))
+    soft = -alpha * np.log(expit(x)) - (1 - alpha) * np.log(expit(-x))
     for name, expected in (
         ("hinge", alpha * np.maximum(0, 1.5 - x)),
         ("logistic", alpha * np.log1p(np.exp(-x))),
-        ("soft", -alpha * np.log(expit(x)) - (1 - alpha) * np.log(expit(-x))),
-        (
-            "informed",
-            (2 * alpha - 1) ** 2 * (-alpha * np.log(expit(x)) - (1 - alpha) * np.log(expit(-x))),
-        ),
+        ("soft", soft),
+        ("informed", (2 * alpha - 1) ** 2 * soft),
+        ("added", np.abs(alpha - prior) * soft),
     ):
         pair_loss = losses.guidance_pair_loss(name, 1.5)
-        found = pairwise.guided(jnp.asarray(alpha), jnp.asarray(x), pair_loss)
+        found = pairwise.guided(*map(jnp.asarray, (alpha, prior, x)), pair_loss)
         np.testing.assert_allclose(found.loss, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(found.agrees, x > 0)
 
