@@ -8,6 +8,9 @@ calibrated one, each at three lambdas, and a teacher that tosses a coin. Nothing
 teacher was asked about validation items, which so cannot tell lambdas apart. Prints test NDCG@10
 of all and writes, of the smallest lambda, DIR/alpha.png (alpha beside the truth),
 DIR/reliability.png (is alpha a probability?) and DIR/collapse.png (mean alpha while training).
+
+Then the same teacher, and the coin, write a list of 30 items for each user, and what is listed is
+drawn against anything else, or against rivals: what the run without guidance would recommend.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import flags as absl_flags
@@ -37,6 +42,18 @@ ARMS = {
     "global, coin": _GUIDED | {"gate": "constant", "guidance_loss": "logistic", "teacher": "coin"},
     "calibrated, coin": _GUIDED | _CALIBRATED | {"teacher": "coin"},
 }
+LISTED = 30
+LAMBDAS_OF_LISTS = (0.1, 1.0, 10.0)
+_LISTS = {"guidance": "selective", "teacher": "lists"}
+_RIVALS = {"rivals": 100, "gate_inputs": "reference,history,popularity,teacher"}
+ARMS_OF_LISTS = {
+    "global": _LISTS | {"gate": "constant"},
+    "calibrated": _LISTS | {"gate": "calibrated"},
+    "rivals": _LISTS | {"gate": "calibrated"} | _RIVALS,
+    "global, coin": _LISTS | {"gate": "constant", "teacher": "coin_lists"},
+    "calibrated, coin": _LISTS | {"gate": "calibrated", "teacher": "coin_lists"},
+    "rivals, coin": _LISTS | {"gate": "calibrated", "teacher": "coin_lists"} | _RIVALS,
+}
 
 
 def main(_: list[str]) -> None:
@@ -48,22 +65,29 @@ def main(_: list[str]) -> None:
     out = pathlib.Path(given.out)
     made = simulate.WorldConfig(n_users=given.users, known_per_valid=4)
     world = simulate.simulate(made)
-    dataset = simulate.write(world, out / "world")
-    coin = dataclasses.replace(made, reliability=simulate.TEACHERS["shuffled"])
-    simulate.write_pairs(simulate.simulate(coin), dataset, "coin")
+    dataset = simulate.write(world, out / "world", lists=LISTED)
+    coin = simulate.simulate(dataclasses.replace(made, reliability=simulate.TEACHERS["shuffled"]))
+    simulate.write_pairs(coin, dataset, "coin")
+    lists = coin.lists(np.random.default_rng(0), LISTED)
+    simulate.write_lists(coin, dataset, "coin_lists", *lists)
+
+    def trained(
+        name: str, knobs: Mapping[str, Any], weight: float, workdir: str
+    ) -> tuple[config.RunConfig, dict[str, Any]]:
+        own = {**knobs, "lambda": weight} if knobs else {}
+        run = config.make_run(str(dataset.path), workdir, epochs=given.epochs, **_SHARED, **own)
+        train.train(run)
+        found = runs.evaluate_run(workdir, name).parts["test"].slices
+        scores = {key: found[key]["ndcg@10"] for key in report.MAIN_SLICES[:3]}
+        return run, {"run": name, "lambda": weight if knobs else None, **scores}
+
     rows, alphas, bins = [], {}, {}
     said = world.judge(np.random.default_rng(0), "test", per_positive=4)
     for name, knobs in ARMS.items():
         for weight in LAMBDAS if knobs else (0.0,):
             workdir = str(out / f"{name} {weight:g}".replace(", ", " ").replace(" ", "_"))
-            own = knobs | {"lambda": weight} if knobs else {}
-            run = config.make_run(str(dataset.path), workdir, epochs=given.epochs, **_SHARED, **own)
-            train.train(run)
-            found = runs.evaluate_run(workdir, name).parts["test"].slices
-            rows.append(
-                {"run": name, "lambda": weight if knobs else None}
-                | {key: found[key]["ndcg@10"] for key in report.MAIN_SLICES[:3]}
-            )
+            run, row = trained(name, knobs, weight, workdir)
+            rows.append(row)
         text = (pathlib.Path(workdir) / "log.jsonl").read_text(encoding="utf-8")
         log = [json.loads(line) for line in text.splitlines()]
         if knobs:
@@ -92,6 +116,14 @@ def main(_: list[str]) -> None:
                 )
     reliability.draw_reliability(bins, out / "reliability.png")
     draw_collapse(alphas, out / "collapse.png")
+    print(report.markdown_table(rows))
+    print(f"lists of {LISTED} items:")
+    plain, rows = str(out / "no_guidance_0"), rows[:1]
+    for name, knobs in ARMS_OF_LISTS.items():
+        for weight in LAMBDAS_OF_LISTS:
+            workdir = str(out / f"lists {name} {weight:g}".replace(", ", " ").replace(" ", "_"))
+            own = knobs | {"ensemble": plain} if "rivals" in knobs else knobs
+            rows.append(trained(name, own, weight, workdir)[1])
     print(report.markdown_table(rows))
 
 
