@@ -144,7 +144,10 @@ class Plan:
         own = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
         if arm == "constant":  # its alpha is a setting: the matched gate's mean
             like = config.make_run("", "", **{**self.knobs, **own}, teacher=self.teacher)
-            own |= {"gate": "constant", "guidance_loss": like.guidance_loss_name}
+            # `added` compares alpha with alpha_0, which a constant gate has not: `informed` is its
+            # counterpart for a gate that compares with 1/2.
+            loss = {"added": "informed"}.get(like.guidance_loss_name, like.guidance_loss_name)
+            own |= {"gate": "constant", "guidance_loss": loss}
         return {**own, "teacher": self.teacher_of(arm)}
 
     def variants(self, arm: str) -> tuple[Settings, ...]:

@@ -108,6 +108,19 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
         wrong.check()
 
 
+@pytest.mark.parametrize("matched", arms.GATED)
+def test_every_control_copies_every_gated_arm(tmp_path, matched):
+    """A constant gate has no alpha_0: `added` becomes `informed`, other losses stay."""
+    plan = plan_of(tmp_path, asked=("none", matched), controls=arms.CONTROLS)
+    plan.check()
+    losses = {"calibrated": "informed", "rivals": "informed"}
+    constant = plan.config("mf", "constant", {"alpha": 0.25}, tmp_path)
+    assert constant.guidance_loss_name == losses.get(matched, "hinge")
+    shuffled = plan.config("mf", "shuffled", {}, tmp_path)
+    losses = {"calibrated": "informed", "rivals": "added"}
+    assert shuffled.guidance_loss_name == losses.get(matched, "hinge")
+
+
 def test_grids_are_the_backbones_unless_said_otherwise():
     found = arms.grids(["mf", "dcnv2"], {}, {"lr": (), "dropout": ()})
     assert found == {"mf": arms.GRIDS["mf"], "dcnv2": arms.GRIDS["dcnv2"]}
