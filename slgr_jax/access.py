@@ -275,11 +275,12 @@ class Rows:
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         ids = self._ids(context, reads)
         new_tables, new_slots = dict(state), dict(slots)
-        for number, (name, spec) in enumerate(self.backbone.tables.items()):
-            rounding = jax.random.fold_in(key, number)
+        rounding = tables.rounding(key, self.backbone.tables)
+        for name, spec in self.backbone.tables.items():
             if name in gradient["whole"]:
+                whole = gradient["whole"][name]
                 new_tables[name] = tables.update_every_row(
-                    state[name], gradient["whole"][name], self.optimizer, self.layout, rounding
+                    state[name], whole, self.optimizer, self.layout, rounding[name]
                 )
                 continue
             groups = [group for group, named in ids.items() if name in named]
@@ -294,7 +295,7 @@ class Rows:
                 jnp.concatenate(grads),
                 self.optimizer,
                 self.layout,
-                rounding,
+                rounding[name],
                 native=self.native,
             )
         return new_tables, new_slots
@@ -386,6 +387,10 @@ class Factors:
         key: jax.Array,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         user, item, lanes = self.model.user_table, self.model.item_table, self._lanes(reads)
+        words = None
+        if state[user].dtype == jnp.uint16:
+            rounding = tables.rounding(key, (user, item))
+            words = jnp.stack([rounding[user], rounding[item]])
         new = cpu.factor_update(
             state[user],
             state[item],
@@ -395,6 +400,7 @@ class Factors:
             lanes.items,
             gradient["scores"],
             gradient["squares"],
+            words,
             self.optimizer.rule,
             width=self.width,
             unit=self.model.unit,

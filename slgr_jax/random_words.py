@@ -42,6 +42,21 @@ def of_rows(key: jax.Array, ids: Int[Array, "N"], width: int) -> UInt32[Array, "
     return mixed(start[:, None] + column[None, :])
 
 
+def halves_of_rows(
+    generator: UInt32[Array, "2"], ids: Int[Array, "N"], width: int
+) -> UInt32[Array, "N D"]:
+    """Uniform in [0, 2^16), a function of (generator, row id, column) alone.
+
+    The columns of each 32 share 16 words: upper halves, then lower ones. The CPU kernels compute
+    the same (`Noise` of kernels/block.h).
+    """
+    first, second = generator[0], generator[1]
+    start = mixed(mixed(ids.astype(jnp.uint32) ^ first) + second)
+    step = jnp.arange(1, 16 * -(-width // 32) + 1, dtype=jnp.uint32) * jnp.uint32(WEYL)
+    both = mixed(start[:, None] + step[None, :]).reshape(ids.size, -1, 16)
+    return jnp.concatenate([both >> 16, both & 0xFFFF], axis=2).reshape(ids.size, -1)[:, :width]
+
+
 def normal(words: UInt32[Array, "*N"]) -> Float[Array, "*N"]:
     """Standard normal numbers from words: sqrt(2) erfinv(u), u uniform in (-1, 1) in 2^23 steps."""
     # 23 bits and a half are exact in float32: neither end of the range is ever reached.

@@ -41,10 +41,8 @@ from slgr_jax.scoring import Scoring, ServingState
 from slgr_jax.supervision import Seen, Supervision
 
 Sums = dict[str, jax.Array]
-# What is folded into a step's key for the rounding of table rows and for what teaches a gate; far
-# above any device's number.
-_ROUNDING = 1 << 31
-_FOR_ANSWERS = _ROUNDING + 1
+# What is folded into a step's key for what teaches a gate; far above any device's number.
+_FOR_ANSWERS = (1 << 31) + 1
 # The number of the pass whose dropout all lanes share (a graph's edges).
 _SHARED_PASS = 2
 # Lanes (triples and preferences) drawn at once: enough that XLA's overhead per operation is small,
@@ -154,7 +152,6 @@ class Trainer:
             and isinstance(backbone, DotBackbone)
             and backbone.factor_model is not None
             and backbone.dropout == 0
-            and self.config.optimizer.table_dtype == "float32"
             and not plan.held_out  # a look-ahead step needs the rows
         ):
             width = backbone.tables[backbone.factor_model.user_table].width
@@ -311,7 +308,7 @@ def _local_step(
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
     layout, access = trainer.layout, trainer.access
-    for_rounding = jax.random.fold_in(key, _ROUNDING)
+    for_rounding = key
     if layout.devices > 1:
         key = jax.random.fold_in(key, layout.device_index())
     if batch.shared is not None:

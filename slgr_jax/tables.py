@@ -17,7 +17,8 @@ Shape letters: R rows, D width, S slots, W lanes of a packed row, N touched rows
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import jax
@@ -123,9 +124,20 @@ def _upper_half(
     return jnp.where(jnp.isnan(values), bits >> 16 | 0x40, bits + noise >> 16)
 
 
-def rounding_noise(key: jax.Array, ids: Int[Array, "N"], width: int) -> UInt32[Array, "N D"]:
-    """Uniform integers in [0, 2^16), the same for every replica of a row on any mesh."""
-    return random_words.of_rows(key, ids, width) >> 16
+def rounding(key: jax.Array, names: Iterable[str]) -> dict[str, UInt32[Array, "2"]]:
+    """By table: the generator that one update rounds it with, the same on any mesh.
+
+    By hashing the key's own words: Threefry would take longer than the rest of a small step.
+
+    Args:
+      key: of the step.
+    """
+    numbers = {name: np.uint32(zlib.crc32(name.encode())) for name in names}
+    words = jax.random.key_data(key)[:2]
+    return {
+        name: random_words.mixed(random_words.mixed(words ^ number) + number)
+        for name, number in numbers.items()
+    }
 
 
 class RowOptimizer(Protocol):
@@ -360,14 +372,14 @@ def update_every_row(
     grads: Float[Array, "R D"],
     optimizer: RowOptimizer,
     layout: Layout,
-    key: jax.Array | None = None,
+    generator: UInt32[Array, "2"] | None = None,
 ) -> Num[Array, "Rs W"]:
     """Apply `optimizer` once to every row: what a dense optimiser does.
 
     Args:
       table: this device's block of the table.
       grads: this device's share of the gradient of `every_row`.
-      key: as for `update`.
+      generator: as for `update`.
     """
     rows, width = table.shape[0], grads.shape[1]
     row_format = RowFormat.of(table, width)
@@ -379,10 +391,14 @@ def update_every_row(
         grads = jax.lax.dynamic_slice_in_dim(grads, layout.table_index() * rows, rows)
     noise = None
     if row_format.dtype == "bfloat16":
-        if key is None:
-            raise ValueError("a bfloat16 table is updated with a key, to round stochastically")
-        noise = rounding_noise(key, ids, width)
+        noise = random_words.halves_of_rows(_given(generator), ids, width)
     return row_format.pack(*optimizer.apply(*row_format.unpack(table), grads), noise)
+
+
+def _given(generator: UInt32[Array, "2"] | None) -> UInt32[Array, "2"]:
+    if generator is None:
+        raise ValueError("a bfloat16 table is updated with a generator, to round stochastically")
+    return generator
 
 
 def update(
@@ -392,7 +408,7 @@ def update(
     grads: Float[Array, "... D"],
     optimizer: RowOptimizer,
     layout: Layout,
-    key: jax.Array | None = None,
+    generator: UInt32[Array, "2"] | None = None,
     *,
     native: bool = False,
 ) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
@@ -407,24 +423,23 @@ def update(
       slot: [Rs] int32 scratch with the block's rows, carried from step to step.
       ids: this device's ids in [0, R), any shape.
       grads: gradient of each, same leading shape.
-      key: of this update, the same on every device; bfloat16 values are rounded with it.
-      native: let the CPU kernel update float32 rows.
+      generator: of this update (`rounding`), the same on every device; for bfloat16 values.
+      native: let the CPU kernel do it.
 
     Raises:
-      ValueError: a bfloat16 table without a key.
+      ValueError: a bfloat16 table without a generator.
     """
     width = grads.shape[-1]
     ids = layout.gather_over_all(ids.reshape(-1))
     grads = layout.gather_over_all(grads.reshape(-1, width))
     rows, row_format = table.shape[0], RowFormat.of(table, width)
-    if native and row_format.dtype == "float32":
-        return cpu.row_update(table, slot, ids, grads, optimizer.rule)
+    if native:
+        words = _given(generator) if row_format.dtype == "bfloat16" else None
+        return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
     lane = jnp.arange(ids.size, dtype=jnp.int32)
     noise = None
     if row_format.dtype == "bfloat16":
-        if key is None:
-            raise ValueError("a bfloat16 table is updated with a key, to round stochastically")
-        noise = rounding_noise(key, ids, width)
+        noise = random_words.halves_of_rows(_given(generator), ids, width)
     if layout.table_shards == 1:
         local, mode, put = ids, "promise_in_bounds", "promise_in_bounds"
     else:

@@ -213,9 +213,8 @@ def test_eight_devices_equal_one(tmp_path, table_shards):
         assert float(many_sums[name]) == pytest.approx(float(one_sums[name]), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kernels"), [("float32", "native"), ("float32", "xla"), ("bfloat16", "xla")]
-)
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+@pytest.mark.parametrize("kernels", ["native", "xla"])
 def test_state_is_donated_and_step_cost_is_free_of_the_table(
     tmp_path, users_compiler, dtype, kernels
 ):

@@ -13,7 +13,7 @@ import optax
 import pytest
 import worlds
 
-from slgr_jax import tables
+from slgr_jax import random_words, tables
 from slgr_jax.config import TABLE_DTYPES, OptimizerConfig
 from slgr_jax.distributed import make_layout
 
@@ -46,7 +46,8 @@ def _run(config: OptimizerConfig, layout, steps):
     slot = jnp.zeros(table.shape[0], jnp.int32)
 
     def one(table, slot, ids, grads, key):
-        return tables.update(table, slot, ids, grads, optimizer, layout, key)
+        generator = tables.rounding(key, ["some"])["some"]
+        return tables.update(table, slot, ids, grads, optimizer, layout, generator)
 
     if layout.devices > 1:
         rows, batch, whole = layout.table_spec, layout.batch_spec, jax.sharding.PartitionSpec()
@@ -196,8 +197,8 @@ def test_update_compiles_without_a_table_sized_temporary(users_compiler, dtype):
     value_bytes = jnp.dtype(dtype).itemsize
     assert table.size * table.dtype.itemsize == table.shape[0] * width * (value_bytes + 4)
 
-    def step(table, slot, ids, grads, key):
-        return tables.update(table, slot, ids, grads, optimizer, layout, key)
+    def step(table, slot, ids, grads, generator):
+        return tables.update(table, slot, ids, grads, optimizer, layout, generator)
 
     shape = jax.ShapeDtypeStruct
     compiled = (
@@ -234,12 +235,16 @@ def _bits(values: jax.Array) -> np.ndarray:
     return bits >> 16
 
 
+def _noise(key: jax.Array, ids: jax.Array | np.ndarray, width: int) -> jax.Array:
+    return random_words.halves_of_rows(tables.rounding(key, ["a"])["a"], jnp.asarray(ids), width)
+
+
 @jax.jit
 def _round(values: jax.Array, key: jax.Array) -> jax.Array:
     """Stochastically rounded rows 0, 1, 2, ..."""
     rows, width = values.shape
     row_format = tables.RowFormat(width, 0, "bfloat16")
-    noise = tables.rounding_noise(key, jnp.arange(rows), width)
+    noise = _noise(key, jnp.arange(rows), width)
     return row_format.unpack(row_format.pack(values, jnp.zeros((rows, 0)), noise))[0]
 
 
@@ -321,7 +326,7 @@ def test_an_update_is_the_float32_one_rounded(name):
     @jax.jit
     def step(table):
         slot = jnp.zeros(table.shape[0], jnp.int32)
-        args = (table, slot, ids, grads, optimizer, layout, jax.random.key(2))
+        args = (table, slot, ids, grads, optimizer, layout, jnp.array([2, 5], jnp.uint32))
         return tables.RowFormat.of(table, width).unpack(tables.update(*args)[0])
 
     values, slots = step(packed)
@@ -344,8 +349,8 @@ def test_updates_below_half_an_ulp_are_kept_on_average():
     @jax.jit
     def run(table):
         def body(step, carry):
-            key = jax.random.fold_in(jax.random.key(0), step)
-            return tables.update(*carry, ids, grads, optimizer, layout, key)
+            generator = tables.rounding(jax.random.fold_in(jax.random.key(0), step), ["a"])["a"]
+            return tables.update(*carry, ids, grads, optimizer, layout, generator)
 
         return jax.lax.fori_loop(0, 64, body, (table, jnp.zeros(rows, jnp.int32)))[0]
 
@@ -355,23 +360,28 @@ def test_updates_below_half_an_ulp_are_kept_on_average():
     assert error < 1e-3
 
 
-def test_noise_depends_on_key_row_and_column_alone():
-    """Not on where in a batch a row stands; and it repeats in none of the three."""
+def test_noise_depends_on_key_table_row_and_column_alone():
+    """Not on where in a batch a row stands; and it repeats in none of the four."""
     key, ids = jax.random.key(3), np.arange(300)
-    noise = np.asarray(tables.rounding_noise(key, ids, 20))
+    noise = np.asarray(_noise(key, ids, 50))
     mixed = np.random.default_rng(0).permutation(300)[:77]
-    np.testing.assert_array_equal(tables.rounding_noise(key, mixed, 7), noise[mixed, :7])
-    other = np.asarray(tables.rounding_noise(jax.random.key(4), ids, 20))
-    assert (noise == other).mean() < 1e-3
+    np.testing.assert_array_equal(_noise(key, mixed, 7), noise[mixed, :7])
+    others = [np.asarray(_noise(jax.random.key(4), ids, 50))]
+    two = tables.rounding(key, ["a", "b"])
+    np.testing.assert_array_equal(two["a"], tables.rounding(key, ["a"])["a"])
+    others.append(np.asarray(random_words.halves_of_rows(two["b"], jnp.asarray(ids), 50)))
+    for other in others:
+        assert (noise == other).mean() < 1e-3
     uniform = noise / 2**16 - 0.5
-    for a, b in ((noise, other), (noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+    near = [(noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise[:, 16:], noise[:, :-16])]
+    for a, b in (*((noise, other) for other in others), *near):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
     assert abs(uniform.mean()) < 4 / np.sqrt(12 * uniform.size)
 
 
-def test_a_bfloat16_update_needs_a_key():
+def test_a_bfloat16_update_needs_a_generator():
     table = PACKED.pack(jnp.zeros((4, WIDTH)), jnp.zeros((4, PACKED.slots)))
-    with pytest.raises(ValueError, match="with a key"):
+    with pytest.raises(ValueError, match="with a generator"):
         tables.update(
             *(table, jnp.zeros(4, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros((1, WIDTH))),
             *(tables.RowwiseAdagrad(0.1, 1e-8), worlds.one_device()),

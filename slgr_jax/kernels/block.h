@@ -21,6 +21,7 @@ SLGR_PREFETCHES inline void Prefetch(const float* row) {
   __builtin_prefetch(row);
   __builtin_prefetch(row + 16);
 }
+SLGR_PREFETCHES inline void Prefetch(const uint16_t* row) { __builtin_prefetch(row); }
 
 using V16 = float __attribute__((vector_size(64)));
 using V8 = float __attribute__((vector_size(32)));
@@ -57,9 +58,107 @@ inline void Store(float* to, Block block, int64_t size) {
   }
 }
 
+// ---- halves of float32, as integers -------------------------------------------------------------
+
+using Bits = int32_t __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+using UnalignedHalves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
+
+struct WordBlock {
+  Words lo, hi;
+};
+
+// GCC 12 converts vectors of this size in pieces unless it is told the instruction.
+inline Words Widened(const uint16_t* from) {
+  const UnalignedHalves halves = *reinterpret_cast<const UnalignedHalves*>(from);
+#ifdef __AVX512F__
+  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+inline void StoreNarrowed(uint16_t* to, Words words) {
+#ifdef __AVX512F__
+  const Halves halves = (Halves)_mm512_cvtepi32_epi16((__m512i)words);
+#else
+  const Halves halves = __builtin_convertvector(words, Halves);
+#endif
+  *reinterpret_cast<UnalignedHalves*>(to) = halves;
+}
+
+template <bool kFull>
+inline WordBlock LoadWords(const uint16_t* from, int64_t size) {
+  uint16_t some[kBlock];
+  if (!kFull) {
+    std::memset(some, 0, sizeof some);
+    std::memcpy(some, from, size * sizeof(uint16_t));
+    from = some;
+  }
+  return {Widened(from), Widened(from + 16)};
+}
+
+template <bool kFull>
+inline void StoreWords(uint16_t* to, WordBlock words, int64_t size) {
+  uint16_t some[kBlock];
+  uint16_t* const all = kFull ? to : some;
+  StoreNarrowed(all, words.lo);
+  StoreNarrowed(all + 16, words.hi);
+  if (!kFull) std::memcpy(to, some, size * sizeof(uint16_t));
+}
+
+// Values that are upper halves.
+template <bool kFull>
+inline Block Load(const uint16_t* from, int64_t size) {
+  const WordBlock words = LoadWords<kFull>(from, size);
+  return {(V16)(words.lo << 16), (V16)(words.hi << 16)};
+}
+
+// Numbers of which upper and lower halves lie apart.
+template <bool kFull>
+inline Block LoadHalves(const uint16_t* upper, const uint16_t* lower, int64_t size) {
+  const WordBlock a = LoadWords<kFull>(upper, size), b = LoadWords<kFull>(lower, size);
+  return {(V16)(a.lo << 16 | b.lo), (V16)(a.hi << 16 | b.hi)};
+}
+
+template <bool kFull>
+inline void StoreHalves(uint16_t* upper, uint16_t* lower, Block block, int64_t size) {
+  const Words lo = (Words)block.lo, hi = (Words)block.hi;
+  StoreWords<kFull>(upper, {lo >> 16, hi >> 16}, size);
+  StoreWords<kFull>(lower, {lo & 0xFFFFu, hi & 0xFFFFu}, size);
+}
+
+// random_words.mixed, of numbers and of vectors.
+template <typename W>
+inline W Mixed(W x) {
+  x = (x ^ x >> 16) * 0x85EBCA6Bu;
+  x = (x ^ x >> 13) * 0xC2B2AE35u;
+  return x ^ x >> 16;
+}
+
+// Uniform in [0, 2^16), a function of (words, row, column): tables.rounding_noise.
+inline WordBlock Noise(const uint32_t* words, int64_t id, int64_t begin) {
+  constexpr uint32_t kWeyl = 0x9E3779B9u;
+  const Words steps = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+  const uint32_t start = Mixed(Mixed(static_cast<uint32_t>(id) ^ words[0]) + words[1]);
+  const Words both = Mixed(start + (steps + static_cast<uint32_t>(begin / 2)) * kWeyl);
+  return {both >> 16, both & 0xFFFFu};
+}
+
+// The upper halves of (bits + noise), but that a NaN stays one: tables.RowFormat.pack.
+template <bool kFull>
+inline void StoreUpper(uint16_t* to, Block block, WordBlock noise, int64_t size) {
+  const auto upper = [](V16 x, Words more) {
+    const Words bits = (Words)x;
+    return (x != x) ? bits >> 16 | 0x40u : bits + more >> 16;
+  };
+  StoreWords<kFull>(to, {upper(block.lo, noise.lo), upper(block.hi, noise.hi)}, size);
+}
+
+// ---- one column ---------------------------------------------------------------------------------
+
 // All bits set in one column, none in the others.
 struct Mask {
-  using Bits = int32_t __attribute__((vector_size(64)));
   Bits lo{}, hi{};
   explicit Mask(int64_t column) {
     int32_t bits[kBlock] = {};

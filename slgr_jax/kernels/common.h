@@ -16,6 +16,9 @@
 // unless it is inlined first.
 #define SLGR_PREFETCHES __attribute__((always_inline))
 
+// For functions whose arguments are blocks: a call would pass them through memory.
+#define SLGR_INLINE __attribute__((always_inline))
+
 namespace slgr {
 
 namespace ffi = xla::ffi;

@@ -1,7 +1,8 @@
 """What the CPU kernels compute, as functions of JAX arrays (rows.cc computes it).
 
 Columns are worked on in blocks of 32 by one thread each, and the blocks' sums are added in
-order: results do not depend on the number of threads. Ids are trusted to be in bounds.
+order: results do not depend on the number of threads. Ids are trusted to be in bounds. Tables are
+float32, or packed bfloat16 rows (`tables.RowFormat`), which are rounded stochastically.
 
 Shape letters: N lanes, C candidates per user, D width, W numbers of a table's row (values and
 slots), R rows of a table, n entries of the excluded sets, U users.
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Num, UInt32
 
 BLOCK = 32
 RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "lazy_adam": 3}
@@ -49,13 +50,18 @@ def _floats(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
+def _words(words: jax.Array | None, *shape: int) -> jax.Array | np.ndarray:
+    """What keys the rounding; float32 tables are not rounded, and need none."""
+    return np.zeros(shape, np.uint32) if words is None else words
+
+
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.int32)
 
 
 def factor_scores(
-    user_table: Float[Array, "Ru Wu"],
-    item_table: Float[Array, "Ri Wi"],
+    user_table: Num[Array, "Ru Wu"],
+    item_table: Num[Array, "Ri Wi"],
     users: Int[Array, "N"],
     items: Int[Array, "N C"],
     *,
@@ -82,14 +88,15 @@ def factor_scores(
 
 
 def factor_update(
-    user_table: Float[Array, "Ru Wu"],
-    item_table: Float[Array, "Ri Wi"],
+    user_table: Num[Array, "Ru Wu"],
+    item_table: Num[Array, "Ri Wi"],
     user_slot: Int[Array, "Ru"],
     item_slot: Int[Array, "Ri"],
     users: Int[Array, "N"],
     items: Int[Array, "N C"],
     d_scores: Float[Array, "N C"],
     d_squares: Float[Array, "N 2"],
+    words: UInt32[Array, "2 2"] | None,
     rule: Rule,
     *,
     width: int,
@@ -99,6 +106,9 @@ def factor_update(
 
     Gradients of equal rows are summed, then `rule` is applied once to each distinct row. The
     tables and slots (scratch, an entry a row) are updated in place.
+
+    Args:
+      words: what keys the rounding of users' and of items' rows; None for float32 tables.
     """
     n, m = users.size, items.size
     room = (n + m) * (_blocks(width) * BLOCK + 2)
@@ -108,25 +118,32 @@ def factor_update(
         "slgr_factor_update", out, input_output_aliases={k: k for k in range(4)}
     )
     found = call(
-        *tables, users, items, d_scores, d_squares,
+        *tables, users, items, d_scores, d_squares, _words(words, 2, 2),
         width=np.int64(width), bias=unit, **rule.attributes,
     )  # fmt: skip
     return found[0], found[1], found[2], found[3]
 
 
 def row_update(
-    table: Float[Array, "R W"],
+    table: Num[Array, "R W"],
     slot: Int[Array, "R"],
     ids: Int[Array, "N"],
     grads: Float[Array, "N D"],
+    words: UInt32[Array, "2"] | None,
     rule: Rule,
-) -> tuple[Float[Array, "R W"], Int[Array, "R"]]:
-    """`rule` applied once to each distinct row of `ids`, with its gradients summed; in place."""
+) -> tuple[Num[Array, "R W"], Int[Array, "R"]]:
+    """`rule` applied once to each distinct row of `ids`, with its gradients summed; in place.
+
+    Args:
+      words: what keys the rounding; None for a float32 table.
+    """
     n, width = grads.shape
     room = n * (_blocks(width) * BLOCK + 2)
     out = (_like(table), _like(slot), _floats(room), _ints(3 * n))
     call = jax.ffi.ffi_call("slgr_row_update", out, input_output_aliases={0: 0, 1: 1})
-    found = call(table, slot, ids, grads, width=np.int64(width), **rule.attributes)
+    found = call(
+        table, slot, ids, grads, _words(words, 2), width=np.int64(width), **rule.attributes
+    )
     return found[0], found[1]
 
 

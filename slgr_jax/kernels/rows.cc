@@ -23,14 +23,61 @@ namespace {
 // Lanes between a prefetch and its use. A user has some lanes in a row, so theirs is further.
 constexpr int64_t kAhead = 12, kUsersAhead = 48;
 
-// A table [rows, stride] of which the columns [0, width) are values.
-struct Table {
-  float* data;
-  int64_t stride;
-  float* row(int64_t id) const { return data + id * stride; }
-};
-
 int64_t Blocks(int64_t width) { return (width + kBlock - 1) / kBlock; }
+
+// A table [rows, stride] of which the columns [0, width) are values and the others slots, laid out
+// as `RowFormat` of tables.py says: a Lane is a float, or half of one (uint16_t), where a value is
+// its upper half and is rounded stochastically when it is written. `words` key that rounding.
+template <typename Lane>
+struct Table {
+  static constexpr bool kHalves = std::is_same_v<Lane, uint16_t>;
+  Lane* data;
+  int64_t stride, width;
+  const uint32_t* words;
+
+  Lane* row(int64_t id) const { return data + id * stride; }
+
+  // From a slot's first lane to its second.
+  int64_t lower() const { return (stride - width) / 2; }
+
+  template <bool kFull>
+  void Write(int64_t id, int64_t begin, Block values, int64_t size) const {
+    if constexpr (kHalves) {
+      StoreUpper<kFull>(row(id) + begin, values, Noise(words, id, begin), size);
+    } else {
+      Store<kFull>(row(id) + begin, values, size);
+    }
+  }
+
+  // Slots [at, at + size) of a row.
+  template <bool kFull>
+  Block Slots(const Lane* row, int64_t at, int64_t size) const {
+    if constexpr (kHalves) {
+      return LoadHalves<kFull>(row + width + at, row + width + at + lower(), size);
+    } else {
+      return Load<kFull>(row + width + at, size);
+    }
+  }
+  template <bool kFull>
+  void WriteSlots(Lane* row, int64_t at, Block slots, int64_t size) const {
+    if constexpr (kHalves) {
+      StoreHalves<kFull>(row + width + at, row + width + at + lower(), slots, size);
+    } else {
+      Store<kFull>(row + width + at, slots, size);
+    }
+  }
+  SLGR_PREFETCHES void PrefetchSlots(const Lane* row) const {
+    Prefetch(row + width);
+    if (kHalves) Prefetch(row + width + lower());
+  }
+  // One slot of a row after `more` was added to it.
+  float Grow(Lane* row, int64_t at, float more) const {
+    Block slot = Slots<false>(row, at, 1);
+    slot.lo[0] += more;
+    WriteSlots<false>(row, at, slot, 1);
+    return slot.lo[0];
+  }
+};
 
 // Calls f(whether the block is full, its first column, its columns).
 template <typename F>
@@ -44,8 +91,9 @@ void OnBlock(int64_t block, int64_t width, const F& f) {
 }
 
 // (users [N], items [N, C]) of a call, and the two tables they are rows of.
+template <typename Lane>
 struct Lanes {
-  Table user, item;
+  Table<Lane> user, item;
   const int32_t *users, *items;
   int64_t n, c;
 
@@ -64,8 +112,8 @@ struct Lanes {
 
 // out [N, C + 2]: this block's part of the scores, of |p|^2 and of sum_c |q_c|^2. With `kBias` the
 // user's last column counts as 1 in the scores.
-template <bool kFull, bool kBias>
-void BlockScores(const Lanes& in, int64_t begin, int64_t size, float* out) {
+template <bool kFull, bool kBias, typename Lane>
+void BlockScores(const Lanes<Lane>& in, int64_t begin, int64_t size, float* out) {
   const Mask bias(size - 1);
   for (int64_t lane = 0; lane < in.n;) {
     const int32_t user = in.users[lane];
@@ -192,13 +240,13 @@ enum Kind : int64_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kLazyAdam = 3
 
 // The touched rows of one table. `grad` [blocks, room, kBlock] holds the sums of their gradients,
 // `scale` [2, room] what a rule needs once a row.
+template <typename Lane>
 struct Touched {
-  Table table;
-  int64_t width, count, room;
+  Table<Lane> table;
+  int64_t count, room;
   const int32_t* ids;
   float *grad, *scale;
 
-  float* row(int64_t k) const { return table.row(ids[k]); }
   float* sums(int64_t block) const { return grad + block * room * kBlock; }
   void Clear(int64_t block) const {
     std::memset(sums(block), 0, count * kBlock * sizeof(float));
@@ -214,75 +262,81 @@ struct Optimizer {
   bool per_row() const { return kind == kRowwiseAdagrad || kind == kLazyAdam; }
 
   // Before any block is applied: the slots and scales that a row has once.
-  void PerRow(const Touched& t) const {
+  template <typename Lane>
+  void PerRow(const Touched<Lane>& t) const {
+    const int64_t width = t.table.width;
     for (int64_t k = 0; k < t.count; ++k) {
-      float* slots = t.row(k) + t.width;
+      Lane* row = t.table.row(t.ids[k]);
       if (kind == kRowwiseAdagrad) {
         float squares = 0.0f;
-        for (int64_t block = 0; block < Blocks(t.width); ++block) {
+        for (int64_t block = 0; block < Blocks(width); ++block) {
           const Block g = Load<true>(t.sums(block) + k * kBlock, kBlock);
           squares += Sum(g * g);
         }
-        slots[0] += squares / static_cast<float>(t.width);
-        t.scale[k] = lr / std::sqrt(slots[0] + eps);
+        const float slot = t.table.Grow(row, 0, squares / static_cast<float>(width));
+        t.scale[k] = lr / std::sqrt(slot + eps);
       } else {
-        const double count = slots[2 * t.width] += 1.0f;
+        const double count = t.table.Grow(row, 2 * width, 1.0f);
         t.scale[k] = b1 > 0 ? -1.0 / std::expm1(count * std::log(b1)) : 1.0;
         t.scale[t.room + k] = b2 > 0 ? -1.0 / std::expm1(count * std::log(b2)) : 1.0;
       }
     }
   }
 
-  // A block of a row [values | slots] and its gradient, of rules that need no more than that.
-  template <bool kFull>
-  void Direct(float* row, int64_t width, int64_t size, Block value, Block g) const {
+  // A block of a row and its gradient, of rules that need no more than that.
+  template <bool kFull, typename Lane>
+  SLGR_INLINE void Direct(const Table<Lane>& table, int64_t id, int64_t begin, int64_t size, Block value,
+              Block g) const {
     if (kind == kSgd) {
       value = value - lr * g;
     } else {
-      float* slots = row + width;
-      const Block slot = Load<kFull>(slots, size) + g * g;
-      Store<kFull>(slots, slot, size);
+      Lane* const row = table.row(id);
+      const Block slot = table.template Slots<kFull>(row, begin, size) + g * g;
+      table.template WriteSlots<kFull>(row, begin, slot, size);
       value = value - lr * g * InverseRoot({slot.lo + eps, slot.hi + eps});
     }
-    Store<kFull>(row, value, size);
+    table.template Write<kFull>(id, begin, value, size);
   }
 
-  template <bool kFull>
-  void Columns(const Touched& t, int64_t block, int64_t begin, int64_t size) const {
+  template <bool kFull, typename Lane>
+  void Columns(const Touched<Lane>& t, int64_t block, int64_t begin, int64_t size) const {
     const float* grads = t.sums(block);
+    const Table<Lane>& table = t.table;
     for (int64_t k = 0; k < t.count; ++k) {
       if (k + kAhead < t.count) {
-        const float* next = t.row(k + kAhead) + begin;
+        const Lane* next = table.row(t.ids[k + kAhead]) + begin;
         Prefetch(next);
-        if (kind == kAdagrad) Prefetch(next + t.width);
+        if (kind == kAdagrad) table.PrefetchSlots(next);
       }
       const Block g = Load<true>(grads + k * kBlock, kBlock);
-      float* row = t.row(k) + begin;
-      Block value = Load<kFull>(row, size);
+      const int64_t id = t.ids[k];
+      Lane* row = table.row(id);
+      Block value = Load<kFull>(row + begin, size);
       if (!per_row()) {
-        Direct<kFull>(row, t.width, size, value, g);
+        Direct<kFull>(table, id, begin, size, value, g);
         continue;
       }
       if (kind == kRowwiseAdagrad) {
         value = value - t.scale[k] * g;
       } else {
-        float *first = row + t.width, *second = row + 2 * t.width;
-        const Block m = b1 * Load<kFull>(first, size) + (1.0f - b1) * g;
-        const Block v = b2 * Load<kFull>(second, size) + (1.0f - b2) * (g * g);
-        Store<kFull>(first, m, size);
-        Store<kFull>(second, v, size);
+        const int64_t second = table.width + begin;
+        const Block m = b1 * table.template Slots<kFull>(row, begin, size) + (1.0f - b1) * g;
+        const Block v = b2 * table.template Slots<kFull>(row, second, size) + (1.0f - b2) * (g * g);
+        table.template WriteSlots<kFull>(row, begin, m, size);
+        table.template WriteSlots<kFull>(row, second, v, size);
         Block root = t.scale[t.room + k] * v;
         for (int i = 0; i < 16; ++i) root.lo[i] = std::sqrt(root.lo[i]);
         for (int i = 0; i < 16; ++i) root.hi[i] = std::sqrt(root.hi[i]);
         const Block step = t.scale[k] * m;
         value = value - lr * Block{step.lo / (root.lo + eps), step.hi / (root.hi + eps)};
       }
-      Store<kFull>(row, value, size);
+      table.template Write<kFull>(id, begin, value, size);
     }
   }
 
-  void Apply(const Touched& t, int64_t block) const {
-    OnBlock(block, t.width, [&](auto full, int64_t begin, int64_t size) {
+  template <typename Lane>
+  void Apply(const Touched<Lane>& t, int64_t block) const {
+    OnBlock(block, t.table.width, [&](auto full, int64_t begin, int64_t size) {
       Columns<decltype(full)::value>(t, block, begin, size);
     });
   }
@@ -293,7 +347,7 @@ struct Optimizer {
 template <typename Add, typename... T>
 void Update(ffi::ThreadPool& pool, const Optimizer& optimizer, int64_t work, const Add& add,
             const T&... touched) {
-  const int64_t blocks = Blocks(std::get<0>(std::tie(touched...)).width);
+  const int64_t blocks = Blocks(std::get<0>(std::tie(touched...)).table.width);
   Parallel(pool, blocks, work, [&](int64_t block) {
     add(block);
     if (!optimizer.per_row()) (optimizer.Apply(touched, block), ...);
@@ -318,35 +372,35 @@ struct Numbers {
 //   d/dq_c = dscores_c p + 2 dsquares_1 q_c             (kBias: p counts as 1 in the last column)
 // The items' sums are cleared, the users' need not be. A row that has no sum is updated at once:
 // nothing else reads it.
-template <bool kFull, bool kBias>
-void BlockGrads(const Lanes& in, const Optimizer& optimizer, Numbers users, Numbers items,
+template <bool kFull, bool kBias, typename Lane>
+void BlockGrads(const Lanes<Lane>& in, const Optimizer& optimizer, Numbers users, Numbers items,
                 const float* dscores, const float* dsquares, int64_t begin, int64_t size,
-                int64_t width, float* user_sums, float* item_sums) {
+                float* user_sums, float* item_sums) {
   const Mask bias(size - 1);
   const bool slots = optimizer.kind == kAdagrad;
   int32_t fresh = 0;  // users' sums from here on hold nothing yet
   for (int64_t lane = 0; lane < in.n;) {
     const int32_t user = in.users[lane], number = users[lane];
-    float* const own_row = in.user.row(user) + begin;
+    Lane* const own_row = in.user.row(user) + begin;
     float* const own_sum = user_sums + number * kBlock;
     const Block p = Load<kFull>(own_row, size), unit = kBias ? bias.Put(p, 1.0f) : p;
-    if (slots && number < 0) Prefetch(own_row + width);
+    if (slots && number < 0) in.user.PrefetchSlots(own_row);
     Block total{};
     if (number < fresh && number >= 0) total = Load<true>(own_sum, kBlock);
     fresh = std::max(fresh, number + 1);
     do {
       in.PrefetchAfter(lane, begin);
       for (int64_t k = 0; slots && lane + kAhead < in.n && k < in.c; ++k) {
-        Prefetch(in.item.row(in.items[(lane + kAhead) * in.c + k]) + begin + width);
+        in.item.PrefetchSlots(in.item.row(in.items[(lane + kAhead) * in.c + k]) + begin);
       }
       const float own = 2.0f * dsquares[2 * lane], other = 2.0f * dsquares[2 * lane + 1];
       Block sum{};
       for (int64_t k = lane * in.c; k < (lane + 1) * in.c; ++k) {
-        float* const row = in.item.row(in.items[k]) + begin;
+        Lane* const row = in.item.row(in.items[k]) + begin;
         const Block q = Load<kFull>(row, size), g = dscores[k] * unit + other * q;
         sum = sum + dscores[k] * q;
         const int32_t at = items[k];
-        if (kFull && optimizer.kind == kSgd) {
+        if (kFull && !Table<Lane>::kHalves && optimizer.kind == kSgd) {
           // Whether a row has a sum is random: one instruction for both, without a branch.
           const intptr_t direct = at >> 31;
           float* const to = reinterpret_cast<float*>(
@@ -355,7 +409,7 @@ void BlockGrads(const Lanes& in, const Optimizer& optimizer, Numbers users, Numb
           const float factors[] = {1.0f, -optimizer.lr};
           Store<true>(to, Load<true>(to, kBlock) + factors[-direct] * g, kBlock);
         } else if (at < 0) {
-          optimizer.Direct<kFull>(row, width, size, q, g);
+          optimizer.template Direct<kFull>(in.item, in.items[k], begin, size, q, g);
         } else {
           float* const to = item_sums + at * kBlock;
           Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
@@ -365,7 +419,7 @@ void BlockGrads(const Lanes& in, const Optimizer& optimizer, Numbers users, Numb
       total = total + (sum + own * p);
     } while (++lane < in.n && in.users[lane] == user);
     if (number < 0) {
-      optimizer.Direct<kFull>(own_row, width, size, p, total);
+      optimizer.template Direct<kFull>(in.user, user, begin, size, p, total);
     } else {
       Store<true>(own_sum, total, kBlock);
     }
@@ -376,102 +430,125 @@ void BlockGrads(const Lanes& in, const Optimizer& optimizer, Numbers users, Numb
 
 // ---- handlers ---------------------------------------------------------------------------------
 
-static Lanes MakeLanes(float* user, int64_t user_stride, float* item, int64_t item_stride, S32 users,
-                       S32 items) {
-  const int64_t n = users.element_count();
-  return {{user, user_stride}, {item, item_stride}, users.typed_data(), items.typed_data(),
-          n,   n ? static_cast<int64_t>(items.element_count()) / n : 0};
+using Any = ffi::AnyBuffer;  // a table: float32, or halves of float32 as uint16
+using OutAny = ffi::Result<Any>;
+
+// Calls f(a value of the type of the table's lanes).
+template <typename F>
+static ffi::Error OfLanes(const Any& table, const F& f) {
+  return table.element_type() == ffi::U16 ? f(uint16_t{}) : f(float{});
 }
 
-static ffi::Error FactorScores(ffi::ThreadPool pool, F32 user, F32 item, S32 users, S32 items,
+template <typename Lane>
+static Table<Lane> TableOf(const Any& buffer, int64_t width, const uint32_t* words) {
+  return {static_cast<Lane*>(buffer.untyped_data()), buffer.dimensions()[1], width, words};
+}
+
+template <typename Lane>
+static Lanes<Lane> LanesOf(Table<Lane> user, Table<Lane> item, S32 users, S32 items) {
+  const int64_t n = users.element_count();
+  return {user, item, users.typed_data(), items.typed_data(),
+          n,    n ? static_cast<int64_t>(items.element_count()) / n : 0};
+}
+
+static ffi::Error FactorScores(ffi::ThreadPool pool, Any user, Any item, S32 users, S32 items,
                                OutF32 scores, OutF32 squares, OutF32 totals, OutF32 parts,
                                int64_t width, bool bias) {
-  const Lanes in = MakeLanes(user.typed_data(), user.dimensions()[1], item.typed_data(),
-                             item.dimensions()[1], users, items);
-  const int64_t blocks = Blocks(width), out = in.c + 2;
-  float* part = parts->typed_data();
-  Parallel(pool, blocks, in.n * (1 + in.c) * width, [&](int64_t block) {
-    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
-      constexpr bool kFull = decltype(full)::value;
-      const bool last = bias && block == blocks - 1;
-      const auto run = last ? BlockScores<kFull, true> : BlockScores<kFull, false>;
-      run(in, begin, size, part + block * in.n * out);
+  return OfLanes(user, [&](auto lane) {
+    using Lane = decltype(lane);
+    const auto in = LanesOf(TableOf<Lane>(user, width, nullptr),
+                            TableOf<Lane>(item, width, nullptr), users, items);
+    const int64_t blocks = Blocks(width), out = in.c + 2;
+    float* part = parts->typed_data();
+    Parallel(pool, blocks, in.n * (1 + in.c) * width, [&](int64_t block) {
+      OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+        constexpr bool kFull = decltype(full)::value;
+        const bool last = bias && block == blocks - 1;
+        const auto run = last ? BlockScores<kFull, true, Lane> : BlockScores<kFull, false, Lane>;
+        run(in, begin, size, part + block * in.n * out);
+      });
     });
+    AddParts(part, in.n, in.c, blocks, scores->typed_data(), squares->typed_data(),
+             totals->typed_data());
+    return ffi::Error::Success();
   });
-  AddParts(part, in.n, in.c, blocks, scores->typed_data(), squares->typed_data(),
-           totals->typed_data());
-  return ffi::Error::Success();
 }
 
-static ffi::Error FactorUpdate(ffi::ThreadPool pool, F32, F32, S32, S32, S32 users, S32 items,
-                               F32 dscores, F32 dsquares, OutF32 user, OutF32 item,
+static ffi::Error FactorUpdate(ffi::ThreadPool pool, Any, Any, S32, S32, S32 users, S32 items,
+                               F32 dscores, F32 dsquares, U32 words, OutAny user, OutAny item,
                                OutS32 user_slot, OutS32 item_slot, OutF32 floats, OutS32 ints,
                                int64_t width, bool bias, int64_t kind, float lr, float eps,
                                float b1, float b2) {
-  const Lanes in = MakeLanes(user->typed_data(), user->dimensions()[1], item->typed_data(),
-                             item->dimensions()[1], users, items);
-  const int64_t n = in.n, m = in.n * in.c, blocks = Blocks(width);
-  float* room = floats->typed_data();
-  float* item_room = room + n * (blocks * kBlock + 2);
-  int32_t* user_row = ints->typed_data();
-  int32_t *item_row = user_row + n, *user_ids = item_row + m, *item_ids = user_ids + n;
-  int32_t *item_times = item_ids + m, *user_times = item_times + m;
-  const Optimizer optimizer{kind, lr, eps, b1, b2};
-  int64_t n_users = 0, n_items = 0;
-  const auto distinct = [&](auto runs, S32 ids, OutS32 slot, int32_t* row, int32_t* ids_of,
-                            int32_t* times) {
-    const int64_t found = Distinct<decltype(runs)::value>(
-        ids.typed_data(), ids.element_count(), slot->typed_data(), row, ids_of, times);
-    return optimizer.per_row() ? All(found, times) : Repeated(found, ids_of, times);
-  };
-  Parallel(pool, 2, (n + m) * 16, [&](int64_t i) {
-    if (i == 0) {
-      n_users = distinct(std::true_type{}, users, user_slot, user_row, user_ids, user_times);
-    } else {
-      n_items = distinct(std::false_type{}, items, item_slot, item_row, item_ids, item_times);
-    }
-  });
-  const Touched of_users{in.user, width, n_users, n, user_ids, room, room + n * blocks * kBlock};
-  const Touched of_items{in.item,   width,     n_items,
-                         m,         item_ids,  item_room,
-                         item_room + m * blocks * kBlock};
-  const auto add = [&](int64_t block) {
-    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
-      constexpr bool kFull = decltype(full)::value;
-      of_items.Clear(block);
-      const bool last = bias && block == blocks - 1;
-      const auto run = last ? BlockGrads<kFull, true> : BlockGrads<kFull, false>;
-      run(in, optimizer, {user_row, user_times}, {item_row, item_times}, dscores.typed_data(), dsquares.typed_data(), begin,
-          size, width, of_users.sums(block), of_items.sums(block));
-    });
-  };
-  Update(pool, optimizer, (n + m) * width, add, of_users, of_items);
-  return ffi::Error::Success();
-}
-
-static ffi::Error RowUpdate(ffi::ThreadPool pool, F32, S32, S32 ids, F32 grads, OutF32 table,
-                            OutS32 slot, OutF32 floats, OutS32 ints, int64_t width, int64_t kind,
-                            float lr, float eps, float b1, float b2) {
-  const int64_t n = ids.element_count(), blocks = Blocks(width);
-  int32_t *lane_row = ints->typed_data(), *ids_of = lane_row + n, *times = ids_of + n;
-  const int64_t count = Distinct<false>(ids.typed_data(), n, slot->typed_data(), lane_row, ids_of, times);
-  float* room = floats->typed_data();
-  const Touched touched{{table->typed_data(), static_cast<int64_t>(table->dimensions()[1])},
-                        width, count, n, ids_of, room, room + n * blocks * kBlock};
-  const auto add = [&](int64_t block) {
-    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
-      constexpr bool kFull = decltype(full)::value;
-      touched.Clear(block);
-      float* sums = touched.sums(block);
-      for (int64_t lane = 0; lane < n; ++lane) {
-        float* to = sums + lane_row[lane] * kBlock;
-        const Block g = Load<kFull>(grads.typed_data() + lane * width + begin, size);
-        Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
+  return OfLanes(*user, [&](auto lane) {
+    using Lane = decltype(lane);
+    const auto in = LanesOf(TableOf<Lane>(*user, width, words.typed_data()),
+                            TableOf<Lane>(*item, width, words.typed_data() + 2), users, items);
+    const int64_t n = in.n, m = in.n * in.c, blocks = Blocks(width);
+    float* room = floats->typed_data();
+    float* item_room = room + n * (blocks * kBlock + 2);
+    int32_t* user_row = ints->typed_data();
+    int32_t *item_row = user_row + n, *user_ids = item_row + m, *item_ids = user_ids + n;
+    int32_t *item_times = item_ids + m, *user_times = item_times + m;
+    const Optimizer optimizer{kind, lr, eps, b1, b2};
+    int64_t n_users = 0, n_items = 0;
+    const auto distinct = [&](auto runs, S32 ids, OutS32 slot, int32_t* row, int32_t* ids_of,
+                              int32_t* times) {
+      const int64_t found = Distinct<decltype(runs)::value>(
+          ids.typed_data(), ids.element_count(), slot->typed_data(), row, ids_of, times);
+      return optimizer.per_row() ? All(found, times) : Repeated(found, ids_of, times);
+    };
+    Parallel(pool, 2, (n + m) * 16, [&](int64_t i) {
+      if (i == 0) {
+        n_users = distinct(std::true_type{}, users, user_slot, user_row, user_ids, user_times);
+      } else {
+        n_items = distinct(std::false_type{}, items, item_slot, item_row, item_ids, item_times);
       }
     });
-  };
-  Update(pool, {kind, lr, eps, b1, b2}, n * width, add, touched);
-  return ffi::Error::Success();
+    const Touched<Lane> of_users{in.user, n_users, n, user_ids, room, room + n * blocks * kBlock};
+    const Touched<Lane> of_items{in.item,   n_items,   m,
+                                 item_ids,  item_room, item_room + m * blocks * kBlock};
+    const auto add = [&](int64_t block) {
+      OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+        constexpr bool kFull = decltype(full)::value;
+        of_items.Clear(block);
+        const bool last = bias && block == blocks - 1;
+        const auto run = last ? BlockGrads<kFull, true, Lane> : BlockGrads<kFull, false, Lane>;
+        run(in, optimizer, {user_row, user_times}, {item_row, item_times}, dscores.typed_data(),
+            dsquares.typed_data(), begin, size, of_users.sums(block), of_items.sums(block));
+      });
+    };
+    Update(pool, optimizer, (n + m) * width, add, of_users, of_items);
+    return ffi::Error::Success();
+  });
+}
+
+static ffi::Error RowUpdate(ffi::ThreadPool pool, Any, S32, S32 ids, F32 grads, U32 words,
+                            OutAny table, OutS32 slot, OutF32 floats, OutS32 ints, int64_t width,
+                            int64_t kind, float lr, float eps, float b1, float b2) {
+  return OfLanes(*table, [&](auto lane) {
+    using Lane = decltype(lane);
+    const int64_t n = ids.element_count(), blocks = Blocks(width);
+    int32_t *lane_row = ints->typed_data(), *ids_of = lane_row + n, *times = ids_of + n;
+    const int64_t count =
+        Distinct<false>(ids.typed_data(), n, slot->typed_data(), lane_row, ids_of, times);
+    float* room = floats->typed_data();
+    const Touched<Lane> touched{TableOf<Lane>(*table, width, words.typed_data()),
+                                count, n, ids_of, room, room + n * blocks * kBlock};
+    const auto add = [&](int64_t block) {
+      OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+        constexpr bool kFull = decltype(full)::value;
+        touched.Clear(block);
+        float* sums = touched.sums(block);
+        for (int64_t lane = 0; lane < n; ++lane) {
+          float* to = sums + lane_row[lane] * kBlock;
+          const Block g = Load<kFull>(grads.typed_data() + lane * width + begin, size);
+          Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
+        }
+      });
+    };
+    Update(pool, Optimizer{kind, lr, eps, b1, b2}, n * width, add, touched);
+    return ffi::Error::Success();
+  });
 }
 
 }  // namespace slgr
@@ -481,8 +558,8 @@ using namespace slgr;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_scores, FactorScores,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()   // user table
-                                  .Arg<F32>()   // item table
+                                  .Arg<Any>()   // user table
+                                  .Arg<Any>()   // item table
                                   .Arg<S32>()   // users [N]
                                   .Arg<S32>()   // items [N, C]
                                   .Ret<F32>()   // scores [N, C]
@@ -495,16 +572,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_scores, FactorScores,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_update, FactorUpdate,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()   // user table
-                                  .Arg<F32>()   // item table
+                                  .Arg<Any>()   // user table
+                                  .Arg<Any>()   // item table
                                   .Arg<S32>()   // user slot
                                   .Arg<S32>()   // item slot
                                   .Arg<S32>()   // users [N]
                                   .Arg<S32>()   // items [N, C]
                                   .Arg<F32>()   // d loss / d scores [N, C]
                                   .Arg<F32>()   // d loss / d squares [N, 2]
-                                  .Ret<F32>()   // the four first arguments, updated in place
-                                  .Ret<F32>()
+                                  .Arg<U32>()   // words that key the rounding [2, 2]
+                                  .Ret<Any>()   // the four first arguments, updated in place
+                                  .Ret<Any>()
                                   .Ret<S32>()
                                   .Ret<S32>()
                                   .Ret<F32>()   // scratch
@@ -520,11 +598,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_update, FactorUpdate,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_row_update, RowUpdate,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()   // table
+                                  .Arg<Any>()   // table
                                   .Arg<S32>()   // slot
                                   .Arg<S32>()   // ids [N]
                                   .Arg<F32>()   // gradients [N, D]
-                                  .Ret<F32>()   // the two first arguments, updated in place
+                                  .Arg<U32>()   // words that key the rounding [2]
+                                  .Ret<Any>()   // the two first arguments, updated in place
                                   .Ret<S32>()
                                   .Ret<F32>()   // scratch
                                   .Ret<S32>()   // scratch

@@ -90,6 +90,10 @@ def test_what_is_read_ahead_is_fetched_ahead(function):
     parts = re.split(r"^[0-9a-f]+ <(.*)>:$", text, flags=re.M)[1:]
     named = zip(parts[::2], parts[1::2], strict=True)
     bodies = [body for name, body in named if function in name]
-    fetching = [body for body in bodies if re.search(r"\b(prefetch\w*|prfm)\b", body)]
-    # BlockScores and BlockGrads are one function for each kind of block.
-    assert len(fetching) >= (4 if function.startswith("Block") else 1)
+    fetches = sorted(len(re.findall(r"\b(?:prefetch\w*|prfm)\b", body)) for body in bodies)
+    # BlockScores and BlockGrads are one function for each kind of block and of table. BlockGrads
+    # fetches rows and slots, of users and of items.
+    kinds, least = (8, 2) if function.startswith("Block") else (1, 1)
+    least = 6 if function == "BlockGrads" else least
+    assert len(fetches) >= kinds
+    assert fetches[-kinds] >= least

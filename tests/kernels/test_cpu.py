@@ -10,7 +10,13 @@ import pytest
 import worlds
 
 from slgr_jax import tables
-from slgr_jax.config import TABLE_OPTIMIZERS, GuidanceConfig, OptimizerConfig, SamplerConfig
+from slgr_jax.config import (
+    TABLE_DTYPES,
+    TABLE_OPTIMIZERS,
+    GuidanceConfig,
+    OptimizerConfig,
+    SamplerConfig,
+)
 from slgr_jax.data import batches, draws, sampling, teacher_draws
 from slgr_jax.data.dataset import Csr
 from slgr_jax.kernels import cpu
@@ -37,6 +43,29 @@ def _world(width, *, lanes=300, candidates=2, slots=0, seed=0):
     return table, users, items
 
 
+def _packed(rows, width, dtype):
+    """Rows [values | slots] as a table of `dtype`, and what it holds of them."""
+    packed = tables.RowFormat(width, rows.shape[1] - width, dtype).pack(
+        rows[:, :width], rows[:, width:]
+    )
+    return packed, _held(packed, width)
+
+
+def _held(table, width):
+    return np.concatenate(tables.RowFormat.of(table, width).unpack(table), axis=1)
+
+
+def _assert_same_update(got, wanted, width):
+    """Sums are added in another order: to float32's rounding, and where that decides how a
+    bfloat16 value is rounded, to the other neighbour."""
+    packed, got, wanted = got.dtype == np.uint16, _held(got, width), _held(wanted, width)
+    tolerance = 2.0**-7 if packed else 2e-4
+    np.testing.assert_allclose(got[:, :width], wanted[:, :width], rtol=tolerance, atol=2e-4)
+    np.testing.assert_allclose(got[:, width:], wanted[:, width:], rtol=2e-4, atol=2e-4)
+    if packed:
+        assert (got[:, :width] != wanted[:, :width]).mean() < 0.02
+
+
 def _scores(p, q, unit):
     p = p.astype(np.float64).copy()
     if unit:
@@ -47,11 +76,13 @@ def _scores(p, q, unit):
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("candidates", [1, 2, 3])
-def test_scores_are_dot_products_and_squared_norms(width, candidates, unit):
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_scores_are_dot_products_and_squared_norms(width, candidates, unit, dtype):
     table, users, items = _world(width, candidates=candidates, slots=3)
+    packed, held = zip(*(_packed(table[k], width, dtype) for k in ("user", "item")), strict=True)
     run = jax.jit(lambda *args: cpu.factor_scores(*args, width=width, unit=unit))
-    scores, squares, totals = run(table["user"], table["item"], users, items)
-    p, q = table["user"][users, :width], table["item"][items, :width]
+    scores, squares, totals = run(*packed, users, items)
+    p, q = held[0][users, :width], held[1][items, :width]
     np.testing.assert_allclose(scores, _scores(p, q, unit), rtol=1e-5, atol=1e-5)
     norms = np.stack([(p.astype(float) ** 2).sum(1), (q.astype(float) ** 2).sum((1, 2))], axis=1)
     np.testing.assert_allclose(squares, norms, rtol=1e-5)
@@ -89,7 +120,10 @@ def test_nan_and_infinity_reach_the_scores_and_norms():
         *((64, True, 300, 8), (77, True, 300, 8), (77, False, 40, 3)),
     ],
 )
-def test_factor_update_equals_autodiff_and_the_row_optimiser(name, width, unit, lanes, together):
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_factor_update_equals_autodiff_and_the_row_optimiser(
+    name, width, unit, lanes, together, dtype
+):
     """d/d rows of sum(ds * scores + dq * squares), then tables.update by XLA.
 
     Of 40 lanes some read an item that no other lane reads, of 300 next to none. A user has some
@@ -111,42 +145,72 @@ def test_factor_update_equals_autodiff_and_the_row_optimiser(name, width, unit, 
         norms = jnp.stack([jnp.sum(p * p, 1), jnp.sum(q * q, (1, 2))], axis=1)
         return jnp.sum(scores * d_scores) + jnp.sum(norms * d_squares)
 
-    p, q = jnp.asarray(table["user"][users, :width]), jnp.asarray(table["item"][items, :width])
+    packed, held = {}, {}
+    for key, rows in table.items():
+        packed[key], held[key] = _packed(rows, width, dtype)
+    generators = tables.rounding(jax.random.key(5), table)
+    words = jnp.stack([generators["user"], generators["item"]]) if dtype == "bfloat16" else None
+    p, q = jnp.asarray(held["user"][users, :width]), jnp.asarray(held["item"][items, :width])
     grads = dict(zip(("user", "item"), jax.grad(objective, argnums=(0, 1))(p, q), strict=True))
     ids, layout = {"user": users, "item": items}, worlds.one_device()
     wanted = {
         key: tables.update(
-            jnp.asarray(table[key]), slots[key], ids[key], grads[key], optimizer, layout
+            packed[key], slots[key], ids[key], grads[key], optimizer, layout, generators[key]
         )[0]
         for key in ids
     }
     run = jax.jit(lambda *args: cpu.factor_update(*args, optimizer.rule, width=width, unit=unit))
     got = run(
-        table["user"], table["item"], slots["user"], slots["item"],
-        users, items, d_scores, d_squares,
+        packed["user"], packed["item"], slots["user"], slots["item"],
+        users, items, d_scores, d_squares, words,
     )  # fmt: skip
     for new, key in zip(got[:2], ("user", "item"), strict=True):
-        np.testing.assert_allclose(new, wanted[key], rtol=2e-4, atol=2e-4)
+        _assert_same_update(new, wanted[key], width)
         untouched = np.setdiff1d(np.arange(table[key].shape[0]), ids[key])
-        np.testing.assert_array_equal(np.asarray(new)[untouched], table[key][untouched])
+        np.testing.assert_array_equal(new[untouched], packed[key][untouched])
 
 
 @pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_row_update_equals_the_xla_update(name, width):
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_row_update_equals_the_xla_update(name, width, dtype):
     optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
     table, _, items = _world(width, lanes=2000, slots=optimizer.slots(width))
-    start = jnp.asarray(table["item"])
+    start, _ = _packed(table["item"], width, dtype)
+    generator = tables.rounding(jax.random.key(5), ["item"])["item"]
     grads = np.random.default_rng(2).normal(size=(*items.shape, width)).astype(np.float32)
     slot, layout = jnp.zeros(90, jnp.int32), worlds.one_device()
     by = {
         native: jax.jit(
-            lambda *a, native=native: tables.update(*a, optimizer, layout, native=native)[0]
+            lambda *a, native=native: tables.update(
+                *a, optimizer, layout, generator, native=native
+            )[0]
         )(start, slot, items, grads)
         for native in (False, True)
     }
-    np.testing.assert_allclose(by[True], by[False], rtol=2e-4, atol=2e-4)
-    assert not np.allclose(by[True], start)
+    _assert_same_update(by[True], by[False], width)
+    assert not np.allclose(_held(by[True], width), _held(start, width))
+
+
+def test_a_nan_is_not_rounded_to_a_number():
+    """One whose bits noise would carry over the sign, into zero."""
+    table, _ = _packed(np.zeros((200, 64), np.float32), 64, "bfloat16")
+    ids, slot = np.arange(200, dtype=np.int32), jnp.zeros(200, jnp.int32)
+    grads = np.full((200, 64), 0xFFFF_FFFF, np.uint32).view(np.float32)
+    words = jnp.array([3, 4], jnp.uint32)
+    new, _ = cpu.row_update(table, slot, ids, grads, words, cpu.Rule("sgd", 1.0))
+    assert np.isnan(_held(new, 64)).all()
+
+
+@pytest.mark.parametrize("name", TABLE_OPTIMIZERS[:3])
+def test_nothing_to_learn_leaves_every_bit_of_a_packed_row(name):
+    optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    rows, _, _ = _world(77, slots=optimizer.slots(77))
+    table, _ = _packed(rows["item"], 77, "bfloat16")
+    ids, slot = np.arange(90, dtype=np.int32), jnp.zeros(90, jnp.int32)
+    grads, words = np.zeros((90, 77), np.float32), jnp.array([3, 4], jnp.uint32)
+    new, _ = cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
+    np.testing.assert_array_equal(new, table)
 
 
 def test_no_lanes_change_nothing():
@@ -159,9 +223,8 @@ def test_no_lanes_change_nothing():
     assert scores.shape == squares.shape == (0, 2)
     floats = np.zeros((0, 2), np.float32)
     rule = cpu.Rule("sgd", 1.0)
-    got = cpu.factor_update(
-        table["user"], table["item"], *slots, none, pairs, floats, floats, rule, width=8, unit=True
-    )
+    lanes = (none, pairs, floats, floats, None)
+    got = cpu.factor_update(table["user"], table["item"], *slots, *lanes, rule, width=8, unit=True)
     np.testing.assert_array_equal(got[0], table["user"])
     np.testing.assert_array_equal(got[1], table["item"])
 
