@@ -136,7 +136,7 @@ inline W Mixed(W x) {
   return x ^ x >> 16;
 }
 
-// Uniform in [0, 2^16), a function of (words, row, column): tables.rounding_noise.
+// Uniform in [0, 2^16), a function of (words, row, column): random_words.halves_of_rows.
 inline WordBlock Noise(const uint32_t* words, int64_t id, int64_t begin) {
   constexpr uint32_t kWeyl = 0x9E3779B9u;
   const Words steps = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
