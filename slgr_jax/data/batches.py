@@ -21,6 +21,9 @@ from slgr_jax.data.context import Context, Queries, host32
 from slgr_jax.data.dataset import Csr, Dataset, beaten
 from slgr_jax.errors import InputError
 
+# Keys from one of `Excluded.marks` to the next: a cache line of them (kLine of draws.cc).
+MARKED = 16
+
 
 @struct.dataclass
 class Excluded:
@@ -29,6 +32,7 @@ class Excluded:
     Attributes:
       offsets: [U + 1] bounds of each user's row.
       keys: [n] mass of the items below the row's k-th item that are not cut out.
+      marks: [ceil(n / MARKED)] every MARKED-th of the keys, where the CPU kernels begin a search.
       shifts: [n] mass of the row's items up to and with the k-th; None where every mass is 1,
         when it is k + 1.
       free: [U] mass that is left.
@@ -36,6 +40,7 @@ class Excluded:
 
     offsets: Int[Array, "U1"]
     keys: Int[Array, "n"]
+    marks: Int[Array, "m"]
     shifts: Int[Array, "n"] | None
     free: Int[Array, "U"]
 
@@ -262,7 +267,8 @@ def excluded(sets: Csr, masses: np.ndarray | None, n_items: int) -> Excluded:
     shifts = None if masses is None else host32(own[1:] - start)  # with the k-th
     keys = below[sets.indices] - (own[:-1] - start)  # without it
     free = below[-1] - (own[sets.offsets[1:]] - own[sets.offsets[:-1]])
-    return Excluded(host32(sets.offsets), host32(keys), shifts, host32(free))
+    marks = keys[::MARKED]
+    return Excluded(host32(sets.offsets), host32(keys), host32(marks), shifts, host32(free))
 
 
 def targets(

@@ -89,10 +89,8 @@ def draw_triples(
     else:
         first = random_words.words(words_of.other, 1, -(-size // together))[0]
         if plan.native and sampler.negatives != "in_batch" and not sampler.allow_positive_negatives:
-            cut = data.negatives
             users, items, weights = cpu.draw_triples(
-                *(first, words[0], words[1], data.users, data.items),
-                *(cut.offsets, cut.keys, cut.shifts, cut.free),
+                *(first, words[0], words[1], data.users, data.items, data.negatives),
                 drawn=plan.drawn,
                 together=together,
             )

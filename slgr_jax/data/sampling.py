@@ -84,8 +84,7 @@ def draw_outside(
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
     """An item outside each user's excluded set, by mass; weight 0 where nothing is left."""
     if plan.native:
-        lanes = (bits.reshape(-1), users.reshape(-1))
-        place, weight = cpu.draw_outside(*lanes, cut.offsets, cut.keys, cut.shifts, cut.free)
+        place, weight = cpu.draw_outside(bits.reshape(-1), users.reshape(-1), cut)
         place, weight = place.reshape(users.shape), weight.reshape(users.shape)
     else:
         free = cut.free[users]

@@ -103,7 +103,7 @@ def _from_lists_native(
     return cpu.draw_preferences(
         *(starts, words[0], None if cut is None else words[1]),
         *(teacher.starts, teacher.offsets, teacher.items, teacher.scores),
-        None if cut is None else (cut.offsets, cut.keys, cut.free),
+        cut,
         together=min(plan.sampler.triples_per_user, size),
         most=_unlisted_words(plan),
         floor=teacher.floor,

@@ -16,7 +16,8 @@
 // unless it is inlined first.
 #define SLGR_PREFETCHES __attribute__((always_inline))
 
-// For functions whose arguments are blocks: a call would pass them through memory.
+// For functions whose arguments are blocks, which a call would pass through memory, and for those
+// whose compiled code a test reads.
 #define SLGR_INLINE __attribute__((always_inline))
 
 namespace slgr {

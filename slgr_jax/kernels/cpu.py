@@ -11,7 +11,7 @@ slots), R rows of a table, n entries of the excluded sets, U users.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -147,19 +147,30 @@ def row_update(
     return found[0], found[1]
 
 
+class Cut(Protocol):
+    """The excluded sets of users: `batches.Excluded`."""
+
+    @property
+    def offsets(self) -> Int[Array, "U1"]: ...
+    @property
+    def keys(self) -> Int[Array, "n"]: ...
+    @property
+    def marks(self) -> Int[Array, "m"]: ...
+    @property
+    def shifts(self) -> Int[Array, "n"] | None: ...
+    @property
+    def free(self) -> Int[Array, "U"]: ...
+
+
 def draw_outside(
-    bits: UInt32[Array, "N"],
-    users: Int[Array, "N"],
-    offsets: Int[Array, "U1"],
-    keys: Int[Array, "n"],
-    shifts: Int[Array, "n"] | None,
-    free: Int[Array, "U"],
+    bits: UInt32[Array, "N"], users: Int[Array, "N"], cut: Cut
 ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
     """Places outside each user's excluded set, and weights: see `sampling.draw_outside`."""
     call = jax.ffi.ffi_call("slgr_draw_outside", (_ints(*users.shape), _floats(*users.shape)))
-    unit = shifts is None
+    shifts = cut.keys if cut.shifts is None else cut.shifts
+    unit = cut.shifts is None
     place, weight = call(
-        bits, users, offsets, keys, keys if shifts is None else shifts, free, unit_mass=unit
+        bits, users, cut.offsets, cut.keys, cut.marks, shifts, cut.free, unit_mass=unit
     )
     return place, weight
 
@@ -170,10 +181,7 @@ def draw_triples(
     negative: UInt32[Array, "S B"],
     pair_users: Int[Array, "n"],
     pair_items: Int[Array, "n"],
-    offsets: Int[Array, "U1"],
-    keys: Int[Array, "n"],
-    shifts: Int[Array, "n"] | None,
-    free: Int[Array, "U"],
+    cut: Cut,
     *,
     drawn: int,
     together: int,
@@ -187,10 +195,11 @@ def draw_triples(
     """
     out = (_ints(*positive.shape), _ints(*positive.shape, 2), _floats(*positive.shape))
     call = jax.ffi.ffi_call("slgr_draw_triples", out)
+    shifts = cut.keys if cut.shifts is None else cut.shifts
     users, items, weights = call(
         first, positive, negative, pair_users, pair_items,
-        offsets, keys, keys if shifts is None else shifts, free,
-        drawn=np.int64(drawn), together=np.int64(together), unit_mass=shifts is None,
+        cut.offsets, cut.keys, cut.marks, shifts, cut.free,
+        drawn=np.int64(drawn), together=np.int64(together), unit_mass=cut.shifts is None,
     )  # fmt: skip
     return users, items, weights
 
@@ -203,7 +212,7 @@ def draw_preferences(
     list_offsets: Int[Array, "U1"],
     list_items: Int[Array, "E"],
     list_scores: Float[Array, "E"],
-    outside: tuple[Int[Array, "U1"], Int[Array, "n"], Int[Array, "U"]] | None,
+    outside: Cut | None,
     *,
     together: int,
     most: int,
@@ -214,17 +223,19 @@ def draw_preferences(
     Args:
       first, partner, share: random words of each first entry, M = ceil(G / together), of each
         partner, and of whether that is unlisted; None where it never is.
-      outside: offsets, keys and free of what is outside a user's list; None as above.
+      outside: what is not outside a user's list, each item of mass 1; None as above.
       together: lanes that follow each other and start with entries that do.
       most: the greatest word of `share` for which the partner is unlisted.
       floor: score of an unlisted item.
     """
     out = (_ints(*partner.shape), _ints(*partner.shape, 2), _floats(*partner.shape))
     call = jax.ffi.ffi_call("slgr_draw_preferences", out)
+    cut = (list_offsets, list_items, list_items, list_items)
+    if outside is not None:
+        cut = (outside.offsets, outside.keys, outside.marks, outside.free)
     users, items, margins = call(
         first, partner, partner if share is None else share, starts,
-        list_offsets, list_items, list_scores,
-        *((list_offsets, list_items, list_items) if outside is None else outside),
+        list_offsets, list_items, list_scores, *cut,
         together=np.int64(together), unlisted=outside is not None, most=np.int64(most),
         floor=np.float32(floor),
     )  # fmt: skip

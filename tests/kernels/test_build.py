@@ -77,9 +77,19 @@ def test_only_one_cpu_device_takes_them(platform, devices):
 
 
 @pytest.mark.parametrize(
-    "function", ["BlockScores", "BlockGrads", "Columns", "DrawOutside", "DrawTriples", "Distinct"]
+    ("function", "kinds", "least"),
+    [
+        # One function for each kind of block and of table.
+        ("BlockScores", 8, 2),
+        ("BlockGrads", 8, 6),  # rows and slots, of users and of items
+        ("Columns", 1, 1),
+        ("Distinct", 1, 1),
+        ("DrawOutside", 1, 5),  # bounds, free, marks, keys, shifts
+        ("DrawTriples", 1, 7),  # those, who has a pair, the positive
+        ("DrawPreferences", 1, 9),  # entries, lists' bounds, items and scores, what is outside
+    ],
 )
-def test_what_is_read_ahead_is_fetched_ahead(function):
+def test_what_is_read_ahead_is_fetched_ahead(function, kinds, least):
     """A compiler may drop calls of a function that only prefetches: no result tells, only time."""
     worlds.need_native_kernels()
     tool = shutil.which("objdump")
@@ -91,9 +101,5 @@ def test_what_is_read_ahead_is_fetched_ahead(function):
     named = zip(parts[::2], parts[1::2], strict=True)
     bodies = [body for name, body in named if function in name]
     fetches = sorted(len(re.findall(r"\b(?:prefetch\w*|prfm)\b", body)) for body in bodies)
-    # BlockScores and BlockGrads are one function for each kind of block and of table. BlockGrads
-    # fetches rows and slots, of users and of items.
-    kinds, least = (8, 2) if function.startswith("Block") else (1, 1)
-    least = 6 if function == "BlockGrads" else least
     assert len(fetches) >= kinds
     assert fetches[-kinds] >= least

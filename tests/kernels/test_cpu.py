@@ -230,11 +230,18 @@ def test_no_lanes_change_nothing():
 
 
 @pytest.mark.parametrize("popularity", [False, True])
-def test_draws_outside_are_those_of_xla_to_the_bit(popularity):
-    """Users with nothing, with some and with everything excluded."""
+@pytest.mark.parametrize(
+    ("n_items", "sizes"),
+    [
+        (50, (0, 1, 49, 50, *range(4, 30))),
+        (3000, (0, 15, 16, 17, 1, 271, 272, 273, 500, 2999, 3000, 1024, 0)),
+    ],
+)
+def test_draws_outside_are_those_of_xla_to_the_bit(popularity, n_items, sizes):
+    """Users with nothing, with some and with everything excluded; rows of few and of many marks."""
     rng = np.random.default_rng(3)
-    n_items, n_users = 50, 30
-    rows = [rng.choice(n_items, size, replace=False) for size in (0, 1, 49, 50, *range(4, 30))]
+    n_users = len(sizes)
+    rows = [rng.choice(n_items, size, replace=False) for size in sizes]
     users = np.repeat(np.arange(n_users), [len(row) for row in rows])
     sets = Csr.from_pairs(users, np.concatenate(rows), n_users)
     masses = rng.integers(0, 9, n_items) if popularity else None
@@ -250,7 +257,7 @@ def test_draws_outside_are_those_of_xla_to_the_bit(popularity):
             who,
             cut,
             cumulative,
-            sampling.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 6, native),
+            sampling.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 12, native),
         )
         for native in (False, True)
     ]
