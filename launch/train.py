@@ -20,6 +20,11 @@ absl_flags.DEFINE_string("workdir", None, "directory of this run: config, log, c
 
 def main(_: list[str]) -> None:
     run = flags.run_config_from_flags(flags.FLAGS.data, flags.FLAGS.workdir)
+    if run.train.kernels != "xla":
+        from slgr_jax.kernels import build
+
+        # Before JAX is imported: a machine's first run waits for what is left to compile.
+        build.begin(*build.units_of(run))
     from slgr_jax import train
 
     outcome = train.train(run)

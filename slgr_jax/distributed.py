@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import TypeVar
 
 import jax
@@ -19,6 +20,7 @@ from slgr_jax.errors import ConfigError
 
 DATA, TABLE = "data", "table"
 ROW_UNIT = 128
+_LLVM_LEVEL = "xla_backend_optimization_level"
 T = TypeVar("T")
 
 
@@ -56,6 +58,18 @@ class Layout:
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def compiler_options(self) -> dict[str, int]:
+        """For `jax.jit`: on CPUs the second of LLVM's levels, unless XLA_FLAGS name one.
+
+        XLA's default, the third, compiles for up to twice as long, to a step that computes the same
+        bits and is not faster (benchmarks/LOG.md, "a machine's first start").
+        """
+        cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return (
+            {_LLVM_LEVEL: 2} if cpu and _LLVM_LEVEL not in os.environ.get("XLA_FLAGS", "") else {}
+        )
 
     def padded_rows(self, rows: int) -> int:
         """`rows` rounded up so that every block has the same size.

@@ -143,6 +143,7 @@ def _compile(trainer: Trainer, resident: Resident, seeds: int) -> Any:
         jax.vmap(make_program(trainer), in_axes=(0, None, 0, None)),
         donate_argnums=0,
         out_shardings=(_shardings(states), everywhere, everywhere),
+        compiler_options=trainer.layout.compiler_options,
     )
     keys = jax.ShapeDtypeStruct((seeds, 2), jnp.uint32, sharding=everywhere)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)

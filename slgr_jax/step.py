@@ -213,6 +213,7 @@ def make_run_steps(trainer: Trainer) -> RunSteps:
         make_program(trainer),
         donate_argnums=0,
         out_shardings=(like_input, everywhere, everywhere),
+        compiler_options=trainer.layout.compiler_options,
     )
 
 

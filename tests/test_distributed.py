@@ -32,6 +32,16 @@ def test_padding_is_the_same_on_every_power_of_two(rows):
     assert padded == {-(-rows // 128) * 128}
 
 
+def test_programs_are_compiled_at_the_second_level_unless_told_otherwise(monkeypatch):
+    layout, given = worlds.one_device(), {"xla_backend_optimization_level": 2}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert layout.compiler_options == given
+    one = jax.jit(lambda x: x + 1, compiler_options=layout.compiler_options)
+    assert float(one(1.0)) == 2.0  # an option that this XLA does not know would be refused
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    assert layout.compiler_options == {}
+
+
 def test_collectives_only_with_several_devices():
     one, many = worlds.one_device(), make_layout(table_shards=2)
 

@@ -61,6 +61,10 @@ def test_training_imports_nothing_it_may_not_need():
     assert not names & {"orbax", "tensorstore", "scipy", "matplotlib", "tensorboardX"}
 
 
+def test_kernels_can_be_compiled_before_jax_is_imported():
+    assert not _imported("-c", "from slgr_jax.kernels import build") & HEAVY
+
+
 # --- the compilation cache ------------------------------------------------------------------
 
 

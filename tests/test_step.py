@@ -255,7 +255,7 @@ def test_state_is_donated_and_step_cost_is_free_of_the_table(
     assert " sort(" not in text
     calls = sorted(re.findall(r'custom_call_target="(slgr_\w+)"', text))
     by_kernel = ["slgr_draw_preferences", "slgr_draw_triples"]
-    by_kernel += ["slgr_factor_scores", "slgr_factor_update"]
+    by_kernel += [f"slgr_factor_scores_{dtype}", f"slgr_factor_update_{dtype}"]
     by_kernel += ["slgr_take"] * 2  # of what is known of a pair, what the gate reads: cold, tail
     assert calls == (by_kernel if kernels == "native" else [])
 

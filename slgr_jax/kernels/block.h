@@ -26,7 +26,8 @@ SLGR_PREFETCHES inline void Prefetch(const uint16_t* row) { __builtin_prefetch(r
 using V16 = float __attribute__((vector_size(64)));
 using V8 = float __attribute__((vector_size(32)));
 using V4 = float __attribute__((vector_size(16)));
-using Unaligned = float __attribute__((vector_size(64), aligned(4), may_alias));
+// A typedef, since Clang takes no alignment from an alias.
+typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 
 struct Block {
   V16 lo, hi;
@@ -63,7 +64,7 @@ inline void Store(float* to, Block block, int64_t size) {
 using Bits = int32_t __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
-using UnalignedHalves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(32), aligned(2), may_alias));
 
 struct WordBlock {
   Words lo, hi;
@@ -193,13 +194,23 @@ inline float Sum(Block block) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+// The four of (x, y)'s eight numbers at these places.
+template <int a, int b, int c, int d>
+inline V4 Picked(V4 x, V4 y) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, y, a, b, c, d);
+#else
+  using Places = int32_t __attribute__((vector_size(16)));
+  return __builtin_shuffle(x, y, Places{a, b, c, d});
+#endif
+}
+
 // (sum of a, of b, anything, of d), added in the order of `Sum`.
 inline V4 Sums(Block a, Block b, Block d) {
-  using Pick = int32_t __attribute__((vector_size(16)));
   const V4 x = Fold(a), y = Fold(b), w = Fold(d);
-  const V4 xy = __builtin_shuffle(x, y, Pick{0, 4, 1, 5}) + __builtin_shuffle(x, y, Pick{2, 6, 3, 7});
-  const V4 ww = __builtin_shuffle(w, Pick{0, 0, 1, 1}) + __builtin_shuffle(w, Pick{2, 2, 3, 3});
-  return __builtin_shuffle(xy, ww, Pick{0, 1, 4, 5}) + __builtin_shuffle(xy, ww, Pick{2, 3, 6, 7});
+  const V4 xy = Picked<0, 4, 1, 5>(x, y) + Picked<2, 6, 3, 7>(x, y);
+  const V4 ww = Picked<0, 0, 1, 1>(w, w) + Picked<2, 2, 3, 3>(w, w);
+  return Picked<0, 1, 4, 5>(xy, ww) + Picked<2, 3, 6, 7>(xy, ww);
 }
 
 inline V16 InverseRoot(V16 x) {

@@ -1,8 +1,9 @@
 """Compile the kernels with the machine's own C++ compiler, once, and hand its functions to XLA.
 
-The shared object lies in the user's cache, named by a hash of everything it was made from; it is
-compiled for this very processor. Nothing is compiled when the package is installed: a machine
-without a compiler trains with XLA alone.
+Each unit is a shared object in the user's cache, named by a hash of everything it was made from; it
+is compiled for this very processor. Nothing is compiled when the package is installed: a machine
+without a compiler trains with XLA alone. A machine's first run compiles beside its other work: it
+begins before JAX is imported, and waits where a unit is first called.
 """
 
 from __future__ import annotations
@@ -11,38 +12,36 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-import jax
-
+from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError
 
 HERE = pathlib.Path(__file__).parent
-SOURCES = (HERE / "rows.cc", HERE / "draws.cc", HERE / "ranks.cc", HERE / "graph.cc")
-HEADERS = (HERE / "common.h", HERE / "block.h")
-TARGETS = (
-    "slgr_factor_scores",
-    "slgr_factor_update",
-    "slgr_row_update",
-    "slgr_draw_outside",
-    "slgr_draw_triples",
-    "slgr_draw_preferences",
-    "slgr_take",
-    "slgr_rank_rows",
-    "slgr_pool_rows",
-    "slgr_graph_propagate",
-)
+HEADERS = ("block.h", "calls.h", "common.h", "rows.h")
+_OF_ROWS = ("slgr_factor_scores", "slgr_factor_update", "slgr_row_update")
+# UNIT.cc, and the functions in it that XLA calls.
+TARGETS = {
+    "draws": ("slgr_draw_outside", "slgr_draw_triples", "slgr_draw_preferences", "slgr_take"),
+    "rows_float32": tuple(f"{name}_float32" for name in _OF_ROWS),
+    "rows_bfloat16": tuple(f"{name}_bfloat16" for name in _OF_ROWS),
+    "ranks": ("slgr_rank_rows", "slgr_pool_rows"),
+    "graph": ("slgr_graph_propagate",),
+}
 # Finite-maths shortcuts stay off: a NaN must stay one. Without errno a square root is one
 # instruction.
 FLAGS = (
     *("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-exceptions", "-fno-rtti", "-DNDEBUG", "-fPIC", "-w"),
+    *("-fno-exceptions", "-fno-rtti", "-DNDEBUG", "-fPIC", "-shared", "-w"),
 )
 _TIMEOUT_S = 180
 
@@ -83,33 +82,57 @@ def _processor() -> str:
     return f"{platform.machine()} {flags or platform.processor()}"
 
 
-def shared_object() -> pathlib.Path:
-    """The compiled kernels, built now unless the cache has them.
+def _include() -> str:
+    """Where jaxlib keeps XLA's headers: `jax.ffi.include_dir()`, without importing JAX."""
+    found = importlib.util.find_spec("jaxlib")
+    folders = list(found.submodule_search_locations or []) if found else []
+    if not folders:
+        raise BuildError("jaxlib is not installed")
+    return os.path.join(folders[0], "include")
+
+
+def shared_object(unit: str) -> pathlib.Path:
+    """A compiled unit of `TARGETS`, built now unless the cache has it.
 
     Raises:
       BuildError: no compiler, a compiler error, or a cache that cannot be written.
     """
-    tool = compiler()
-    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
+    tool, source = compiler(), HERE / f"{unit}.cc"
+    texts = [path.read_text(encoding="utf-8") for path in (source, *(HERE / h for h in HEADERS))]
     made_from = [*texts, tool, *FLAGS, importlib.metadata.version("jaxlib"), _processor()]
-    name = f"kernels-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
-    target = cache_dir() / name
+    digest = hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]
+    target = cache_dir() / f"{unit}-{digest}.so"
     if target.is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = pathlib.Path(folder) / name
-            objects = [str(built.with_suffix(f".{source.stem}.o")) for source in SOURCES]
-            compile_to = (tool, *FLAGS, "-isystem", jax.ffi.include_dir(), "-c", "-o")
-            with ThreadPoolExecutor() as pool:  # a compiler process each
-                jobs = zip(objects, map(str, SOURCES), strict=True)
-                list(pool.map(lambda job: _run(*compile_to, *job), jobs))
-            _run(tool, "-shared", *objects, "-o", str(built))
+            built = pathlib.Path(folder) / target.name
+            _run(tool, *FLAGS, "-isystem", _include(), str(source), "-o", str(built))
             os.replace(built, target)  # two processes may build at once; either's is good
     except OSError as error:
         raise BuildError(f"{target} cannot be written: {error.strerror}") from error
     return target
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    """As many compiler processes at once as there are processors, first come, first served."""
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+@functools.cache
+def _building(unit: str) -> Future[pathlib.Path]:
+    return _compilers().submit(shared_object, unit)
+
+
+def begin(*units: str) -> None:
+    """Start to compile units that the cache lacks, in this order, and do not wait.
+
+    It does not fail: where no unit is called, a missing compiler troubles nobody.
+    """
+    for unit in units:
+        _building(unit)
 
 
 def _run(*command: str) -> None:
@@ -127,12 +150,21 @@ def _run(*command: str) -> None:
         raise BuildError(f"{command[0]} failed: {(lines or ['no message'])[0].strip()}")
 
 
+def units_of(run: RunConfig) -> tuple[str, ...]:
+    """What of `TARGETS` a run calls, in the order in which it does."""
+    rows = f"rows_{run.optimizer.table_dtype}"
+    graph = ("graph",) if run.model.backbone == "lightgcn" else ()
+    return ("draws", rows, *graph, "ranks")
+
+
 @functools.cache
-def _registered() -> str | None:
-    """None once XLA knows the kernels; otherwise why not."""
+def _failure(unit: str) -> str | None:
+    """None once XLA knows the unit's functions; otherwise why not."""
+    import jax
+
     try:
-        library = ctypes.cdll.LoadLibrary(str(shared_object()))
-        for name in TARGETS:
+        library = ctypes.cdll.LoadLibrary(str(_building(unit).result()))
+        for name in TARGETS[unit]:
             jax.ffi.register_ffi_target(
                 name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
             )
@@ -141,8 +173,23 @@ def _registered() -> str | None:
     return None
 
 
+def ffi_call(name: str, out: Any, **options: Any) -> Callable[..., Any]:
+    """`jax.ffi.ffi_call` of a function of `TARGETS`; waits until its unit is compiled.
+
+    Raises:
+      ConfigError: it cannot be compiled, where the first of them could (`choose`).
+    """
+    import jax
+
+    why = _failure(next(unit for unit, names in TARGETS.items() if name in names))
+    if why is not None:
+        raise ConfigError(f"{name} cannot be had here: {why}; use --kernels=xla")
+    found: Callable[..., Any] = jax.ffi.ffi_call(name, out, **options)
+    return found
+
+
 def choose(wanted: str, *, platform: str, devices: int) -> bool:
-    """Whether a run uses the native kernels.
+    """Whether a run uses the native kernels: whether the first of them compiles here.
 
     Args:
       wanted: auto, native or xla (`TrainConfig.kernels`).
@@ -156,7 +203,7 @@ def choose(wanted: str, *, platform: str, devices: int) -> bool:
     if platform != "cpu" or devices > 1:
         why: str | None = f"they run on one CPU device, the run has {devices} of kind {platform}"
     else:
-        why = _registered()
+        why = _failure(next(iter(TARGETS)))
     if why is not None and wanted == "native":
         raise ConfigError(f"--kernels=native: {why}; use --kernels=xla, or auto")
     return why is None

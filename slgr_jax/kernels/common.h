@@ -1,4 +1,4 @@
-// What the kernels share: buffer types, and work shared out over XLA's own threads.
+// What the kernels share: names of their arrays, and work shared out over XLA's own threads.
 
 #ifndef SLGR_JAX_KERNELS_COMMON_H_
 #define SLGR_JAX_KERNELS_COMMON_H_
@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "xla/ffi/api/ffi.h"
+#include "calls.h"
 
 // For functions that do nothing but prefetch: GCC takes one for free of effects and drops its calls,
 // unless it is inlined first.
@@ -22,20 +22,18 @@
 
 namespace slgr {
 
-namespace ffi = xla::ffi;
-
 constexpr int64_t kSmall = 1 << 14;  // numbers touched under which a second thread does not pay
 
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using U32 = ffi::Buffer<ffi::U32>;
-using OutF32 = ffi::Result<F32>;
-using OutS32 = ffi::Result<S32>;
+using F32 = Buffer<float>;
+using S32 = Buffer<int32_t>;
+using U32 = Buffer<uint32_t>;
+using OutF32 = Out<float>;
+using OutS32 = Out<int32_t>;
 
 // Runs `task(0)` ... `task(n - 1)` on this thread and on the pool's. A thread begins with the
 // task that its core worked on in the calls before, whose columns its caches hold.
 template <typename Task>
-void Parallel(ffi::ThreadPool& pool, int64_t n, int64_t work, const Task& task) {
+void Parallel(const ThreadPool& pool, int64_t n, int64_t work, const Task& task) {
   if (n <= 1 || work < kSmall) {
     for (int64_t i = 0; i < n; ++i) task(i);
     return;
@@ -57,7 +55,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, int64_t work, const Task& task) 
     }
   };
   const int64_t helpers = std::min<int64_t>(n, pool.num_threads()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work_on)(work_on));
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(work_on);
   work_on();
   for (int64_t spins = 0; shared->done.load(std::memory_order_acquire) < n; ++spins) {
     if (spins > 1 << 12) sched_yield();

@@ -1,4 +1,4 @@
-"""What the CPU kernels compute, as functions of JAX arrays (rows.cc computes it).
+"""What the CPU kernels of a step compute, as functions of JAX arrays (rows.h, draws.cc do it).
 
 Columns are worked on in blocks of 32 by one thread each, and the blocks' sums are added in
 order: results do not depend on the number of threads. Ids are trusted to be in bounds. Tables are
@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, UInt32
+
+from slgr_jax.kernels.build import ffi_call
 
 BLOCK = 32
 RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "lazy_adam": 3}
@@ -44,6 +46,11 @@ def _blocks(width: int) -> int:
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _named(kernel: str, table: jax.Array) -> str:
+    """The kernel for tables of this type."""
+    return f"{kernel}_{'bfloat16' if table.dtype == np.uint16 else 'float32'}"
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -80,7 +87,7 @@ def factor_scores(
     """
     n, c = items.shape
     out = (_floats(n, c), _floats(n, 2), _floats(2), _floats(_blocks(width), n, c + 2))
-    call = jax.ffi.ffi_call("slgr_factor_scores", out)
+    call = ffi_call(_named("slgr_factor_scores", user_table), out)
     scores, squares, totals, _ = call(
         user_table, item_table, users, items, width=np.int64(width), bias=unit
     )
@@ -114,9 +121,8 @@ def factor_update(
     room = (n + m) * (_blocks(width) * BLOCK + 2)
     tables = (user_table, item_table, user_slot, item_slot)
     out = (*map(_like, tables), _floats(room), _ints(3 * (n + m)))
-    call = jax.ffi.ffi_call(
-        "slgr_factor_update", out, input_output_aliases={k: k for k in range(4)}
-    )
+    name = _named("slgr_factor_update", user_table)
+    call = ffi_call(name, out, input_output_aliases={k: k for k in range(4)})
     found = call(
         *tables, users, items, d_scores, d_squares, _words(words, 2, 2),
         width=np.int64(width), bias=unit, **rule.attributes,
@@ -140,7 +146,8 @@ def row_update(
     n, width = grads.shape
     room = n * (_blocks(width) * BLOCK + 2)
     out = (_like(table), _like(slot), _floats(room), _ints(3 * n))
-    call = jax.ffi.ffi_call("slgr_row_update", out, input_output_aliases={0: 0, 1: 1})
+    name = _named("slgr_row_update", table)
+    call = ffi_call(name, out, input_output_aliases={0: 0, 1: 1})
     found = call(
         table, slot, ids, grads, _words(words, 2), width=np.int64(width), **rule.attributes
     )
@@ -166,7 +173,7 @@ def draw_outside(
     bits: UInt32[Array, "N"], users: Int[Array, "N"], cut: Cut
 ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
     """Places outside each user's excluded set, and weights: see `sampling.draw_outside`."""
-    call = jax.ffi.ffi_call("slgr_draw_outside", (_ints(*users.shape), _floats(*users.shape)))
+    call = ffi_call("slgr_draw_outside", (_ints(*users.shape), _floats(*users.shape)))
     shifts = cut.keys if cut.shifts is None else cut.shifts
     unit = cut.shifts is None
     place, weight = call(
@@ -194,7 +201,7 @@ def draw_triples(
       together: lanes that follow each other and have one user.
     """
     out = (_ints(*positive.shape), _ints(*positive.shape, 2), _floats(*positive.shape))
-    call = jax.ffi.ffi_call("slgr_draw_triples", out)
+    call = ffi_call("slgr_draw_triples", out)
     shifts = cut.keys if cut.shifts is None else cut.shifts
     users, items, weights = call(
         first, positive, negative, pair_users, pair_items,
@@ -229,7 +236,7 @@ def draw_preferences(
       floor: score of an unlisted item.
     """
     out = (_ints(*partner.shape), _ints(*partner.shape, 2), _floats(*partner.shape))
-    call = jax.ffi.ffi_call("slgr_draw_preferences", out)
+    call = ffi_call("slgr_draw_preferences", out)
     cut = (list_offsets, list_items, list_items, list_items)
     if outside is not None:
         cut = (outside.offsets, outside.keys, outside.marks, outside.free)
@@ -244,5 +251,5 @@ def draw_preferences(
 
 def take(values: Float[Array, "R"], at: Int[Array, "*N"]) -> Float[Array, "*N"]:
     """values[at], read ahead: XLA's gather waits for each number that is in no cache."""
-    (found,) = jax.ffi.ffi_call("slgr_take", (_floats(*at.shape),))(values, at)
+    (found,) = ffi_call("slgr_take", (_floats(*at.shape),))(values, at)
     return found

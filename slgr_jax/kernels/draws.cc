@@ -120,14 +120,14 @@ inline int64_t Run(const int32_t* user, int64_t lane, int64_t stop) {
 
 }  // namespace
 
-static ffi::Error DrawOutside(ffi::ThreadPool pool, U32 bits, S32 users, S32 offsets, S32 keys,
-                              S32 marks, S32 shifts, S32 free, OutS32 place, OutF32 weight,
-                              bool unit_mass) {
+static void DrawOutside(ThreadPool pool, U32 bits, S32 users, S32 offsets, S32 keys,
+                        S32 marks, S32 shifts, S32 free, OutS32 place, OutF32 weight,
+                        bool unit_mass) {
   constexpr int64_t kLanes = kFetched * kSide;
-  const int64_t n = users.element_count();
-  const int32_t* user = users.typed_data();
-  const Cut cut{offsets.typed_data(), keys.typed_data(), marks.typed_data(),
-                unit_mass ? nullptr : shifts.typed_data(), free.typed_data()};
+  const int64_t n = users.count();
+  const int32_t* user = users.data();
+  const Cut cut{offsets.data(), keys.data(), marks.data(),
+                unit_mass ? nullptr : shifts.data(), free.data()};
   const int64_t tasks = std::max<int64_t>(1, pool.num_threads()), chunk = (n + tasks - 1) / tasks;
   Parallel(pool, tasks, n * 16, [&](int64_t i) {
     const int64_t end = std::min(n, (i + 1) * chunk);
@@ -140,29 +140,28 @@ static ffi::Error DrawOutside(ffi::ThreadPool pool, U32 bits, S32 users, S32 off
       }
       for (int64_t lane = begin, run; lane < stop; lane += run) {
         run = Run(user, lane, stop);
-        cut.Aim(user[lane], bits.typed_data() + lane, run, aimed + (lane - begin));
+        cut.Aim(user[lane], bits.data() + lane, run, aimed + (lane - begin));
       }
       for (int64_t lane = begin, run; lane < stop; lane += run) {
         run = Run(user, lane, stop);
-        cut.Draw(user[lane], aimed + (lane - begin), run, place->typed_data() + lane, 1,
-                 weight->typed_data() + lane);
+        cut.Draw(user[lane], aimed + (lane - begin), run, place.data() + lane, 1,
+                 weight.data() + lane);
       }
     }
   });
-  return ffi::Error::Success();
 }
 
-static ffi::Error DrawTriples(ffi::ThreadPool pool, U32 first, U32 positive, U32 negative,
-                              S32 pair_users, S32 pair_items, S32 offsets, S32 keys, S32 marks,
-                              S32 shifts, S32 free, OutS32 users, OutS32 items, OutF32 weights,
-                              int64_t drawn, int64_t together, bool unit_mass) {
-  const int64_t steps = users->dimensions()[0], size = users->dimensions()[1];
-  const int64_t groups = first.dimensions()[1];
-  const Cut cut{offsets.typed_data(), keys.typed_data(), marks.typed_data(),
-                unit_mass ? nullptr : shifts.typed_data(), free.typed_data()};
-  const int32_t* owner = pair_users.typed_data();
+static void DrawTriples(ThreadPool pool, U32 first, U32 positive, U32 negative,
+                        S32 pair_users, S32 pair_items, S32 offsets, S32 keys, S32 marks,
+                        S32 shifts, S32 free, OutS32 users, OutS32 items, OutF32 weights,
+                        int64_t drawn, int64_t together, bool unit_mass) {
+  const int64_t steps = users.size(0), size = users.size(1);
+  const int64_t groups = first.size(1);
+  const Cut cut{offsets.data(), keys.data(), marks.data(),
+                unit_mass ? nullptr : shifts.data(), free.data()};
+  const int32_t* owner = pair_users.data();
   // With masses of 1 a key tells the item.
-  const int32_t* item = unit_mass ? cut.keys : pair_items.typed_data();
+  const int32_t* item = unit_mass ? cut.keys : pair_items.data();
   const int64_t all = steps * groups, tasks = std::max<int64_t>(1, pool.num_threads());
   const int64_t chunk = (all + tasks - 1) / tasks;
   Parallel(pool, tasks, steps * size * 16, [&](int64_t i) {
@@ -173,7 +172,7 @@ static ffi::Error DrawTriples(ffi::ThreadPool pool, U32 first, U32 positive, U32
     for (int64_t begin = i * chunk; begin < end; begin += kFetched) {
       const int64_t count = std::min(kFetched, end - begin);
       for (int64_t k = 0; k < count; ++k) {
-        pair[k] = Below(first.typed_data()[begin + k], drawn);
+        pair[k] = Below(first.data()[begin + k], drawn);
         __builtin_prefetch(owner + pair[k]);
         const int64_t step = (begin + k) / groups, group = (begin + k) % groups;
         lanes[k] = step * size + group * together;
@@ -185,9 +184,9 @@ static ffi::Error DrawTriples(ffi::ThreadPool pool, U32 first, U32 positive, U32
         for (int64_t k = 0; k < count; ++k) {
           const int64_t at = lanes[k] + part, n = std::min(kSide, most[k] - part);
           if (n <= 0) continue;
-          cut.Aim(user[k], negative.typed_data() + at, n, aimed + k * kSide);
+          cut.Aim(user[k], negative.data() + at, n, aimed + k * kSide);
           for (int64_t j = 0; j < n; ++j) {
-            const int32_t place = Below(positive.typed_data()[at + j], cut.size(user[k]));
+            const int32_t place = Below(positive.data()[at + j], cut.size(user[k]));
             __builtin_prefetch(item + cut.offsets[user[k]] + place);
             chosen[k * kSide + j] = place;
           }
@@ -196,39 +195,38 @@ static ffi::Error DrawTriples(ffi::ThreadPool pool, U32 first, U32 positive, U32
           const int64_t at = lanes[k] + part, n = std::min(kSide, most[k] - part);
           if (n <= 0) continue;
           const int32_t* row = item + cut.offsets[user[k]];
-          int32_t* out = items->typed_data() + 2 * at;
+          int32_t* out = items.data() + 2 * at;
           for (int64_t j = 0; j < n; ++j) {
             const int32_t place = chosen[k * kSide + j];
-            users->typed_data()[at + j] = user[k];
+            users.data()[at + j] = user[k];
             out[2 * j] = row[place] + (unit_mass ? place : 0);
           }
-          cut.Draw(user[k], aimed + k * kSide, n, out + 1, 2, weights->typed_data() + at);
+          cut.Draw(user[k], aimed + k * kSide, n, out + 1, 2, weights.data() + at);
         }
       }
     }
   });
-  return ffi::Error::Success();
 }
 
-static ffi::Error DrawPreferences(ffi::ThreadPool pool, U32 first, U32 partner, U32 share,
-                                  S32 starts, S32 list_offsets, S32 list_items, F32 list_scores,
-                                  S32 offsets, S32 keys, S32 marks, S32 free, OutS32 users,
-                                  OutS32 items, OutF32 margins, int64_t together, bool unlisted,
-                                  int64_t most_word, float floor) {
-  const int64_t steps = users->dimensions()[0], size = users->dimensions()[1];
-  const int64_t groups = first.dimensions()[1], stated = starts.dimensions()[0];
-  const Cut cut{offsets.typed_data(), keys.typed_data(), marks.typed_data(), nullptr,
-                free.typed_data()};
+static void DrawPreferences(ThreadPool pool, U32 first, U32 partner, U32 share,
+                            S32 starts, S32 list_offsets, S32 list_items, F32 list_scores,
+                            S32 offsets, S32 keys, S32 marks, S32 free, OutS32 users,
+                            OutS32 items, OutF32 margins, int64_t together, bool unlisted,
+                            int64_t most_word, float floor) {
+  const int64_t steps = users.size(0), size = users.size(1);
+  const int64_t groups = first.size(1), stated = starts.size(0);
+  const Cut cut{offsets.data(), keys.data(), marks.data(), nullptr,
+                free.data()};
   struct Start {
     int32_t entry, user, low, high;
   };
-  const Start* begins = reinterpret_cast<const Start*>(starts.typed_data());
-  const int32_t *row = list_offsets.typed_data(), *item = list_items.typed_data();
-  const float* score = list_scores.typed_data();
-  const uint32_t *start_word = first.typed_data(), *partner_word = partner.typed_data();
-  const uint32_t* share_word = share.typed_data();
-  int32_t *out_users = users->typed_data(), *out_items = items->typed_data();
-  float* out_margins = margins->typed_data();
+  const Start* begins = reinterpret_cast<const Start*>(starts.data());
+  const int32_t *row = list_offsets.data(), *item = list_items.data();
+  const float* score = list_scores.data();
+  const uint32_t *start_word = first.data(), *partner_word = partner.data();
+  const uint32_t* share_word = share.data();
+  int32_t *out_users = users.data(), *out_items = items.data();
+  float* out_margins = margins.data();
   const int64_t all = steps * groups, tasks = std::max<int64_t>(1, pool.num_threads());
   const int64_t chunk = (all + tasks - 1) / tasks;
   // By value: what is written here could be a pointer that is read through a reference.
@@ -309,16 +307,15 @@ static ffi::Error DrawPreferences(ffi::ThreadPool pool, U32 first, U32 partner, 
       }
     }
   });
-  return ffi::Error::Success();
 }
 
-static ffi::Error Take(ffi::ThreadPool pool, F32 values, S32 at, OutF32 found) {
+static void Take(ThreadPool pool, F32 values, S32 at, OutF32 found) {
   constexpr int64_t kAhead = 64;
-  const int64_t n = at.element_count(), tasks = std::max<int64_t>(1, pool.num_threads());
+  const int64_t n = at.count(), tasks = std::max<int64_t>(1, pool.num_threads());
   const int64_t chunk = (n + tasks - 1) / tasks;
-  const float* value = values.typed_data();
-  const int32_t* place = at.typed_data();
-  float* out = found->typed_data();
+  const float* value = values.data();
+  const int32_t* place = at.data();
+  float* out = found.data();
   Parallel(pool, tasks, n, [&](int64_t i) {
     const int64_t begin = i * chunk, end = std::min(n, begin + chunk);
     for (int64_t k = begin; k < end; ++k) {
@@ -326,72 +323,13 @@ static ffi::Error Take(ffi::ThreadPool pool, F32 values, S32 at, OutF32 found) {
       out[k] = value[place[k]];
     }
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace slgr
 
 using namespace slgr;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_draw_outside, DrawOutside,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<U32>()   // random words [N]
-                                  .Arg<S32>()   // users [N]
-                                  .Arg<S32>()   // offsets [U + 1]
-                                  .Arg<S32>()   // keys [n]
-                                  .Arg<S32>()   // marks [n / 16]
-                                  .Arg<S32>()   // shifts [n]
-                                  .Arg<S32>()   // free [U]
-                                  .Ret<S32>()   // place [N]
-                                  .Ret<F32>()   // weight [N]
-                                  .Attr<bool>("unit_mass"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_draw_triples, DrawTriples,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<U32>()   // random words of the users [S, M]
-                                  .Arg<U32>()   // of the positives [S, B]
-                                  .Arg<U32>()   // of the negatives [S, B]
-                                  .Arg<S32>()   // users of the pairs [n]
-                                  .Arg<S32>()   // items of the pairs [n]
-                                  .Arg<S32>()   // offsets [U + 1]
-                                  .Arg<S32>()   // keys [n]
-                                  .Arg<S32>()   // marks [n / 16]
-                                  .Arg<S32>()   // shifts [n]
-                                  .Arg<S32>()   // free [U]
-                                  .Ret<S32>()   // users [S, B]
-                                  .Ret<S32>()   // positive, place of the negative [S, B, 2]
-                                  .Ret<F32>()   // weight [S, B]
-                                  .Attr<int64_t>("drawn")
-                                  .Attr<int64_t>("together")
-                                  .Attr<bool>("unit_mass"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_draw_preferences, DrawPreferences,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<U32>()   // random words of the first entries [S, M]
-                                  .Arg<U32>()   // of the partners [S, G]
-                                  .Arg<U32>()   // of whether the partner is unlisted [S, G]
-                                  .Arg<S32>()   // entry, user, ties from, to [m, 4]
-                                  .Arg<S32>()   // lists: offsets [U + 1]
-                                  .Arg<S32>()   // items [E]
-                                  .Arg<F32>()   // scores [E]
-                                  .Arg<S32>()   // outside: offsets [U + 1]
-                                  .Arg<S32>()   // keys [n]
-                                  .Arg<S32>()   // marks [n / 16]
-                                  .Arg<S32>()   // free [U]
-                                  .Ret<S32>()   // users [S, G]
-                                  .Ret<S32>()   // preferred, other [S, G, 2]
-                                  .Ret<F32>()   // margins [S, G]
-                                  .Attr<int64_t>("together")
-                                  .Attr<bool>("unlisted")
-                                  .Attr<int64_t>("most")
-                                  .Attr<float>("floor"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_take, Take,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()    // values [R]
-                                  .Arg<S32>()    // places [N]
-                                  .Ret<F32>());  // [N]
+SLGR_KERNEL(slgr_draw_outside, DrawOutside, "unit_mass")
+SLGR_KERNEL(slgr_draw_triples, DrawTriples, "drawn", "together", "unit_mass")
+SLGR_KERNEL(slgr_draw_preferences, DrawPreferences, "together", "unlisted", "most", "floor")
+SLGR_KERNEL(slgr_take, Take)

@@ -27,7 +27,8 @@ constexpr int64_t kMostTasks = 256;
 constexpr int64_t kMostVectors = 4;  // summed at once, in registers
 
 using V16 = float __attribute__((vector_size(64)));
-using Unaligned = float __attribute__((vector_size(64), aligned(4), may_alias));
+// A typedef, since Clang takes no alignment from an alias.
+typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 
 // MurmurHash3's finaliser, as random_words.mixed.
 inline uint32_t Mixed(uint32_t x) {
@@ -140,23 +141,23 @@ void SumRows(const Side& side, const float* other, const Layer& layer, int64_t b
 
 }  // namespace
 
-static ffi::Error GraphPropagate(ffi::ThreadPool pool, F32 user_table, F32 item_table,
-                                 S32 user_offsets, S32 items, S32 item_offsets, S32 users,
-                                 U32 user_words, U32 item_words, OutF32 user, OutF32 item,
-                                 OutF32 floats, OutS32 ints, int64_t layers, bool drops,
-                                 int64_t threshold, float weight) {
-  const int64_t width = user_table.dimensions()[1], n = items.element_count();
+static void GraphPropagate(ThreadPool pool, F32 user_table, F32 item_table,
+                           S32 user_offsets, S32 items, S32 item_offsets, S32 users,
+                           U32 user_words, U32 item_words, OutF32 user, OutF32 item,
+                           OutF32 floats, OutS32 ints, int64_t layers, bool drops,
+                           int64_t threshold, float weight) {
+  const int64_t width = user_table.size(1), n = items.count();
   const int64_t lanes = (width + kLane - 1) / kLane * kLane;
-  const int64_t n_users = user_table.dimensions()[0], n_items = item_table.dimensions()[0];
-  float* room = floats->typed_data();
+  const int64_t n_users = user_table.size(0), n_items = item_table.size(0);
+  float* room = floats.data();
   float* item_room = room + 2 * n_users * lanes;
-  int32_t* kept = ints->typed_data();
+  int32_t* kept = ints.data();
   Side sides[2] = {
-      {n_users, n, user_offsets.typed_data(), items.typed_data(), user_words.typed_data(),
-       item_words.typed_data(), user_table.typed_data(), user->typed_data(),
+      {n_users, n, user_offsets.data(), items.data(), user_words.data(),
+       item_words.data(), user_table.data(), user.data(),
        {room, room + n_users * lanes}, kept, kept + 2 * n},
-      {n_items, n, item_offsets.typed_data(), users.typed_data(), item_words.typed_data(),
-       user_words.typed_data(), item_table.typed_data(), item->typed_data(),
+      {n_items, n, item_offsets.data(), users.data(), item_words.data(),
+       user_words.data(), item_table.data(), item.data(),
        {item_room, item_room + n_items * lanes}, kept + n, kept + 2 * n + n_users}};
   const int64_t cut = sides[0].tasks(), tasks = cut + sides[1].tasks();
   const auto over_rows = [&](const auto& work) {
@@ -184,29 +185,10 @@ static ffi::Error GraphPropagate(ffi::ThreadPool pool, F32 user_table, F32 item_
       SumRows(side, other.scaled[from], layer, begin, end);
     });
   }
-  return ffi::Error::Success();
 }
 
 }  // namespace slgr
 
 using namespace slgr;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_graph_propagate, GraphPropagate,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()   // user table [U, D]
-                                  .Arg<F32>()   // item table [I, D]
-                                  .Arg<S32>()   // user offsets [U + 1]
-                                  .Arg<S32>()   // items [n]
-                                  .Arg<S32>()   // item offsets [I + 1]
-                                  .Arg<S32>()   // users [n]
-                                  .Arg<U32>()   // user words [U]
-                                  .Arg<U32>()   // item words [I]
-                                  .Ret<F32>()   // user [U, D]
-                                  .Ret<F32>()   // item [I, D]
-                                  .Ret<F32>()   // scratch
-                                  .Ret<S32>()   // scratch
-                                  .Attr<int64_t>("layers")
-                                  .Attr<bool>("drops")
-                                  .Attr<int64_t>("threshold")
-                                  .Attr<float>("weight"));
+SLGR_KERNEL(slgr_graph_propagate, GraphPropagate, "layers", "drops", "threshold", "weight")

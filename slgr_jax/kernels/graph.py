@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
+from slgr_jax.kernels.build import ffi_call
+
 Ragged = tuple[jax.Array, jax.Array]  # offsets [rows + 1], indices [n]
 LANE = 16  # columns of a vector; the kernel's scratch rows are whole vectors
 
@@ -46,7 +48,7 @@ def propagate(
     kept = 0 if words is None else 2 * n + n_users + n_items
     out.append(jax.ShapeDtypeStruct((kept,), np.int32))
     # Uncertainty takes several stochastic passes under vmap.
-    call = jax.ffi.ffi_call("slgr_graph_propagate", out, vmap_method="sequential")
+    call = ffi_call("slgr_graph_propagate", out, vmap_method="sequential")
     found = call(
         user, item, *by_user, *by_item, *((none, none) if words is None else words),
         layers=np.int64(layers), drops=words is not None, threshold=np.int64(threshold),

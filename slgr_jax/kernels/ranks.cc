@@ -26,14 +26,14 @@ constexpr int64_t kStep = 64;        // scores that one test dismisses; rows are
 constexpr int64_t kTile = 1 << 13;   // scores that stay in the first cache for all relevant items
 constexpr int64_t kGroup = 4;        // relevant items that share one load of a score
 constexpr int64_t kTasksPerThread = 8;
-using Pred = ffi::Buffer<ffi::PRED>;
-using OutPred = ffi::Result<Pred>;
-using OutU32 = ffi::Result<U32>;
+using OutPred = Out<bool>;
+using OutU32 = Out<uint32_t>;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 using F16 = float __attribute__((vector_size(64)));
 using I16 = int32_t __attribute__((vector_size(64)));
-using Unaligned = float __attribute__((vector_size(64), aligned(4), may_alias));
+// A typedef, since Clang takes no alignment from an alias.
+typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 
 inline F16 Load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void Store(float* to, F16 x) { *reinterpret_cast<Unaligned*>(to) = x; }
@@ -90,7 +90,7 @@ inline uint64_t Above(const float* x, float bar) {
 struct Rows {
   const int32_t *offsets, *indices;
   Rows(const S32& offsets, const S32& indices)
-      : offsets(offsets.typed_data()), indices(indices.typed_data()) {}
+      : offsets(offsets.data()), indices(indices.data()) {}
   const int32_t* begin(int32_t user) const { return indices + offsets[user]; }
   const int32_t* end(int32_t user) const { return indices + offsets[user + 1]; }
 };
@@ -245,34 +245,34 @@ class Places {
 
 // Shares the rows of a chunk out: task(begin, end) for ranges of them.
 template <typename Task>
-void EachRange(ffi::ThreadPool& pool, int64_t rows, int64_t work, const Task& task) {
+void EachRange(const ThreadPool& pool, int64_t rows, int64_t work, const Task& task) {
   const int64_t most = kTasksPerThread * std::max<int64_t>(1, pool.num_threads());
   const int64_t size = (rows + most - 1) / most, tasks = (rows + size - 1) / size;
   Parallel(pool, tasks, work,
            [&](int64_t i) { task(i * size, std::min(rows, (i + 1) * size)); });
 }
 
-static ffi::Error RankRows(ffi::ThreadPool pool, F32 scores, S32 users, S32 seen_offsets,
-                           S32 seen_indices, S32 relevant_offsets, S32 relevant_indices,
-                           OutPred bad, OutF32 score, OutS32 greater, OutS32 tied, OutS32 before,
-                           OutS32 top_items, OutF32 top_scores) {
-  const int64_t n = users.element_count();
-  const int64_t n_items = scores.dimensions()[1], padded = Padded(n_items);
-  const int64_t width = score->dimensions()[1], k = top_items->dimensions()[1];
+static void RankRows(ThreadPool pool, F32 scores, S32 users, S32 seen_offsets,
+                     S32 seen_indices, S32 relevant_offsets, S32 relevant_indices,
+                     OutPred bad, OutF32 score, OutS32 greater, OutS32 tied, OutS32 before,
+                     OutS32 top_items, OutF32 top_scores) {
+  const int64_t n = users.count();
+  const int64_t n_items = scores.size(1), padded = Padded(n_items);
+  const int64_t width = score.size(1), k = top_items.size(1);
   const Rows seen(seen_offsets, seen_indices), relevant(relevant_offsets, relevant_indices);
-  bool* refused = bad->typed_data();
+  bool* refused = bad.data();
   EachRange(pool, n, n * n_items, [&](int64_t begin, int64_t end) {
     std::unique_ptr<float[]> row(new float[padded]);
     Best best(k);
     Places places(width);
     for (int64_t r = begin; r < end; ++r) {
-      const int32_t user = users.typed_data()[r];
-      int32_t* items = top_items->typed_data() + r * k;
-      float* values = top_scores->typed_data() + r * k;
-      float* found = score->typed_data() + r * width;
-      int32_t* counts[] = {greater->typed_data() + r * width, tied->typed_data() + r * width,
-                           before->typed_data() + r * width};
-      refused[r] = user >= 0 && !CopyFinite(scores.typed_data() + r * n_items, n_items, row.get());
+      const int32_t user = users.data()[r];
+      int32_t* items = top_items.data() + r * k;
+      float* values = top_scores.data() + r * k;
+      float* found = score.data() + r * width;
+      int32_t* counts[] = {greater.data() + r * width, tied.data() + r * width,
+                           before.data() + r * width};
+      refused[r] = user >= 0 && !CopyFinite(scores.data() + r * n_items, n_items, row.get());
       const bool ranked = user >= 0 && !refused[r];
       const int64_t wanted =
           ranked && width ? std::min<int64_t>(relevant.end(user) - relevant.begin(user), width) : 0;
@@ -291,7 +291,6 @@ static ffi::Error RankRows(ffi::ThreadPool pool, F32 scores, S32 users, S32 seen
       if (k) best.Of(row.get(), padded, items, values);
     }
   });
-  return ffi::Error::Success();
 }
 
 // ---- the pooled AUC -----------------------------------------------------------------------------
@@ -332,39 +331,38 @@ struct Pool {
   }
 };
 
-static ffi::Error PoolRows(ffi::ThreadPool pool, F32 scores, S32 users, S32 seen_offsets,
-                           S32 seen_indices, S32 relevant_offsets, S32 relevant_indices,
-                           F32 pool_scores, S32 above2, S32 ties, S32 base, F32 low, F32 scale,
-                           S32 steps, OutU32 totals) {
-  const int64_t n = users.element_count();
-  const int64_t n_items = scores.dimensions()[1], padded = Padded(n_items);
+static void PoolRows(ThreadPool pool, F32 scores, S32 users, S32 seen_offsets,
+                     S32 seen_indices, S32 relevant_offsets, S32 relevant_indices,
+                     F32 pool_scores, S32 above2, S32 ties, S32 base, F32 low, F32 scale,
+                     S32 steps, OutU32 totals) {
+  const int64_t n = users.count();
+  const int64_t n_items = scores.size(1), padded = Padded(n_items);
   const Rows seen(seen_offsets, seen_indices), relevant(relevant_offsets, relevant_indices);
-  const Pool all{pool_scores.typed_data(),
-                 above2.typed_data(),
-                 ties.typed_data(),
-                 base.typed_data(),
-                 static_cast<int64_t>(base.element_count()),
-                 static_cast<int64_t>(pool_scores.element_count()),
-                 low.typed_data()[0],
-                 scale.typed_data()[0],
-                 steps.typed_data()[0]};
+  const Pool all{pool_scores.data(),
+                 above2.data(),
+                 ties.data(),
+                 base.data(),
+                 static_cast<int64_t>(base.count()),
+                 static_cast<int64_t>(pool_scores.count()),
+                 low.data()[0],
+                 scale.data()[0],
+                 steps.data()[0]};
   EachRange(pool, n, n * n_items, [&](int64_t begin, int64_t end) {
     std::unique_ptr<float[]> row(new float[padded]);
     for (int64_t r = begin; r < end; ++r) {
-      const int32_t user = users.typed_data()[r];
+      const int32_t user = users.data()[r];
       uint64_t total = 0;
-      if (user >= 0 && CopyFinite(scores.typed_data() + r * n_items, n_items, row.get())) {
+      if (user >= 0 && CopyFinite(scores.data() + r * n_items, n_items, row.get())) {
         // +inf has no pair above it and none beside it.
         for (const int32_t* s = seen.begin(user); s < seen.end(user); ++s) row[*s] = kInf;
         for (const int32_t* s = relevant.begin(user); s < relevant.end(user); ++s) row[*s] = kInf;
         std::fill(row.get() + n_items, row.get() + padded, kInf);
         for (int64_t i = 0; i < padded; i += kStep) total += all.Count(row.get() + i);
       }
-      totals->typed_data()[2 * r] = static_cast<uint32_t>(total);
-      totals->typed_data()[2 * r + 1] = static_cast<uint32_t>(total >> 32);
+      totals.data()[2 * r] = static_cast<uint32_t>(total);
+      totals.data()[2 * r + 1] = static_cast<uint32_t>(total >> 32);
     }
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -372,37 +370,5 @@ static ffi::Error PoolRows(ffi::ThreadPool pool, F32 scores, S32 users, S32 seen
 
 using namespace slgr;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_rank_rows, RankRows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()      // scores [B, I]
-                                  .Arg<S32>()      // users [B]
-                                  .Arg<S32>()      // seen: offsets [U + 1]
-                                  .Arg<S32>()      // seen: indices
-                                  .Arg<S32>()      // relevant: offsets [U + 1]
-                                  .Arg<S32>()      // relevant: indices
-                                  .Ret<Pred>()     // bad [B]
-                                  .Ret<F32>()      // score [B, W]
-                                  .Ret<S32>()      // greater [B, W]
-                                  .Ret<S32>()      // tied [B, W]
-                                  .Ret<S32>()      // tied before [B, W]
-                                  .Ret<S32>()      // items of the lists [B, K]
-                                  .Ret<F32>());    // scores of the lists [B, K]
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_pool_rows, PoolRows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()      // scores [B, I]
-                                  .Arg<S32>()      // users [B]
-                                  .Arg<S32>()      // seen: offsets [U + 1]
-                                  .Arg<S32>()      // seen: indices
-                                  .Arg<S32>()      // relevant: offsets [U + 1]
-                                  .Arg<S32>()      // relevant: indices
-                                  .Arg<F32>()      // pool: scores [D]
-                                  .Arg<S32>()      // pool: above2 [D]
-                                  .Arg<S32>()      // pool: ties [D]
-                                  .Arg<S32>()      // pool: base [cells]
-                                  .Arg<F32>()      // pool: low []
-                                  .Arg<F32>()      // pool: scale []
-                                  .Arg<S32>()      // pool: steps []
-                                  .Ret<U32>());    // totals [B, 2]: low and high words
+SLGR_KERNEL(slgr_rank_rows, RankRows)
+SLGR_KERNEL(slgr_pool_rows, PoolRows)

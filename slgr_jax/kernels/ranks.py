@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+from slgr_jax.kernels.build import ffi_call
+
 Ragged = tuple[jax.Array, jax.Array]  # offsets [U + 1], indices [>= n]: ascending rows of items
 
 
@@ -67,7 +69,7 @@ def rank_rows(
     kinds = [np.float32, np.int32, np.int32, np.int32, np.int32, np.float32]
     out = [jax.ShapeDtypeStruct((n,), np.bool_)]
     out += [jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
-    return Ranked(*jax.ffi.ffi_call("slgr_rank_rows", out)(scores, users, *seen, *relevant))
+    return Ranked(*ffi_call("slgr_rank_rows", out)(scores, users, *seen, *relevant))
 
 
 def pool_rows(
@@ -86,6 +88,6 @@ def pool_rows(
     Returns:
       Low and high words of each user's sum; 0 for padding.
     """
-    call = jax.ffi.ffi_call("slgr_pool_rows", jax.ShapeDtypeStruct((users.size, 2), np.uint32))
+    call = ffi_call("slgr_pool_rows", jax.ShapeDtypeStruct((users.size, 2), np.uint32))
     found: jax.Array = call(scores, users, *seen, *relevant, *tables)
     return found

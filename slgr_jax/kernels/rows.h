@@ -1,10 +1,14 @@
-// CPU kernels of the train step, called by XLA (see cpu.py for what each one computes).
+// CPU kernels of the train step, called by XLA (see cpu.py for what each one computes), for tables of
+// one type: rows_float32.cc, rows_bfloat16.cc.
 //
 // Why they exist: XLA's CPU backend writes every gathered row and every row gradient to memory
 // and moves them between cores; for rows of a few hundred bytes that is most of a step. Here a
 // row is read, used and written by one core: the columns of all tables are cut into blocks of
 // kBlock, and a block is one task. A block meets the others in the sums over columns alone,
 // which are added in block order: results do not depend on the number of threads.
+
+#ifndef SLGR_JAX_KERNELS_ROWS_H_
+#define SLGR_JAX_KERNELS_ROWS_H_
 
 #include <algorithm>
 #include <atomic>
@@ -345,7 +349,7 @@ struct Optimizer {
 // Sums the gradients of all tables, block by block with `add` (which clears the sums it adds to),
 // and applies the optimiser.
 template <typename Add, typename... T>
-void Update(ffi::ThreadPool& pool, const Optimizer& optimizer, int64_t work, const Add& add,
+void Update(const ThreadPool& pool, const Optimizer& optimizer, int64_t work, const Add& add,
             const T&... touched) {
   const int64_t blocks = Blocks(std::get<0>(std::tie(touched...)).table.width);
   Parallel(pool, blocks, work, [&](int64_t block) {
@@ -426,190 +430,117 @@ void BlockGrads(const Lanes<Lane>& in, const Optimizer& optimizer, Numbers users
   }
 }
 
-}  // namespace
+// ---- kernels ----------------------------------------------------------------------------------
 
-// ---- handlers ---------------------------------------------------------------------------------
-
-using Any = ffi::AnyBuffer;  // a table: float32, or halves of float32 as uint16
-using OutAny = ffi::Result<Any>;
-
-// Calls f(a value of the type of the table's lanes).
-template <typename F>
-static ffi::Error OfLanes(const Any& table, const F& f) {
-  return table.element_type() == ffi::U16 ? f(uint16_t{}) : f(float{});
+template <typename Lane>
+Table<Lane> TableOf(Buffer<Lane> buffer, int64_t width, const uint32_t* words) {
+  return {buffer.data(), buffer.size(1), width, words};
 }
 
 template <typename Lane>
-static Table<Lane> TableOf(const Any& buffer, int64_t width, const uint32_t* words) {
-  return {static_cast<Lane*>(buffer.untyped_data()), buffer.dimensions()[1], width, words};
+Lanes<Lane> LanesOf(Table<Lane> user, Table<Lane> item, S32 users, S32 items) {
+  const int64_t n = users.count();
+  return {user, item, users.data(), items.data(), n, n ? items.count() / n : 0};
 }
 
 template <typename Lane>
-static Lanes<Lane> LanesOf(Table<Lane> user, Table<Lane> item, S32 users, S32 items) {
-  const int64_t n = users.element_count();
-  return {user, item, users.typed_data(), items.typed_data(),
-          n,    n ? static_cast<int64_t>(items.element_count()) / n : 0};
-}
-
-static ffi::Error FactorScores(ffi::ThreadPool pool, Any user, Any item, S32 users, S32 items,
-                               OutF32 scores, OutF32 squares, OutF32 totals, OutF32 parts,
-                               int64_t width, bool bias) {
-  return OfLanes(user, [&](auto lane) {
-    using Lane = decltype(lane);
-    const auto in = LanesOf(TableOf<Lane>(user, width, nullptr),
-                            TableOf<Lane>(item, width, nullptr), users, items);
-    const int64_t blocks = Blocks(width), out = in.c + 2;
-    float* part = parts->typed_data();
-    Parallel(pool, blocks, in.n * (1 + in.c) * width, [&](int64_t block) {
-      OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
-        constexpr bool kFull = decltype(full)::value;
-        const bool last = bias && block == blocks - 1;
-        const auto run = last ? BlockScores<kFull, true, Lane> : BlockScores<kFull, false, Lane>;
-        run(in, begin, size, part + block * in.n * out);
-      });
+void FactorScores(ThreadPool pool, Buffer<Lane> user, Buffer<Lane> item, S32 users, S32 items,
+                  OutF32 scores, OutF32 squares, OutF32 totals, OutF32 parts, int64_t width,
+                  bool bias) {
+  const auto in =
+      LanesOf(TableOf(user, width, nullptr), TableOf(item, width, nullptr), users, items);
+  const int64_t blocks = Blocks(width), out = in.c + 2;
+  float* part = parts.data();
+  Parallel(pool, blocks, in.n * (1 + in.c) * width, [&](int64_t block) {
+    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+      constexpr bool kFull = decltype(full)::value;
+      const bool last = bias && block == blocks - 1;
+      const auto run = last ? BlockScores<kFull, true, Lane> : BlockScores<kFull, false, Lane>;
+      run(in, begin, size, part + block * in.n * out);
     });
-    AddParts(part, in.n, in.c, blocks, scores->typed_data(), squares->typed_data(),
-             totals->typed_data());
-    return ffi::Error::Success();
   });
+  AddParts(part, in.n, in.c, blocks, scores.data(), squares.data(), totals.data());
 }
 
-static ffi::Error FactorUpdate(ffi::ThreadPool pool, Any, Any, S32, S32, S32 users, S32 items,
-                               F32 dscores, F32 dsquares, U32 words, OutAny user, OutAny item,
-                               OutS32 user_slot, OutS32 item_slot, OutF32 floats, OutS32 ints,
-                               int64_t width, bool bias, int64_t kind, float lr, float eps,
-                               float b1, float b2) {
-  return OfLanes(*user, [&](auto lane) {
-    using Lane = decltype(lane);
-    const auto in = LanesOf(TableOf<Lane>(*user, width, words.typed_data()),
-                            TableOf<Lane>(*item, width, words.typed_data() + 2), users, items);
-    const int64_t n = in.n, m = in.n * in.c, blocks = Blocks(width);
-    float* room = floats->typed_data();
-    float* item_room = room + n * (blocks * kBlock + 2);
-    int32_t* user_row = ints->typed_data();
-    int32_t *item_row = user_row + n, *user_ids = item_row + m, *item_ids = user_ids + n;
-    int32_t *item_times = item_ids + m, *user_times = item_times + m;
-    const Optimizer optimizer{kind, lr, eps, b1, b2};
-    int64_t n_users = 0, n_items = 0;
-    const auto distinct = [&](auto runs, S32 ids, OutS32 slot, int32_t* row, int32_t* ids_of,
-                              int32_t* times) {
-      const int64_t found = Distinct<decltype(runs)::value>(
-          ids.typed_data(), ids.element_count(), slot->typed_data(), row, ids_of, times);
-      return optimizer.per_row() ? All(found, times) : Repeated(found, ids_of, times);
-    };
-    Parallel(pool, 2, (n + m) * 16, [&](int64_t i) {
-      if (i == 0) {
-        n_users = distinct(std::true_type{}, users, user_slot, user_row, user_ids, user_times);
-      } else {
-        n_items = distinct(std::false_type{}, items, item_slot, item_row, item_ids, item_times);
+template <typename Lane>
+void FactorUpdate(ThreadPool pool, Buffer<Lane>, Buffer<Lane>, S32, S32, S32 users, S32 items,
+                  F32 dscores, F32 dsquares, U32 words, Out<Lane> user, Out<Lane> item,
+                  OutS32 user_slot, OutS32 item_slot, OutF32 floats, OutS32 ints, int64_t width,
+                  bool bias, int64_t kind, float lr, float eps, float b1, float b2) {
+  const auto in = LanesOf(TableOf<Lane>(user, width, words.data()),
+                          TableOf<Lane>(item, width, words.data() + 2), users, items);
+  const int64_t n = in.n, m = in.n * in.c, blocks = Blocks(width);
+  float* room = floats.data();
+  float* item_room = room + n * (blocks * kBlock + 2);
+  int32_t* user_row = ints.data();
+  int32_t *item_row = user_row + n, *user_ids = item_row + m, *item_ids = user_ids + n;
+  int32_t *item_times = item_ids + m, *user_times = item_times + m;
+  const Optimizer optimizer{kind, lr, eps, b1, b2};
+  int64_t n_users = 0, n_items = 0;
+  const auto distinct = [&](auto runs, S32 ids, OutS32 slot, int32_t* row, int32_t* ids_of,
+                            int32_t* times) {
+    const int64_t found = Distinct<decltype(runs)::value>(ids.data(), ids.count(), slot.data(),
+                                                          row, ids_of, times);
+    return optimizer.per_row() ? All(found, times) : Repeated(found, ids_of, times);
+  };
+  Parallel(pool, 2, (n + m) * 16, [&](int64_t i) {
+    if (i == 0) {
+      n_users = distinct(std::true_type{}, users, user_slot, user_row, user_ids, user_times);
+    } else {
+      n_items = distinct(std::false_type{}, items, item_slot, item_row, item_ids, item_times);
+    }
+  });
+  const Touched<Lane> of_users{in.user, n_users, n, user_ids, room, room + n * blocks * kBlock};
+  const Touched<Lane> of_items{in.item,   n_items,   m,
+                               item_ids,  item_room, item_room + m * blocks * kBlock};
+  const auto add = [&](int64_t block) {
+    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+      constexpr bool kFull = decltype(full)::value;
+      of_items.Clear(block);
+      const bool last = bias && block == blocks - 1;
+      const auto run = last ? BlockGrads<kFull, true, Lane> : BlockGrads<kFull, false, Lane>;
+      run(in, optimizer, {user_row, user_times}, {item_row, item_times}, dscores.data(),
+          dsquares.data(), begin, size, of_users.sums(block), of_items.sums(block));
+    });
+  };
+  Update(pool, optimizer, (n + m) * width, add, of_users, of_items);
+}
+
+template <typename Lane>
+void RowUpdate(ThreadPool pool, Buffer<Lane>, S32, S32 ids, F32 grads, U32 words, Out<Lane> table,
+               OutS32 slot, OutF32 floats, OutS32 ints, int64_t width, int64_t kind, float lr,
+               float eps, float b1, float b2) {
+  const int64_t n = ids.count(), blocks = Blocks(width);
+  int32_t *lane_row = ints.data(), *ids_of = lane_row + n, *times = ids_of + n;
+  const int64_t count =
+      Distinct<false>(ids.data(), n, slot.data(), lane_row, ids_of, times);
+  float* room = floats.data();
+  const Touched<Lane> touched{TableOf<Lane>(table, width, words.data()),
+                              count, n, ids_of, room, room + n * blocks * kBlock};
+  const auto add = [&](int64_t block) {
+    OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
+      constexpr bool kFull = decltype(full)::value;
+      touched.Clear(block);
+      float* sums = touched.sums(block);
+      for (int64_t lane = 0; lane < n; ++lane) {
+        float* to = sums + lane_row[lane] * kBlock;
+        const Block g = Load<kFull>(grads.data() + lane * width + begin, size);
+        Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
       }
     });
-    const Touched<Lane> of_users{in.user, n_users, n, user_ids, room, room + n * blocks * kBlock};
-    const Touched<Lane> of_items{in.item,   n_items,   m,
-                                 item_ids,  item_room, item_room + m * blocks * kBlock};
-    const auto add = [&](int64_t block) {
-      OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
-        constexpr bool kFull = decltype(full)::value;
-        of_items.Clear(block);
-        const bool last = bias && block == blocks - 1;
-        const auto run = last ? BlockGrads<kFull, true, Lane> : BlockGrads<kFull, false, Lane>;
-        run(in, optimizer, {user_row, user_times}, {item_row, item_times}, dscores.typed_data(),
-            dsquares.typed_data(), begin, size, of_users.sums(block), of_items.sums(block));
-      });
-    };
-    Update(pool, optimizer, (n + m) * width, add, of_users, of_items);
-    return ffi::Error::Success();
-  });
+  };
+  Update(pool, Optimizer{kind, lr, eps, b1, b2}, n * width, add, touched);
 }
 
-static ffi::Error RowUpdate(ffi::ThreadPool pool, Any, S32, S32 ids, F32 grads, U32 words,
-                            OutAny table, OutS32 slot, OutF32 floats, OutS32 ints, int64_t width,
-                            int64_t kind, float lr, float eps, float b1, float b2) {
-  return OfLanes(*table, [&](auto lane) {
-    using Lane = decltype(lane);
-    const int64_t n = ids.element_count(), blocks = Blocks(width);
-    int32_t *lane_row = ints->typed_data(), *ids_of = lane_row + n, *times = ids_of + n;
-    const int64_t count =
-        Distinct<false>(ids.typed_data(), n, slot->typed_data(), lane_row, ids_of, times);
-    float* room = floats->typed_data();
-    const Touched<Lane> touched{TableOf<Lane>(*table, width, words.typed_data()),
-                                count, n, ids_of, room, room + n * blocks * kBlock};
-    const auto add = [&](int64_t block) {
-      OnBlock(block, width, [&](auto full, int64_t begin, int64_t size) {
-        constexpr bool kFull = decltype(full)::value;
-        touched.Clear(block);
-        float* sums = touched.sums(block);
-        for (int64_t lane = 0; lane < n; ++lane) {
-          float* to = sums + lane_row[lane] * kBlock;
-          const Block g = Load<kFull>(grads.typed_data() + lane * width + begin, size);
-          Store<true>(to, Load<true>(to, kBlock) + g, kBlock);
-        }
-      });
-    };
-    Update(pool, Optimizer{kind, lr, eps, b1, b2}, n * width, add, touched);
-    return ffi::Error::Success();
-  });
-}
-
+}  // namespace
 }  // namespace slgr
 
-using namespace slgr;
+// Defines the three of them for tables of `Lane`, whose type Python calls `type`.
+#define SLGR_ROW_KERNELS(Lane, type)                                                     \
+  SLGR_KERNEL(slgr_factor_scores_##type, slgr::FactorScores<Lane>, "width", "bias")      \
+  SLGR_KERNEL(slgr_factor_update_##type, slgr::FactorUpdate<Lane>, "width", "bias",      \
+              "kind", "lr", "eps", "b1", "b2")                                           \
+  SLGR_KERNEL(slgr_row_update_##type, slgr::RowUpdate<Lane>, "width", "kind", "lr",      \
+              "eps", "b1", "b2")
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_scores, FactorScores,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Any>()   // user table
-                                  .Arg<Any>()   // item table
-                                  .Arg<S32>()   // users [N]
-                                  .Arg<S32>()   // items [N, C]
-                                  .Ret<F32>()   // scores [N, C]
-                                  .Ret<F32>()   // squares [N, 2]
-                                  .Ret<F32>()   // totals [2]
-                                  .Ret<F32>()   // scratch
-                                  .Attr<int64_t>("width")
-                                  .Attr<bool>("bias"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_factor_update, FactorUpdate,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Any>()   // user table
-                                  .Arg<Any>()   // item table
-                                  .Arg<S32>()   // user slot
-                                  .Arg<S32>()   // item slot
-                                  .Arg<S32>()   // users [N]
-                                  .Arg<S32>()   // items [N, C]
-                                  .Arg<F32>()   // d loss / d scores [N, C]
-                                  .Arg<F32>()   // d loss / d squares [N, 2]
-                                  .Arg<U32>()   // words that key the rounding [2, 2]
-                                  .Ret<Any>()   // the four first arguments, updated in place
-                                  .Ret<Any>()
-                                  .Ret<S32>()
-                                  .Ret<S32>()
-                                  .Ret<F32>()   // scratch
-                                  .Ret<S32>()   // scratch
-                                  .Attr<int64_t>("width")
-                                  .Attr<bool>("bias")
-                                  .Attr<int64_t>("kind")
-                                  .Attr<float>("lr")
-                                  .Attr<float>("eps")
-                                  .Attr<float>("b1")
-                                  .Attr<float>("b2"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slgr_row_update, RowUpdate,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Any>()   // table
-                                  .Arg<S32>()   // slot
-                                  .Arg<S32>()   // ids [N]
-                                  .Arg<F32>()   // gradients [N, D]
-                                  .Arg<U32>()   // words that key the rounding [2]
-                                  .Ret<Any>()   // the two first arguments, updated in place
-                                  .Ret<S32>()
-                                  .Ret<F32>()   // scratch
-                                  .Ret<S32>()   // scratch
-                                  .Attr<int64_t>("width")
-                                  .Attr<int64_t>("kind")
-                                  .Attr<float>("lr")
-                                  .Attr<float>("eps")
-                                  .Attr<float>("b1")
-                                  .Attr<float>("b2"));
+#endif  // SLGR_JAX_KERNELS_ROWS_H_

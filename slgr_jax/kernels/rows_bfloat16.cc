@@ -1,0 +1,5 @@
+// The kernels of rows.h for packed bfloat16 tables (`tables.RowFormat`).
+
+#include "rows.h"
+
+SLGR_ROW_KERNELS(uint16_t, bfloat16)
