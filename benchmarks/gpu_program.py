@@ -34,12 +34,6 @@ from slgr_jax.config import GUIDANCE, TABLE_DTYPES, TABLE_OPTIMIZERS
 from slgr_jax.errors import ConfigError, InputError
 
 FLAGS = absl_flags.FLAGS
-absl_flags.DEFINE_string("target", None, "description of the GPU")
-absl_flags.DEFINE_integer("batch_size", 65_536, "triples per step", lower_bound=1)
-absl_flags.DEFINE_multi_enum("guidance", ["none", "selective"], GUIDANCE, "uses of the teacher")
-absl_flags.DEFINE_multi_enum("dtype", ["float32"], TABLE_DTYPES, "types of the tables")
-absl_flags.DEFINE_multi_enum("optimizer", ["sgd", "adagrad"], TABLE_OPTIMIZERS, "row optimisers")
-OWN = ("target", "batch_size", "guidance", "dtype", "optimizer")
 _SIZES = {"pred": 1, "u8": 1, "s8": 1, "u16": 2, "s16": 2, "bf16": 2, "f16": 2, "u64": 8, "s64": 8}
 
 
@@ -140,6 +134,19 @@ def traffic_of(op: Op, parts: dict[str, list[Op]], called: dict[str, list[str]])
     return sum(traffic(parts[name]) for name in called[op.name]) or 2 * op.bytes
 
 
+def define_flags() -> tuple[str, ...]:
+    """Defines this script's flags and returns their names."""
+    absl_flags.DEFINE_string("target", None, "description of the GPU")
+    absl_flags.DEFINE_integer("batch_size", 65_536, "triples per step", lower_bound=1)
+    for name, default, known, text in (
+        ("guidance", ["none", "selective"], GUIDANCE, "uses of the teacher"),
+        ("dtype", ["float32"], TABLE_DTYPES, "types of the tables"),
+        ("optimizer", ["sgd", "adagrad"], TABLE_OPTIMIZERS, "row optimisers"),
+    ):
+        absl_flags.DEFINE_multi_enum(name, default, known, text)
+    return "target", "batch_size", "guidance", "dtype", "optimizer"
+
+
 def main(_: list[str]) -> None:
     # What is not compiled for the GPU runs on the CPU. The version checks need a driver, and a
     # program for a GPU that is not there can be written to the cache but not read back.
@@ -206,4 +213,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main, usage=__doc__, own=OWN, required=("target",))
+    flags.run(main, usage=__doc__, own=define_flags(), required=("target",))
