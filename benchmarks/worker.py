@@ -223,6 +223,12 @@ def _kernels(trainer: Trainer) -> str:
     return "native" if trainer.plan.native and float32 else "xla"
 
 
+def whole_dispatches(steps: int, dispatch: int) -> int:
+    """The next multiple of a dispatch: what is done once a dispatch (4 bytes a row are cleared) is
+    part of a turn as it is of an epoch, even where the estimate of a turn's length was unlucky."""
+    return -(-steps // dispatch) * dispatch
+
+
 def _prepare(job: Facts) -> Contestant:
     run = knobs.from_json(RunConfig, job["config"], "the job's config")
     pairs = synthetic.Pairs.load(job["pairs"])
@@ -236,7 +242,9 @@ def _prepare(job: Facts) -> Contestant:
     compiling = turns.timed(lambda: stepper.run(1))
     compile_s = compiling - turns.timed(lambda: stepper.run(1))
     ready = Memory()
-    steps = job["steps"] or turns.units_for(job["seconds"], stepper.run)
+    steps = job["steps"] or whole_dispatches(
+        turns.units_for(job["seconds"], stepper.run), stepper.dispatch
+    )
     size = row_bytes(trainer, stepper.state)
     moved = bytes_per_step(rows_named(trainer, resident), size)
     turns_taken: list[Turn] = []

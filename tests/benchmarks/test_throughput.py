@@ -572,3 +572,8 @@ def test_scaling_draws_and_prints(tmp_path):
     assert [row["users"] for row in rows] == [300, 600]
     assert [row["stated_bytes_per_row"] for row in rows] == [260, 260]
     assert "100,000,000 users: left out, 26.0 GB > --max_gb" in done.stdout
+
+
+@pytest.mark.parametrize(("steps", "whole"), [(1, 64), (64, 64), (65, 128)])
+def test_a_turn_is_made_of_whole_dispatches(steps, whole):
+    assert worker.whole_dispatches(steps, 64) == whole
