@@ -162,11 +162,7 @@ def _make_init(trainer: Trainer) -> Callable[[np.int32], TrainState]:
     """Jitted `init_state`: seed -> a fresh state, laid out as the steps want it."""
     everywhere = trainer.layout.replicated
     layout = TrainState(everywhere, trainer.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
-    return jax.jit(
-        functools.partial(init_state, trainer),
-        out_shardings=layout,
-        compiler_options=trainer.layout.compiler_options,
-    )
+    return jax.jit(functools.partial(init_state, trainer), out_shardings=layout)
 
 
 def _finite(trainer: Trainer, state: TrainState) -> dict[str, jax.Array]:
