@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 
 absl_flags.DEFINE_string("out", None, "folder for the world, the runs and the pictures")
 absl_flags.DEFINE_integer("users", 2000, "users of the world", lower_bound=50)
@@ -57,28 +57,30 @@ ARMS_OF_LISTS = {
 
 
 def main(_: list[str]) -> None:
-    from slgr_jax import config, judging, reliability, report, runs, simulate, train
-    from slgr_jax.data import batches
-    from slgr_jax.gates import make_gate
+    from slgr_jax import config, testing
+    from slgr_jax.guidance.gates import make_gate
+    from slgr_jax.reports import calibration, gate_evaluation, tables
+    from slgr_jax.sampling import arrays
+    from slgr_jax.training import build, loop
 
     given = flags.FLAGS
     out = pathlib.Path(given.out)
-    made = simulate.WorldConfig(n_users=given.users, known_per_valid=4)
-    world = simulate.simulate(made)
-    dataset = simulate.write(world, out / "world", lists=LISTED)
-    coin = simulate.simulate(dataclasses.replace(made, reliability=simulate.TEACHERS["shuffled"]))
-    simulate.write_pairs(coin, dataset, "coin")
+    made = testing.WorldConfig(n_users=given.users, known_per_valid=4)
+    world = testing.simulate(made)
+    dataset = testing.write(world, out / "world", lists=LISTED)
+    coin = testing.simulate(dataclasses.replace(made, reliability=testing.TEACHERS["shuffled"]))
+    testing.write_pairs(coin, dataset, "coin")
     lists = coin.lists(np.random.default_rng(0), LISTED)
-    simulate.write_lists(coin, dataset, "coin_lists", *lists)
+    testing.write_lists(coin, dataset, "coin_lists", *lists)
 
     def trained(
         name: str, knobs: Mapping[str, Any], weight: float, workdir: str
     ) -> tuple[config.RunConfig, dict[str, Any]]:
         own = {**knobs, "lambda": weight} if knobs else {}
         run = config.make_run(str(dataset.path), workdir, epochs=given.epochs, **_SHARED, **own)
-        train.train(run)
-        found = runs.evaluate_run(workdir, name).parts["test"].slices
-        scores = {key: found[key]["ndcg@10"] for key in report.MAIN_SLICES[:3]}
+        loop.train(run)
+        found = build.evaluate_run(workdir, name).parts["test"].slices
+        scores = {key: found[key]["ndcg@10"] for key in tables.MAIN_SLICES[:3]}
         return run, {"run": name, "lambda": weight if knobs else None, **scores}
 
     rows, alphas, bins = [], {}, {}
@@ -93,30 +95,30 @@ def main(_: list[str]) -> None:
         if knobs:
             alphas[name] = [(row["epoch"], row["train/alpha"]) for row in log]
         if name in ("paper", "calibrated"):
-            restored, slices = runs.restore_run(workdir), dataset.slices(run.slices)
+            restored, slices = build.restore_run(workdir), dataset.slices(run.slices)
             masks = slices.cold_users, slices.tail_items
-            facts = batches.interactions(dataset, run.sampler, *masks).facts
-            alpha = judging.alphas(
+            facts = arrays.interactions(dataset, run.sampler, *masks).facts
+            alpha = gate_evaluation.alphas(
                 *(run, facts, restored.backbone, make_gate(run.gate), restored.scoring("test")),
                 *(said.users, said.items, said.margin),
             )
-            bins[name] = reliability.reliability_bins(alpha, said.right)
+            bins[name] = calibration.reliability_bins(alpha, said.right)
             if name == "calibrated":
-                reliability.draw_alpha_against_truth(
+                calibration.draw_alpha_against_truth(
                     *(alpha, said.reliability, world.history[said.users]),
                     *(world.popularity[said.items].mean(axis=1), out / "alpha.png"),
                     title="The calibrated gate's alpha beside how often the teacher is right",
                 )
-                error = reliability.calibration_error(alpha, said.reliability)
-                own = reliability.auc(alpha, said.right)
-                best = reliability.auc(said.reliability, said.right)
+                error = calibration.calibration_error(alpha, said.reliability)
+                own = calibration.auc(alpha, said.right)
+                best = calibration.auc(said.reliability, said.right)
                 print(
                     f"calibrated gate: calibration error {error:.3f} against the true "
                     f"reliability; AUC {own:.3f}, of the true reliability {best:.3f}"
                 )
-    reliability.draw_reliability(bins, out / "reliability.png")
+    calibration.draw_reliability(bins, out / "reliability.png")
     draw_collapse(alphas, out / "collapse.png")
-    print(report.markdown_table(rows))
+    print(tables.markdown_table(rows))
     print(f"lists of {LISTED} items:")
     plain, rows = str(out / "no_guidance_0"), rows[:1]
     for name, knobs in ARMS_OF_LISTS.items():
@@ -124,7 +126,7 @@ def main(_: list[str]) -> None:
             workdir = str(out / f"lists {name} {weight:g}".replace(", ", " ").replace(" ", "_"))
             own = knobs | {"ensemble": plain} if "rivals" in knobs else knobs
             rows.append(trained(name, own, weight, workdir)[1])
-    print(report.markdown_table(rows))
+    print(tables.markdown_table(rows))
 
 
 def draw_collapse(alphas: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None:
@@ -132,7 +134,7 @@ def draw_collapse(alphas: dict[str, list[tuple[int, float]]], path: pathlib.Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from slgr_jax.picture import COLORS
+    from slgr_jax.reports.plots import COLORS
 
     figure = Figure(figsize=(6.0, 3.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -35,12 +35,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
-from comparison import arms, pool, presets, results, tuning
-from comparison.arms import Plan
 
-from slgr_jax import config, flags
+from slgr_jax import config
+from slgr_jax.cli import flags
+from slgr_jax.config.knobs import Section, flag_name
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.knobs import Section, flag_name
+from slgr_jax.experiments import arms, pool, presets, results, tuning
+from slgr_jax.experiments.arms import Plan
 
 _DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
 
@@ -204,9 +205,8 @@ def compare(plan: Plan, workers: int) -> dict[str, Any]:
 def _report(
     plan: Plan, tuned: tuning.Tuned, runs: Mapping[tuple[str, str], Sequence[config.RunConfig]]
 ) -> dict[str, Any]:
-    from comparison import summary
-
     from slgr_jax.data import dataset
+    from slgr_jax.experiments import summary
 
     data = dataset.load(plan.data, verify=False)
     firsts = {backbone: mine[0] for (backbone, arm), mine in runs.items() if arm == "none"}
@@ -261,7 +261,7 @@ def _baselines(
     plan: Plan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Most popular and, where it takes seconds, EASE, by slice; none where nothing is ranked."""
-    from slgr_jax import baselines
+    from slgr_jax.evaluation import baselines
 
     ranked = [run for run in runs if run.evaluation.ranking]
     if not ranked:
@@ -279,7 +279,7 @@ def _baselines(
 
 def write(found: Mapping[str, Any], out: pathlib.Path) -> None:
     """report.json, pictures and report.md."""
-    from comparison import plots, render
+    from slgr_jax.experiments import plots, render
 
     results.write_json(out / "report.json", found)
     pictures = plots.draw(found, out)
@@ -291,7 +291,7 @@ def write(found: Mapping[str, Any], out: pathlib.Path) -> None:
 def make_controls(plan: Plan) -> None:
     """Write the control products that are not there."""
     from slgr_jax.data import dataset
-    from slgr_jax.teacher import controls
+    from slgr_jax.teacher.products import controls
 
     wanted = [arm for arm in plan.arms if arm in controls.CONTROLS]
     if wanted:

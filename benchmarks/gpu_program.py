@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 from slgr_jax.config import GUIDANCE, TABLE_DTYPES, TABLE_OPTIMIZERS
 from slgr_jax.errors import ConfigError, InputError
 
@@ -160,8 +160,9 @@ def main(_: list[str]) -> None:
     from jax.sharding import Mesh
     from throughput import Case
 
-    from slgr_jax import report, runs, step
-    from slgr_jax.distributed import Layout
+    from slgr_jax.mesh import Layout
+    from slgr_jax.reports import tables as tables_lib
+    from slgr_jax.training import build, step
 
     try:
         with open(FLAGS.target, encoding="utf-8") as file:
@@ -188,7 +189,7 @@ def main(_: list[str]) -> None:
         ):
             case = Case("large", "mf", guidance, dtype, FLAGS.batch_size)
             run = case.config({"table_optimizer": optimizer, "kernels": "xla"}, folder)
-            here, resident = runs.build(run, dataset)
+            here, resident = build.build(run, dataset)
             mesh = here.layout.mesh
             there = Layout(Mesh(np.full(mesh.devices.shape, device), mesh.axis_names))
             trainer = dataclasses.replace(here, layout=there)
@@ -209,7 +210,7 @@ def main(_: list[str]) -> None:
                 | found
                 | {"floor": 2 * 3 * lanes * row_bytes}
             )
-    print(report.markdown_table(rows))
+    print(tables_lib.markdown_table(rows))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.errors import ConfigError, InputError, UserError, listing
 

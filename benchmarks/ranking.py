@@ -26,9 +26,10 @@ import turns
 from absl import app
 from absl import flags as absl_flags
 
-from slgr_jax import evaluate, report
 from slgr_jax.data.dataset import Csr
+from slgr_jax.evaluation import full_ranking
 from slgr_jax.kernels import build
+from slgr_jax.reports import tables
 
 FLAGS = absl_flags.FLAGS
 absl_flags.DEFINE_integer("repeats", 5, "timed repeats", lower_bound=1)
@@ -87,9 +88,9 @@ def main(_: list[str]) -> None:
             Csr.from_pairs(*pairs, size.users) for pairs in (world.seen, world.relevant)
         )
         lists = functools.partial(
-            evaluate.top_k, score, state, world.users, seen, size.items, k=ranking_peers.TOP
+            full_ranking.top_k, score, state, world.users, seen, size.items, k=ranking_peers.TOP
         )
-        ranks = functools.partial(evaluate.rank, score, state, relevant, seen, size.items)
+        ranks = functools.partial(full_ranking.rank, score, state, relevant, seen, size.items)
         calls: dict[str, Callable[..., object]] = {
             "top-20": lists,
             "ranks": functools.partial(ranks, pooled_auc=False),
@@ -105,7 +106,7 @@ def main(_: list[str]) -> None:
                     peer = stack.enter_context(turns.Player(command, {"size": name}))
                     players[f"implicit {peer.facts['version']}"] = peer
                 out += [{"size": name, "what": what} | row for row in compare(players)]
-    print(report.markdown_table(out))
+    print(tables.markdown_table(out))
 
 
 if __name__ == "__main__":

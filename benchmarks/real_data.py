@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 from slgr_jax.config import PrepareConfig
+from slgr_jax.config.knobs import Section, knob
 from slgr_jax.errors import ConfigError, InputError, listing
-from slgr_jax.knobs import Section, knob
 
 SISINF = ("facebook_book", "hetrec2011_lastfm_2k", "ml_small_2018")
 DATASETS = (*SISINF, "ml100k_lusifer", "ml1m", "ml1m_profiles")
@@ -65,8 +65,8 @@ def build(config: RealDataConfig) -> tuple[Any, dict[str, Any]]:
     import pyarrow.parquet as pq
 
     from slgr_jax.data import dataset as dataset_lib
-    from slgr_jax.data import prepare
-    from slgr_jax.teacher import preferences
+    from slgr_jax.data.ingest import prepare
+    from slgr_jax.teacher.products import preferences
 
     inputs = read(config)
     raw = pathlib.Path(config.out) / "raw"
@@ -137,7 +137,7 @@ def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from slgr_jax.teacher import combine
+    from slgr_jax.teacher.products import combine
 
     log = _only(_plain(folder / "interactions.parquet"), "dataset", config.dataset)
     log = log.filter(pc.not_equal(log["split"], "unused"))
@@ -387,8 +387,8 @@ def _halve_test(parts: list[str], users: np.ndarray, seed: int) -> Any:
 
 
 def main(_: list[str]) -> None:
-    from slgr_jax.data import prepare
-    from slgr_jax.teacher import preferences
+    from slgr_jax.data.ingest import prepare
+    from slgr_jax.teacher.products import preferences
 
     config = flags.section_from_flags(RealDataConfig)
     dataset, products = build(config)

@@ -4,7 +4,7 @@
 
 Both ways sum the gradients of equal rows and update each distinct row once with Adagrad:
   sort  argsort the ids, segment-sum the sorted gradients (the usual way)
-  slot  write lane numbers into a scratch row, read them back (slgr_jax.tables.update)
+  slot  write lane numbers into a scratch row, read them back (`embedding_table.update`)
 Prints milliseconds per update: median, minimum and maximum over repeats that alternate.
 """
 
@@ -18,8 +18,9 @@ import numpy as np
 from absl import app
 from absl import flags as absl_flags
 
-from slgr_jax import report, tables
-from slgr_jax.distributed import make_layout
+from slgr_jax.mesh import make_layout
+from slgr_jax.models import embedding_table
+from slgr_jax.reports import tables as tables_lib
 
 FLAGS = absl_flags.FLAGS
 absl_flags.DEFINE_integer("repeats", 7, "timed repeats of each way", lower_bound=1)
@@ -28,7 +29,9 @@ WIDTH = 64
 SIZES = ((2_600, 6_144), (165_000, 12_288), (165_000, 49_152))  # table rows, touched rows
 
 
-def by_sort(table: jax.Array, ids: jax.Array, grads: jax.Array, optimizer: tables.RowOptimizer):
+def by_sort(
+    table: jax.Array, ids: jax.Array, grads: jax.Array, optimizer: embedding_table.RowOptimizer
+):
     """The update by sorting: returns the new table."""
     order = jnp.argsort(ids)
     ids, grads = ids[order], grads[order]
@@ -44,7 +47,7 @@ def by_sort(table: jax.Array, ids: jax.Array, grads: jax.Array, optimizer: table
 
 def program(way: str, rows: int, touched: int):
     """Jitted (table, slot, first step) -> (table, slot): `--steps` updates of random rows."""
-    optimizer, layout = tables.Adagrad(0.05, 1e-8), make_layout(devices=jax.devices()[:1])
+    optimizer, layout = embedding_table.Adagrad(0.05, 1e-8), make_layout(devices=jax.devices()[:1])
 
     def body(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         table, slot = carry
@@ -52,7 +55,7 @@ def program(way: str, rows: int, touched: int):
         grads = table.at[ids].get(mode="promise_in_bounds")[:, :WIDTH] * 0.1 + 1e-3
         if way == "sort":
             return by_sort(table, ids, grads, optimizer), slot
-        return tables.update(table, slot, ids, grads, optimizer, layout)
+        return embedding_table.update(table, slot, ids, grads, optimizer, layout)
 
     def run(table: jax.Array, slot: jax.Array, start: jax.Array):
         return jax.lax.fori_loop(start, start + FLAGS.steps, body, (table, slot))
@@ -88,7 +91,7 @@ def main(_: list[str]) -> None:
                     "sort / slot": float(ratio) if way == "slot" else None,
                 }
             )
-    print(report.markdown_table(rows_out))
+    print(tables_lib.markdown_table(rows_out))
 
 
 if __name__ == "__main__":

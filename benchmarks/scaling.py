@@ -30,8 +30,9 @@ import turns
 from absl import flags as absl_flags
 from turns import Player
 
-from slgr_jax import config, flags, knobs
-from slgr_jax.config import RunConfig
+from slgr_jax import config
+from slgr_jax.cli import flags
+from slgr_jax.config import RunConfig, knobs
 from slgr_jax.errors import ConfigError, UserError, listing
 
 HERE = pathlib.Path(__file__).parent
@@ -95,7 +96,7 @@ def with_slopes(rows: Sequence[Row]) -> list[Row]:
 
 def render(rows: Sequence[Row]) -> str:
     """What was measured on what, and a table."""
-    from slgr_jax import report
+    from slgr_jax.reports import tables
 
     names = {
         "vary": "grows",
@@ -120,7 +121,7 @@ def render(rows: Sequence[Row]) -> str:
     ]
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    return f"{first['devices']}; {versions}; {first['knobs']}\n\n{report.markdown_table(shown)}"
+    return f"{first['devices']}; {versions}; {first['knobs']}\n\n{tables.markdown_table(shown)}"
 
 
 def draw(rows: Sequence[Row], path: str) -> None:
@@ -128,7 +129,7 @@ def draw(rows: Sequence[Row], path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from slgr_jax.picture import COLORS
+    from slgr_jax.reports.plots import COLORS
 
     kinds = list(dict.fromkeys(row["vary"] for row in rows))
     figure = Figure(figsize=(3.8 * len(kinds), 3.4), layout="constrained")

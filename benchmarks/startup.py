@@ -13,8 +13,8 @@ least and the most. Three tables:
              cache, validates nothing and saves nothing.
   where      the seconds between one moment and the next of the same runs, what JAX spent on
              lowering and on compiling (or reading the cache) up to the epoch's end, and programs
-It ends with what `import slgr_jax.train` loads, by package (python -X importtime, which itself
-slows it down).
+It ends with what `import slgr_jax.training.loop` loads, by package (python -X importtime, which
+itself slows it down).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 from slgr_jax.errors import ConfigError, listing
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -205,9 +205,9 @@ def where_rows(found: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
 
 
 def import_rows(most: int = 8) -> list[dict[str, str]]:
-    """Milliseconds of `import slgr_jax.train` in the modules of each package."""
+    """Milliseconds of `import slgr_jax.training.loop` in the modules of each package."""
     text = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import slgr_jax.train"],
+        [sys.executable, "-X", "importtime", "-c", "import slgr_jax.training.loop"],
         env=os.environ | {"PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
@@ -230,7 +230,7 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         helped = help_rows(given.runs, pathlib.Path(scratch))
         found = measure(given, pathlib.Path(scratch))
-    from slgr_jax.report import markdown_table
+    from slgr_jax.reports.tables import markdown_table
 
     for rows in (helped, training_rows(found), where_rows(found), import_rows()):
         print(markdown_table(rows))

@@ -53,24 +53,24 @@ class Marks:
 
 def ours(marks: Marks, script: str, *arguments: str) -> None:
     """Run a launch script as it is, with marks where it passes from one room to the next."""
-    from slgr_jax import flags
+    from slgr_jax.cli import flags
 
     real = flags.run
 
     def run(main: Callable[[list[str]], None], **options: Any) -> None:
         def marked(rest: list[str]) -> None:
             marks("main")
-            from slgr_jax import journal, runs, train
             from slgr_jax.data import dataset
+            from slgr_jax.training import build, loop, training_log
 
             _count_compiles(marks)
             marks("imported")
             marks.after(dataset, "load", "loaded")
-            marks.after(runs, "build", "built")
-            marks.after(journal.Journal, "__init__", "ready")
-            marks.after(journal.Journal, "advance", "steps")  # the last one is the epoch's end
-            marks.after(journal.Journal, "record", "valid")
-            marks.after(train, "train", "saved")
+            marks.after(build, "build", "built")
+            marks.after(training_log.Journal, "__init__", "ready")
+            marks.after(training_log.Journal, "advance", "steps")  # the last one is the epoch's end
+            marks.after(training_log.Journal, "record", "valid")
+            marks.after(loop, "train", "saved")
             main(rest)
 
         real(marked, **options)

@@ -4,7 +4,7 @@
     dataset = synthetic_dataset.from_pairs(pairs, folder)
     synthetic_dataset.write_teacher(dataset)
 
-The teacher is written to folder/teacher/random, where `runs.build` finds it.
+The teacher is written to folder/teacher/random, where `build.build` finds it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pyarrow as pa
 import synthetic
 
 from slgr_jax.data import schema, shards
-from slgr_jax.data.context import FIELDS, HISTORY
 from slgr_jax.data.dataset import Dataset, Part
-from slgr_jax.teacher import preferences
+from slgr_jax.sampling.context import FIELDS, HISTORY
+from slgr_jax.teacher.products import preferences
 
 TEACHER = "random"
 

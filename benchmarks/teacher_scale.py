@@ -30,10 +30,11 @@ import synthetic_dataset
 from absl import app
 from absl import flags as absl_flags
 
-from slgr_jax import config, report
+from slgr_jax import config
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
-from slgr_jax.teacher import preferences
+from slgr_jax.reports import tables
+from slgr_jax.teacher.products import preferences
 
 FLAGS = absl_flags.FLAGS
 absl_flags.DEFINE_integer("rows", 100_000_000, "rows of the product", lower_bound=1000)
@@ -105,11 +106,11 @@ def reader(job: Job) -> Callable[[], object]:
 
 
 def resident(job: Job) -> Callable[[], object]:
-    from slgr_jax import resident
+    from slgr_jax.guidance import device_arrays
 
     dataset = dataset_of(job)
     run = config.RunConfig("", "", guidance=config.GuidanceConfig("selective", "big"))
-    return lambda: resident.resident_teacher(run, dataset)
+    return lambda: device_arrays.resident_teacher(run, dataset)
 
 
 STEPS: dict[str, Callable[[Job], Callable[[], object]]] = {
@@ -150,7 +151,7 @@ def main(_: list[str]) -> None:
     finally:
         shutil.rmtree(folder)
     print(f"{FLAGS.rows:,} {FLAGS.kind}, {size / 1e9:.2f} GB on disk, {os.cpu_count()} cores")
-    print(report.text_table(lines))
+    print(tables.text_table(lines))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ from absl import flags as absl_flags
 from peers import PEERS, TRAINED_BY
 from turns import Facts, Player, Turn
 
-from slgr_jax import config, flags, knobs
+from slgr_jax import config
+from slgr_jax.cli import flags
 from slgr_jax.config import (
     BACKBONES,
     CLICK_BACKBONES,
@@ -65,6 +66,7 @@ from slgr_jax.config import (
     SEQUENCE_BACKBONES,
     TABLE_DTYPES,
     RunConfig,
+    knobs,
     make_run,
 )
 from slgr_jax.errors import ConfigError, UserError, listing
@@ -299,7 +301,7 @@ def _line(one: Measured) -> str:
 
 def render(rows: Sequence[Row]) -> str:
     """A header that says on what the rows were measured, and a table of them."""
-    from slgr_jax import report
+    from slgr_jax.reports import tables
 
     shown = [
         {
@@ -310,7 +312,7 @@ def render(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     columns = [name for name in COLUMNS if any(name in cells for cells in shown)]
-    return f"{header(rows)}\n\n{report.markdown_table(shown, columns)}"
+    return f"{header(rows)}\n\n{tables.markdown_table(shown, columns)}"
 
 
 def header(rows: Sequence[Row]) -> str:

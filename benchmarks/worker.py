@@ -27,13 +27,15 @@ import synthetic_dataset
 import turns
 from turns import Contestant, Facts, Turn
 
-from slgr_jax import __version__, knobs, runs, train
-from slgr_jax.access import Rows
-from slgr_jax.backbones import DotBackbone, reads_of
-from slgr_jax.config import RunConfig
-from slgr_jax.data import batches, draws
+from slgr_jax import __version__
+from slgr_jax.config import RunConfig, knobs
 from slgr_jax.errors import UserError
-from slgr_jax.step import Sums, Trainer, TrainState, init_state, make_run_steps
+from slgr_jax.models.backbones import DotBackbone, reads_of
+from slgr_jax.models.row_access import Rows
+from slgr_jax.sampling import arrays
+from slgr_jax.sampling import batch as batch_lib
+from slgr_jax.training import build, loop
+from slgr_jax.training.step import Sums, Trainer, TrainState, init_state, make_run_steps
 
 GATHER_WIDTH = 64  # of float32: rows of 256 bytes
 GATHER_SECONDS = 0.5
@@ -45,13 +47,13 @@ GATHER_SECONDS = 0.5
 class Stepper:
     """A trainer, its state, and steps on request."""
 
-    def __init__(self, trainer: Trainer, resident: batches.Resident) -> None:
+    def __init__(self, trainer: Trainer, resident: arrays.Resident) -> None:
         self.trainer, self.resident = trainer, resident
         seed, everywhere = trainer.config.train.seed, trainer.layout.replicated
         self.state: TrainState = jax.block_until_ready(init_state(trainer, seed))
         self._key = jax.device_put(jax.random.key_data(jax.random.key(seed + 1)), everywhere)
         self._run_steps = make_run_steps(trainer)
-        self.dispatch = train.steps_per_dispatch(trainer)
+        self.dispatch = loop.steps_per_dispatch(trainer)
 
     def run(self, steps: int) -> list[Sums]:
         """Do `steps`, wait for the state; the sums of each dispatch.
@@ -93,15 +95,15 @@ def row_bytes(trainer: Trainer, state: TrainState) -> dict[str, float]:
     }
 
 
-def rows_named(trainer: Trainer, resident: batches.Resident) -> dict[str, int]:
+def rows_named(trainer: Trainer, resident: arrays.Resident) -> dict[str, int]:
     """Rows of each table that a step names, as often as it does; of whole tables every row, once.
 
-    A step that moves no row but computes dot products (`access.Factors`) names the same ones.
+    A step that moves no row but computes dot products (`row_access.Factors`) names the same ones.
     """
     rows = Rows(trainer.backbone, trainer.row_optimizer, trainer.layout, native=False)
 
-    def named(key: jax.Array, resident: batches.Resident) -> dict[str, list[jax.Array]]:
-        drawn = draws.draw(key[None], resident, trainer.plan)
+    def named(key: jax.Array, resident: arrays.Resident) -> dict[str, list[jax.Array]]:
+        drawn = batch_lib.draw(key[None], resident, trainer.plan)
         batch = jax.tree.map(lambda x: x[0], drawn)
         return rows.named(resident.context, trainer.objective.reads(batch, resident.context))
 
@@ -233,7 +235,7 @@ def _prepare(job: Facts) -> Contestant:
     run = knobs.from_json(RunConfig, job["config"], "the job's config")
     pairs = synthetic.Pairs.load(job["pairs"])
     dataset = synthetic_dataset.from_pairs(pairs, run.data, reads_of(run.model))
-    trainer, resident = runs.build(run, dataset)
+    trainer, resident = build.build(run, dataset)
     gather_rows = job.get("gather_rows") or dataset.n_users
     del dataset, pairs
     jax.block_until_ready(resident)

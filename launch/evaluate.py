@@ -16,7 +16,7 @@ import pathlib
 
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 from slgr_jax.config import BaselineConfig, RunConfig
 from slgr_jax.errors import ConfigError
 
@@ -39,16 +39,18 @@ def main(_: list[str]) -> None:
     if not given.workdir and not (given.data and given.out):
         raise ConfigError("missing --workdir, or --data and --out in its place; see --help")
     options = flags.section_from_flags(BaselineConfig)
-    from slgr_jax import baselines, picture, report, runs, workdirs
     from slgr_jax.data import dataset as dataset_lib
+    from slgr_jax.evaluation import baselines
+    from slgr_jax.reports import plots, tables
+    from slgr_jax.training import build, run_directory
 
-    labels, metric = report.labels(given.workdir), given.metric
-    configs = [workdirs.read_config(workdir) for workdir in given.workdir]
+    labels, metric = tables.labels(given.workdir), given.metric
+    configs = [run_directory.read_config(workdir) for workdir in given.workdir]
     configs = configs or [RunConfig(given.data, given.out)]
     for config in configs:
-        metric = report.choose_metric(metric, config.evaluation)
+        metric = tables.choose_metric(metric, config.evaluation)
     evaluated = [
-        runs.evaluate_run(workdir, label, given.checkpoint)
+        build.evaluate_run(workdir, label, given.checkpoint)
         for workdir, label in zip(given.workdir, labels, strict=True)
     ]
     dataset = evaluated[0].dataset if evaluated else dataset_lib.load(given.data)
@@ -56,9 +58,9 @@ def main(_: list[str]) -> None:
     evaluated += baselines.evaluate_baselines(options, configs[0], dataset, out, taken=labels)
     if not evaluated:
         raise ConfigError("--baselines=none without --workdir leaves nothing to evaluate")
-    print(report.render(evaluated, metric, bins=given.bins))
-    drawn = picture.draw(evaluated, metric, out / report.PICTURE)
-    print(f"wrote {report.METRICS} and {report.PER_USER} in each run, and {drawn}")
+    print(tables.render(evaluated, metric, bins=given.bins))
+    drawn = plots.draw(evaluated, metric, out / tables.PICTURE)
+    print(f"wrote {tables.METRICS} and {tables.PER_USER} in each run, and {drawn}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from __future__ import annotations
 import resource
 import sys
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 from slgr_jax.config import PrepareConfig
 
 
 def main(_: list[str]) -> None:
-    from slgr_jax.data import prepare
+    from slgr_jax.data.ingest import prepare
 
     config = flags.section_from_flags(PrepareConfig)
     manifest = prepare.prepare(config)

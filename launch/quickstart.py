@@ -18,7 +18,7 @@ import sys
 
 from absl import flags as absl_flags
 
-from slgr_jax import flags
+from slgr_jax.cli import flags
 from slgr_jax.errors import InputError
 
 HERE = pathlib.Path(__file__).resolve().parent

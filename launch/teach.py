@@ -28,7 +28,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from slgr_jax import config, flags
+from slgr_jax import config
+from slgr_jax.cli import flags
 from slgr_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def import_(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import preferences
+    from slgr_jax.teacher.products import preferences
 
     options = flags.section_from_flags(config.ImportConfig)
     if not options.scores:
@@ -64,7 +65,8 @@ def import_(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def score(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import preferences, scorers
+    from slgr_jax.teacher.local import scorers
+    from slgr_jax.teacher.products import preferences
 
     options = flags.section_from_flags(config.ScoreConfig)
     prompt = flags.section_from_flags(config.RequestConfig)
@@ -78,7 +80,7 @@ def score(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def embed(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import embeddings
+    from slgr_jax.teacher.local import embeddings
 
     options = flags.section_from_flags(config.EmbedConfig)
     stated = flags.section_from_flags(config.ImportConfig)
@@ -97,8 +99,9 @@ def embed(data: Dataset, common: config.TeachConfig) -> None:
 
 def candidates(data: Dataset, common: config.TeachConfig) -> None:
     from slgr_jax.data import shards
-    from slgr_jax.teacher import asking, prompts, scorers
-    from slgr_jax.teacher import candidates as sets
+    from slgr_jax.teacher.ask import asking, prompts
+    from slgr_jax.teacher.ask import candidates as sets
+    from slgr_jax.teacher.local import scorers
 
     options = flags.section_from_flags(config.CandidateConfig)
     costs = flags.section_from_flags(config.RequestConfig)
@@ -123,9 +126,9 @@ def candidates(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def requests(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import asking, prompts
-    from slgr_jax.teacher import candidates as sets
-    from slgr_jax.teacher import requests as files
+    from slgr_jax.teacher.ask import asking, prompts
+    from slgr_jax.teacher.ask import candidates as sets
+    from slgr_jax.teacher.ask import requests as files
 
     options = flags.section_from_flags(config.RequestConfig)
     drawn, source = sets.load(data, options.candidate_set or common.name)
@@ -141,8 +144,8 @@ def requests(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def collect(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import collect as log
-    from slgr_jax.teacher import preferences
+    from slgr_jax.teacher.collect import answer_log as log
+    from slgr_jax.teacher.products import preferences
 
     manifest, told = log.collect(data, common, flags.section_from_flags(config.CollectConfig))
     print(told)
@@ -150,8 +153,8 @@ def collect(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def combine(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import combine as fusion
-    from slgr_jax.teacher import preferences
+    from slgr_jax.teacher.products import combine as fusion
+    from slgr_jax.teacher.products import preferences
 
     if flags.section_from_flags(config.ImportConfig).append:
         raise ConfigError(
@@ -163,31 +166,31 @@ def combine(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def nearest(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import nearest as lists
-    from slgr_jax.teacher import preferences
+    from slgr_jax.teacher.products import nearest as lists
+    from slgr_jax.teacher.products import preferences
 
     manifest = lists.write(data, common, flags.section_from_flags(config.NearestConfig))
     print(preferences.report(manifest))
 
 
 def inspect(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher import preferences
+    from slgr_jax.teacher.products import preferences
 
     print(preferences.report(preferences.load(data, common.name).manifest))
 
 
 def report(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax import worth_report
+    from slgr_jax.reports import teacher_audit
 
     shared = flags.section_from_flags(config.RequestConfig)
-    found = worth_report.make(
+    found = teacher_audit.make(
         *(data, common.name, flags.section_from_flags(config.ReportConfig)),
         prices=(shared.price_in, shared.price_out),
         seed=common.seed,
     )
-    print(worth_report.terminal(found))
+    print(teacher_audit.terminal(found))
     out = shared.out or data.path / "reports" / common.name
-    print("wrote " + ", ".join(map(str, worth_report.write(found, out))))
+    print("wrote " + ", ".join(map(str, teacher_audit.write(found, out))))
 
 
 COMMANDS: Mapping[str, Callable[[Dataset, config.TeachConfig], None]] = {

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from absl import flags as absl_flags
 
-from slgr_jax import config, flags
+from slgr_jax import config
+from slgr_jax.cli import flags
 
 absl_flags.DEFINE_string("data", None, "dataset directory (launch/prepare.py)")
 absl_flags.DEFINE_string("workdir", None, "directory of this run: config, log, checkpoints")
@@ -25,9 +26,9 @@ def main(_: list[str]) -> None:
 
         # Before JAX is imported: a machine's first run waits for what is left to compile.
         build.begin(*build.units_of(run))
-    from slgr_jax import train
+    from slgr_jax.training import loop
 
-    outcome = train.train(run)
+    outcome = loop.train(run)
     best = "" if outcome.best_metric is None else f" ({outcome.best_metric:.4f})"
     print(
         f"{outcome.status} after epoch {outcome.epoch}, step {outcome.step}, in "

@@ -15,7 +15,8 @@ import pytest
 
 from slgr_jax.config import ScoreConfig
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.teacher import preferences, scorers
+from slgr_jax.teacher.local import scorers
+from slgr_jax.teacher.products import preferences
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "real_data.py"
 _spec = importlib.util.spec_from_file_location("benchmarks_real_data", SCRIPT)

@@ -15,9 +15,9 @@ from slgr_jax.config import RunConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
-from slgr_jax.distributed import Layout, make_layout
 from slgr_jax.errors import ConfigError
 from slgr_jax.kernels import build
+from slgr_jax.mesh import Layout, make_layout
 
 
 def one_device(**options: int) -> Layout:

@@ -4,10 +4,7 @@ A section is a frozen dataclass whose fields are made with `knob`. `flags.py` de
 command line from the same fields, so a default or a help text is never written twice.
 """
 
-from slgr_jax.config.baselines import (
-    BASELINES,
-    BaselineConfig,
-)
+from slgr_jax.config.baselines import BASELINES, BaselineConfig
 from slgr_jax.config.guidance import (
     GATE_INPUTS,
     GATES,
@@ -20,11 +17,7 @@ from slgr_jax.config.guidance import (
     GateConfig,
     GuidanceConfig,
 )
-from slgr_jax.config.prepare import (
-    SOURCES,
-    SPLITS,
-    PrepareConfig,
-)
+from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
 from slgr_jax.config.run import (
     BACKBONE_DEFAULTS,
     BACKBONES,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from slgr_jax.config.knobs import Section, knob
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.knobs import Section, knob
 
 BASELINES = ("popular", "ease", "ials")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+from slgr_jax.config.knobs import Section, knob
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.knobs import Section, knob
 
 GUIDANCE = ("none", "selective", "pointwise")
 GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "informed", "added")

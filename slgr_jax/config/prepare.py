@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from slgr_jax.knobs import Section, knob
+from slgr_jax.config.knobs import Section, knob
 
 SOURCES = ("movielens", "recbole", "amazon", "s3rec", "csv", "parquet")
 SPLITS = ("auto", "global_time", "leave_last", "ratio", "premade")

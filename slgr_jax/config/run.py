@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from slgr_jax.config.guidance import GateConfig, GuidanceConfig
+from slgr_jax.config.knobs import Section, flag_name, knob
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.knobs import Section, flag_name, knob
 
 BACKBONES = (
     *("mf", "lightgcn"),

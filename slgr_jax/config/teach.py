@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from slgr_jax.knobs import Section, knob
+from slgr_jax.config.knobs import Section, knob
 
 # What a teacher product was built from (DESIGN section 6); the loader refuses `includes_eval`.
 BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")

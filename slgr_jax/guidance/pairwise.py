@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from slgr_jax import gates
 from slgr_jax.config import GateConfig
-from slgr_jax.data.batches import PairFacts
-from slgr_jax.losses import PairLoss
+from slgr_jax.guidance import gates
+from slgr_jax.models.losses import PairLoss
+from slgr_jax.sampling.arrays import PairFacts
 
 
 @struct.dataclass

@@ -2,7 +2,7 @@
 
 Columns are worked on in blocks of 32 by one thread each, and the blocks' sums are added in
 order: results do not depend on the number of threads. Ids are trusted to be in bounds. Tables are
-float32, or packed bfloat16 rows (`tables.RowFormat`), which are rounded stochastically.
+float32, or packed bfloat16 rows (`embedding_table.RowFormat`), which are rounded stochastically.
 
 Shape letters: N lanes, C candidates per user, D width, W numbers of a table's row (values and
 slots), R rows of a table, n entries of the excluded sets, U users.
@@ -155,7 +155,7 @@ def row_update(
 
 
 class Cut(Protocol):
-    """The excluded sets of users: `batches.Excluded`."""
+    """The excluded sets of users: `arrays.Excluded`."""
 
     @property
     def offsets(self) -> Int[Array, "U1"]: ...
@@ -172,7 +172,7 @@ class Cut(Protocol):
 def draw_outside(
     bits: UInt32[Array, "N"], users: Int[Array, "N"], cut: Cut
 ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
-    """Places outside each user's excluded set, and weights: see `sampling.draw_outside`."""
+    """Places outside each user's excluded set, and weights: see `negatives.draw_outside`."""
     call = ffi_call("slgr_draw_outside", (_ints(*users.shape), _floats(*users.shape)))
     shifts = cut.keys if cut.shifts is None else cut.shifts
     unit = cut.shifts is None
@@ -193,7 +193,7 @@ def draw_triples(
     drawn: int,
     together: int,
 ) -> tuple[Int[Array, "S B"], Int[Array, "S B 2"], Float[Array, "S B"]]:
-    """Users, (positive, place of the negative) and weights: see `draws.draw_triples`.
+    """Users, (positive, place of the negative) and weights: see `batch.draw_triples`.
 
     Args:
       first, positive, negative: random words of each user, M = ceil(B / together), and lane.
@@ -225,7 +225,7 @@ def draw_preferences(
     most: int,
     floor: float,
 ) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G"]]:
-    """Users, (preferred, other) and margins, from lists: `teacher_draws.draw_preferences`.
+    """Users, (preferred, other) and margins, from lists: `preferences.draw_preferences`.
 
     Args:
       first, partner, share: random words of each first entry, M = ceil(G / together), of each

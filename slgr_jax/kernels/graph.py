@@ -35,7 +35,7 @@ def propagate(
 
     Args:
       by_user, by_item: the edges in both orders: items of each user, users of each item.
-      words: edge (u, i) is kept where `random_words.mixed(words_u + words_i)` is at least
+      words: edge (u, i) is kept where `random_bits.mixed(words_u + words_i)` is at least
         `threshold`; None keeps all.
       layers: K, at least 1.
       weight: w.

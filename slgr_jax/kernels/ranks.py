@@ -83,7 +83,7 @@ def pool_rows(
 
     Args:
       scores, users, seen, relevant: as for `rank_rows`.
-      tables: what `metrics.pool_tables` makes of the pairs' scores, in its order.
+      tables: what `ranking_metrics.pool_tables` makes of the pairs' scores, in its order.
 
     Returns:
       Low and high words of each user's sum; 0 for padding.

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import worlds
 
-from slgr_jax import config, runs
-from slgr_jax.backbones import reads_of
-from slgr_jax.data.context import FIELDS, HISTORY
-from slgr_jax.step import init_state
+from slgr_jax import config
+from slgr_jax.models.backbones import reads_of
+from slgr_jax.sampling.context import FIELDS, HISTORY
+from slgr_jax.training import build
+from slgr_jax.training.step import init_state
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts there import one another by plain name
@@ -117,7 +118,7 @@ def test_the_teacher_is_one_that_training_accepts(tmp_path):
     dataset = synthetic_dataset.from_pairs(synthetic.make(TINY), tmp_path)
     synthetic_dataset.write_teacher(dataset)
     run = throughput.Case("tiny", "mf", "selective", "float32", 64)
-    trainer, resident = runs.build(run.config({}, str(tmp_path)), dataset)
+    trainer, resident = build.build(run.config({}, str(tmp_path)), dataset)
     assert trainer.plan.preferences == 64
     assert resident.teacher.items.size == 60 * 20
 
@@ -154,7 +155,7 @@ def bytes_of_step(tmp_path, backbone, guidance="none", dtype="float32", **given)
     pairs = synthetic.make(TINY)
     dataset = synthetic_dataset.from_pairs(pairs, tmp_path, reads_of(run.model))
     synthetic_dataset.write_teacher(dataset)
-    trainer, resident = runs.build(run, dataset)
+    trainer, resident = build.build(run, dataset)
     size = worker.row_bytes(trainer, init_state(trainer, 0))
     return worker.bytes_per_step(worker.rows_named(trainer, resident), size)
 
@@ -219,12 +220,12 @@ def test_a_turn_counts_triples_or_predicted_places(
     tmp_path, monkeypatch, backbone, counted, per_lane, rows
 ):
     # The window of a user's last event has the 5 before it; it predicts all but the first of 6.
-    monkeypatch.setattr(runs, "make_layout", lambda **_: worlds.one_device())
+    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
     case = throughput.Case("tiny", backbone, "none", "float32", 8)
     small = {"dim": 4, "layers": 1, "hidden": 4, "mlp": (4,), "max_history": 5}
     run = case.config({**small, "negatives_per_positive": 2}, str(tmp_path))
     dataset = synthetic_dataset.from_pairs(even_pairs(), tmp_path, reads_of(run.model))
-    trainer, resident = runs.build(run, dataset)
+    trainer, resident = build.build(run, dataset)
     assert worker.Stepper(trainer, resident).turn(3).triples == 3 * 8 * per_lane
     assert (case.counted, worker.rows_per_triple(trainer)) == (counted, rows)
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slgr_jax.config import PrepareConfig, SliceConfig
-from slgr_jax.data import dataset, prepare, schema, shards
+from slgr_jax.data import dataset, schema, shards
+from slgr_jax.data.ingest import prepare
 from slgr_jax.errors import ManifestError, ShardError
 
 

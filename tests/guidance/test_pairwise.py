@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from slgr_jax import gates, losses
 from slgr_jax.config import GateConfig
-from slgr_jax.data.batches import Facts
-from slgr_jax.data.context import Queries
-from slgr_jax.data.draws import Batch
-from slgr_jax.data.teacher_draws import pair_facts
-from slgr_jax.guidance import pairwise
+from slgr_jax.guidance import gates, pairwise
+from slgr_jax.models import losses
+from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.batch import Batch
+from slgr_jax.sampling.context import Queries
+from slgr_jax.sampling.preferences import pair_facts
 
 
 def _batch(count: int = 16, seed: int = 0) -> tuple[Batch, Facts]:

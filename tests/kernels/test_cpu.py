@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import worlds
 
-from slgr_jax import tables
 from slgr_jax.config import (
     TABLE_DTYPES,
     TABLE_OPTIMIZERS,
@@ -17,9 +16,10 @@ from slgr_jax.config import (
     OptimizerConfig,
     SamplerConfig,
 )
-from slgr_jax.data import batches, draws, sampling, teacher_draws
 from slgr_jax.data.dataset import Csr
 from slgr_jax.kernels import cpu
+from slgr_jax.models import embedding_table
+from slgr_jax.sampling import arrays, batch, negatives, preferences
 
 WIDTHS = (1, 64, 77)  # a part of a block, two blocks, two and a part
 
@@ -45,14 +45,14 @@ def _world(width, *, lanes=300, candidates=2, slots=0, seed=0):
 
 def _packed(rows, width, dtype):
     """Rows [values | slots] as a table of `dtype`, and what it holds of them."""
-    packed = tables.RowFormat(width, rows.shape[1] - width, dtype).pack(
+    packed = embedding_table.RowFormat(width, rows.shape[1] - width, dtype).pack(
         rows[:, :width], rows[:, width:]
     )
     return packed, _held(packed, width)
 
 
 def _held(table, width):
-    return np.concatenate(tables.RowFormat.of(table, width).unpack(table), axis=1)
+    return np.concatenate(embedding_table.RowFormat.of(table, width).unpack(table), axis=1)
 
 
 def _assert_same_update(got, wanted, width):
@@ -129,7 +129,9 @@ def test_factor_update_equals_autodiff_and_the_row_optimiser(
     Of 40 lanes some read an item that no other lane reads, of 300 next to none. A user has some
     lanes in a row, once or more often.
     """
-    optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1, eps=1e-6))
+    optimizer = embedding_table.make_row_optimizer(
+        OptimizerConfig(table_optimizer=name, lr=0.1, eps=1e-6)
+    )
     table, users, items = _world(width, lanes=lanes, slots=optimizer.slots(width))
     users = np.repeat(users, together)[:lanes]
     once = np.unique(items, return_counts=True)[1] == 1
@@ -148,13 +150,13 @@ def test_factor_update_equals_autodiff_and_the_row_optimiser(
     packed, held = {}, {}
     for key, rows in table.items():
         packed[key], held[key] = _packed(rows, width, dtype)
-    generators = tables.rounding(jax.random.key(5), table)
+    generators = embedding_table.rounding(jax.random.key(5), table)
     words = jnp.stack([generators["user"], generators["item"]]) if dtype == "bfloat16" else None
     p, q = jnp.asarray(held["user"][users, :width]), jnp.asarray(held["item"][items, :width])
     grads = dict(zip(("user", "item"), jax.grad(objective, argnums=(0, 1))(p, q), strict=True))
     ids, layout = {"user": users, "item": items}, worlds.one_device()
     wanted = {
-        key: tables.update(
+        key: embedding_table.update(
             packed[key], slots[key], ids[key], grads[key], optimizer, layout, generators[key]
         )[0]
         for key in ids
@@ -174,15 +176,15 @@ def test_factor_update_equals_autodiff_and_the_row_optimiser(
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
 def test_row_update_equals_the_xla_update(name, width, dtype):
-    optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
     table, _, items = _world(width, lanes=2000, slots=optimizer.slots(width))
     start, _ = _packed(table["item"], width, dtype)
-    generator = tables.rounding(jax.random.key(5), ["item"])["item"]
+    generator = embedding_table.rounding(jax.random.key(5), ["item"])["item"]
     grads = np.random.default_rng(2).normal(size=(*items.shape, width)).astype(np.float32)
     slot, layout = jnp.zeros(90, jnp.int32), worlds.one_device()
     by = {
         native: jax.jit(
-            lambda *a, native=native: tables.update(
+            lambda *a, native=native: embedding_table.update(
                 *a, optimizer, layout, generator, native=native
             )[0]
         )(start, slot, items, grads)
@@ -204,7 +206,7 @@ def test_a_nan_is_not_rounded_to_a_number():
 
 @pytest.mark.parametrize("name", TABLE_OPTIMIZERS[:3])
 def test_nothing_to_learn_leaves_every_bit_of_a_packed_row(name):
-    optimizer = tables.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
     rows, _, _ = _world(77, slots=optimizer.slots(77))
     table, _ = _packed(rows["item"], 77, "bfloat16")
     ids, slot = np.arange(90, dtype=np.int32), jnp.zeros(90, jnp.int32)
@@ -245,19 +247,19 @@ def test_draws_outside_are_those_of_xla_to_the_bit(popularity, n_items, sizes):
     users = np.repeat(np.arange(n_users), [len(row) for row in rows])
     sets = Csr.from_pairs(users, np.concatenate(rows), n_users)
     masses = rng.integers(0, 9, n_items) if popularity else None
-    cut = jax.device_put(batches.excluded(sets, masses, n_items))
+    cut = jax.device_put(arrays.excluded(sets, masses, n_items))
     cumulative = None
     if masses is not None:
         cumulative = jnp.asarray(np.concatenate([[0], np.cumsum(masses)]), jnp.int32)
     bits = jax.random.bits(jax.random.key(0), (4, 5000), jnp.uint32)
     who = jnp.asarray(rng.integers(0, n_users, (4, 5000)), jnp.int32)
     found = [
-        sampling.draw_outside(
+        negatives.draw_outside(
             bits,
             who,
             cut,
             cumulative,
-            sampling.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 12, native),
+            negatives.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 12, native),
         )
         for native in (False, True)
     ]
@@ -276,17 +278,17 @@ def test_triples_are_those_of_xla_to_the_bit(tmp_path, sampler, size, together):
     users = np.repeat(np.arange(n_users), [len(row) for row in seen]).astype(np.int32)
     items = np.concatenate(seen).astype(np.int32)
     masses = rng.integers(1, 9, n_items) if sampler == "popularity" else None
-    cut = batches.excluded(Csr.from_pairs(users, items, n_users), masses, n_items)
+    cut = arrays.excluded(Csr.from_pairs(users, items, n_users), masses, n_items)
     cumulative = None
     if masses is not None:
         cumulative = np.concatenate([[0], np.cumsum(masses)]).astype(np.int32)
-    data = jax.device_put(batches.Interactions(users, items, cut, cumulative, facts=None))
+    data = jax.device_put(arrays.Interactions(users, items, cut, cumulative, facts=None))
     config = SamplerConfig(batch_size=size, triples_per_user=together, negatives=sampler)
-    words_of, _ = sampling.generators(jax.random.split(jax.random.key(1), 37))
+    words_of, _ = negatives.generators(jax.random.split(jax.random.key(1), 37))
     found = []
     for native in (False, True):
-        plan = sampling.Plan(n_items, len(users), size, 0, config, GuidanceConfig(), 6, native)
-        found.append(jax.jit(draws.draw_triples, static_argnums=2)(words_of, data, plan))
+        plan = negatives.Plan(n_items, len(users), size, 0, config, GuidanceConfig(), 6, native)
+        found.append(jax.jit(batch.draw_triples, static_argnums=2)(words_of, data, plan))
     for by_xla, by_kernel in zip(*found, strict=True):
         np.testing.assert_array_equal(by_xla, by_kernel)
     drawn, chosen, weights = map(np.asarray, found[1])
@@ -317,7 +319,7 @@ def test_preferences_are_those_of_xla_to_the_bit(size, together, share, selectio
         min_gap=0.25, unlisted_share=share, pair_selection=selection, pair_candidates=3
     )
     teacher = jax.device_put(
-        batches.teacher_lists(
+        arrays.teacher_lists(
             *(offsets, np.concatenate(rows), scores, guidance),
             unlisted_below=True,
             positives=bought,
@@ -326,12 +328,12 @@ def test_preferences_are_those_of_xla_to_the_bit(size, together, share, selectio
     )
     assert (teacher.unlisted is None) == (share == 0.0)
     config = SamplerConfig(batch_size=8, triples_per_user=together)
-    _, words_of = sampling.generators(jax.random.split(jax.random.key(1), 29))
+    _, words_of = negatives.generators(jax.random.split(jax.random.key(1), 29))
     found = []
     for native in (False, True):
-        plan = sampling.Plan(n_items, 1, 8, size, config, guidance, 6, native)
+        plan = negatives.Plan(n_items, 1, 8, size, config, guidance, 6, native)
         found.append(
-            jax.jit(teacher_draws.draw_preferences, static_argnums=2)(words_of, teacher, plan)
+            jax.jit(preferences.draw_preferences, static_argnums=2)(words_of, teacher, plan)
         )
     for by_xla, by_kernel in zip(*found, strict=True):
         np.testing.assert_array_equal(by_xla, by_kernel)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import worlds
 
-from slgr_jax.backbones import lightgcn
-from slgr_jax.data.context import Graph
 from slgr_jax.data.dataset import Csr
+from slgr_jax.models.backbones import lightgcn
+from slgr_jax.sampling.context import Graph
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slgr_jax import metrics, ranking
 from slgr_jax.data.dataset import Csr
+from slgr_jax.evaluation import device_ranking, ranking_metrics
 
 INF = np.float32(np.inf)
 
@@ -20,11 +20,11 @@ def _kernels():
     worlds.need_native_kernels()
 
 
-def _rows(mask: np.ndarray) -> ranking.Rows:
+def _rows(mask: np.ndarray) -> device_ranking.Rows:
     csr = Csr.from_pairs(*np.nonzero(mask), mask.shape[0])
     indices = np.zeros(mask.size, np.int32)  # room for more than there is, as in use
     indices[: csr.indices.size] = csr.indices
-    return ranking.Rows(*jax.device_put((csr.offsets.astype(np.int32), indices)))
+    return device_ranking.Rows(*jax.device_put((csr.offsets.astype(np.int32), indices)))
 
 
 def _both(scores, seen, relevant, *, users=None, k, width=None):
@@ -36,7 +36,7 @@ def _both(scores, seen, relevant, *, users=None, k, width=None):
     wanted = None if relevant is None else _rows(relevant)
     native, xla = (
         jax.device_get(
-            ranking.rank_chunk(*whole, wanted, width=room, k=k, mesh=None, native=native)
+            device_ranking.rank_chunk(*whole, wanted, width=room, k=k, mesh=None, native=native)
         )
         for native in (True, False)
     )
@@ -48,7 +48,7 @@ def _both(scores, seen, relevant, *, users=None, k, width=None):
             _same(native["top"][name][told], xla["top"][name][told], name)
     if relevant is not None:
         there = told[:, None] & (np.arange(room) < counts[np.maximum(users, 0)][:, None])
-        for name in ranking.PAIR_DTYPES:
+        for name in device_ranking.PAIR_DTYPES:
             _same(native["pairs"][name][there], xla["pairs"][name][there], name)
     return native
 
@@ -117,7 +117,7 @@ def test_lists_as_long_as_the_catalogue(kind, k):
 def test_lists_longer_than_the_catalogue_run_out():
     scores = np.array([[3, 1, 2]], np.float32)
     found = jax.device_get(
-        ranking.rank_chunk(
+        device_ranking.rank_chunk(
             *jax.device_put((scores, np.zeros(1, np.int32))),
             _rows(np.array([[False, True, False]])),
             None, width=0, k=5, mesh=None, native=True,
@@ -186,11 +186,11 @@ def test_equals_xla_on_random_levels(seed, seen, relevant, levels):
 def _pooled(scores, seen, relevant, pool_scores, users=None):
     """Each user's sum from the kernel, from XLA's program and from NumPy: all the same."""
     users = np.arange(len(scores), dtype=np.int32) if users is None else np.asarray(users, np.int32)
-    pool = ranking.Pool(**jax.device_put(metrics.pool_tables(pool_scores)))
+    pool = device_ranking.Pool(**jax.device_put(ranking_metrics.pool_tables(pool_scores)))
     at = np.maximum(users, 0)
     whole = (jax.device_put(scores[at]), jax.device_put(users), _rows(seen), _rows(relevant), pool)
-    words = ranking.pool_chunk(*whole, pieces=2, bits=32, mesh=None, native=True)
-    digits = ranking.pool_chunk(*whole, pieces=8, bits=4, mesh=None, native=False)
+    words = device_ranking.pool_chunk(*whole, pieces=2, bits=32, mesh=None, native=True)
+    digits = device_ranking.pool_chunk(*whole, pieces=8, bits=4, mesh=None, native=False)
     totals = [
         sum(jax.device_get(found)[:, i].astype(object) << (bits * i) for i in range(pieces))
         for found, pieces, bits in ((words, 2, 32), (digits, 8, 4))
@@ -218,11 +218,11 @@ def test_pooled_counts_equal_xla(kind):
 def test_pooled_counts_pass_32_bits():
     scores = np.zeros((2, 5000), np.float32)
     nothing = np.zeros(scores.shape, bool)
-    pool = metrics.pool_tables(np.ones(3, np.float32))
+    pool = ranking_metrics.pool_tables(np.ones(3, np.float32))
     pool["above2"][0] = (1 << 31) - 2  # as if 2^30 - 1 pairs were scored 1
-    tables = ranking.Pool(**jax.device_put(pool))
+    tables = device_ranking.Pool(**jax.device_put(pool))
     users = jax.device_put(np.arange(2, dtype=np.int32))
-    words = ranking.pool_chunk(
+    words = device_ranking.pool_chunk(
         jax.device_put(scores), users, _rows(nothing), _rows(nothing), tables,
         pieces=2, bits=32, mesh=None, native=True,
     )  # fmt: skip

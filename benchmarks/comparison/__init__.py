@@ -1,1 +1,0 @@
-"""What benchmarks/compare_guidance.py is made of: arms, runs, what they found, and its report."""

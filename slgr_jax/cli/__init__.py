@@ -1,0 +1,1 @@
+"""absl flags -> config -> one library call: the commands."""

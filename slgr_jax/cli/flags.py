@@ -1,0 +1,257 @@
+"""Sections of `config.py` as absl flags, and one-line errors for every launch script.
+
+`run(main, sections=..., required=...)` is the whole of a launch script's ceremony: it
+defines a flag per knob, answers `--help` without importing JAX, turns a bad flag or a
+`UserError` into one line on standard error and exit status 2, and calls `main` with the
+parsed `absl.flags.FLAGS`. What JAX compiles is kept for the next process (`keep_compiled`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import gc
+import os
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+
+from slgr_jax import config
+from slgr_jax.config import RunConfig
+from slgr_jax.config.knobs import Knob, Section, flag_name, knob_of
+from slgr_jax.errors import UserError, listing
+
+FLAGS = flags.FLAGS
+EXIT_USER_ERROR = 2
+# What the system says of a path that a user gave; anything else is a defect.
+_PATH_ERRORS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    }
+)
+
+
+class _IntTuple(flags.ArgumentParser[tuple[int, ...]]):
+    """Comma-separated integers, `10,20`."""
+
+    def parse(self, argument: Any) -> tuple[int, ...]:
+        if isinstance(argument, tuple):
+            return argument
+        try:
+            return tuple(int(part) for part in str(argument).split(",") if part.strip())
+        except ValueError as error:
+            raise ValueError("expected integers separated by commas, e.g. 10,20") from error
+
+
+class _TupleSerializer(flags.ArgumentSerializer[Any]):
+    def serialize(self, value: Any) -> str:
+        return ",".join(str(part) for part in value)
+
+
+def define_section(section: type[Section], *, skip: Sequence[str] = ()) -> None:
+    """Define one absl flag per knob of `section`, with the section's own defaults."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if field.name in skip:
+            continue
+        name, meta, hint = flag_name(field), knob_of(field), hints[field.name]
+        if name in FLAGS:
+            raise AssertionError(f"two knobs are called --{name}")
+        _define(name, field.default, hint, meta)
+
+
+def _define(name: str, default: Any, hint: Any, meta: Knob) -> None:
+    if hint is bool:
+        flags.DEFINE_bool(name, default, meta.help)
+    elif hint is int:
+        flags.DEFINE_integer(name, default, meta.help)
+    elif hint is float:
+        flags.DEFINE_float(name, default, meta.help)
+    elif hint is str:
+        # Choices are checked by the section, which words the error; absl would print three lines.
+        flags.DEFINE_string(name, default, meta.help)
+    else:
+        flags.DEFINE(_IntTuple(), name, default, meta.help, serializer=_TupleSerializer())
+
+
+def section_from_flags(section: type[Any]) -> Any:
+    """The section with the values given on the command line."""
+    values = {
+        field.name: FLAGS[flag_name(field)].value
+        for field in dataclasses.fields(section)
+        if flag_name(field) in FLAGS
+    }
+    return section(**values)
+
+
+def run_config_from_flags(data: str, workdir: str) -> RunConfig:
+    """The `RunConfig` that the command line describes.
+
+    A knob that is not given there has the default of --backbone, where that has one of its own.
+    """
+    sections = config.sections().values()
+    names = [flag_name(field) for section in sections for field in dataclasses.fields(section)]
+    given = {
+        name: FLAGS[name].value
+        for name in names
+        if name in FLAGS and not FLAGS[name].using_default_value
+    }
+    return config.make_run(data, workdir, **given)
+
+
+def _range_text(meta: Knob, name: str) -> str:
+    others: dict[str, list[str]] = {}
+    for backbone, defaults in config.BACKBONE_DEFAULTS.items():
+        if name in defaults:
+            others.setdefault(str(defaults[name]), []).append(backbone)
+    parts = [f"default {value} for {', '.join(which)}" for value, which in others.items()]
+    if meta.choices is not None:
+        parts.append("one of " + ", ".join(choice or "''" for choice in meta.choices))
+    if meta.minimum is not None:
+        parts.append(f">= {meta.minimum:g}")
+    if meta.above is not None:
+        parts.append(f"> {meta.above:g}")
+    if meta.maximum is not None:
+        parts.append(f"<= {meta.maximum:g}")
+    if meta.below is not None:
+        parts.append(f"< {meta.below:g}")
+    return "; ".join(parts)
+
+
+def help_text(usage: str, sections: Sequence[type[Section]], own: Sequence[str]) -> str:
+    """The script's docstring, then its flags in groups: default, meaning, valid values."""
+    lines = [usage.strip(), ""]
+
+    def add(name: str, default: Any, text: str, valid: str) -> None:
+        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+        head = f"  --{name}={shown}" if shown not in (None, "") else f"  --{name}=..."
+        body = f"{text} ({valid})" if valid else text
+        lines.append(head)
+        lines.extend(textwrap.wrap(body, 92, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+    if own:
+        lines.append("This command:")
+        for name in own:
+            flag = FLAGS[name]
+            add(name, flag.default, flag.help or "", "")
+    for section in sections:
+        fields = [field for field in dataclasses.fields(section) if flag_name(field) in FLAGS]
+        if not fields:
+            continue
+        doc = (section.__doc__ or section.__name__).strip().splitlines()[0].rstrip(".")
+        lines.extend(["", f"{doc}:"])
+        for field in fields:
+            meta = knob_of(field)
+            add(flag_name(field), field.default, meta.help, _range_text(meta, flag_name(field)))
+    return "\n".join(lines)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on standard error and exit with status 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(EXIT_USER_ERROR)
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End without a word, with status 1, once whoever read our output has seen enough."""
+    try:
+        yield
+        print(end="", flush=True)  # what is still buffered fails here, and not at Python's end
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at its end
+        raise SystemExit(1) from None
+
+
+def keep_compiled() -> None:
+    """Let JAX keep every program it compiles for the next process, unless told otherwise.
+
+    JAX reads these variables when it is first imported. `JAX_COMPILATION_CACHE_DIR` moves the
+    cache, `JAX_ENABLE_COMPILATION_CACHE=0` turns it off. Where nothing can be written there is
+    none: JAX would warn of each program.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache = os.path.join(home, "slgr_jax", "xla")
+    # Small programs too: all of them together take longer to compile than a large one to look up.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError):
+        os.makedirs(cache, exist_ok=True)
+    if os.access(cache, os.W_OK | os.X_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+
+
+def run(
+    main: Callable[[list[str]], None],
+    *,
+    usage: str,
+    sections: Sequence[type[Section]] = (),
+    own: Sequence[str] = (),
+    required: Sequence[str] = (),
+    positional: Sequence[str] = (),
+) -> None:
+    """Parse the command line, then call `main` with the positional arguments.
+
+    Args:
+      main: does the work; gets the positional arguments (sub-command names).
+      usage: text shown first by `--help`, normally the script's `__doc__`.
+      sections: sections whose knobs become flags.
+      own: names of flags that the script defined itself, for `--help`.
+      required: names of flags that must be given.
+      positional: accepted values of the first positional argument; none if empty.
+    """
+    for section in sections:
+        define_section(section)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        if any(arg in ("-h", "-help", "--help", "--helpfull", "--helpshort") for arg in argv[1:]):
+            with _reader_may_leave():
+                print(help_text(usage, sections, own))
+            raise SystemExit(0)
+        try:
+            rest = FLAGS(list(argv))[1:]
+        except flags.Error as error:
+            fail(f"{error}; see --help")
+        if positional:
+            if not rest or rest[0] not in positional:
+                given = f"{rest[0]!r} is not a command" if rest else "no command given"
+                fail(f"{given}; commands: {listing(positional)}; see --help")
+            unexpected = rest[1:]
+        else:
+            unexpected = rest
+        if unexpected:
+            fail(f"unexpected argument {listing(unexpected)}; flags look like --name=value")
+        missing = [name for name in required if not FLAGS[name].value]
+        if missing:
+            fail(f"missing {listing('--' + name for name in missing)}; see --help")
+        return rest
+
+    def guarded(rest: list[str]) -> None:
+        keep_compiled()
+        # Importing and tracing make little but what stays: to look through it every 700 objects
+        # takes an eighth of a start.
+        gc.set_threshold(100_000, 20, 20)
+        # Orbax logs every file it writes, and each error that it then raises as well.
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.FATAL)
+        try:
+            with _reader_may_leave():
+                main(rest)
+        except UserError as error:
+            fail(str(error))
+        except OSError as error:
+            if error.errno not in _PATH_ERRORS:
+                raise
+            where = f" while writing {error.filename}" if error.filename else ""
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            fix = "free space or choose another path" if full else "choose another path"
+            fail(f"{os.strerror(error.errno or 0)}{where}; {fix}")
+
+    app.run(guarded, flags_parser=parse)

@@ -1,0 +1,388 @@
+"""Raw files to a dataset directory, in one call: read, filter, split, index, write.
+
+Order: duplicates, then `min_rating`, then k-core, then the split. A part that was made
+elsewhere is not thinned by the k-core: its rows are what others report numbers on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from slgr_jax.config import PrepareConfig
+from slgr_jax.data import schema, shards
+from slgr_jax.data.ingest import columns, sources, split
+from slgr_jax.data.ingest.tables import Raw
+from slgr_jax.errors import ConfigError, InputError
+
+_PART_CODES = {name: code for code, name in enumerate(schema.PARTS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Interactions as aligned arrays of length n, in input order.
+
+    `users` and `items` index the sorted ids; `parts` is None until a split is known.
+    """
+
+    users: np.ndarray  # [n] int32
+    items: np.ndarray  # [n] int32
+    times: np.ndarray | None  # [n] int64 microseconds
+    ratings: np.ndarray | None  # [n] float32
+    parts: np.ndarray | None  # [n] int8
+
+    def __len__(self) -> int:
+        return int(self.users.size)
+
+    def where(self, keep: np.ndarray) -> Log:
+        """The rows of a bool mask or an index array, in its order."""
+        return Log(
+            self.users[keep],
+            self.items[keep],
+            None if self.times is None else self.times[keep],
+            None if self.ratings is None else self.ratings[keep],
+            None if self.parts is None else self.parts[keep],
+        )
+
+
+def prepare(config: PrepareConfig) -> schema.DatasetManifest:
+    """Write the dataset directory `config.out` and return its manifest.
+
+    Nothing appears at `out` unless everything was written.
+
+    Raises:
+      InputError: a file or a row cannot be used, or nothing is left after the filters.
+      ConfigError: knobs that contradict each other or the source.
+    """
+    rule = _rule(config)
+    _check_out(config)
+    raw = sources.read(config)
+    log, user_ids, item_ids, unit = _log(raw)
+    log, filters = _filter(log, config)
+    log, described = _split(log, config, rule)
+    if "repeated_in_eval" in described:
+        filters["repeated_in_eval"] = described.pop("repeated_in_eval")
+    described["time_unit"] = unit
+    log, user_ids, item_ids = _compact(log, user_ids, item_ids)
+    users = _attach(user_ids, raw.users(user_ids), schema.USERS)
+    items = _attach(item_ids, raw.items(item_ids), schema.ITEMS)
+    source = {
+        "layout": config.source,
+        "files": [entry for files in raw.files for entry in files.record()],
+    }
+    name = config.name or raw.name or pathlib.Path(config.input).stem
+    return _write(config, name, log, users, items, source, described, filters)
+
+
+def _rule(config: PrepareConfig) -> str:
+    """The split rule, where the command line alone decides it; else `auto`."""
+    premade = bool(config.test_input or config.split_column)
+    if config.test_input and config.split_column:
+        raise ConfigError("--test_input and --split_column both say what is test; give one")
+    if premade and config.split not in ("auto", "premade"):
+        given = "--test_input" if config.test_input else "--split_column"
+        raise ConfigError(f"{given} is a pre-made split; drop it or --split={config.split}")
+    if config.split == "premade" and not premade and config.source != "recbole":
+        raise ConfigError("--split=premade needs --test_input or --split_column")
+    if config.source == "s3rec" and config.split == "auto":
+        return "leave_last"  # places in a line, which are its times, do not compare across users
+    return "premade" if premade else config.split
+
+
+def _check_out(config: PrepareConfig) -> None:
+    """Refuse before the work what would fail after it."""
+    shards.check_target(config.out, overwrite=config.overwrite)
+    teachers = pathlib.Path(config.out) / schema.TEACHER_DIR
+    if teachers.is_dir() and any(teachers.iterdir()):
+        raise InputError(
+            f"{teachers} holds teacher products that --overwrite would delete; move them away or "
+            "choose another --out"
+        )
+
+
+def _log(raw: Raw) -> tuple[Log, pa.Array, pa.Array, str | None]:
+    """All pieces as one log, the sorted ids, and the unit that the times were in."""
+    pieces = raw.pieces
+    users, user_ids = columns.encode_ids(
+        [piece.columns["user"] for piece in pieces], [piece.label("user") for piece in pieces]
+    )
+    items, item_ids = columns.encode_ids(
+        [piece.columns["item"] for piece in pieces], [piece.label("item") for piece in pieces]
+    )
+    times, ratings, parts, units = [], [], [], {}
+    for piece in pieces:
+        if "timestamp" in piece.columns:
+            label = piece.label("timestamp")
+            micros, units[piece.where] = columns.to_microseconds(piece.columns["timestamp"], label)
+            times.append(micros)
+        if "rating" in piece.columns:
+            ratings.append(columns.to_ratings(piece.columns["rating"], piece.label("rating")))
+        if "split" in piece.columns:
+            parts.append(columns.to_parts(piece.columns["split"], piece.label("split")))
+        elif piece.part is not None:
+            parts.append(np.full(len(piece), _PART_CODES[piece.part], np.int8))
+    for role, found in (("times", times), ("ratings", ratings)):
+        if found and len(found) != len(pieces):
+            raise InputError(f"some input files have {role} and some have none; make them alike")
+    if len(set(units.values())) > 1:
+        shown = ", ".join(f"{where}: {unit}" for where, unit in units.items())
+        raise InputError(f"the input files have times of different units ({shown})")
+    log = Log(
+        np.concatenate(users),
+        np.concatenate(items),
+        np.concatenate(times) if times else None,
+        np.concatenate(ratings) if ratings else None,
+        np.concatenate(parts) if parts else None,
+    )
+    return log, user_ids, item_ids, next(iter(units.values()), None)
+
+
+def _filter(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
+    """Drop unused rows, duplicates, low ratings and what is outside the k-core; count each."""
+    counts: dict[str, Any] = {"rows_read": len(log)}
+
+    def keep(mask: np.ndarray, reason: str) -> Log:
+        counts[reason] = int(mask.size - np.count_nonzero(mask))
+        if not mask.any():
+            raise InputError(f"no interaction is left: {reason} dropped all {mask.size}")
+        return log if mask.all() else log.where(mask)
+
+    if log.parts is not None:
+        log = keep(log.parts != columns.UNUSED, "unused_in_split_column")
+    log = keep(split.earliest(log.users, log.items, log.times, log.parts), "duplicates")
+    if config.min_rating > float("-inf"):
+        if log.ratings is None:
+            raise ConfigError("--min_rating is set, but the input has no ratings")
+        counts["min_rating"] = config.min_rating
+        log = keep(log.ratings >= config.min_rating, "below_min_rating")
+    if config.user_core > 1 or config.item_core > 1:
+        # Evaluation parts made elsewhere stay as they are.
+        rows = np.arange(len(log)) if log.parts is None else np.flatnonzero(log.parts == 0)
+        users, items = log.users[rows], log.items[rows]
+        core, rounds = split.k_core(users, items, config.user_core, config.item_core)
+        if not core.any():
+            raise InputError(
+                f"no interaction is left: --user_core={config.user_core} "
+                f"--item_core={config.item_core} dropped all {rows.size}"
+            )
+        counts["k_core"] = {
+            "user_core": config.user_core,
+            "item_core": config.item_core,
+            "rounds": rounds,
+            "users": int(np.unique(users).size - np.unique(users[core]).size),
+            "items": int(np.unique(items).size - np.unique(items[core]).size),
+        }
+        mask = np.ones(len(log), bool)
+        mask[rows] = core
+        log = keep(mask, "outside_k_core")
+    return log, counts
+
+
+def _split(log: Log, config: PrepareConfig, rule: str) -> tuple[Log, dict[str, Any]]:
+    """Give every row its part; also say how, for the manifest."""
+    if log.parts is not None:
+        return _premade(log, config)
+    if rule == "auto":
+        rule = "global_time" if log.times is not None else "ratio"
+    if rule in ("global_time", "leave_last") and log.times is None:
+        raise InputError(
+            f"--split={rule} needs times and the input has no column for them; name one with "
+            "--time_column (any increasing number will do) or use --split=ratio"
+        )
+    described: dict[str, Any] = {"rule": rule}
+    valid, test = config.valid_fraction, config.test_fraction
+    fractions = {"valid_fraction": valid, "test_fraction": test}
+    if rule == "global_time":
+        assert log.times is not None
+        parts, cuts = split.global_time(log.times, valid, test)
+        described |= {**fractions, "cutoffs": _cutoffs(cuts)}
+    elif rule == "leave_last":
+        assert log.times is not None
+        parts = split.leave_last(log.users, log.items, log.times)
+    else:
+        described |= {**fractions, "seed": config.seed, "by": config.ratio_by}
+        if config.ratio_by == "user":
+            parts = split.ratio_by_user(log.users, valid, test, config.seed)
+        else:
+            parts = split.ratio(len(log), valid, test, config.seed)
+    return dataclasses.replace(log, parts=parts), described
+
+
+def _premade(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
+    parts = log.parts
+    assert parts is not None
+    described: dict[str, Any] = {"rule": "premade", "column": config.split_column or None}
+    for code in (split.TRAIN, split.TEST):
+        if not (parts == code).any():
+            raise InputError(f"the pre-made split has no {schema.PARTS[code]} rows")
+    if not (parts == split.VALID).any():
+        parts = parts.copy()
+        rows = np.flatnonzero(parts == split.TRAIN)
+        described["valid_fraction_of_train"] = config.valid_fraction
+        if log.times is not None and np.unique(log.times[rows]).size > 1:
+            parts[rows], cuts = split.carve_by_time(log.times[rows], config.valid_fraction)
+            described |= {"valid": "carved from train by time", "cutoffs": _cutoffs(cuts)}
+        else:
+            parts[rows] = split.ratio(rows.size, config.valid_fraction, 0.0, config.seed, least=2)
+            described |= {"valid": "carved from train by ratio", "seed": config.seed}
+    keep = split.drop_seen(log.users, log.items, parts)
+    dropped = {
+        schema.PARTS[code]: int(np.count_nonzero(~keep & (parts == code)))
+        for code in (split.VALID, split.TEST)
+    }
+    log = dataclasses.replace(log, parts=parts).where(keep)
+    assert log.parts is not None
+    for code, name in enumerate(schema.PARTS):
+        if not (log.parts == code).any():
+            raise InputError(f"all {name} pairs of the pre-made split are also in earlier parts")
+    described["repeated_in_eval"] = dropped
+    return log, described
+
+
+def _cutoffs(cuts: split.TimeCuts) -> dict[str, str]:
+    found = {"valid_from": cuts.valid_from, "test_from": cuts.test_from}
+    return {key: _iso(value) for key, value in found.items() if value is not None}
+
+
+def _iso(microseconds: int) -> str:
+    start = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return (start + datetime.timedelta(microseconds=microseconds)).isoformat()
+
+
+def _compact(log: Log, user_ids: pa.Array, item_ids: pa.Array) -> tuple[Log, pa.Array, pa.Array]:
+    """Number the users and items that are left 0, 1, ... in id order."""
+
+    def renumber(codes: np.ndarray, ids: pa.Array) -> tuple[np.ndarray, pa.Array]:
+        used = np.bincount(codes, minlength=len(ids)) > 0
+        return (np.cumsum(used, dtype=np.int32) - 1)[codes], ids.filter(pa.array(used))
+
+    users, user_ids = renumber(log.users, user_ids)
+    items, item_ids = renumber(log.items, item_ids)
+    return dataclasses.replace(log, users=users, items=items), user_ids, item_ids
+
+
+def _attach(ids: pa.Array, texts: pa.Table | None, layout: pa.Schema) -> pa.Table:
+    """The table of `layout` with row k for id k; texts where there are any."""
+    if texts is None:
+        empty = [pa.nulls(len(ids), field.type) for field in list(layout)[1:]]
+        return pa.table([ids, *empty], schema=layout)
+    rows = pc.index_in(ids, value_set=texts.column(0).combine_chunks())
+    found = [texts.column(name).combine_chunks().take(rows) for name in layout.names[1:]]
+    return pa.table([ids, *found], schema=layout)
+
+
+def _interactions(log: Log, code: int) -> pa.Table:
+    """The rows of one part as `schema.INTERACTIONS`, sorted by user, time, item."""
+    assert log.parts is not None
+    part = log.where(log.parts == code)
+    keys = (part.items, part.users) if part.times is None else (part.items, part.times, part.users)
+    part = part.where(np.lexsort(keys))
+    n = len(part)
+    times, ratings = part.times, part.ratings
+    return pa.table(
+        [
+            pa.array(part.users),
+            pa.array(part.items),
+            pa.nulls(n, schema.TIMESTAMP)
+            if times is None
+            else pa.array(times).cast(pa.timestamp("us")).cast(schema.TIMESTAMP),
+            pa.nulls(n, pa.float32()) if ratings is None else pa.array(ratings),
+        ],
+        schema=schema.INTERACTIONS,
+    )
+
+
+def _write(
+    config: PrepareConfig,
+    name: str,
+    log: Log,
+    users: pa.Table,
+    items: pa.Table,
+    source: Mapping[str, Any],
+    described: Mapping[str, Any],
+    filters: Mapping[str, Any],
+) -> schema.DatasetManifest:
+    assert log.parts is not None
+    pairs = {
+        part: (log.users[log.parts == code], log.items[log.parts == code])
+        for code, part in enumerate(schema.PARTS)
+    }
+    with shards.atomic_directory(config.out, overwrite=config.overwrite) as root:
+        tables = {"users": users, "items": items}
+        files = {
+            key: shards.write_shards(root, key, table, rows_per_shard=config.rows_per_shard)
+            for key, table in tables.items()
+        }
+        for code, part in enumerate(schema.PARTS):
+            table = _interactions(log, code)
+            files[part] = shards.write_shards(
+                root, f"{part}/part", table, rows_per_shard=config.rows_per_shard
+            )
+        manifest = schema.DatasetManifest(
+            name=name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            source=source,
+            split=described,
+            filters=filters,
+            counts=_counts(pairs, users, items),
+            id_map_hash=schema.id_map_hash(users.column(0), items.column(0)),
+            split_hash=schema.split_hash(pairs),
+            files=files,
+        )
+        schema.write_manifest(root, manifest)
+    return manifest
+
+
+def _counts(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], users: pa.Table, items: pa.Table
+) -> dict[str, int]:
+    counts = {"users": users.num_rows, "items": items.num_rows}
+    counts |= {part: int(pair[0].size) for part, pair in pairs.items()}
+    seen_users = np.zeros(users.num_rows, bool)
+    seen_items = np.zeros(items.num_rows, bool)
+    seen_users[pairs["train"][0]] = True
+    seen_items[pairs["train"][1]] = True
+    counts["train_users"] = int(np.count_nonzero(seen_users))
+    counts["train_items"] = int(np.count_nonzero(seen_items))
+    for part in ("valid", "test"):
+        evaluated = np.unique(pairs[part][0])
+        counts[f"{part}_users"] = int(evaluated.size)
+        counts[f"{part}_users_without_train"] = int(np.count_nonzero(~seen_users[evaluated]))
+    counts["items_with_title"] = int(items.num_rows - items.column("title").null_count)
+    return counts
+
+
+def summary(manifest: schema.DatasetManifest) -> str:
+    """What was written and what was left out, for the terminal."""
+    counts, filters, described = manifest.counts, manifest.filters, manifest.split
+    lines = [
+        f"{manifest.name}: {counts['users']:,} users, {counts['items']:,} items "
+        f"({counts['items_with_title']:,} with a title), split {manifest.split_hash[:12]}"
+    ]
+    for part in schema.PARTS:
+        line = f"  {part:5} {counts[part]:>12,} interactions, {counts[f'{part}_users']:,} users"
+        without = counts.get(f"{part}_users_without_train")
+        lines.append(line + (f" ({without:,} without training history)" if without else ""))
+    shown = {k: v for k, v in described.items() if v is not None and k != "cutoffs"}
+    lines.append("  split: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
+    for key, value in described.get("cutoffs", {}).items():
+        lines.append(f"  {key}: {value}")
+    dropped = {k: v for k, v in filters.items() if k not in ("rows_read", "min_rating", "k_core")}
+    repeated = dropped.pop("repeated_in_eval", {})
+    dropped |= {f"{part} pairs seen earlier": n for part, n in repeated.items()}
+    told = [f"{key.replace('_', ' ')} {value:,}" for key, value in dropped.items() if value]
+    lines.append(f"  rows read: {filters['rows_read']:,}; dropped: {', '.join(told) or 'none'}")
+    if core := filters.get("k_core"):
+        lines.append(
+            f"  k-core: {core['user_core']} per user, {core['item_core']} per item, "
+            f"{core['rounds']} rounds, dropped {core['users']:,} users and {core['items']:,} items"
+            + (" (training part only)" if described["rule"] == "premade" else "")
+        )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Rankings and their metrics, labelled rows, significance, baselines."""

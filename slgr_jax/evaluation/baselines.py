@@ -1,0 +1,377 @@
+"""Recommenders that take seconds, so that a run's numbers have something to stand beside.
+
+Each gives, for every setting to try, scores that `full_ranking.rank` takes; `tune` keeps the
+setting with the best validation ndcg@10. All learn from training interactions alone.
+
+Shape letters: U users, I items, B users of a chunk, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+from scipy.linalg import lapack
+
+from slgr_jax.config import BaselineConfig, RunConfig
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation import full_ranking
+from slgr_jax.evaluation.device_ranking import Rows, ScoreUsers
+from slgr_jax.evaluation.ranking_metrics import per_user
+from slgr_jax.mesh import make_layout
+from slgr_jax.reports import tables
+from slgr_jax.reports.tables import EvaluatedRun
+
+TUNED_ON = "ndcg@10"
+# At the peak: X^T X in float32, its inverse in float64, that in float32, the best weights so far,
+# and their like on the device.
+_EASE_BYTES = 24
+# Items: 1,682 take 0.4 s of one core for each lambda, and the time grows with their cube.
+_EASE_BY_DEFAULT = 5_000
+_HISTORY_STEP = 16  # items of one user's history that one loop step marks
+
+Settings = Mapping[str, float]
+
+
+class Fitted(NamedTuple):
+    """A model as `full_ranking.rank` takes it."""
+
+    score_users: ScoreUsers
+    state: Any  # pytree of arrays
+
+
+class Baseline(Protocol):
+    """A recommender with a small grid of settings.
+
+    Attributes:
+      grid: settings to try.
+    """
+
+    @property
+    def grid(self) -> Sequence[Settings]: ...
+
+    def fit(self, dataset: Dataset, grid: Sequence[Settings]) -> Iterator[Fitted]:
+        """The model of each setting, one at a time."""
+        ...
+
+
+# ------------------------------------------------------------------------ most popular
+
+
+def _popular_scores(state: Float[Array, " I"], users: Int[Array, " B"]) -> Float[Array, "B I"]:
+    return jnp.broadcast_to(state[None, :], (users.size, state.size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Popular:
+    """s_ui = number of training users of i."""
+
+    @property
+    def grid(self) -> Sequence[Settings]:
+        return [{}]
+
+    def fit(self, dataset: Dataset, grid: Sequence[Settings]) -> Iterator[Fitted]:
+        for _ in grid:
+            yield Fitted(_popular_scores, dataset.popularity.astype(np.float32))
+
+
+# ------------------------------------------------------------------------ EASE
+
+
+class EaseState(NamedTuple):
+    """X by rows, and B."""
+
+    histories: Rows
+    weights: Float[Array, "I I"]
+
+
+def _ease_scores(state: EaseState, users: Int[Array, " B"]) -> Float[Array, "B I"]:
+    """X_u B, with X_u made of the users' rows: only a chunk of it ever exists."""
+    start, count = state.histories.of(users)
+    row, n_items = jnp.arange(users.size)[:, None], state.weights.shape[0]
+
+    def mark(i: jax.Array, x: Float[Array, "B I"]) -> Float[Array, "B I"]:
+        at = i * _HISTORY_STEP + jnp.arange(_HISTORY_STEP)[None, :]
+        items = state.histories.indices.at[start[:, None] + at].get(mode="clip")
+        items = jnp.where(at < count[:, None], items, n_items)  # past the end: dropped
+        return x.at[row, items].set(1.0, mode="drop")
+
+    x = jnp.zeros((users.size, n_items), jnp.float32)
+    x = jax.lax.fori_loop(0, -(-jnp.max(count) // _HISTORY_STEP), mark, x)
+    return jnp.matmul(x, state.weights, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ease:
+    """s_u = x_u B; B minimises |X - XB|^2 + l |B|^2 among matrices with a zero diagonal.
+
+    With P = (X^T X + l I)^-1: B_ij = -P_ij / P_jj off the diagonal (Steck 2019, arXiv 1905.03375,
+    equation 8). X [U, I] is 1 at training pairs. Time O(I^3), memory O(I^2).
+
+    Attributes:
+      lambdas: values of l to try.
+      gb: most memory, in gigabytes.
+    """
+
+    lambdas: Sequence[float]
+    gb: float = math.inf
+
+    @property
+    def grid(self) -> Sequence[Settings]:
+        return [{"lambda": l2} for l2 in self.lambdas]
+
+    def fits(self, n_items: int) -> bool:
+        """Whether the memory is enough."""
+        return _EASE_BYTES * n_items**2 <= self.gb * 1e9
+
+    def fit(self, dataset: Dataset, grid: Sequence[Settings]) -> Iterator[Fitted]:
+        """As for `Baseline`.
+
+        Raises:
+          ConfigError: the catalogue needs more memory than `gb`.
+        """
+        n = dataset.n_items
+        if not self.fits(n):
+            raise ConfigError(
+                f"EASE over {n} items needs {_EASE_BYTES * n**2 / 1e9:.1f} GB, more than "
+                f"--ease_gb={self.gb:g}; raise it, or leave ease out of --baselines"
+            )
+        positives = dataset.positives(("train",))
+        rows: tuple[Any, Any] = (positives.offsets.astype(np.int32), positives.indices)
+        x = positives.matrix(n)
+        gram = (x.T @ x).toarray()
+        for settings in grid:
+            weights: Any = _ease_weights(gram, settings["lambda"])
+            yield Fitted(_ease_scores, EaseState(Rows(*rows), weights))
+            del weights
+
+
+def _ease_weights(gram: np.ndarray, l2: float) -> np.ndarray:
+    """B [I, I] float32 from X^T X, through a Cholesky factor in float64."""
+    p = gram.astype(np.float64, order="F")
+    p[np.diag_indices_from(p)] += l2
+    p, failed = lapack.dpotrf(p, lower=1, overwrite_a=1)
+    if not failed:
+        p, failed = lapack.dpotri(p, lower=1, overwrite_c=1)  # the inverse; its lower triangle
+    if failed:
+        raise ConfigError(f"EASE is singular to machine precision with lambda {l2:g}; raise it")
+    diagonal = np.diag(p).astype(np.float32)
+    weights = np.tril(p.astype(np.float32), -1)
+    del p
+    weights += weights.T
+    weights /= -diagonal[None, :]
+    return weights
+
+
+# ------------------------------------------------------------------------ iALS
+
+
+def _factor_scores(
+    state: tuple[Float[Array, "U D"], Float[Array, "I D"]], users: Int[Array, " B"]
+) -> Float[Array, "B I"]:
+    chosen, items = state[0][users], state[1]
+    return jnp.matmul(chosen, items.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ials:
+    """s_ui = <x_u, y_i>, minimising sum_ui c_ui (p_ui - s_ui)^2 + l (|x|^2 + |y|^2).
+
+    p_ui is 1 at training pairs, where c_ui = alpha; else 0, where c_ui = 1 (Hu, Koren and
+    Volinsky 2008, equation 3). The package `implicit` solves it (extra: ials).
+
+    Attributes:
+      dim: D.
+      regularizations, alphas: values of l and of alpha to try, each with each.
+      iterations: sweeps over users and items.
+      seed: of the first factors.
+    """
+
+    dim: int
+    regularizations: Sequence[float]
+    alphas: Sequence[float]
+    iterations: int
+    seed: int = 0
+
+    @property
+    def grid(self) -> Sequence[Settings]:
+        return [
+            {"regularization": l2, "alpha": alpha}
+            for l2 in self.regularizations
+            for alpha in self.alphas
+        ]
+
+    def fit(self, dataset: Dataset, grid: Sequence[Settings]) -> Iterator[Fitted]:
+        """As for `Baseline`.
+
+        Raises:
+          ConfigError: `implicit` is not installed.
+        """
+        try:
+            from implicit.cpu.als import AlternatingLeastSquares
+            from threadpoolctl import threadpool_limits
+        except ImportError as error:
+            raise ConfigError(
+                f"the baseline ials needs a package that is not there ({error}); "
+                "pip install 'slgr_jax[ials]', or leave ials out of --baselines"
+            ) from error
+        x = dataset.positives(("train",)).matrix(dataset.n_items)
+        for settings in grid:
+            with threadpool_limits(1, "blas"):  # implicit has threads of its own
+                model = AlternatingLeastSquares(
+                    factors=self.dim,
+                    regularization=float(settings["regularization"]),
+                    alpha=float(settings["alpha"]),
+                    iterations=self.iterations,
+                    random_state=self.seed,
+                )
+                model.fit(x, show_progress=False)
+            yield Fitted(_factor_scores, (model.user_factors, model.item_factors))
+
+
+# ------------------------------------------------------------------------ by name
+
+
+class Tuned(NamedTuple):
+    """The best setting of a baseline."""
+
+    fitted: Fitted  # on the devices
+    settings: Settings
+    tried: list[
+        dict[str, Any]
+    ]  # each setting with its validation ndcg@10; empty if none was ranked
+
+
+def tune(
+    baseline: Baseline,
+    dataset: Dataset,
+    *,
+    mesh: Mesh | None = None,
+    kernels: str = "auto",
+    users_per_chunk: int = 1024,
+) -> Tuned:
+    """Fit every setting on train; keep the best on validation, the first among equals.
+
+    A single setting is not ranked. Without validation interactions the grid's middle is kept.
+
+    Args:
+      baseline, dataset: what to fit, on what.
+      mesh, kernels, users_per_chunk: as for `full_ranking.rank`.
+    """
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    valid, seen = dataset.positives(("valid",)), dataset.positives(("train",))
+    grid = baseline.grid
+    if not valid.indices.size:
+        grid = grid[len(grid) // 2 :][:1]
+    models = baseline.fit(dataset, grid)
+    best: tuple[float, Fitted, Settings] | None = None
+    tried: list[dict[str, Any]] = []
+    for settings in grid:
+        score_users, state = next(models)
+        found = Fitted(score_users, jax.device_put(state, everywhere))
+        del state  # EASE: as large as everything else
+        if len(grid) == 1:
+            return Tuned(found, settings, [])
+        ranked = full_ranking.rank(
+            *(*found, valid, seen, dataset.n_items),
+            users_per_chunk=users_per_chunk,
+            top_k=0,
+            pooled_auc=False,
+            mesh=mesh,
+            kernels=kernels,
+        )
+        values = per_user(ranked, (10,)).values[TUNED_ON]
+        value = float(np.mean(values)) if values.size else 0.0  # all of validation may be masked
+        tried.append({**settings, TUNED_ON: value})
+        if best is None or value > best[0]:
+            best = value, found, settings
+        del found
+    assert best is not None, "a grid has at least one setting"
+    return Tuned(best[1], best[2], tried)
+
+
+def chosen(options: BaselineConfig, n_items: int) -> tuple[str, ...]:
+    """The baselines that `--baselines` names for a catalogue of `n_items`."""
+    if options.baselines == "auto":
+        small = n_items <= _EASE_BY_DEFAULT and _ease(options).fits(n_items)
+        return ("popular", "ease") if small else ("popular",)
+    names = options.baselines.split(",")
+    return () if options.baselines == "none" else tuple(dict.fromkeys(names))
+
+
+def make_baseline(name: str, options: BaselineConfig) -> Baseline:
+    """The baseline called `name`."""
+    if name == "ease":
+        return _ease(options)
+    if name == "ials":
+        return Ials(
+            options.ials_dim,
+            options.ials_regularizations,
+            options.ials_alphas,
+            options.ials_iterations,
+        )
+    return Popular()
+
+
+def _ease(options: BaselineConfig) -> Ease:
+    return Ease(options.ease_lambdas, options.ease_gb)
+
+
+def evaluate_baselines(
+    options: BaselineConfig,
+    config: RunConfig,
+    dataset: Dataset,
+    out: str | os.PathLike[str],
+    *,
+    taken: Sequence[str] = (),
+) -> list[EvaluatedRun]:
+    """Tune and rank each baseline as a run is; write its files to `out`/baselines/NAME.
+
+    There are none beside a run that ranks nothing (--noranking).
+
+    Args:
+      options: which, and their grids.
+      config: the run they stand beside: slices, cut-offs, who ranks.
+      dataset: what that run was trained on.
+      out: directory of results.
+      taken: labels that runs have; a baseline of the same name says that it is one.
+    """
+    if not config.evaluation.ranking:
+        return []
+    # Scores of a baseline order items; they are not logits, so labelled rows are not for them.
+    evaluation = dataclasses.replace(config.evaluation, rows="none")
+    config = dataclasses.replace(config, evaluation=evaluation)
+    layout = make_layout()
+    mesh = layout.mesh if layout.devices > 1 else None
+    who: dict[str, Any] = {"mesh": mesh, "kernels": config.train.kernels}
+    chunk = evaluation.eval_users_per_chunk
+    results = []
+    for name in chosen(options, dataset.n_items):
+        fitted, settings, tried = tune(
+            make_baseline(name, options), dataset, users_per_chunk=chunk, **who
+        )
+        parts = full_ranking.evaluate_dataset(*(*fitted, dataset, config.slices, evaluation), **who)
+        facts = {"name": name, "settings": settings, "tuned_on": f"valid {TUNED_ON}"}
+        result = EvaluatedRun(
+            str(pathlib.Path(out, "baselines", name)),
+            f"{name} (baseline)" if name in taken else name,
+            config,
+            dataset,
+            "none",
+            parts,
+            baseline=facts | {"tried": tried},
+        )
+        tables.write_run(result)
+        results.append(result)
+        del fitted
+    return results

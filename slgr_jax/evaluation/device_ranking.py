@@ -1,0 +1,289 @@
+"""Device programs of full ranking: a chunk's scores, ranks and lists, and the pooled AUC's counts.
+
+Each is jitted with fixed shapes. A chunk's scores [B, I] exist only on the device; the loops over
+a user's relevant and seen items have a dynamic length, so a chunk costs what its own users need.
+On one CPU device the kernels of `kernels/ranks.py` do the work; they return the same numbers.
+
+Shape letters: U users, I items, B users of a chunk, K cut-off, W room for relevant items.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from slgr_jax.errors import ConfigError
+from slgr_jax.kernels import ranks
+
+ScoreUsers = Callable[[Any, jax.Array], jax.Array]  # (state, users [B] int32) -> [B, I] float32
+
+_SEEN_STEP = 16  # seen items of one user that one loop step masks
+_BLOCK = 128  # items counted or compared together; the catalogue is padded to whole blocks
+_POOL_TILE = 1 << 20  # scores that one step of the pooled AUC's loop looks up
+_COUNTS = ("greater", "tied", "tied_before")
+PAIR_DTYPES = {"score": np.float32} | dict.fromkeys(_COUNTS, np.int32)
+
+
+class Rows(NamedTuple):
+    """A `Csr` on the device; `indices` is padded to a power of two."""
+
+    offsets: jax.Array  # [U + 1] int32
+    indices: jax.Array  # [>= n] int32
+
+    def of(self, users: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First position and length of each user's row, [B] each; 0 long where `users` < 0."""
+        at = jnp.maximum(users, 0)
+        start = self.offsets[at]
+        return start, jnp.where(users < 0, 0, self.offsets[at + 1] - start)
+
+
+class Pool(NamedTuple):
+    """What `ranking_metrics.pool_tables` makes of all relevant scores, on the device."""
+
+    scores: jax.Array  # [D] float32
+    above2: jax.Array  # [D] int32
+    ties: jax.Array  # [D] int32
+    base: jax.Array  # [cells] int32
+    low: jax.Array  # [] float32
+    scale: jax.Array  # [] float32
+    steps: jax.Array  # [] int32
+
+
+def _scatter_rows(scores: jax.Array, users: jax.Array, rows: Rows, value: float) -> jax.Array:
+    """`scores` [B, I] with `value` at each user's items in `rows`."""
+    start, count = rows.of(users)
+    row = jnp.arange(users.size)[:, None]
+
+    def step(i: jax.Array, scores: jax.Array) -> jax.Array:
+        at = i * _SEEN_STEP + jnp.arange(_SEEN_STEP)[None, :]
+        items = rows.indices.at[start[:, None] + at].get(mode="clip")
+        items = jnp.where(at < count[:, None], items, scores.shape[1])  # past the end: dropped
+        return scores.at[row, items].set(value, mode="drop")
+
+    return jax.lax.fori_loop(0, -(-jnp.max(count) // _SEEN_STEP), step, scores)
+
+
+def _candidates(scores: jax.Array, users: jax.Array, seen: Rows) -> tuple[jax.Array, jax.Array]:
+    """Scores with masked items at -inf, padded with -inf to whole blocks; and which rows are bad.
+
+    -0.0 becomes 0.0: `lax.top_k` would tell them apart, a comparison does not.
+    """
+    bad = (users >= 0) & ~(jnp.max(jnp.abs(scores), axis=1) < jnp.inf)  # a NaN is not less
+    scores = jnp.where(scores == 0, 0.0, scores)
+    scores = jnp.pad(scores, ((0, 0), (0, -scores.shape[1] % _BLOCK)), constant_values=-jnp.inf)
+    return _scatter_rows(scores, users, seen, -jnp.inf), bad
+
+
+def _rank_relevant(
+    scores: jax.Array, users: jax.Array, relevant: Rows, width: int
+) -> dict[str, jax.Array]:
+    """[B, width] each: score, greater, tied and tied_before of a user's relevant items.
+
+    The three counts share one pass: within a block none exceeds _BLOCK < 1024, so they are
+    added up as three 10-bit digits of one int32.
+    """
+    start, count = relevant.of(users)
+    n = users.size
+    index = jnp.arange(scores.shape[1])[None, :]
+    out = {name: jnp.zeros((n, width), dtype) for name, dtype in PAIR_DTYPES.items()}
+
+    def step(p: jax.Array, out: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        item = relevant.indices.at[start + p].get(mode="clip")
+        mine = jnp.take_along_axis(scores, item[:, None], axis=1)
+        equal = scores == mine
+        before = equal & (index < item[:, None])
+        digits = (scores > mine).astype(jnp.int32)
+        digits += (equal.astype(jnp.int32) << 10) + (before.astype(jnp.int32) << 20)
+        blocks = jnp.sum(digits.reshape(n, -1, _BLOCK), axis=2)
+        found = {
+            "score": mine[:, 0],
+            "greater": jnp.sum(blocks & 1023, axis=1),
+            "tied": jnp.sum((blocks >> 10) & 1023, axis=1) - 1,
+            "tied_before": jnp.sum(blocks >> 20, axis=1),
+        }
+        for name in _COUNTS:  # a masked item ties with all masked ones and with the padding
+            found[name] = jnp.where(mine[:, 0] == -jnp.inf, 0, found[name])
+        return {name: out[name].at[:, p].set(found[name]) for name in out}
+
+    return jax.lax.fori_loop(0, jnp.max(count), step, out)
+
+
+def _top(scores: jax.Array, k: int) -> dict[str, jax.Array]:
+    """`lax.top_k` of [B, blocks * _BLOCK], in two stages where that looks at fewer numbers.
+
+    The K best lie in the K blocks with the greatest maxima: any other block has K numbers
+    above its own. Blocks keep the order of items, so ties fall as in `lax.top_k`.
+    """
+    n, n_items = scores.shape
+    if n_items < 4 * k * _BLOCK:
+        values, items = jax.lax.top_k(scores, k)
+    else:
+        by_block = scores.reshape(n, -1, _BLOCK)
+        blocks = jnp.sort(jax.lax.top_k(jnp.max(by_block, axis=2), k)[1], axis=1)
+        few = jax.vmap(lambda row, chosen: row[chosen])(by_block, blocks).reshape(n, -1)
+        values, at = jax.lax.top_k(few, k)
+        items = jnp.take_along_axis(blocks, at // _BLOCK, axis=1) * _BLOCK + at % _BLOCK
+    return {"items": jnp.where(values == -jnp.inf, -1, items), "scores": values}
+
+
+def _pool_counts(scores: jax.Array, pool: Pool, pieces: int, bits: int) -> jax.Array:
+    """[B, pieces] int32: digits (base 2^bits) of each row's sum of 2 * above + tied.
+
+    above, tied: relevant pairs of any user with a greater, with the same score. An excluded
+    number is +inf, which has none. A digit's sum over the row stays under 2^31.
+    """
+    n, n_items = scores.shape
+    tile = min(n_items, max(_POOL_TILE // n, _BLOCK))
+
+    def step(t: jax.Array, total: jax.Array) -> jax.Array:
+        begin = jnp.minimum(t * tile, n_items - tile)  # the last tile overlaps the one before
+        x = jax.lax.dynamic_slice_in_dim(scores, begin, tile, axis=1)
+        x = jnp.where(begin + jnp.arange(tile)[None, :] < t * tile, jnp.inf, x)
+        at = pool.base[_cell(x, pool)]
+
+        def halve(i: jax.Array, at: jax.Array) -> jax.Array:
+            jump = jnp.int32(1) << (pool.steps - 1 - i)
+            probe = pool.scores.at[at + jump - 1].get(mode="fill", fill_value=jnp.inf)
+            return jnp.where(probe < x, at + jump, at)
+
+        at = jax.lax.fori_loop(0, pool.steps, halve, at)
+        count = pool.above2[at] - jnp.where(pool.scores[at] == x, pool.ties[at], 0)
+        digits = [(count >> (bits * i)) & ((1 << bits) - 1) for i in range(pieces)]
+        return total + jnp.stack([jnp.sum(digit, axis=1) for digit in digits], axis=1)
+
+    return jax.lax.fori_loop(0, -(-n_items // tile), step, jnp.zeros((n, pieces), jnp.int32))
+
+
+def _cell(x: jax.Array, pool: Pool) -> jax.Array:
+    """The table cell of a score; rounding may put it one off, which the table allows for."""
+    place = (jnp.maximum(x, pool.low) * 0.5 - pool.low * 0.5) * pool.scale
+    return jnp.minimum(place, pool.base.size - 1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("users", "n_items", "mesh"))
+def score_room(*, users: int, n_items: int, mesh: Mesh | None) -> jax.Array:
+    """[users, I] float32 that `score_chunk` may write to."""
+    room = jnp.zeros((users, n_items), jnp.float32)
+    return room if mesh is None else jax.lax.with_sharding_constraint(room, by_user(mesh))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("score_users", "n_items", "mesh"),
+    donate_argnames=("room",),
+    keep_unused=True,
+)
+def score_chunk(
+    room: jax.Array | None,
+    state: Any,
+    users: jax.Array,
+    *,
+    score_users: ScoreUsers,
+    n_items: int,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """[B, I] float32, split by user over `mesh`. Users under 0 are padding.
+
+    Its own program, so that both passes over a chunk see the same bits. `room` is given up: the
+    scores are written over it. New memory for each chunk would take a CPU longer to hand out, a
+    page at a time, than the scores to compute.
+    """
+    del room
+    scores = score_users(state, jnp.maximum(users, 0))
+    if scores.shape != (users.size, n_items):
+        wanted = (users.size, n_items)
+        raise ConfigError(f"score_users gave scores of shape {scores.shape}, expected {wanted}")
+    scores = scores.astype(jnp.float32)
+    return scores if mesh is None else jax.lax.with_sharding_constraint(scores, by_user(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("width", "k", "mesh", "native"))
+def rank_chunk(
+    scores: jax.Array,
+    users: jax.Array,
+    seen: Rows,
+    relevant: Rows | None,
+    *,
+    width: int,
+    k: int,
+    mesh: Mesh | None,
+    native: bool,
+) -> dict[str, Any]:
+    """Ranks of relevant items (unless None), top-K lists (unless K is 0), non-finite rows.
+
+    bad: [B] bool, a NaN or infinite score. Of such rows, and of padding, nothing else counts.
+    pairs: [B, W] each, of the user's relevant items in order: score, -inf where it is masked;
+      candidates that are greater, other ones that are tied, tied ones with a smaller index.
+    top: [B, K] items, -1 past the last, and their scores, -inf past the last.
+    """
+
+    def by_kernel(scores: Any, users: Any, seen: Rows, relevant: Rows | None) -> dict[str, Any]:
+        found = ranks.rank_rows(scores, users, seen, relevant or seen, width=width, k=k)
+        out: dict[str, Any] = {"bad": found.bad}
+        if relevant is not None:
+            out["pairs"] = {name: getattr(found, name) for name in PAIR_DTYPES}
+        if k:
+            out["top"] = {"items": found.items, "scores": found.values}
+        return out
+
+    def rows(scores: Any, users: Any, seen: Any, relevant: Any) -> dict[str, Any]:
+        scores, bad = _candidates(scores, users, seen)
+        out: dict[str, Any] = {"bad": bad}
+        if relevant is not None:
+            out["pairs"] = _rank_relevant(scores, users, relevant, width)
+        if k:
+            out["top"] = _top(scores, k)
+        return out
+
+    return _on_rows(by_kernel if native else rows, mesh, scores, users, seen, relevant)
+
+
+@functools.partial(jax.jit, static_argnames=("pieces", "bits", "mesh", "native"))
+def pool_chunk(
+    scores: jax.Array,
+    users: jax.Array,
+    seen: Rows,
+    relevant: Rows,
+    pool: Pool,
+    *,
+    pieces: int,
+    bits: int,
+    mesh: Mesh | None,
+    native: bool,
+) -> jax.Array:
+    """[B, pieces]: `_pool_counts` over each user's candidates that are not relevant.
+
+    Rows of padding may be counted too; the host leaves them out. The kernel counts in 64 bits:
+    its `pieces` are 2, its `bits` 32.
+    """
+    if native:
+        return _on_rows(ranks.pool_rows, mesh, scores, users, seen, relevant, pool)
+
+    def rows(scores: Any, users: Any, seen: Any, relevant: Any, pool: Any) -> jax.Array:
+        for excluded in (seen, relevant):
+            scores = _scatter_rows(scores, users, excluded, jnp.inf)
+        return _pool_counts(scores, pool, pieces, bits)
+
+    return _on_rows(rows, mesh, scores, users, seen, relevant, pool)
+
+
+def by_user(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def _on_rows(function: Any, mesh: Mesh | None, scores: Any, users: Any, *whole: Any) -> Any:
+    """`function(scores, users, *whole)`, each device on its own users; results on all."""
+    if mesh is None:
+        return function(scores, users, *whole)
+    by_user, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
+    specs = (by_user, by_user, *(everywhere for _ in whole))
+    split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=by_user, check_vma=False)
+    # Every process reads every result: they are small, the scores are not among them.
+    found = split(scores, users, *whole)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, everywhere))

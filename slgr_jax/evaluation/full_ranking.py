@@ -1,0 +1,302 @@
+"""Full ranking on the device: every user against every item that is not masked.
+
+Shape letters: U users, I items, B users of a chunk, K cut-off, W relevant items a chunk has
+room for, N relevant pairs.
+
+A chunk's scores exist only on the device, [B, I] at a time; what comes back is a few numbers
+per relevant item. One chunk is one jitted call of fixed shapes: the loops over a user's
+relevant and seen items have a dynamic length, so that a chunk costs what its own users need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from slgr_jax.config import EvaluationConfig, SliceConfig
+from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.errors import ConfigError, NonFiniteError, listing
+from slgr_jax.evaluation import device_ranking
+from slgr_jax.evaluation.device_ranking import PAIR_DTYPES, Pool, Rows, ScoreUsers
+from slgr_jax.evaluation.ranking_metrics import (
+    PartResult,
+    Ranking,
+    TopItems,
+    assemble,
+    part_data,
+    pool_tables,
+    summarize_part,
+)
+from slgr_jax.kernels import build as kernel_build
+
+# Scores of a chunk that a CPU ranks fastest: XLA's programs while they fit the caches, the kernels
+# from where the product of the factors runs at its best.
+_CPU_CHUNK = {"xla": 1 << 22, "native": 1 << 23}
+
+
+class _Scorer:
+    """Scores users a chunk at a time; knows where arrays go."""
+
+    def __init__(
+        self,
+        score_users: ScoreUsers,
+        state: Any,
+        users: np.ndarray,
+        n_items: int,
+        users_per_chunk: int,
+        mesh: Mesh | None,
+        kernels: str,
+    ) -> None:
+        self.users, self.n_items, self.mesh = users, n_items, mesh
+        self._score = functools.partial(
+            device_ranking.score_chunk, score_users=score_users, n_items=n_items, mesh=mesh
+        )
+        self._state = state
+        size = 1 if mesh is None else mesh.size
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self.native = kernel_build.choose(kernels, platform=platform, devices=size)
+        chunk = min(users_per_chunk, 1 << max(users.size - 1, 0).bit_length())
+        if platform == "cpu":
+            most = _CPU_CHUNK["native" if self.native else "xla"]
+            fitting = max(most // max(n_items, 1), 8)
+            chunk = min(chunk, (1 << (fitting.bit_length() - 1)) * size)
+        self.chunk = -(-chunk // size) * size
+        # An accelerator has its own allocator, and may score a chunk while it ranks the last.
+        self._room = None
+        if platform == "cpu":
+            self._room = device_ranking.score_room(users=self.chunk, n_items=n_items, mesh=mesh)
+
+    def put(self, tree: Any) -> Any:
+        """The arrays, whole, on every device."""
+        mesh = self.mesh
+        return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+    def put_rows(self, csr: Csr) -> Rows:
+        """The ragged rows on every device."""
+        n = int(csr.offsets[-1])
+        if n >= 2**31:
+            raise ConfigError(f"{n} interactions to mask or find; the limit is 2^31 - 1")
+        indices = np.zeros(1 << max(n - 1, 0).bit_length(), np.int32)
+        indices[:n] = csr.indices
+        return Rows(*self.put((csr.offsets.astype(np.int32), indices)))
+
+    def each(self, call: Callable[[jax.Array, jax.Array, np.ndarray], Any]) -> Iterator[Any]:
+        """(slice of `users`, host copy of `call(scores, chunk, users)`) for every chunk.
+
+        The device is one chunk ahead of the host.
+        """
+        by_user = None if self.mesh is None else device_ranking.by_user(self.mesh)
+        waiting: list[tuple[slice, Any]] = []
+        for begin in range(0, self.users.size, self.chunk):
+            mine = self.users[begin : begin + self.chunk]
+            padded = np.full(self.chunk, -1, np.int32)
+            padded[: mine.size] = mine
+            chunk = jax.device_put(padded, by_user)
+            scores = self._score(self._room, self._state, chunk)
+            waiting.append((slice(begin, begin + mine.size), call(scores, chunk, mine)))
+            if self._room is not None:
+                self._room = scores
+            del scores
+            if len(waiting) == 2:
+                where, found = waiting.pop(0)
+                yield where, jax.device_get(found)
+        for where, found in waiting:
+            yield where, jax.device_get(found)
+
+
+def _refuse_nonfinite(users: np.ndarray, bad: np.ndarray) -> None:
+    named = users[bad[: users.size]]
+    if named.size:
+        raise NonFiniteError(
+            f"the model gives a NaN or infinite score for {named.size} of {users.size} users "
+            f"ranked together, user index {listing(map(str, named), limit=3)}; "
+            "restore an earlier checkpoint or train again with a lower --lr"
+        )
+
+
+def _width(count: int) -> int:
+    """Room for `count` relevant items: 16 * 4^i, so that few programs are compiled."""
+    width = 16
+    while width < count:
+        width *= 4
+    return width
+
+
+def top_k(
+    score_users: ScoreUsers,
+    state: Any,
+    users: np.ndarray,
+    seen: Csr,
+    n_items: int,
+    *,
+    k: int,
+    users_per_chunk: int = 1024,
+    mesh: Mesh | None = None,
+    kernels: str = "auto",
+) -> TopItems:
+    """The `k` best items of each of `users` that are not in the user's row of `seen`.
+
+    Args:
+      score_users: pure function (state, users [B] int32) -> [B, I] float32. It is compiled
+        once per function object, so pass the same one each time.
+      state: pytree of device arrays, passed on to it.
+      users: [n] user indices.
+      seen: [U] rows of masked items.
+      n_items: I.
+      k: length of the lists; shorter if the catalogue is.
+      users_per_chunk: most users scored at once; bounds the memory.
+      mesh: devices to split a chunk's users over; None is the default device.
+      kernels: auto, native or xla; see `TrainConfig.kernels`.
+
+    Raises:
+      NonFiniteError: a score is NaN or infinite.
+      ConfigError: native kernels are wanted where they cannot be had.
+    """
+    users = np.asarray(users, np.int32)
+    order = np.argsort(seen.counts[users], kind="stable")  # a chunk's users cost about the same
+    scorer = _Scorer(score_users, state, users[order], n_items, users_per_chunk, mesh, kernels)
+    masked = scorer.put_rows(seen)
+    best = functools.partial(
+        device_ranking.rank_chunk, width=0, k=min(k, n_items), mesh=mesh, native=scorer.native
+    )
+    items = np.empty((users.size, min(k, n_items)), np.int32)
+    scores = np.empty(items.shape, np.float32)
+    for at, found in scorer.each(lambda s, chunk, _: best(s, chunk, masked, None)):
+        mine = order[at]
+        _refuse_nonfinite(users[mine], found["bad"])
+        items[mine] = found["top"]["items"][: mine.size]
+        scores[mine] = found["top"]["scores"][: mine.size]
+    return TopItems(users, items, scores)
+
+
+def rank(
+    score_users: ScoreUsers,
+    state: Any,
+    relevant: Csr,
+    seen: Csr,
+    n_items: int,
+    *,
+    users_per_chunk: int = 1024,
+    top_k: int = 20,
+    pooled_auc: bool = True,
+    mesh: Mesh | None = None,
+    kernels: str = "auto",
+) -> Ranking:
+    """Rank every user that has relevant items over all items that are not masked.
+
+    The work is about (relevant pairs) x I comparisons; the pooled AUC scores everything once
+    more. Equal scores rank by item index, as in `jax.lax.top_k`.
+
+    Args:
+      score_users, state, n_items, users_per_chunk, mesh, kernels: as for `top_k`.
+      relevant: [U] rows of items to find.
+      seen: [U] rows of masked items; a relevant item among them is dropped and counted.
+      top_k: length of `Ranking.top_items`; 0 for none.
+      pooled_auc: also compute `Ranking.pooled_auc`.
+
+    Raises:
+      NonFiniteError: a score is NaN or infinite.
+      ConfigError: as for `top_k`.
+    """
+    counts = relevant.counts
+    users = np.flatnonzero(counts).astype(np.int32)
+    users = users[np.lexsort((seen.counts[users], counts[users]))]
+    scorer = _Scorer(score_users, state, users, n_items, users_per_chunk, mesh, kernels)
+    masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
+    places = functools.partial(
+        device_ranking.rank_chunk, k=min(top_k, n_items), mesh=mesh, native=scorer.native
+    )
+
+    def dispatch(scores: jax.Array, chunk: jax.Array, mine: np.ndarray) -> dict[str, Any]:
+        return places(scores, chunk, masked, wanted, width=_width(int(counts[mine].max())))
+
+    pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
+    top = np.empty((users.size, min(top_k, n_items)), np.int32)
+    for at, found in scorer.each(dispatch):
+        mine = users[at]
+        _refuse_nonfinite(mine, found["bad"])
+        width = found["pairs"]["score"].shape[1]
+        there = np.arange(width)[None, :] < counts[mine][:, None]
+        for name, parts in pairs.items():
+            parts.append(found["pairs"][name][: mine.size][there])
+        if top.shape[1]:
+            top[at] = found["top"]["items"][: mine.size]
+    flat = {
+        name: np.concatenate([np.zeros(0, dtype), *pairs[name]])
+        for name, dtype in PAIR_DTYPES.items()
+    }
+    ranked = assemble(users, relevant, seen, n_items, flat, top)
+    if not pooled_auc:
+        return ranked
+    return dataclasses.replace(ranked, pooled_auc=_pooled_auc(scorer, ranked, masked, wanted))
+
+
+def _pooled_auc(scorer: _Scorer, ranked: Ranking, masked: Rows, wanted: Rows) -> float:
+    """Exact AUC over all (relevant, non-relevant candidate) pairs of all users.
+
+    Each non-relevant score is looked up among the sorted relevant ones, in a second pass.
+    """
+    n_relevant = int(ranked.items.size)
+    counted = np.isin(scorer.users, ranked.users)  # a user may have lost all relevant items
+    n_other = int(np.sum(ranked.n_candidates - ranked.counts))
+    if not n_relevant or not n_other:
+        return float("nan")
+    if n_relevant >= 2**30:
+        raise ConfigError(f"{n_relevant} relevant pairs; use --nopooled_auc beyond 2^30")
+    pool = Pool(**scorer.put(pool_tables(ranked.scores)))
+    bits, pieces = 32, 2
+    if not scorer.native:
+        bits = 31 - (scorer.n_items - 1).bit_length()
+        pieces = -(-(2 * n_relevant).bit_length() // bits)
+    look_up = functools.partial(
+        device_ranking.pool_chunk, pieces=pieces, bits=bits, mesh=scorer.mesh, native=scorer.native
+    )
+    total = 0  # a Python integer: pairs x pairs may pass 2^63
+    for at, digits in scorer.each(lambda s, chunk, _: look_up(s, chunk, masked, wanted, pool)):
+        sums = digits[: counted[at].size][counted[at]].astype(np.int64).sum(axis=0)
+        total += sum(int(value) << (bits * i) for i, value in enumerate(sums))
+    return total / (2 * n_relevant * n_other)
+
+
+def evaluate_dataset(
+    score_users: ScoreUsers,
+    state: Any,
+    dataset: Dataset,
+    slices: SliceConfig,
+    evaluation: EvaluationConfig,
+    *,
+    parts: Sequence[str] = ("valid", "test"),
+    mesh: Mesh | None = None,
+    kernels: str = "auto",
+) -> dict[str, PartResult]:
+    """Every metric of every slice of each of `parts`: valid masks train, test train and valid.
+
+    Args:
+      score_users, state, mesh, kernels: as for `top_k`.
+      dataset: gives relevant and masked items.
+      slices: what is cold, tail, and the bins.
+      evaluation: cut-offs, users ranked at once, pooled AUC or not.
+    """
+    out = {}
+    for part in parts:
+        data = part_data(dataset, part, slices)
+        found = rank(
+            score_users,
+            state,
+            data.relevant,
+            data.seen,
+            dataset.n_items,
+            users_per_chunk=evaluation.eval_users_per_chunk,
+            top_k=max(evaluation.ks),
+            pooled_auc=evaluation.pooled_auc,
+            mesh=mesh,
+            kernels=kernels,
+        )
+        out[part] = summarize_part(found, data, evaluation.ks)
+    return out

@@ -1,0 +1,1 @@
+"""Guidance arms and controls over backbones and seeds: plan, run, test, report."""

@@ -1,0 +1,300 @@
+"""Arms as data: which knobs an arm sets, and which of them are tuned.
+
+Knobs are named as on the command line (`config.make_run`). Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slgr_jax import config
+from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, RunConfig
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.teacher.products import controls
+
+Settings = Mapping[str, float | str]
+
+# What `ensemble` says in an arm whose reference is the run of `none` of the same seed.
+REFERENCE = "none"
+_AGAINST_RIVALS = {"guidance": "selective", "rivals": 100, "ensemble": REFERENCE}
+# Knobs of an arm that is no control.
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "none": {"guidance": "none"},
+    "global": {"guidance": "selective", "gate": "constant", "alpha": 1.0},
+    "pointwise": {"guidance": "pointwise"},
+    "rule": {"guidance": "selective", "gate": "rule"},
+    "paper": {"guidance": "selective", "gate": "paper"},
+    "budget": {"guidance": "selective", "gate": "budget"},
+    "calibrated": {"guidance": "selective", "gate": "calibrated"},
+    "meta": {"guidance": "selective", "gate": "meta"},
+    "global_rivals": {**_AGAINST_RIVALS, "gate": "constant", "alpha": 1.0},
+    "rivals": {
+        **_AGAINST_RIVALS,
+        "gate": "calibrated",
+        "gate_inputs": "reference,history,popularity,teacher",
+    },
+}
+# Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
+GATED = ("rivals", "calibrated", "paper", "meta", "budget", "rule")
+# A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
+# too: they change one thing. The other two teach something else, and are tuned like any arm.
+CONTROLS = ("constant", *controls.CONTROLS)
+UNTUNED = ("constant", "shuffled")
+
+# Guidance losses that are tried: of a gate whose alpha is a probability, and of others. Where alpha
+# says how much and not how likely, a loss that aims at alpha would push against the teacher.
+LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("informed", "hinge")}
+OTHER_LOSSES = ("hinge", "logistic")
+LITERAL = ("paper", "pointwise")  # arms that keep the loss they are known by
+# What is tried of a gate with a reference, in place of another loss: the gate without it.
+BLIND: Mapping[str, str] = {"gate_inputs": "history,popularity,teacher"}
+
+LAMBDAS = (0.03, 0.1, 0.3, 1.0)
+# What is tuned of each backbone: knob -> values; lambda comes on top for guided arms.
+_CLICK = {"lr": (5e-4, 1e-3), "dropout": (0.0, 0.1, 0.2, 0.5)}
+_SEQUENCE = {"lr": (5e-4, 1e-3), "dropout": (0.1, 0.2, 0.3, 0.5)}
+GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
+    "mf": {"lr": (0.05, 0.1), "l2": (0.005, 0.01, 0.02, 0.05)},
+    "lightgcn": {"lr": (1e-3, 3e-3), "l2": (1e-4, 1e-3, 3e-3, 1e-2)},
+    **dict.fromkeys(SEQUENCE_BACKBONES, _SEQUENCE),
+    **dict.fromkeys(CLICK_BACKBONES, _CLICK),
+}
+TUNED = ("lr", "l2", "dropout", "lambda")
+
+
+def grids(
+    backbones: Sequence[str],
+    fixed: Mapping[str, Any],
+    tried: Mapping[str, tuple[float, ...]],
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """What is tuned of each backbone.
+
+    Args:
+      backbones: names.
+      fixed: knobs that are given: they are not tuned, but are in every setting.
+      tried: knob -> values in place of the backbone's own; empty: its own, if it has any.
+
+    Raises:
+      ConfigError: an unknown backbone.
+    """
+    unknown = [name for name in backbones if name not in GRIDS]
+    if unknown:
+        known = listing(GRIDS, limit=99)
+        raise ConfigError(f"--backbones: {listing(unknown)} is not one of: {known}")
+    asked = {name: values for name, values in tried.items() if values}
+    asked |= {name: (float(fixed[name]),) for name in TUNED if name in fixed and name != "lambda"}
+    return {backbone: {**GRIDS[backbone], **asked} for backbone in backbones}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compared on one data set.
+
+    Attributes:
+      data: dataset directory.
+      out: directory of the runs and of the report.
+      knobs: what the command line says of every run, by name.
+      teacher: product under DATA/teacher; empty if `none` is the only arm.
+      backbones, arms: what is compared; `none` is among the arms, controls come last.
+      matched: the arm that controls take their knobs from; empty without controls.
+      focus: the arm that the verdict is about.
+      seeds: runs of an arm.
+      grids: backbone -> what is tuned of it.
+      lambdas: weights of the guidance that are tried.
+      tune_loss: also try what `variants` says of an arm, at its best lambda.
+      own_arms: arms beside `ARMS`: name -> knobs.
+      tune_runs: most tuning runs of an arm; 0: as many as the backbone's grid has points.
+    """
+
+    data: str
+    out: pathlib.Path
+    knobs: Mapping[str, Any]
+    teacher: str
+    backbones: tuple[str, ...]
+    arms: tuple[str, ...]
+    matched: str
+    focus: str
+    seeds: int
+    grids: Mapping[str, Mapping[str, tuple[float, ...]]]
+    lambdas: tuple[float, ...]
+    tune_loss: bool = True
+    own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    tune_runs: int = 0
+
+    @property
+    def tuned_arms(self) -> tuple[str, ...]:
+        """Arms that are tuned themselves."""
+        return tuple(arm for arm in self.arms if arm not in UNTUNED)
+
+    def teacher_of(self, arm: str) -> str:
+        """The product that `arm` learns from."""
+        if arm == "none":
+            return ""
+        return (
+            controls.control_name(self.teacher, arm) if arm in controls.CONTROLS else self.teacher
+        )
+
+    def knobs_of(self, arm: str) -> dict[str, Any]:
+        """The arm's own knobs, its teacher among them."""
+        own = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
+        if arm == "constant":  # its alpha is a setting: the matched gate's mean
+            like = config.make_run("", "", **{**self.knobs, **own}, teacher=self.teacher)
+            # `added` compares alpha with alpha_0, which a constant gate has not: `informed` is its
+            # counterpart for a gate that compares with 1/2.
+            loss = {"added": "informed"}.get(like.guidance_loss_name, like.guidance_loss_name)
+            own |= {"gate": "constant", "guidance_loss": loss}
+        return {**own, "teacher": self.teacher_of(arm)}
+
+    def variants(self, arm: str) -> tuple[Settings, ...]:
+        """What is tried beside the arm's own: its other guidance loss, or its gate without the
+        reference."""
+        knobs = {**self.knobs, **self.knobs_of(arm)}
+        like = self.matched if arm in CONTROLS else arm
+        if not self.tune_loss or like in ("none", *LITERAL):
+            return ()
+        if like == "rivals":
+            return (BLIND,)
+        if "guidance_loss" in knobs:
+            return ()
+        own = config.make_run("", "", **knobs).guidance_loss_name
+        losses = LOSSES.get(knobs["gate"], OTHER_LOSSES)
+        return tuple({"guidance_loss": loss} for loss in losses if loss != own)
+
+    def config(
+        self,
+        backbone: str,
+        arm: str,
+        settings: Settings,
+        workdir: pathlib.Path,
+        seed: int = 0,
+        *,
+        reference: pathlib.Path | None = None,
+    ) -> RunConfig:
+        """The run of an arm with its settings.
+
+        Args:
+          reference: the run of `none` that an arm with one reads.
+
+        Raises:
+          ConfigError: a knob has no such value, an arm's gate for instance.
+        """
+        own = {**self.knobs, **self.knobs_of(arm), **settings}
+        if own.get("ensemble") == REFERENCE and reference is not None:
+            own["ensemble"] = str(reference)
+        return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **own)
+
+    def tune_dir(self, backbone: str, arm: str, settings: Settings) -> pathlib.Path:
+        """Where a tuning run is kept."""
+        parts = (
+            f"{key}{value if isinstance(value, str) else format(value, 'g')}"
+            for key, value in settings.items()
+        )
+        name = "_".join([arm, *parts])
+        return self.out / backbone / "tune" / name
+
+    def run_dir(self, backbone: str, arm: str, found: Mapping[str, Any], seed: int) -> pathlib.Path:
+        """Where a run that meets the test part is kept: that of seed 0 is the one that tuning
+        trained, where it did.
+
+        Args:
+          found: what tuning tried and chose of the arm.
+        """
+        if seed == 0 and found["tried"]:
+            return self.tune_dir(backbone, arm, found["chosen"])
+        return self.out / backbone / "runs" / f"{arm}_seed{seed}"
+
+    def run(
+        self, backbone: str, arm: str, of_arms: Mapping[str, Mapping[str, Any]], seed: int
+    ) -> RunConfig:
+        """The run of a seed with the settings that tuning chose.
+
+        Args:
+          of_arms: arm -> what tuning tried and chose.
+        """
+        found, where = of_arms[arm], self.run_dir(backbone, arm, of_arms[arm], seed)
+        reference = self.run_dir(backbone, "none", of_arms["none"], seed)
+        return self.config(backbone, arm, found["chosen"], where, seed, reference=reference)
+
+    def check(self) -> None:
+        """Refuse what no run can be made of, before the first one.
+
+        Raises:
+          ConfigError: an arm, a backbone or a knob that there is not.
+        """
+        for backbone in self.backbones:
+            for arm in self.arms:
+                try:
+                    self.config(backbone, arm, {}, self.out)
+                except ConfigError as error:
+                    raise ConfigError(f"arm {arm} of {backbone}: {error}") from error
+
+
+def own_arm(text: str) -> tuple[str, dict[str, Any]]:
+    """`mine:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=selective goes without
+    saying.
+
+    Raises:
+      ConfigError: not of this form, or the name is taken.
+    """
+    name, _, rest = text.partition(":")
+    pairs = [part.partition("=") for part in rest.split(",")]
+    if not re.fullmatch(r"[A-Za-z0-9-]+", name) or not all(k and v for k, _, v in pairs):
+        raise ConfigError(f"--arm={text}: write NAME:knob=value,knob=value")
+    if name in ARMS or name in CONTROLS:
+        raise ConfigError(f"--arm={text}: there is an arm {name} already; give another name")
+    return name, {"guidance": "selective"} | {key: _value(value) for key, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)  # a number, true, false
+    except json.JSONDecodeError:
+        return text
+
+
+def choose(
+    asked: Sequence[str],
+    wanted: Sequence[str],
+    matched: str,
+    focus: str,
+    own_arms: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], str, str]:
+    """The arms with `none` first and controls last, the matched arm, the arm of the verdict.
+
+    Args:
+      asked: arms, controls among them or not.
+      wanted: more controls; left out where there is nothing to control.
+      matched, focus: arms, or empty: the first of `GATED` among the arms; the focus may be any.
+      own_arms: arms beside `ARMS`; they are compared without being asked for.
+
+    Raises:
+      ConfigError: an unknown arm, or one that cannot be matched.
+    """
+    unknown = [arm for arm in asked if arm not in (*ARMS, *CONTROLS)]
+    if unknown:
+        known = listing((*ARMS, *CONTROLS), limit=99)
+        raise ConfigError(f"--guidance: {listing(unknown)} is not one of: {known}")
+    unknown = [arm for arm in wanted if arm not in CONTROLS]
+    if unknown:
+        raise ConfigError(f"--controls: {listing(unknown)} is not one of: {listing(CONTROLS)}")
+    plain = [arm for arm in dict.fromkeys(["none", *asked, *own_arms]) if arm not in CONTROLS]
+    gated = [arm for arm in GATED if arm in plain]
+    gated += [arm for arm, knobs in own_arms.items() if knobs.get("gate", "constant") != "constant"]
+    for flag, arm, among in (("matched_to", matched, gated), ("focus", focus, plain[1:])):
+        if arm and arm not in among:
+            raise ConfigError(f"--{flag}={arm} is not one of the arms: {listing(among)}")
+    named = [arm for arm in asked if arm in CONTROLS]
+    if named and not gated:
+        raise ConfigError(
+            f"--guidance: the control {named[0]} copies an arm with a gate; add one of: "
+            f"{listing(GATED)}"
+        )
+    matched = matched or (gated[0] if gated else "")
+    kept = dict.fromkeys([*named, *wanted]) if matched else {}
+    focus = focus or matched or plain[-1]
+    return (*plain, *kept), matched if kept else "", focus

@@ -1,0 +1,328 @@
+"""Runs side by side: on a CPU in processes of one thread each, so that all cores are used; on an
+accelerator the seeds of a run in one program (slgr_jax/training/multi_seed.py).
+
+A run that is finished is not touched again: it is known by its config, its data, its teacher's
+answers and its ensemble's checkpoints, and by `outcome.json`, which is written when training has
+ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import multiprocessing.process
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from slgr_jax.config import RunConfig
+from slgr_jax.errors import ConfigError, NonFiniteError, listing
+from slgr_jax.experiments import results
+
+if TYPE_CHECKING:
+    from slgr_jax.training.loop import Outcome
+
+Job = TypeVar("Job")
+
+# XLA's own pool and Eigen's; kernels in C++ borrow the former.
+_ONE_THREAD = {"PJRT_NPROC": "1", "NPROC": "1", "OMP_NUM_THREADS": "1"}
+
+
+def workers(asked: int) -> int:
+    """Processes to use: as asked for, or as many as there are cores; 1 on an accelerator."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return 1
+    return asked or len(os.sched_getaffinity(0))
+
+
+def train_runs(
+    runs: Sequence[RunConfig], *, workers: int, root: pathlib.Path
+) -> list[dict[str, Any]]:
+    """Train every run, or find it finished; their outcomes, in order.
+
+    An outcome: best_metric, best_epoch, epoch, seconds, cpu_seconds (both of the last call, if
+    there were several), and error: None, or what diverged.
+
+    Args:
+      runs: what to train; the same run is trained once.
+      workers: processes; 1 trains here, with all threads and devices.
+      root: directory that names of runs are shown from.
+
+    Raises:
+      ConfigError: a directory holds a run with other settings.
+    """
+    todo = {run.workdir: run for run in runs if not finished(run)}
+    for run in todo.values():
+        _refuse_other(run)
+    shown = functools.partial(_show, root=root)
+    for wave in waves(list(todo.values())):
+        _each(_fit_group, groups(wave), workers, shown)
+    return [_known(run) for run in runs]
+
+
+def evaluate_runs(runs: Sequence[RunConfig], *, workers: int) -> None:
+    """Let every run meet the test part, once."""
+    todo = {run.workdir: run for run in runs if not results.evaluated(run.workdir)}
+    _each(_evaluate, list(todo.values()), workers, lambda done, of, run: None)
+
+
+def waves(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """The runs that others of them read (--ensemble), then the rest."""
+    read = {member for run in runs for member in run.ensemble}
+    first = [run for run in runs if run.workdir in read]
+    return [first, [run for run in runs if run.workdir not in read]]
+
+
+def groups(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Runs that one call trains: on an accelerator, those that differ in nothing but their seed.
+
+    On a CPU each alone: the kernels in C++, in a process a run, are faster than XLA's programs of
+    several seeds.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return [[run] for run in runs]
+    found: dict[RunConfig, list[RunConfig]] = {}
+    for run in runs:
+        shared = dataclasses.replace(run.train, seed=0)
+        found.setdefault(dataclasses.replace(run, workdir="", train=shared), []).append(run)
+    return list(found.values())
+
+
+def finished(run: RunConfig) -> bool:
+    """Whether the run's directory holds this run, trained to its end on what is there now."""
+    from slgr_jax.data import schema
+    from slgr_jax.training import run_directory
+
+    if results.outcome(run.workdir) is None or run_directory.read_config(run.workdir) != run:
+        return False
+    was, now = run_directory.recorded(run.workdir), schema.read_dataset_manifest(run.data)
+    same: bool = was == {
+        "split_hash": now.split_hash,
+        "id_map_hash": now.id_map_hash,
+        "teacher_hash": run_directory.teacher_hash(run),
+    }
+    return same and run_directory.other_members(run.workdir, run) is None
+
+
+def _refuse_other(run: RunConfig) -> None:
+    """Refuse a directory that holds a run which this one cannot go on from."""
+    from slgr_jax import config
+    from slgr_jax.training import run_directory
+
+    if not (pathlib.Path(run.workdir) / run_directory.CONFIG).is_file():
+        return
+    changed = [
+        text
+        for text in config.differences(run_directory.read_config(run.workdir), run)
+        if text[2:].split(":")[0] not in run_directory.RESUMABLE
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run.workdir} holds a run with other settings ({listing(changed)}); choose another "
+            "--out, or remove it"
+        )
+
+
+def _known(run: RunConfig) -> dict[str, Any]:
+    found = results.outcome(run.workdir)
+    assert found is not None, "training ended with an outcome"
+    return found
+
+
+def _show(done: int, of: int, group: Sequence[RunConfig], *, root: pathlib.Path) -> None:
+    for run in group:
+        found, name = _known(run), pathlib.Path(run.workdir).relative_to(root)
+        value = found["error"] or "no validation"
+        if found["best_metric"] is not None:
+            value = f"{found['best_metric']:.4f} (epoch {found['best_epoch']})"
+        print(f"  [{done}/{of}] {name}: {value}", flush=True)
+
+
+# --------------------------------------------------------------------- what one call trains
+
+
+def _fit_group(group: Sequence[RunConfig]) -> None:
+    """Train a run, or the seeds of one together; write their outcomes.
+
+    The lines of all seeds go into the first one's train.log. Where one of them diverges, each is
+    trained alone: the others are not to be lost with it.
+    """
+    if len(group) == 1:
+        _fit(group[0])
+        return
+    from slgr_jax.training import multi_seed
+
+    for run in group:
+        pathlib.Path(run.workdir).mkdir(parents=True, exist_ok=True)
+        results.forget(run.workdir)
+    begin = time.process_time()
+    try:
+        with _logged(group[0]):
+            outcomes = multi_seed.train_many(group)
+    except NonFiniteError:
+        for run in group:
+            _fit(run)
+        return
+    each = (time.process_time() - begin) / len(group)
+    for run, outcome in zip(group, outcomes, strict=True):
+        found = _outcome(outcome, each)
+        results.write_json(pathlib.Path(run.workdir) / results.OUTCOME, found)
+
+
+@contextlib.contextmanager
+def _logged(run: RunConfig) -> Iterator[None]:
+    """What is printed goes into RUN/train.log."""
+    path = pathlib.Path(run.workdir) / "train.log"
+    with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
+
+
+def _outcome(outcome: Outcome, cpu_seconds: float) -> dict[str, Any]:
+    """What outcome.json says of a run that was trained to its end."""
+    names = ("best_metric", "best_epoch", "epoch", "seconds")
+    found = {name: getattr(outcome, name) for name in names}
+    return found | {"cpu_seconds": cpu_seconds, "error": None}
+
+
+def _fit(run: RunConfig) -> None:
+    """Train a run, its lines into RUN/train.log, and write its outcome.
+
+    Raises:
+      KeyboardInterrupt: a signal stopped it; it goes on when called again.
+    """
+    from slgr_jax.training import loop
+
+    root = pathlib.Path(run.workdir)
+    root.mkdir(parents=True, exist_ok=True)
+    results.forget(root)
+    begin = time.process_time()
+    with _logged(run):
+        try:
+            outcome = loop.train(run)
+        except NonFiniteError as error:
+            nothing = ("best_metric", "best_epoch", "epoch", "seconds", "cpu_seconds")
+            found = dict.fromkeys(nothing) | {"error": str(error)}
+        else:
+            if outcome.status != "finished":
+                raise KeyboardInterrupt
+            found = _outcome(outcome, time.process_time() - begin)
+    results.write_json(root / results.OUTCOME, found)
+
+
+def _evaluate(run: RunConfig) -> None:
+    """metrics.json and per_user.parquet; of labelled rows also bins and each user's AUC."""
+    from slgr_jax.evaluation import click_metrics
+    from slgr_jax.models.scoring import score_rows
+    from slgr_jax.reports import tables
+    from slgr_jax.sampling import labelled_rows
+    from slgr_jax.training import build
+
+    root = pathlib.Path(run.workdir)
+    build.evaluate_run(run.workdir, root.name)
+    found: dict[str, Any] = {}
+    if run.evaluation.rows != "none":
+        restored = build.restore_run(run.workdir)
+        data, slices = restored.dataset, restored.dataset.slices(run.slices)
+        rows = labelled_rows.make_rows(data, "test", run.evaluation, run.loss)
+        scores = np.asarray(score_rows(restored.backbone)(restored.scoring("test"), rows))
+        masks = click_metrics.row_slices(rows, slices)
+        masks |= click_metrics.bin_slices(
+            *(rows, data.history, data.popularity),
+            *(run.slices.history_bins, run.slices.popularity_bins),
+        )
+        found = click_metrics.summarize_slices(rows, scores, masks)
+        users = {"all": click_metrics.per_user(rows, scores)}
+        for kind in ("tail", "head"):
+            users[kind] = click_metrics.per_user(rows, scores, masks[f"{kind}_items"])
+        tables.write_row_users(root, data, slices, {"test": users})
+    results.write_json(root / results.ROWS, found)
+
+
+# --------------------------------------------------------------------- many runs
+
+
+def _each(
+    work: Callable[[Job], None],
+    jobs: Sequence[Job],
+    workers: int,
+    shown: Callable[[int, int, Job], None],
+) -> None:
+    """`work` on every job: here, or in as many processes as `workers`.
+
+    A failure lets the jobs that have begun end, then is raised.
+
+    Raises:
+      SystemExit: interrupted.
+    """
+    try:
+        if workers == 1 or len(jobs) == 1:
+            for done, job in enumerate(jobs, 1):
+                work(job)
+                shown(done, len(jobs), job)
+            return
+        with ProcessPoolExecutor(
+            min(workers, len(jobs) or 1),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+        ) as pool:
+            futures: dict[Future[None], Job] = {
+                pool.submit(_in_worker, work, job): job for job in jobs
+            }
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    shown(done, len(jobs), futures[future])
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; call again to go on") from None
+
+
+def _begin() -> None:
+    """Make a worker: one thread, no traceback when interrupted, no life after its parent."""
+    os.environ.update(_ONE_THREAD)
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # training listens while it runs
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # A killed parent leaves its workers waiting for ever; what they train is safe in checkpoints.
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _in_worker(work: Callable[[Job], None], job: Job) -> None:
+    import jax
+
+    try:
+        work(job)
+    finally:
+        jax.clear_caches()  # a worker lives through many runs
+
+
+def check_data(data: str) -> str:
+    """The name of a dataset directory; a directory that is none is an error."""
+    from slgr_jax.data import schema
+
+    manifest = schema.read_dataset_manifest(data)
+    if not sum(file.rows for file in manifest.files["test"]):
+        raise ConfigError(f"{data} has no test part: nothing to compare on")
+    return manifest.name

@@ -1,0 +1,240 @@
+"""The report in Markdown: verdict, tables by backbone and metric, tuning, controls, gates, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slgr_jax.experiments import results
+from slgr_jax.experiments.arms import CONTROLS
+from slgr_jax.experiments.summary import REFERENCES, Row
+from slgr_jax.experiments.tuning import as_text, at_an_end
+
+_TESTS = (
+    "Means over seeds; +- half of the 95 % interval (Student's t over seeds). vs: difference to "
+    "that arm, seed by seed. p seeds: paired t-test over seeds; p users: over users, each user's "
+    "mean over seeds (of rows: each user's own AUC). Both are Holm-corrected, {family}."
+)
+
+
+def render(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The report of one data set.
+
+    Args:
+      found: what report.json holds.
+      pictures: files beside it.
+    """
+    protocol, rows = found["protocol"], found["rows"]
+    title = f"# {protocol['data']}"
+    title += f", teacher {protocol['teacher']}" if protocol["teacher"] else ""
+    lines = [title, "", *_verdict(found["verdict"]), *_ends(found["tuned"])]
+    lines += _protocol(protocol)
+    lines += [f"![{name}]({name})" for name in pictures] + [""]
+    for backbone, metric in protocol["primary"].items():
+        lines += [f"## {backbone}: test {metric}", ""]
+        family = f"over all {protocol['tests']} tests of this kind in the report's primary metrics"
+        lines += [_TESTS.format(family=family), ""]
+        mine = [row for row in rows if row["backbone"] == backbone and row["metric"] == metric]
+        lines += [_table(mine, results.MAIN_SLICES), ""]
+        others = [row for row in mine if row["slice"] not in results.MAIN_SLICES]
+        if others:
+            lines += [f"Bins and other slices, {metric}, without tests:", ""]
+            lines += [_wide(others), ""]
+    lines += _others(rows)
+    lines += _baselines(found["baselines"])
+    lines += _tuning(found["tuned"])
+    lines += _gates(found["gate"])
+    lines += ["## Cost of training", "", _markdown(found["cost"]), ""]
+    lines += [
+        "triples_per_s: of the fastest epoch of all seeds; speed_vs_none: that over `none`'s, the "
+        "ratio of steps a second. cpu_seconds: of the process, compilation and validation "
+        "included. Runs share the machine with each other: for orientation."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    from slgr_jax.reports import tables
+
+    return tables.markdown_table(rows)
+
+
+# --------------------------------------------------------------------- parts of it
+
+
+def _verdict(verdict: Row | None) -> list[str]:
+    if verdict is None:
+        return []
+    focus, lines = verdict["focus"], ["## Verdict", ""]
+    references = " and ".join(o for o in verdict["against"] if o in REFERENCES)
+    for key, what in (
+        ("holds_overall", f"at least as good as {references} overall, within the interval, in"),
+        ("wins_cold_or_tail", f"better than {references} for cold users or tail items in"),
+    ):
+        where = f" ({', '.join(verdict[key])})" if verdict[key] else ""
+        lines.append(
+            f"{focus} is {what} {len(verdict[key])} of {verdict['backbones']} backbones{where}. "
+        )
+    lines.append("")
+    for other, told in verdict["against"].items():
+        cells = told["cells"]
+        if not cells:
+            continue
+        lines.append(
+            f"- **{focus} against {other}**: at least as good within the 95 % interval in "
+            f"{len(told['at_least'])} of {cells} cells; "
+            + "; ".join(_significant(told, word) for word in ("better", "worse"))
+            + "."
+        )
+    note = "A cell is a backbone on all users, on cold users or on tail items. Better and worse: "
+    return [*lines, "", note + "p < .05 after correction, over seeds or over users.", ""]
+
+
+def _significant(told: Mapping[str, Any], word: str) -> str:
+    """`better over seeds in 2 (mf overall, mf cold_users), over users in none`."""
+    parts = []
+    for over in ("seeds", "users"):
+        where = told[f"{word}_over_{over}"]
+        named = f"{len(where)} ({', '.join(where)})" if where else "none"
+        parts.append(f"over {over} in {named}")
+    return f"{word} " + ", ".join(parts)
+
+
+def _protocol(protocol: Mapping[str, Any]) -> list[str]:
+    tuned = ", ".join(f"{b} by validation {m}" for b, m in protocol["primary"].items())
+    lines = [
+        "## Protocol",
+        "",
+        f"- Tuned with seed 0: {tuned}. Runs for each tuned arm: "
+        + "; ".join(
+            f"{backbone} " + ", ".join(f"{arm} {n}" for arm, n in arms.items())
+            for backbone, arms in protocol["budget"].items()
+        )
+        + ".",
+        f"- Then {protocol['seeds']} seeds of each arm, which met the test part once, at the end.",
+        "- Cold users, tail items and bins count training interactions only: "
+        + as_text(protocol["thresholds"])
+        + ".",
+    ]
+    controls = [arm for arm in protocol["arms"] if arm in CONTROLS]
+    told = {
+        "constant": "a constant alpha, the mean that {m} had in its best epoch (settings of {m})",
+        "shuffled": "{m} with another user's answers (settings of {m})",
+        "popularity": "{m} with training popularity as the teacher, tuned",
+        "item_item": "{m} with item-item similarity as the teacher, tuned",
+    }
+    for arm in controls:
+        lines.append(f"- Control {arm}: " + told[arm].format(m=protocol["matched_to"]) + ".")
+    return [*lines, ""]
+
+
+def _half(row: Mapping[str, Any]) -> float | None:
+    return None if row["low"] is None else (row["high"] - row["low"]) / 2
+
+
+def _table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """A line per slice and arm; the references' columns are those that some arm has."""
+    shown = []
+    for name in names:
+        for row in (row for row in rows if row["slice"] == name):
+            line = {"slice": name, "arm": row["arm"], "users": row["users"]}
+            line |= {row["metric"]: row["mean"], "+-": _half(row)}
+            for other in ("none", "global"):
+                against = row.get(f"vs_{other}") or {}
+                relative = against.get("relative")
+                line[f"vs {other}"] = against.get("difference")
+                line[f"{other} %"] = None if relative is None else 100 * relative
+                line[f"p seeds {other}"] = against.get("p_seeds_holm")
+                line[f"p users {other}"] = against.get("p_users_holm")
+            shown.append(line)
+    empty = [k for k in (shown[0] if shown else {}) if all(line[k] is None for line in shown)]
+    return _markdown([{k: v for k, v in line.items() if k not in empty} for line in shown])
+
+
+def _wide(rows: Sequence[Row]) -> str:
+    """A line per slice, a column per arm."""
+    arms, names = (dict.fromkeys(row[key] for row in rows) for key in ("arm", "slice"))
+    means = {(row["slice"], row["arm"]): row for row in rows}
+    shown = []
+    for name in names:
+        some = next(means[name, arm] for arm in arms if (name, arm) in means)
+        line: Row = {"slice": name, "n": some.get("rows", some["users"])}
+        line |= {arm: (means.get((name, arm)) or {}).get("mean") for arm in arms}
+        shown.append(line)
+    return _markdown(shown)
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
+    lines = ["## Other metrics", ""]
+    keys = dict.fromkeys((row["backbone"], row["metric"]) for row in rows if not row["primary"])
+    for backbone, metric in keys:
+        mine = [row for row in rows if (row["backbone"], row["metric"]) == (backbone, metric)]
+        mine = [row for row in mine if row["slice"] in results.MAIN_SLICES]
+        lines += [f"{backbone}, test {metric}:", "", _wide(mine), ""]
+    return lines if keys else []
+
+
+def _baselines(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    return ["## Beside them, tuned on validation, without tests", "", _markdown(rows), ""]
+
+
+def _ends(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """What was chosen at an end of its grid, before anybody reads the tables."""
+    lines = [
+        f"- {backbone} {arm}: {'; '.join(ends)} of what was tried"
+        for backbone, arms in tuned.items()
+        for arm, found in arms.items()
+        if (ends := at_an_end(arm, found))
+    ]
+    if not lines:
+        return []
+    told = "**Chosen at an end of its grid**, so that a wider one may change the outcome:"
+    return [told, "", *lines, ""]
+
+
+def _tuning(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    lines = ["## Lambda sweep: validation at the settings of `none`, seed 0", ""]
+    chosen, sweep = [], []
+    for backbone, arms in tuned.items():
+        for arm, found in arms.items():
+            said: Row = {"backbone": backbone, "arm": arm, "runs": len(found["tried"])}
+            said["chosen"] = as_text(found["chosen"])
+            if "settings_of" in found:
+                said["chosen"] += f" (those of {found['settings_of']})"
+            tried = [row["valid"] for row in found["tried"] if row["valid"] is not None]
+            said |= {"worst": min(tried, default=None), "best": max(tried, default=None)}
+            chosen.append(said)
+            base = arms["none"]["chosen"]
+            at = {
+                f"lambda {row['lambda']:g}": row["valid"]
+                for row in found["tried"]
+                if "lambda" in row
+                and row.keys() <= {*base, "lambda", "valid", "epoch"}
+                and all(row.get(k) == v for k, v in base.items())
+            }
+            if at:
+                sweep.append({"backbone": backbone, "arm": arm, **at})
+    lines = [*lines, _markdown(sweep), ""] if sweep else []
+    return [*lines, "## Tuned on validation", "", _markdown(chosen), ""]
+
+
+def _gates(gates: Sequence[Row]) -> list[str]:
+    if not gates:
+        return []
+    shown: dict[tuple[str, str], Row] = {}
+    for gate in gates:
+        for name, values in gate["slices"].items():
+            line = shown.setdefault(
+                (gate["backbone"], name), {"backbone": gate["backbone"], "slice": name}
+            )
+            line |= {f"{gate['arm']} {key}": values[key] for key in ("alpha", "right")}
+    judged = [{k: v for k, v in g.items() if k not in ("slices", "reliability")} for g in gates]
+    return [
+        *("## Gates: alpha against the teacher", ""),
+        *("auc, calibration_error: of alpha on pairs whose order is known.", ""),
+        *(_markdown(judged), ""),
+        *("alpha: its mean; right: share of known pairs that the teacher orders correctly.", ""),
+        *(_markdown(list(shown.values())), ""),
+    ]

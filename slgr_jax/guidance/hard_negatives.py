@@ -1,0 +1,106 @@
+"""Rivals: what trained runs would recommend where a teacher lists something else.
+
+A teacher that names its favourites freely says of all other items that they rank below. Of a
+listed item and any other one it is right nearly always, whoever's list it is: such preferences
+teach what is popular, and a gate that learns from them has nothing to select. What the teacher
+adds shows where the recommender would have put another item on the user's page. So each list is
+completed by its user's rivals, the R items that runs without guidance rank highest, hard negatives
+as in Xiong et al. 2021 (arXiv 2007.00808), and preferences are drawn among list and rivals alone.
+
+Shape letters: U users, R rivals of a user.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation import full_ranking
+from slgr_jax.models.backbones import AnyBackbone
+from slgr_jax.models.scoring import Scoring, score_users
+from slgr_jax.teacher.products.rows import Teacher
+
+
+def find(
+    dataset: Dataset,
+    teacher: Teacher,
+    members: Sequence[tuple[AnyBackbone, Scoring]],
+    count: int,
+    *,
+    kernels: str = "auto",
+) -> Csr:
+    """[U] the items that `members` rank highest for each user with a list, on the mean of scores.
+
+    Neither listed items nor training items are rivals; validation and test items may be, as the
+    members know nothing of them.
+
+    Args:
+      members: backbones, and what they score with as of the end of training.
+      count: R; a user with fewer items left has those.
+      kernels: as of `full_ranking.top_k`.
+    """
+    users = np.flatnonzero(np.diff(teacher.offsets))
+    train = dataset.positives(("train",))
+    owners = [
+        np.repeat(np.arange(dataset.n_users), np.diff(x)) for x in (teacher.offsets, train.offsets)
+    ]
+    taken = Csr.from_pairs(
+        np.concatenate(owners),
+        np.concatenate([teacher.items, train.indices]),
+        dataset.n_users,
+    )
+    score_by = [score_users(backbone) for backbone, _ in members]
+
+    def mean(scorings: tuple[Scoring, ...], users: jax.Array) -> jax.Array:
+        each = [score(one, users) for score, one in zip(score_by, scorings, strict=True)]
+        return sum(each[1:], each[0]) / len(each)
+
+    scorings = tuple(scoring for _, scoring in members)
+    top = full_ranking.top_k(
+        *(mean, scorings, users, taken, dataset.n_items), k=count, kernels=kernels
+    )
+    found = top.items >= 0
+    return Csr.from_pairs(
+        np.repeat(top.users, found.sum(axis=1)), top.items[found], dataset.n_users
+    )
+
+
+def complete(teacher: Teacher, rivals: Csr) -> Teacher:
+    """The lists with their users' rivals below them, all at one score; nothing else is below.
+
+    That score is the least of all lists minus the standard deviation of scores: how far an item
+    that is not listed lies below one that is, the teacher does not say.
+
+    Raises:
+      ConfigError: what is not listed does not rank below.
+    """
+    manifest = teacher.manifest
+    if manifest.kind != "scores" or manifest.unlisted != "below":
+        raise ConfigError(
+            f"--rivals: unlisted items of teacher {manifest.name} are unknown, they do not rank "
+            "below its lists, so that no rival is beaten; drop --rivals, or say so when you import "
+            "it (launch/teach.py import --unlisted=below)"
+        )
+    floor = np.float32(teacher.scores.min() - (float(teacher.scores.std()) or 1.0))
+    # Within a user by score, then item: rivals first, as all lie below the list.
+    listed, more = np.diff(teacher.offsets), rivals.counts.astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(listed + more)])
+    items = np.empty(offsets[-1], np.int32)
+    scores = np.full(offsets[-1], floor, np.float32)
+    is_rival = np.arange(offsets[-1]) - np.repeat(offsets[:-1], listed + more) < np.repeat(
+        more, listed + more
+    )
+    items[is_rival], items[~is_rival] = rivals.indices, teacher.items
+    scores[~is_rival] = teacher.scores
+    return dataclasses.replace(
+        teacher,
+        manifest=dataclasses.replace(manifest, unlisted="unknown"),
+        offsets=offsets,
+        items=items,
+        scores=scores,
+    )

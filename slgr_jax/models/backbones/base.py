@@ -1,0 +1,219 @@
+"""The protocols that recommenders follow.
+
+A backbone is pure functions; its tables and parameters live in the train state. It reads table
+rows (`rows`, keyed as its ids are), dense parameters (`params`) and what is known of users and
+items (`Context`). There are three kinds:
+
+  DotBackbone       score = <vector of the query, vector of the item>; ranks a catalogue by one
+                    matrix product. Matrix factorisation, graphs.
+  SequenceBackbone  a DotBackbone that learns from every place of a window of a history at once.
+  JointBackbone     score of (query, item) through a network that sees both. Click prediction.
+
+Shape letters: N queries, C candidates per query, L places of a window, D width, E width of the
+vectors whose dot product is the score, I items.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.sampling.context import Context, Queries
+
+Ids = Mapping[str, Int[Array, "..."]]  # table name -> ids of the rows that are read, any shape
+Params = Mapping[str, Any]
+Dropout = tuple[float, jax.Array] | None  # (rate, key) of a stochastic pass; None: deterministic
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorModel:
+    """A backbone whose score is a dot product of two rows: s_ui = p_u . q_i, nothing else.
+
+    Attributes:
+      user_table, item_table: whose rows, of the same width, p_u and q_i are.
+      unit: the last entry of p_u counts as 1, so that the last of q_i is the item's bias.
+    """
+
+    user_table: str
+    item_table: str
+    unit: bool
+
+
+class Backbone(Protocol):
+    """What every recommender states of itself."""
+
+    @property
+    def tables(self) -> Mapping[str, TableSpec]:
+        """Name -> size of each embedding table."""
+        ...
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What of the `Context` it looks up: HISTORY, FIELDS, GRAPH of `data.context`."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """The dropout rate of a training pass; 0 for none."""
+        ...
+
+    def init(self, key: jax.Array) -> Params:
+        """The dense parameters (a Flax `params` collection; {} where there are none)."""
+        ...
+
+
+@runtime_checkable
+class DotBackbone(Backbone, Protocol):
+    """score(query, item) = <query_vectors(query), item_vectors(item)>."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether scoring needs every row of every table (`propagate`), not those of a batch."""
+        ...
+
+    @property
+    def factor_model(self) -> FactorModel | None:
+        """How to score without writing rows out, where a deterministic score is a dot product."""
+        ...
+
+    def propagate(
+        self,
+        params: Params,
+        values: Mapping[str, Float[Array, "R D"]],
+        context: Context,
+        *,
+        dropout: Dropout = None,
+    ) -> dict[str, Float[Array, "R D"]]:
+        """What the rows that the other methods read are gathered from: the tables themselves, or
+        (`whole`) what they become on the graph. Serving keeps the result."""
+        ...
+
+    def query_ids(self, context: Context, queries: Queries) -> Ids:
+        """Rows that the query's side reads, [N, ...]."""
+        ...
+
+    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
+        """Rows that the item's side reads: row i of each table it names is item i's."""
+        ...
+
+    def query_vectors(
+        self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
+    ) -> Float[Array, "N E"]:
+        """The vectors of queries from the rows that `query_ids` names."""
+        ...
+
+    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+        """The vectors of items from the rows that `item_ids` names."""
+        ...
+
+
+class ItemRows:
+    """What most of them share: tables as they are, and row i of table `item` as item i's vector."""
+
+    whole = False
+
+    def propagate(
+        self,
+        params: Params,
+        values: Mapping[str, Float[Array, "R D"]],
+        context: Context,
+        *,
+        dropout: Dropout = None,
+    ) -> dict[str, Float[Array, "R D"]]:
+        """See `DotBackbone.propagate`."""
+        return dict(values)
+
+    def item_ids(self, context: Context, items: Int[Array, "..."]) -> Ids:
+        """See `DotBackbone.item_ids`."""
+        return {"item": items}
+
+    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+        """See `DotBackbone.item_vectors`."""
+        return rows["item"]
+
+
+class Window(NamedTuple):
+    """What a sequence backbone predicts of W windows, T places each.
+
+    Attributes:
+      states: [W, T, E] vectors to score targets and negatives with.
+      place: [T] or [W, T]: which of the window's L + 1 events is the target of each.
+      weights: [W, T] 1 where there is something to predict.
+    """
+
+    states: Float[Array, "W T E"]
+    place: Int[Array, "..."]
+    weights: Float[Array, "W T"]
+
+
+@runtime_checkable
+class SequenceBackbone(DotBackbone, Protocol):
+    """Reads the user's last L events (a masked place may be one of the L): `query_ids` are
+    {"item": ids} of `context.recent`.
+
+    A window is L + 1 events: the L before a query's moment (as `recent` gives them) and the one
+    at it.
+    """
+
+    @property
+    def length(self) -> int:
+        """L."""
+        ...
+
+    def window(
+        self,
+        params: Params,
+        events: Float[Array, "W L1 D"],
+        there: Bool[Array, "W L1"],
+        *,
+        key: jax.Array,
+    ) -> Window:
+        """One training pass (with dropout) over windows.
+
+        Args:
+          events: rows of table `item` of the L + 1 events, oldest first, the latest always last.
+          there: which of them are real.
+          key: of dropout, and of masks where the backbone draws some.
+        """
+        ...
+
+
+@runtime_checkable
+class JointBackbone(Backbone, Protocol):
+    """score(query, item) through a network that sees both sides together."""
+
+    def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
+        """Rows that scoring (queries, items) reads, [N, ...]."""
+        ...
+
+    def score(
+        self,
+        params: Params,
+        rows: Rows,
+        context: Context,
+        queries: Queries,
+        items: Int[Array, "N C"],
+        *,
+        dropout: Dropout,
+    ) -> Float[Array, "N C"]:
+        """Logits of the candidates from the rows that `ids` names."""
+        ...
+
+
+AnyBackbone = DotBackbone | JointBackbone
+
+
+def dots(states: Float[Array, "... E"], vectors: Float[Array, "... C E"]) -> Float[Array, "... C"]:
+    """Scores of C candidates for each state."""
+    return jnp.einsum("...e,...ce->...c", states, vectors)
+
+
+def item_tables(backbone: DotBackbone, context: Context) -> frozenset[str]:
+    """The tables whose row i is item i's."""
+    return frozenset(backbone.item_ids(context, jnp.zeros((1,), jnp.int32)))

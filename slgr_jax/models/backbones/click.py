@@ -1,0 +1,251 @@
+"""Click prediction: DeepFM, xDeepFM, AutoInt, DCN, DCNv2 and DIN as `JointBackbone`s.
+
+A row, (query, candidate), has these fields, each of width D:
+  user; item; the mean of the item's categories;
+  the mean of the last L events' items; the mean of the events' category means.
+Categories where the data have some, history unless it is switched off. `Din` gets the events
+themselves. A mean of nothing is a vector of zeros: an item without categories, a query without
+events. An event's item reads the same table as a candidate.
+
+DeepFM and xDeepFM add a first-order term: a number for each id, averaged as its field is. It is
+the last entry of the id's row, of width D + 1, so that it costs no table of its own.
+
+Shape letters: N queries, C candidates, L events, F categories of an item, T fields of an item
+(1 or 2), Q fields of the query, W width of a row (D or D + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from slgr_jax.errors import ConfigError
+from slgr_jax.models.backbones.base import Dropout, Ids, Params
+from slgr_jax.models.backbones.interactions import (
+    AutoInt,
+    Dcn,
+    DcnV2,
+    DeepFm,
+    Din,
+    FieldNetwork,
+    XDeepFm,
+)
+from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.sampling.context import (
+    FIELDS,
+    HISTORY,
+    Context,
+    Queries,
+    Sizes,
+    categories_of,
+    recent,
+)
+
+# Rows that a deterministic pass puts through a network at once: the candidates of a full ranking
+# go block by block, as a row of xDeepFM holds tens of kilobytes between two layers.
+BLOCK = 4096
+FIRST_ORDER = frozenset({"deepfm", "xdeepfm"})
+
+
+class ClickModel:
+    """A network over fields as a `JointBackbone`: tables `user`, `item`, `category`."""
+
+    def __init__(
+        self,
+        network: FieldNetwork | Din,
+        *,
+        sizes: Sizes,
+        dim: int,
+        length: int,
+        init_std: float,
+        dropout: float,
+        history: bool,
+        first_order: bool,
+    ) -> None:
+        self._network, self._dim, self._length = network, dim, length
+        self._categories, self._history = sizes.categories > 0, history
+        self._first_order = first_order
+        counts = {"user": sizes.users, "item": sizes.items}
+        if self._categories:
+            counts["category"] = sizes.categories
+        width = dim + first_order
+        self.tables: Mapping[str, TableSpec] = {
+            name: TableSpec(count, width, init_std) for name, count in counts.items()
+        }
+        self.reads = frozenset([HISTORY] * history + [FIELDS] * self._categories)
+        self.dropout = dropout
+
+    def init(self, key: jax.Array) -> Params:
+        parts = 1 + self._categories
+        item = jnp.zeros((1, 1, parts, self._dim))
+        if isinstance(self._network, Din):
+            query, there = jnp.zeros((1, 1, self._dim)), jnp.zeros((1, 1), bool)
+            return self._network.init(key, query, item, item, there)["params"]
+        count = 1 + parts * (1 + self._history)
+        return self._network.init(key, jnp.zeros((1, count, self._dim)))["params"]
+
+    def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
+        """`user` [N]; `item` [N, C + L], candidates then events; `category` [N, C + L, F]."""
+        seen, _ = self._items(context, queries, items)
+        found = {"user": queries.users, "item": seen}
+        if self._categories:
+            assert context.fields is not None
+            found["category"] = categories_of(context.fields, seen)[0]
+        return found
+
+    def score(
+        self,
+        params: Params,
+        rows: Rows,
+        context: Context,
+        queries: Queries,
+        items: Int[Array, "N C"],
+        *,
+        dropout: Dropout = None,
+    ) -> Float[Array, "N C"]:
+        seen, there = self._items(context, queries, items)
+        fields = rows["item"][:, :, None, :]
+        if self._categories:
+            assert context.fields is not None
+            counted = categories_of(context.fields, seen)[1]
+            means = _mean(rows["category"], counted)
+            fields = jnp.concatenate([fields, means[:, :, None, :]], axis=2)
+        target, events = fields[:, : items.shape[1]], fields[:, items.shape[1] :]
+        query = rows["user"][:, None, :]
+        if self._history and not isinstance(self._network, Din):
+            n, length, *shape = events.shape
+            mean = _mean(events.reshape(n, length, -1), there)
+            query = jnp.concatenate([query, mean.reshape(n, *shape)], axis=1)
+
+        def run(target: Float[Array, "N C T W"]) -> Float[Array, "N C"]:
+            return self._run(params, query, target, events, there, dropout)
+
+        # Blocks would all draw the same dropout masks.
+        return run(target) if dropout is not None else _by_block(run, target)
+
+    def _items(
+        self, context: Context, queries: Queries, items: Int[Array, "N C"]
+    ) -> tuple[Int[Array, "N CL"], Bool[Array, "N L"]]:
+        """Candidates then events, and which of the events are real."""
+        if not self._history:
+            return items, jnp.zeros((items.shape[0], 0), bool)
+        assert context.histories is not None
+        events, there = recent(context.histories, queries, self._length)
+        return jnp.concatenate([items, events], axis=1), there
+
+    def _run(
+        self,
+        params: Params,
+        query: Float[Array, "N Q W"],
+        target: Float[Array, "N C T W"],
+        events: Float[Array, "N L T W"],
+        there: Bool[Array, "N L"],
+        dropout: Dropout,
+    ) -> Float[Array, "N C"]:
+        """Logits of candidates."""
+        network, variables = self._network, {"params": params}
+        if isinstance(network, Din):
+            scores = network.apply(variables, query, target, events, there, dropout=dropout)
+            assert isinstance(scores, jax.Array)
+            return scores
+        n, c = target.shape[:2]
+        side = jnp.broadcast_to(query[:, None], (n, c, *query.shape[1:]))
+        fields = jnp.concatenate([side, target], axis=2).reshape(n * c, -1, query.shape[2])
+        scores = network.apply(variables, fields[..., : self._dim], dropout=dropout)
+        assert isinstance(scores, jax.Array)
+        if self._first_order:
+            scores = scores + jnp.sum(fields[..., self._dim], axis=1)
+        return scores.reshape(n, c)
+
+
+def make_click(
+    name: str,
+    *,
+    sizes: Sizes,
+    dim: int,
+    length: int,
+    init_std: float,
+    dropout: float,
+    mlp: tuple[int, ...] = (200, 80),
+    layers: int = 3,
+    heads: int = 2,
+    attention_width: int = 64,
+    cin: tuple[int, ...] = (100, 100, 100),
+    experts: int = 4,
+    low_rank: int = 0,
+    stacked: bool = False,
+    attention_mlp: tuple[int, ...] = (64, 16),
+    history: bool = True,
+) -> ClickModel:
+    """The model `name`: deepfm, xdeepfm, autoint, dcn, dcnv2 or din.
+
+    Args:
+      dim: D.
+      length: L, events of the history that count.
+      init_std: of the tables (`TableSpec`).
+      dropout: rate, in the perceptron.
+      mlp: widths of the perceptron.
+      layers: cross layers (dcn, dcnv2) or attention layers (autoint).
+      heads, attention_width: of autoint; the width is that of all heads together.
+      cin: maps of each layer of xdeepfm.
+      experts, low_rank: of dcnv2; low_rank 0 is one full matrix a layer, without experts.
+      stacked: of dcnv2: the perceptron after the cross layers instead of beside them.
+      attention_mlp: widths of din's attention unit.
+      history: whether the user's events are fields.
+
+    Raises:
+      ConfigError: settings that contradict each other.
+    """
+    if name == "din" and not (history and length > 0):
+        raise ConfigError("din weighs the events of a history: switch history on, with length > 0")
+    if name == "din" and not attention_mlp:
+        raise ConfigError("din's attention unit has no layers: give attention_mlp, as 64,16")
+    if name == "autoint" and attention_width % heads:
+        raise ConfigError(
+            f"attention_width={attention_width} is no multiple of heads={heads}: "
+            "each head has the same width"
+        )
+    odd = [size for size in cin[:-1] if size % 2]
+    if name == "xdeepfm" and (odd or not cin):
+        raise ConfigError(f"cin={cin}: every layer but the last is split in halves; use even sizes")
+    makers: dict[str, Callable[[], FieldNetwork | Din]] = {
+        "deepfm": lambda: DeepFm(mlp),
+        "xdeepfm": lambda: XDeepFm(cin, mlp),
+        "autoint": lambda: AutoInt(layers, heads, attention_width, mlp),
+        "dcn": lambda: Dcn(layers, mlp),
+        "dcnv2": lambda: DcnV2(layers, mlp, experts, low_rank, stacked),
+        "din": lambda: Din(attention_mlp, mlp),
+    }
+    return ClickModel(
+        makers[name](),
+        sizes=sizes,
+        dim=dim,
+        length=length,
+        init_std=init_std,
+        dropout=dropout,
+        history=history,
+        first_order=name in FIRST_ORDER,
+    )
+
+
+def _mean(rows: Float[Array, "*B K W"], there: Bool[Array, "*B K"]) -> Float[Array, "*B W"]:
+    """The mean of the K rows that are there; 0 where none is."""
+    total = jnp.sum(jnp.where(there[..., None], rows, 0.0), axis=-2)
+    return total / jnp.maximum(jnp.sum(there, axis=-1), 1).astype(rows.dtype)[..., None]
+
+
+def _by_block(
+    run: Callable[[jax.Array], jax.Array], target: Float[Array, "N C T W"]
+) -> Float[Array, "N C"]:
+    """`run` on the candidates in equal blocks of at most `BLOCK` rows (or one candidate)."""
+    n, c, *shape = target.shape
+    blocks = -(-c // max(1, BLOCK // n))
+    if blocks <= 1:
+        return run(target)
+    size = -(-c // blocks)
+    padded = jnp.pad(target, [(0, 0), (0, blocks * size - c), (0, 0), (0, 0)])
+    scores = jax.lax.map(run, jnp.moveaxis(padded.reshape(n, blocks, size, *shape), 1, 0))
+    return jnp.moveaxis(scores, 0, 1).reshape(n, blocks * size)[:, :c]

@@ -1,0 +1,265 @@
+"""LightGCN: embeddings smoothed over the graph of training pairs (He et al. 2020, 2002.02126).
+
+Shape letters: U users, I items, R rows of both or one, D width, n edges, K layers, P parts of M
+tiles of T edges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from slgr_jax.kernels import graph as kernel
+from slgr_jax.models.backbones.base import Dropout, Ids, ItemRows, Params
+from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.sampling import random_bits
+from slgr_jax.sampling.context import GRAPH, Context, Graph, Queries
+
+TILE = 8  # T
+GATHERED = 1 << 25  # float32 of gathered rows in memory at once, where they are not fused away
+
+Pair = tuple[jax.Array, jax.Array]  # of the users, of the items
+
+
+@dataclasses.dataclass(frozen=True)
+class Propagation:
+    """How tables are propagated.
+
+    Attributes:
+      layers: K, at least 1.
+      native: by the CPU kernel.
+      rate: of dropped edges, in [0, 1).
+      gathered: bound on the gathered rows of an XLA program, in numbers.
+    """
+
+    layers: int
+    native: bool
+    rate: float = 0.0
+    gathered: int = GATHERED
+
+    @property
+    def threshold(self) -> int:
+        """An edge is dropped where its word, uniform in [0, 2^32), is less."""
+        return min(round(self.rate * 2**32), 2**32 - 1)
+
+    @property
+    def weight(self) -> float:
+        """What kept edges are multiplied by, so that the sums keep their expectation."""
+        return 1.0 / (1.0 - self.rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def propagate(how: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
+    """E = 1 / (K + 1) sum_k A^k E^(0), A_ui = A_iu = w m_ui / sqrt(d_u d_i), k = 0 .. K.
+
+    Equations 3, 4 and 8 (with alpha_k = 1 / (K + 1)) of He et al. 2020. Degrees d are those of the
+    whole graph; m_ui is 0 for dropped edges and w = 1 / (1 - rate). Rows without edges keep their
+    layer-0 term alone.
+
+    Args:
+      how: the layers, and who computes them.
+      tables: E^(0) of users [U, D] and items [I, D].
+      graph: the edges.
+      words: uint32 words of users [U] and items [I] (`edge_words`), of which m is a function;
+        None drops nothing.
+    """
+    user, item = tables
+    if how.native:
+        return kernel.propagate(
+            user,
+            item,
+            (graph.user_offsets, graph.items),
+            (graph.item_offsets, graph.users),
+            words,
+            layers=how.layers,
+            threshold=how.threshold,
+            weight=how.weight,
+        )
+    return _by_xla(how, tables, graph, words)
+
+
+def _forward(
+    how: Propagation, tables: Pair, graph: Graph, words: Pair | None
+) -> tuple[Pair, tuple[Graph, Pair | None]]:
+    return propagate(how, tables, graph, words), (graph, words)
+
+
+def _backward(
+    how: Propagation, kept: tuple[Graph, Pair | None], grads: Pair
+) -> tuple[Pair, None, None]:
+    # A is symmetric, and so is any polynomial in it: the map is its own adjoint.
+    return propagate(how, grads, *kept), None, None
+
+
+propagate.defvjp(_forward, _backward)
+
+
+def edge_words(
+    key: jax.Array, n_users: int, n_items: int
+) -> tuple[UInt32[Array, "U"], UInt32[Array, "I"]]:
+    """Random words of users and items; the word of edge (u, i) is mixed(words_u + words_i).
+
+    Both orders of the edges find the same word of an edge, without a permutation between them.
+    """
+    keys = jax.random.split(key)
+    users, items = (
+        random_bits.of_rows(one, jnp.arange(rows, dtype=jnp.int32), 1)[:, 0]
+        for one, rows in zip(keys, (n_users, n_items), strict=True)
+    )
+    return users, items
+
+
+class _Tiles(NamedTuple):
+    """The edges of each row cut into tiles of T, with gaps in a row's last tile.
+
+    A segment sum of gathered rows takes XLA one memory access (on GPU an atomic addition) a
+    number, and on CPU a copy of every row. The T rows of a tile are added as they are read.
+
+    Attributes:
+      row: [P, M] whose edges they are, ascending; R past the last tile.
+      columns: [P, M, T] the rows at their other ends; R for gaps and dropped edges.
+    """
+
+    row: Int[Array, "P M"]
+    columns: Int[Array, "P M T"]
+
+
+def _tiles(
+    how: Propagation,
+    offsets: Int[Array, "R1"],
+    indices: Int[Array, "n"],
+    words: UInt32[Array, "R"] | None,
+    width: int,
+) -> _Tiles:
+    """Tiles of the edges that are kept, in parts that gather at most `how.gathered` numbers.
+
+    Args:
+      offsets, indices: the other ends of each row's edges.
+      words: of the rows.
+      width: D.
+    """
+    rows = offsets.size - 1
+    most = (indices.size + rows * (TILE - 1)) // TILE  # sum_r ceil(d_r / T) is no more
+    size = min(max(1, how.gathered // (TILE * width)), most)
+    parts = -(-most // size)
+    counts = -(-jnp.diff(offsets) // TILE)
+    ends = jnp.cumsum(counts)
+    tile = jnp.arange(parts * size, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+    mine = jnp.minimum(row, rows - 1)
+    start = offsets[mine] + TILE * (tile - (ends - counts)[mine])
+    at = start[:, None] + jnp.arange(TILE, dtype=jnp.int32)[None, :]
+    there = at < offsets[mine + 1][:, None]  # never past the last tile
+    columns = indices.at[at].get(mode="clip")
+    if words is not None:
+        word = random_bits.mixed(words[mine][:, None] + words[columns])
+        there &= word >= jnp.uint32(how.threshold)
+    columns = jnp.where(there, columns, rows)
+    return _Tiles(row.reshape(parts, size), columns.reshape(parts, size, TILE))
+
+
+def _summed(tiles: _Tiles, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    """sum of x_c over the edges (r, c) of each row r."""
+    padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])  # row R is 0
+
+    def add(total: jax.Array, part: _Tiles) -> tuple[jax.Array, None]:
+        # T gathers of M rows: XLA fuses them into their sum, but one of [M, T] into none on CPU.
+        gathered = [
+            padded.at[part.columns[:, k]].get(mode="promise_in_bounds") for k in range(TILE)
+        ]
+        sums = functools.reduce(jnp.add, gathered)
+        return total.at[part.row].add(sums, indices_are_sorted=True, mode="drop"), None
+
+    return jax.lax.scan(add, jnp.zeros_like(x), tiles)[0]
+
+
+def _by_xla(how: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
+    """`propagate` on one table of users and then items, in the steps of graph.cc."""
+    n_users, width = tables[0].shape
+    offsets = jnp.concatenate([graph.user_offsets, graph.items.size + graph.item_offsets[1:]])
+    indices = jnp.concatenate([graph.items + n_users, graph.users])
+    both = None if words is None else jnp.concatenate(words)
+    tiles = _tiles(how, offsets, indices, both, width)
+    degree = jnp.diff(offsets).astype(jnp.float32)[:, None]
+    scale = jnp.where(degree > 0, jax.lax.rsqrt(jnp.maximum(degree, 1.0)), 0.0)
+
+    def layer(k: Int[Array, ""], state: Pair) -> Pair:
+        scaled, total = state  # what is summed over edges is S E, not E
+        value = how.weight * scale * _summed(tiles, scaled)
+        return scale * value, total + value
+
+    table = jnp.concatenate(tables)
+    total = jax.lax.fori_loop(0, how.layers, layer, (scale * table, table))[1]
+    mean = total / (how.layers + 1)
+    return mean[:n_users], mean[n_users:]
+
+
+class LightGCN(ItemRows):
+    """LightGCN as a `DotBackbone`: tables `user` [U, D] and `item` [I, D], no dense parameters.
+
+    Dropout is on the edges of the training graph: a pass drops each with that rate in both
+    directions and all layers, and weighs the others up.
+    """
+
+    reads: frozenset[str] = frozenset({GRAPH})
+    whole = True
+    factor_model = None
+
+    def __init__(
+        self,
+        *,
+        n_users: int,
+        n_items: int,
+        dim: int,
+        layers: int,
+        init_std: float,
+        dropout: float,
+        native: bool,
+    ) -> None:
+        self.tables: Mapping[str, TableSpec] = {
+            "user": TableSpec(n_users, dim, init_std),
+            "item": TableSpec(n_items, dim, init_std),
+        }
+        self.dropout = dropout
+        self._layers, self._native = layers, native
+
+    def init(self, key: jax.Array) -> Params:
+        return {}
+
+    def propagate(
+        self,
+        params: Params,
+        values: Mapping[str, Float[Array, "R D"]],
+        context: Context,
+        *,
+        dropout: Dropout = None,
+    ) -> dict[str, Float[Array, "R D"]]:
+        assert context.graph is not None, "LightGCN reads the graph"
+        user, item = values["user"], values["item"]
+        rate, words = 0.0, None
+        if dropout is not None and dropout[0] > 0:
+            rate, key = dropout
+            words = edge_words(key, user.shape[0], item.shape[0])
+        how = Propagation(self._layers, self._native, rate)
+        user, item = propagate(how, (user, item), context.graph, words)
+        return {"user": user, "item": item}
+
+    def query_ids(self, context: Context, queries: Queries) -> Ids:
+        return {"user": queries.users}
+
+    def query_vectors(
+        self,
+        params: Params,
+        rows: Rows,
+        context: Context,
+        queries: Queries,
+        *,
+        dropout: Dropout = None,
+    ) -> Float[Array, "N E"]:
+        return rows["user"]

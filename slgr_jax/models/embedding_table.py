@@ -1,0 +1,461 @@
+"""Embedding tables that are read and updated row by row.
+
+A table of R rows of width D is one array [R', W] of packed rows (`RowFormat`): each row carries
+its S optimiser slots right behind its D values, so a lookup with its update is one gather and
+one scatter of contiguous rows, and never a table-sized temporary. R' is R padded to the mesh.
+
+Values are stored in float32 or bfloat16, slots always in float32: in bfloat16 a sum stops
+growing once what it is given is below half a unit in its last place (ulp). For the same reason
+bfloat16 values are rounded stochastically: up with the probability that keeps the expectation.
+
+A batch touches N rows, some more than once. Their gradients are summed first and the
+optimiser is applied once to each distinct row, as a dense optimiser would.
+
+Shape letters: R rows, D width, S slots, W lanes of a packed row, N touched rows (with repeats).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
+
+from slgr_jax.config import OptimizerConfig
+from slgr_jax.kernels import cpu
+from slgr_jax.mesh import Layout
+from slgr_jax.sampling import random_bits
+
+Rows = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSpec:
+    """Size and initialisation of one table: entries ~ N(0, init_std^2 / width)."""
+
+    rows: int
+    width: int
+    init_std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """How the D values and S float32 slots of a row lie side by side in W lanes.
+
+        values in   lanes of a row                                   storage   bytes a row
+        float32     D values, S slots                                float32   4 D + 4 S
+        bfloat16    D values, S slots' upper, S slots' lower halves  uint16    2 D + 4 S
+
+    bfloat16 rows are stored as integers because XLA may change bits that are not a number's:
+    its CPU compiler turns NaN patterns of bfloat16 lanes into another NaN (scatter, select,
+    concatenate; jax 0.10), and the lower half of a float32 is such a pattern one time in 258.
+    Halves stand in two planes, and not two by two, so that packing is elementwise.
+
+    Attributes:
+      width: D.
+      slots: S.
+      dtype: of the values; float32 or bfloat16.
+    """
+
+    width: int
+    slots: int
+    dtype: str
+
+    @classmethod
+    def of(cls, table: Num[Array, "R W"], width: int) -> RowFormat:
+        """The format of a table whose rows have D = `width` values."""
+        lanes = table.shape[1] - width
+        if table.dtype == jnp.uint16:
+            return cls(width, lanes // 2, "bfloat16")
+        return cls(width, lanes, "float32")
+
+    def pack(
+        self,
+        values: Float[Array, "N D"],
+        slots: Float[Array, "N S"],
+        noise: UInt32[Array, "N D"] | None = None,
+    ) -> Num[Array, "N W"]:
+        """Rows from float32 values and slots; slots are kept to the bit.
+
+        Args:
+          values: each becomes one of its two bfloat16 neighbours where values are bfloat16.
+          slots: of the same rows.
+          noise: uniform in [0, 2^16), to round stochastically; None rounds to nearest.
+        """
+        if self.dtype == "float32":
+            return jnp.concatenate([values, slots], axis=1)
+        bits = jax.lax.bitcast_convert_type(slots, jnp.uint32)
+        lanes = [_upper_half(values, noise), bits >> 16, bits & 0xFFFF]
+        return jnp.concatenate([lane.astype(jnp.uint16) for lane in lanes], axis=1)
+
+    def unpack(self, rows: Num[Array, "N W"]) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
+        """The float32 values and slots of rows."""
+        if self.dtype == "float32":
+            return rows[:, : self.width], rows[:, self.width :]
+        cut = self.width + self.slots
+        values, upper, lower = (
+            lanes.astype(jnp.uint32)
+            for lanes in (rows[:, : self.width], rows[:, self.width : cut], rows[:, cut:])
+        )
+        values, slots = values << 16, upper << 16 | lower
+        return (
+            jax.lax.bitcast_convert_type(values, jnp.float32),
+            jax.lax.bitcast_convert_type(slots, jnp.float32),
+        )
+
+
+def _upper_half(
+    values: Float[Array, "N D"], noise: UInt32[Array, "N D"] | None
+) -> UInt32[Array, "N D"]:
+    """bfloat16 bits of float32 values: (bits + noise) >> 16, where bfloat16 cuts a float32.
+
+    A value on the bfloat16 grid stays (its lower half is 0), infinities among them; a NaN stays
+    a NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    if noise is None:
+        noise = 0x7FFF + (bits >> 16 & 1)  # to nearest, ties to even
+    # A NaN may be one by its lower half alone, and noise may carry it over the sign.
+    return jnp.where(jnp.isnan(values), bits >> 16 | 0x40, bits + noise >> 16)
+
+
+def rounding(key: jax.Array, names: Iterable[str]) -> dict[str, UInt32[Array, "2"]]:
+    """By table: the generator that one update rounds it with, the same on any mesh.
+
+    By hashing the key's own words: Threefry would take longer than the rest of a small step.
+
+    Args:
+      key: of the step.
+    """
+    numbers = {name: np.uint32(zlib.crc32(name.encode())) for name in names}
+    words = jax.random.key_data(key)[:2]
+    return {
+        name: random_bits.mixed(random_bits.mixed(words ^ number) + number)
+        for name, number in numbers.items()
+    }
+
+
+class RowOptimizer(Protocol):
+    """An update rule for rows, each with its own slots.
+
+    `apply` maps (values [N, D], slots [N, S], gradient [N, D]) to new values and slots. It sees
+    each touched row once, with the sum of its gradients.
+    """
+
+    @property
+    def rule(self) -> cpu.Rule:
+        """The same update for the CPU kernels."""
+        ...
+
+    def slots(self, width: int) -> int:
+        """S for rows of width D."""
+        ...
+
+    def initial(self, width: int) -> np.ndarray:
+        """The [S] slots of an untouched row."""
+        ...
+
+    def apply(
+        self,
+        values: Float[Array, "N D"],
+        slots: Float[Array, "N S"],
+        grad: Float[Array, "N D"],
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
+        """One update of each row."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """w <- w - lr g. On touched rows equal to `optax.sgd(lr)`."""
+
+    lr: float
+
+    @property
+    def rule(self) -> cpu.Rule:
+        return cpu.Rule("sgd", self.lr)
+
+    def slots(self, width: int) -> int:
+        return 0
+
+    def initial(self, width: int) -> np.ndarray:
+        return np.zeros(0, np.float32)
+
+    def apply(
+        self, values: jax.Array, slots: jax.Array, grad: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return values - self.lr * grad, slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Adagrad:
+    """a <- a + g^2; w <- w - lr g / sqrt(a + eps), per entry, a starts at 0.1.
+
+    On touched rows equal to `optax.adagrad(lr, initial_accumulator_value=0.1, eps)`
+    (Duchi et al. 2011).
+    """
+
+    lr: float
+    eps: float
+
+    @property
+    def rule(self) -> cpu.Rule:
+        return cpu.Rule("adagrad", self.lr, self.eps)
+
+    def slots(self, width: int) -> int:
+        return width
+
+    def initial(self, width: int) -> np.ndarray:
+        return np.full(width, 0.1, np.float32)
+
+    def apply(
+        self, values: jax.Array, slots: jax.Array, grad: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        slots = slots + grad * grad
+        return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
+
+
+@dataclasses.dataclass(frozen=True)
+class RowwiseAdagrad:
+    """a <- a + mean(g^2); w <- w - lr g / sqrt(a + eps): one accumulator a row, from 0.1.
+
+    The row-wise variant of DLRM-style trainers: 4 bytes of state a row instead of 4 D.
+    """
+
+    lr: float
+    eps: float
+
+    @property
+    def rule(self) -> cpu.Rule:
+        return cpu.Rule("rowwise_adagrad", self.lr, self.eps)
+
+    def slots(self, width: int) -> int:
+        return 1
+
+    def initial(self, width: int) -> np.ndarray:
+        return np.full(1, 0.1, np.float32)
+
+    def apply(
+        self, values: jax.Array, slots: jax.Array, grad: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        slots = slots + jnp.mean(grad * grad, axis=1, keepdims=True)
+        return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyAdam:
+    """Adam on the rows a batch touches, with each row's own step count.
+
+    A row's trajectory is exactly that of `optax.adam(lr, b1, b2, eps)` fed the steps that touch
+    the row; steps that do not touch it neither decay its moments nor move it. Slots: first
+    moment [D], second moment [D], count [1].
+    """
+
+    lr: float
+    b1: float
+    b2: float
+    eps: float
+
+    @property
+    def rule(self) -> cpu.Rule:
+        return cpu.Rule("lazy_adam", self.lr, self.eps, self.b1, self.b2)
+
+    def slots(self, width: int) -> int:
+        return 2 * width + 1
+
+    def initial(self, width: int) -> np.ndarray:
+        return np.zeros(2 * width + 1, np.float32)
+
+    def apply(
+        self, values: jax.Array, slots: jax.Array, grad: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        width = values.shape[1]
+        count = slots[:, 2 * width :] + 1.0
+        first = self.b1 * slots[:, :width] + (1.0 - self.b1) * grad
+        second = self.b2 * slots[:, width : 2 * width] + (1.0 - self.b2) * grad * grad
+        # 1 - b^t through expm1: exact where b^t is close to 1, as it is for b2 and small t.
+        first_scale = -jnp.expm1(count * np.float32(np.log(self.b1))) if self.b1 else 1.0
+        second_scale = -jnp.expm1(count * np.float32(np.log(self.b2))) if self.b2 else 1.0
+        step = (first / first_scale) / (jnp.sqrt(second / second_scale) + self.eps)
+        return values - self.lr * step, jnp.concatenate([first, second, count], axis=1)
+
+
+def make_row_optimizer(config: OptimizerConfig) -> RowOptimizer:
+    """The row optimiser that `config.table_optimizer` names."""
+    makers: dict[str, Callable[[], RowOptimizer]] = {
+        "sgd": lambda: Sgd(config.lr),
+        "adagrad": lambda: Adagrad(config.lr, config.eps),
+        "rowwise_adagrad": lambda: RowwiseAdagrad(config.lr, config.eps),
+        "lazy_adam": lambda: LazyAdam(config.lr, config.adam_b1, config.adam_b2, config.eps),
+    }
+    return makers[config.table_optimizer]()
+
+
+def init_table(
+    key: jax.Array,
+    spec: TableSpec,
+    optimizer: RowOptimizer,
+    layout: Layout,
+    dtype: str = "float32",
+) -> Num[Array, "R W"]:
+    """A fresh table [R', W], created shard by shard on the devices of `layout`.
+
+    The values do not depend on the number of devices. Each is a function of its row and column,
+    so that no second array of the table's size is ever made.
+    """
+    rows, width = layout.padded_rows(spec.rows), spec.width
+    initial = optimizer.initial(width)
+    row_format = RowFormat(width, initial.size, dtype)
+
+    def make(key: jax.Array) -> jax.Array:
+        ids = jnp.arange(rows, dtype=jnp.int32)
+        values = random_bits.normal(random_bits.of_rows(key, ids, width))
+        values = values * np.float32(spec.init_std / np.sqrt(width))
+        slots = jnp.broadcast_to(initial[None, :], (rows, initial.size))
+        return row_format.pack(values, slots)
+
+    return jax.jit(make, out_shardings=layout.table_sharding)(key)
+
+
+def values_of(table: Num[Array, "R W"], spec: TableSpec) -> Float[Array, "R D"]:
+    """The float32 values of a table, without optimiser slots and padding rows."""
+    return RowFormat.of(table, spec.width).unpack(table[: spec.rows])[0]
+
+
+def all_finite(table: Num[Array, "R W"], width: int) -> Bool[Array, ""]:
+    """Whether every value and slot of a table is a finite number; padding rows too."""
+    parts = RowFormat.of(table, width).unpack(table)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
+
+
+def lookup(
+    table: Num[Array, "Rs W"], ids: Int[Array, "..."], width: int, layout: Layout
+) -> Float[Array, "... D"]:
+    """The float32 values of rows `ids`, inside the step's `shard_map`.
+
+    Args:
+      table: this device's block of the table's rows.
+      ids: this device's ids, any shape, each in [0, R). Ids are checked on the host when the
+        data are loaded; here an id outside would silently read another row.
+      width: D.
+      layout: the mesh; with one table shard this is a plain gather.
+    """
+    flat, row_format = ids.reshape(-1), RowFormat.of(table, width)
+    if layout.table_shards == 1:
+        rows, _ = row_format.unpack(table.at[flat].get(mode="promise_in_bounds"))
+    else:
+        every = layout.gather_over_table(flat)
+        local = every - layout.table_index() * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        rows = table.at[jnp.where(mine, local, 0)].get(mode="promise_in_bounds")
+        # Unpacked before the sum over shards: packed rows are no numbers to add.
+        rows, _ = row_format.unpack(rows)
+        rows = layout.scatter_over_table(jnp.where(mine[:, None], rows, 0.0))
+    return rows.reshape(*ids.shape, width)
+
+
+def every_row(table: Num[Array, "Rs W"], spec: TableSpec, layout: Layout) -> Float[Array, "R D"]:
+    """The float32 values of all R rows, without padding, inside the step's `shard_map`."""
+    values, _ = RowFormat.of(table, spec.width).unpack(table)
+    if layout.table_shards > 1:
+        values = layout.gather_over_table(values)
+    return values[: spec.rows]
+
+
+def update_every_row(
+    table: Num[Array, "Rs W"],
+    grads: Float[Array, "R D"],
+    optimizer: RowOptimizer,
+    layout: Layout,
+    generator: UInt32[Array, "2"] | None = None,
+) -> Num[Array, "Rs W"]:
+    """Apply `optimizer` once to every row: what a dense optimiser does.
+
+    Args:
+      table: this device's block of the table.
+      grads: this device's share of the gradient of `every_row`.
+      generator: as for `update`.
+    """
+    rows, width = table.shape[0], grads.shape[1]
+    row_format = RowFormat.of(table, width)
+    grads = layout.sum_over_all(grads)
+    grads = jnp.pad(grads, ((0, rows * layout.table_shards - grads.shape[0]), (0, 0)))
+    ids = jnp.arange(rows, dtype=jnp.int32)
+    if layout.table_shards > 1:
+        ids = ids + layout.table_index() * rows
+        grads = jax.lax.dynamic_slice_in_dim(grads, layout.table_index() * rows, rows)
+    noise = None
+    if row_format.dtype == "bfloat16":
+        noise = random_bits.halves_of_rows(_given(generator), ids, width)
+    return row_format.pack(*optimizer.apply(*row_format.unpack(table), grads), noise)
+
+
+def _given(generator: UInt32[Array, "2"] | None) -> UInt32[Array, "2"]:
+    if generator is None:
+        raise ValueError("a bfloat16 table is updated with a generator, to round stochastically")
+    return generator
+
+
+def update(
+    table: Num[Array, "Rs W"],
+    slot: Int[Array, "Rs"],
+    ids: Int[Array, "..."],
+    grads: Float[Array, "... D"],
+    optimizer: RowOptimizer,
+    layout: Layout,
+    generator: UInt32[Array, "2"] | None = None,
+    *,
+    native: bool = False,
+) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
+    """Apply `optimizer` once to each distinct row of `ids`, with its gradients summed.
+
+    Distinct rows are found without a sort: every lane writes its number into `slot` at its
+    row, one of them stays, and reading back gives all lanes of a row the same representative.
+    `slot` needs no clearing, since only entries written in this call are read.
+
+    Args:
+      table: this device's block of the table.
+      slot: [Rs] int32 scratch with the block's rows, carried from step to step.
+      ids: this device's ids in [0, R), any shape.
+      grads: gradient of each, same leading shape.
+      generator: of this update (`rounding`), the same on every device; for bfloat16 values.
+      native: let the CPU kernel do it.
+
+    Raises:
+      ValueError: a bfloat16 table without a generator.
+    """
+    width = grads.shape[-1]
+    ids = layout.gather_over_all(ids.reshape(-1))
+    grads = layout.gather_over_all(grads.reshape(-1, width))
+    rows, row_format = table.shape[0], RowFormat.of(table, width)
+    if native:
+        words = _given(generator) if row_format.dtype == "bfloat16" else None
+        return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
+    lane = jnp.arange(ids.size, dtype=jnp.int32)
+    noise = None
+    if row_format.dtype == "bfloat16":
+        noise = random_bits.halves_of_rows(_given(generator), ids, width)
+    if layout.table_shards == 1:
+        local, mode, put = ids, "promise_in_bounds", "promise_in_bounds"
+    else:
+        local = ids - layout.table_index() * rows
+        mine = (local >= 0) & (local < rows)
+        # Rows of other blocks: written nowhere, and worth nothing where they are read.
+        local, grads = jnp.where(mine, local, rows), jnp.where(mine[:, None], grads, 0.0)
+        mode, put = "clip", "drop"
+    if isinstance(optimizer, Sgd) and row_format.dtype == "float32":
+        return table.at[local].add(-optimizer.lr * grads, mode=put), slot
+    slot = slot.at[local].set(lane, mode=put)
+    representative = slot.at[local].get(mode=mode)
+    total = jnp.zeros_like(grads).at[representative].add(grads, mode="promise_in_bounds")
+    is_representative = representative == lane
+    old_values, old_slots = row_format.unpack(table.at[local].get(mode=mode))
+    values, slots = optimizer.apply(old_values, old_slots, total)
+    new = row_format.pack(values, slots, noise)
+    target = jnp.where(is_representative & (local < rows), local, rows)
+    return table.at[target].set(new, mode="drop", unique_indices=True), slot

@@ -1,0 +1,425 @@
+"""How a step reads table rows and writes them back: as rows, whole, or as dot products of rows.
+
+The step differentiates its loss with respect to *leaves*, whatever `read` returned, and hands
+their gradient to `write`. Which of the two it is changes no result but rounding.
+
+  Rows     leaves are the rows themselves; of tables that are needed whole (a graph, a softmax
+           over the catalogue), all of their rows. Any backbone, any device.
+  Factors  leaves are s = p . q_c and the squared norms, of backbones that are a dot product:
+           the CPU kernels compute them and, from ds alone, the gradients of the rows, so that
+           neither is ever written out.
+
+Shape letters: N lanes, C candidates of a lane, D width, R rows of a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from slgr_jax.kernels import cpu
+from slgr_jax.mesh import Layout
+from slgr_jax.models import embedding_table
+from slgr_jax.models.backbones.base import AnyBackbone, DotBackbone, FactorModel, Ids, dots
+from slgr_jax.sampling.context import Context, Queries
+
+Tables = Mapping[str, jax.Array]
+Leaves = Any  # a pytree of float arrays
+Dropout = tuple[float, jax.Array] | None
+
+
+@struct.dataclass
+class Lanes:
+    """Queries [N] and candidates [N, C] whose scores the loss needs."""
+
+    queries: Queries
+    items: Int[Array, "N C"]
+
+
+class Reads(NamedTuple):
+    """What a loss needs of the tables.
+
+    Attributes:
+      lanes: by name: scores of lanes.
+      rows: by name: rows themselves.
+      whole: names of tables of which it needs every row.
+    """
+
+    lanes: Mapping[str, Lanes]
+    rows: Mapping[str, Ids]
+    whole: frozenset[str] = frozenset()
+
+
+class View(Protocol):
+    """What one forward pass sees of the leaves."""
+
+    def scores(self, name: str, dropout: Dropout) -> Float[Array, "N C"]:
+        """Logits of `Reads.lanes[name]`."""
+        ...
+
+    def rows(self, name: str) -> Mapping[str, Float[Array, "... D"]]:
+        """The rows of `Reads.rows[name]`, by table."""
+        ...
+
+    def table(self, name: str) -> Float[Array, "R D"]:
+        """Every row of one of `Reads.whole`."""
+        ...
+
+
+class Access(Protocol):
+    """One way to read and write; see the module's docstring."""
+
+    def read(self, state: Tables, context: Context, reads: Reads) -> Leaves:
+        """What the loss is differentiated by."""
+        ...
+
+    def view(
+        self,
+        params: Mapping[str, Any],
+        leaves: Leaves,
+        context: Context,
+        reads: Reads,
+        dropout: Dropout,
+    ) -> View:
+        """The leaves for one pass; `dropout` is of what all lanes share (a graph's edges)."""
+        ...
+
+    def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
+        """By name of lanes and rows: [N] sum of the squared entries of all rows a lane reads."""
+        ...
+
+    def finite(self, leaves: Leaves) -> dict[str, Bool[Array, ""]]:
+        """Per table: whether every row that was read is finite."""
+        ...
+
+    def write(
+        self,
+        state: Tables,
+        slots: Tables,
+        context: Context,
+        reads: Reads,
+        gradient: Leaves,
+        key: jax.Array,
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """The tables and slots after one update of every row that was read."""
+        ...
+
+
+def lane_ids(backbone: AnyBackbone, context: Context, lanes: Lanes) -> dict[str, Ids]:
+    """The rows that scoring lanes reads: those of the query's side, of the item's, or of both."""
+    if isinstance(backbone, DotBackbone):
+        return {
+            "query": backbone.query_ids(context, lanes.queries),
+            "item": backbone.item_ids(context, lanes.items),
+        }
+    return {"both": backbone.ids(context, lanes.queries, lanes.items)}
+
+
+def lane_scores(
+    backbone: AnyBackbone,
+    params: Mapping[str, Any],
+    rows: Mapping[str, Mapping[str, jax.Array]],
+    context: Context,
+    lanes: Lanes,
+    dropout: Dropout,
+) -> Float[Array, "N C"]:
+    """Logits of lanes from the rows that `lane_ids` names."""
+    if isinstance(backbone, DotBackbone):
+        states = backbone.query_vectors(
+            params, rows["query"], context, lanes.queries, dropout=dropout
+        )
+        return dots(states, backbone.item_vectors(params, rows["item"]))
+    return backbone.score(
+        params, rows["both"], context, lanes.queries, lanes.items, dropout=dropout
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Leaves: {"rows": {(name, side): {table: rows}}, "whole": {table: all rows}}."""
+
+    backbone: AnyBackbone
+    optimizer: embedding_table.RowOptimizer
+    layout: Layout
+    native: bool
+
+    def _whole(self, reads: Reads) -> frozenset[str]:
+        backbone = self.backbone
+        if isinstance(backbone, DotBackbone) and backbone.whole:
+            return frozenset(backbone.tables)
+        return reads.whole
+
+    def _ids(self, context: Context, reads: Reads) -> dict[str, Ids]:
+        """Every group of ids by name; sides of lanes as `name/side`."""
+        found = dict(reads.rows)
+        for name, lanes in reads.lanes.items():
+            for side, ids in lane_ids(self.backbone, context, lanes).items():
+                found[f"{name}/{side}"] = ids
+        return found
+
+    def named(self, context: Context, reads: Reads) -> dict[str, list[Int[Array, "..."]]]:
+        """By table: the ids of all rows that are read, repeats too; each row of whole tables."""
+        specs = self.backbone.tables
+        found = {name: [jnp.arange(specs[name].rows)] for name in sorted(self._whole(reads))}
+        whole = frozenset(found)
+        for named in self._ids(context, reads).values():
+            for name, wanted in named.items():
+                if name not in whole:
+                    found.setdefault(name, []).append(wanted)
+        return found
+
+    def read(self, state: Tables, context: Context, reads: Reads) -> Leaves:
+        whole, specs = self._whole(reads), self.backbone.tables
+        ids = self._ids(context, reads)
+        return {
+            "whole": {
+                name: embedding_table.every_row(state[name], specs[name], self.layout)
+                for name in sorted(whole)
+            },
+            "rows": {
+                group: {
+                    name: embedding_table.lookup(
+                        state[name], wanted, specs[name].width, self.layout
+                    )
+                    for name, wanted in named.items()
+                    if name not in whole
+                }
+                for group, named in ids.items()
+            },
+        }
+
+    def view(
+        self,
+        params: Mapping[str, Any],
+        leaves: Leaves,
+        context: Context,
+        reads: Reads,
+        dropout: Dropout,
+    ) -> View:
+        values = self._propagated(params, leaves, context, dropout)
+        rows = self._gathered(leaves["rows"], values, self._ids(context, reads))
+        return _RowsView(self.backbone, params, context, reads, rows, values)
+
+    def sides(
+        self,
+        params: Mapping[str, Any],
+        leaves: Leaves,
+        context: Context,
+        reads: Reads,
+        dropout: Dropout,
+    ) -> dict[str, dict[str, dict[str, jax.Array]]]:
+        """By name of lanes: the rows of each side, as `lane_scores` takes them."""
+        values = self._propagated(params, leaves, context, dropout)
+        groups = self._gathered(leaves["rows"], values, self._ids(context, reads))
+        return {name: _sides(groups, name) for name in reads.lanes}
+
+    def _propagated(
+        self, params: Mapping[str, Any], leaves: Leaves, context: Context, dropout: Dropout
+    ) -> Mapping[str, jax.Array]:
+        backbone, values = self.backbone, leaves["whole"]
+        if isinstance(backbone, DotBackbone) and backbone.whole:
+            return backbone.propagate(params, values, context, dropout=dropout)
+        return dict(values)
+
+    def _gathered(
+        self,
+        rows: Mapping[str, Mapping[str, jax.Array]],
+        values: Mapping[str, jax.Array],
+        ids: Mapping[str, Ids],
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Rows of every group, those of whole tables gathered out of `values`."""
+
+        def gather(name: str, wanted: jax.Array) -> jax.Array:
+            return values[name].at[wanted].get(mode="promise_in_bounds")
+
+        return {
+            group: {
+                name: gather(name, wanted) if name in values else rows[group][name]
+                for name, wanted in named.items()
+            }
+            for group, named in ids.items()
+        }
+
+    def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
+        rows = self._gathered(leaves["rows"], leaves["whole"], self._ids(context, reads))
+        found: dict[str, jax.Array] = {}
+        for group, named in rows.items():
+            name = group.split("/")[0]
+            for part in named.values():
+                squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
+                found[name] = found[name] + squares if name in found else squares
+        return found
+
+    def finite(self, leaves: Leaves) -> dict[str, jax.Array]:
+        squares: dict[str, list[jax.Array]] = {name: [] for name in self.backbone.tables}
+        for named in (leaves["whole"], *leaves["rows"].values()):
+            for name, rows in named.items():
+                squares[name].append(jnp.sum(jnp.square(rows)))
+        return {
+            name: jnp.isfinite(jnp.sum(jnp.stack(found))) if found else jnp.bool_(True)
+            for name, found in squares.items()
+        }
+
+    def write(
+        self,
+        state: Tables,
+        slots: Tables,
+        context: Context,
+        reads: Reads,
+        gradient: Leaves,
+        key: jax.Array,
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        ids = self._ids(context, reads)
+        new_tables, new_slots = dict(state), dict(slots)
+        rounding = embedding_table.rounding(key, self.backbone.tables)
+        for name, spec in self.backbone.tables.items():
+            if name in gradient["whole"]:
+                whole = gradient["whole"][name]
+                new_tables[name] = embedding_table.update_every_row(
+                    state[name], whole, self.optimizer, self.layout, rounding[name]
+                )
+                continue
+            groups = [group for group, named in ids.items() if name in named]
+            if not groups:
+                continue
+            flat = [ids[group][name].reshape(-1) for group in groups]
+            grads = [gradient["rows"][group][name].reshape(-1, spec.width) for group in groups]
+            new_tables[name], new_slots[name] = embedding_table.update(
+                state[name],
+                slots[name],
+                jnp.concatenate(flat),
+                jnp.concatenate(grads),
+                self.optimizer,
+                self.layout,
+                rounding[name],
+                native=self.native,
+            )
+        return new_tables, new_slots
+
+
+def _sides(
+    groups: Mapping[str, Mapping[str, jax.Array]], name: str
+) -> dict[str, dict[str, jax.Array]]:
+    return {
+        group.split("/")[1]: dict(rows)
+        for group, rows in groups.items()
+        if group.startswith(f"{name}/")
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowsView:
+    backbone: AnyBackbone
+    params: Mapping[str, Any]
+    context: Context
+    reads: Reads
+    groups: Mapping[str, Mapping[str, jax.Array]]
+    values: Mapping[str, jax.Array]
+
+    def scores(self, name: str, dropout: Dropout) -> jax.Array:
+        sides, lanes = _sides(self.groups, name), self.reads.lanes[name]
+        return lane_scores(self.backbone, self.params, sides, self.context, lanes, dropout)
+
+    def rows(self, name: str) -> Mapping[str, jax.Array]:
+        return self.groups[name]
+
+    def table(self, name: str) -> jax.Array:
+        return self.values[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """Leaves: `scores` and `squares` = (|p|^2, |q_0|^2 + |q_1|^2) of one group of lanes, [N, 2].
+
+    And `totals`, the sum of the squares over lanes, [2]: no loss reads them.
+    """
+
+    model: FactorModel
+    width: int
+    optimizer: embedding_table.RowOptimizer
+
+    def read(self, state: Tables, context: Context, reads: Reads) -> Leaves:
+        model, lanes = self.model, self._lanes(reads)
+        scores, squares, totals = cpu.factor_scores(
+            state[model.user_table],
+            state[model.item_table],
+            lanes.queries.users,
+            lanes.items,
+            width=self.width,
+            unit=model.unit,
+        )
+        return {"scores": scores, "squares": squares, "totals": totals}
+
+    @staticmethod
+    def _lanes(reads: Reads) -> Lanes:
+        (lanes,) = reads.lanes.values()
+        return lanes
+
+    def view(
+        self,
+        params: Mapping[str, Any],
+        leaves: Leaves,
+        context: Context,
+        reads: Reads,
+        dropout: Dropout,
+    ) -> View:
+        return _FactorsView(leaves["scores"])
+
+    def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
+        (name,) = reads.lanes
+        return {name: leaves["squares"][:, 0] + leaves["squares"][:, 1]}
+
+    def finite(self, leaves: Leaves) -> dict[str, jax.Array]:
+        fine = jnp.isfinite(leaves["totals"])
+        return {self.model.user_table: fine[0], self.model.item_table: fine[1]}
+
+    def write(
+        self,
+        state: Tables,
+        slots: Tables,
+        context: Context,
+        reads: Reads,
+        gradient: Leaves,
+        key: jax.Array,
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        user, item, lanes = self.model.user_table, self.model.item_table, self._lanes(reads)
+        words = None
+        if state[user].dtype == jnp.uint16:
+            rounding = embedding_table.rounding(key, (user, item))
+            words = jnp.stack([rounding[user], rounding[item]])
+        new = cpu.factor_update(
+            state[user],
+            state[item],
+            slots[user],
+            slots[item],
+            lanes.queries.users,
+            lanes.items,
+            gradient["scores"],
+            gradient["squares"],
+            words,
+            self.optimizer.rule,
+            width=self.width,
+            unit=self.model.unit,
+        )
+        return {user: new[0], item: new[1]}, {user: new[2], item: new[3]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _FactorsView:
+    lane_scores: jax.Array
+
+    def scores(self, name: str, dropout: Dropout) -> jax.Array:
+        assert dropout is None, "a stochastic pass needs the rows"
+        return self.lane_scores
+
+    def rows(self, name: str) -> Mapping[str, jax.Array]:
+        raise AssertionError("dot products have no rows")
+
+    def table(self, name: str) -> jax.Array:
+        raise AssertionError("dot products have no rows")

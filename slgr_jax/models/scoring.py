@@ -1,0 +1,177 @@
+"""Scores of a trained backbone: every item for full ranking, or given pairs.
+
+Shape letters: B queries, I items, C candidates, T items scored at once by a JointBackbone, M runs
+of an ensemble.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from slgr_jax.kernels import cpu
+from slgr_jax.models.backbones import AnyBackbone, DotBackbone, JointBackbone
+from slgr_jax.models.backbones.base import item_tables
+from slgr_jax.models.row_access import Dropout, Lanes, lane_ids, lane_scores
+from slgr_jax.sampling.context import Context, Queries
+from slgr_jax.sampling.labelled_rows import LabelledRows
+
+# Items that a JointBackbone scores for one query at once: a tile's fields stay in a CPU's cache.
+TILE = 2048
+
+
+@struct.dataclass
+class ServingState:
+    """What scoring needs: values without optimiser slots, and the backbone's parameters.
+
+    The values of a backbone that propagates whole tables are what they become on the graph. The
+    gate's parameters serve nothing: they say, in reports, how far the teacher was believed.
+    """
+
+    params: dict[str, Any]
+    values: dict[str, jax.Array]
+    gate: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@struct.dataclass
+class Scoring:
+    """What a trained backbone scores with.
+
+    Attributes:
+      serving: its parameters and tables.
+      context: what it looks up of users and items.
+      until: [U] the moment of each user: how many of their events it may look at; None where it
+        reads no history.
+    """
+
+    serving: ServingState
+    context: Context
+    until: Int[Array, "U"] | None
+
+    def queries(self, users: Int[Array, "B"]) -> Queries:
+        """The users at their moments."""
+        return Queries(users, None if self.until is None else self.until[users])
+
+
+def moments(context: Context, part: str) -> Any:
+    """[U] how many events of each user lie before `part`: valid looks at training alone, test at
+    validation too; None where no history is read."""
+    histories = context.histories
+    if histories is None:
+        return None
+    if part == "test":
+        return histories.offsets[1:] - histories.offsets[:-1]
+    return histories.trained
+
+
+def pair_scores(
+    backbone: AnyBackbone, scoring: Scoring, lanes: Lanes, dropout: Dropout = None
+) -> Float[Array, "B C"]:
+    """Logits of candidates, from whole tables; of a stochastic pass with `dropout`."""
+    serving, context = scoring.serving, scoring.context
+    rows = {
+        side: _rows(serving.values, ids) for side, ids in lane_ids(backbone, context, lanes).items()
+    }
+    return lane_scores(backbone, serving.params, rows, context, lanes, dropout)
+
+
+def ensemble_scores(
+    backbones: Sequence[AnyBackbone],
+    members: Sequence[Scoring],
+    users: Int[Array, "B"],
+    items: Int[Array, "B C"],
+    *,
+    native: bool = False,
+) -> Float[Array, "M B C"]:
+    """Logits of candidates by runs that were trained apart, each at its own moment of the users.
+
+    Args:
+      native: whether the CPU kernels read the rows of backbones that are a dot product of two.
+    """
+
+    def scores(backbone: AnyBackbone, member: Scoring) -> jax.Array:
+        model = backbone.factor_model if isinstance(backbone, DotBackbone) else None
+        if not native or model is None:
+            return pair_scores(backbone, member, Lanes(member.queries(users), items))
+        user, item = (member.serving.values[x] for x in (model.user_table, model.item_table))
+        width, unit = user.shape[1], model.unit
+        return cpu.factor_scores(user, item, users, items, width=width, unit=unit)[0]
+
+    return jnp.stack([scores(*each) for each in zip(backbones, members, strict=True)])
+
+
+# Rows that one call scores; the last chunk is filled up.
+_ROWS = 4096
+
+
+def score_rows(
+    backbone: AnyBackbone,
+) -> Callable[[Scoring, LabelledRows], np.ndarray]:
+    """(scoring, rows) -> [n] logits of labelled rows, each as of its own moment."""
+
+    @jax.jit
+    def chunk(scoring: Scoring, queries: Queries, items: jax.Array) -> jax.Array:
+        return pair_scores(backbone, scoring, Lanes(queries, items[:, None]))[:, 0]
+
+    def score(scoring: Scoring, rows: LabelledRows) -> np.ndarray:
+        out = []
+        for begin in range(0, len(rows), _ROWS):
+            mine = [x[begin : begin + _ROWS] for x in (rows.users, rows.until, rows.items)]
+            users, until, items = jax.device_put(
+                [np.pad(x, (0, _ROWS - x.size), mode="edge") for x in mine]
+            )
+            queries = Queries(users, None if scoring.until is None else until)
+            out.append((chunk(scoring, queries, items), mine[0].size))
+        found = [np.asarray(jax.device_get(scores))[:size] for scores, size in out]
+        return np.concatenate([np.zeros(0, np.float32), *found])
+
+    return score
+
+
+def _rows(values: Mapping[str, jax.Array], ids: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: values[name].at[wanted].get(mode="clip") for name, wanted in ids.items()}
+
+
+def score_users(backbone: AnyBackbone) -> Callable[[Scoring, Int[Array, "B"]], Float[Array, "B I"]]:
+    """(scoring, users) -> scores of all items, for full ranking."""
+    return _dot_catalogue(backbone) if isinstance(backbone, DotBackbone) else _joint(backbone)
+
+
+def _dot_catalogue(backbone: DotBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:
+    def score(scoring: Scoring, users: jax.Array) -> jax.Array:
+        serving, context, queries = scoring.serving, scoring.context, scoring.queries(users)
+        rows = _rows(serving.values, backbone.query_ids(context, queries))
+        states = backbone.query_vectors(serving.params, rows, context, queries, dropout=None)
+        items = {name: serving.values[name] for name in item_tables(backbone, context)}
+        return states @ backbone.item_vectors(serving.params, items).T
+
+    return score
+
+
+def _joint(backbone: JointBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:
+    """One query at a time, a tile of the catalogue at a time: memory does not grow with either."""
+
+    def score(scoring: Scoring, users: jax.Array) -> jax.Array:
+        n_items = backbone.tables["item"].rows
+        size = min(TILE, n_items)
+        tiles = -(-n_items // size)
+        items = jnp.minimum(jnp.arange(tiles * size, dtype=jnp.int32), n_items - 1)
+
+        def one(user: jax.Array) -> jax.Array:
+            queries = scoring.queries(user[None])
+
+            def tile(items: jax.Array) -> jax.Array:
+                return pair_scores(backbone, scoring, Lanes(queries, items[None]))[0]
+
+            return jax.lax.map(tile, items.reshape(tiles, size)).reshape(-1)[:n_items]
+
+        return jax.lax.map(one, users)
+
+    return score

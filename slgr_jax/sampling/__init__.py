@@ -1,0 +1,1 @@
+"""Arrays on the device and what is drawn from them there."""

@@ -1,0 +1,132 @@
+"""What every draw on the device is made of: a plan, words, and an item outside a user's set.
+
+Items are drawn by inverting a distribution with the user's positives cut out, so no draw is ever
+rejected and no positive is ever returned. For a user with sorted positives p_0 < p_1 < ... and
+uniform negatives, the r-th non-positive item is r + #{k: p_k - k <= r}: one random word and one
+binary search over the user's row. Popularity-weighted negatives are the same with item masses in
+place of counts.
+
+Shape letters: B lanes, S steps drawn at once, U users, I items, n entries of the excluded sets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from slgr_jax.config import GuidanceConfig, SamplerConfig
+from slgr_jax.kernels import cpu
+from slgr_jax.sampling import random_bits
+from slgr_jax.sampling.arrays import Excluded
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static numbers of a draw: they are compiled in."""
+
+    n_items: int
+    drawn: int  # interactions (or windows) that triples are drawn from
+    triples: int
+    preferences: int
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+    search_steps: int  # halvings that cover the longest excluded row
+    native: bool = False  # whether the CPU kernels search
+    certain: bool = False  # whether every lane has its negatives: weights are 1
+    negatives: int = 1  # of each lane: C - 1
+    shared: int = 0  # negatives that the lanes of a step share
+    known: int = 0  # answers that the gate is calibrated on
+    held_out: bool = False  # whether each preference comes with held-out items of its user
+    margin_scale: float = 1.0  # a typical teacher margin, in which gates read them
+
+
+def below(bits: UInt32[Array, "..."], bound: Int[Array, "..."] | int) -> Int[Array, "..."]:
+    """Integers in [0, bound) from random words: floor(bits * bound / 2^32), exact in 32 bits.
+
+    No value's probability is off by more than 2^-32. A bound of 0 gives 0.
+    """
+    n = jnp.asarray(bound).astype(jnp.uint32)
+    high, low = bits >> 16, bits & 0xFFFF
+    n_high, n_low = n >> 16, n & 0xFFFF
+    middle = high * n_low + ((low * n_low) >> 16)
+    cross = low * n_high + (middle & 0xFFFF)
+    return (high * n_high + (middle >> 16) + (cross >> 16)).astype(jnp.int32)
+
+
+def count_not_above(
+    keys: Int[Array, "n"],
+    low: Int[Array, "B"],
+    high: Int[Array, "B"],
+    value: Int[Array, "B"],
+    steps: int,
+) -> Int[Array, "B"]:
+    """#{k in [low, high): keys[k] <= value} for rows in which `keys` ascends."""
+    begin = low
+    for _ in range(steps):
+        open_ = low < high
+        middle = (low + high) >> 1
+        found = keys.at[middle].get(mode="clip") <= value
+        low = jnp.where(open_ & found, middle + 1, low)
+        high = jnp.where(open_ & ~found, middle, high)
+    return low - begin
+
+
+def draw_outside(
+    bits: UInt32[Array, "*B"],
+    users: Int[Array, "*B"],
+    cut: Excluded,
+    cumulative: Int[Array, "I1"] | None,
+    plan: Plan,
+) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
+    """An item outside each user's excluded set, by mass; weight 0 where nothing is left."""
+    if plan.native:
+        place, weight = cpu.draw_outside(bits.reshape(-1), users.reshape(-1), cut)
+        place, weight = place.reshape(users.shape), weight.reshape(users.shape)
+    else:
+        free = cut.free[users]
+        mass = below(bits, free)
+        low, high = cut.offsets[users], cut.offsets[users + 1]
+        passed = count_not_above(cut.keys, low, high, mass, plan.search_steps)
+        shift = passed
+        if cut.shifts is not None:
+            shift = cut.shifts.at[low + passed - 1].get(mode="clip")
+        place = jnp.where(free > 0, mass + jnp.where(passed > 0, shift, 0), 0)
+        weight = (free > 0).astype(jnp.float32)
+    if cumulative is None:
+        return place, weight
+    return item_at(place, weight, cumulative), weight
+
+
+def item_at(
+    place: Int[Array, "*B"], weight: Float[Array, "*B"], cumulative: Int[Array, "I1"]
+) -> Int[Array, "*B"]:
+    """The item whose mass is at a place; 0 where none was drawn."""
+    item = jnp.searchsorted(cumulative, place, side="right") - 1
+    return jnp.where(weight > 0, item, 0).astype(jnp.int32)
+
+
+class Generators(NamedTuple):
+    """Generators of the words of S steps, for what one draw needs words for."""
+
+    own: UInt32[Array, "S 2"]
+    other: UInt32[Array, "S 2"]
+    third: UInt32[Array, "S 2"]
+
+
+def generators(keys: jax.Array) -> tuple[Generators, Generators]:
+    """Those of triples and of preferences, for S keys.
+
+    All at once: Threefry is a loop of small operations, whatever the number of its keys.
+    """
+
+    def of_draw(key: jax.Array) -> jax.Array:
+        more = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(1, 3))
+        return random_bits.generators(jnp.concatenate([key[None], more]))
+
+    found = jax.vmap(lambda key: jax.vmap(of_draw)(jax.random.split(key)))(keys)  # [S, 2, 3, 2]
+    each = [Generators(*(found[:, of, place] for place in range(3))) for of in range(2)]
+    return each[0], each[1]

@@ -1,0 +1,1 @@
+"""Whom to ask about what, and the files that ask it."""

@@ -1,0 +1,244 @@
+"""What each user is asked, and what that costs: requests without their words.
+
+What a user is asked is a function of (seed, user) and of the user's candidates.
+
+Shape letters: U users, I items, n candidates of one user.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from slgr_jax.config import RequestConfig, SliceConfig
+from slgr_jax.data import schema
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.teacher.ask import candidates, prompts
+from slgr_jax.teacher.ask.candidates import CandidateSet
+from slgr_jax.teacher.ask.prompts import Template
+
+# Tokens of an answer, by its form: all of it, and more for each candidate (`"A": 0.85, `).
+ANSWER_TOKENS = {
+    "listwise": (2, 7),
+    "ranking": (0, 2),
+    "pairwise": (1, 0),
+    "pointwise": (1, 0),
+    "rating": (1, 0),
+}
+_CALIBRATION = 1 << schema.REASONS.index("calibration")
+
+
+def user_requests(
+    user: int,
+    items: np.ndarray,
+    tests: np.ndarray,
+    hidden: np.ndarray,
+    options: RequestConfig,
+    seed: int,
+) -> list[tuple[int, np.ndarray]]:
+    """What one user's requests show: (permutation, items in shown order), in order.
+
+    Args:
+      user: user index.
+      items: [n] candidates, ascending.
+      tests: [n] bool, drawn for calibration; hidden: [n] bool, of those the training items.
+      options: `prompt` and the sizes; seed: of all shuffles.
+    """
+    rng = np.random.default_rng((seed, user))
+    if options.prompt in ("pointwise", "rating"):
+        return [(0, np.array([item])) for item in rng.permutation(items)]
+    if options.prompt == "pairwise":
+        return _pairs(items, tests, hidden, options, rng)
+    found = []
+    parts = -(-items.size // options.list_size)
+    for part in np.array_split(rng.permutation(items), parts):
+        if options.prompt == "ranking" and part.size < 2:
+            continue
+        orders = [part, *(rng.permutation(part) for _ in range(options.permutations - 1))]
+        found += list(enumerate(orders))
+    return found
+
+
+def _pairs(
+    items: np.ndarray, tests: np.ndarray, hidden: np.ndarray, options: RequestConfig, rng: Any
+) -> list[tuple[int, np.ndarray]]:
+    """Distinct pairs, those of a hidden item with one drawn beside it first."""
+    first, second = np.triu_indices(items.size, 1)
+    known = tests[first] & tests[second] & (hidden[first] != hidden[second])
+    shuffled = rng.permutation(first.size)
+    chosen = shuffled[np.argsort(~known[shuffled], kind="stable")][: options.pairs]
+    pairs = np.stack([items[first[chosen]], items[second[chosen]]], axis=1)
+    if options.orders == "both":
+        return [(k, pair[:: 1 - 2 * k]) for pair in pairs for k in (0, 1)]
+    if options.orders == "random":
+        swap = rng.random(chosen.size) < 0.5
+        pairs[swap] = pairs[swap][:, ::-1]
+    return [(0, pair) for pair in pairs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a set of requests costs, after the budget.
+
+    Attributes:
+      users: [U] bool, users that are asked.
+      facts: requests, users, prompt_tokens, answer_tokens (estimates), cost; cut_users, of which
+        cut_cold_users and cut_calibration_users; all_users, all_requests before the budget.
+      tokens_by: how tokens were estimated.
+    """
+
+    users: np.ndarray
+    facts: Mapping[str, int | float]
+    tokens_by: str
+
+    def report(self) -> str:
+        """A few lines for people."""
+        facts = self.facts
+        lines = [
+            f"plan: {facts['requests']:,} requests about {facts['users']:,} users, "
+            f"{facts['prompt_tokens']:,} prompt + {facts['answer_tokens']:,} answer tokens "
+            f"(estimated by {self.tokens_by}), "
+            + (f"cost {facts['cost']:,.2f}" if facts["cost"] else "no --price_in or --price_out")
+        ]
+        if facts["cut_users"]:
+            lines.append(
+                f"  the budget cuts {facts['cut_users']:,} of {facts['all_users']:,} users "
+                f"({facts['cut_cold_users']:,} cold, {facts['cut_calibration_users']:,} for "
+                f"calibration) and {facts['all_requests'] - facts['requests']:,} of "
+                f"{facts['all_requests']:,} requests"
+            )
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asker:
+    """Everything that decides what is asked of whom, and in which words."""
+
+    dataset: Dataset
+    drawn: CandidateSet
+    template: Template
+    lines: list[str]
+    options: RequestConfig
+    seed: int
+    offsets: np.ndarray  # [U + 1] into the candidates
+
+    def of_user(self, user: int) -> list[tuple[int, np.ndarray]]:
+        """`user_requests` of one user."""
+        mine = slice(self.offsets[user], self.offsets[user + 1])
+        items = self.drawn.items[mine]
+        tests = (self.drawn.reasons[mine] & _CALIBRATION) > 0
+        hidden = np.isin(items, self.drawn.hidden.row(user))
+        return user_requests(user, items, tests, hidden, self.options, self.seed)
+
+
+def asker(
+    dataset: Dataset, drawn: CandidateSet, lines: list[str], options: RequestConfig, seed: int
+) -> Asker:
+    """What `plan` and `requests.write` need; the template is read here, and refused here."""
+    offsets = np.zeros(dataset.n_users + 1, np.int64)
+    np.cumsum(np.bincount(drawn.users, minlength=dataset.n_users), out=offsets[1:])
+    template = prompts.read_template(options.prompt, options.template)
+    return Asker(dataset, drawn, template, lines, options, seed, offsets)
+
+
+def shown_history(one: Asker) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets [U + 1], items): the last `history_items` training items of each user that a
+    prompt shows, oldest first. Nothing but training is read, and hidden items are left out."""
+    described = np.array([bool(line) for line in one.lines])
+    users, items = candidates.described_history(one.dataset, described, one.drawn.hidden)
+    counts = np.bincount(users, minlength=one.dataset.n_users)
+    from_end = np.cumsum(counts)[users] - np.arange(users.size)
+    keep = from_end <= one.options.history_items
+    offsets = np.zeros(one.dataset.n_users + 1, np.int64)
+    np.cumsum(np.bincount(users[keep], minlength=one.dataset.n_users), out=offsets[1:])
+    return offsets, items[keep]
+
+
+def plan(one: Asker) -> Plan:
+    """Estimate what asking costs, and keep the users that the budget allows.
+
+    Whole users are cut, from the end of an order in which every stretch has its share of cold
+    users and of users for calibration; the order is a function of the seed.
+
+    Raises:
+      ConfigError: the budget does not allow a single user.
+    """
+    tokens_by, count = prompts.token_counter()
+    labelled = one.options.prompt in prompts.LABELLED
+    per_item = count([f"A. {line}\n" if labelled else line for line in one.lines])
+    per_event = count([f"- {line}\n" for line in one.lines])
+    frame = int(count([one.template.render([], [], labelled=False)])[0])
+    offsets, history = shown_history(one)
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_event[history])])
+    before = frame + sums[offsets[1:]] - sums[offsets[:-1]]
+    n_users = one.dataset.n_users
+    requests, asked, answered = (np.zeros(n_users, np.int64) for _ in range(3))
+    base, more = ANSWER_TOKENS[one.options.prompt]
+    for user in np.flatnonzero(np.diff(one.offsets)):
+        made = one.of_user(int(user))
+        shown = sum(items.size for _, items in made)
+        requests[user] = len(made)
+        asked[user] = len(made) * before[user] + sum(per_item[items].sum() for _, items in made)
+        answered[user] = len(made) * base + shown * more
+    cost = (asked * one.options.price_in + answered * one.options.price_out) / 1e6
+    able = requests > 0
+    if not able.any():
+        raise InputError(
+            f"{one.dataset.path}: --prompt={one.options.prompt} needs two candidates of one user, "
+            "and no user has; raise --candidates"
+        )
+    kept = _within_budget(one, able, requests, asked + answered, cost)
+    cold = one.dataset.slices(SliceConfig()).cold_users
+    tests = one.drawn.hidden.counts > 0
+    cut = able & ~kept
+    facts: dict[str, int | float] = {
+        "requests": int(requests[kept].sum()),
+        "users": int(kept.sum()),
+        "prompt_tokens": int(asked[kept].sum()),
+        "answer_tokens": int(answered[kept].sum()),
+        "cost": round(float(cost[kept].sum()), 4),
+        "cut_users": int(cut.sum()),
+        "cut_cold_users": int((cut & cold).sum()),
+        "cut_calibration_users": int((cut & tests).sum()),
+        "all_users": int(able.sum()),
+        "all_requests": int(requests.sum()),
+    }
+    return Plan(kept, facts, tokens_by)
+
+
+def _within_budget(
+    one: Asker, able: np.ndarray, requests: np.ndarray, tokens: np.ndarray, cost: np.ndarray
+) -> np.ndarray:
+    options = one.options
+    limits = {
+        "max_requests": (options.max_requests, requests),
+        "max_tokens": (options.max_tokens, tokens),
+        "max_cost": (options.max_cost, cost),
+    }
+    if options.max_cost and not (options.price_in or options.price_out):
+        raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
+    cold = one.dataset.slices(SliceConfig()).cold_users
+    stratum = cold * 2 + (one.drawn.hidden.counts > 0)
+    lot = np.random.default_rng((one.seed, 1 << 32)).permutation(able.size)
+    place = np.zeros(able.size)
+    for which in range(4):
+        mine = np.flatnonzero(able & (stratum == which))
+        place[mine[np.argsort(lot[mine])]] = (np.arange(mine.size) + 0.5) / max(mine.size, 1)
+    order = np.flatnonzero(able)
+    order = order[np.lexsort((lot[order], place[order]))]
+    fits = np.ones(order.size, bool)
+    for name, (most, spent) in limits.items():
+        if most:
+            fits &= np.cumsum(spent[order]) <= most
+            if order.size and not fits[0]:
+                raise ConfigError(
+                    f"--{name}={most:g} does not pay for one user, who costs "
+                    f"{spent[order[0]]:,.4g}; raise it, or lower --candidates"
+                )
+    kept = np.zeros(able.size, bool)
+    kept[order[fits]] = True
+    return kept

@@ -1,0 +1,276 @@
+"""Candidate sets -> batch-API request files.
+
+    DATA/requests/NAME/requests.json           manifest: replaced after every file
+    DATA/requests/NAME/requests-00000.jsonl    {custom_id, method, url, body} a line
+    DATA/requests/NAME/index-00000.arrow       what each of them shows: schema.REQUESTS
+
+The layout is OpenAI's batch API, which `vllm run-batch` takes as it is. The bytes are a function of
+what is asked (`asking.py`), and a write that was killed goes on after its last whole file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tqdm
+
+from slgr_jax.config import RequestConfig
+from slgr_jax.data import schema, shards
+from slgr_jax.data.schema import ShardFile
+from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.teacher.ask import candidates, prompts
+from slgr_jax.teacher.ask.asking import ANSWER_TOKENS, Asker, Plan, shown_history
+from slgr_jax.teacher.products import preferences
+
+PathLike = str | os.PathLike[str]
+Row = tuple[int, str, int, int, np.ndarray]  # of schema.REQUESTS
+
+URL = "/v1/chat/completions"
+_INDEX_BITS = 36  # of a request's number; the rest, up to 63, is of the fingerprint
+
+
+def directory(data: PathLike, name: str, out: str = "") -> pathlib.Path:
+    """`out`, or DATA/requests/NAME."""
+    path = pathlib.Path(data) / schema.REQUESTS_DIR / preferences.product_path(data, name).name
+    return pathlib.Path(out) if out else path
+
+
+def write(
+    one: Asker,
+    planned: Plan,
+    source: schema.CandidateManifest,
+    root: pathlib.Path,
+    *,
+    model: str,
+    overwrite: bool = False,
+) -> schema.RequestManifest:
+    """Write the request files of the planned users at `root`, or what is missing of them.
+
+    Raises:
+      ConfigError: no model.
+      InputError: `root` holds other requests, or is no directory of requests.
+    """
+    _body(one.options, "", "", 0)  # a bad --body is refused before anything is done
+    if not model:
+        raise ConfigError("missing --model: the LLM that is to answer, as its server calls it")
+    options = dataclasses.asdict(one.options)
+    decides: dict[str, Any] = {
+        "options": {k: v for k, v in options.items() if k not in ("candidate_set", "out")},
+        "template": one.template.text,
+        "lines": hashlib.sha256("\n".join(one.lines).encode()).hexdigest(),
+        "history": hashlib.sha256(shown_history(one)[1].tobytes()).hexdigest(),
+        "candidates": candidates.content_hash(source),
+        "split": (source.split_hash, source.id_map_hash),
+        "model": model,
+        "seed": one.seed,
+    }
+    fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    manifest = schema.RequestManifest(
+        fingerprint=fingerprint,
+        complete=False,
+        dataset=source.dataset,
+        id_map_hash=source.id_map_hash,
+        split_hash=source.split_hash,
+        candidates=source.name,
+        candidates_hash=decides["candidates"],
+        training_items="hidden" if one.drawn.hidden.indices.size else "none",
+        prompt=one.options.prompt,
+        template_hash=one.template.hash,
+        model=model,
+        options=options,
+        plan={**planned.facts, "tokens_by": planned.tokens_by},
+        files={"requests": (), "index": ()},
+    )
+    _refuse_foreign(root, fingerprint, overwrite=overwrite)
+    root.mkdir(parents=True, exist_ok=True)
+    with shards.locked(root):
+        manifest = _resume(root, manifest)
+        return manifest if manifest.complete else _write_rest(one, planned, manifest, root)
+
+
+def _write_rest(
+    one: Asker, planned: Plan, manifest: schema.RequestManifest, root: pathlib.Path
+) -> schema.RequestManifest:
+    written = sum(file.rows for file in manifest.files["index"])
+    stream = _stream(one, planned, manifest, skip=written)
+    with tqdm.tqdm(
+        total=int(planned.facts["requests"]), initial=written, unit="request", disable=None
+    ) as bar:
+        for lines, index in _shards(stream, one.options, root, len(manifest.files["index"])):
+            files = manifest.files
+            manifest = dataclasses.replace(
+                manifest,
+                files={
+                    "requests": (*files["requests"], lines),
+                    "index": (*files["index"], index),
+                },
+            )
+            schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
+            bar.update(index.rows)
+    manifest = dataclasses.replace(manifest, complete=True)
+    schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
+    return manifest
+
+
+def _refuse_foreign(root: pathlib.Path, fingerprint: str, *, overwrite: bool) -> None:
+    if (root / schema.REQUESTS_MANIFEST).is_file():
+        found = schema.read_request_manifest(root)
+        if found.fingerprint != fingerprint and not overwrite:
+            raise InputError(
+                f"{root} holds other requests ({found.model}, {found.prompt}, "
+                f"{found.plan['requests']} requests); choose another --name or --out, or add "
+                "--overwrite"
+            )
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(f"{root} holds no {schema.REQUESTS_MANIFEST}; choose another --out")
+
+
+def _resume(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.RequestManifest:
+    """`manifest` with the whole files that `root` already holds; nothing else of it is left."""
+    if (root / schema.REQUESTS_MANIFEST).is_file():
+        found = schema.read_request_manifest(root)
+        if found.fingerprint == manifest.fingerprint:
+            whole = 0
+            for pair in zip(found.files["requests"], found.files["index"], strict=True):
+                if not all(_is_whole(root, file) for file in pair):
+                    break
+                whole += 1
+            files = {key: listed[:whole] for key, listed in found.files.items()}
+            complete = found.complete and whole == len(found.files["index"])
+            manifest = dataclasses.replace(manifest, files=files, complete=complete)
+    schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
+    listed = {file.path for key in manifest.files for file in manifest.files[key]}
+    for pattern in ("requests-*.jsonl*", "index-*.arrow*"):
+        for path in root.glob(pattern):
+            if path.name not in listed:
+                path.unlink()
+    return manifest
+
+
+def _is_whole(root: pathlib.Path, file: ShardFile) -> bool:
+    path = root / file.path
+    return (
+        path.is_file()
+        and path.stat().st_size == file.bytes
+        and shards.sha256_of(path) == file.sha256
+    )
+
+
+def _stream(
+    one: Asker, planned: Plan, manifest: schema.RequestManifest, *, skip: int
+) -> Iterator[tuple[bytes, Row]]:
+    """A line and its row of the index per request, after the first `skip`."""
+    labelled = one.options.prompt in prompts.LABELLED
+    base, more = ANSWER_TOKENS[one.options.prompt]
+    offsets, history = shown_history(one)
+    number = (int(manifest.fingerprint[:16], 16) >> (1 + _INDEX_BITS)) << _INDEX_BITS
+    at = 0
+    for user in np.flatnonzero(planned.users):
+        made = one.of_user(int(user))
+        if at + len(made) <= skip:
+            at += len(made)
+            continue
+        past = [one.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
+        for permutation, items in made:
+            if at >= skip:
+                custom_id = f"{number + at:016x}"
+                shown = [one.lines[item] for item in items]
+                text = one.template.render(past, shown, labelled=labelled)
+                limit = one.options.answer_tokens or 2 * (base + more * items.size) + 16
+                line = {
+                    "custom_id": custom_id,
+                    "method": "POST",
+                    "url": URL,
+                    "body": _body(one.options, manifest.model, text, limit),
+                }
+                data = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+                row = (number + at, custom_id, int(user), permutation, items)
+                yield data.encode("utf-8", "replace") + b"\n", row
+            at += 1
+
+
+def _body(options: RequestConfig, model: str, text: str, limit: int) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "temperature": options.temperature,
+        "max_tokens": limit,
+    }
+    if options.logprobs:
+        if options.prompt not in ("pairwise", "pointwise", "rating"):
+            raise ConfigError(
+                f"--logprobs is of one token, and --prompt={options.prompt} asks for many; use "
+                "pairwise, pointwise or rating"
+            )
+        body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+    if options.body:
+        try:
+            more = json.loads(options.body)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--body={options.body!r} is not JSON: {error}") from error
+        if not isinstance(more, dict):
+            raise ConfigError(f"--body={options.body!r} is not a JSON object")
+        body |= more
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def _shards(
+    stream: Iterator[tuple[bytes, Row]],
+    options: RequestConfig,
+    root: pathlib.Path,
+    number: int,
+) -> Iterator[tuple[ShardFile, ShardFile]]:
+    """Write whole files, and describe each pair (lines, index) once both are in place."""
+    most = int(options.megabytes_per_file * 1e6)
+    waiting = next(stream, None)
+    while waiting is not None:
+        path = root / f"requests-{number:05d}.jsonl"
+        partial = path.with_name(path.name + ".partial")
+        rows: list[Row] = []
+        size = 0
+        with open(partial, "wb") as file:
+            while waiting is not None and len(rows) < options.requests_per_file:
+                line, row = waiting
+                if rows and size + len(line) > most:
+                    break
+                file.write(line)
+                size += len(line)
+                rows.append(row)
+                waiting = next(stream, None)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        index = f"index-{number:05d}.arrow"
+        made = shards.write_shard(
+            root, index + ".partial", pa.table(columns, schema=schema.REQUESTS)
+        )
+        os.replace(root / (index + ".partial"), root / index)
+        lines = ShardFile(path.name, len(rows), size, shards.sha256_of(path))
+        yield lines, dataclasses.replace(made, path=index)
+        number += 1
+
+
+def load_index(root: pathlib.Path, manifest: schema.RequestManifest) -> pa.Table:
+    """The index of every request that is written, in their order: schema.REQUESTS."""
+    return shards.read_shards(root, manifest.files["index"], schema.REQUESTS)
+
+
+def report(manifest: schema.RequestManifest, root: pathlib.Path) -> str:
+    """Two lines for people: what was written, and what to do with it."""
+    files = manifest.files["requests"]
+    size = sum(file.bytes for file in files) / 1e6
+    return (
+        f"{manifest.plan['requests']:,} {manifest.prompt} requests to {manifest.model} in "
+        f"{len(files)} files, {size:,.1f} MB: {root}\n"
+        f"  next: vllm run-batch -i {root}/requests-00000.jsonl -o results-00000.jsonl --model "
+        f"{manifest.model} (or a hosted batch service), then launch/teach.py collect"
+    )

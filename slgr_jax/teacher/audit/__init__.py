@@ -1,0 +1,1 @@
+"""Where a teacher is right, judged by interactions that it has not seen."""

@@ -1,0 +1,1 @@
+"""What came back: answers read, logged, turned into a product."""

@@ -1,0 +1,1 @@
+"""Local models as teachers: scores and vectors of texts."""

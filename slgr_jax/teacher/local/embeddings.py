@@ -1,0 +1,468 @@
+"""Vectors of items and users as a product: DATA/embeddings/NAME.
+
+They come from a local model (`embed`), from a file with external ids, or from batch-API results.
+Row i is item i; an item without a vector is a null, never a filler. `load` refuses what was made
+for another split or id map.
+
+Shape letters: U users, I items, R rows of either, D width of a vector.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from slgr_jax.config import EmbedConfig, TeachConfig
+from slgr_jax.data import schema, shards
+from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.data.ingest.archive import reading
+from slgr_jax.errors import InputError, ManifestError, ShardError, listing
+from slgr_jax.teacher.local import scorers
+from slgr_jax.teacher.products import preferences
+
+PathLike = str | os.PathLike[str]
+
+# What a model reads of an item; a part that is missing is left out.
+TEXT = "title. category, category. description"
+_SHARD_BYTES = 1 << 28
+_PREFIXES = {"item": "item-", "user": "user-"}  # of a custom_id
+
+
+class Vectors(NamedTuple):
+    """[R, D] vectors in index order and [R] bool, which rows have one; the others are zero."""
+
+    values: np.ndarray
+    has: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """A product in memory: vectors in index order, float32."""
+
+    manifest: schema.EmbeddingManifest
+    items: Vectors
+    users: Vectors
+
+
+def embed(
+    dataset: Dataset,
+    common: TeachConfig,
+    options: EmbedConfig,
+    *,
+    llm: str = "",
+    built_from: str = "train_only",
+    unknown: str = "error",
+) -> schema.EmbeddingManifest:
+    """Make DATA/embeddings/NAME with a local model, or from the files that `options` names.
+
+    Args:
+      dataset: texts, training interactions, ids.
+      common, options: what to do.
+      llm: GGUF file for --embedder=smollm2; empty: the one of the package.
+      built_from: what imported vectors saw, one of `schema.BUILT_FROM`.
+      unknown: imported vectors of ids that the dataset lacks: error, or drop.
+
+    Raises:
+      InputError, ShardError: a file cannot be used, or the dataset has no texts.
+    """
+    root = product_path(dataset.path, common.name)
+    shards.check_target(root, overwrite=common.overwrite)
+    counts: dict[str, int] = {}
+    users: Vectors | None = None
+    if options.vectors:
+        items, dropped = read_vectors(options.vectors, dataset, "item", unknown=unknown)
+        counts |= dropped
+        if options.user_vectors:
+            users, dropped = read_vectors(options.user_vectors, dataset, "user", unknown=unknown)
+            counts |= {f"user_{name}": count for name, count in dropped.items()}
+        model, prompt_hash = common.model, ""
+    else:
+        built_from = "train_only"
+        local = _embedder(options, llm)
+        model, prompt_hash = local.name, hashlib.sha256(TEXT.encode()).hexdigest()[:16]
+        items = _of_texts(local, item_texts(dataset))
+        if not items.has.any():
+            raise InputError(
+                f"{dataset.path} has no item texts to embed; prepare it again with item titles "
+                "(launch/prepare.py --items_input)"
+            )
+        if options.users == "text":
+            users = _of_texts(local, _user_texts(dataset))
+    users_from = "text" if options.users == "text" else "history"
+    if options.user_vectors:
+        users_from = "file"
+    if users is None:
+        users, users_from = mean_of_history(dataset.positives(("train",)), items), "history"
+    return write(
+        dataset,
+        common.name,
+        items,
+        users,
+        users_from=users_from,
+        built_from=built_from,
+        model=model,
+        prompt_hash=prompt_hash,
+        dtype=options.dtype,
+        counts=counts,
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
+    )
+
+
+def item_texts(dataset: Dataset) -> list[str]:
+    """[I] what a model reads: `TEXT`; empty where an item has no text."""
+    columns = [dataset.items.column(name).to_pylist() for name in ("title", "categories", "text")]
+    texts = []
+    for title, categories, text in zip(*columns, strict=True):
+        named = ", ".join(name for name in categories or () if name)
+        pieces = (" ".join((piece or "").split()) for piece in (title, named, text))
+        texts.append(". ".join(piece for piece in pieces if piece))
+    return texts
+
+
+def mean_of_history(history: Csr, items: Vectors) -> Vectors:
+    """Per user the unit mean of the vectors of its items; none without such an item."""
+    values = scorers.profiles(history, items.values.astype(np.float32))
+    return Vectors(values, np.asarray((values != 0).any(axis=1), bool))
+
+
+def _embedder(options: EmbedConfig, llm: str) -> scorers.Embedder:
+    if options.embedder == "smollm2":
+        return scorers.language_model(llm)
+    return scorers.WordLlama()
+
+
+def _of_texts(model: scorers.Embedder, texts: list[str]) -> Vectors:
+    values = model.embed(texts)
+    return Vectors(values, np.asarray((values != 0).any(axis=1), bool))
+
+
+def _user_texts(dataset: Dataset) -> list[str]:
+    files = dataset.manifest.files["users"]
+    table = shards.read_shards(dataset.path, files, schema.USERS)
+    texts = [text or "" for text in table.column("text").to_pylist()]
+    if not any(texts):
+        raise InputError(
+            f"{dataset.path} has no user texts; use --users=history or prepare it again with them"
+        )
+    return texts
+
+
+# --- files with external ids -------------------------------------------------------------------
+
+
+def read_vectors(
+    path: PathLike, dataset: Dataset, what: str, *, unknown: str = "error"
+) -> tuple[Vectors, dict[str, int]]:
+    """Vectors with the ids of the raw data, brought into index order; counts of what was left out.
+
+    Args:
+      path: Parquet or Arrow with columns `item` (or `user`) and `vector`; npz with `ids` and
+        `vectors`; or batch-API results, lines with `custom_id` item-ID (user-ID) and
+        `data[0].embedding`, of which the last with an id counts.
+      dataset: whose ids they are.
+      what: item or user.
+      unknown: an id that `dataset` does not have: error, or drop.
+
+    Raises:
+      InputError: no such file or columns, vectors of several widths or that are not finite, an
+        unknown id, one id with two vectors.
+      ShardError: the file is damaged.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give Parquet, Arrow, npz or .jsonl with vectors")
+    counts: dict[str, int] = {}
+    if path.suffix == ".jsonl":
+        ids, values, counts = _read_results(path, _PREFIXES[what])
+    elif path.suffix == ".npz":
+        ids, values = _read_npz(path)
+    else:
+        ids, values = _read_table(path, what)
+    if values.ndim != 2 or not values.size or len(ids) != len(values):
+        raise InputError(
+            f"{path} has {len(ids)} ids and vectors of shape {values.shape}; expected one vector "
+            f"an id, at least one of them for {what}s"
+        )
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"{path}: the vector of {what} {ids[int(np.argmin(finite))]!r} is not finite; leave "
+            "out what has no vector"
+        )
+    known = dataset.items.column("item_id").combine_chunks()
+    known = known if what == "item" else dataset.user_ids
+    rows = pc.fill_null(pc.index_in(pa.array(ids, pa.string()), value_set=known), -1).to_numpy()
+    foreign = rows < 0
+    if foreign.any() and unknown == "error":
+        raise InputError(
+            f"{path}: {int(foreign.sum())} of {len(ids)} ids are no {what} of {dataset.path}, e.g. "
+            f"{ids[int(np.argmax(foreign))]!r}; add --unknown=drop to leave them out"
+        )
+    if foreign.all():
+        raise InputError(f"{path}: none of its {len(ids)} ids is a {what} of {dataset.path}")
+    counts["dropped_unknown"] = int(foreign.sum())
+    rows, values = rows[~foreign], values[~foreign]
+    out = np.zeros((len(known), values.shape[1]), np.float32)
+    out[rows] = values
+    if path.suffix != ".jsonl" and not (out[rows] == values).all():
+        row = rows[int(np.argmin((out[rows] == values).all(axis=1)))]
+        raise InputError(f"{path}: {what} {known[int(row)].as_py()!r} has two different vectors")
+    has = np.zeros(len(known), bool)
+    has[rows] = True
+    return Vectors(out, has), counts
+
+
+def _read_table(path: pathlib.Path, what: str) -> tuple[list[str], np.ndarray]:
+    table = shards.read_table(path)
+    missing = {what, "vector"} - set(table.column_names)
+    if missing:
+        raise InputError(
+            f"{path} has columns {listing(table.column_names)}; expected {what} and vector"
+        )
+    table = table.select([what, "vector"]).drop_null()
+    column = table.column("vector").combine_chunks()
+    column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        raise InputError(f"{path}: column vector is {column.type}, expected a list of numbers")
+    widths = np.unique(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+    if widths.size != 1:
+        raise InputError(f"{path} has vectors of {widths.size} widths: {listing(map(str, widths))}")
+    flat = pc.cast(pc.list_flatten(column), pa.float32()).to_numpy(zero_copy_only=False)
+    ids = pc.cast(table.column(what), pa.string()).to_pylist()
+    return ids, flat.reshape(len(ids), -1)
+
+
+def _read_npz(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
+    with reading(str(path)):
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
+                arrays = {name: held[name] for name in held.files}
+        except ValueError as error:  # pickled objects
+            raise InputError(f"{path} cannot be read: {error}") from error
+    others = [name for name in arrays if name != "ids"]
+    name = "vectors" if "vectors" in arrays else others[0] if len(others) == 1 else ""
+    if "ids" not in arrays or not name or arrays["ids"].ndim != 1:
+        raise InputError(
+            f"{path} has arrays {listing(arrays)}; expected ids [n] and vectors [n, D]"
+        )
+    return [str(one) for one in arrays["ids"].tolist()], arrays[name].astype(np.float32)
+
+
+def _read_results(path: pathlib.Path, prefix: str) -> tuple[list[str], np.ndarray, dict[str, int]]:
+    """Ids and vectors of batch-API results whose custom_id begins with `prefix`."""
+    found: dict[str, np.ndarray] = {}
+    counts = {"dropped_lines": 0, "repeated_lines": 0}
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            custom_id, vector = _result(line)
+            if vector is None:
+                counts["dropped_lines"] += 1
+            elif custom_id.startswith(prefix):
+                counts["repeated_lines"] += custom_id in found
+                found[custom_id] = vector
+    widths = sorted({vector.size for vector in found.values()})
+    if len(widths) != 1:
+        raise InputError(
+            f"{path} has {len(found)} vectors with a custom_id {prefix}ID, of widths: "
+            f"{listing(map(str, widths))}; {counts['dropped_lines']} lines hold no vector"
+        )
+    return [key[len(prefix) :] for key in found], np.stack(list(found.values())), counts
+
+
+def _result(line: bytes) -> tuple[str, np.ndarray | None]:
+    """custom_id and the vector of one line; None where it holds none."""
+    try:
+        raw = json.loads(line)
+        response = raw["response"]
+        body = response.get("body", response)
+        value: Any = body["data"][0]["embedding"]
+        if isinstance(value, str):
+            vector = np.frombuffer(base64.b64decode(value, validate=True), "<f4")
+        else:
+            vector = np.array(value, np.float32)
+        usable = vector.ndim == 1 and vector.size and np.isfinite(vector).all()
+        return str(raw["custom_id"]), vector if usable else None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, binascii.Error):
+        return "", None
+    except RecursionError:  # brackets without end
+        return "", None
+
+
+def write_requests(dataset: Dataset, path: PathLike, model: str) -> int:
+    """Write batch-API embedding requests of the item texts; how many."""
+    ids = dataset.items.column("item_id").to_pylist()
+    count = 0
+    with open(path, "x", encoding="utf-8") as file:
+        for item, text in zip(ids, item_texts(dataset), strict=True):
+            if text:
+                body = {"model": model, "input": text}
+                line = {
+                    "custom_id": f"{_PREFIXES['item']}{item}",
+                    **{"method": "POST", "url": "/v1/embeddings", "body": body},
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                count += 1
+    return count
+
+
+# --- the product -------------------------------------------------------------------------------
+
+
+def product_path(data: PathLike, name: str) -> pathlib.Path:
+    """DATA/embeddings/NAME; a name that is not one plain directory name is a `ConfigError`."""
+    return pathlib.Path(data) / schema.EMBEDDINGS_DIR / preferences.product_path(data, name).name
+
+
+def write(
+    dataset: Dataset,
+    name: str,
+    items: Vectors,
+    users: Vectors,
+    *,
+    users_from: str,
+    built_from: str = "train_only",
+    model: str = "",
+    prompt_hash: str = "",
+    dtype: str = "float32",
+    counts: dict[str, int] | None = None,
+    rows_per_shard: int = preferences.ROWS_PER_SHARD,
+    overwrite: bool = False,
+) -> schema.EmbeddingManifest:
+    """Write vectors in index order as a product; all or nothing.
+
+    Raises:
+      InputError: users and items differ in width, or a vector is not finite as `dtype`.
+    """
+    dim = items.values.shape[1]
+    if users.values.shape[1] != dim:
+        raise InputError(f"item vectors have width {dim}, user vectors {users.values.shape[1]}")
+    tables = {
+        what: _table(vectors, dtype, what) for what, vectors in (("items", items), ("users", users))
+    }
+    rows = max(1, min(rows_per_shard, _SHARD_BYTES // (dim * np.dtype(dtype).itemsize)))
+    facts = {"items": int(items.has.sum()), "users": int(users.has.sum())}
+    root = product_path(dataset.path, name)
+    with shards.atomic_directory(root, overwrite=overwrite) as staging:
+        manifest = schema.EmbeddingManifest(
+            name=name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            dataset=dataset.manifest.name,
+            id_map_hash=dataset.manifest.id_map_hash,
+            split_hash=dataset.manifest.split_hash,
+            built_from=built_from,
+            model=model,
+            prompt_hash=prompt_hash,
+            users_from=users_from,
+            dim=dim,
+            dtype=dtype,
+            counts={**facts, **(counts or {})},
+            files={
+                what: shards.write_shards(staging, f"{what}/part", table, rows_per_shard=rows)
+                for what, table in tables.items()
+            },
+        )
+        schema.write_manifest(staging, manifest)
+    return manifest
+
+
+def _table(vectors: Vectors, dtype: str, what: str) -> pa.Table:
+    values = np.where(vectors.has[:, None], vectors.values, 0)
+    with np.errstate(over="ignore"):  # told below
+        values = values.astype(dtype)
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values).all(axis=1)))
+        raise InputError(f"the vector of row {row} of {what} is not finite as {dtype}")
+    dim = values.shape[1]
+    flat = pa.array(values.ravel())
+    array = pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~vectors.has))
+    return pa.table([array], schema=schema.vectors(dim, dtype))
+
+
+def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
+    """Read DATA/embeddings/NAME, or refuse it.
+
+    Args:
+      dataset: what the product must fit: same id map, same split.
+      name: directory under DATA/embeddings.
+      verify: also compare each shard's SHA-256.
+
+    Raises:
+      ManifestError: no such product, made for another split or id map, or its maker has seen
+        evaluation data.
+      ShardError: a shard is missing, truncated or corrupt, or holds a vector that is not finite.
+    """
+    root = product_path(dataset.path, name)
+    if not (root / schema.MANIFEST).is_file():
+        found = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
+        raise ManifestError(f"{dataset.path} has no embeddings {name!r}; it has: {listing(found)}")
+    manifest = schema.read_embedding_manifest(root)
+    for what, thing in (("id_map_hash", "id map"), ("split_hash", "split")):
+        built, ours = getattr(manifest, what), getattr(dataset.manifest, what)
+        if built != ours:
+            raise ManifestError(
+                f"embeddings {name!r} were made for {thing} {built[:8]}, {dataset.path} has "
+                f"{thing} {ours[:8]}; make them again with launch/teach.py embed --overwrite"
+            )
+    if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
+        raise ManifestError(
+            f"embeddings {name!r} say built_from={manifest.built_from}: training on them would "
+            "leak evaluation data; make them from training interactions only"
+        )
+    if manifest.dtype not in ("float32", "float16"):
+        raise ManifestError(f"{root}: dtype {manifest.dtype!r} is not one of: float32, float16")
+    sizes = {"items": dataset.n_items, "users": dataset.n_users}
+    read = {what: _read(root, manifest, what, rows, verify) for what, rows in sizes.items()}
+    return Embeddings(manifest, **read)
+
+
+def _read(
+    root: pathlib.Path, manifest: schema.EmbeddingManifest, what: str, rows: int, verify: bool
+) -> Vectors:
+    expected = schema.vectors(manifest.dim, manifest.dtype)
+    table = shards.read_shards(root, manifest.files[what], expected, verify=verify)
+    if table.num_rows != rows:
+        raise ShardError(f"{root}/{what} has {table.num_rows} rows, the id map has {rows}")
+    values, has = np.zeros((rows, manifest.dim), np.float32), np.zeros(rows, bool)
+    start = 0
+    for chunk in table.column("vector").chunks:
+        part = slice(start, start + len(chunk))
+        flat = chunk.values.slice(chunk.offset * manifest.dim, len(chunk) * manifest.dim)
+        has[part] = chunk.is_valid().to_numpy(zero_copy_only=False)
+        values[part] = flat.to_numpy(zero_copy_only=False).reshape(len(chunk), manifest.dim)
+        start += len(chunk)
+    values[~has] = 0
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values).all(axis=1)))
+        raise ShardError(f"{root}/{what}: the vector of row {row} is not finite")
+    return Vectors(values, has)
+
+
+def report(manifest: schema.EmbeddingManifest) -> str:
+    """Two lines for people: what the product is and covers."""
+    counts = manifest.counts
+    rows = {what: sum(file.rows for file in manifest.files[what]) for what in ("items", "users")}
+    extra = {key: count for key, count in counts.items() if count and key not in rows}
+    lines = [
+        f"embeddings {manifest.name}: {manifest.dim} x {manifest.dtype}"
+        + (f" by {manifest.model}" if manifest.model else "")
+        + f", for {manifest.dataset} split {manifest.split_hash[:8]}",
+        f"  vectors of {counts['items']:,} of {rows['items']:,} items and {counts['users']:,} of "
+        f"{rows['users']:,} users (from: {manifest.users_from}); built_from={manifest.built_from}",
+    ]
+    if extra:
+        lines.append("  " + ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in extra.items()))
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""Each user's nearest items by text, as a recommender's list: what vectors know of a catalogue.
+
+    s_ui = <user vector, item vector> / (|user vector| |item vector|)
+
+The L best items of the whole catalogue outside the user's training items are the list; every other
+item ranks below it (`unlisted="below"`), as with an LLM that writes its recommendations freely.
+Vectors are those of `scorers.Cosine` (token vectors by field, whitened), or an embedding product.
+
+Shape letters: U users, I items, D width of a vector, L length of a list.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from slgr_jax.config import NearestConfig, TeachConfig
+from slgr_jax.data import schema, shards
+from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.errors import InputError
+from slgr_jax.teacher.local import embeddings, scorers
+from slgr_jax.teacher.local.embeddings import Vectors
+from slgr_jax.teacher.products import preferences
+
+# Scores of some users for the whole catalogue that exist at once, in bytes.
+_SCORED_BYTES = 1 << 28
+
+
+def nearest(
+    items: Vectors, users: Vectors, seen: Csr, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(users, items, cosines) [n]: the `length` nearest items of each user, best first.
+
+    Args:
+      items, users: vectors; a row without one lists nothing and is not listed.
+      seen: per user the items that are left out.
+      length: L; a user with fewer items left lists those.
+    """
+    usable = np.flatnonzero(items.has)
+    length = min(length, usable.size)
+    column = np.full(items.has.size, -1, np.int64)
+    column[usable] = np.arange(usable.size)
+    catalogue = scorers.unit(items.values[usable]).T
+    able = np.flatnonzero(users.has) if usable.size else np.zeros(0, np.int64)
+    histories = seen.matrix(items.has.size, np.int8)
+    chunk = max(1, _SCORED_BYTES // (4 * max(usable.size, 1)))
+    found = []
+    for begin in range(0, able.size, chunk):
+        owners = able[begin : begin + chunk]
+        scores = scorers.unit(users.values[owners]) @ catalogue
+        rows, hidden = histories[owners].nonzero()
+        known = column[hidden] >= 0
+        scores[rows[known], column[hidden[known]]] = -np.inf
+        best = np.argpartition(-scores, length - 1, axis=1)[:, :length]
+        values = np.take_along_axis(scores, best, axis=1)
+        # Equal cosines in the order of the items (which of them the list ends with is left open).
+        order = np.lexsort((best, -values), axis=1)
+        best, values = (np.take_along_axis(x, order, axis=1) for x in (best, values))
+        kept = np.isfinite(values)
+        found.append((np.repeat(owners, kept.sum(axis=1)), usable[best[kept]], values[kept]))
+    kinds = (np.int32, np.int32, np.float32)
+    if not found:
+        return tuple(np.zeros(0, kind) for kind in kinds)  # type: ignore[return-value]
+    columns = (np.concatenate(part) for part in zip(*found, strict=True))
+    return tuple(x.astype(kind) for x, kind in zip(columns, kinds, strict=True))  # type: ignore[return-value]
+
+
+def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> schema.TeacherManifest:
+    """Write DATA/teacher/NAME from texts (wordllama), or from DATA/embeddings/`--embeddings`.
+
+    Raises:
+      UserError: the extra `llm` is not installed.
+      ManifestError, ShardError: the embeddings do not fit or are damaged.
+      InputError: there is nothing to list.
+    """
+    shards.check_target(
+        preferences.product_path(dataset.path, common.name), overwrite=common.overwrite
+    )
+    seen = dataset.positives(("train",))
+    if options.embeddings:
+        made = embeddings.load(dataset, options.embeddings)
+        items, users = made.items, made.users
+        told = made.manifest
+        model, prompt_hash, built_from = told.model, told.prompt_hash, told.built_from
+    else:
+        cosine = scorers.Cosine(dataset, scorers.WordLlama())
+        items = Vectors(cosine.vectors, cosine.described)
+        users = embeddings.mean_of_history(seen, items)
+        model, prompt_hash, built_from = cosine.name, cosine.prompt_hash, "train_only"
+    columns = nearest(items, users, seen, options.listed)
+    if not columns[0].size:
+        raise InputError(
+            f"{dataset.path}: no user has an item to list: {int(users.has.sum())} of "
+            f"{dataset.n_users} users and {int(items.has.sum())} of {dataset.n_items} items have "
+            "vectors"
+        )
+    provenance = preferences.Provenance(
+        built_from=built_from,
+        unlisted="below",
+        training_items="none",
+        model=model,
+        prompt_hash=prompt_hash,
+        score_kind=f"cosine, nearest {options.listed}",
+    )
+    return preferences.write_product(
+        dataset,
+        common.name,
+        pa.table(list(columns), schema=schema.TEACHER_SCORES),
+        provenance=provenance,
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
+    )

@@ -1,0 +1,1 @@
+"""Teacher products on disk: checked rows, manifests, combinations, controls."""

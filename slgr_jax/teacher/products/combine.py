@@ -1,0 +1,253 @@
+"""Several teachers as one: products of the same dataset, fused.
+
+With r the rank of an item among the n items that a teacher answered for a user (1 = highest score,
+ties share their mean rank) and s its score, the teacher says of the item
+
+    reciprocal  1 / r
+    rrf         1 / (k + r), k = 60     reciprocal rank fusion (Cormack, Clarke, Buettcher 2009)
+    borda       1 - (r - 1) / n
+    mean        (s - low) / (high - low), the extremes of the whole product; .5 where they are equal
+
+and the fused score is the mean over the teachers; for rrf the number of teachers times the mean,
+which is the sum where all of them speak. Who speaks of an item follows from what the products say
+of unlisted items:
+
+    all `below`     every teacher: 0 where it does not list the item. The result is `below`.
+    some `unknown`  who answered, and a teacher `below` that has a list of the user: 0 where the
+                    item is not on it. The result is `unknown`.
+    method mean     only who answered, in either case: its scale has no place for unlisted items.
+
+Shape letters: T teachers, U users, n rows of a teacher, m of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from slgr_jax.config import CombineConfig, TeachConfig
+from slgr_jax.data import schema, shards
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.teacher.products import preferences, rows
+
+_SAYS = {
+    "reciprocal": "reciprocal: mean 1/rank",
+    "rrf": "rrf: sum 1/({k} + rank)",
+    "borda": "borda: mean 1 - (rank - 1)/length",
+    "mean": "mean of scores scaled to 0..1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What one teacher answered.
+
+    Attributes:
+      offsets: [U + 1]; rows of user u are `offsets[u]:offsets[u + 1]`.
+      items: [n] int32 from 0, none twice for a user.
+      scores: [n] finite floats, ascending within a user.
+      below: unlisted items rank below the list.
+    """
+
+    offsets: np.ndarray
+    items: np.ndarray
+    scores: np.ndarray
+    below: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Every item that some teacher answered, in the order of user, then item.
+
+    Attributes:
+      users, items: [m] int32.
+      scores: [m] float32, computed in float64.
+      votes: [m] int32: how many teachers answered.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    scores: np.ndarray
+    votes: np.ndarray
+
+
+def fuse(teachers: Sequence[Answers], method: str, *, rrf_k: int = 60) -> Fused:
+    """The fused scores of what `teachers` (one or more, of the same U users) answered.
+
+    Args:
+      method: one of `config.FUSIONS`, see above.
+      rrf_k: k of rrf.
+    """
+    bound = 1 + max(int(one.items.max(initial=0)) for one in teachers)
+    extremes = [
+        (float(one.scores.min(initial=np.inf)), float(one.scores.max(initial=-np.inf)))
+        for one in teachers
+    ]
+    all_below = all(one.below for one in teachers)
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def fuse_users(first: int, last: int) -> None:
+        keys, said, unknown = [], [], []
+        lists = np.zeros(last - first, np.int64)  # of each user, by teachers `below`
+        for one, (low, high) in zip(teachers, extremes, strict=True):
+            lengths = np.diff(one.offsets[first : last + 1])
+            users = np.repeat(np.arange(last - first, dtype=np.int64), lengths)
+            mine = slice(one.offsets[first], one.offsets[last])
+            keys.append(users * bound + one.items[mine])
+            unknown.append(np.full(users.size, float(not one.below)))
+            lists += one.below & (lengths > 0)
+            if method == "mean":
+                scaled = (one.scores[mine].astype(np.float64) - low) / ((high - low) or 1)
+                said.append(scaled if high > low else np.full(users.size, 0.5))
+                continue
+            ranks = _ranks(users, one.scores[mine])
+            if method == "borda":
+                said.append(1 - (ranks - 1) / np.repeat(lengths, lengths))
+            else:
+                said.append(1 / (ranks + (rrf_k if method == "rrf" else 0)))
+        pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
+        owners, items = np.divmod(pairs, bound)
+        total = np.bincount(place, np.concatenate(said))
+        votes = np.bincount(place)
+        if method == "mean":
+            speakers = votes
+        elif all_below:
+            speakers = np.full(pairs.size, len(teachers))
+        else:
+            speakers = np.bincount(place, np.concatenate(unknown)) + lists[owners]
+        fused = total / speakers
+        if method == "rrf":
+            fused = total * (len(teachers) / speakers)  # to the bit the sum where all speak
+        found[first] = (
+            *(x.astype(np.int32) for x in (owners + first, items)),
+            fused.astype(np.float32),
+            votes.astype(np.int32),
+        )
+
+    rows.over_users(np.sum([one.offsets for one in teachers], axis=0), fuse_users)
+    empty = tuple(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float32, np.int32))
+    pieces = [empty, *(found[first] for first in sorted(found))]
+    return Fused(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+
+
+def _ranks(users: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """[n] float64: rank of each score among those of its user, the highest 1; ties share their
+    mean rank. `users` ascend, and the scores of a user."""
+    last, new = np.ones((2, users.size), bool)  # the last row of its user; the first of its ties
+    last[:-1] = users[1:] != users[:-1]
+    new[1:] = last[:-1] | (scores[1:] != scores[:-1])
+    ends, ties = np.flatnonzero(last), np.flatnonzero(new)
+    after = np.repeat(ends + 1, np.diff(ends, prepend=-1))
+    widths = np.diff(ties, append=users.size)
+    return after - np.repeat(ties + (widths - 1) / 2, widths)
+
+
+def combine(
+    dataset: Dataset, common: TeachConfig, options: CombineConfig
+) -> schema.TeacherManifest:
+    """Write the products `options.names` of `dataset`, fused, as the product `common.name`.
+
+    `built_from` is that of the part that has seen the most, `training_items` likewise. `model`
+    names each part, its model and a hash of its answers; `score_kind` the method. An item that
+    fewer than `min_votes` teachers answered is not in the result: unlisted.
+
+    Raises:
+      ConfigError: fewer than two names, one of them twice, the result's own among them, or more
+        votes than teachers.
+      InputError: a part holds preferences, the result exists, or nothing would be in it.
+      ManifestError, ShardError: a part cannot be used, as for `preferences.load`.
+    """
+    names = _names(dataset, common.name, options)
+    root = preferences.product_path(dataset.path, common.name)
+    shards.check_target(root, overwrite=common.overwrite)
+    parts = [_load(dataset, name) for name in names]
+    manifests = [part.manifest for part in parts]
+    answers = [
+        Answers(part.offsets, part.items, part.scores, part.manifest.unlisted == "below")
+        for part in parts
+    ]
+    fused = fuse(answers, options.method, rrf_k=options.rrf_k)
+    kept = fused.votes >= options.min_votes
+    if not kept.any():
+        most = fused.votes.max(initial=0)
+        raise InputError(
+            f"no item of a user has an answer of {options.min_votes} of {listing(names)}, the most "
+            f"is {most}: " + ("lower --min_votes" if most else "combine others")
+        )
+    columns = [x if kept.all() else x[kept] for x in (fused.users, fused.items, fused.scores)]
+    below = all(one.below for one in answers)
+    return preferences.write_product(
+        dataset,
+        common.name,
+        pa.table(columns, schema=schema.TEACHER_SCORES),
+        provenance=preferences.Provenance(
+            built_from=max((m.built_from for m in manifests), key=schema.BUILT_FROM.index),
+            unlisted="below" if below else "unknown",
+            model=preferences.COMBINED + ", ".join(map(_origin, manifests)),
+            prompt_hash="+".join(dict.fromkeys(m.prompt_hash for m in manifests if m.prompt_hash)),
+            score_kind=_score_kind(options, len(names), below=below),
+            training_items=_training_items(manifests),
+        ),
+        counts={"dropped_by_min_votes": int(kept.size - kept.sum())},
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
+    )
+
+
+def _names(dataset: Dataset, result: str, options: CombineConfig) -> list[str]:
+    names = [name.strip() for name in options.names.split(",") if name.strip()]
+    choices = listing(preferences.products(dataset.path))
+    if len(names) < 2:
+        raise ConfigError(
+            f"--names={options.names!r} names {len(names)} of the two or more teachers to combine; "
+            f"{dataset.path} has: {choices}"
+        )
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"--names has {listing(repeated)} more than once; {dataset.path} has: {choices}"
+        )
+    if result in names:
+        raise ConfigError(f"--name={result} is one of --names; write the result under another name")
+    if options.min_votes > len(names):
+        raise ConfigError(
+            f"--min_votes={options.min_votes} is more than the {len(names)} teachers of --names"
+        )
+    return names
+
+
+def _load(dataset: Dataset, name: str) -> preferences.Teacher:
+    found = preferences.load(dataset, name)
+    if found.manifest.kind != "scores":
+        raise InputError(
+            f"teacher {name!r} holds {found.manifest.kind}, combine takes scores: leave it out of "
+            "--names, or collect its answers again with --pairs_to=scores"
+        )
+    return found
+
+
+def _origin(part: schema.TeacherManifest) -> str:
+    """A part as the result's manifest names it."""
+    model = f"{part.model}, " if part.model else ""
+    return f"{part.name} ({model}answers {schema.files_hash(part.files)[:8]})"
+
+
+def _training_items(parts: Sequence[schema.TeacherManifest]) -> str:
+    told = max((part.training_items for part in parts), key=schema.TRAINING_ITEMS.index)
+    # What was hidden from one teacher may have been history to another, who left it off its list
+    # for that; where unlisted is below, this counts against the item and tests nobody.
+    if told == "hidden" and any(part.unlisted == "below" for part in parts):
+        return "shown"
+    return told
+
+
+def _score_kind(options: CombineConfig, teachers: int, *, below: bool) -> str:
+    text = _SAYS[options.method].format(k=options.rrf_k)
+    if below and options.method != "mean":
+        text += ", 0 where a teacher does not list the item"
+    if options.min_votes > 1:
+        text += f", answered by at least {options.min_votes} of {teachers}"
+    return text

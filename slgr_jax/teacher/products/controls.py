@@ -1,0 +1,243 @@
+"""Teachers that are no LLM: what a product must beat before its text can be said to help.
+
+Each control of a product NAME has its coverage (the same users, the same number of answers):
+
+    shuffled    users trade their answers: what is said of the items stays, what is said of this
+                user does not
+    popularity  s_ui = number of training users of i
+    item_item   s_ui = sum over training items j != i of u of n_ij / sqrt(n_i n_j), with n_i users
+                of i and n_ij users of both: cosine similarity of items
+
+The two that score rate what the product was asked about. Where an unlisted item ranks below the
+list (`unlisted == "below"`: the teacher chose what to list) they list the L best items outside the
+user's training items, L as long as the product's list. They are kept as DATA/teacher/NAME.CONTROL.
+
+Shape letters: U users, I items, n rows of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from slgr_jax.data import schema, shards
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.teacher.products import preferences
+
+CONTROLS = ("shuffled", "popularity", "item_item")
+_CHUNK = 256  # users scored at once: [256, I] float64 is what must fit
+_KINDS = {"popularity": "training count", "item_item": "sum of item-item cosines"}
+
+# Scores of some users [B] for every item: [B, I] float64.
+_ScoreUsers = Callable[[np.ndarray], np.ndarray]
+
+
+def control_name(name: str, control: str) -> str:
+    """The product that holds a control of the product `name`."""
+    return f"{name}.{control}"
+
+
+def ensure(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> str:
+    """The name of a control product, written if there is none; one that is there is kept.
+
+    Args:
+      dataset: whose product `name` is.
+      name: the product to control.
+      control: one of `CONTROLS`.
+      seed: of `shuffled`.
+
+    Raises:
+      ConfigError: unknown control, or what is there was made from other answers.
+      ManifestError, ShardError, InputError: the product cannot be used, or controlled.
+    """
+    made = control_name(name, control)
+    root = preferences.product_path(dataset.path, made)
+    if not (root / schema.MANIFEST).is_file():
+        write(dataset, name, control, seed=seed)
+        return made
+    there = preferences.load(dataset, made, verify=False).manifest.model
+    product = preferences.load(dataset, name, verify=False).manifest
+    if there != _model(product, control, seed):
+        raise ConfigError(
+            f"{root} says {there!r}, not {_model(product, control, seed)!r}: it controls other "
+            f"answers than {name} holds; remove it, and it is made anew"
+        )
+    return made
+
+
+def write(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> schema.TeacherManifest:
+    """Write one control of the product `name`; arguments and errors as for `ensure`."""
+    if control not in CONTROLS:
+        raise ConfigError(f"unknown control {control!r}; choose one of: {listing(CONTROLS)}")
+    manifest = preferences.load(dataset, name).manifest
+    root = preferences.product_path(dataset.path, name)
+    expected = schema.TEACHER_SCHEMAS[manifest.kind]
+    table = shards.read_shards(root, manifest.files, expected, verify=False).combine_chunks()
+    told, kind = manifest.training_items, manifest.score_kind
+    if control == "shuffled":
+        made = _shuffled(table, manifest, seed)
+    else:
+        score, kind = _scorer(dataset, control), _KINDS[control]
+        if manifest.kind == "preferences":
+            made = _reoriented(table, score)
+        elif manifest.unlisted == "below":
+            made = _listed(table, dataset, score)
+            told = "none" if told == "hidden" else told
+        else:
+            made = _rescored(table, score)
+    provenance = preferences.Provenance(
+        built_from=manifest.built_from if control == "shuffled" else "train_only",
+        unlisted=manifest.unlisted,
+        model=_model(manifest, control, seed),
+        score_kind=kind,
+        training_items=told,
+    )
+    return preferences.write_product(
+        dataset, control_name(name, control), made, provenance=provenance
+    )
+
+
+def _model(product: schema.TeacherManifest, control: str, seed: int) -> str:
+    """What a control's manifest says of itself: of which answers it is the control."""
+    answers = schema.files_hash(product.files)
+    drawn = f", seed {seed}" if control == "shuffled" else ""
+    return f"control: {control} of {product.name} (answers {answers[:8]}{drawn})"
+
+
+# --------------------------------------------------------------------- another user's answers
+
+
+def _shuffled(table: pa.Table, manifest: schema.TeacherManifest, seed: int) -> pa.Table:
+    """Users trade all their rows in pairs (three of an odd number in a ring).
+
+    In the order of (number of answers, random), neighbours trade: the numbers are nearly kept.
+    """
+    users = table.column("user").to_numpy()
+    answered = np.ones(users.size, np.int64)
+    if manifest.kind == "scores":
+        answered = table.column("score").is_valid().to_numpy().astype(np.int64)
+    asked, rows = np.unique(users, return_inverse=True)
+    if asked.size < 2:
+        raise InputError(
+            f"teacher {manifest.name} answers for {asked.size} user; a shuffled one needs two"
+        )
+    counts = np.bincount(rows, weights=answered)
+    order = np.lexsort((np.random.default_rng(seed).permutation(asked.size), counts))
+    takers = order.copy()  # the rows of asked[order[k]] go to asked[takers[k]]
+    even = asked.size - asked.size % 2
+    takers[:even] = order[:even].reshape(-1, 2)[:, ::-1].reshape(-1)
+    if even < asked.size:
+        takers[-3:] = np.roll(order[-3:], 1)
+    taker_of = np.empty(asked.size, np.int64)
+    taker_of[order] = takers
+    new = asked[taker_of[rows]].astype(np.int32)
+    moved = table.set_column(
+        table.schema.get_field_index("user"), table.schema.field("user"), pa.array(new)
+    )
+    return moved.take(pa.array(np.argsort(new, kind="stable")))
+
+
+# --------------------------------------------------------------------- teachers that score
+
+
+def _scorer(dataset: Dataset, control: str) -> _ScoreUsers:
+    """Scores of any users for every item: [B] -> [B, I]."""
+    popularity = dataset.popularity.astype(np.float64)
+    if control == "popularity":
+        return lambda users: np.broadcast_to(popularity, (users.size, dataset.n_items))
+    x = dataset.positives(("train",)).matrix(dataset.n_items, np.float64)
+    scale = 1 / np.sqrt(np.maximum(popularity, 1))
+
+    def item_item(users: np.ndarray) -> np.ndarray:
+        mine = x[users]
+        # x_u D X^T X D with D = diag(scale), through users: [I, I] never exists.
+        through = (mine.multiply(scale[None, :]).tocsr() @ x.T).tocsr() @ x
+        return np.asarray(through.toarray() * scale[None, :] - mine.toarray())  # cos(i, i) = 1
+
+    return item_item
+
+
+def _chunks(users: np.ndarray, score: _ScoreUsers) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(users, their scores [B, I]) of the distinct `users`, a chunk at a time."""
+    distinct = np.unique(users)
+    for begin in range(0, distinct.size, _CHUNK):
+        chunk = distinct[begin : begin + _CHUNK]
+        yield chunk, score(chunk)
+
+
+def _scores_at(users: np.ndarray, items: np.ndarray, score: _ScoreUsers) -> np.ndarray:
+    """[n] float32: the scores of pairs, of which `users` ascend."""
+    out = np.empty(users.size, np.float32)
+    for chunk, scores in _chunks(users, score):
+        low, high = np.searchsorted(users, [chunk[0], chunk[-1] + 1])
+        rows = np.searchsorted(chunk, users[low:high])
+        out[low:high] = scores[rows, items[low:high]]
+    return out
+
+
+def _by_user(table: pa.Table) -> dict[str, np.ndarray]:
+    """The columns as arrays, rows in order of user; a missing score is NaN."""
+    columns = {name: table.column(name).to_numpy() for name in table.column_names}
+    order = np.argsort(columns["user"], kind="stable")
+    return {name: values[order] for name, values in columns.items()}
+
+
+def _rescored(table: pa.Table, score: _ScoreUsers) -> pa.Table:
+    """The same pairs with other scores; what was not answered stays so."""
+    rows = _by_user(table)
+    scores = _scores_at(rows["user"], rows["item"], score)
+    return _scores_table(rows["user"], rows["item"], scores, np.isnan(rows["score"]))
+
+
+def _listed(table: pa.Table, dataset: Dataset, score: _ScoreUsers) -> pa.Table:
+    """For each user the best items outside training, as many as the user has answers."""
+    seen = dataset.positives(("train",))
+    answered = table.column("user").to_numpy()[table.column("score").is_valid().to_numpy()]
+    counts = np.bincount(answered, minlength=dataset.n_users)
+    users, items, found = [], [], []
+    for chunk, scores in _chunks(answered, score):
+        for user, own in zip(chunk, scores, strict=True):
+            own = own.astype(np.float32)
+            own[seen.row(user)] = -np.inf
+            best = np.argsort(-own, kind="stable")[: counts[user]]  # ties: the lower index
+            best = np.sort(best[own[best] > -np.inf])
+            users.append(np.full(best.size, user, np.int32))
+            items.append(best.astype(np.int32))
+            found.append(own[best])
+    owners = np.concatenate(users)
+    nothing_missing = np.zeros(owners.size, bool)
+    return _scores_table(owners, np.concatenate(items), np.concatenate(found), nothing_missing)
+
+
+def _scores_table(
+    users: np.ndarray, items: np.ndarray, scores: np.ndarray, unanswered: np.ndarray
+) -> pa.Table:
+    return pa.table(
+        [pa.array(users), pa.array(items), pa.array(scores, mask=unanswered)],
+        schema=schema.TEACHER_SCORES,
+    )
+
+
+def _reoriented(table: pa.Table, score: _ScoreUsers) -> pa.Table:
+    """The same pairs, each put in the scores' order; equal scores are no preference."""
+    rows = _by_user(table)
+    first, second = (
+        _scores_at(rows["user"], rows[name], score).astype(np.float64)
+        for name in ("preferred", "other")
+    )
+    gap = (first - second).astype(np.float32)
+    kept = gap != 0
+    turned = gap < 0
+    columns = {
+        "user": rows["user"],
+        "preferred": np.where(turned, rows["other"], rows["preferred"]),
+        "other": np.where(turned, rows["preferred"], rows["other"]),
+        "margin": np.abs(gap),
+    }
+    return pa.table(
+        [pa.array(columns[name][kept]) for name in schema.TEACHER_PREFERENCES.names],
+        schema=schema.TEACHER_PREFERENCES,
+    )

@@ -1,0 +1,232 @@
+"""A run's directory: what it was started with, and what that resolved to.
+
+config.json    every knob (config.RunConfig)
+run.json       versions, devices, hashes, sizes and thresholds that the knobs resolved to
+log.jsonl      one object a validation (journal.py)
+.lock          held while a process trains; names it
+checkpoints/   state, best state, progress (checkpoint.py)
+metrics.json, per_user.parquet, metrics.png    launch/evaluate.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from slgr_jax import __version__, config
+from slgr_jax.config import knobs
+from slgr_jax.data import schema
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.reports import tables
+from slgr_jax.teacher.products import preferences
+from slgr_jax.training import checkpoint
+from slgr_jax.training.step import Trainer
+
+CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
+_RECORDED = ("split_hash", "id_map_hash", "teacher_hash")
+# Knobs that may change when a run is resumed: none of them changes what a step computes.
+RESUMABLE = frozenset(
+    {
+        *("epochs", "patience", "tensorboard", "verify_checksums", "checkpoint_every_s"),
+        *("steps_per_dispatch", "table_shards", "min_devices", "eval_users_per_chunk", "restart"),
+        # The ensemble's runs may have moved: what they hold is compared (`members`).
+        *("kernels", "ensemble"),
+    }
+)
+
+
+def read_config(workdir: str) -> config.RunConfig:
+    """The config a run was started with."""
+    path = pathlib.Path(workdir) / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{workdir} is not a run: it holds no {CONFIG} (see launch/train.py)")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return knobs.from_json(config.RunConfig, text, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; restore it, or train anew with --restart") from error
+
+
+def members(run: config.RunConfig) -> list[dict[str, Any]]:
+    """What the record says of the ensemble's runs: where each lies, and which checkpoint it holds.
+
+    `checkpoint` is the SHA-256 of Orbax's notes: how far the loop was, its best metric, and when it
+    was written, to the nanosecond. A copy of a run has the same.
+    """
+    found = []
+    for member in run.ensemble:
+        root = pathlib.Path(member) / checkpoint.DIRECTORY
+        steps = [int(path.name) for path in root.glob("*") if path.name.isdigit()]
+        if not steps:
+            raise ConfigError(f"--ensemble: {member} holds no finished checkpoint; train it first")
+        notes = root / str(max(steps)) / "_CHECKPOINT_METADATA"
+        sha256 = hashlib.sha256(notes.read_bytes()).hexdigest()
+        found.append({"run": os.path.abspath(member), "step": max(steps), "checkpoint": sha256})
+    return found
+
+
+def other_members(workdir: str, run: config.RunConfig) -> str | None:
+    """How the ensemble of `run` differs from what the run in `workdir` was trained with, if so."""
+    record, now = _record(workdir), members(run)
+    if record is None:
+        names = [read_config(workdir).gate.ensemble, run.gate.ensemble]
+        return None if names[0] == names[1] else " -> ".join(names)
+    was = record.get("ensemble", [])
+    if [x["checkpoint"] for x in was] == [x["checkpoint"] for x in now]:
+        return None
+    old, new = (", ".join(f"{x['run']} at step {x['step']}" for x in y) for y in (was, now))
+    return f"{old} -> {new}, other checkpoints"
+
+
+def recorded(workdir: str) -> dict[str, Any] | None:
+    """The hashes that `run.json` names; None if there is none."""
+    found = _record(workdir)
+    return None if found is None else {key: found[key] for key in _RECORDED}
+
+
+def _record(workdir: str) -> dict[str, Any] | None:
+    """What `run.json` says; None if there is none."""
+    path = pathlib.Path(workdir) / RECORD
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return found | {key: found[key] for key in _RECORDED}
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is damaged; restore it, or remove it: training writes it again"
+        ) from error
+
+
+def trained_on(workdir: str, dataset: Dataset) -> bool | None:
+    """Whether a run's record names this split and these ids; None if there is no record."""
+    was = recorded(workdir)
+    if was is None:
+        return None
+    return all(was[key] == getattr(dataset.manifest, key) for key in ("split_hash", "id_map_hash"))
+
+
+def teacher_hash(run: config.RunConfig) -> str:
+    """SHA-256 over the checksums of the teacher's shards; empty without guidance."""
+    if run.guidance.guidance == "none":
+        return ""
+    path = preferences.product_path(run.data, run.guidance.teacher)
+    return schema.files_hash(schema.read_teacher_manifest(path).files)
+
+
+@contextlib.contextmanager
+def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
+    """Hold a run's directory, with its config written, against other processes.
+
+    Raises:
+      ConfigError: it cannot be made, is not a run's, is held, or holds a run that computes
+        something else.
+    """
+    root = pathlib.Path(run.workdir)
+    if (root / schema.MANIFEST).is_file():
+        raise ConfigError(f"{root} is a dataset or a teacher product; choose another --workdir")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
+    with lock:
+        _hold(lock, root)
+        if run.train.restart:
+            checkpoint.clear(run.workdir)
+            for name in (CONFIG, RECORD, tables.METRICS, tables.PER_USER, tables.PICTURE):
+                (root / name).unlink(missing_ok=True)
+        elif (root / CONFIG).is_file():
+            _refuse_changes(read_config(run.workdir), run, trained_on(run.workdir, dataset))
+        write_text(root / CONFIG, knobs.to_json(run))
+        yield
+
+
+def _hold(lock: TextIO, root: pathlib.Path) -> None:
+    """Lock the file until it is closed; the system unlocks it however the process ends."""
+    if jax.process_index():
+        return  # the processes of one job share the run; the first speaks for all
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise ConfigError(
+            f"{root} is being trained by another process ({lock.read().strip()}); stop that one "
+            "or choose another --workdir"
+        ) from error
+    except OSError:
+        return  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {platform.node()}")
+    lock.flush()
+
+
+def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | None) -> None:
+    changed = config.differences(old, run)
+    changed = [text for text in changed if text[2:].split(":")[0] not in RESUMABLE]
+    moved = os.path.abspath(old.data) != os.path.abspath(run.data)
+    if same is False or (same is None and moved):
+        what = f"{old.data} -> {run.data}" if moved else f"{run.data} holds another split"
+        changed.append(f"--data: {what}")
+    was = recorded(run.workdir)
+    if was is not None and was["teacher_hash"] != teacher_hash(run) and not changed:
+        changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
+    if not changed and (other := other_members(run.workdir, run)):
+        changed.append(f"--ensemble: {other}")
+    if changed:
+        raise ConfigError(
+            f"{run.workdir} holds a run with other settings ({listing(changed)}); "
+            "choose another --workdir, or --restart to delete it"
+        )
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved: int) -> str:
+    """`run.json`: what the config resolved to on this machine."""
+    slices = dataset.slices(run.slices)
+    devices = trainer.layout.mesh.devices.ravel()
+    facts = {
+        "slgr_jax": __version__,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "devices": [str(device) for device in devices],
+        "device_kind": devices[0].device_kind,
+        "processes": jax.process_count(),
+        "kernels": "native" if trainer.plan.native else "xla",
+        "dataset": dataset.manifest.name,
+        "split_hash": dataset.manifest.split_hash,
+        "id_map_hash": dataset.manifest.id_map_hash,
+        "teacher_hash": teacher_hash(run),
+        "ensemble": members(run),
+        "users": dataset.n_users,
+        "items": dataset.n_items,
+        "train_pairs": int(dataset.history.sum()),
+        "drawn_an_epoch": trainer.plan.drawn,
+        "preferences_per_step": trainer.plan.preferences,
+        "cold_user_history": slices.cold_user_history,
+        "tail_item_popularity": slices.tail_item_popularity,
+        "cold_users": int(slices.cold_users.sum()),
+        "tail_items": int(slices.tail_items.sum()),
+        "tables": {
+            name: {"rows": spec.rows, "width": spec.width}
+            for name, spec in trainer.backbone.tables.items()
+        },
+    }
+    return json.dumps(facts | resolved, indent=2) + "\n"

@@ -1,0 +1,219 @@
+"""Knobs: every one has a flag, a help text and a default in its own range; JSON keeps them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from slgr_jax import config
+from slgr_jax.config import (
+    EvaluationConfig,
+    GateConfig,
+    GuidanceConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SliceConfig,
+    TrainConfig,
+    knobs,
+)
+from slgr_jax.errors import ConfigError
+from slgr_jax.guidance.gates import make_gate
+from slgr_jax.models.backbones import make_backbone
+from slgr_jax.models.embedding_table import make_row_optimizer
+from slgr_jax.sampling.context import Sizes
+
+RUN_SECTIONS = tuple(config.sections().values())
+SECTIONS = (config.PrepareConfig, *config.TEACH_SECTIONS, *RUN_SECTIONS)
+KNOBS = [(section, field) for section in SECTIONS for field in dataclasses.fields(section)]
+IDS = [f"{section.__name__}.{field.name}" for section, field in KNOBS]
+
+
+def _outside(meta: knobs.Knob) -> list[float]:
+    """A value just past each end of a knob's range."""
+    out = [] if meta.minimum is None else [meta.minimum - 1]
+    out += [] if meta.above is None else [meta.above, meta.above - 1]
+    out += [] if meta.maximum is None else [meta.maximum + 1]
+    return out + ([] if meta.below is None else [meta.below, meta.below + 1])
+
+
+@pytest.mark.parametrize(("section", "field"), KNOBS, ids=IDS)
+def test_every_knob_is_described_and_keeps_its_range(section, field):
+    meta = knobs.knob_of(field)
+    assert len(meta.help) > 10, "a help text says what the knob means"
+    for value in _outside(meta):
+        wrong = (int(value),) if isinstance(field.default, tuple) else value
+        with pytest.raises(ConfigError, match=f"--{knobs.flag_name(field)}="):
+            section(**{field.name: wrong})
+    if meta.choices is not None:
+        assert field.default in meta.choices
+        with pytest.raises(ConfigError, match=f"--{knobs.flag_name(field)}='nonsense' is not one"):
+            section(**{field.name: "nonsense"})
+
+
+def test_flag_names_are_distinct_within_a_command():
+    for sections in ((config.PrepareConfig,), config.TEACH_SECTIONS, RUN_SECTIONS):
+        names = [knobs.flag_name(f) for section in sections for f in dataclasses.fields(section)]
+        assert len(set(names)) == len(names)
+
+
+def test_a_message_names_the_ends_of_a_range():
+    for make, text in (
+        (lambda: GuidanceConfig(weight=-1.0), "--lambda=-1.0 is below its minimum 0"),
+        (lambda: GateConfig(alpha=1.5), "--alpha=1.5 is over its maximum 1"),
+        (lambda: OptimizerConfig(lr=0.0), "--lr=0.0 must be greater than 0"),
+        (lambda: ModelConfig(dropout=1.0), "--dropout=1.0 must be less than 1"),
+        (lambda: OptimizerConfig(l2=math.nan), "--l2=nan is not a finite number"),
+        (lambda: OptimizerConfig(lr=math.inf), "--lr=inf is not a finite number"),
+        (lambda: EvaluationConfig(ks=(10, 0)), "--ks=0 is below its minimum 1"),
+        (lambda: EvaluationConfig(ks=()), "--ks is empty; .*--ks=10,20"),
+        (lambda: TrainConfig(seed=2**31), "--seed=2147483648 is over its maximum"),
+        (lambda: GuidanceConfig(guidance="x"), "--guidance='x' is not one of: none, selective"),
+        (lambda: config.PrepareConfig(source="x"), "--source='x' is not one of: movielens"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            make()
+
+
+def test_a_name_that_config_offers_can_be_made_and_no_other():
+    """The registries and the choices are two lists: neither may have what the other lacks."""
+    for name in config.BACKBONES:
+        sizes = Sizes(users=3, items=4, longest_history=5)
+        assert make_backbone(ModelConfig(backbone=name), sizes).tables
+    for name in config.GATES:
+        assert callable(make_gate(GateConfig(gate=name)))
+    for name in config.TABLE_OPTIMIZERS:
+        assert make_row_optimizer(OptimizerConfig(table_optimizer=name)).initial(2).ndim == 1
+    unknown = object.__new__(OptimizerConfig)
+    vars(unknown).update(dataclasses.asdict(OptimizerConfig()) | {"table_optimizer": "adam"})
+    with pytest.raises(KeyError):
+        make_row_optimizer(unknown)
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+# Where not every value goes with those that the other knobs are changed to.
+_FITTING = {
+    **{"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,slices"},
+    **{"uncertainty": "ensemble", "ensemble": "a,b"},
+}
+
+
+def _changed(section: type) -> object:
+    """A section in which every knob that has a second value has it."""
+    values = {}
+    for field in dataclasses.fields(section):
+        meta, default = knobs.knob_of(field), field.default
+        if meta.choices is not None:
+            other = meta.choices[-1 if default == meta.choices[0] else 0]
+            values[field.name] = _FITTING.get(field.name, other)
+        elif isinstance(default, bool):
+            values[field.name] = not default
+        elif isinstance(default, str):
+            values[field.name] = _FITTING.get(field.name, f'{default}é "x"')
+        elif isinstance(default, tuple):
+            values[field.name] = (*default, 1000)
+        elif isinstance(default, int):
+            values[field.name] = default + 1
+        else:
+            values[field.name] = 0.37
+    return section(**values)
+
+
+def test_json_gives_back_every_knob():
+    sections = {name: _changed(section) for name, section in config.sections().items()}
+    run = RunConfig(data="a b", workdir="ü", **sections)
+    again = knobs.from_json(RunConfig, knobs.to_json(run), "config")
+    assert again == run
+    assert type(again.evaluation.ks) is tuple
+    plain = RunConfig(data="d", workdir="w")
+    changed = {text[2:].split(":")[0] for text in config.differences(plain, run)}
+    fields = [field for section in RUN_SECTIONS for field in dataclasses.fields(section)]
+    only = {"backbone"} if len(config.BACKBONES) == 1 else set()
+    assert changed == {knobs.flag_name(field) for field in fields} - only
+    assert config.differences(run, again) == []
+
+
+def test_a_knob_newer_than_the_run_has_its_default():
+    values = json.loads(knobs.to_json(RunConfig("d", "w", model=ModelConfig(dim=3))))
+    del values["model"]["item_bias"]
+    assert knobs.from_json(RunConfig, json.dumps(values), "config").model == ModelConfig(dim=3)
+
+
+def test_an_integer_is_a_float_where_a_float_is_meant():
+    values = json.loads(knobs.to_json(RunConfig("d", "w")))
+    values["optimizer"]["lr"] = 1
+    lr = knobs.from_json(RunConfig, json.dumps(values), "config").optimizer.lr
+    assert (lr, type(lr)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": "d", "wor', "x is damaged: "),
+        ("[1]", r"x is \[1\]; expected an object"),
+        ('{"data": "d"}', "x: missing key workdir"),
+        ('{"data": "d", "workdir": "w", "foo": 1}', "x: unknown key foo; known: data, workdir, "),
+        ('{"data": 5, "workdir": "w"}', "x: data is 5, of another type"),
+        ('{"data": "d", "workdir": "w", "model": null}', "x: model is null; expected an object"),
+        ('{"data": "d", "workdir": "w", "model": {"dim": "8"}}', 'x: model: dim is "8", of'),
+        ('{"data": "d", "workdir": "w", "model": {"dim": true}}', "x: model: dim is true, of"),
+        ('{"data": "d", "workdir": "w", "model": {"dim": 0}}', "--dim=0 is below its minimum 1"),
+        ('{"data": "d", "workdir": "w", "evaluation": {"ks": 10}}', "x: evaluation: ks is 10, of"),
+        ('{"data": "d", "workdir": "w", "evaluation": {"ks": [1.5]}}', "ks is 1.5, of another"),
+    ],
+)
+def test_damaged_json_is_named(text, message):
+    with pytest.raises(ConfigError, match=message):
+        knobs.from_json(RunConfig, text, "x")
+
+
+# --- knobs that contradict each other -----------------------------------------------------------
+
+
+def test_guidance_and_teacher_come_together():
+    with pytest.raises(ConfigError, match=r"--guidance=selective needs --teacher=NAME"):
+        RunConfig("d", "w", guidance=GuidanceConfig(guidance="selective"))
+    with pytest.raises(ConfigError, match=r"--teacher=x is not used with --guidance=none"):
+        RunConfig("d", "w", guidance=GuidanceConfig(teacher="x"))
+
+
+def test_preferences_follow_the_batch_unless_told():
+    guided = GuidanceConfig(guidance="selective", teacher="x")
+    assert RunConfig("d", "w").preferences_per_step == 0
+    assert RunConfig("d", "w", guidance=guided).preferences_per_step == 2048
+    told = dataclasses.replace(guided, preferences_per_step=7)
+    assert RunConfig("d", "w", guidance=told).preferences_per_step == 7
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SliceConfig().cold_user_history = 3  # type: ignore[misc]
+
+
+def test_what_a_gate_resolves_its_knobs_to():
+    def run(**values):
+        return config.make_run("d", "w", guidance="selective", teacher="t", **values)
+
+    calibrated = run(gate="calibrated", batch_size=300)
+    assert calibrated.guidance_loss_name == "informed"
+    assert (calibrated.gate_lr, calibrated.known_per_step) == (0.02, 150)
+    reads = {"gate_inputs": "reference,teacher", "ensemble": "base"}
+    assert run(gate="calibrated", **reads).guidance_loss_name == "added"
+    assert run(gate="meta", **reads).guidance_loss_name == "hinge"
+    for wrong in ({"gate": "calibrated"}, {"gate": "paper"}, {"gate": "meta"} | reads):
+        with pytest.raises(ConfigError, match=r"added weighs by what a teacher adds to a ref"):
+            run(guidance_loss="added", **wrong)
+    paper = run(gate="paper", dense_lr=0.003)
+    assert (paper.guidance_loss_name, paper.gate_lr, paper.known_per_step) == ("hinge", 0.003, 0)
+    given = run(gate="meta", guidance_loss="logistic", gate_lr=0.5)
+    assert (given.guidance_loss_name, given.gate_lr, given.known_per_step) == ("logistic", 0.5, 0)
+    assert config.make_run("d", "w").known_per_step == 0
+    with pytest.raises(ConfigError, match=r"--gate_inputs=history,fame: choose from margin"):
+        run(gate="calibrated", gate_inputs="history,fame")
+    with pytest.raises(ConfigError, match="--guidance=pointwise needs --teacher"):
+        config.make_run("d", "w", guidance="pointwise")

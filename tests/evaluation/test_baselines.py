@@ -1,0 +1,316 @@
+"""Baselines: EASE against ridge regressions, settings chosen on validation alone, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import worlds
+
+from slgr_jax.config import BaselineConfig, EvaluationConfig, SamplerConfig, TrainConfig
+from slgr_jax.data import schema
+from slgr_jax.data.dataset import Csr, Dataset, Part
+from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation import baselines, full_ranking
+from slgr_jax.mesh import make_layout
+from slgr_jax.training import loop
+
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch" / "evaluate.py"
+GRID = (1, 5, 20, 100, 1000)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    """Users like items of their own third, with noise; histories longer than a loop step."""
+    rng = np.random.default_rng(7)
+    n_users, n_items = 50, 60
+    weights = np.where(np.arange(n_users)[:, None] % 3 == np.arange(n_items)[None, :] % 3, 4.0, 1.0)
+    weights *= 1 / (np.arange(n_items) + 5.0)[None, :]
+    pairs = [
+        [user, item]
+        for user in range(1, n_users)  # user 0 has nothing
+        for item in rng.choice(n_items, 30, replace=False, p=weights[user] / weights[user].sum())
+    ]
+    shuffled = rng.permutation(np.array(pairs))
+    path = tmp_path_factory.mktemp("world") / "data"
+    parts = (shuffled[400:], shuffled[:200], shuffled[200:400])
+    return worlds.write_dataset(path, *parts, n_users=n_users, n_items=n_items)
+
+
+def _dense(dataset: Dataset, part: str) -> np.ndarray:
+    """[U, I] float64: 1 at each pair of a part."""
+    x = np.zeros((dataset.n_users, dataset.n_items))
+    x[dataset.part(part).users, dataset.part(part).items] = 1
+    return x
+
+
+def _ridge(x: np.ndarray, l2: float) -> np.ndarray:
+    """B, a column at a time: a ridge regression of each item on all others."""
+    n = x.shape[1]
+    b = np.zeros((n, n))
+    for j in range(n):
+        others = np.delete(np.arange(n), j)
+        a = np.concatenate([x[:, others], np.sqrt(l2) * np.eye(n - 1)])
+        y = np.concatenate([x[:, j], np.zeros(n - 1)])
+        b[others, j] = np.linalg.lstsq(a, y, rcond=None)[0]
+    return b
+
+
+def _ndcg(scores: np.ndarray, dataset: Dataset) -> float:
+    """Validation ndcg@10 over users, one user at a time."""
+    train, valid = _dense(dataset, "train"), _dense(dataset, "valid")
+    values = []
+    for u in np.flatnonzero(valid.sum(axis=1)):
+        order = sorted(np.flatnonzero(train[u] == 0), key=lambda i: (-scores[u, i], i))[:10]
+        gains = [valid[u, item] / np.log2(place + 2) for place, item in enumerate(order)]
+        ideal = sum(1 / np.log2(place + 2) for place in range(min(10, int(valid[u].sum()))))
+        values.append(sum(gains) / ideal)
+    return float(np.mean(values))
+
+
+def _all_scores(fitted: baselines.Fitted, dataset: Dataset) -> np.ndarray:
+    return np.asarray(fitted.score_users(fitted.state, np.arange(dataset.n_users, dtype=np.int32)))
+
+
+@pytest.mark.parametrize("l2", [0.5, 30.0])
+def test_ease_is_a_ridge_regression_of_each_item_on_the_others(dataset, l2):
+    ease = baselines.Ease((l2,))
+    (fitted,) = ease.fit(dataset, ease.grid)
+    x = _dense(dataset, "train")
+    assert x.sum(axis=1).max() > baselines._HISTORY_STEP
+    expected = _ridge(x, l2)
+    weights = fitted.state.weights
+    np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+    assert not np.diag(weights).any()
+    users = np.array([3, 0, 49, 3], np.int32)
+    scores = np.asarray(jax.jit(fitted.score_users)(fitted.state, users))
+    np.testing.assert_allclose(scores, (x @ expected)[users], rtol=1e-4, atol=1e-5)
+    assert not scores[1].any()  # a user without history
+
+
+def test_ease_refuses_what_the_memory_does_not_hold(dataset):
+    many = pa.table({name: [None] * 30_000 for name in schema.ITEMS.names})
+    large = dataclasses.replace(dataset, items=many)
+    ease = baselines.Ease((400,), gb=16)
+    with pytest.raises(ConfigError, match=r"30000 items needs 21\.6 GB, more than --ease_gb=16"):
+        next(ease.fit(large, ease.grid))
+
+
+def test_popular_lists_are_the_training_counts_in_order(dataset):
+    found = baselines.tune(baselines.Popular(), dataset)
+    assert (found.settings, found.tried) == ({}, [])
+    nothing = Csr.from_pairs(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
+    users = np.arange(dataset.n_users)
+    top = full_ranking.top_k(*found.fitted, users, nothing, dataset.n_items, k=12)
+    counts = np.bincount(dataset.train.items, minlength=dataset.n_items)
+    order = sorted(range(dataset.n_items), key=lambda item: (-counts[item], item))
+    assert top.items.tolist() == [order[:12]] * dataset.n_users
+    assert top.scores[5].tolist() == counts[order[:12]].tolist()
+
+
+def test_tuning_keeps_the_best_on_validation(dataset):
+    found = baselines.tune(baselines.Ease(GRID), dataset)
+    x = _dense(dataset, "train")
+    values = [_ndcg(x @ _ridge(x, l2), dataset) for l2 in GRID]
+    assert [one["lambda"] for one in found.tried] == list(GRID)
+    assert [one["ndcg@10"] for one in found.tried] == pytest.approx(values, abs=1e-9)
+    best = int(np.argmax(values))
+    assert 0 < best < len(GRID) - 1, values  # a world where the choice matters
+    assert found.settings == {"lambda": GRID[best]}
+    np.testing.assert_allclose(
+        found.fitted.state.weights, _ridge(x, GRID[best]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_tuning_sees_validation_and_nothing_of_test(dataset):
+    rng = np.random.default_rng(0)
+
+    def replaced(part: str) -> Dataset:
+        users = rng.integers(0, dataset.n_users, 300).astype(np.int32)
+        items = rng.integers(0, dataset.n_items, 300).astype(np.int32)
+        return dataclasses.replace(dataset, **{part: Part(users, items, None, None)})
+
+    ease = baselines.Ease(GRID)
+    found, poisoned = (baselines.tune(ease, one) for one in (dataset, replaced("test")))
+    assert poisoned.tried == found.tried
+    assert poisoned.settings == found.settings
+    weights = [one.fitted.state.weights for one in (found, poisoned)]
+    np.testing.assert_array_equal(*weights)
+    assert baselines.tune(ease, replaced("valid")).tried != found.tried
+
+
+def test_without_validation_the_middle_setting_is_kept(dataset):
+    nothing = Part(*(np.zeros(0, np.int32) for _ in range(2)), None, None)
+    found = baselines.tune(baselines.Ease(GRID), dataclasses.replace(dataset, valid=nothing))
+    assert (found.settings, found.tried) == ({"lambda": 20}, [])
+
+
+def test_validation_that_is_all_masked_chooses_the_first(dataset):
+    seen = dataclasses.replace(dataset, valid=dataset.train)
+    found = baselines.tune(baselines.Ease((20, 5)), seen)
+    assert found.settings == {"lambda": 20}
+    assert [one["ndcg@10"] for one in found.tried] == [0.0, 0.0]
+
+
+def test_eight_devices_choose_and_score_as_one(dataset):
+    mesh = make_layout().mesh
+    assert mesh.size == 8
+    one, eight = (baselines.tune(baselines.Ease(GRID[:3]), dataset, mesh=m) for m in (None, mesh))
+    assert eight.settings == one.settings
+    assert len(eight.fitted.state.weights.sharding.device_set) == 8
+    values = [[row["ndcg@10"] for row in found.tried] for found in (one, eight)]
+    assert values[0] == pytest.approx(values[1], abs=1e-9)
+
+
+def test_ials_solves_its_normal_equations(dataset):
+    pytest.importorskip("implicit")
+    ials = baselines.Ials(dim=4, regularizations=(3,), alphas=(5,), iterations=60)
+    (fitted,) = ials.fit(dataset, ials.grid)
+    users, items = (np.asarray(factors, np.float64) for factors in fitted.state)
+    x = _dense(dataset, "train")
+    weight = np.where(x > 0, 5.0, 1.0)
+    for i in range(dataset.n_items):
+        left = (users * weight[:, i : i + 1]).T @ users + 3 * np.eye(4)
+        expected = np.linalg.solve(left, users.T @ (weight[:, i] * x[:, i]))
+        np.testing.assert_allclose(items[i], expected, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(_all_scores(fitted, dataset), users @ items.T, rtol=1e-4, atol=1e-5)
+
+
+def test_ials_gives_the_package_what_was_asked_for(dataset, monkeypatch):
+    asked = []
+
+    class Fake:
+        def __init__(self, **options: float) -> None:
+            asked.append(options)
+
+        def fit(self, x, show_progress: bool) -> None:
+            np.testing.assert_array_equal(x.toarray(), _dense(dataset, "train"))
+            good = (asked[-1]["alpha"], asked[-1]["regularization"]) == (10, 1)
+            truth = _dense(dataset, "valid").astype(np.float32)
+            self.user_factors = truth if good else -truth
+            self.item_factors = np.eye(dataset.n_items, dtype=np.float32)
+
+    als = types.SimpleNamespace(AlternatingLeastSquares=Fake)
+    for name, module in (("implicit", types.ModuleType("implicit")), ("implicit.cpu.als", als)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "implicit.cpu", types.SimpleNamespace(als=als))
+    options = BaselineConfig(ials_dim=60, ials_regularizations=(1, 3), ials_alphas=(2, 10))
+    found = baselines.tune(baselines.make_baseline("ials", options), dataset)
+    assert [(one["regularization"], one["alpha"]) for one in asked] == [
+        *((1, 2), (1, 10), (3, 2), (3, 10)),
+    ]
+    assert all((one["factors"], one["iterations"]) == (60, 20) for one in asked)
+    assert found.settings == {"regularization": 1, "alpha": 10}
+    assert [one["ndcg@10"] for one in found.tried] == pytest.approx([0, 1, 0, 0])
+
+
+def test_a_missing_package_names_the_extra(dataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
+    with pytest.raises(ConfigError, match=r"implicit.*pip install 'slgr_jax\[ials\]'"):
+        baselines.tune(baselines.Ials(4, (1,), (1,), 2), dataset)
+
+
+@pytest.mark.parametrize(
+    ("options", "n_items", "names"),
+    [
+        ({}, 5000, ("popular", "ease")),
+        ({}, 5001, ("popular",)),
+        ({"ease_gb": 0.5}, 5000, ("popular",)),
+        ({"baselines": "none"}, 10, ()),
+        ({"baselines": "ials,popular,ials"}, 10**6, ("ials", "popular")),
+    ],
+)
+def test_which_baselines_are_chosen(options, n_items, names):
+    assert baselines.chosen(BaselineConfig(**options), n_items) == names
+
+
+@pytest.mark.parametrize("given", ["knn", "popular,", "auto,ease", ""])
+def test_unknown_names_are_refused(given):
+    with pytest.raises(ConfigError, match="choose from auto, none, popular, ease, ials"):
+        BaselineConfig(baselines=given)
+
+
+def test_each_name_makes_its_baseline():
+    options = BaselineConfig(ease_lambdas=(7,), ease_gb=2)
+    made = {name: baselines.make_baseline(name, options) for name in ("popular", "ease", "ials")}
+    assert made["ease"] == baselines.Ease((7,), 2)
+    assert made["popular"] == baselines.Popular()
+    assert isinstance(made["ials"], baselines.Ials)
+
+
+def test_a_run_that_ranks_nothing_has_no_baselines_and_rows_are_not_theirs(dataset, tmp_path):
+    options = BaselineConfig(baselines="popular")
+    evaluation = EvaluationConfig(ranking=False, rows="sampled")
+    silent = worlds.run_config(dataset, tmp_path, evaluation=evaluation)
+    assert baselines.evaluate_baselines(options, silent, dataset, tmp_path) == []
+    both = worlds.run_config(dataset, tmp_path, evaluation=EvaluationConfig(rows="sampled"))
+    (found,) = baselines.evaluate_baselines(options, both, dataset, tmp_path)
+    assert found.config.evaluation.rows == "none"
+    assert found.parts["test"].slices["overall"]["n"] > 0
+
+
+def _launch(*flags: str) -> str:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(LAUNCH.parents[1])}
+    found = subprocess.run(
+        [sys.executable, str(LAUNCH), *flags], capture_output=True, text=True, env=env, timeout=250
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_the_command_needs_no_run(dataset, tmp_path):
+    """One device in a process of its own gives what eight do here."""
+    shown = _launch(f"--data={dataset.path}", f"--out={tmp_path}/out", "--ease_lambdas=5,20,100")
+    assert "test: ndcg@10 user by user, each baseline minus popular" in shown
+    assert "baseline popular: no settings" in shown
+    options = BaselineConfig(ease_lambdas=(5, 20, 100))
+    config = worlds.run_config(dataset, tmp_path)
+    here = baselines.evaluate_baselines(options, config, dataset, tmp_path / "here")
+    assert [one.label for one in here] == ["popular", "ease"]
+    for one in here:
+        name = one.label
+        texts = [
+            (tmp_path / where / "baselines" / name / "metrics.json").read_text()
+            for where in ("here", "out")
+        ]
+        mine, theirs = map(json.loads, texts)
+        assert theirs["baseline"]["settings"] == one.baseline["settings"]
+        for part in ("valid", "test"):
+            values = [found[part]["overall"] for found in (mine, theirs)]
+            assert values[0] == pytest.approx(values[1], abs=1e-6)
+            assert values[0]["n"] > 0
+    # What was tuned is what the table shows.
+    best = max(row["ndcg@10"] for row in theirs["baseline"]["tried"])
+    assert theirs["valid"]["overall"]["ndcg@10"] == pytest.approx(best)
+    table = pq.read_table(tmp_path / "out" / "baselines" / "ease" / "per_user.parquet")
+    assert set(table["part"].to_pylist()) == {"valid", "test"}
+
+
+@pytest.mark.slow
+def test_baselines_stand_beside_a_run(dataset, tmp_path):
+    run = tmp_path / "popular"  # a run may have a baseline's name
+    config = worlds.run_config(
+        *(dataset, run),
+        train=TrainConfig(epochs=1, early_stop_metric="ndcg@5"),
+        sampler=SamplerConfig(batch_size=64),
+        evaluation=EvaluationConfig(ks=(5,)),
+    )
+    loop.train(config)
+    shown = _launch(f"--workdir={run}", "--ease_lambdas=20")
+    for text in ("popular (baseline)", "ease"):
+        table = shown.split("test: full ranking")[1].split("\n\n")[0]
+        assert sum(f" {text} " in line for line in table.splitlines()) >= 4
+    assert "test: ndcg@5 user by user, each baseline minus popular\n" in shown
+    assert "each run minus" not in shown
+    assert sorted(os.listdir(run / "baselines")) == ["ease", "popular"]
+    assert "baseline" not in json.loads((run / "metrics.json").read_text())

@@ -1,0 +1,388 @@
+"""Full ranking on the device against a plain NumPy one, and what it may not do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import worlds
+from jax.sharding import AxisType, Mesh
+from sklearn.metrics import roc_auc_score
+
+from slgr_jax.config import EvaluationConfig, SliceConfig
+from slgr_jax.data.dataset import Csr
+from slgr_jax.errors import ConfigError, NonFiniteError
+from slgr_jax.evaluation import device_ranking, full_ranking, ranking_metrics
+
+
+def table(state: jax.Array, users: jax.Array) -> jax.Array:
+    """A model that knows its scores by heart: state [U, I]."""
+    return state[users]
+
+
+def factors(state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
+    return state[0][users] @ state[1].T
+
+
+@pytest.fixture(params=["native", "xla"])
+def kernels(request) -> str:
+    """Who ranks."""
+    if request.param == "native":
+        worlds.need_native_kernels()
+    return request.param
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    scores: np.ndarray  # [U, I]
+    relevant: np.ndarray  # [U, I] bool
+    masked: np.ndarray  # [U, I] bool
+
+    @property
+    def csr(self) -> tuple[Csr, Csr]:
+        n = self.scores.shape[0]
+        return tuple(Csr.from_pairs(*np.nonzero(m), n) for m in (self.relevant, self.masked))
+
+    def rank(self, **options) -> ranking_metrics.Ranking:
+        state = jax.device_put(self.scores)
+        with jax.transfer_guard("disallow"):
+            return full_ranking.rank(table, state, *self.csr, self.scores.shape[1], **options)
+
+
+def make_world(seed: int, n_users: int, n_items: int, *, ties: bool, overlap: bool) -> World:
+    """Random scores and masks; user 0 has nothing relevant, user 1 has seen everything."""
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(n_users, n_items)).astype(np.float32)
+    if ties:
+        scores = np.round(scores * 2) / 2
+        scores[rng.random(scores.shape) < 0.1] = -0.0  # beside the 0.0 that rounding makes
+    relevant = rng.random(scores.shape) < 0.1
+    masked = rng.random(scores.shape) < 0.3
+    relevant[0] = False
+    relevant[1] &= overlap
+    masked[1] = True
+    relevant[2] = True  # more relevant items than any other user
+    if not overlap:
+        masked &= ~relevant
+    return World(scores, relevant, masked)
+
+
+def check(world: World, found: ranking_metrics.Ranking, k: int) -> None:
+    """Every field of `found` against one user at a time in NumPy."""
+    scores, row = world.scores, 0
+    labels, values = [], []
+    for u in range(scores.shape[0]):
+        candidates = np.flatnonzero(~world.masked[u])
+        order = candidates[np.lexsort((candidates, -scores[u, candidates]))]
+        wanted = np.flatnonzero(world.relevant[u] & ~world.masked[u])
+        if not wanted.size:
+            assert u not in found.users
+            continue
+        assert found.users[row] == u
+        at = slice(found.offsets[row], found.offsets[row + 1])
+        others = scores[u, candidates[~world.relevant[u, candidates]]]
+        place = {int(item): p + 1 for p, item in enumerate(order)}
+        assert found.items[at].tolist() == wanted.tolist()
+        assert found.ranks[at].tolist() == [place[i] for i in wanted]
+        assert found.scores[at].tolist() == scores[u, wanted].tolist()
+        assert found.greater[at].tolist() == [int((others > scores[u, i]).sum()) for i in wanted]
+        assert found.tied[at].tolist() == [int((others == scores[u, i]).sum()) for i in wanted]
+        assert found.n_candidates[row] == candidates.size
+        best = [*order[:k], *([-1] * (k - order.size))]
+        assert found.top_items[row].tolist() == best
+        labels.append(world.relevant[u, candidates])
+        values.append(scores[u, candidates])
+        row += 1
+    assert row == found.users.size
+    assert found.n_dropped == int((world.relevant & world.masked).sum())
+    pooled = roc_auc_score(np.concatenate(labels), np.concatenate(values))
+    assert found.pooled_auc == pytest.approx(pooled, abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("seed", "n_users", "n_items", "chunk"),
+    [(0, 23, 70, 7), (1, 16, 128, 8), (2, 9, 257, 1024), (3, 40, 20, 1)],
+)
+def test_equals_plain_numpy(seed, n_users, n_items, chunk, ties, kernels):
+    world = make_world(seed, n_users, n_items, ties=ties, overlap=seed % 2 == 1)
+    found = world.rank(users_per_chunk=chunk, top_k=15, kernels=kernels)
+    check(world, found, 15)
+    assert 1 not in found.users  # has seen everything
+    assert (seed % 2 == 1) == (found.n_dropped > 0)
+
+
+def test_two_stage_lists_equal_the_sorted_order():
+    """Long catalogue, short lists, many ties: the path that looks at blocks."""
+    world = make_world(5, 12, 3000, ties=True, overlap=False)
+    assert device_ranking._BLOCK * 4 * 5 <= 3000
+    check(world, world.rank(top_k=5, kernels="xla"), 5)
+
+
+@pytest.mark.slow
+def test_chunks_and_padding_do_not_matter():
+    world = make_world(8, 37, 90, ties=True, overlap=True)
+    base = world.rank(users_per_chunk=64)
+    for chunk in (1, 5, 36, 37, 38):
+        _assert_same(world.rank(users_per_chunk=chunk), base)
+
+
+def _assert_same(a: ranking_metrics.Ranking, b: ranking_metrics.Ranking) -> None:
+    for field in dataclasses.fields(ranking_metrics.Ranking):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        np.testing.assert_array_equal(left, right, err_msg=field.name)
+
+
+def test_item_order_does_not_matter():
+    world = make_world(9, 20, 80, ties=False, overlap=False)
+    order = np.random.default_rng(0).permutation(80)
+    moved = World(world.scores[:, order], world.relevant[:, order], world.masked[:, order])
+    a, b = world.rank(), moved.rank()
+    assert a.pooled_auc == pytest.approx(b.pooled_auc, abs=1e-15)
+    for row in range(a.users.size):
+        at = slice(a.offsets[row], a.offsets[row + 1])
+        before = dict(zip(a.items[at].tolist(), a.ranks[at].tolist(), strict=True))
+        after = dict(zip(order[b.items[at]].tolist(), b.ranks[at].tolist(), strict=True))
+        assert before == after
+    listed = np.where(b.top_items < 0, -1, order[b.top_items])
+    np.testing.assert_array_equal(a.top_items, listed)
+
+
+def test_every_room_for_relevant_items(kernels):
+    """1 to 300 relevant items: several compiled widths in one ranking."""
+    rng = np.random.default_rng(4)
+    relevant = np.zeros((12, 320), bool)
+    for u, count in enumerate((1, 2, 15, 16, 17, 63, 64, 65, 128, 255, 256, 300)):
+        relevant[u, rng.choice(320, count, replace=False)] = True
+    scores = rng.integers(0, 50, relevant.shape).astype(np.float32)
+    world = World(scores, relevant, np.zeros_like(relevant))
+    check(world, world.rank(users_per_chunk=2, top_k=3, kernels=kernels), 3)
+
+
+def test_masked_items_are_never_listed(kernels):
+    world = make_world(6, 25, 60, ties=False, overlap=False)
+    scores = world.scores + 100 * world.masked  # the model loves what is masked
+    users = np.array([7, 3, 1, 24, 3], np.int32)
+    with jax.transfer_guard("disallow"):
+        top = full_ranking.top_k(
+            table,
+            jax.device_put(scores),
+            users,
+            world.csr[1],
+            60,
+            k=50,
+            users_per_chunk=2,
+            kernels=kernels,
+        )
+    assert top.users.tolist() == users.tolist()
+    for row, u in enumerate(users):
+        candidates = np.flatnonzero(~world.masked[u])
+        order = candidates[np.argsort(-scores[u, candidates])][:50]
+        assert top.items[row].tolist() == [*order, *([-1] * (50 - order.size))]
+        assert top.scores[row, : order.size].tolist() == scores[u, order].tolist()
+        assert np.all(top.scores[row, order.size :] == -np.inf)
+    assert top.items[2].tolist() == [-1] * 50  # user 1 has seen everything
+
+
+def test_lists_are_no_longer_than_the_catalogue():
+    world = make_world(6, 5, 9, ties=False, overlap=False)
+    assert world.rank(top_k=20).top_items.shape[1] == 9
+    assert world.rank(top_k=0).top_items.shape[1] == 0
+
+
+@pytest.mark.parametrize(
+    "relevant_scores",
+    [
+        np.full(50, 0.5),
+        np.concatenate([np.full(25, -3e38), np.full(25, 3e38)]),
+        np.linspace(1, 1 + 1e-6, 50),
+        np.concatenate([np.full(49, 1e-30), [1e30]]),
+        np.geomspace(1e-20, 1e20, 50),
+    ],
+    ids=["equal", "extreme", "narrow", "outlier", "geometric"],
+)
+def test_pooled_auc_is_exact_for_awkward_scores(relevant_scores, kernels):
+    """Scores that defeat the look-up table's equal cells; negatives equal and next to them."""
+    positive = relevant_scores.astype(np.float32)
+    near = [positive, np.nextafter(positive, np.float32(0)), np.nextafter(positive, np.float32(9))]
+    scores = np.concatenate([positive, *near]).reshape(4, 50)
+    relevant = np.zeros((4, 50), bool)
+    relevant[0] = True
+    # Spread the relevant items over the users.
+    shuffle = np.random.default_rng(0).permutation(200)
+    scores, relevant = (x.reshape(-1)[shuffle].reshape(4, 50) for x in (scores, relevant))
+    world = World(scores, relevant, np.zeros_like(relevant))
+    wins = np.sum(scores[relevant][:, None] > scores[~relevant][None, :])
+    ties = np.sum(scores[relevant][:, None] == scores[~relevant][None, :])
+    assert world.rank(kernels=kernels).pooled_auc == (2 * wins + ties) / (2 * 50 * 150)
+
+
+def test_pooled_auc_sums_pass_32_bits(monkeypatch):
+    """Sums of a row's counts beyond 2^31 are carried in digits: force many of them."""
+    world = make_world(3, 30, 1000, ties=True, overlap=False)
+    look_up = device_ranking.pool_chunk
+
+    def narrow(*args, pieces, bits, mesh, native):
+        assert pieces == 1
+        digits = jax.device_get(look_up(*args, pieces=5, bits=3, mesh=mesh, native=native))
+        assert digits[:, 4].any()
+        return (digits << (3 * np.arange(5))).sum(axis=1, keepdims=True)
+
+    base = world.rank(kernels="xla")
+    monkeypatch.setattr(device_ranking, "pool_chunk", narrow)
+    assert world.rank(kernels="xla").pooled_auc == base.pooled_auc
+
+
+def test_pooled_auc_tiles_do_not_matter(monkeypatch):
+    world = make_world(13, 10, 777, ties=True, overlap=False)
+    base = world.rank(kernels="xla")
+    monkeypatch.setattr(device_ranking, "_POOL_TILE", 1)
+    jax.clear_caches()
+    assert world.rank(kernels="xla").pooled_auc == base.pooled_auc
+
+
+def test_nothing_relevant(kernels):
+    world = make_world(0, 6, 12, ties=False, overlap=False)
+    found = World(world.scores, np.zeros_like(world.relevant), world.masked).rank(kernels=kernels)
+    assert found.users.size == found.items.size == 0
+    assert found.offsets.tolist() == [0]
+    assert np.isnan(found.pooled_auc)
+    everything = World(world.scores, np.ones_like(world.relevant), world.masked & False).rank(
+        kernels=kernels
+    )
+    assert np.isnan(everything.pooled_auc)
+    assert set(everything.greater.tolist()) == {0}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_names_the_user(bad, kernels):
+    world = make_world(1, 9, 30, ties=False, overlap=False)
+    world.relevant[5, 11] = True
+    world.scores[5, 17] = bad
+    with pytest.raises(NonFiniteError, match=r"1 of \d users .* index 5;"):
+        world.rank(kernels=kernels)
+    with pytest.raises(NonFiniteError, match="index 5;"):
+        full_ranking.top_k(
+            table,
+            jax.device_put(world.scores),
+            np.arange(9),
+            world.csr[1],
+            30,
+            k=3,
+            kernels=kernels,
+        )
+
+
+def test_a_model_of_another_catalogue_is_refused():
+    world = make_world(1, 9, 30, ties=False, overlap=False)
+    with pytest.raises(ConfigError, match=r"\(8, 30\), expected \(8, 31\)"):
+        full_ranking.rank(table, jax.device_put(world.scores), *world.csr, 31)
+
+
+def _mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
+    devices = np.array(jax.devices()[:8]).reshape(shape)
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+def test_eight_devices_equal_one(shape):
+    world = make_world(21, 45, 700, ties=True, overlap=True)
+    mesh = _mesh(shape, ("data", "table"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = jax.device_put(world.scores, everywhere)
+    split = jax.device_put(
+        world.scores[:44], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("table"))
+    )
+    with jax.transfer_guard("disallow"):
+        found = full_ranking.rank(
+            table, state, *world.csr, 700, users_per_chunk=13, top_k=5, mesh=mesh
+        )
+        top = full_ranking.top_k(
+            table, split, np.arange(44), world.csr[1], 700, k=5, users_per_chunk=13, mesh=mesh
+        )
+    _assert_same(found, world.rank(top_k=5))
+    one = full_ranking.top_k(
+        table, jax.device_put(world.scores), np.arange(44), world.csr[1], 700, k=5
+    )
+    np.testing.assert_array_equal(top.items, one.items)
+
+
+def test_scores_are_split_over_the_devices():
+    mesh = _mesh((8,), ("data",))
+    seen = []
+
+    def watched(state: jax.Array, users: jax.Array) -> jax.Array:
+        seen.append(users.sharding if hasattr(users, "sharding") else None)
+        return state[users]
+
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = jax.device_put(np.zeros((64, 20), np.float32), everywhere)
+    users = jax.device_put(np.arange(64, dtype=np.int32), device_ranking.by_user(mesh))
+    scores = device_ranking.score_chunk(
+        None, state, users, score_users=watched, n_items=20, mesh=mesh
+    )
+    assert {shard.data.shape for shard in scores.addressable_shards} == {(8, 20)}
+    assert len(seen) == 1
+
+
+def test_one_model_is_traced_once_for_all_chunks_and_calls():
+    world = make_world(2, 50, 40, ties=False, overlap=False)
+    traces = []
+
+    def counted(state: jax.Array, users: jax.Array) -> jax.Array:
+        traces.append(users.shape)
+        return state[users]
+
+    state = jax.device_put(world.scores)
+    relevant, seen = world.csr
+    before = device_ranking.rank_chunk._cache_size()
+    for _ in range(3):
+        full_ranking.rank(counted, state, relevant, seen, 40, users_per_chunk=8)
+    assert traces == [(8,)]
+    # Rooms for 16 and 64 relevant items.
+    assert device_ranking.rank_chunk._cache_size() - before == 2
+
+
+def test_tied_dot_products_stay_tied_between_the_passes(kernels):
+    """Items with equal factors tie exactly, in ranks and in the pooled AUC."""
+    rng = np.random.default_rng(0)
+    items = np.repeat(rng.normal(size=(50, 16)), 2, axis=0).astype(np.float32)
+    users = rng.normal(size=(20, 16)).astype(np.float32)
+    relevant = np.zeros((20, 100), bool)
+    relevant[:, ::2] = True  # every relevant item has a twin that is not
+    csr = Csr.from_pairs(*np.nonzero(relevant), 20)
+    none = Csr(np.zeros(21, np.int64), np.zeros(0, np.int32))
+    found = full_ranking.rank(
+        factors, jax.device_put((users, items)), csr, none, 100, kernels=kernels
+    )
+    assert np.all(found.tied == 1)
+    auc = ranking_metrics.per_user(found, (10,)).values["auc"]
+    np.testing.assert_allclose(auc, 0.5, atol=1e-12)
+    assert found.pooled_auc == pytest.approx(0.5, abs=1e-12)
+
+
+def test_evaluate_dataset_masks_what_it_says(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "data")
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(dataset.n_users, dataset.n_items)).astype(np.float32)
+    config = EvaluationConfig(ks=(3, 5))
+    with jax.transfer_guard("disallow"):
+        found = full_ranking.evaluate_dataset(
+            table, jax.device_put(scores), dataset, SliceConfig(), config
+        )
+    assert list(found) == ["valid", "test"]
+    for part, masks in (("valid", ("train",)), ("test", ("train", "valid"))):
+        recalls = []
+        for u in range(dataset.n_users):
+            hidden = {i for name in masks for i in dataset.positives((name,)).row(u).tolist()}
+            wanted = set(dataset.positives((part,)).row(u).tolist()) - hidden
+            order = [i for i in np.argsort(-scores[u]).tolist() if i not in hidden]
+            if wanted:
+                recalls.append(len(wanted & set(order[:3])) / len(wanted))
+        assert found[part].slices["overall"]["n"] == len(recalls)
+        assert found[part].slices["overall"]["recall@3"] == pytest.approx(np.mean(recalls))
+        assert found[part].data.masked == masks
+        assert 0 < found[part].slices["overall"]["auc_pooled"] < 1

@@ -1,0 +1,151 @@
+"""Tests and intervals against SciPy and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation import significance
+
+
+def sample(n: int, shift: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=n)
+    return base + shift + rng.normal(size=n), base
+
+
+@pytest.mark.parametrize(("n", "shift"), [(2, 0.3), (5, -2.0), (200, 0.1)])
+def test_paired_t_equals_scipy(n, shift):
+    a, b = sample(n, shift)
+    assert significance.paired_t(a - b) == pytest.approx(
+        scipy_stats.ttest_rel(a, b).pvalue, rel=1e-10
+    )
+
+
+def test_paired_t_of_constant_differences():
+    assert significance.paired_t(np.zeros(5)) == 1.0
+    assert significance.paired_t(np.full(5, 0.25)) == 0.0
+    assert np.isnan(significance.paired_t(np.array([1.0])))
+
+
+@pytest.mark.parametrize(("n", "level"), [(2, 0.95), (10, 0.95), (10, 0.5)])
+def test_t_interval_equals_scipy(n, level):
+    x = np.random.default_rng(n).normal(size=n) + 0.3
+    expected = scipy_stats.t.interval(level, n - 1, x.mean(), scipy_stats.sem(x))
+    assert significance.t_interval(x, level=level) == pytest.approx(expected)
+    assert significance.t_interval(np.full(5, 0.25)) == (0.25, 0.25)
+    assert np.isnan(significance.t_interval(x[:1])).all()
+    with pytest.raises(ConfigError, match="level=0"):
+        significance.t_interval(x, level=0.0)
+
+
+def test_wilcoxon_equals_scipy_and_ignores_zeros():
+    a, b = sample(30)
+    expected = scipy_stats.wilcoxon(a - b).pvalue
+    assert significance.wilcoxon(a - b) == pytest.approx(expected)
+    assert significance.wilcoxon(np.concatenate([a - b, np.zeros(50)])) == pytest.approx(expected)
+    assert significance.wilcoxon(np.zeros(4)) == 1.0
+    assert np.isnan(significance.wilcoxon(np.zeros(0)))
+
+
+def test_sign_flip_enumerates_small_samples():
+    d = np.array([0.5, -0.2, 0.9, 0.1, 0.4])
+    sums = [
+        sum(s * x for s, x in zip(signs, d, strict=True))
+        for signs in itertools.product((1, -1), repeat=5)
+    ]
+    expected = np.mean([abs(one) >= d.sum() - 1e-9 for one in sums])
+    assert significance.sign_flip(d) == expected
+    # All of one sign: only the two extreme flips reach the sum.
+    assert significance.sign_flip(np.array([0.1, 0.2, 0.3, 0.7])) == 2 / 2**4
+
+
+def test_sign_flip_draws_large_samples():
+    a, b = sample(400, 0.12)
+    expected = scipy_stats.permutation_test(
+        (a, b),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=4000,
+        rng=np.random.default_rng(1),
+    ).pvalue
+    found = significance.sign_flip(a - b, resamples=4000)
+    assert 0.002 < expected < 0.5
+    assert found == pytest.approx(expected, abs=4 * np.sqrt(expected / 4000))
+    assert significance.sign_flip(a - b, resamples=4000) == found
+    assert significance.sign_flip(np.ones(400), resamples=99) == 1 / 100
+    assert significance.sign_flip(np.zeros(400), resamples=99) == 1.0
+
+
+def test_bootstrap_interval_matches_scipy_and_the_normal_form():
+    d = np.subtract(*sample(500))
+    low, high = significance.bootstrap_interval(d, resamples=4000)
+    theirs = scipy_stats.bootstrap(
+        (d,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    error = np.std(d) / np.sqrt(d.size)
+    for ours, other in ((low, theirs.low), (high, theirs.high)):
+        assert ours == pytest.approx(other, abs=0.15 * error)
+    assert low == pytest.approx(np.mean(d) - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(np.mean(d) + 1.96 * error, abs=0.15 * error)
+    narrow = significance.bootstrap_interval(d, level=0.5, resamples=4000)
+    assert low < narrow[0] < narrow[1] < high
+    assert significance.bootstrap_interval(d, resamples=4000) == (low, high)
+    assert significance.bootstrap_interval(d, resamples=4000, seed=1) != (low, high)
+
+
+def test_bootstrap_interval_edges():
+    assert significance.bootstrap_interval(np.full(7, 0.5), resamples=10) == (0.5, 0.5)
+    assert np.isnan(significance.bootstrap_interval(np.zeros(0))).all()
+    with pytest.raises(ConfigError, match="level=1"):
+        significance.bootstrap_interval(np.ones(3), level=1.0)
+
+
+def test_resampling_in_blocks_draws_the_asked_number(monkeypatch):
+    d = np.subtract(*sample(50))
+    monkeypatch.setattr(significance, "_rows", lambda n: 7)
+    low, high = significance.bootstrap_interval(d, resamples=1000)
+    assert low < d.mean() < high
+    assert significance.sign_flip(np.ones(50), resamples=99) == 1 / 100
+
+
+def test_compare_pairs_users_and_leaves_out_undefined_ones():
+    a, b = sample(40)
+    a[3], b[7] = np.nan, np.nan
+    there = np.ones(40, bool)
+    there[[3, 7]] = False
+    found = significance.compare(a, b)
+    assert found.n == 38
+    assert found.mean_a == pytest.approx(a[there].mean())
+    assert found.mean_b == pytest.approx(b[there].mean())
+    assert found.difference == pytest.approx((a - b)[there].mean())
+    assert found.low < found.difference < found.high
+    assert found.p_t == pytest.approx(scipy_stats.ttest_rel(a[there], b[there]).pvalue)
+    back = significance.compare(b, a)
+    assert back.difference == -found.difference
+    assert back.p_t == found.p_t
+    with pytest.raises(ConfigError, match=r"\(3,\) and \(4,\)"):
+        significance.compare(np.ones(3), np.ones(4))
+
+
+def test_holm_by_hand():
+    # Sorted .01 .02 .03 .04 times 4 3 2 1 = .04 .06 .06 .04, then never falling.
+    assert significance.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert significance.holm([0.9, 0.8]) == [1.0, 1.0]
+    adjusted = significance.holm([0.02, float("nan"), 0.03])
+    assert adjusted[0] == pytest.approx(0.04)
+    assert np.isnan(adjusted[1])
+    assert significance.holm([]) == []
+
+
+def test_holm_keeps_the_family_wise_error():
+    """Under the null, some of 5 tests is rejected at .05 in about 5 % of trials, not 23 %."""
+    rng = np.random.default_rng(0)
+    trials = rng.random((2000, 5))
+    rejected = np.mean([min(significance.holm(row)) <= 0.05 for row in trials])
+    assert rejected == pytest.approx(0.05, abs=0.015)

@@ -1,0 +1,195 @@
+"""Rivals: which items complete a list, what is drawn among them, and who may ask for them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import worlds
+
+from slgr_jax import config
+from slgr_jax.errors import ConfigError
+from slgr_jax.guidance import device_arrays, hard_negatives
+from slgr_jax.sampling import labelled_preferences
+from slgr_jax.sampling import preferences as preferences_lib
+from slgr_jax.sampling.negatives import generators
+from slgr_jax.teacher.products import preferences
+from slgr_jax.training import build, loop
+
+N_USERS, N_ITEMS = 24, 30
+MF = {"dim": 4, "init_std": 2.0, "batch_size": 32, "epochs": 2, "kernels": "xla"}
+GUIDED = MF | {"guidance": "selective", "teacher": "t", "gate": "constant", "rivals": 5}
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A dataset, a teacher with lists of 4 for all but two users, and two runs without guidance."""
+    root = tmp_path_factory.mktemp("world")
+    dataset = worlds.random_dataset(root / "d", n_users=N_USERS, n_items=N_ITEMS, per_user=12)
+    rng = np.random.default_rng(0)
+    rows = [
+        f"u{user},i{item},{score}"
+        for user in range(2, N_USERS)
+        for item, score in zip(rng.choice(N_ITEMS, 4, replace=False), rng.random(4), strict=True)
+    ]
+    path = root / "scores.csv"
+    path.write_text("user,item,score\n" + "\n".join(rows) + "\n")
+    for name, unlisted in (("t", "below"), ("asked", "unknown")):
+        provenance = preferences.Provenance(unlisted=unlisted)
+        preferences.import_scores(dataset, path, name, provenance=provenance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+        for name, seed in (("a", 0), ("b", 1)):
+            loop.train(config.make_run(str(dataset.path), str(root / name), seed=seed, **MF))
+    return dataset, root / "a", root / "b"
+
+
+def _scores(dataset, *members):
+    """[U, I] mean scores of runs of matrix factorisation, from their tables."""
+    found = []
+    for member in members:
+        values = jax.device_get(build.restore_run(str(member)).serving.values)
+        user, item = (values[name].astype(np.float64) for name in ("user", "item"))
+        found.append(user[:, :-1] @ item[:, :-1].T + item[:, -1])
+    return np.mean(found, axis=0)
+
+
+def _members(dataset, *members):
+    restored = [build.restore_run(str(member)) for member in members]
+    return [(one.backbone, one.scoring("valid")) for one in restored]
+
+
+def _taken(dataset, teacher):
+    """[U, I] bool: listed or trained on."""
+    taken = np.zeros((N_USERS, N_ITEMS), bool)
+    taken[dataset.train.users, dataset.train.items] = True
+    taken[np.repeat(np.arange(N_USERS), np.diff(teacher.offsets)), teacher.items] = True
+    return taken
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_rivals_are_what_the_runs_rank_highest(world, several):
+    dataset, *paths = world
+    paths = paths if several else paths[:1]
+    teacher = preferences.load(dataset, "t")
+    found = hard_negatives.find(dataset, teacher, _members(dataset, *paths), 5, kernels="xla")
+    open_scores = np.where(_taken(dataset, teacher), -np.inf, _scores(dataset, *paths))
+    best = np.argsort(-open_scores, axis=1)[:, :5]
+    assert found.counts[:2].tolist() == [0, 0]  # nothing is listed for them
+    for user in range(2, N_USERS):
+        np.testing.assert_array_equal(found.row(user), np.sort(best[user]))
+
+
+def test_a_user_with_few_items_left_has_those(world):
+    dataset, one, _ = world
+    teacher = preferences.load(dataset, "t")
+    found = hard_negatives.find(dataset, teacher, _members(dataset, one), N_ITEMS, kernels="xla")
+    left = ~_taken(dataset, teacher)
+    for user in range(2, N_USERS):
+        np.testing.assert_array_equal(found.row(user), np.flatnonzero(left[user]))
+
+
+def test_a_list_is_completed_from_below(world):
+    dataset, one, _ = world
+    teacher = preferences.load(dataset, "t")
+    found = hard_negatives.find(dataset, teacher, _members(dataset, one), 5, kernels="xla")
+    completed = hard_negatives.complete(teacher, found)
+    floor = np.float32(teacher.scores.min() - teacher.scores.std())
+    for user in range(N_USERS):
+        mine = slice(*completed.offsets[user : user + 2])
+        was = slice(*teacher.offsets[user : user + 2])
+        listed = np.concatenate([found.row(user), teacher.items[was]])
+        np.testing.assert_array_equal(completed.items[mine], listed)
+        scores = np.concatenate([np.full(found.row(user).size, floor), teacher.scores[was]])
+        np.testing.assert_allclose(completed.scores[mine], scores, rtol=1e-6)
+        assert np.all(np.diff(completed.scores[mine]) >= 0)
+    assert completed.manifest.unlisted == "unknown"
+
+
+def test_only_lists_that_others_rank_below_have_rivals(world):
+    dataset, one, _ = world
+    asked = preferences.load(dataset, "asked")
+    with pytest.raises(ConfigError, match=r"teacher asked are unknown.*--unlisted=below"):
+        hard_negatives.complete(
+            asked, hard_negatives.find(dataset, asked, _members(dataset, one), 5)
+        )
+
+
+def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
+    """Uniformly over the entries of both; never against another item, never rival over listed."""
+    dataset, one, _ = world
+    run = config.make_run(
+        *(str(dataset.path), str(tmp_path / "r")), **GUIDED, ensemble=str(one), **{"lambda": 1.0}
+    )
+    trainer, placed = build.build(run, dataset)
+    teacher = preferences.load(dataset, "t")
+    found = hard_negatives.find(dataset, teacher, _members(dataset, one), 5, kernels="xla")
+    plan = dataclasses.replace(trainer.plan, preferences=40_000)
+    _, words_of = generators(jax.random.split(jax.random.key(0), 1))
+    drawn = preferences_lib.draw_preferences(words_of, placed.teacher, plan)
+    users, items, _ = (np.asarray(x)[0] for x in drawn)
+    listed = np.zeros((N_USERS, N_ITEMS), bool)
+    listed[np.repeat(np.arange(N_USERS), np.diff(teacher.offsets)), teacher.items] = True
+    rival = np.zeros_like(listed)
+    rival[np.repeat(np.arange(N_USERS), found.counts), found.indices] = True
+    assert listed[users, items[:, 0]].all()
+    assert (listed | rival)[users, items[:, 1]].all()
+    # By hand for 4 listed (no ties) and 5 rivals: 5 of 9 begin with a rival, which has 4 listed
+    # partners; of the others 5 of 8 partners are rivals.
+    assert rival[users, items[:, 1]].mean() == pytest.approx(5 / 9 + 4 / 9 * 5 / 8, abs=0.01)
+    assert trainer.ensemble == ()  # a gate without a reference does not score it again
+    assert placed.ensemble == ()
+
+
+def test_a_chosen_rival_is_a_known_answer_against_the_teacher(world, tmp_path):
+    """Each chosen item is known that is listed or a rival, and no other."""
+    dataset, one, _ = world
+    run = config.make_run(
+        *(str(dataset.path), str(tmp_path / "r")), **GUIDED, ensemble=str(one), **{"lambda": 1.0}
+    )
+    members = _members(dataset, one)
+    found = device_arrays.resident_teacher(run, dataset, members)
+    chosen = labelled_preferences.make_chosen(dataset, "valid")
+    made = labelled_preferences.make_known(dataset, found, chosen)
+    teacher = preferences.load(dataset, "t")
+    completed = hard_negatives.complete(
+        teacher, hard_negatives.find(dataset, teacher, members, 5, kernels="xla")
+    )
+    owners = np.repeat(np.arange(N_USERS), np.diff(completed.offsets))
+    inside = np.zeros((N_USERS, N_ITEMS), bool)
+    inside[owners, completed.items] = True
+    wanted = inside[chosen.users, chosen.items]
+    assert 0 < wanted.sum() < wanted.size
+    np.testing.assert_array_equal(made.answers.chosen, np.flatnonzero(wanted))
+
+
+def test_rivals_need_runs_that_rank_them(world, tmp_path):
+    dataset, one, _ = world
+    where = (str(dataset.path), str(tmp_path / "r"))
+    with pytest.raises(ConfigError, match=r"--rivals=5 are ranked by trained runs.*--ensemble=RUN"):
+        config.make_run(*where, **GUIDED)
+    config.make_run(*where, **MF, rivals=5)  # unused without guidance
+    with pytest.raises(ConfigError, match="is not read with"):
+        config.make_run(*where, **GUIDED | {"rivals": 0}, ensemble=str(one))
+
+
+def test_a_run_with_rivals_trains_resumes_and_is_judged(world, tmp_path):
+    """Its known test answers are on lists with rivals; another ensemble is refused."""
+    dataset, one, two = world
+    knobs = GUIDED | {"gate": "calibrated", "gate_inputs": "reference,history,popularity,teacher"}
+    where = (str(dataset.path), str(tmp_path / "r"))
+    run = config.make_run(*where, **knobs, ensemble=str(one))
+    loop.train(run)
+    found = build.evaluate_run(run.workdir, "r")
+    assert found.gate is not None
+    assert 0 < found.gate["slices"]["overall"]["right"] < 1
+    loop.train(config.make_run(*where, **knobs | {"epochs": 3}, ensemble=str(one)))
+    with pytest.raises(ConfigError, match="--ensemble"):
+        loop.train(config.make_run(*where, **knobs | {"epochs": 4}, ensemble=str(two)))

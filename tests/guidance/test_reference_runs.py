@@ -1,0 +1,486 @@
+"""Uncertainty by an ensemble: its value, what it may not touch, and which runs may be in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worlds
+from scipy.special import expit, logit
+
+from slgr_jax import config
+from slgr_jax.errors import ConfigError, ManifestError
+from slgr_jax.guidance import gates, supervision
+from slgr_jax.mesh import make_layout
+from slgr_jax.reports import gate_evaluation
+from slgr_jax.sampling import arrays
+from slgr_jax.sampling import batch as batch_lib
+from slgr_jax.teacher.products import preferences
+from slgr_jax.training import build, loop, multi_seed, run_directory, step
+from slgr_jax.training.objectives import Preferred
+
+N_USERS, N_ITEMS = 24, 30
+MF = {"dim": 4, "init_std": 2.0, "batch_size": 32, "epochs": 2}
+SASREC = MF | {"backbone": "sasrec", "max_history": 5, "layers": 1, "hidden": 4, "dropout": 0.0}
+GUIDED = MF | {
+    "guidance": "selective",
+    "teacher": "t",
+    "uncertainty": "ensemble",
+    "lambda": 0.5,
+    "kernels": "xla",
+}
+REFERENCE = {"gate": "calibrated", "gate_inputs": "history,reference"}
+# Of the paper's gate: it starts at zero, where nothing that it reads matters.
+GATE = {"weight": np.array([0.5, -0.5, 3.0], np.float32), "bias": np.float32(-0.4)}
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    _use_devices(monkeypatch, 1)
+
+
+def _use_devices(monkeypatch, count):
+    made = make_layout(devices=jax.devices()[:count])
+    monkeypatch.setattr(build, "make_layout", lambda **_: made)
+
+
+def _teach(dataset):
+    rng = np.random.default_rng(0)
+    rows = [
+        f"u{user},i{item},{score}"
+        for user in range(N_USERS)
+        for item, score in zip(rng.choice(N_ITEMS, 12, replace=False), rng.random(12), strict=True)
+    ]
+    path = dataset.path / "scores.csv"
+    path.write_text("user,item,score\n" + "\n".join(rows) + "\n")
+    provenance = preferences.Provenance(unlisted="below", training_items="hidden")
+    preferences.import_scores(dataset, path, "t", provenance=provenance)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A dataset with a teacher, and three trained runs on it: (dataset, mf, mf, sasrec)."""
+    root = tmp_path_factory.mktemp("world")
+    dataset = worlds.random_dataset(root / "d", n_users=N_USERS, n_items=N_ITEMS, per_user=12)
+    _teach(dataset)
+    with pytest.MonkeyPatch.context() as patch:
+        _use_devices(patch, 1)
+        for name, knobs in (("a", MF), ("b", MF | {"seed": 1}), ("sasrec", SASREC)):
+            loop.train(config.make_run(str(dataset.path), str(root / name), **knobs))
+    return dataset, root / "a", root / "b", root / "sasrec"
+
+
+def _run(world, workdir, **knobs):
+    dataset, one, two, _ = world
+    named = {"ensemble": f"{one},{two}"} | GUIDED | knobs
+    return config.make_run(str(dataset.path), str(workdir), **named)
+
+
+def _believed(member, users, items, part="valid"):
+    """[n, C] probabilities: of matrix factorisation by hand, of others off their ranking."""
+    run = build.restore_run(str(member))
+    if run.config.model.backbone == "mf":
+        values = jax.device_get(run.serving.values)
+        user, item = (values[name].astype(np.float64) for name in ("user", "item"))
+        products = np.einsum("nd,ncd->nc", user[users][:, :-1], item[items][..., :-1])
+        return expit(products + item[items][..., -1])
+    ranked = jax.jit(run.score_users)(run.scoring(part), jnp.asarray(users))
+    return expit(np.take_along_axis(np.asarray(ranked, np.float64), np.asarray(items), axis=1))
+
+
+def _q(one, two):
+    """Of two probabilities: 4 Var = (p - p')^2."""
+    return (one - two) ** 2
+
+
+def _paper_alpha(dataset, q, users, items):
+    slices = dataset.slices(config.SliceConfig())
+    cold, tail = slices.cold_users[users], slices.tail_items[items]
+    logit = 0.5 * cold[:, None] - 0.5 * tail + 3.0 * q - 0.4
+    return expit(logit).mean(axis=1)
+
+
+def _initial(trainer):
+    return jax.jit(lambda: step.init_state(trainer, 0))()
+
+
+def _batch(trainer, resident):
+    """The batch of the first step with key 1."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))[:1]
+    drawn = jax.jit(batch_lib.draw, static_argnums=2)(keys, resident, trainer.plan)
+    return jax.tree.map(lambda x: x[0], jax.device_get(drawn))
+
+
+def _one_step(trainer, resident, gate=GATE):
+    """A step with these parameters of the gate: the batch, the state after it, its sums."""
+    state = _initial(trainer)
+    gate = jax.device_put(gate, trainer.layout.replicated)
+    state = state.replace(params=state.params | {"gate": gate})
+    key = jax.random.key_data(jax.random.key(1))
+    state, sums, _ = step.make_run_steps(trainer)(state, resident, key, jnp.int32(1))
+    return _batch(trainer, resident), jax.device_get(state), jax.device_get(sums)
+
+
+def _files(*roots):
+    """Every file's path and content, but for locks."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for root in roots
+        for path in sorted(pathlib.Path(root).rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- the value ------------------------------------------------------------------------------------
+
+
+def test_q_is_the_spread_of_what_the_runs_believe():
+    """Two runs: (p - p')^2; agreement: 0; half sure of each side: 1, the most there is."""
+    scores = np.random.default_rng(0).normal(size=(2, 7, 2)).astype(np.float32)
+    found = gates.variance_uncertainty(jnp.asarray(scores))
+    expected = _q(*expit(scores.astype(np.float64)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(gates.variance_uncertainty(jnp.ones((5, 3, 2))), 0.0)
+    sides = jnp.array([-40.0, 40.0, 40.0, -40.0])[:, None, None]
+    np.testing.assert_allclose(gates.variance_uncertainty(sides), 1.0)
+
+
+@pytest.mark.parametrize(("devices", "kernels"), [(1, "xla"), (2, "xla"), (1, "native")])
+def test_alpha_of_a_step_equals_numpy(world, tmp_path, monkeypatch, devices, kernels):
+    if kernels == "native":
+        worlds.need_native_kernels()
+    _use_devices(monkeypatch, devices)
+    trainer, resident = build.build(_run(world, tmp_path / "r", kernels=kernels), world[0])
+    batch, _, sums = _one_step(trainer, resident)
+    users, items = batch.pref_queries.users, batch.pref_items
+    q = _q(*(_believed(member, users, items) for member in world[1:3]))
+    assert q.std() > 0.05
+    expected = _paper_alpha(world[0], q, users, items)
+    assert float(sums["alpha"]) == pytest.approx(expected.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_a_member_that_reads_histories_is_asked_as_of_all_of_training(world, tmp_path, kernels):
+    """By a run whose own backbone reads none."""
+    if kernels == "native":
+        worlds.need_native_kernels()
+    _, mf, _, sasrec = world
+    knobs = {"ensemble": f"{mf},{sasrec}", "kernels": kernels}
+    trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
+    assert resident.context.histories is None
+    batch, _, sums = _one_step(trainer, resident)
+    users, items = batch.pref_queries.users, batch.pref_items
+    expected, seen = (
+        _paper_alpha(
+            *(world[0], _q(_believed(mf, users, items), _believed(sasrec, users, items, part))),
+            *(users, items),
+        ).mean()
+        for part in ("valid", "test")
+    )
+    assert float(sums["alpha"]) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - seen) > 1e-4  # validation is not among what it looked at
+
+
+def test_known_answers_are_asked_of_the_ensemble_too(world, tmp_path):
+    knobs = {"gate": "calibrated", "gate_inputs": "uncertainty", "known_per_step": 24}
+    trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
+    assert resident.interactions.targets is None  # validation's, though the teacher hid items
+    state, batch = _initial(trainer), _batch(trainer, resident)
+
+    @jax.jit
+    def see(resident, batch):
+        return trainer.supervision.see(
+            *(state.tables, state.params["backbone"], batch, resident.context),
+            *(None, jax.random.key(0), resident.ensemble),
+        )
+
+    seen, known = see(resident, batch), batch.known
+    believed = [_believed(member, known.queries.users, known.items) for member in world[1:3]]
+    np.testing.assert_allclose(seen.answers.uncertainty, _q(*believed), rtol=1e-4, atol=1e-6)
+    believed = [
+        _believed(member, batch.pref_queries.users, batch.pref_items) for member in world[1:3]
+    ]
+    np.testing.assert_allclose(expit(np.asarray(seen.members)), believed, rtol=1e-4, atol=1e-6)
+
+
+def test_a_reference_is_the_mean_margin_of_the_runs(world, tmp_path):
+    """One run is enough, and q is still the recommender's own."""
+    knobs = REFERENCE | {"uncertainty": "entropy", "gate_hidden": 0, "known_per_step": 24}
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(2, 2)), rng.normal(size=2)
+    for members in (world[1:3], world[1:2]):
+        named = {"ensemble": ",".join(map(str, members))}
+        trainer, resident = build.build(_run(world, tmp_path / "r", **knobs, **named), world[0])
+        gate = {"alpha": {"weight": np.float32(weight), "bias": np.float32(bias)}}
+        gate["prior"] = {"weight": np.ones((2, 2), np.float32)}
+        batch, _, sums = _one_step(trainer, resident, gate)
+        users, items = batch.pref_queries.users, batch.pref_items
+        logits = np.mean([logit(_believed(one, users, items)) for one in members], axis=0)
+        history = np.asarray(resident.interactions.facts.log_history)[users]
+        z = np.stack([history, logits[:, 0] - logits[:, 1]], axis=1)
+        other = 1 - np.asarray(gates.folds(jnp.asarray(users)))
+        expected = expit(np.sum(weight[other] * z, axis=1) + bias[other])
+        assert float(sums["alpha"]) == pytest.approx(expected.mean(), rel=1e-4)
+
+
+def test_hidden_items_which_the_ensemble_has_learned_teach_no_gate(world, tmp_path):
+    """What two runs were trained on they agree about: a gate would read the answer off it."""
+    run = _run(world, tmp_path / "r", gate="calibrated", known_answers="hidden")
+    with pytest.raises(ConfigError, match=r"runs of --ensemble were trained on.*=validation"):
+        build.build(run, world[0])
+
+
+def test_a_gate_that_looks_ahead_reads_the_ensemble(world, tmp_path):
+    """Alpha of a step is the gate's, of the numpy q, with the other fold's parameters."""
+    knobs = {"gate": "meta", "gate_inputs": "uncertainty", "gate_hidden": 0}
+    trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
+    weight, bias = np.array([[2.0, -1.0], [-3.0, 1.5]]), np.array([0.3, -0.2])
+    gate = {"alpha": {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}}
+    batch, _, sums = _one_step(trainer, resident, gate)
+    users, items = batch.pref_queries.users, batch.pref_items
+    q = _q(*(_believed(member, users, items) for member in world[1:3]))
+    other = 1 - np.asarray(gates.folds(jnp.asarray(users)))
+    alpha = expit((weight[other] * q).sum(1) + bias[other])
+    assert float(sums["alpha"]) == pytest.approx(alpha.mean(), rel=1e-5)
+
+
+# --- what it may not touch ------------------------------------------------------------------------
+
+
+def _other_members(resident):
+    """The same arrays, but for the first member's item vectors."""
+    first, *rest = resident.ensemble
+    values = first.serving.values
+    values = values | {"item": values["item"] + jnp.float32(1.0)}
+    first = first.replace(serving=first.serving.replace(values=values))
+    return resident.replace(ensemble=(first, *rest))
+
+
+def test_members_move_alpha_and_nothing_that_is_learned_from_interactions(world, tmp_path):
+    trainer, resident = build.build(_run(world, tmp_path / "r", **{"lambda": 0.0}), world[0])
+    _, before, sums = _one_step(trainer, resident)
+    _, after, others = _one_step(trainer, _other_members(resident))
+    assert abs(float(sums["alpha"] - others["alpha"])) > 1e-3
+    assert float(sums["rec_loss"]) == float(others["rec_loss"])
+    jax.tree.map(np.testing.assert_array_equal, before.tables, after.tables)
+    # ... and with a weight, what alpha is multiplied with.
+    trainer, resident = build.build(_run(world, tmp_path / "r"), world[0])
+    _, before, _ = _one_step(trainer, resident)
+    _, after, _ = _one_step(trainer, _other_members(resident))
+    assert np.abs(before.tables["item"] - after.tables["item"]).max() > 1e-5
+
+
+def test_the_ensemble_gets_no_gradient(world, tmp_path):
+    trainer, resident = build.build(_run(world, tmp_path / "r"), world[0])
+    state, batch = _initial(trainer), _batch(trainer, resident)
+    key = jax.random.key(0)
+
+    @jax.jit
+    def guidance(values):
+        first, *rest = resident.ensemble
+        first = first.replace(serving=first.serving.replace(values=values))
+        seen = trainer.supervision.see(
+            *(state.tables, {}, batch, resident.context, None, key, (first, *rest))
+        )
+        scores = jnp.zeros(batch.pref_items.shape)
+        preferred = Preferred(scores, scores[:, 0])
+        return trainer.supervision.add(GATE, preferred, None, batch, seen, key).guidance
+
+    values = resident.ensemble[0].serving.values
+    moved = {name: 2.0 * value for name, value in values.items()}
+    assert abs(float(guidance(values)) - float(guidance(moved))) > 1e-4
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(guidance))(values)):
+        np.testing.assert_array_equal(leaf, 0.0)
+
+
+def test_what_members_look_up_is_on_the_device_once(world, tmp_path):
+    shutil.copytree(world[3], tmp_path / "again")
+    members = f"{world[3]},{tmp_path / 'again'},{world[1]}"
+    _, resident = build.build(_run(world, tmp_path / "r", ensemble=members), world[0])
+    one, two, mf = resident.ensemble
+    for leaf, same in zip(*map(jax.tree.leaves, (one.context, two.context)), strict=True):
+        assert leaf.unsafe_buffer_pointer() == same.unsafe_buffer_pointer()
+    assert jax.tree.leaves((mf.context, mf.until)) == []
+
+
+# --- after training -------------------------------------------------------------------------------
+
+
+def _trained_gate(world, workdir):
+    """A finished run, its best state with `GATE` as its gate, and the facts it was trained on."""
+    run = _run(world, workdir)
+    loop.train(run)
+    restored = build.restore_run(run.workdir)
+    slices = world[0].slices(run.slices)
+    made = arrays.interactions(world[0], run.sampler, slices.cold_users, slices.tail_items)
+    scoring = restored.scoring("test")
+    return restored, scoring.replace(serving=scoring.serving.replace(gate=GATE)), made.facts
+
+
+def test_a_finished_runs_alpha_is_as_of_the_moment_before_test(world, tmp_path):
+    restored, scoring, facts = _trained_gate(world, tmp_path / "r")
+    run = restored.config
+    rng = np.random.default_rng(1)
+    users, items = rng.integers(0, N_USERS, 50), rng.integers(0, N_ITEMS, (50, 2))
+    mixed = _run(world, tmp_path / "r", ensemble=f"{world[1]},{world[3]}")
+    found = gate_evaluation.alphas(
+        *(run, facts, restored.backbone, gates.make_gate(run.gate), scoring),
+        *(users, items, np.ones(50, np.float32)),
+        ensemble=[(m.backbone, m.scoring("test")) for m in build.restore_ensemble(mixed, world[0])],
+    )
+    q = _q(*(_believed(member, users, items, "test") for member in (world[1], world[3])))
+    np.testing.assert_allclose(found, _paper_alpha(world[0], q, users, items), rtol=1e-4)
+
+
+def test_evaluation_judges_the_gate_and_refuses_other_members(world, tmp_path, monkeypatch):
+    """The members as of the moment before test; training and judging leave them as they were."""
+    other = pathlib.Path(shutil.copytree(world[1], tmp_path / "other"))
+    run = _run(world, tmp_path / "r", ensemble=f"{other},{world[3]}")
+    before, judge, asked = _files(other, world[3]), gate_evaluation.judge, []
+
+    def spy(*args, ensemble, **options):
+        asked.extend(member for _, member in ensemble)
+        return judge(*args, ensemble=ensemble, **options)
+
+    monkeypatch.setattr(gate_evaluation, "judge", spy)
+    loop.train(run)
+    judged = build.evaluate_run(run.workdir, "a").gate
+    assert _files(other, world[3]) == before
+    events = np.concatenate([world[0].train.users, world[0].valid.users])
+    np.testing.assert_array_equal(asked[1].until, np.bincount(events, minlength=N_USERS))
+    assert judged["slices"]["overall"]["n"] == 20_000
+    spread = [b["alpha"] for b in judged["reliability"]]
+    assert max(spread) > min(spread)
+    loop.train(config.make_run(str(world[0].path), str(other), **MF | {"epochs": 3}))
+    with pytest.raises(ConfigError, match=r"/r was trained with another --ensemble \(.*other at"):
+        build.evaluate_run(run.workdir, "a")
+
+
+def _log(run):
+    lines = (pathlib.Path(run.workdir) / "log.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    return [{k: v for k, v in x.items() if k not in ("time", "triples_per_s")} for x in kept]
+
+
+def test_seeds_trained_together_share_the_ensemble(world, tmp_path):
+    alone = [_run(world, tmp_path / f"a{seed}", seed=seed) for seed in (0, 1)]
+    group = [_run(world, tmp_path / f"g{seed}", seed=seed) for seed in (0, 1)]
+    multi_seed.train_many(group)
+    for one, other in zip(alone, group, strict=True):
+        loop.train(one)
+        for left, right in zip(_log(one), _log(other), strict=True):
+            assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
+    ends = [_log(run)[-1]["train/alpha"] for run in group]
+    assert ends[0] != ends[1]
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path):
+    loop.train(_run(world, tmp_path / "whole", epochs=3))
+    for epochs in (1, 3):
+        loop.train(_run(world, tmp_path / "parts", epochs=epochs))
+    whole, parts = (
+        build.restore_run(str(tmp_path / name), "last").serving for name in ("whole", "parts")
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+def test_resuming_with_other_members_is_refused_and_moved_ones_are_not(world, tmp_path):
+    other = pathlib.Path(shutil.copytree(world[1], tmp_path / "other"))
+    run = _run(world, tmp_path / "r", ensemble=f"{other},{world[2]}")
+    loop.train(run)
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    per_epoch = json.loads((other / "run.json").read_text())["steps_per_epoch"]
+    assert [x["run"] for x in record["ensemble"]] == [str(other), str(world[2])]
+    assert record["ensemble"][0]["step"] == 2 * per_epoch
+
+    moved = other.rename(tmp_path / "moved")
+    again = _run(world, tmp_path / "r", ensemble=f"{moved},{world[2]}", epochs=3)
+    assert loop.train(again).epoch == 3
+    swapped = _run(world, tmp_path / "r", ensemble=f"{world[2]},{moved}", epochs=4)
+    with pytest.raises(ConfigError, match=r"other settings \(--ensemble: .*moved at.*--restart"):
+        loop.train(swapped)
+    loop.train(config.make_run(str(world[0].path), str(moved), **MF | {"epochs": 3}))
+    said = rf"moved at step {2 * per_epoch}, .* -> .*moved at step {3 * per_epoch}, .*--restart"
+    with pytest.raises(ConfigError, match=said):
+        loop.train(dataclasses.replace(again, train=config.TrainConfig(epochs=4, kernels="xla")))
+    with pytest.raises(ConfigError, match="--uncertainty: ensemble -> entropy"):
+        loop.train(_run(world, tmp_path / "r", ensemble="", uncertainty="entropy"))
+    # Without a record the names are what is left to compare.
+    (tmp_path / "r" / "run.json").unlink()
+    with pytest.raises(ConfigError, match=r"--ensemble: .*moved,.*/b -> .*/b,.*moved"):
+        loop.train(swapped)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"ensemble": ""}, r"needs 2 or more runs, --ensemble= names 0; .*--ensemble=RUN,RUN"),
+        (
+            {"ensemble": "", "uncertainty": "entropy"} | REFERENCE,
+            r"--gate_inputs=history,reference needs 1 or more runs, --ensemble= names 0",
+        ),
+        (
+            REFERENCE | {"gate": "paper", "uncertainty": "entropy"},
+            r"not read with --uncertainty=entropy and --gate=paper, --gate_inputs=history,ref",
+        ),
+        ({"ensemble": "a,"}, r"--ensemble=a, names 1;"),
+        ({"ensemble": "a,b,x/../a"}, r"names a 2 times: .* name each once"),
+        ({"uncertainty": "entropy"}, r"=entropy and --gate=paper.*; add --uncertainty=ens"),
+        ({"ensemble": "a,r"}, r"--ensemble=a,r names --workdir=./r itself; name runs"),
+    ],
+)
+def test_settings_that_name_no_ensemble(world, knobs, said):
+    with pytest.raises(ConfigError, match=said):
+        _run(world, "./r", **knobs)
+
+
+def test_runs_that_cannot_be_members_are_named(world, tmp_path):
+    dataset, mf, *_ = world
+
+    def refused(member, said, kind=ConfigError):
+        run = _run(world, tmp_path / "r", ensemble=f"{mf},{member}")
+        with pytest.raises(kind, match=said):
+            loop.train(run)
+        assert not (tmp_path / "r").exists()
+
+    refused(tmp_path / "gone", r"gone is not a run: it holds no config.json")
+    begun = pathlib.Path(shutil.copytree(mf, tmp_path / "begun"))
+    shutil.rmtree(begun / "checkpoints")
+    refused(begun, r"begun holds no checkpoints; train first", ManifestError)
+    (begun / "checkpoints").mkdir()
+    refused(begun, r"begun holds no finished checkpoint; train first", ManifestError)
+    (begun / "run.json").unlink()
+    refused(begun, r"--ensemble: .*begun holds no run.json; train it first")
+    other = worlds.random_dataset(tmp_path / "other", n_users=N_USERS, n_items=N_ITEMS, seed=5)
+    loop.train(config.make_run(str(other.path), str(tmp_path / "foreign"), **MF))
+    hashes = (other.manifest.split_hash[:8], dataset.manifest.split_hash[:8])
+    refused(
+        tmp_path / "foreign",
+        rf"foreign was trained on split {hashes[0]}, .* has split {hashes[1]}; name runs",
+    )
+    renamed = json.loads((mf / "run.json").read_text()) | {"id_map_hash": "0123456789"}
+    shutil.copytree(mf, tmp_path / "renamed")
+    (tmp_path / "renamed" / "run.json").write_text(json.dumps(renamed))
+    refused(tmp_path / "renamed", r"renamed was trained on id map 01234567, .* has id map ")
+
+
+def test_without_a_gate_nobody_is_asked(world, tmp_path):
+    """Pointwise guidance, or none, has no gate: the members need not even be there."""
+    run = _run(world, tmp_path / "r", ensemble="no,where", guidance="none", teacher="")
+    _, resident = build.build(run, world[0])
+    assert resident.ensemble == ()
+    assert run_directory.members(run) == []
+    assert supervision.Seen().members is None

@@ -1,0 +1,62 @@
+"""The first two guided steps of every backbone, as numbers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worlds
+
+from slgr_jax.config import BACKBONES, make_run
+from slgr_jax.sampling import arrays
+from slgr_jax.training import build, step
+
+NAMES = ("rec_loss", "accuracy", "guidance_loss", "alpha")
+# If a change of drawing, initialisation or arithmetic is meant, print `got` of the test below for
+# each backbone and say why in the commit.
+GOLDEN = {
+    "mf": (0.95932937, 0.28125000, 0.65229052, 0.49973589),
+    "lightgcn": (0.68539202, 0.65625000, 0.49801928, 0.49973053),
+    "sasrec": (4.08445835, 0.00961538, 0.53556216, 0.49974319),
+    "gru4rec": (3.49165154, 0.03846154, 0.42091483, 0.49973267),
+    "bert4rec": (3.68627834, 0.03125000, 0.50711858, 0.49975014),
+    "deepfm": (0.87422121, 0.56250000, 0.50497806, 0.49974930),
+    "xdeepfm": (0.79920101, 0.34375000, 0.44279686, 0.49974024),
+    "autoint": (0.74145031, 0.46875000, 0.46242917, 0.49973398),
+    "dcn": (0.74844539, 0.25000000, 0.45082942, 0.49973357),
+    "dcnv2": (0.70900381, 0.46875000, 0.46781218, 0.49973363),
+    "din": (0.70127380, 0.46875000, 0.47379193, 0.49973318),
+}
+
+
+def _first_steps(tmp_path, monkeypatch, **knobs):
+    dataset = worlds.random_dataset(tmp_path / "d", categories=4)
+    rng = np.random.default_rng(0)
+    listed = np.concatenate([rng.choice(30, 8, replace=False) for _ in range(40)]).astype(np.int32)
+    teacher = arrays.teacher_lists(
+        *(np.arange(41) * 8, listed, np.sort(rng.random((40, 8)), axis=1).ravel()),
+        make_run("d", "w").guidance,
+        unlisted_below=False,
+        positives=dataset.positives(("train",)),
+        n_items=30,
+    )
+    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+    monkeypatch.setattr(build, "resident_teacher", lambda *_: teacher)
+    common = {"dim": 8, "batch_size": 16, "preferences_per_step": 16, "init_std": 1.0, "hidden": 8}
+    common |= {"max_history": 4, "mlp": (8,), "cin": (4, 4), "attention_width": 4}
+    guided = {"guidance": "selective", "teacher": "t", "gate": "paper"}
+    run = make_run(str(dataset.path), "w", **{**common, **guided, **knobs})
+    trainer, resident = build.build(run, dataset)
+    key = jax.random.key_data(jax.random.key(1))
+    state = step.init_state(trainer, 0)
+    state, sums, health = step.make_run_steps(trainer)(state, resident, key, jnp.int32(2))
+    assert int(health.step) == -1
+    assert int(state.step) == 2
+    return [float(sums[name]) / 2 for name in NAMES]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_golden_first_steps(tmp_path, monkeypatch, backbone):
+    got = _first_steps(tmp_path, monkeypatch, backbone=backbone)
+    assert got == pytest.approx(GOLDEN[backbone], rel=5e-4)

@@ -1,0 +1,324 @@
+"""Draws against enumeration: supports exact, frequencies by chi-square, nothing rejected."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worlds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from slgr_jax.config import GuidanceConfig, SamplerConfig
+from slgr_jax.data.dataset import Csr
+from slgr_jax.sampling import arrays as arrays_lib
+from slgr_jax.sampling import batch as batch_lib
+from slgr_jax.sampling import negatives
+
+
+def _plan(resident, *, triples=0, preferences=0, n_items, sampler=None, guidance=None):
+    return negatives.Plan(
+        n_items=n_items,
+        drawn=int(np.asarray(resident.interactions.items).size),
+        triples=triples,
+        preferences=preferences,
+        sampler=sampler or SamplerConfig(),
+        guidance=guidance or GuidanceConfig(),
+        search_steps=arrays_lib.longest_row(resident).bit_length(),
+    )
+
+
+def _resident(dataset, sampler=None, teacher=None):
+    cold, tail = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
+    found = arrays_lib.interactions(dataset, sampler or SamplerConfig(), cold, tail)
+    return arrays_lib.Resident(found, teacher)
+
+
+def _draw(resident, plan, steps=1, seed=0):
+    arrays = jax.device_put(resident)
+    every = jax.jit(lambda keys: batch_lib.draw(keys, arrays, plan))
+    keys = jax.random.split(jax.random.key(seed), steps)
+    return jax.device_get(every(keys))
+
+
+@given(bits=st.integers(0, 2**32 - 1), bound=st.integers(0, 2**31 - 1))
+@settings(max_examples=300, deadline=None)
+def test_below_is_the_high_word_of_the_product(bits, bound):
+    got = negatives.below(jnp.asarray(bits, jnp.uint32), jnp.asarray(bound, jnp.int32))
+    assert int(got) == bits * bound >> 32
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerConfig(),
+        SamplerConfig(negatives="popularity"),
+        SamplerConfig(negatives="in_batch"),
+        SamplerConfig(allow_positive_negatives=True),
+    ],
+    ids=["uniform", "popularity", "in_batch", "anything"],
+)
+def test_lanes_are_certain_where_each_user_has_a_negative(tmp_path, sampler, everything):
+    """One user has every item, or lacks one of them."""
+    items = [list(range(12 if everything else 11)), [0, 11], [3, 4, 5]]
+    pairs = [(user, item) for user, row in enumerate(items) for item in row]
+    none = np.zeros((0, 2), np.int64)
+    dataset = worlds.write_dataset(
+        tmp_path / "d", np.array(pairs), none, none, n_users=3, n_items=12
+    )
+    resident = _resident(dataset, sampler)
+    certain = arrays_lib.every_lane_drawn(resident, sampler)
+    free = sampler.negatives != "in_batch"
+    assert certain == (free and (sampler.allow_positive_negatives or not everything))
+    plan = _plan(resident, triples=512, n_items=12, sampler=sampler)
+    weights = _draw(resident, plan, steps=4).weights
+    always = certain or (free and not everything)
+    assert set(np.unique(weights)) == ({1.0} if always else {0.0, 1.0})
+
+
+@pytest.mark.parametrize("together", [1, 8, 5])
+def test_triples_are_training_pairs_and_negatives_never_positives(tmp_path, together):
+    dataset = worlds.random_dataset(tmp_path / "d", n_users=7, n_items=12, per_user=9)
+    resident = _resident(dataset)
+    sampler = SamplerConfig(triples_per_user=together)
+    plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
+    batch = _draw(resident, plan, steps=8)
+    positives = worlds.pairs_of(dataset.train.users, dataset.train.items)
+    users, items = batch.queries.users.ravel(), batch.items.reshape(-1, 2)
+    assert worlds.pairs_of(users, items[:, 0]) == positives
+    every = {(u, i) for u in range(7) for i in range(12)}
+    assert worlds.pairs_of(users, items[:, 1]) == every - positives
+    assert (batch.weights == 1).all()
+    # Users follow their number of pairs, positives and negatives are uniform within each user:
+    # every training pair is as likely as any other, however many triples a user gets at once.
+    drawn = batch.queries.users[:, ::together]
+    assert (np.repeat(drawn, together, axis=1)[:, :4096] == batch.queries.users).all()
+    history = np.bincount(dataset.train.users, minlength=7)
+    counts = np.bincount(drawn.ravel(), minlength=7)
+    assert stats.chisquare(counts, history * counts.sum() / history.sum()).pvalue > 1e-4
+    for user in range(7):
+        for column in range(2):
+            seen = np.bincount(items[users == user, column], minlength=12)
+            assert stats.chisquare(seen[seen > 0]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_popularity_negatives_follow_the_masses_outside_the_positives(tmp_path, power):
+    dataset = worlds.random_dataset(tmp_path / "d", n_users=9, n_items=15, per_user=8)
+    sampler = SamplerConfig(negatives="popularity", popularity_power=power)
+    resident = _resident(dataset, sampler)
+    plan = _plan(resident, triples=4096, n_items=15, sampler=sampler)
+    batch = _draw(resident, plan, steps=16)
+    users, negative = batch.queries.users.ravel(), batch.items.reshape(-1, 2)[:, 1]
+    positives = dataset.positives(("train",))
+    for user in range(9):
+        mass = dataset.popularity.astype(float) ** power * (dataset.popularity > 0)
+        mass[positives.row(user)] = 0
+        got = np.bincount(negative[users == user], minlength=15)
+        assert (got[mass == 0] == 0).all()
+        expected = mass / mass.sum() * got.sum()
+        assert stats.chisquare(got[mass > 0], expected[mass > 0]).pvalue > 1e-4
+
+
+def test_in_batch_negatives_are_other_rows_positives(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d", n_users=9, n_items=15, per_user=8)
+    sampler = SamplerConfig(negatives="in_batch", triples_per_user=1)
+    resident = _resident(dataset, sampler)
+    plan = _plan(resident, triples=256, n_items=15, sampler=sampler)
+    batch = jax.tree.map(lambda x: x[0], _draw(resident, plan))
+    positives = worlds.pairs_of(dataset.train.users, dataset.train.items)
+    kept = batch.weights > 0
+    assert kept.mean() > 0.95
+    assert not worlds.pairs_of(batch.queries.users[kept], batch.items[kept, 1]) & positives
+    assert np.isin(batch.items[kept, 1], batch.items[:, 0]).all()
+
+
+def test_positives_as_negatives_only_on_request(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d", n_users=7, n_items=12, per_user=9)
+    sampler = SamplerConfig(allow_positive_negatives=True)
+    resident = _resident(dataset, sampler)
+    plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
+    batch = _draw(resident, plan, steps=4)
+    codes = batch.queries.users.ravel() * 12 + batch.items.reshape(-1, 2)[:, 1]
+    counts = np.bincount(codes, minlength=84).reshape(7, 12)
+    for row in counts:
+        assert stats.chisquare(row).pvalue > 1e-4
+
+
+def test_a_user_who_has_everything_gets_weight_zero(tmp_path):
+    full = np.array([(0, i) for i in range(5)] + [(1, 0)])
+    one = np.array([(1, 1)])
+    dataset = worlds.write_dataset(tmp_path / "d", full, one, one, n_users=2, n_items=5)
+    resident = _resident(dataset)
+    batch = _draw(resident, _plan(resident, triples=512, n_items=5))
+    np.testing.assert_array_equal(batch.weights, (batch.queries.users == 1).astype(np.float32))
+    assert (batch.items >= 0).all()
+    assert (batch.items < 5).all()
+
+
+def _lists(rows: list[list[tuple[int, float]]]):
+    """Offsets, items, scores of per-user lists, each sorted by score."""
+    ordered = [sorted(row, key=lambda pair: pair[1]) for row in rows]
+    offsets = np.cumsum([0, *map(len, ordered)])
+    flat = [pair for row in ordered for pair in row]
+    items = np.array([pair[0] for pair in flat], np.int32)
+    return offsets, items, np.array([pair[1] for pair in flat], np.float32)
+
+
+def _no_positives(n_users: int) -> Csr:
+    return Csr(np.zeros(n_users + 1, np.int64), np.zeros(0, np.int32))
+
+
+ROWS = [
+    [(0, 0.1), (1, 0.5), (2, 0.5), (3, 0.9)],
+    [(4, 0.3)],
+    [(5, 0.2), (6, 0.2)],
+    [(0, 1), (9, 2)],
+]
+
+
+def _preferences(guidance, rows=ROWS, *, unlisted=False, positives=None, size=4096, steps=4):
+    offsets, items, scores = _lists(rows)
+    teacher = arrays_lib.teacher_lists(
+        offsets,
+        items,
+        scores,
+        guidance,
+        unlisted_below=unlisted,
+        positives=positives or _no_positives(len(rows)),
+        n_items=10,
+    )
+    one = Csr.from_pairs(np.zeros(1, int), np.zeros(1, int), len(rows))
+    resident = arrays_lib.Resident(
+        arrays_lib.Interactions(
+            users=np.zeros(1, np.int32),
+            items=np.zeros(1, np.int32),
+            negatives=arrays_lib.excluded(one, None, 10),
+            cumulative=None,
+            facts=arrays_lib.Facts(
+                *(np.zeros(size, np.float32) for size in (len(rows), 10, len(rows), 10))
+            ),
+        ),
+        teacher,
+    )
+    plan = _plan(resident, triples=1, preferences=size, n_items=10, guidance=guidance)
+    batch = _draw(resident, plan, steps=steps)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+
+def _stated(rows=ROWS, min_gap=0.0):
+    return {
+        (user, a, b)
+        for user, row in enumerate(rows)
+        for a, x in row
+        for b, y in row
+        if x > y and np.float32(x) - np.float32(y) >= min_gap
+    }
+
+
+@pytest.mark.parametrize("min_gap", [0.0, 0.45])
+def test_preferences_are_exactly_the_stated_ones(min_gap):
+    batch = _preferences(GuidanceConfig(min_gap=min_gap))
+    got = set(zip(batch.pref_queries.users.tolist(), *batch.pref_items.T.tolist(), strict=True))
+    assert got == _stated(min_gap=min_gap)
+    score = {(u, i): x for u, row in enumerate(ROWS) for i, x in row}
+    expected = [
+        score[u, a] - score[u, b]
+        for u, (a, b) in zip(
+            batch.pref_queries.users.tolist(), batch.pref_items.tolist(), strict=True
+        )
+    ]
+    np.testing.assert_allclose(batch.pref_margins, expected, rtol=1e-5)
+
+
+def test_largest_gap_keeps_the_greatest_margins():
+    guidance = GuidanceConfig(pair_selection="largest_gap", pair_candidates=8)
+    greedy = _preferences(guidance, size=64)
+    plain = _preferences(GuidanceConfig(), size=64)
+    assert greedy.pref_margins.mean() > plain.pref_margins.mean() + 0.2
+    assert set(np.round(greedy.pref_margins, 4)) <= set(np.round(plain.pref_margins, 4))
+
+
+def test_unlisted_items_rank_below_and_are_neither_listed_nor_positives():
+    positives = Csr.from_pairs(np.array([0, 1, 1]), np.array([7, 8, 9]), len(ROWS))
+    batch = _preferences(GuidanceConfig(), unlisted=True, positives=positives)
+    got = set(zip(batch.pref_queries.users.tolist(), *batch.pref_items.T.tolist(), strict=True))
+    expected = {
+        (user, a, b)
+        for user, row in enumerate(ROWS)
+        for a, _ in row
+        for b in set(range(10)) - {i for i, _ in row} - set(positives.row(user).tolist())
+    }
+    assert got == expected
+
+
+def test_unlisted_share_mixes_both_kinds():
+    batch = _preferences(GuidanceConfig(unlisted_share=0.25), unlisted=True, size=8192)
+    listed = [{i for i, _ in row} for row in ROWS]
+    pairs = zip(batch.pref_queries.users.tolist(), batch.pref_items[:, 1].tolist(), strict=True)
+    outside = np.array([b not in listed[u] for u, b in pairs])
+    able = np.isin(batch.pref_queries.users, [0, 3])  # users with a stated pair of their own
+    assert outside[~able].all()
+    assert outside[able].mean() == pytest.approx(0.25, abs=0.02)
+    inside = set(
+        zip(
+            batch.pref_queries.users[~outside].tolist(),
+            *batch.pref_items[~outside].T.tolist(),
+            strict=True,
+        )
+    )
+    assert inside == _stated()
+
+
+def test_the_draw_is_a_function_of_the_key(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    resident = _resident(dataset)
+    plan = _plan(resident, triples=64, n_items=30)
+    first, again = _draw(resident, plan, seed=3), _draw(resident, plan, seed=3)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    other = _draw(resident, plan, seed=4)
+    assert (first.items != other.items).any()
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.integers(0, 8).map(lambda x: x / 4), min_size=0, max_size=6),
+        min_size=1,
+        max_size=5,
+    ),
+    min_gap=st.sampled_from([0.0, 0.3, 0.5]),
+)
+@settings(max_examples=100, deadline=None)
+def test_tie_runs_match_a_plain_count(rows, min_gap):
+    listed = [list(enumerate(row)) for row in rows]
+    offsets, items, scores = _lists(listed)
+    teacher = arrays_lib.teacher_lists(
+        offsets,
+        items,
+        scores,
+        GuidanceConfig(min_gap=min_gap),
+        unlisted_below=False,
+        positives=_no_positives(len(rows)),
+        n_items=8,
+    )
+    expected = sum(
+        len({*range(len(row))} - {k for k, y in enumerate(row) if x == y or abs(x - y) < min_gap})
+        for row in rows
+        for x in row
+    )
+    _, users, low, high = teacher.starts.T
+    assert int((np.diff(offsets)[users] - (high - low)).sum()) == expected
+
+
+def test_masses_fit_32_bits_and_keep_unseen_items_out():
+    popularity = np.array([0, 1, 10, 10_000_000], np.int64)
+    masses = arrays_lib.item_masses(popularity, SamplerConfig(negatives="popularity"))
+    np.testing.assert_array_equal(masses, popularity)
+    config = SamplerConfig(negatives="popularity", popularity_power=0.75)
+    masses = arrays_lib.item_masses(popularity, config)
+    assert masses.sum() < 2**31
+    assert masses[0] == 0
+    assert masses[3] / masses[2] == pytest.approx((10_000_000 / 10) ** 0.75, rel=1e-3)

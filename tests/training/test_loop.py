@@ -1,0 +1,382 @@
+"""The loop: exact resume, signals, kills, NaNs, early stopping; bad input as a user meets it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import worlds
+from orbax.checkpoint import v1 as ocp
+
+from slgr_jax.config import (
+    GuidanceConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+    knobs,
+)
+from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
+from slgr_jax.training import build, checkpoint, loop, run_directory
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+SMALL = {
+    "model": ModelConfig(dim=8),
+    "sampler": SamplerConfig(batch_size=32),
+    "train": TrainConfig(epochs=6, patience=0, steps_per_dispatch=3),
+}
+
+
+def _log(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The log without what a clock put there."""
+    lines = (workdir / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k not in ("time", "triples_per_s")} for r in records]
+
+
+def _values(workdir: pathlib.Path, which: str = "last") -> dict[str, np.ndarray]:
+    state = build.restore_run(str(workdir), which).serving
+    return {name: np.asarray(value) for name, value in state.values.items()}
+
+
+def _assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
+    assert _log(a) == _log(b)
+    for which in ("best", "last"):
+        left, right = _values(a, which), _values(b, which)
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name])
+
+
+class _StopAfter:
+    """A stand-in for the signal: set once so many dispatches have asked."""
+
+    def __init__(self, asks: int) -> None:
+        self.left = asks
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("asks", [1, 2, 7, 13])
+def test_resume_is_bit_identical(tmp_path, monkeypatch, asks):
+    """Stopped in the middle of an epoch or at its end, resumed: same log, same tables."""
+    dataset = worlds.random_dataset(tmp_path / "d")
+    whole = worlds.run_config(dataset, tmp_path / "whole", **SMALL)
+    assert loop.train(whole).status == "finished"
+    split = worlds.run_config(dataset, tmp_path / "split", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_stop_on_signal", lambda: contextlib.nullcontext(_StopAfter(asks)))
+        assert loop.train(split).status == "interrupted"
+    outcome = loop.train(split)
+    assert outcome.status == "finished"
+    assert outcome.epoch == 6
+    _assert_same(tmp_path / "whole", tmp_path / "split")
+
+
+def test_resume_with_more_epochs_goes_on(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    whole = worlds.run_config(dataset, tmp_path / "whole", **SMALL)
+    loop.train(whole)
+    short = dataclasses.replace(SMALL["train"], epochs=2)
+    loop.train(worlds.run_config(dataset, tmp_path / "split", **SMALL | {"train": short}))
+    loop.train(worlds.run_config(dataset, tmp_path / "split", **SMALL))
+    _assert_same(tmp_path / "whole", tmp_path / "split")
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
+    other = SMALL | {"optimizer": OptimizerConfig(lr=0.5)}
+    with pytest.raises(ConfigError, match=r"--lr: 0.05 -> 0.5.*--restart"):
+        loop.train(worlds.run_config(dataset, tmp_path / "run", **other))
+    again = other | {"train": dataclasses.replace(SMALL["train"], restart=True)}
+    assert loop.train(worlds.run_config(dataset, tmp_path / "run", **again)).epoch == 6
+
+
+def test_best_is_the_best_validation_and_patience_stops(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    sections = SMALL | {
+        "optimizer": OptimizerConfig(lr=0.5),
+        "train": TrainConfig(epochs=200, patience=4),
+    }
+    outcome = loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))
+    records = _log(tmp_path / "run")
+    curve = [record["valid/ndcg@10"] for record in records]
+    assert outcome.best_epoch == int(np.argmax(curve)) + 1
+    assert outcome.best_metric == max(curve)
+    assert outcome.epoch == outcome.best_epoch + 4 == len(curve)
+    best, last = _values(tmp_path / "run", "best"), _values(tmp_path / "run", "last")
+    assert any((best[name] != last[name]).any() for name in best)
+
+
+def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    good = SMALL | {"train": dataclasses.replace(SMALL["train"], epochs=2)}
+    run = worlds.run_config(dataset, tmp_path / "run", **good)
+    loop.train(run)
+    before = _values(tmp_path / "run")
+    trainer, resident = build.build(run, dataset)
+    saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
+    state, best = saved.restore()
+    progress = saved.progress()
+    poisoned = jax.tree.map(lambda x: x, state)
+    poisoned = poisoned.replace(
+        tables=poisoned.tables | {"user": poisoned.tables["user"].at[:, 0].set(np.nan)}
+    )
+    saved.save(poisoned, best, dataclasses.replace(progress, step=progress.step + 1))
+    saved.close()
+    del resident
+    more = worlds.run_config(dataset, tmp_path / "run", **SMALL)
+    with pytest.raises(NonFiniteError, match=r"tables/user.* is kept; lower --lr"):
+        loop.train(more)
+    after = _values(tmp_path / "run")
+    assert np.isfinite(after["item"]).all()
+    np.testing.assert_array_equal(after["item"], before["item"])
+
+
+def test_run_record_states_what_was_resolved(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
+    loop.train(run)
+    assert run_directory.read_config(run.workdir) == run
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["split_hash"] == dataset.manifest.split_hash
+    assert record["steps_per_epoch"] == -(-len(dataset.train) // 32)
+    assert record["cold_users"] == int(dataset.slices(run.slices).cold_users.sum())
+
+
+def test_tensorboard_files_hold_the_log(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    sections = SMALL | {"train": dataclasses.replace(SMALL["train"], tensorboard=True, epochs=2)}
+    loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))
+    files = list((tmp_path / "run" / "tensorboard").iterdir())
+    assert len(files) == 1
+    assert b"valid/ndcg_10" in files[0].read_bytes()
+
+
+def test_dataset_swapped_under_a_run_is_refused(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
+    loop.train(run)
+    shutil.rmtree(tmp_path / "d")
+    other = worlds.random_dataset(tmp_path / "d", seed=9)
+    with pytest.raises(ConfigError, match=other.manifest.split_hash[:8]):
+        build.restore_run(run.workdir)
+
+
+def test_restoring_what_never_trained(tmp_path):
+    with pytest.raises(ConfigError, match=r"not a run.*launch/train.py"):
+        build.restore_run(str(tmp_path))
+    dataset = worlds.random_dataset(tmp_path / "d")
+    run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(knobs.to_json(run))
+    with pytest.raises(ManifestError, match="no checkpoints"):
+        build.restore_run(run.workdir)
+
+
+def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
+    """Replacing deletes first: a kill in between would lose the only one."""
+    dataset = worlds.random_dataset(tmp_path / "d")
+    saved, real = [], ocp.training.Checkpointer.save_checkpointables_async
+
+    def spy(self, step, items, **options):
+        assert not options.get("overwrite")
+        saved.append(step)
+        return real(self, step, items, **options)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", spy)
+    often = SMALL | {"train": dataclasses.replace(SMALL["train"], checkpoint_every_s=0.0)}
+    loop.train(worlds.run_config(dataset, tmp_path / "run", **often))
+    per_epoch = -(-len(dataset.train) // 32)
+    assert saved == [
+        step
+        for step in range(1, 6 * per_epoch + 1)
+        if step % per_epoch % 3 == 0 or step % per_epoch == 0
+    ]
+    loop.train(worlds.run_config(dataset, tmp_path / "run", **often))
+    assert saved[-1] == 6 * per_epoch
+    assert len(saved) == len(set(saved))
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monkeypatch):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    short = SMALL | {"train": dataclasses.replace(SMALL["train"], epochs=2)}
+    loop.train(worlds.run_config(dataset, tmp_path / "run", **short))
+    before = _values(tmp_path / "run")
+
+    def full(*args: object, **options: object) -> None:
+        raise ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full)
+        with pytest.raises(UserError, match=r"no space left.*again to resume"):
+            loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
+    after = _values(tmp_path / "run")
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name])
+    loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
+    loop.train(worlds.run_config(dataset, tmp_path / "whole", **SMALL))
+    _assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_checkpoint_restores_on_another_topology(tmp_path):
+    """Written with 4 table shards, read with 8 and with 1."""
+    dataset = worlds.random_dataset(tmp_path / "d")
+    sections = SMALL | {"train": dataclasses.replace(SMALL["train"], table_shards=4, epochs=2)}
+    run = worlds.run_config(dataset, tmp_path / "run", **sections)
+    loop.train(run)
+    sections = SMALL | {"train": dataclasses.replace(SMALL["train"], table_shards=8, epochs=4)}
+    assert loop.train(worlds.run_config(dataset, tmp_path / "run", **sections)).epoch == 4
+    assert _values(tmp_path / "run")["user"].shape == (dataset.n_users, 8)
+
+
+# --- as a user meets it -------------------------------------------------------------------------
+
+
+def _launch(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPO / "launch" / "train.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def _start(dataset, workdir: pathlib.Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(REPO / "launch" / "train.py"),
+            *(f"--data={dataset.path}", f"--workdir={workdir}", "--dim=8", "--batch_size=32"),
+            *("--patience=0", "--checkpoint_every_s=0", *more),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _wait_for_epochs(process: subprocess.Popen[str], workdir: pathlib.Path, count: int) -> None:
+    limit = time.monotonic() + 100
+    log = workdir / "log.jsonl"
+    while time.monotonic() < limit and process.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} epochs: {process.communicate()[0]}")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    process = _start(dataset, tmp_path / "run", "--epochs=100000")
+    _wait_for_epochs(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "interrupted after epoch" in output
+    done = len(_log(tmp_path / "run"))
+    again = _launch(
+        *(f"--data={dataset.path}", f"--workdir={tmp_path / 'run'}", "--dim=8", "--batch_size=32"),
+        *("--patience=0", f"--epochs={done + 2}"),
+    )
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step" in again.stdout
+    assert [record["epoch"] for record in _log(tmp_path / "run")] == list(range(1, done + 3))
+
+
+@pytest.mark.slow
+def test_kill_9_while_saving_loses_nothing(tmp_path):
+    """A checkpoint after every dispatch, killed at random moments: each restart goes on."""
+    dataset = worlds.random_dataset(tmp_path / "d")
+    workdir, seen = tmp_path / "run", 0
+    for round_ in range(3):
+        process = _start(dataset, workdir, "--epochs=100000")
+        _wait_for_epochs(process, workdir, seen + 3)
+        time.sleep(0.013 * round_)
+        process.kill()
+        process.communicate()
+        seen = len((workdir / "log.jsonl").read_text().splitlines())
+    final = _launch(
+        *(f"--data={dataset.path}", f"--workdir={workdir}", "--dim=8", "--batch_size=32"),
+        *("--patience=0", f"--epochs={seen + 2}"),
+    )
+    assert final.returncode == 0, final.stderr
+    assert "resuming at step" in final.stdout
+    whole = _launch(
+        *(f"--data={dataset.path}", f"--workdir={tmp_path / 'whole'}", "--dim=8"),
+        *("--batch_size=32", "--patience=0", f"--epochs={seen + 2}"),
+    )
+    assert whole.returncode == 0, whole.stderr
+    _assert_same(tmp_path / "whole", workdir)
+
+
+BAD = {
+    "--lambda=-1": "--lambda=-1.0 is below its minimum 0",
+    "--backbone=bert": "--backbone='bert' is not one of: mf",
+    "--guidance=selective": "--guidance=selective needs --teacher=NAME",
+    "--gate=magic": "--gate='magic' is not one of: paper, constant, rule",
+    "--batch_size=abc": "flag --batch_size=abc",
+    "--no_such_flag=1": "Unknown command line flag 'no_such_flag'",
+    "--early_stop_metric=accuracy": "unknown metric 'accuracy'",
+    "--table_shards=3": "--table_shards=3 does not divide the 1 devices",
+    "--min_devices=64": "--min_devices=64, but JAX sees 1",
+    "--lr=1e38": "NaN or infinite",
+    "stray": "unexpected argument stray",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", BAD)
+def test_bad_flags_give_one_line(tmp_path, flag):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    found = _launch(f"--data={dataset.path}", f"--workdir={tmp_path / 'run'}", flag)
+    assert found.returncode == 2, found.stderr
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1, found.stderr
+    assert BAD[flag] in lines[0]
+
+
+def test_missing_and_wrong_paths_give_one_line(tmp_path):
+    for args, text in (
+        (("--workdir=x",), "missing --data; see --help"),
+        ((f"--data={tmp_path}/none", f"--workdir={tmp_path}/run"), "is not a directory"),
+        ((f"--data={tmp_path}", f"--workdir={tmp_path}/run"), "holds no manifest.json"),
+    ):
+        found = _launch(*args)
+        assert (found.returncode, len(found.stderr.strip().splitlines())) == (2, 1), found.stderr
+        assert text in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_teaches_without_importing_jax():
+    begin = time.monotonic()
+    found = _launch("--help", env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
+    assert found.returncode == 0
+    assert time.monotonic() - begin < 10  # under a second on an idle machine
+    assert "--lambda=0.1" in found.stdout
+    assert "weight of the guidance loss (>= 0)" in found.stdout
+    imported = {line.split("|")[-1].strip() for line in found.stderr.splitlines()}
+    assert not imported & {"jax", "pyarrow", "flax", "numpy"}
+
+
+def test_guidance_needs_a_product_of_this_dataset(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    sections = SMALL | {"guidance": GuidanceConfig(guidance="selective", teacher="nobody")}
+    with pytest.raises(ManifestError, match="nobody"):
+        loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))

@@ -1,0 +1,273 @@
+"""Each objective's step against a loss written plainly over whole tables, and jax.grad of it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worlds
+from numpy.testing import assert_allclose
+
+from slgr_jax.config import make_run
+from slgr_jax.mesh import make_layout
+from slgr_jax.models import losses
+from slgr_jax.sampling import batch as batch_lib
+from slgr_jax.sampling.context import recent
+from slgr_jax.training import build, step
+
+COMMON = {
+    "dim": 8,
+    "table_optimizer": "sgd",
+    "lr": 0.5,
+    "l2": 0.1,
+    "init_std": 2.0,
+    "batch_size": 16,
+}
+
+
+def _built(tmp_path, layout=None, **knobs):
+    """A trainer, its resident arrays, its first batch and its first state."""
+    path = tmp_path / "d"
+    dataset = (
+        build.dataset_lib.load(path)
+        if path.exists()
+        else worlds.random_dataset(path, categories=4, ratings=True)
+    )
+    run = make_run(str(path), "run", **{**COMMON, **knobs})
+    layout = layout or worlds.one_device()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_layout", lambda **_: layout)
+        trainer, resident = build.build(run, dataset)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key_data(jax.random.key(1)), 0))
+    drawn = batch_lib.draw(keys[:1], resident, trainer.plan)
+    batch = jax.tree.map(lambda x: x[0], drawn)
+    return trainer, resident, batch, step.init_state(trainer, 0)
+
+
+def _stepped(trainer, resident, state, steps=1):
+    key = jax.random.key_data(jax.random.key(1))
+    return step.make_run_steps(trainer)(state, resident, key, jnp.int32(steps))
+
+
+def _values(trainer, state, context):
+    return step.make_serving_state(trainer)(state, context).values
+
+
+def _check(tmp_path, plain_loss, count, **knobs):
+    """One SGD step moves every table by lr times the gradient of the summed plain loss."""
+    trainer, resident, batch, state = _built(tmp_path, **knobs)
+    start = {n: state.tables[n][: s.rows, : s.width] for n, s in trainer.backbone.tables.items()}
+    start, params = jax.device_get((start, state.params["backbone"]))
+    value, grads = jax.jit(
+        jax.value_and_grad(lambda t: plain_loss(trainer, resident, batch, params, t))
+    )(start)
+    after, sums, _ = _stepped(trainer, resident, state)
+    n = count(trainer, resident, batch)
+    assert float(sums["loss"]) == pytest.approx(float(value) / n, rel=1e-4)
+    assert float(sums["triples"]) == n
+    for name, spec in trainer.backbone.tables.items():
+        got = after.tables[name][: spec.rows, : spec.width]
+        assert_allclose(got, start[name] - 0.5 * grads[name], rtol=2e-4, atol=2e-5)
+
+
+def _mf(tables, users, items):
+    p, q = tables["user"][users], tables["item"][items]
+    while p.ndim < q.ndim:
+        p = p[:, None]
+    return jnp.sum(p[..., :-1] * q[..., :-1], axis=-1) + q[..., -1]
+
+
+def _l2(*rows):
+    return 0.05 * sum(jnp.sum(part**2) for part in rows)
+
+
+def _triples(trainer, resident, batch):
+    return float(batch.weights.sum())
+
+
+@pytest.mark.parametrize("kernels", ["auto", "xla"])
+def test_bce_of_triples_is_two_labelled_rows(tmp_path, kernels):
+    def loss(trainer, resident, batch, params, t):
+        s = _mf(t, batch.queries.users, batch.items)
+        rows = -jnp.log(jax.nn.sigmoid(s[:, 0])) - jnp.log(jax.nn.sigmoid(-s[:, 1]))
+        return jnp.sum(rows) / 2 + _l2(t["user"][batch.queries.users], t["item"][batch.items])
+
+    _check(tmp_path, loss, _triples, loss="bce", kernels=kernels)
+
+
+@pytest.mark.parametrize("name", ["bpr", "bce"])
+def test_several_negatives_are_averaged(tmp_path, name):
+    def loss(trainer, resident, batch, params, t):
+        assert batch.items.shape == (16, 4)
+        s = _mf(t, batch.queries.users, batch.items)
+        if name == "bpr":
+            each = jnp.mean(jnp.log1p(jnp.exp(s[:, 1:] - s[:, :1])), axis=1)
+        else:
+            each = (jnp.log1p(jnp.exp(-s[:, 0])) + jnp.log1p(jnp.exp(s[:, 1:])).sum(1)) / 4
+        return jnp.sum(each) + _l2(t["user"][batch.queries.users], t["item"][batch.items])
+
+    _check(tmp_path, loss, _triples, loss=name, negatives_per_positive=3)
+
+
+def test_bce_on_rated_rows(tmp_path):
+    def loss(trainer, resident, batch, params, t):
+        users, items = batch.queries.users, batch.items[:, 0]
+        p = jax.nn.sigmoid(_mf(t, users, items))
+        each = -batch.labels * jnp.log(p) - (1 - batch.labels) * jnp.log(1 - p)
+        return jnp.sum(each) + _l2(t["user"][users], t["item"][items])
+
+    _check(tmp_path, loss, _triples, loss="bce", rating_threshold=4.0)
+
+
+def test_softmax_over_the_catalogue(tmp_path):
+    def loss(trainer, resident, batch, params, t):
+        users, items = batch.queries.users, batch.items[:, 0]
+        everything = jnp.tile(jnp.arange(30), (16, 1))
+        log_p = jax.nn.log_softmax(_mf(t, users, everything))
+        picked = jnp.take_along_axis(log_p, items[:, None], axis=1)
+        return -jnp.sum(picked) + _l2(t["user"][users], t["item"][items])
+
+    _check(tmp_path, loss, _triples, loss="softmax")
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity"])
+def test_sampled_softmax_takes_the_drawing_out(tmp_path, negatives):
+    def loss(trainer, resident, batch, params, t):
+        users, items, shared = batch.queries.users, batch.items[:, 0], batch.shared
+        mass = np.ones(30)
+        if negatives == "popularity":
+            mass = np.bincount(np.asarray(resident.interactions.items), minlength=30) * 1.0
+        expected = jnp.asarray(40 * mass / mass.sum(), jnp.float32)
+        own = _mf(t, users, items)
+        others = _mf(t, users, jnp.tile(shared, (16, 1)))
+        each = jnp.exp(others) / expected[shared][None, :]
+        each = jnp.where(items[:, None] == shared[None, :], 0.0, each)
+        return jnp.sum(jnp.log(jnp.exp(own) + each.sum(1)) - own) + _l2(
+            t["user"][users], t["item"][items]
+        )
+
+    _check(
+        *(tmp_path, loss, _triples),
+        loss="sampled_softmax",
+        shared_negatives=40,
+        negatives=negatives,
+    )
+
+
+def _window(trainer, resident, batch, params, t, key):
+    backbone = trainer.backbone
+    ids, there = recent(resident.context.histories, batch.queries, backbone.length)
+    ids = jnp.concatenate([ids, batch.items[:, :1]], axis=1)
+    there = jnp.pad(there, ((0, 0), (0, 1)), constant_values=True)
+    found = backbone.window(params, t["item"][ids], there, key=key)
+    place = jnp.broadcast_to(found.place, found.weights.shape)
+    return ids, found, jnp.take_along_axis(ids, place, axis=1)
+
+
+@pytest.mark.parametrize("name", ["softmax", "bpr", "bce"])
+def test_windows_learn_at_every_place(tmp_path, name):
+    def key():
+        keys = jax.random.split(jax.random.fold_in(jax.random.key_data(jax.random.key(1)), 0))
+        return jax.random.split(keys[1])[0]
+
+    def loss(trainer, resident, batch, params, t):
+        ids, found, targets = _window(trainer, resident, batch, params, t, key())
+        penalty = _l2(t["item"][ids[:, :-1]], t["item"][batch.items])
+        if name == "softmax":
+            log_p = jax.nn.log_softmax(found.states @ t["item"].T)
+            each = -jnp.take_along_axis(log_p, targets[..., None], axis=2)[..., 0]
+        else:
+            others = batch.items[:, 1:].reshape(*targets.shape, 2)
+            own = jnp.sum(found.states * t["item"][targets], axis=-1)[..., None]
+            other = jnp.einsum("wte,wtne->wtn", found.states, t["item"][others])
+            if name == "bpr":
+                each = jnp.mean(jnp.log1p(jnp.exp(other - own)), axis=-1)
+            else:
+                total = jnp.log1p(jnp.exp(-own))[..., 0] + jnp.log1p(jnp.exp(other)).sum(-1)
+                each = total / 3
+        return jnp.sum(found.weights * each) + penalty
+
+    def places(trainer, resident, batch):
+        # A window's places are the events before its last one, at most L of them.
+        return float(np.minimum(np.asarray(batch.queries.until), trainer.backbone.length).sum())
+
+    knobs = {"backbone": "sasrec", "dropout": 0.0, "max_history": 4, "hidden": 8, "layers": 1}
+    _check(tmp_path, loss, places, loss=name, negatives_per_positive=2, **knobs)
+
+
+# --- the losses themselves ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3, 7, 8])
+def test_softmax_cross_entropy_equals_log_softmax(chunk):
+    rng = np.random.default_rng(0)
+    states, vectors = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((7, 4), (9, 4)))
+    targets = jnp.asarray(rng.integers(0, 9, 7))
+    weights = jnp.asarray([1.0, 0.0, 1.0, 0.5, 0.0, 1.0, 1.0])
+
+    def plain(states, vectors):
+        log_p = jax.nn.log_softmax(states @ vectors.T)
+        return -3.0 * jnp.sum(weights * log_p[jnp.arange(7), targets])
+
+    def ours(states, vectors):
+        return 3.0 * losses.softmax_cross_entropy(states, vectors, targets, weights, chunk)[0]
+
+    got, d_got = jax.value_and_grad(ours, argnums=(0, 1))(states, vectors)
+    want, d_want = jax.value_and_grad(plain, argnums=(0, 1))(states, vectors)
+    assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(d_got, d_want, strict=True):
+        assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    first = jnp.argmax(states @ vectors.T, axis=1) == targets
+    found = losses.softmax_cross_entropy(states, vectors, targets, weights, chunk)[1]
+    assert float(found) == float(jnp.sum(weights * first))
+
+
+def test_a_silent_place_may_hold_anything():
+    states = jnp.asarray([[1.0, 0.0], [np.nan, np.inf]])
+    vectors, targets = jnp.eye(2), jnp.asarray([0, 1])
+
+    def loss(s):
+        return losses.softmax_cross_entropy(s, vectors, targets, jnp.asarray([1.0, 0.0]), 1)[0]
+
+    value, grad = jax.value_and_grad(loss)(states)
+    assert float(value) == pytest.approx(np.log(1 + np.exp(-1.0)), rel=1e-6)
+    assert np.isfinite(np.asarray(grad)).all()
+
+
+def test_sampled_softmax_of_every_item_once_is_the_softmax():
+    rng = np.random.default_rng(0)
+    states, vectors = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((7, 4), (9, 4)))
+    targets = jnp.asarray(rng.integers(0, 9, 7))
+    loss, first = losses.sampled_softmax_cross_entropy(
+        states, vectors[targets], vectors, targets, jnp.arange(9), jnp.zeros(9)
+    )
+    log_p = jax.nn.log_softmax(states @ vectors.T)
+    assert_allclose(loss, -log_p[jnp.arange(7), targets], rtol=1e-5)
+    assert_allclose(first, jnp.argmax(log_p, axis=1) == targets)
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"loss": "softmax"},
+        {"loss": "sampled_softmax", "shared_negatives": 16},
+        {"backbone": "sasrec", "max_history": 4, "hidden": 8, "layers": 1, "dropout": 0.0},
+        {"backbone": "lightgcn", "table_optimizer": "lazy_adam", "lr": 0.01},
+        {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "max_history": 3, "loss": "bpr"},
+    ],
+    ids=lambda knobs: "-".join(map(str, list(knobs.values())[:1])),
+)
+def test_eight_devices_equal_one(tmp_path, knobs):
+    alone, resident, _, state = _built(tmp_path, **knobs)
+    expected, sums, _ = _stepped(alone, resident, state, steps=3)
+    many, resident, _, state = _built(tmp_path, make_layout(table_shards=2), **knobs)
+    got, many_sums, _ = _stepped(many, resident, state, steps=3)
+    for name, spec in alone.backbone.tables.items():
+        size = (slice(spec.rows), slice(spec.width))
+        assert_allclose(got.tables[name][size], expected.tables[name][size], rtol=1e-3, atol=1e-4)
+    for name in sums:
+        assert float(many_sums[name]) == pytest.approx(float(sums[name]), rel=1e-3)

@@ -1,0 +1,81 @@
+"""The log of a run: resumed as if nothing had happened, and plain text where there is no screen."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from slgr_jax.training.training_log import LOG, Journal
+
+
+def _write(root: pathlib.Path, steps: range, *, start: int = 0) -> None:
+    with Journal(str(root), step=start, epoch=start, total=100, tensorboard=False) as journal:
+        for step in steps:
+            journal.record(step, {"epoch": step, "loss": step / 4}, f"step {step}")
+            journal.advance(step)
+
+
+def _steps(root: pathlib.Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (root / LOG).read_text().splitlines()]
+
+
+def test_a_record_is_one_line_with_its_step_and_time(tmp_path):
+    _write(tmp_path, range(1, 3))
+    first, second = map(json.loads, (tmp_path / LOG).read_text().splitlines())
+    assert {k: v for k, v in first.items() if k != "time"} == {"step": 1, "epoch": 1, "loss": 0.25}
+    assert second["time"] >= first["time"] > 1e9
+
+
+def test_a_record_is_on_the_disk_before_the_next_one(tmp_path):
+    with Journal(str(tmp_path), step=0, epoch=0, total=9, tensorboard=False) as journal:
+        journal.record(3, {}, "")
+        assert _steps(tmp_path) == [3]
+
+
+def test_records_past_the_checkpoint_are_dropped(tmp_path):
+    _write(tmp_path, range(1, 6))
+    _write(tmp_path, range(4, 7), start=3)
+    assert _steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_validation_logged_but_not_saved_is_dropped(tmp_path):
+    """A checkpoint of its last step may exist that does not count it as done."""
+    _write(tmp_path, range(1, 4))
+    with Journal(str(tmp_path), step=3, epoch=2, total=9, tensorboard=False) as journal:
+        journal.record(3, {"epoch": 3}, "")
+    assert _steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_run_that_starts_anew_drops_them_all(tmp_path):
+    _write(tmp_path, range(1, 6))
+    _write(tmp_path, range(1, 3))
+    assert _steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"epoch": 3, "ti', b"\xff\xfe\x00", b"3", b"[]", b'{"epoch": "3"}', b"{}", b"null"],
+    ids=repr,
+)
+def test_what_a_kill_cut_short_is_dropped_with_all_after_it(tmp_path, damage):
+    _write(tmp_path, range(1, 3))
+    kept = (tmp_path / LOG).read_bytes()
+    (tmp_path / LOG).write_bytes(kept + damage + b"\n" + kept)
+    _write(tmp_path, range(0), start=50)
+    assert (tmp_path / LOG).read_bytes() == kept
+
+
+def test_no_bar_in_a_file(tmp_path, capfd):
+    """capfd is no terminal, so only the lines may come out."""
+    _write(tmp_path, range(1, 4))
+    out, err = capfd.readouterr()
+    assert out == "step 1\nstep 2\nstep 3\n"
+    assert err == ""
+
+
+def test_nothing_is_left_beside_the_log(tmp_path):
+    _write(tmp_path, range(1, 3))
+    _write(tmp_path, range(3, 4), start=2)
+    assert [path.name for path in tmp_path.iterdir()] == [LOG]
