@@ -10,7 +10,8 @@ of all and writes, of the smallest lambda, DIR/alpha.png (alpha beside the truth
 DIR/reliability.png (is alpha a probability?) and DIR/collapse.png (mean alpha while training).
 
 Then the same teacher, and the coin, write a list of 30 items for each user, and what is listed is
-drawn against anything else, or against rivals: what the run without guidance would recommend.
+drawn against anything else, or against hard negatives: what the run without guidance would
+recommend.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ ARMS = {
 LISTED = 30
 LAMBDAS_OF_LISTS = (0.1, 1.0, 10.0)
 _LISTS = {"guidance": "selective", "teacher": "lists"}
-_RIVALS = {"rivals": 100, "gate_inputs": "reference,history,popularity,teacher"}
+_RIVALS = {"hard_negatives": 100, "gate_inputs": "reference,history,popularity,teacher"}
 ARMS_OF_LISTS = {
     "global": _LISTS | {"gate": "constant"},
     "calibrated": _LISTS | {"gate": "calibrated"},
-    "rivals": _LISTS | {"gate": "calibrated"} | _RIVALS,
+    "hard_negatives": _LISTS | {"gate": "calibrated"} | _RIVALS,
     "global, coin": _LISTS | {"gate": "constant", "teacher": "coin_lists"},
     "calibrated, coin": _LISTS | {"gate": "calibrated", "teacher": "coin_lists"},
-    "rivals, coin": _LISTS | {"gate": "calibrated", "teacher": "coin_lists"} | _RIVALS,
+    "hard negatives, coin": _LISTS | {"gate": "calibrated", "teacher": "coin_lists"} | _RIVALS,
 }
 
 
@@ -124,7 +125,7 @@ def main(_: list[str]) -> None:
     for name, knobs in ARMS_OF_LISTS.items():
         for weight in LAMBDAS_OF_LISTS:
             workdir = str(out / f"lists {name} {weight:g}".replace(", ", " ").replace(" ", "_"))
-            own = knobs | {"ensemble": plain} if "rivals" in knobs else knobs
+            own = knobs | {"reference_runs": plain} if "hard_negatives" in knobs else knobs
             rows.append(trained(name, own, weight, workdir)[1])
     print(tables.markdown_table(rows))
 

@@ -12,11 +12,11 @@
 3. Every run meets the test part, once.
 
 Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
-calibrated, meta; rivals (what the teacher lists against what `none` would recommend instead,
-calibrated with the margin of `none` among its inputs) and global_rivals (the same pairs, alpha 1);
---arm for others (ensemble=none: the run of `none` of the same seed). Controls, in every report:
-constant (the matched gate's mean alpha), shuffled (another user's answers), popularity and
-item_item as teachers.
+calibrated, meta; hard negatives (what the teacher lists against what `none` would recommend
+instead, calibrated with the margin of `none` among its inputs) and global_hard_negatives (the same
+pairs, alpha 1); --arm for others (ensemble=none: the run of `none` of the same seed). Controls, in
+every report: constant (the matched gate's mean alpha), shuffled (another user's answers),
+popularity and item_item as teachers.
 
 Called again it goes on where it was: finished runs are known by their settings and data. Other
 knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
@@ -78,8 +78,8 @@ absl_flags.DEFINE_list(
 absl_flags.DEFINE_bool(
     *("tune_guidance_loss", True),
     "also try, at an arm's best lambda, its other loss: hinge and logistic, of calibrated informed "
-    "and hinge, of rivals the gate without a reference; paper and pointwise keep their own, and "
-    "--guidance_loss is that of every arm",
+    "and hinge, of hard negatives the gate without a reference; paper and pointwise keep their "
+    "own, and --guidance_loss is that of every arm",
 )
 absl_flags.DEFINE_integer(
     "workers", 0, "processes on a CPU; 0 = one per core; accelerators take one", lower_bound=0
@@ -91,7 +91,7 @@ OWN = (
 )
 # Knobs of a run that the comparison sets itself.
 _SET_HERE = frozenset(
-    {"backbone", "guidance", "teacher", "gate", "alpha", "rivals", "seed", "restart"}
+    {"backbone", "guidance", "teacher", "gate", "alpha", "hard_negatives", "seed", "restart"}
 )
 
 

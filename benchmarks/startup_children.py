@@ -67,9 +67,11 @@ def ours(marks: Marks, script: str, *arguments: str) -> None:
             marks("imported")
             marks.after(dataset, "load", "loaded")
             marks.after(build, "build", "built")
-            marks.after(training_log.Journal, "__init__", "ready")
-            marks.after(training_log.Journal, "advance", "steps")  # the last one is the epoch's end
-            marks.after(training_log.Journal, "record", "valid")
+            marks.after(training_log.TrainingLog, "__init__", "ready")
+            marks.after(
+                training_log.TrainingLog, "advance", "steps"
+            )  # the last one is the epoch's end
+            marks.after(training_log.TrainingLog, "record", "valid")
             marks.after(loop, "train", "saved")
             main(rest)
 

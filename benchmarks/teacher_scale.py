@@ -110,7 +110,7 @@ def resident(job: Job) -> Callable[[], object]:
 
     dataset = dataset_of(job)
     run = config.RunConfig("", "", guidance=config.GuidanceConfig("selective", "big"))
-    return lambda: device_arrays.resident_teacher(run, dataset)
+    return lambda: device_arrays.teacher_arrays(run, dataset)
 
 
 STEPS: dict[str, Callable[[Job], Callable[[], object]]] = {

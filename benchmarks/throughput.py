@@ -205,24 +205,24 @@ def measure(
         job = {"pairs": folder, "seconds": seconds, "steps": steps}
         # A peer lives for as long as the cases are about what it trains.
         for of, group in itertools.groupby(cases, Case.rival):
-            mine, rivals = list(group), {}
+            mine, hard_negatives = list(group), {}
             with contextlib.ExitStack() as stack:
                 for name in peers:
                     if mine[0].backbone in TRAINED_BY[name]:
                         about = peer_knobs(mine[0].config(given, folder)) | {"peer": name}
                         command = [peer_python or sys.executable, str(HERE / "peers.py")]
                         player = Player(command, job | (peer_job or {}) | about)
-                        rivals[name] = stack.enter_context(player)
+                        hard_negatives[name] = stack.enter_context(player)
                 for case in mine:
-                    config = case.config(given, folder, compared="recbole" in rivals)
+                    config = case.config(given, folder, compared="recbole" in hard_negatives)
                     command = [sys.executable, str(HERE / "worker.py")]
                     with Player(command, job | {"config": knobs.to_json(config)}) as own:
-                        taken = turns.interleave([own, *rivals.values()], repeats)
+                        taken = turns.interleave([own, *hard_negatives.values()], repeats)
                         facts = own.facts | own.finish()
-                    theirs = dict(zip(rivals, taken[1:], strict=True))
+                    theirs = dict(zip(hard_negatives, taken[1:], strict=True))
                     found.append(Measured(case, config, facts, taken[0], theirs))
                     print(f"  {_line(found[-1])}", flush=True)
-                for name, player in rivals.items():
+                for name, player in hard_negatives.items():
                     facts_of[of, name] = player.facts | player.finish()
     shape = {"users": pairs.n_users, "items": pairs.n_items, "interactions": len(pairs)}
     bandwidth = max(one.facts["gather_bandwidth"] for one in found)
@@ -333,8 +333,8 @@ def header(rows: Sequence[Row]) -> str:
             f"{size}: {mine[0]['users']:,} users, {mine[0]['items']:,} items, "
             f"{mine[0]['interactions']:,} interactions; random rows of 256 bytes: {gather:.1f} GB/s"
         )
-        rivals = {(row["peer"], row["backbone"]): row for row in mine if row["peer"]}
-        lines += dict.fromkeys(_about_peer(row) for row in rivals.values())
+        hard_negatives = {(row["peer"], row["backbone"]): row for row in mine if row["peer"]}
+        lines += dict.fromkeys(_about_peer(row) for row in hard_negatives.values())
     return "\n".join(lines)
 
 

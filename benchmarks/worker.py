@@ -47,7 +47,7 @@ GATHER_SECONDS = 0.5
 class Stepper:
     """A trainer, its state, and steps on request."""
 
-    def __init__(self, trainer: Trainer, resident: arrays.Resident) -> None:
+    def __init__(self, trainer: Trainer, resident: arrays.DeviceArrays) -> None:
         self.trainer, self.resident = trainer, resident
         seed, everywhere = trainer.config.train.seed, trainer.layout.replicated
         self.state: TrainState = jax.block_until_ready(init_state(trainer, seed))
@@ -95,14 +95,14 @@ def row_bytes(trainer: Trainer, state: TrainState) -> dict[str, float]:
     }
 
 
-def rows_named(trainer: Trainer, resident: arrays.Resident) -> dict[str, int]:
+def rows_named(trainer: Trainer, resident: arrays.DeviceArrays) -> dict[str, int]:
     """Rows of each table that a step names, as often as it does; of whole tables every row, once.
 
     A step that moves no row but computes dot products (`row_access.Factors`) names the same ones.
     """
     rows = Rows(trainer.backbone, trainer.row_optimizer, trainer.layout, native=False)
 
-    def named(key: jax.Array, resident: arrays.Resident) -> dict[str, list[jax.Array]]:
+    def named(key: jax.Array, resident: arrays.DeviceArrays) -> dict[str, list[jax.Array]]:
         drawn = batch_lib.draw(key[None], resident, trainer.plan)
         batch = jax.tree.map(lambda x: x[0], drawn)
         return rows.named(resident.context, trainer.objective.reads(batch, resident.context))

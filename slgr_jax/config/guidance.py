@@ -9,15 +9,15 @@ from slgr_jax.config.knobs import Section, knob
 from slgr_jax.errors import ConfigError, listing
 
 GUIDANCE = ("none", "selective", "pointwise")
-GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "informed", "added")
+GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "confidence", "gain")
 GATES = ("paper", "constant", "rule", "budget", "calibrated", "meta")
 # Gates that are taught by interactions which the recommender does not learn from.
-TAUGHT_GATES = ("calibrated", "meta")
+SUPERVISED_GATES = ("calibrated", "meta")
 GATE_INPUTS = (
     *("margin", "history", "popularity", "uncertainty"),
     *("teacher", "slices", "agreement", "reference"),
 )
-KNOWN_ANSWERS = ("auto", "validation", "hidden")
+LABEL_SOURCES = ("auto", "validation", "hidden")
 UNCERTAINTIES = ("confidence", "entropy", "dropout", "ensemble")
 PAIR_SELECTIONS = ("uniform", "largest_gap")
 
@@ -37,10 +37,10 @@ class GuidanceConfig(Section):
     guidance_loss: str = knob(
         "auto",
         "pairwise loss on x = s_ua - s_ub: hinge max(0, margin - x), logistic log(1 + exp(-x)), "
-        "both times alpha; soft -alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x); informed = "
-        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; added = "
+        "both times alpha; soft -alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x); confidence = "
+        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; gain = "
         "|alpha - alpha_0| times soft, alpha_0 being what the reference alone believes; auto = "
-        "added for gate=calibrated with reference among its inputs, informed without, else hinge "
+        "added for gate=calibrated with reference among its inputs, confidence without, else hinge "
         "(the paper's)",
         choices=GUIDANCE_LOSSES,
     )
@@ -65,12 +65,12 @@ class GuidanceConfig(Section):
         minimum=0,
         maximum=1,
     )
-    rivals: int = knob(
+    hard_negatives: int = knob(
         0,
-        "draw preferences among a list and the R other items that the runs of --ensemble rank "
-        "highest for its user (hard negatives), for teachers whose manifest says that unlisted "
-        "items rank below the list; 0 = against any unlisted item. With it, add reference to "
-        "--gate_inputs",
+        "draw preferences among a list and the R other items that the runs of --reference_runs "
+        "rank highest for its user (hard negatives), for teachers whose manifest says that "
+        "unlisted items rank below the list; 0 = against any unlisted item. With it, add "
+        "reference to --gate_inputs",
         minimum=0,
     )
 
@@ -104,36 +104,38 @@ class GateConfig(Section):
         "gate=calibrated, meta: what the gate reads: history and popularity (log counts), teacher "
         "(its margin), slices (cold, tail), uncertainty (q of both items), margin (the "
         "recommender's own s_ua - s_ub), agreement (its sign), reference (the mean of s_ua - s_ub "
-        "over the runs of --ensemble). With uncertainty, margin or agreement a soft loss aims at "
-        "what the recommender already believes, which benchmarks/LOG.md found to help less; a "
-        "reference stands still",
+        "over the runs of --reference_runs). With uncertainty, margin or agreement a soft loss "
+        "aims at what the recommender already believes, which benchmarks/LOG.md found to help "
+        "less; a reference stands still",
     )
     gate_hidden: int = knob(
         16, "gate=calibrated, meta: width of a hidden layer beside the linear one", minimum=0
     )
-    known_answers: str = knob(
+    labelled_preferences: str = knob(
         "auto",
         "gate=calibrated, meta: where the right answer is known; validation = validation "
         "interactions, cross-fitted over two halves of the users; hidden = training items that "
         "were hidden from the teacher, and are then not trained on; auto = where the teacher has "
         "a word on more of them",
-        choices=KNOWN_ANSWERS,
+        choices=LABEL_SOURCES,
     )
-    known_per_step: int = knob(
-        0, "gate=calibrated: known answers drawn per step; 0 = half the preferences", minimum=0
+    labelled_per_step: int = knob(
+        0,
+        "gate=calibrated: labelled preferences drawn per step; 0 = half the preferences",
+        minimum=0,
     )
     uncertainty: str = knob(
         "entropy",
         "q, read by paper, budget and --gate_inputs: confidence 2(1 - max(p, 1-p)), entropy "
         "H(p)/ln 2, dropout 4 Var(p) over dropout_samples passes, ensemble 4 Var(p) over the runs "
-        "of --ensemble; p = sigmoid(score)",
+        "of --reference_runs; p = sigmoid(score)",
         choices=UNCERTAINTIES,
     )
-    ensemble: str = knob(
+    reference_runs: str = knob(
         "",
-        "uncertainty=ensemble, reference among --gate_inputs, or --rivals: directories RUN,... of "
-        "runs trained on this dataset, of any backbone, each with its own seed or settings (two or "
-        "more for an uncertainty); their best states are read, never changed",
+        "uncertainty=ensemble, reference among --gate_inputs, or --hard_negatives: directories "
+        "RUN,... of runs trained on this dataset, of any backbone, each with its own seed or "
+        "settings (two or more for an uncertainty); their best states are read, never changed",
     )
     dropout_samples: int = knob(5, "uncertainty=dropout: stochastic passes", minimum=2)
     dropout_rate: float = knob(0.2, "uncertainty=dropout: dropout rate", above=0, below=1)
@@ -145,20 +147,21 @@ class GateConfig(Section):
             raise ConfigError(
                 f"--gate_inputs={self.gate_inputs}: choose from {listing(GATE_INPUTS)}"
             )
-        self._check_ensemble()
+        self._check_reference_runs()
 
-    def _check_ensemble(self) -> None:
+    def _check_reference_runs(self) -> None:
         places = [os.path.realpath(member) for member in self.members]
-        if self.reads_ensemble and len(places) < (least := 2 if self._spread else 1):
+        if self.reads_reference_runs and len(places) < (least := 2 if self._spread else 1):
             what = "--uncertainty=ensemble" if self._spread else f"--gate_inputs={self.gate_inputs}"
             raise ConfigError(
-                f"{what} needs {least} or more runs, --ensemble={self.ensemble} names "
-                f"{len(places)}; give work directories of trained runs: --ensemble=RUN,RUN"
+                f"{what} needs {least} or more runs, --reference_runs={self.reference_runs} names "
+                f"{len(places)}; give work directories of trained runs: --reference_runs=RUN,RUN"
             )
         for member, place in zip(self.members, places, strict=True):
             if (times := places.count(place)) > 1:
                 raise ConfigError(
-                    f"--ensemble={self.ensemble} names {member} {times} times: a run does not "
+                    f"--reference_runs={self.reference_runs} names {member} {times} times: a run "
+                    f"does not "
                     "differ from itself; name each once"
                 )
 
@@ -167,14 +170,14 @@ class GateConfig(Section):
         return self.uncertainty == "ensemble"
 
     @property
-    def reads_ensemble(self) -> bool:
-        """Whether the gate looks at what the runs of --ensemble say of a preference."""
-        return self._spread or (self.taught and "reference" in self.input_names)
+    def reads_reference_runs(self) -> bool:
+        """Whether the gate looks at what the runs of --reference_runs say of a preference."""
+        return self._spread or (self.supervised and "reference" in self.input_names)
 
     @property
     def members(self) -> tuple[str, ...]:
-        """What --ensemble names: directories of runs."""
-        return tuple(name for name in self.ensemble.split(",") if name)
+        """What --reference_runs names: directories of runs."""
+        return tuple(name for name in self.reference_runs.split(",") if name)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -182,6 +185,6 @@ class GateConfig(Section):
         return tuple(name for name in self.gate_inputs.split(",") if name)
 
     @property
-    def taught(self) -> bool:
-        """Whether the gate is taught by known answers."""
-        return self.gate in TAUGHT_GATES
+    def supervised(self) -> bool:
+        """Whether the gate is taught by labelled preferences."""
+        return self.gate in SUPERVISED_GATES

@@ -305,32 +305,35 @@ class RunConfig:
                 f"--teacher={self.guidance.teacher} is not used with --guidance=none; "
                 "add --guidance=selective or drop it"
             )
-        self._check_ensemble()
+        self._check_reference_runs()
         self._check_loss()
 
-    def _check_ensemble(self) -> None:
-        gate, rivals = self.gate, self.guidance.rivals
-        if gate.ensemble and not (gate.reads_ensemble or rivals):
+    def _check_reference_runs(self) -> None:
+        gate, hard_negatives = self.gate, self.guidance.hard_negatives
+        if gate.reference_runs and not (gate.reads_reference_runs or hard_negatives):
             raise ConfigError(
-                f"--ensemble={gate.ensemble} is not read with --uncertainty={gate.uncertainty} "
-                f"and --gate={gate.gate}, --gate_inputs={gate.gate_inputs}; add "
-                "--uncertainty=ensemble, reference to the inputs of a taught gate, or --rivals, "
-                "or drop it"
+                f"--reference_runs={gate.reference_runs} is not read with "
+                f"--uncertainty={gate.uncertainty} and --gate={gate.gate}, "
+                f"--gate_inputs={gate.gate_inputs}; add "
+                "--uncertainty=ensemble, reference to the inputs of a supervised gate, or "
+                "--hard_negatives, or drop it"
             )
-        if self.rivals and not gate.members:
+        if self.hard_negatives and not gate.members:
             raise ConfigError(
-                f"--rivals={rivals} are ranked by trained runs: name one that was trained without "
-                "guidance, --ensemble=RUN"
+                f"--hard_negatives={hard_negatives} are ranked by trained runs: name one that "
+                f"was trained without "
+                "guidance, --reference_runs=RUN"
             )
-        if self.gated and self.guidance_loss_name == "added" and not self._has_prior:
+        if self.gated and self.guidance_loss_name == "gain" and not self._has_prior:
             raise ConfigError(
-                "--guidance_loss=added weighs by what a teacher adds to a reference: it needs "
+                "--guidance_loss=gain weighs by what a teacher adds to a reference: it needs "
                 "--gate=calibrated with reference among --gate_inputs"
             )
         own = os.path.realpath(self.workdir)
         if own in map(os.path.realpath, self.gate.members):
             raise ConfigError(
-                f"--ensemble={self.gate.ensemble} names --workdir={self.workdir} itself; name runs "
+                f"--reference_runs={self.gate.reference_runs} names --workdir={self.workdir} "
+                f"itself; name runs "
                 "that were trained before it"
             )
 
@@ -379,7 +382,7 @@ class RunConfig:
             return chosen
         if self.gate.gate != "calibrated":
             return "hinge"
-        return "added" if self._has_prior else "informed"
+        return "gain" if self._has_prior else "confidence"
 
     @property
     def _has_prior(self) -> bool:
@@ -391,26 +394,27 @@ class RunConfig:
         return self.guidance.guidance == "selective"
 
     @property
-    def ensemble(self) -> tuple[str, ...]:
-        """Directories of the runs that a gate reads, or that rank rivals; () without a gate."""
+    def reference_runs(self) -> tuple[str, ...]:
+        """Directories of the runs that a gate reads, or that rank hard negatives; () without a
+        gate."""
         return self.gate.members if self.gated else ()
 
     @property
-    def rivals(self) -> int:
-        """R: rivals that complete a user's list; 0 without a gate."""
-        return self.guidance.rivals if self.gated else 0
+    def hard_negatives(self) -> int:
+        """R: hard negatives that complete a user's list; 0 without a gate."""
+        return self.guidance.hard_negatives if self.gated else 0
 
     @property
     def gate_lr(self) -> float:
         """Adam learning rate of the gate, with 0 resolved."""
-        return self.gate.gate_lr or (0.02 if self.gate.taught else self.optimizer.dense_lr)
+        return self.gate.gate_lr or (0.02 if self.gate.supervised else self.optimizer.dense_lr)
 
     @property
-    def known_per_step(self) -> int:
-        """K: known answers drawn per step; 0 unless the gate is calibrated."""
+    def labelled_per_step(self) -> int:
+        """K: labelled preferences drawn per step; 0 unless the gate is calibrated."""
         if not self.gated or self.gate.gate != "calibrated":
             return 0
-        return self.gate.known_per_step or max(1, self.preferences_per_step // 2)
+        return self.gate.labelled_per_step or max(1, self.preferences_per_step // 2)
 
     @property
     def preferences_per_step(self) -> int:

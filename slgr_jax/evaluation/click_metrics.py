@@ -150,7 +150,7 @@ def row_slices(
       cold_row_history: a row with at most this many events before it is cold.
     """
     positive = rows.labels == 1
-    cold_row = rows.until <= cold_row_history
+    cold_row = rows.as_of <= cold_row_history
     cold_user = slices.cold_users[rows.users]
     tail = slices.tail_items[rows.items]
 

@@ -431,11 +431,11 @@ def pool_tables(scores: np.ndarray) -> dict[str, np.ndarray]:
     low, high = np.float64(distinct[0]), np.float64(distinct[-1])
     scale = np.float32(min(cells / (high / 2 - low / 2), 1e38) if high > low else 0.0)
     place = np.minimum((distinct.astype(np.float64) / 2 - low / 2) * np.float64(scale), cells - 1)
-    until = np.zeros(cells + 1, np.int64)
-    np.cumsum(np.bincount(place.astype(np.int64), minlength=cells), out=until[1:])
+    as_of = np.zeros(cells + 1, np.int64)
+    np.cumsum(np.bincount(place.astype(np.int64), minlength=cells), out=as_of[1:])
     at = np.arange(cells)
-    base = until[np.maximum(at - 1, 0)]
-    reach = until[np.minimum(at + 2, cells)]
+    base = as_of[np.maximum(at - 1, 0)]
+    reach = as_of[np.minimum(at + 2, cells)]
     return {
         "scores": padded,
         "above2": above2,

@@ -21,7 +21,11 @@ Settings = Mapping[str, float | str]
 
 # What `ensemble` says in an arm whose reference is the run of `none` of the same seed.
 REFERENCE = "none"
-_AGAINST_RIVALS = {"guidance": "selective", "rivals": 100, "ensemble": REFERENCE}
+_AGAINST_HARD_NEGATIVES = {
+    "guidance": "selective",
+    "hard_negatives": 100,
+    "reference_runs": REFERENCE,
+}
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "none": {"guidance": "none"},
@@ -32,15 +36,15 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "budget": {"guidance": "selective", "gate": "budget"},
     "calibrated": {"guidance": "selective", "gate": "calibrated"},
     "meta": {"guidance": "selective", "gate": "meta"},
-    "global_rivals": {**_AGAINST_RIVALS, "gate": "constant", "alpha": 1.0},
-    "rivals": {
-        **_AGAINST_RIVALS,
+    "global_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "constant", "alpha": 1.0},
+    "hard_negatives": {
+        **_AGAINST_HARD_NEGATIVES,
         "gate": "calibrated",
         "gate_inputs": "reference,history,popularity,teacher",
     },
 }
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
-GATED = ("rivals", "calibrated", "paper", "meta", "budget", "rule")
+GATED = ("hard_negatives", "calibrated", "paper", "meta", "budget", "rule")
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
 # too: they change one thing. The other two teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)
@@ -48,7 +52,7 @@ UNTUNED = ("constant", "shuffled")
 
 # Guidance losses that are tried: of a gate whose alpha is a probability, and of others. Where alpha
 # says how much and not how likely, a loss that aims at alpha would push against the teacher.
-LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("informed", "hinge")}
+LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("confidence", "hinge")}
 OTHER_LOSSES = ("hinge", "logistic")
 LITERAL = ("paper", "pointwise")  # arms that keep the loss they are known by
 # What is tried of a gate with a reference, in place of another loss: the gate without it.
@@ -144,9 +148,9 @@ class Plan:
         own = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
         if arm == "constant":  # its alpha is a setting: the matched gate's mean
             like = config.make_run("", "", **{**self.knobs, **own}, teacher=self.teacher)
-            # `added` compares alpha with alpha_0, which a constant gate has not: `informed` is its
+            # `gain` compares alpha with alpha_0, which a constant gate has not: `confidence` is its
             # counterpart for a gate that compares with 1/2.
-            loss = {"added": "informed"}.get(like.guidance_loss_name, like.guidance_loss_name)
+            loss = {"gain": "confidence"}.get(like.guidance_loss_name, like.guidance_loss_name)
             own |= {"gate": "constant", "guidance_loss": loss}
         return {**own, "teacher": self.teacher_of(arm)}
 
@@ -157,7 +161,7 @@ class Plan:
         like = self.matched if arm in CONTROLS else arm
         if not self.tune_loss or like in ("none", *LITERAL):
             return ()
-        if like == "rivals":
+        if like == "hard_negatives":
             return (BLIND,)
         if "guidance_loss" in knobs:
             return ()
@@ -184,8 +188,8 @@ class Plan:
           ConfigError: a knob has no such value, an arm's gate for instance.
         """
         own = {**self.knobs, **self.knobs_of(arm), **settings}
-        if own.get("ensemble") == REFERENCE and reference is not None:
-            own["ensemble"] = str(reference)
+        if own.get("reference_runs") == REFERENCE and reference is not None:
+            own["reference_runs"] = str(reference)
         return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **own)
 
     def tune_dir(self, backbone: str, arm: str, settings: Settings) -> pathlib.Path:

@@ -78,8 +78,8 @@ def evaluate_runs(runs: Sequence[RunConfig], *, workers: int) -> None:
 
 
 def waves(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """The runs that others of them read (--ensemble), then the rest."""
-    read = {member for run in runs for member in run.ensemble}
+    """The runs that others of them read (--reference_runs), then the rest."""
+    read = {member for run in runs for member in run.reference_runs}
     first = [run for run in runs if run.workdir in read]
     return [first, [run for run in runs if run.workdir not in read]]
 
@@ -171,7 +171,7 @@ def _fit_group(group: Sequence[RunConfig]) -> None:
     begin = time.process_time()
     try:
         with _logged(group[0]):
-            outcomes = multi_seed.train_many(group)
+            outcomes = multi_seed.train_seeds(group)
     except NonFiniteError:
         for run in group:
             _fit(run)

@@ -18,7 +18,7 @@ from slgr_jax.sampling.context import GRAPH
 from slgr_jax.teacher.products import preferences
 
 
-def resident_teacher(
+def teacher_arrays(
     run: config.RunConfig,
     dataset: Dataset,
     members: Sequence[tuple[AnyBackbone, Scoring]] = (),
@@ -26,21 +26,23 @@ def resident_teacher(
     """The teacher's preferences as host arrays to draw from; None without guidance.
 
     Args:
-      members: the runs of --ensemble, as of the end of training.
+      members: the runs of --reference_runs, as of the end of training.
 
     Raises:
       ManifestError, ShardError: the product does not fit or is damaged.
-      ConfigError: lists that rivals cannot complete.
+      ConfigError: lists that hard negatives cannot complete.
       InputError: it states no preference at all.
     """
     guidance = run.guidance
     if guidance.guidance == "none":
         return None
     teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
-    if run.rivals:
+    if run.hard_negatives:
         kernels = run.train.kernels
-        found_rivals = hard_negatives.find(dataset, teacher, members, run.rivals, kernels=kernels)
-        teacher = hard_negatives.complete(teacher, found_rivals)
+        ranked_highest = hard_negatives.find(
+            dataset, teacher, members, run.hard_negatives, kernels=kernels
+        )
+        teacher = hard_negatives.complete(teacher, ranked_highest)
     found: arrays.TeacherLists | arrays.TeacherPairs
     if teacher.manifest.kind == "preferences":
         # Margins are above 0; a slice of everything is no copy.
@@ -72,20 +74,20 @@ def resident_teacher(
     return found
 
 
-def resident_known(
+def labelled_arrays(
     run: config.RunConfig,
     dataset: Dataset,
     teacher: arrays.TeacherLists | arrays.TeacherPairs | None,
     backbone: AnyBackbone,
 ) -> tuple[arrays.Known | None, Csr | None]:
-    """What a taught gate learns from, as host arrays, and the interactions left out for it.
+    """What a supervised gate learns from, as host arrays, and the interactions left out for it.
 
     Raises:
       ConfigError: hidden training items that there are not, or that this backbone would see.
-      InputError: there is no known answer.
+      InputError: there is no labelled preference.
     """
     gate = run.gate
-    if not run.gated or not gate.taught or teacher is None:
+    if not run.gated or not gate.supervised or teacher is None:
         return None, None
     path = preferences.product_path(run.data, run.guidance.teacher)
     manifest = schema.read_teacher_manifest(path)
@@ -93,8 +95,8 @@ def resident_known(
     # A window of a history, or a graph, shows the recommender what it should not learn from. Runs
     # of an ensemble have learned from it: they agree on what a user chose, and a gate would see it.
     blind = not isinstance(backbone, SequenceBackbone) and GRAPH not in backbone.reads
-    able = blind and not run.ensemble
-    if gate.known_answers == "hidden" and not (hides and able):
+    able = blind and not run.reference_runs
+    if gate.labelled_preferences == "hidden" and not (hides and able):
         why = (
             f"teacher {run.guidance.teacher} was not asked about hidden training items (its "
             f"manifest says training_items={manifest.training_items})"
@@ -102,8 +104,10 @@ def resident_known(
         if hides and not blind:
             why = f"--backbone={run.model.backbone} would still see them in histories or its graph"
         elif hides:
-            why = "the runs of --ensemble were trained on them"
-        raise ConfigError(f"--known_answers=hidden: {why}; use --known_answers=validation")
+            why = "the runs of --reference_runs were trained on them"
+        raise ConfigError(
+            f"--labelled_preferences=hidden: {why}; use --labelled_preferences=validation"
+        )
 
     def answers(source: str, hidden: Csr | None) -> arrays.Known:
         chosen = labelled_preferences.make_chosen(dataset, source, hidden)
@@ -112,10 +116,10 @@ def resident_known(
         return labelled_preferences.make_known(dataset, teacher, chosen)
 
     source, left_out, found = "valid", None, answers("valid", None)
-    if hides and able and gate.known_answers != "validation":
+    if hides and able and gate.labelled_preferences != "validation":
         hidden = labelled_preferences.hidden_positives(dataset, *_asked(teacher))
         asked = answers("hidden", hidden)
-        if gate.known_answers == "hidden" or asked.count > found.count:
+        if gate.labelled_preferences == "hidden" or asked.count > found.count:
             source, left_out, found = "hidden", hidden, asked
     if not found.count:
         what = "hidden training items" if source == "hidden" else "validation interactions"

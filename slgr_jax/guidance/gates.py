@@ -5,8 +5,9 @@ is detached: a gate must not move the recommender in order to move itself. How a
 
   paper, budget     from the gated guidance loss itself, as S-LLMR prints it
   constant, rule    not at all
-  calibrated        as P(the teacher is right), by cross-entropy on known answers
-  meta              by what a look-ahead step on the guidance does to the loss of known answers
+  calibrated        as P(the teacher is right), by cross-entropy on labelled preferences
+  meta              by what a look-ahead step on the guidance does to the loss of labelled
+  preferences
 
 Shape letters: G preferences; the axis of length 2 is (preferred item, other item).
 """
@@ -23,7 +24,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.config import GATE_INPUTS, TAUGHT_GATES, GateConfig
+from slgr_jax.config import GATE_INPUTS, SUPERVISED_GATES, GateConfig
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.random_bits import WEYL
 
@@ -222,7 +223,9 @@ def make_gate(config: GateConfig) -> Gate:
         "budget": PaperGate,
         "constant": lambda: ConstantGate(config.alpha),
         "rule": RuleGate,
-        **dict.fromkeys(TAUGHT_GATES, lambda: LogisticGate(config.input_names, config.gate_hidden)),
+        **dict.fromkeys(
+            SUPERVISED_GATES, lambda: LogisticGate(config.input_names, config.gate_hidden)
+        ),
     }
     return makers[config.gate]()
 

@@ -1,13 +1,14 @@
-"""Rivals: what trained runs would recommend where a teacher lists something else.
+"""Hard negatives: what trained runs would recommend where a teacher lists something else.
 
 A teacher that names its favourites freely says of all other items that they rank below. Of a
 listed item and any other one it is right nearly always, whoever's list it is: such preferences
 teach what is popular, and a gate that learns from them has nothing to select. What the teacher
 adds shows where the recommender would have put another item on the user's page. So each list is
-completed by its user's rivals, the R items that runs without guidance rank highest, hard negatives
-as in Xiong et al. 2021 (arXiv 2007.00808), and preferences are drawn among list and rivals alone.
+completed by its user's hard negatives, the R items that runs without guidance rank highest, hard
+negatives as in Xiong et al. 2021 (arXiv 2007.00808), and preferences are drawn among list and hard
+negatives alone.
 
-Shape letters: U users, R rivals of a user.
+Shape letters: U users, R hard negatives of a user.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def find(
 ) -> Csr:
     """[U] the items that `members` rank highest for each user with a list, on the mean of scores.
 
-    Neither listed items nor training items are rivals; validation and test items may be, as the
-    members know nothing of them.
+    Neither listed items nor training items are hard negatives; validation and test items may be,
+    as the members know nothing of them.
 
     Args:
       members: backbones, and what they score with as of the end of training.
@@ -70,8 +71,9 @@ def find(
     )
 
 
-def complete(teacher: Teacher, rivals: Csr) -> Teacher:
-    """The lists with their users' rivals below them, all at one score; nothing else is below.
+def complete(teacher: Teacher, hard_negatives: Csr) -> Teacher:
+    """The lists with their users' hard negatives below them, all at one score; nothing else is
+    below.
 
     That score is the least of all lists minus the standard deviation of scores: how far an item
     that is not listed lies below one that is, the teacher does not say.
@@ -82,20 +84,21 @@ def complete(teacher: Teacher, rivals: Csr) -> Teacher:
     manifest = teacher.manifest
     if manifest.kind != "scores" or manifest.unlisted != "below":
         raise ConfigError(
-            f"--rivals: unlisted items of teacher {manifest.name} are unknown, they do not rank "
-            "below its lists, so that no rival is beaten; drop --rivals, or say so when you import "
-            "it (launch/teach.py import --unlisted=below)"
+            f"--hard_negatives: unlisted items of teacher {manifest.name} are unknown, they do "
+            f"not rank "
+            "below its lists, so that no hard negative is beaten; drop --hard_negatives, or say "
+            "so when you import it (launch/teach.py import --unlisted=below)"
         )
     floor = np.float32(teacher.scores.min() - (float(teacher.scores.std()) or 1.0))
-    # Within a user by score, then item: rivals first, as all lie below the list.
-    listed, more = np.diff(teacher.offsets), rivals.counts.astype(np.int64)
+    # Within a user by score, then item: hard negatives first, as all lie below the list.
+    listed, more = np.diff(teacher.offsets), hard_negatives.counts.astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(listed + more)])
     items = np.empty(offsets[-1], np.int32)
     scores = np.full(offsets[-1], floor, np.float32)
     is_rival = np.arange(offsets[-1]) - np.repeat(offsets[:-1], listed + more) < np.repeat(
         more, listed + more
     )
-    items[is_rival], items[~is_rival] = rivals.indices, teacher.items
+    items[is_rival], items[~is_rival] = hard_negatives.indices, teacher.items
     scores[~is_rival] = teacher.scores
     return dataclasses.replace(
         teacher,

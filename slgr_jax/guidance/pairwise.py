@@ -47,7 +47,7 @@ def gate_inputs(
       scores: logits of both items.
       stochastic: (key, dropout rate) -> the logits of one stochastic pass.
       margins: the teacher's, over a typical one.
-      members: logits of both items by each run of --ensemble, where there are any.
+      members: logits of both items by each run of --reference_runs, where there are any.
     """
     if config.uncertainty == "ensemble":
         assert members is not None, "uncertainty of an ensemble is asked of its members"

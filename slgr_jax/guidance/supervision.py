@@ -2,8 +2,8 @@
 
     preferences   mean_G pair(s_ua - s_ub, alpha), times lambda
     budget        + budget_weight (mean alpha - rho)^2, times lambda too
-    calibrated    + mean_K cross-entropy(alpha, the teacher is right) over known answers, and of
-                  alpha_0 likewise (`gates.LogisticGate`)
+    calibrated    + mean_K cross-entropy(alpha, the teacher is right) over labelled preferences,
+                  and of alpha_0 likewise (`gates.LogisticGate`)
     meta          - mean_G alpha c_g: c_g is how fast a step along the gradient of preference g
                   lowers the BPR loss of an item that its user chose, held out of training,
 
@@ -11,11 +11,11 @@
 
 over the rows that both read, the user's side: one look-ahead step of plain descent, to first order
 in its length (as Ren et al. 2018, "Learning to Reweight Examples", eq. 12, with a gate in place of
-free weights). Taught gates use the parameters of the other half of the users (`gates.LogisticGate`)
-and get no gradient from the gated loss, which would only teach them to fall.
+free weights). Supervised gates use the parameters of the other half of the users
+(`gates.LogisticGate`) and get no gradient from the gated loss, which would only teach them to fall.
 
-Shape letters: G preferences, K known answers, M runs of an ensemble, N lanes; the axis of length 2
-is (preferred, other).
+Shape letters: G preferences, K labelled preferences, M runs of an ensemble, N lanes; the axis of
+length 2 is (preferred, other).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from slgr_jax.guidance import gates, pairwise
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Access, Dropout, Lanes, Reads, Rows, lane_scores
-from slgr_jax.models.scoring import Scoring, ensemble_scores
+from slgr_jax.models.row_access import Access, Candidates, Dropout, Reads, Rows, candidate_scores
+from slgr_jax.models.scoring import Scoring, reference_scores
 from slgr_jax.sampling.batch import Batch
 from slgr_jax.sampling.context import Context, Queries
 from slgr_jax.training.objectives import Preferred
@@ -48,7 +48,7 @@ class Seen:
     """What a step sees of things that it does not train: what teaches a gate, an ensemble's word.
 
     Attributes:
-      answers: a gate's inputs for the known answers; None unless it is calibrated.
+      answers: a gate's inputs for the labelled preferences; None unless it is calibrated.
       gains: [G] c_g over its root mean square; None unless the gate looks ahead.
       members: [M, G, 2] logits of the preferences by the ensemble; None where there is none.
     """
@@ -87,7 +87,7 @@ class Supervision:
     access: Access
     layout: Layout
     margin_scale: float
-    ensemble: tuple[AnyBackbone, ...] = ()
+    reference_runs: tuple[AnyBackbone, ...] = ()
     native: bool = False
 
     def see(
@@ -98,7 +98,7 @@ class Supervision:
         context: Context,
         dropout: Dropout,
         key: jax.Array,
-        ensemble: Sequence[Scoring] = (),
+        reference_runs: Sequence[Scoring] = (),
     ) -> Seen:
         """Score what teaches the gate; nothing of it is differentiated or written back.
 
@@ -108,18 +108,22 @@ class Supervision:
         """
         answers = gains = None
         if batch.known is not None:
-            answers = self._answers(tables, params, batch, context, dropout, key, ensemble)
+            answers = self._answers(tables, params, batch, context, dropout, key, reference_runs)
         if batch.held_out is not None:
             gains = self._gains(tables, params, batch, context, dropout)
-        return Seen(answers, gains, self._members(ensemble, batch.pref_queries, batch.pref_items))
+        return Seen(
+            answers, gains, self._members(reference_runs, batch.pref_queries, batch.pref_items)
+        )
 
     def _members(
-        self, ensemble: Sequence[Scoring], queries: Queries, items: Int[Array, "N 2"]
+        self, reference_runs: Sequence[Scoring], queries: Queries, items: Int[Array, "N 2"]
     ) -> Float[Array, "M N 2"] | None:
         """What the ensemble says of lanes."""
-        if not self.ensemble:
+        if not self.reference_runs:
             return None
-        return ensemble_scores(self.ensemble, ensemble, queries.users, items, native=self.native)
+        return reference_scores(
+            self.reference_runs, reference_runs, queries.users, items, native=self.native
+        )
 
     def _answers(
         self,
@@ -129,12 +133,12 @@ class Supervision:
         context: Context,
         dropout: Dropout,
         key: jax.Array,
-        ensemble: Sequence[Scoring],
+        reference_runs: Sequence[Scoring],
     ) -> gates.GateInputs:
         known, access = batch.known, self.access
         assert known is not None
         assert known.facts is not None
-        reads = Reads({_ANSWERS: Lanes(known.queries, known.items)}, {})
+        reads = Reads({_ANSWERS: Candidates(known.queries, known.items)}, {})
         leaves = access.read(tables, context, reads)
 
         def scores(dropout: Dropout) -> jax.Array:
@@ -149,7 +153,7 @@ class Supervision:
             known.margins / self.margin_scale,
             known.facts,
             key,
-            self._members(ensemble, known.queries, known.items),
+            self._members(reference_runs, known.queries, known.items),
         )
 
     def _gains(
@@ -164,14 +168,14 @@ class Supervision:
         assert isinstance(access, Rows)  # Trainer.access
         assert held_out is not None
         items = jnp.concatenate([batch.pref_items, held_out.items], axis=1)
-        lanes = Lanes(batch.pref_queries, items)
+        lanes = Candidates(batch.pref_queries, items)
         reads = Reads({_LOOK_AHEAD: lanes}, {})
         leaves = access.read(tables, context, reads)
         rows = access.sides(params, leaves, context, reads, dropout)[_LOOK_AHEAD]
         pair_loss = self._pair_loss
 
         def lane_sum(rows: Any, *, held_out: bool) -> jax.Array:
-            scores = lane_scores(access.backbone, params, rows, context, lanes, dropout)
+            scores = candidate_scores(access.backbone, params, rows, context, lanes, dropout)
             if held_out:
                 return jnp.sum(losses.bpr(scores[:, 2] - scores[:, 3]))
             difference = scores[:, 0] - scores[:, 1]
@@ -224,7 +228,7 @@ class Supervision:
         )
         alpha, prior = believed(self.gate, gate_params, inputs)
         found = pairwise.guided(alpha, prior, preferred.differences, self._pair_loss)
-        guidance, taught = mean(found.loss), zero
+        guidance, supervised = mean(found.loss), zero
         if self.config.gate.gate == "budget":
             share = layout.sum_over_all(mean(jax.lax.stop_gradient(alpha)))
             guidance += mean(gates.budget_penalty(alpha, share, self.config.gate))
@@ -235,18 +239,18 @@ class Supervision:
             assert isinstance(logits, jax.Array)
             every = layout.sum_over_all(jnp.sum(batch.known.weights))
             each = gates.calibration_loss(logits, batch.known.right)
-            taught = losses.masked_sum(each, batch.known.weights) / jnp.maximum(every, 1e-12)
+            supervised = losses.masked_sum(each, batch.known.weights) / jnp.maximum(every, 1e-12)
         if seen.gains is not None:
             own = self.gate.apply(variables, inputs)
-            taught = -mean(jnp.asarray(own) * jax.lax.stop_gradient(seen.gains))
-        return Added(guidance, taught, mean(alpha), mean(found.agrees))
+            supervised = -mean(jnp.asarray(own) * jax.lax.stop_gradient(seen.gains))
+        return Added(guidance, supervised, mean(alpha), mean(found.agrees))
 
 
 def believed(
     gate: gates.Gate, params: Mapping[str, Any], inputs: gates.GateInputs
 ) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
-    """alpha and alpha_0 of preferences; of a taught gate by the parameters of the other half of the
-    users, and detached."""
+    """alpha and alpha_0 of preferences; of a supervised gate by the parameters of the other half
+    of the users, and detached."""
     variables = {"params": params}
     if isinstance(gate, gates.LogisticGate):
         other = inputs.replace(fold=1 - inputs.fold)  # type: ignore[attr-defined]

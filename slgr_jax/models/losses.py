@@ -61,7 +61,7 @@ def pairwise_soft(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[A
     return jax.nn.softplus(x) - alpha * x
 
 
-def pairwise_informed(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Array, "..."]:
+def pairwise_confidence(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Array, "..."]:
     """(2 alpha - 1)^2 times the soft loss: a teacher that is right half the time has no say.
 
     The soft loss alone pulls sigmoid(x) to 1/2 there, and so unlearns what interactions taught.
@@ -69,7 +69,7 @@ def pairwise_informed(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Flo
     return jnp.square(2.0 * alpha - 1.0) * pairwise_soft(x, alpha)
 
 
-def pairwise_added(
+def pairwise_gain(
     x: Float[Array, "..."], alpha: Float[Array, "..."], prior: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """|alpha - alpha_0| times the soft loss: who adds nothing to a reference has no say."""
@@ -86,8 +86,8 @@ def guidance_pair_loss(name: str, margin: float) -> PairLoss:
         "hinge": lambda x, alpha, _: alpha * pairwise_hinge(x, margin),
         "logistic": lambda x, alpha, _: alpha * pairwise_logistic(x),
         "soft": lambda x, alpha, _: pairwise_soft(x, alpha),
-        "informed": lambda x, alpha, _: pairwise_informed(x, alpha),
-        "added": pairwise_added,
+        "confidence": lambda x, alpha, _: pairwise_confidence(x, alpha),
+        "gain": pairwise_gain,
     }
     return losses[name]
 

@@ -35,7 +35,7 @@ Dropout = tuple[float, jax.Array] | None
 
 
 @struct.dataclass
-class Lanes:
+class Candidates:
     """Queries [N] and candidates [N, C] whose scores the loss needs."""
 
     queries: Queries
@@ -51,7 +51,7 @@ class Reads(NamedTuple):
       whole: names of tables of which it needs every row.
     """
 
-    lanes: Mapping[str, Lanes]
+    lanes: Mapping[str, Candidates]
     rows: Mapping[str, Ids]
     whole: frozenset[str] = frozenset()
 
@@ -111,7 +111,7 @@ class Access(Protocol):
         ...
 
 
-def lane_ids(backbone: AnyBackbone, context: Context, lanes: Lanes) -> dict[str, Ids]:
+def candidate_ids(backbone: AnyBackbone, context: Context, lanes: Candidates) -> dict[str, Ids]:
     """The rows that scoring lanes reads: those of the query's side, of the item's, or of both."""
     if isinstance(backbone, DotBackbone):
         return {
@@ -121,12 +121,12 @@ def lane_ids(backbone: AnyBackbone, context: Context, lanes: Lanes) -> dict[str,
     return {"both": backbone.ids(context, lanes.queries, lanes.items)}
 
 
-def lane_scores(
+def candidate_scores(
     backbone: AnyBackbone,
     params: Mapping[str, Any],
     rows: Mapping[str, Mapping[str, jax.Array]],
     context: Context,
-    lanes: Lanes,
+    lanes: Candidates,
     dropout: Dropout,
 ) -> Float[Array, "N C"]:
     """Logits of lanes from the rows that `lane_ids` names."""
@@ -159,7 +159,7 @@ class Rows:
         """Every group of ids by name; sides of lanes as `name/side`."""
         found = dict(reads.rows)
         for name, lanes in reads.lanes.items():
-            for side, ids in lane_ids(self.backbone, context, lanes).items():
+            for side, ids in candidate_ids(self.backbone, context, lanes).items():
                 found[f"{name}/{side}"] = ids
         return found
 
@@ -324,7 +324,7 @@ class _RowsView:
 
     def scores(self, name: str, dropout: Dropout) -> jax.Array:
         sides, lanes = _sides(self.groups, name), self.reads.lanes[name]
-        return lane_scores(self.backbone, self.params, sides, self.context, lanes, dropout)
+        return candidate_scores(self.backbone, self.params, sides, self.context, lanes, dropout)
 
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         return self.groups[name]
@@ -334,7 +334,7 @@ class _RowsView:
 
 
 @dataclasses.dataclass(frozen=True)
-class Factors:
+class DotAccess:
     """Leaves: `scores` and `squares` = (|p|^2, |q_0|^2 + |q_1|^2) of one group of lanes, [N, 2].
 
     And `totals`, the sum of the squares over lanes, [2]: no loss reads them.
@@ -357,7 +357,7 @@ class Factors:
         return {"scores": scores, "squares": squares, "totals": totals}
 
     @staticmethod
-    def _lanes(reads: Reads) -> Lanes:
+    def _lanes(reads: Reads) -> Candidates:
         (lanes,) = reads.lanes.values()
         return lanes
 
@@ -412,11 +412,11 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class _FactorsView:
-    lane_scores: jax.Array
+    candidate_scores: jax.Array
 
     def scores(self, name: str, dropout: Dropout) -> jax.Array:
         assert dropout is None, "a stochastic pass needs the rows"
-        return self.lane_scores
+        return self.candidate_scores
 
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         raise AssertionError("dot products have no rows")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.kernels import cpu
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.models.backbones.base import item_tables
-from slgr_jax.models.row_access import Dropout, Lanes, lane_ids, lane_scores
+from slgr_jax.models.row_access import Candidates, Dropout, candidate_ids, candidate_scores
 from slgr_jax.sampling.context import Context, Queries
 from slgr_jax.sampling.labelled_rows import LabelledRows
 
@@ -53,11 +53,11 @@ class Scoring:
 
     serving: ServingState
     context: Context
-    until: Int[Array, "U"] | None
+    as_of: Int[Array, "U"] | None
 
     def queries(self, users: Int[Array, "B"]) -> Queries:
         """The users at their moments."""
-        return Queries(users, None if self.until is None else self.until[users])
+        return Queries(users, None if self.as_of is None else self.as_of[users])
 
 
 def moments(context: Context, part: str) -> Any:
@@ -72,17 +72,18 @@ def moments(context: Context, part: str) -> Any:
 
 
 def pair_scores(
-    backbone: AnyBackbone, scoring: Scoring, lanes: Lanes, dropout: Dropout = None
+    backbone: AnyBackbone, scoring: Scoring, lanes: Candidates, dropout: Dropout = None
 ) -> Float[Array, "B C"]:
     """Logits of candidates, from whole tables; of a stochastic pass with `dropout`."""
     serving, context = scoring.serving, scoring.context
     rows = {
-        side: _rows(serving.values, ids) for side, ids in lane_ids(backbone, context, lanes).items()
+        side: _rows(serving.values, ids)
+        for side, ids in candidate_ids(backbone, context, lanes).items()
     }
-    return lane_scores(backbone, serving.params, rows, context, lanes, dropout)
+    return candidate_scores(backbone, serving.params, rows, context, lanes, dropout)
 
 
-def ensemble_scores(
+def reference_scores(
     backbones: Sequence[AnyBackbone],
     members: Sequence[Scoring],
     users: Int[Array, "B"],
@@ -99,7 +100,7 @@ def ensemble_scores(
     def scores(backbone: AnyBackbone, member: Scoring) -> jax.Array:
         model = backbone.factor_model if isinstance(backbone, DotBackbone) else None
         if not native or model is None:
-            return pair_scores(backbone, member, Lanes(member.queries(users), items))
+            return pair_scores(backbone, member, Candidates(member.queries(users), items))
         user, item = (member.serving.values[x] for x in (model.user_table, model.item_table))
         width, unit = user.shape[1], model.unit
         return cpu.factor_scores(user, item, users, items, width=width, unit=unit)[0]
@@ -118,16 +119,16 @@ def score_rows(
 
     @jax.jit
     def chunk(scoring: Scoring, queries: Queries, items: jax.Array) -> jax.Array:
-        return pair_scores(backbone, scoring, Lanes(queries, items[:, None]))[:, 0]
+        return pair_scores(backbone, scoring, Candidates(queries, items[:, None]))[:, 0]
 
     def score(scoring: Scoring, rows: LabelledRows) -> np.ndarray:
         out = []
         for begin in range(0, len(rows), _ROWS):
-            mine = [x[begin : begin + _ROWS] for x in (rows.users, rows.until, rows.items)]
-            users, until, items = jax.device_put(
+            mine = [x[begin : begin + _ROWS] for x in (rows.users, rows.as_of, rows.items)]
+            users, as_of, items = jax.device_put(
                 [np.pad(x, (0, _ROWS - x.size), mode="edge") for x in mine]
             )
-            queries = Queries(users, None if scoring.until is None else until)
+            queries = Queries(users, None if scoring.as_of is None else as_of)
             out.append((chunk(scoring, queries, items), mine[0].size))
         found = [np.asarray(jax.device_get(scores))[:size] for scores, size in out]
         return np.concatenate([np.zeros(0, np.float32), *found])
@@ -168,7 +169,7 @@ def _joint(backbone: JointBackbone) -> Callable[[Scoring, jax.Array], jax.Array]
             queries = scoring.queries(user[None])
 
             def tile(items: jax.Array) -> jax.Array:
-                return pair_scores(backbone, scoring, Lanes(queries, items[None]))[0]
+                return pair_scores(backbone, scoring, Candidates(queries, items[None]))[0]
 
             return jax.lax.map(tile, items.reshape(tiles, size)).reshape(-1)[:n_items]
 

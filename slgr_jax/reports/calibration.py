@@ -192,7 +192,7 @@ def draw_alpha_against_truth(
     *,
     title: str = "",
 ) -> pathlib.Path:
-    """In a world with a known answer: alpha beside the true reliability; returns the path.
+    """In a world with a labelled preference: alpha beside the true reliability; returns the path.
 
     Left: the two against each other, a dot per preference (at most 4000 of them). Then the means
     of both by history length and by popularity: a gate that has found the region follows the

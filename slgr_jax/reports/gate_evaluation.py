@@ -1,9 +1,10 @@
-"""Is a run's gate right about its teacher? alpha against known answers that nothing learned from.
+"""Is a run's gate right about its teacher? alpha against labelled preferences that nothing learned
+from.
 
-Known answers of the test part (sampling/labelled_preferences.py): pairs of a test item and an
-item that the user never chose, on which the teacher has a word. Nothing in training has seen them,
-and they are drawn as preferences are, so that the mean of `right` is how often the teacher is to
-be believed.
+Labelled preferences of the test part (sampling/labelled_preferences.py): pairs of a test item and
+an item that the user never chose, on which the teacher has a word. Nothing in training has seen
+them, and they are drawn as preferences are, so that the mean of `right` is how often the teacher
+is to be believed.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from slgr_jax.evaluation import ranking_metrics
 from slgr_jax.guidance import gates, pairwise
 from slgr_jax.guidance.supervision import believed
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Lanes
-from slgr_jax.models.scoring import Scoring, ensemble_scores, pair_scores
+from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.scoring import Scoring, pair_scores, reference_scores
 from slgr_jax.reports import calibration
 from slgr_jax.sampling import arrays, labelled_preferences, negatives, preferences, random_bits
 from slgr_jax.sampling.context import Queries
 
-# Known answers that are looked at, and how many are drawn for each.
+# Labelled preferences that are looked at, and how many are drawn for each.
 _ANSWERS, _DRAWN = 20_000, 4
 
 
@@ -40,9 +41,9 @@ def judge(
     teacher: arrays.TeacherLists | arrays.TeacherPairs,
     *,
     part: str = "test",
-    ensemble: Sequence[tuple[AnyBackbone, Scoring]] = (),
+    reference_runs: Sequence[tuple[AnyBackbone, Scoring]] = (),
 ) -> dict[str, Any] | None:
-    """alpha of known answers of `part`; None where the teacher has no word on any.
+    """alpha of labelled preferences of `part`; None where the teacher has no word on any.
 
     Args:
       scoring: the trained backbone; its serving state has the gate's parameters.
@@ -61,7 +62,7 @@ def judge(
     slices = dataset.slices(run.slices)
     masks = (slices.cold_users, slices.tail_items)
     made = arrays.interactions(dataset, run.sampler, *masks)
-    longest = arrays.longest_row(arrays.Resident(made, teacher, scoring.context, found))
+    longest = arrays.longest_row(arrays.DeviceArrays(made, teacher, scoring.context, found))
     plan = negatives.Plan(
         *(dataset.n_items, 1, 1, 0, run.sampler, run.guidance),
         search_steps=longest.bit_length(),
@@ -79,9 +80,9 @@ def judge(
     taken = np.random.default_rng(0).choice(mass.size, size=_ANSWERS, p=mass / mass.sum())
     users, items = drawn.queries.users[taken], drawn.items[taken]
     margins = drawn.margins[taken] / arrays.margin_scale(teacher)
-    until = drawn.queries.until[taken]
-    asked = (users, items, margins, until)
-    alpha = alphas(run, made.facts, backbone, gate, scoring, *asked, ensemble=ensemble)
+    as_of = drawn.queries.as_of[taken]
+    asked = (users, items, margins, as_of)
+    alpha = alphas(run, made.facts, backbone, gate, scoring, *asked, reference_runs=reference_runs)
     right = drawn.right[taken] > 0.5
     groups = _groups(run, dataset, users, items)
     return {
@@ -112,9 +113,9 @@ def alphas(
     users: np.ndarray,
     items: np.ndarray,
     margins: np.ndarray,
-    until: np.ndarray | None = None,
+    as_of: np.ndarray | None = None,
     *,
-    ensemble: Sequence[tuple[AnyBackbone, Scoring]] = (),
+    reference_runs: Sequence[tuple[AnyBackbone, Scoring]] = (),
 ) -> np.ndarray:
     """[n] alpha of preferences, as a trained run believes them.
 
@@ -126,16 +127,16 @@ def alphas(
       until: [n] the moment of each, for backbones that read histories.
       ensemble: the runs whose spread the gate reads, each at its own moment of the users.
     """
-    moments = None if scoring.until is None else jnp.asarray(until)
-    asked = Lanes(Queries(jnp.asarray(users), moments), jnp.asarray(items))
+    moments = None if scoring.as_of is None else jnp.asarray(as_of)
+    asked = Candidates(Queries(jnp.asarray(users), moments), jnp.asarray(items))
 
-    backbones, members = [b for b, _ in ensemble], [member for _, member in ensemble]
+    backbones, members = [b for b, _ in reference_runs], [member for _, member in reference_runs]
 
     @jax.jit
     def believe(
         scoring: Scoring,
         members: Sequence[Scoring],
-        lanes: Lanes,
+        lanes: Candidates,
         margins: jax.Array,
         facts: arrays.Facts,
     ) -> Any:
@@ -150,7 +151,7 @@ def alphas(
             margins,
             preferences.pair_facts(facts, lanes.queries.users, lanes.items),
             jax.random.key(1),
-            ensemble_scores(backbones, members, lanes.queries.users, lanes.items)
+            reference_scores(backbones, members, lanes.queries.users, lanes.items)
             if members
             else None,
         )

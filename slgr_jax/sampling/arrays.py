@@ -83,7 +83,7 @@ class Targets:
 
     users: Int[Array, "m"]
     items: Int[Array, "m"]
-    until: Int[Array, "m"] | None
+    as_of: Int[Array, "m"] | None
     labels: Float[Array, "m"] | None
 
 
@@ -149,7 +149,7 @@ class Chosen:
     offsets: Int[Array, "U1"]
     users: Int[Array, "m"]
     items: Int[Array, "m"]
-    until: Int[Array, "m"]
+    as_of: Int[Array, "m"]
     negatives: Excluded
 
 
@@ -177,12 +177,13 @@ class KnownPairs:
 
     pairs: Int[Array, "n"]
     right: Bool[Array, "n"]
-    until: Int[Array, "n"]
+    as_of: Int[Array, "n"]
 
 
 @struct.dataclass
 class Known:
-    """All that known answers are drawn from; `answers` is None where only `chosen` is needed."""
+    """All that labelled preferences are drawn from; `answers` is None where only `chosen` is
+    needed."""
 
     chosen: Chosen
     answers: KnownLists | KnownPairs | None
@@ -219,15 +220,15 @@ class HeldOut:
 
 
 @struct.dataclass
-class Resident:
+class DeviceArrays:
     """All device-resident data of a run."""
 
     interactions: Interactions
     teacher: TeacherLists | TeacherPairs | None
     context: Context = dataclasses.field(default_factory=Context)
-    known: Known | None = None  # what a taught gate learns from
+    known: Known | None = None  # what a supervised gate learns from
     # The frozen runs whose spread a gate reads, as `scoring.Scoring`, a room further down.
-    ensemble: tuple[Any, ...] = ()
+    reference_runs: tuple[Any, ...] = ()
 
     @property
     def drawn(self) -> int:
@@ -319,8 +320,8 @@ def targets(
                 f"{int(found[0])}; ratings go from {part.ratings.min():g} to {part.ratings.max():g}"
             )
         labels = host_array(found, np.float32)
-    until = host32(place[keep]) if history else None
-    return Targets(host32(part.users[keep]), host32(part.items[keep]), until, labels)
+    as_of = host32(place[keep]) if history else None
+    return Targets(host32(part.users[keep]), host32(part.items[keep]), as_of, labels)
 
 
 def interactions(
@@ -359,7 +360,7 @@ def _standardised(counts: np.ndarray) -> Any:
     return host_array((logs - logs.mean()) / max(float(logs.std()), 1e-6), np.float32)
 
 
-def every_lane_drawn(resident: Resident, sampler: SamplerConfig) -> bool:
+def every_lane_drawn(resident: DeviceArrays, sampler: SamplerConfig) -> bool:
     """Whether each user has a negative to draw, so that no lane is ever left out."""
     if sampler.negatives == "in_batch":
         return False
@@ -430,7 +431,7 @@ def teacher_lists(
     )
 
 
-def longest_row(resident: Resident) -> int:
+def longest_row(resident: DeviceArrays) -> int:
     """The longest excluded row, which bounds the binary search."""
     rows = [resident.interactions.negatives]
     if isinstance(resident.teacher, TeacherLists) and resident.teacher.unlisted is not None:

@@ -17,10 +17,10 @@ from slgr_jax.kernels import cpu
 from slgr_jax.sampling import preferences, random_bits
 from slgr_jax.sampling.arrays import (
     Answers,
+    DeviceArrays,
     HeldOut,
     Interactions,
     PairFacts,
-    Resident,
     Targets,
     TeacherLists,
 )
@@ -139,7 +139,7 @@ def draw_targets(
     size, count = plan.triples, plan.negatives
     chosen = below(random_bits.words(words_of.own, 1, size)[0], plan.drawn)
     users, positive = targets.users[chosen], targets.items[chosen]
-    until = None if targets.until is None else targets.until[chosen]
+    as_of = None if targets.as_of is None else targets.as_of[chosen]
     labels = None if targets.labels is None else targets.labels[chosen]
     items, weights = positive[..., None], jnp.ones(users.shape, jnp.float32)
     if count:
@@ -149,7 +149,7 @@ def draw_targets(
         shape = (*users.shape, count)
         items = jnp.concatenate([items, negative.reshape(shape)], axis=-1)
         weights = jnp.min(able.reshape(shape), axis=-1)
-    return Queries(users, until), items, weights, labels
+    return Queries(users, as_of), items, weights, labels
 
 
 def shared_log_expected(
@@ -193,7 +193,7 @@ def _in_batch(
     return negative, weights
 
 
-def draw(keys: jax.Array, resident: Resident, plan: Plan) -> Batch:
+def draw(keys: jax.Array, resident: DeviceArrays, plan: Plan) -> Batch:
     """The batches of S steps, each a function of its own key."""
     of_triples, of_preferences = generators(keys)
     data, labels, shared = resident.interactions, None, None

@@ -36,7 +36,7 @@ class Queries:
     """
 
     users: Int[Array, "N"]
-    until: Int[Array, "N"] | None = None
+    as_of: Int[Array, "N"] | None = None
 
 
 @struct.dataclass
@@ -112,10 +112,10 @@ def recent(
         that is not the user's own (a user without events gets somebody's).
       there: [N, L] whether a place holds an event of its own.
     """
-    assert queries.until is not None, "a backbone that reads histories is queried with a moment"
+    assert queries.as_of is not None, "a backbone that reads histories is queried with a moment"
     start = histories.offsets[queries.users]
     back = jnp.arange(length, dtype=jnp.int32)[None, :] - length  # -L .. -1
-    place = queries.until[:, None] + back
+    place = queries.as_of[:, None] + back
     there = place >= 0
     at = start[:, None] + jnp.maximum(place, 0)
     return histories.items.at[at].get(mode="clip"), there

@@ -1,14 +1,14 @@
-"""Known answers: pairs of items on which the teacher's word can be checked.
+"""Labelled preferences: pairs of items on which the teacher's word can be checked.
 
 Of an item that a user chose, and that the recommender is not trained on, and an item that the user
 did not choose, the teacher is right if it prefers the chosen one. Chosen items are validation
 interactions, or training items that were hidden from the teacher and are left out of training
 too; for a report on a finished run, test interactions.
 
-A known answer is drawn as preferences are, given that exactly one of its items is chosen. For a
-teacher whose unlisted items rank below its list L_u, a preference is a listed item over one of
-N_u unlisted ones. So a chosen item of the list counts 1 (over a drawn unlisted item: right), and a
-chosen item outside it counts |L_u| / N_u (a drawn listed item is preferred over it: wrong).
+A labelled preference is drawn as preferences are, given that exactly one of its items is chosen.
+For a teacher whose unlisted items rank below its list L_u, a preference is a listed item over one
+of N_u unlisted ones. So a chosen item of the list counts 1 (over a drawn unlisted item: right),
+and a chosen item outside it counts |L_u| / N_u (a drawn listed item is preferred over it: wrong).
 
 Which of them a step draws: `preferences.draw_answers`.
 
@@ -65,13 +65,13 @@ def make_chosen(dataset: Dataset, source: str, hidden: Csr | None = None) -> Cho
     # The moment of an item that occurs twice is its first.
     keys = _keys(part.users, part.items, count)
     order = np.lexsort((place, keys))
-    until = place[order[np.searchsorted(keys[order], found)]]
+    as_of = place[order[np.searchsorted(keys[order], found)]]
     chosen = Csr.from_pairs(found // count, found % count, dataset.n_users)
     return Chosen(
         host32(chosen.offsets),
         host32(found // count),
         host32(found % count),
-        host32(until),
+        host32(as_of),
         excluded(everything, None, count),
     )
 
@@ -92,9 +92,9 @@ def make_known(
         wrong = _among(other, found) & ~_among(preferred, excluded_pairs)
         places = np.flatnonzero(right | wrong)
         sides = np.where(right, preferred, other)[places]
-        until = np.asarray(chosen.until)[np.searchsorted(found, sides)] if places.size else places
+        as_of = np.asarray(chosen.as_of)[np.searchsorted(found, sides)] if places.size else places
         return Known(
-            chosen, KnownPairs(host32(places), host_array(right[places], bool), host32(until))
+            chosen, KnownPairs(host32(places), host_array(right[places], bool), host32(as_of))
         )
     offsets = np.asarray(teacher.offsets)
     owners = np.repeat(np.arange(offsets.size - 1, dtype=np.int64), np.diff(offsets))

@@ -32,7 +32,7 @@ class LabelledRows:
 
     users: np.ndarray
     items: np.ndarray
-    until: np.ndarray
+    as_of: np.ndarray
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -59,9 +59,9 @@ def sampled_rows(
     Raises:
       InputError: no positive of the part is left.
     """
-    interactions, until = dataset.part(part), dataset.moments(part)
+    interactions, as_of = dataset.part(part), dataset.moments(part)
     cut = arrays.excluded(dataset.positives(schema.PARTS), None, dataset.n_items)
-    chosen = (until >= min_history) & (cut.free[interactions.users] > 0)
+    chosen = (as_of >= min_history) & (cut.free[interactions.users] > 0)
     if not chosen.any():
         raise InputError(
             f"{dataset.path} has no {part} rows: none of its {len(interactions)} {part} "
@@ -79,7 +79,7 @@ def sampled_rows(
     return LabelledRows(
         users=np.repeat(users, width),
         items=items.reshape(-1),
-        until=np.repeat(until[chosen], width),
+        as_of=np.repeat(as_of[chosen], width),
         labels=labels.reshape(-1),
     )
 

@@ -1,6 +1,6 @@
-"""What is drawn on the device of a teacher: preferences, scored items, known answers.
+"""What is drawn on the device of a teacher: preferences, scored items, labelled preferences.
 
-Shape letters: G preferences, K known answers, S steps drawn at once, E entries of the lists.
+Shape letters: G preferences, K labelled preferences, S steps drawn at once, E entries of the lists.
 """
 
 from __future__ import annotations
@@ -139,16 +139,16 @@ def draw_answers(
     teacher: TeacherLists | TeacherPairs,
     plan: Plan,
 ) -> Answers:
-    """K known answers a step, [S, K], distributed as preferences are."""
+    """K labelled preferences a step, [S, K], distributed as preferences are."""
     assert known.answers is not None
     bits = random_bits.words(own, 4, plan.known)
     place = below(bits[0], known.count)
     if isinstance(known.answers, KnownPairs):
         assert isinstance(teacher, TeacherPairs)
         chosen = known.answers.pairs[place]
-        until = known.answers.until[place]
+        as_of = known.answers.as_of[place]
         return Answers(
-            Queries(teacher.users[chosen], until),
+            Queries(teacher.users[chosen], as_of),
             teacher.items[chosen],
             teacher.margins[chosen],
             known.answers.right[place].astype(jnp.float32),
@@ -198,7 +198,7 @@ def _answers_from_lists(
         right = jnp.where(use, listed, right)
         weights = jnp.where(use, mass, weights)
     return Answers(
-        Queries(users, chosen.until[at]), items, margins, right.astype(jnp.float32), weights
+        Queries(users, chosen.as_of[at]), items, margins, right.astype(jnp.float32), weights
     )
 
 

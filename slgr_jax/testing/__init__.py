@@ -1,4 +1,5 @@
-"""A world with a known answer: users, items, interactions, and a teacher as reliable as one sets.
+"""A world with a labelled preference: users, items, interactions, and a teacher as reliable as one
+sets.
 
     world = simulate(WorldConfig(reliability=Region(history=8)))
     dataset = write(world, "world")  # a dataset directory, with the teacher product `pairs`

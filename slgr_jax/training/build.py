@@ -16,7 +16,7 @@ from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import click_metrics, full_ranking
 from slgr_jax.evaluation.ranking_metrics import PartResult, Values
-from slgr_jax.guidance.device_arrays import resident_known, resident_teacher
+from slgr_jax.guidance.device_arrays import labelled_arrays, teacher_arrays
 from slgr_jax.guidance.gates import make_gate
 from slgr_jax.kernels import build as kernel_build
 from slgr_jax.mesh import Layout, make_layout
@@ -104,19 +104,19 @@ def _targets(
     )
 
 
-def build(run: config.RunConfig, dataset: Dataset) -> tuple[Trainer, arrays.Resident]:
+def build(run: config.RunConfig, dataset: Dataset) -> tuple[Trainer, arrays.DeviceArrays]:
     """The compiled-in parts of a run and its resident arrays, on the devices."""
     slices = dataset.slices(run.slices)
     layout = make_layout(table_shards=run.train.table_shards, min_devices=run.train.min_devices)
     native = _native(run, layout)
     backbone, found = _backbone(run, dataset, native=native)
     made = arrays.interactions(dataset, run.sampler, slices.cold_users, slices.tail_items)
-    members = _members(restore_ensemble(run, dataset), "valid")
-    teacher = resident_teacher(run, dataset, members)
-    answers, left_out = resident_known(run, dataset, teacher, backbone)
+    members = _members(restore_reference_runs(run, dataset), "valid")
+    teacher = teacher_arrays(run, dataset, members)
+    answers, left_out = labelled_arrays(run, dataset, teacher, backbone)
     made = dataclasses.replace(made, targets=_targets(run, dataset, backbone, left_out))
-    read = members if run.gate.reads_ensemble else []
-    resident = arrays.Resident(made, teacher, found, answers, tuple(one for _, one in read))
+    read = members if run.gate.reads_reference_runs else []
+    resident = arrays.DeviceArrays(made, teacher, found, answers, tuple(one for _, one in read))
     backbones = tuple(member for member, _ in read)
     trainer = make_trainer(run, dataset, resident, layout, backbone, backbones)
     return trainer, jax.device_put(resident, layout.replicated)
@@ -133,10 +133,10 @@ def _native(run: config.RunConfig, layout: Layout) -> bool:
 def make_trainer(
     run: config.RunConfig,
     dataset: Dataset,
-    resident: arrays.Resident,
+    resident: arrays.DeviceArrays,
     layout: Layout,
     backbone: AnyBackbone | None = None,
-    ensemble: tuple[AnyBackbone, ...] = (),
+    reference_runs: tuple[AnyBackbone, ...] = (),
 ) -> Trainer:
     """What is compiled into the steps that draw from `resident` on the devices of `layout`.
 
@@ -150,7 +150,7 @@ def make_trainer(
     for name, size in (
         ("batch_size", run.sampler.batch_size),
         ("preferences_per_step", run.preferences_per_step),
-        ("known_per_step", run.known_per_step),
+        ("labelled_per_step", run.labelled_per_step),
         ("shared_negatives", shared),
     ):
         if size % layout.devices:
@@ -169,11 +169,11 @@ def make_trainer(
         certain=arrays.every_lane_drawn(resident, run.sampler),
         negatives=objectives.negatives_of_lane(run, window),
         shared=shared,
-        known=run.known_per_step,
+        known=run.labelled_per_step,
         held_out=run.gated and run.gate.gate == "meta",
         margin_scale=arrays.margin_scale(resident.teacher),
     )
-    return Trainer(run, backbone, make_gate(run.gate), plan, layout, ensemble)
+    return Trainer(run, backbone, make_gate(run.gate), plan, layout, reference_runs)
 
 
 def restore_run(workdir: str, which: str = "best") -> Run:
@@ -212,8 +212,8 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
     return Run(run, dataset, backbone, score_users(backbone), serving, placed, mesh)
 
 
-def restore_ensemble(run: config.RunConfig, dataset: Dataset) -> list[Run]:
-    """The best states of the runs that --ensemble names; [] where it names none.
+def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[Run]:
+    """The best states of the runs that --reference_runs names; [] where it names none.
 
     Raises:
       ConfigError: one is not there, or was trained on another dataset than `dataset`.
@@ -221,18 +221,19 @@ def restore_ensemble(run: config.RunConfig, dataset: Dataset) -> list[Run]:
     """
     found: list[Run] = []
     shared: dict[Any, Context] = {}  # what members of a kind look up is there once
-    for member in run.ensemble:
+    for member in run.reference_runs:
         trained, was = run_directory.read_config(member), run_directory.recorded(member)
         if was is None:
             raise ConfigError(
-                f"--ensemble: {member} holds no {run_directory.RECORD}; train it first"
+                f"--reference_runs: {member} holds no {run_directory.RECORD}; train it first"
             )
         for name, what in (("split_hash", "split"), ("id_map_hash", "id map")):
             mine = getattr(dataset.manifest, name)
             if was[name] != mine:
                 raise ConfigError(
-                    f"--ensemble: {member} was trained on {what} {was[name][:8]}, {dataset.path} "
-                    f"has {what} {mine[:8]}; name runs that were trained on this dataset"
+                    f"--reference_runs: {member} was trained on {what} {was[name][:8]}, "
+                    f"{dataset.path} has {what} {mine[:8]}; name runs that were trained on this "
+                    f"dataset"
                 )
         one = _restored(member, trained, dataset, "best")
         kind = (one.backbone.reads, trained.model.most_categories)
@@ -268,20 +269,21 @@ def evaluate_run(workdir: str, label: str, which: str = "best") -> EvaluatedRun:
 
 def _judged(workdir: str, run: Run) -> dict[str, Any] | None:
     """How well the run's gate tells where the teacher is right; None without a gate."""
-    frozen = restore_ensemble(run.config, run.dataset)
+    frozen = restore_reference_runs(run.config, run.dataset)
     if frozen and (other := run_directory.other_members(workdir, run.config)):
         raise ConfigError(
-            f"{workdir} was trained with another --ensemble ({other}); put it back or train again"
+            f"{workdir} was trained with another --reference_runs ({other}); put it back or "
+            f"train again"
         )
     if not run.config.gated:
         return None
-    teacher = resident_teacher(run.config, run.dataset, _members(frozen, "valid"))
+    teacher = teacher_arrays(run.config, run.dataset, _members(frozen, "valid"))
     if teacher is None:
         return None
     return gate_evaluation.judge(
         *(run.config, run.dataset, run.backbone, make_gate(run.config.gate)),
         *(run.scoring("test"), teacher),
-        ensemble=_members(frozen, "test") if run.config.gate.reads_ensemble else (),
+        reference_runs=_members(frozen, "test") if run.config.gate.reads_reference_runs else (),
     )
 
 

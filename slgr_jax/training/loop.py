@@ -41,7 +41,7 @@ from slgr_jax.training.step import (
     make_run_steps,
     make_serving_state,
 )
-from slgr_jax.training.training_log import Journal
+from slgr_jax.training.training_log import TrainingLog
 
 LANES_PER_DISPATCH = 1 << 21  # steps_per_dispatch=0: work in one dispatch, in triples of mf
 # What else costs as much as a triple of matrix factorisation, on a CPU, to a factor of a few: a
@@ -297,9 +297,9 @@ def not_finite(programs: Programs, state: TrainState) -> list[str]:
 
 def open_journal(
     run: config.RunConfig, programs: Programs, progress: checkpoint.Progress
-) -> Journal:
+) -> TrainingLog:
     """The log of a run that stands at `progress`."""
-    return Journal(
+    return TrainingLog(
         run.workdir,
         step=progress.step,
         epoch=progress.epoch,
@@ -324,7 +324,11 @@ class _Loop:
     """One call of `train`: the state, where it stands, and what is still in flight."""
 
     def __init__(
-        self, run: config.RunConfig, trainer: Trainer, resident: arrays.Resident, dataset: Dataset
+        self,
+        run: config.RunConfig,
+        trainer: Trainer,
+        resident: arrays.DeviceArrays,
+        dataset: Dataset,
     ) -> None:
         self.run, self.trainer, self.resident = run, trainer, resident
         self.programs = make_programs(trainer, dataset, resident.context)
@@ -344,7 +348,7 @@ class _Loop:
 
     # -- steps --
 
-    def round(self, journal: Journal, stop: threading.Event) -> bool:
+    def round(self, journal: TrainingLog, stop: threading.Event) -> bool:
         """Run up to the next validation; False if a signal came first."""
         per_epoch, dispatch = self.programs.per_epoch, self.programs.dispatch
         start = self.progress.epoch * per_epoch
@@ -366,12 +370,12 @@ class _Loop:
         self.drain(journal)
         return True
 
-    def drain(self, journal: Journal) -> None:
+    def drain(self, journal: TrainingLog) -> None:
         """Read everything in flight."""
         while self._in_flight:
             self._read(journal)
 
-    def _read(self, journal: Journal) -> None:
+    def _read(self, journal: TrainingLog) -> None:
         values, where = jax.device_get(self._in_flight.pop(0))
         if where.step >= 0:
             raise self._non_finite(leaves_at_fault(self.trainer, where))
@@ -387,7 +391,7 @@ class _Loop:
 
     # -- epochs --
 
-    def close_round(self, journal: Journal, seconds: float) -> None:
+    def close_round(self, journal: TrainingLog, seconds: float) -> None:
         """Validate, keep the best state, count towards the patience."""
         serving = self.programs.serving(self.state, self.resident.context)
         validate = self.programs.validate
@@ -407,7 +411,7 @@ class _Loop:
     def due(self) -> bool:
         return time.monotonic() - self.last_save >= self.run.train.checkpoint_every_s
 
-    def save(self, journal: Journal) -> None:
+    def save(self, journal: TrainingLog) -> None:
         """Write a checkpoint, of a state in which every number is finite."""
         self.drain(journal)
         bad = not_finite(self.programs, self.state)
@@ -456,7 +460,7 @@ def _train_in_workdir(
     run: config.RunConfig,
     dataset: Dataset,
     trainer: Trainer,
-    resident: arrays.Resident,
+    resident: arrays.DeviceArrays,
     stop: threading.Event,
 ) -> Outcome:
     with jax.transfer_guard("allow"):

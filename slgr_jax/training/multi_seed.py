@@ -30,17 +30,17 @@ from slgr_jax.config import RunConfig, differences
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
 from slgr_jax.models.scoring import ServingState
-from slgr_jax.sampling.arrays import Resident
+from slgr_jax.sampling.arrays import DeviceArrays
 from slgr_jax.training import build as runs_lib
 from slgr_jax.training import checkpoint, loop, run_directory
 from slgr_jax.training.step import Health, RunSteps, Sums, Trainer, TrainState, make_program
-from slgr_jax.training.training_log import Journal
+from slgr_jax.training.training_log import TrainingLog
 
 # Of a device's memory, what stacked seeds may take; the rest is for validation.
 _SHARE = 0.75
 
 
-def train_many(runs: Sequence[RunConfig], *, together: int = 0) -> list[loop.Outcome]:
+def train_seeds(runs: Sequence[RunConfig], *, together: int = 0) -> list[loop.Outcome]:
     """Train runs that differ in seed and workdir; their outcomes, in order.
 
     A run that is finished is not trained again. Nothing is saved of a run before it is over: a
@@ -136,7 +136,7 @@ def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _compile(trainer: Trainer, resident: Resident, seeds: int) -> Any:
+def _compile(trainer: Trainer, resident: DeviceArrays, seeds: int) -> Any:
     """The program of N seeds: (states, resident, keys, K) -> (states', sums [N], health [N])."""
     everywhere, states = trainer.layout.replicated, _stacked(trainer, seeds)
     program = jax.jit(
@@ -160,7 +160,7 @@ def _bytes(trainer: Trainer, compiled: Any, seeds: int) -> int:
 
 
 def seeds_that_fit(
-    trainer: Trainer, resident: Resident, most: int, limit_bytes: float | None
+    trainer: Trainer, resident: DeviceArrays, most: int, limit_bytes: float | None
 ) -> tuple[int, RunSteps]:
     """How many seeds, `most` or a half of it and so on, one program can hold; and that program.
 
@@ -191,7 +191,7 @@ class _Seed:
 
     run: RunConfig
     saved: checkpoint.Checkpoints
-    journal: Journal
+    journal: TrainingLog
     progress: checkpoint.Progress = dataclasses.field(default_factory=checkpoint.Progress)
     best: ServingState | None = None
     outcome: loop.Outcome | None = None
@@ -207,7 +207,7 @@ def _train_fresh(
     runs: Sequence[RunConfig],
     dataset: Dataset,
     trainer: Trainer,
-    resident: Resident,
+    resident: DeviceArrays,
     together: int,
 ) -> dict[str, loop.Outcome]:
     """Outcomes of runs without a checkpoint, by workdir."""
@@ -235,7 +235,7 @@ class _Group:
         runs: Sequence[RunConfig],
         dataset: Dataset,
         trainer: Trainer,
-        resident: Resident,
+        resident: DeviceArrays,
         programs: loop.Programs,
         steps: RunSteps,
         stack: contextlib.ExitStack,

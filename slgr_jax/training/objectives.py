@@ -38,7 +38,7 @@ from slgr_jax.models.backbones.base import (
     dots,
     item_tables,
 )
-from slgr_jax.models.row_access import Lanes, Reads, View
+from slgr_jax.models.row_access import Candidates, Reads, View
 from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling import negatives as negatives_lib
 from slgr_jax.sampling.arrays import Interactions
@@ -118,10 +118,10 @@ def _preferred(scores: Float[Array, "G 2"]) -> Preferred:
     return Preferred(scores, losses.difference(scores))
 
 
-def _preference_lanes(batch: Batch) -> dict[str, Lanes]:
+def _preference_lanes(batch: Batch) -> dict[str, Candidates]:
     if batch.pref_items.shape[0] == 0:
         return {}
-    return {PREFERENCES: Lanes(batch.pref_queries, batch.pref_items)}
+    return {PREFERENCES: Candidates(batch.pref_queries, batch.pref_items)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +141,15 @@ class Pairs:
 
     def reads(self, batch: Batch, context: Context) -> Reads:
         if not self.merged:
-            own = {"lanes": Lanes(batch.queries, batch.items)}
+            own = {"lanes": Candidates(batch.queries, batch.items)}
             return Reads({**own, **_preference_lanes(batch)}, {})
         if batch.pref_items.shape[0] == 0:
-            return Reads({BOTH: Lanes(batch.queries, batch.items)}, {})
+            return Reads({BOTH: Candidates(batch.queries, batch.items)}, {})
         queries = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]), batch.queries, batch.pref_queries
         )
         items = jnp.concatenate([batch.items, batch.pref_items])
-        return Reads({BOTH: Lanes(queries, items)}, {})
+        return Reads({BOTH: Candidates(queries, items)}, {})
 
     def _merged(self, view: View, inputs: Inputs) -> tuple[Preferred, Preferred]:
         """Of triples and of preferences. Split last, so that gradients meet by concatenation."""
@@ -189,7 +189,9 @@ class LabelledRows:
     penalised = ("lanes",)
 
     def reads(self, batch: Batch, context: Context) -> Reads:
-        return Reads({"lanes": Lanes(batch.queries, batch.items), **_preference_lanes(batch)}, {})
+        return Reads(
+            {"lanes": Candidates(batch.queries, batch.items), **_preference_lanes(batch)}, {}
+        )
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
         scores, batch = view.scores("lanes", inputs.pass_(0))[:, 0], inputs.batch

@@ -41,7 +41,7 @@ RESUMABLE = frozenset(
         *("epochs", "patience", "tensorboard", "verify_checksums", "checkpoint_every_s"),
         *("steps_per_dispatch", "table_shards", "min_devices", "eval_users_per_chunk", "restart"),
         # The ensemble's runs may have moved: what they hold is compared (`members`).
-        *("kernels", "ensemble"),
+        *("kernels", "reference_runs"),
     }
 )
 
@@ -65,11 +65,13 @@ def members(run: config.RunConfig) -> list[dict[str, Any]]:
     was written, to the nanosecond. A copy of a run has the same.
     """
     found = []
-    for member in run.ensemble:
+    for member in run.reference_runs:
         root = pathlib.Path(member) / checkpoint.DIRECTORY
         steps = [int(path.name) for path in root.glob("*") if path.name.isdigit()]
         if not steps:
-            raise ConfigError(f"--ensemble: {member} holds no finished checkpoint; train it first")
+            raise ConfigError(
+                f"--reference_runs: {member} holds no finished checkpoint; train it first"
+            )
         notes = root / str(max(steps)) / "_CHECKPOINT_METADATA"
         sha256 = hashlib.sha256(notes.read_bytes()).hexdigest()
         found.append({"run": os.path.abspath(member), "step": max(steps), "checkpoint": sha256})
@@ -80,9 +82,9 @@ def other_members(workdir: str, run: config.RunConfig) -> str | None:
     """How the ensemble of `run` differs from what the run in `workdir` was trained with, if so."""
     record, now = _record(workdir), members(run)
     if record is None:
-        names = [read_config(workdir).gate.ensemble, run.gate.ensemble]
+        names = [read_config(workdir).gate.reference_runs, run.gate.reference_runs]
         return None if names[0] == names[1] else " -> ".join(names)
-    was = record.get("ensemble", [])
+    was = record.get("reference_runs", [])
     if [x["checkpoint"] for x in was] == [x["checkpoint"] for x in now]:
         return None
     old, new = (", ".join(f"{x['run']} at step {x['step']}" for x in y) for y in (was, now))
@@ -183,7 +185,7 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
     if was is not None and was["teacher_hash"] != teacher_hash(run) and not changed:
         changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
     if not changed and (other := other_members(run.workdir, run)):
-        changed.append(f"--ensemble: {other}")
+        changed.append(f"--reference_runs: {other}")
     if changed:
         raise ConfigError(
             f"{run.workdir} holds a run with other settings ({listing(changed)}); "
@@ -214,7 +216,7 @@ def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved
         "split_hash": dataset.manifest.split_hash,
         "id_map_hash": dataset.manifest.id_map_hash,
         "teacher_hash": teacher_hash(run),
-        "ensemble": members(run),
+        "reference_runs": members(run),
         "users": dataset.n_users,
         "items": dataset.n_items,
         "train_pairs": int(dataset.history.sum()),

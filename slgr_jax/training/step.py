@@ -36,7 +36,7 @@ from slgr_jax.guidance.supervision import Seen, Supervision
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table, losses
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
-from slgr_jax.models.row_access import Access, Factors, Leaves, Reads, Rows
+from slgr_jax.models.row_access import Access, DotAccess, Leaves, Reads, Rows
 from slgr_jax.models.scoring import Scoring, ServingState
 from slgr_jax.sampling import arrays, negatives
 from slgr_jax.sampling import batch as batch_lib
@@ -108,7 +108,7 @@ class Trainer:
     gate: gates.Gate
     plan: negatives.Plan
     layout: Layout
-    ensemble: tuple[AnyBackbone, ...] = ()
+    reference_runs: tuple[AnyBackbone, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -123,7 +123,7 @@ class Trainer:
         """What guidance adds to the loss."""
         return Supervision(
             *(self.config, self.gate, self.access, self.layout, self.plan.margin_scale),
-            *(self.ensemble, self.plan.native),
+            *(self.reference_runs, self.plan.native),
         )
 
     @property
@@ -158,7 +158,7 @@ class Trainer:
             and not plan.held_out  # a look-ahead step needs the rows
         ):
             width = backbone.tables[backbone.factor_model.user_table].width
-            return Factors(backbone.factor_model, width, self.row_optimizer)
+            return DotAccess(backbone.factor_model, width, self.row_optimizer)
         return Rows(backbone, self.row_optimizer, self.layout, plan.native)
 
     @property
@@ -199,7 +199,7 @@ def init_state(trainer: Trainer, seed: int) -> TrainState:
 
 
 RunSteps = Callable[
-    [TrainState, arrays.Resident, jax.Array, jax.Array], tuple[TrainState, Sums, Health]
+    [TrainState, arrays.DeviceArrays, jax.Array, jax.Array], tuple[TrainState, Sums, Health]
 ]
 
 
@@ -224,7 +224,7 @@ def make_program(trainer: Trainer) -> RunSteps:
     """What `make_run_steps` compiles, un-jitted: `many.py` maps it over seeds."""
 
     def program(
-        state: TrainState, resident: arrays.Resident, key: jax.Array, count: jax.Array
+        state: TrainState, resident: arrays.DeviceArrays, key: jax.Array, count: jax.Array
     ) -> tuple[TrainState, Sums, Health]:
         slots = {
             name: jnp.zeros(trainer.layout.padded_rows(spec.rows), jnp.int32)
@@ -272,7 +272,7 @@ def train_step(
     state: TrainState,
     slots: dict[str, jax.Array],
     batch: batch_lib.Batch,
-    resident: arrays.Resident,
+    resident: arrays.DeviceArrays,
     key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array], Sums, Int[Array, ""]]:
     """One step on one batch, pure and un-jitted; see the module's docstring."""
@@ -293,7 +293,7 @@ def train_step(
         )
     new_tables, slots, params, opt_state, sums, bad = local(
         *(state.tables, slots, state.params, state.opt_state),
-        *(batch, resident.interactions, resident.context, resident.ensemble, key),
+        *(batch, resident.interactions, resident.context, resident.reference_runs, key),
     )
     return TrainState(state.step + 1, new_tables, params, opt_state), slots, sums, bad
 
@@ -307,7 +307,7 @@ def _local_step(
     batch: batch_lib.Batch,
     interactions: arrays.Interactions,
     context: Context,
-    ensemble: tuple[Scoring, ...],
+    reference_runs: tuple[Scoring, ...],
     key: jax.Array,
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
@@ -327,7 +327,7 @@ def _local_step(
         dropout = (rate, jax.random.fold_in(for_answers, 1)) if rate > 0 else None
         seen = trainer.supervision.see(
             *(state_tables, params["backbone"], batch, context),
-            *(dropout, for_answers, ensemble),
+            *(dropout, for_answers, reference_runs),
         )
     part = _Part(batch, reads, interactions, context, seen, for_pass, for_gate)
 

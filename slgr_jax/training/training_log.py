@@ -21,7 +21,7 @@ from slgr_jax.errors import ConfigError
 LOG = "log.jsonl"
 
 
-class Journal:
+class TrainingLog:
     """Writes one run's records.
 
     Args:
@@ -85,7 +85,7 @@ class Journal:
         else:
             self._bar.write(line, file=sys.stdout)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(

@@ -99,7 +99,7 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
 # Where not every value goes with those that the other knobs are changed to.
 _FITTING = {
     **{"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,slices"},
-    **{"uncertainty": "ensemble", "ensemble": "a,b"},
+    **{"uncertainty": "ensemble", "reference_runs": "a,b"},
 }
 
 
@@ -200,19 +200,23 @@ def test_what_a_gate_resolves_its_knobs_to():
         return config.make_run("d", "w", guidance="selective", teacher="t", **values)
 
     calibrated = run(gate="calibrated", batch_size=300)
-    assert calibrated.guidance_loss_name == "informed"
-    assert (calibrated.gate_lr, calibrated.known_per_step) == (0.02, 150)
-    reads = {"gate_inputs": "reference,teacher", "ensemble": "base"}
-    assert run(gate="calibrated", **reads).guidance_loss_name == "added"
+    assert calibrated.guidance_loss_name == "confidence"
+    assert (calibrated.gate_lr, calibrated.labelled_per_step) == (0.02, 150)
+    reads = {"gate_inputs": "reference,teacher", "reference_runs": "base"}
+    assert run(gate="calibrated", **reads).guidance_loss_name == "gain"
     assert run(gate="meta", **reads).guidance_loss_name == "hinge"
     for wrong in ({"gate": "calibrated"}, {"gate": "paper"}, {"gate": "meta"} | reads):
         with pytest.raises(ConfigError, match=r"added weighs by what a teacher adds to a ref"):
-            run(guidance_loss="added", **wrong)
+            run(guidance_loss="gain", **wrong)
     paper = run(gate="paper", dense_lr=0.003)
-    assert (paper.guidance_loss_name, paper.gate_lr, paper.known_per_step) == ("hinge", 0.003, 0)
+    assert (paper.guidance_loss_name, paper.gate_lr, paper.labelled_per_step) == ("hinge", 0.003, 0)
     given = run(gate="meta", guidance_loss="logistic", gate_lr=0.5)
-    assert (given.guidance_loss_name, given.gate_lr, given.known_per_step) == ("logistic", 0.5, 0)
-    assert config.make_run("d", "w").known_per_step == 0
+    assert (given.guidance_loss_name, given.gate_lr, given.labelled_per_step) == (
+        "logistic",
+        0.5,
+        0,
+    )
+    assert config.make_run("d", "w").labelled_per_step == 0
     with pytest.raises(ConfigError, match=r"--gate_inputs=history,fame: choose from margin"):
         run(gate="calibrated", gate_inputs="history,fame")
     with pytest.raises(ConfigError, match="--guidance=pointwise needs --teacher"):

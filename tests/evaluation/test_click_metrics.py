@@ -167,7 +167,7 @@ def test_a_slice_is_the_metrics_of_its_rows_alone():
     found = click_metrics.summarize_rows(rows, scores, slices, cold_row_history=2)
     cold = {u for u in range(slices.cold_users.size) if slices.cold_users[u]}
     tail = {i for i in range(slices.tail_items.size) if slices.tail_items[i]}
-    table = list(zip(rows.users, rows.items, rows.until, rows.labels, scores, strict=True))
+    table = list(zip(rows.users, rows.items, rows.as_of, rows.labels, scores, strict=True))
     fans = {u for u, i, _, y, _ in table if y == 1 and i in tail}
     buyers = {u for u, i, _, y, _ in table if y == 1 and i not in tail}
     filters = {

@@ -118,14 +118,14 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
 
 @pytest.mark.parametrize("matched", arms.GATED)
 def test_every_control_copies_every_gated_arm(tmp_path, matched):
-    """A constant gate has no alpha_0: `added` becomes `informed`, other losses stay."""
+    """A constant gate has no alpha_0: `gain` becomes `confidence`, other losses stay."""
     plan = plan_of(tmp_path, asked=("none", matched), controls=arms.CONTROLS)
     plan.check()
-    losses = {"calibrated": "informed", "rivals": "informed"}
+    losses = {"calibrated": "confidence", "hard_negatives": "confidence"}
     constant = plan.config("mf", "constant", {"alpha": 0.25}, tmp_path)
     assert constant.guidance_loss_name == losses.get(matched, "hinge")
     shuffled = plan.config("mf", "shuffled", {}, tmp_path)
-    losses = {"calibrated": "informed", "rivals": "added"}
+    losses = {"calibrated": "confidence", "hard_negatives": "gain"}
     assert shuffled.guidance_loss_name == losses.get(matched, "hinge")
 
 
@@ -245,13 +245,20 @@ def test_which_variants_of_an_arm_are_tried(tmp_path):
 
 def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
     """While tuning, at the settings that `none` got; later of each seed, which train before."""
-    own = {"mine": {"guidance": "selective", "gate": "constant", "rivals": 7, "ensemble": "none"}}
-    knobs = {"rivals": 100, "gate_inputs": "reference,history,popularity,teacher"}
+    own = {
+        "mine": {
+            "guidance": "selective",
+            "gate": "constant",
+            "hard_negatives": 7,
+            "reference_runs": "none",
+        }
+    }
+    knobs = {"hard_negatives": 100, "gate_inputs": "reference,history,popularity,teacher"}
     plan = plan_of(
-        tmp_path, asked=("none", "paper", "rivals"), controls=("shuffled", "popularity"),
+        tmp_path, asked=("none", "paper", "hard_negatives"), controls=("shuffled", "popularity"),
         own_arms=own, tune_runs=3,
     )  # fmt: skip
-    assert (plan.matched, plan.focus) == ("rivals", "rivals")
+    assert (plan.matched, plan.focus) == ("hard_negatives", "hard_negatives")
     plan.check()
     asked, members = [], {}
 
@@ -259,7 +266,7 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
         for run in runs:
             name = pathlib.Path(run.workdir).name
             asked.append(name)
-            members[name] = run.ensemble
+            members[name] = run.reference_runs
         # The gate without its reference, which is tried last, is the better one.
         values = [run.optimizer.l2 - ("reference" in run.gate.gate_inputs) for run in runs]
         return [{"best_metric": x, "best_epoch": 1, "error": None} for x in values]
@@ -267,14 +274,14 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
     found = tuning.tune(plan, train)
     best = plan.tune_dir("mf", "none", found["mf"]["none"]["chosen"])
     guided = [name for name in asked if not name.startswith("none")]
-    assert {arm: len(found["mf"][arm]["tried"]) for arm in ("none", "paper", "rivals")} == {
-        **dict.fromkeys(("none", "paper", "rivals"), 3),
+    assert {arm: len(found["mf"][arm]["tried"]) for arm in ("none", "paper", "hard_negatives")} == {
+        **dict.fromkeys(("none", "paper", "hard_negatives"), 3),
     }
     for name in guided:
         read = () if name.startswith("paper") else (str(best),)
         assert members[name] == read
     blind = {"lambda": 1.0, **arms.BLIND}
-    for arm in ("rivals", "popularity", "shuffled"):
+    for arm in ("hard_negatives", "popularity", "shuffled"):
         assert found["mf"][arm]["chosen"] == {**found["mf"]["none"]["chosen"], **blind}
     runs = {
         (arm, seed): plan.run("mf", arm, found["mf"], seed)
@@ -282,20 +289,20 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
         for seed in range(2)
     }
     assert runs["none", 0].workdir == str(best)
-    for arm in ("rivals", "mine", "shuffled", "popularity"):
+    for arm in ("hard_negatives", "mine", "shuffled", "popularity"):
         for seed in range(2):
-            assert runs[arm, seed].ensemble == (runs["none", seed].workdir,)
-            assert runs[arm, seed].rivals == (7 if arm == "mine" else 100)
-    assert runs["paper", 1].ensemble == ()
-    mine = plan.config("mf", "rivals", {}, tmp_path)
-    assert (mine.gate.gate, mine.guidance.rivals, mine.gate.gate_inputs) == (
-        *("calibrated", knobs["rivals"], knobs["gate_inputs"]),
+            assert runs[arm, seed].reference_runs == (runs["none", seed].workdir,)
+            assert runs[arm, seed].hard_negatives == (7 if arm == "mine" else 100)
+    assert runs["paper", 1].reference_runs == ()
+    mine = plan.config("mf", "hard_negatives", {}, tmp_path)
+    assert (mine.gate.gate, mine.guidance.hard_negatives, mine.gate.gate_inputs) == (
+        *("calibrated", knobs["hard_negatives"], knobs["gate_inputs"]),
     )
 
     # Runs that others read are trained before them.
-    first, rest = pool.waves([runs["rivals", 1], runs["none", 0], runs["none", 1]])
+    first, rest = pool.waves([runs["hard_negatives", 1], runs["none", 0], runs["none", 1]])
     assert first == [runs["none", 1]]
-    assert rest == [runs["rivals", 1], runs["none", 0]]
+    assert rest == [runs["hard_negatives", 1], runs["none", 0]]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +427,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
 
     root = tmp_path / "out" / "a"
     other = shutil.copytree(root, tmp_path / "other")
-    knobs = plan.knobs | {"uncertainty": "ensemble", "ensemble": f"{root},{other}"}
+    knobs = plan.knobs | {"uncertainty": "ensemble", "reference_runs": f"{root},{other}"}
     unsure = dataclasses.replace(plan, knobs=knobs).config("mf", "paper", {}, root.parent / "b")
     pool.train_runs([unsure], workers=1, root=tmp_path)
     assert pool.finished(unsure)

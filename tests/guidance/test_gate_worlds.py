@@ -99,9 +99,9 @@ def test_a_shuffled_teacher_does_no_harm(tmp_path):
     assert gated.mean() > max(-error, 0.1 * blind.mean())
 
 
-RIVALS = {
+HARD_NEGATIVES = {
     "teacher": "lists",
-    "rivals": 100,
+    "hard_negatives": 100,
     "gate_inputs": "reference,history,popularity,teacher",
     "patience": 3,
     "eval_every": 5,
@@ -114,10 +114,10 @@ def test_lists_against_rivals_help_where_they_add_and_nowhere_else(tmp_path, tea
     of them than the data do; one that knows nothing does no harm beyond the standard error."""
     world = testing.simulate(testing.WorldConfig(**WORLD, reliability=testing.TEACHERS[teacher]))
     dataset = testing.write(world, tmp_path / "data", lists=30)
-    plain = {k: RIVALS[k] for k in ("patience", "eval_every")}
+    plain = {k: HARD_NEGATIVES[k] for k in ("patience", "eval_every")}
     none = _ndcg(dataset, tmp_path / "none", **NONE | plain)
-    knobs = RIVALS | {"ensemble": str(tmp_path / "none"), "lambda": 3.0}
-    gain = _ndcg(dataset, tmp_path / "rivals", **knobs) - none
+    knobs = HARD_NEGATIVES | {"reference_runs": str(tmp_path / "none"), "lambda": 3.0}
+    gain = _ndcg(dataset, tmp_path / "hard_negatives", **knobs) - none
     if helps:
         gain = gain[dataset.slices(config.SliceConfig()).cold_users]
         assert gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(gain.size)

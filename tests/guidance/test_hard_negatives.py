@@ -1,4 +1,5 @@
-"""Rivals: which items complete a list, what is drawn among them, and who may ask for them."""
+"""Hard negatives: which items complete a list, what is drawn among them, and who may ask for
+them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from slgr_jax.training import build, loop
 
 N_USERS, N_ITEMS = 24, 30
 MF = {"dim": 4, "init_std": 2.0, "batch_size": 32, "epochs": 2, "kernels": "xla"}
-GUIDED = MF | {"guidance": "selective", "teacher": "t", "gate": "constant", "rivals": 5}
+GUIDED = MF | {"guidance": "selective", "teacher": "t", "gate": "constant", "hard_negatives": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -123,10 +124,14 @@ def test_only_lists_that_others_rank_below_have_rivals(world):
 
 
 def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
-    """Uniformly over the entries of both; never against another item, never rival over listed."""
+    """Uniformly over the entries of both; never against another item, never hard negative over
+    listed."""
     dataset, one, _ = world
     run = config.make_run(
-        *(str(dataset.path), str(tmp_path / "r")), **GUIDED, ensemble=str(one), **{"lambda": 1.0}
+        *(str(dataset.path), str(tmp_path / "r")),
+        **GUIDED,
+        reference_runs=str(one),
+        **{"lambda": 1.0},
     )
     trainer, placed = build.build(run, dataset)
     teacher = preferences.load(dataset, "t")
@@ -141,21 +146,24 @@ def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
     rival[np.repeat(np.arange(N_USERS), found.counts), found.indices] = True
     assert listed[users, items[:, 0]].all()
     assert (listed | rival)[users, items[:, 1]].all()
-    # By hand for 4 listed (no ties) and 5 rivals: 5 of 9 begin with a rival, which has 4 listed
-    # partners; of the others 5 of 8 partners are rivals.
+    # By hand for 4 listed (no ties) and 5 hard negatives: 5 of 9 begin with a hard negative, which
+    # has 4 listed partners; of the others 5 of 8 partners are hard negatives.
     assert rival[users, items[:, 1]].mean() == pytest.approx(5 / 9 + 4 / 9 * 5 / 8, abs=0.01)
-    assert trainer.ensemble == ()  # a gate without a reference does not score it again
-    assert placed.ensemble == ()
+    assert trainer.reference_runs == ()  # a gate without a reference does not score it again
+    assert placed.reference_runs == ()
 
 
 def test_a_chosen_rival_is_a_known_answer_against_the_teacher(world, tmp_path):
-    """Each chosen item is known that is listed or a rival, and no other."""
+    """Each chosen item is known that is listed or a hard negative, and no other."""
     dataset, one, _ = world
     run = config.make_run(
-        *(str(dataset.path), str(tmp_path / "r")), **GUIDED, ensemble=str(one), **{"lambda": 1.0}
+        *(str(dataset.path), str(tmp_path / "r")),
+        **GUIDED,
+        reference_runs=str(one),
+        **{"lambda": 1.0},
     )
     members = _members(dataset, one)
-    found = device_arrays.resident_teacher(run, dataset, members)
+    found = device_arrays.teacher_arrays(run, dataset, members)
     chosen = labelled_preferences.make_chosen(dataset, "valid")
     made = labelled_preferences.make_known(dataset, found, chosen)
     teacher = preferences.load(dataset, "t")
@@ -173,23 +181,25 @@ def test_a_chosen_rival_is_a_known_answer_against_the_teacher(world, tmp_path):
 def test_rivals_need_runs_that_rank_them(world, tmp_path):
     dataset, one, _ = world
     where = (str(dataset.path), str(tmp_path / "r"))
-    with pytest.raises(ConfigError, match=r"--rivals=5 are ranked by trained runs.*--ensemble=RUN"):
+    with pytest.raises(
+        ConfigError, match=r"--hard_negatives=5 are ranked by trained runs.*--reference_runs=RUN"
+    ):
         config.make_run(*where, **GUIDED)
-    config.make_run(*where, **MF, rivals=5)  # unused without guidance
+    config.make_run(*where, **MF, hard_negatives=5)  # unused without guidance
     with pytest.raises(ConfigError, match="is not read with"):
-        config.make_run(*where, **GUIDED | {"rivals": 0}, ensemble=str(one))
+        config.make_run(*where, **GUIDED | {"hard_negatives": 0}, reference_runs=str(one))
 
 
 def test_a_run_with_rivals_trains_resumes_and_is_judged(world, tmp_path):
-    """Its known test answers are on lists with rivals; another ensemble is refused."""
+    """Its known test answers are on lists with hard negatives; another ensemble is refused."""
     dataset, one, two = world
     knobs = GUIDED | {"gate": "calibrated", "gate_inputs": "reference,history,popularity,teacher"}
     where = (str(dataset.path), str(tmp_path / "r"))
-    run = config.make_run(*where, **knobs, ensemble=str(one))
+    run = config.make_run(*where, **knobs, reference_runs=str(one))
     loop.train(run)
     found = build.evaluate_run(run.workdir, "r")
     assert found.gate is not None
     assert 0 < found.gate["slices"]["overall"]["right"] < 1
-    loop.train(config.make_run(*where, **knobs | {"epochs": 3}, ensemble=str(one)))
-    with pytest.raises(ConfigError, match="--ensemble"):
-        loop.train(config.make_run(*where, **knobs | {"epochs": 4}, ensemble=str(two)))
+    loop.train(config.make_run(*where, **knobs | {"epochs": 3}, reference_runs=str(one)))
+    with pytest.raises(ConfigError, match="--reference_runs"):
+        loop.train(config.make_run(*where, **knobs | {"epochs": 4}, reference_runs=str(two)))

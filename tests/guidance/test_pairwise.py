@@ -104,8 +104,8 @@ def test_guidance_losses_match_their_formulas():
         ("hinge", alpha * np.maximum(0, 1.5 - x)),
         ("logistic", alpha * np.log1p(np.exp(-x))),
         ("soft", soft),
-        ("informed", (2 * alpha - 1) ** 2 * soft),
-        ("added", np.abs(alpha - prior) * soft),
+        ("confidence", (2 * alpha - 1) ** 2 * soft),
+        ("gain", np.abs(alpha - prior) * soft),
     ):
         pair_loss = losses.guidance_pair_loss(name, 1.5)
         found = pairwise.guided(*map(jnp.asarray, (alpha, prior, x)), pair_loss)

@@ -79,7 +79,7 @@ def world(tmp_path_factory):
 
 def _run(world, workdir, **knobs):
     dataset, one, two, _ = world
-    named = {"ensemble": f"{one},{two}"} | GUIDED | knobs
+    named = {"reference_runs": f"{one},{two}"} | GUIDED | knobs
     return config.make_run(str(dataset.path), str(workdir), **named)
 
 
@@ -172,7 +172,7 @@ def test_a_member_that_reads_histories_is_asked_as_of_all_of_training(world, tmp
     if kernels == "native":
         worlds.need_native_kernels()
     _, mf, _, sasrec = world
-    knobs = {"ensemble": f"{mf},{sasrec}", "kernels": kernels}
+    knobs = {"reference_runs": f"{mf},{sasrec}", "kernels": kernels}
     trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
     assert resident.context.histories is None
     batch, _, sums = _one_step(trainer, resident)
@@ -189,7 +189,7 @@ def test_a_member_that_reads_histories_is_asked_as_of_all_of_training(world, tmp
 
 
 def test_known_answers_are_asked_of_the_ensemble_too(world, tmp_path):
-    knobs = {"gate": "calibrated", "gate_inputs": "uncertainty", "known_per_step": 24}
+    knobs = {"gate": "calibrated", "gate_inputs": "uncertainty", "labelled_per_step": 24}
     trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
     assert resident.interactions.targets is None  # validation's, though the teacher hid items
     state, batch = _initial(trainer), _batch(trainer, resident)
@@ -198,7 +198,7 @@ def test_known_answers_are_asked_of_the_ensemble_too(world, tmp_path):
     def see(resident, batch):
         return trainer.supervision.see(
             *(state.tables, state.params["backbone"], batch, resident.context),
-            *(None, jax.random.key(0), resident.ensemble),
+            *(None, jax.random.key(0), resident.reference_runs),
         )
 
     seen, known = see(resident, batch), batch.known
@@ -212,11 +212,11 @@ def test_known_answers_are_asked_of_the_ensemble_too(world, tmp_path):
 
 def test_a_reference_is_the_mean_margin_of_the_runs(world, tmp_path):
     """One run is enough, and q is still the recommender's own."""
-    knobs = REFERENCE | {"uncertainty": "entropy", "gate_hidden": 0, "known_per_step": 24}
+    knobs = REFERENCE | {"uncertainty": "entropy", "gate_hidden": 0, "labelled_per_step": 24}
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(2, 2)), rng.normal(size=2)
     for members in (world[1:3], world[1:2]):
-        named = {"ensemble": ",".join(map(str, members))}
+        named = {"reference_runs": ",".join(map(str, members))}
         trainer, resident = build.build(_run(world, tmp_path / "r", **knobs, **named), world[0])
         gate = {"alpha": {"weight": np.float32(weight), "bias": np.float32(bias)}}
         gate["prior"] = {"weight": np.ones((2, 2), np.float32)}
@@ -232,8 +232,8 @@ def test_a_reference_is_the_mean_margin_of_the_runs(world, tmp_path):
 
 def test_hidden_items_which_the_ensemble_has_learned_teach_no_gate(world, tmp_path):
     """What two runs were trained on they agree about: a gate would read the answer off it."""
-    run = _run(world, tmp_path / "r", gate="calibrated", known_answers="hidden")
-    with pytest.raises(ConfigError, match=r"runs of --ensemble were trained on.*=validation"):
+    run = _run(world, tmp_path / "r", gate="calibrated", labelled_preferences="hidden")
+    with pytest.raises(ConfigError, match=r"runs of --reference_runs were trained on.*=validation"):
         build.build(run, world[0])
 
 
@@ -256,11 +256,11 @@ def test_a_gate_that_looks_ahead_reads_the_ensemble(world, tmp_path):
 
 def _other_members(resident):
     """The same arrays, but for the first member's item vectors."""
-    first, *rest = resident.ensemble
+    first, *rest = resident.reference_runs
     values = first.serving.values
     values = values | {"item": values["item"] + jnp.float32(1.0)}
     first = first.replace(serving=first.serving.replace(values=values))
-    return resident.replace(ensemble=(first, *rest))
+    return resident.replace(reference_runs=(first, *rest))
 
 
 def test_members_move_alpha_and_nothing_that_is_learned_from_interactions(world, tmp_path):
@@ -284,7 +284,7 @@ def test_the_ensemble_gets_no_gradient(world, tmp_path):
 
     @jax.jit
     def guidance(values):
-        first, *rest = resident.ensemble
+        first, *rest = resident.reference_runs
         first = first.replace(serving=first.serving.replace(values=values))
         seen = trainer.supervision.see(
             *(state.tables, {}, batch, resident.context, None, key, (first, *rest))
@@ -293,7 +293,7 @@ def test_the_ensemble_gets_no_gradient(world, tmp_path):
         preferred = Preferred(scores, scores[:, 0])
         return trainer.supervision.add(GATE, preferred, None, batch, seen, key).guidance
 
-    values = resident.ensemble[0].serving.values
+    values = resident.reference_runs[0].serving.values
     moved = {name: 2.0 * value for name, value in values.items()}
     assert abs(float(guidance(values)) - float(guidance(moved))) > 1e-4
     for leaf in jax.tree.leaves(jax.jit(jax.grad(guidance))(values)):
@@ -303,11 +303,11 @@ def test_the_ensemble_gets_no_gradient(world, tmp_path):
 def test_what_members_look_up_is_on_the_device_once(world, tmp_path):
     shutil.copytree(world[3], tmp_path / "again")
     members = f"{world[3]},{tmp_path / 'again'},{world[1]}"
-    _, resident = build.build(_run(world, tmp_path / "r", ensemble=members), world[0])
-    one, two, mf = resident.ensemble
+    _, resident = build.build(_run(world, tmp_path / "r", reference_runs=members), world[0])
+    one, two, mf = resident.reference_runs
     for leaf, same in zip(*map(jax.tree.leaves, (one.context, two.context)), strict=True):
         assert leaf.unsafe_buffer_pointer() == same.unsafe_buffer_pointer()
-    assert jax.tree.leaves((mf.context, mf.until)) == []
+    assert jax.tree.leaves((mf.context, mf.as_of)) == []
 
 
 # --- after training -------------------------------------------------------------------------------
@@ -329,11 +329,13 @@ def test_a_finished_runs_alpha_is_as_of_the_moment_before_test(world, tmp_path):
     run = restored.config
     rng = np.random.default_rng(1)
     users, items = rng.integers(0, N_USERS, 50), rng.integers(0, N_ITEMS, (50, 2))
-    mixed = _run(world, tmp_path / "r", ensemble=f"{world[1]},{world[3]}")
+    mixed = _run(world, tmp_path / "r", reference_runs=f"{world[1]},{world[3]}")
     found = gate_evaluation.alphas(
         *(run, facts, restored.backbone, gates.make_gate(run.gate), scoring),
         *(users, items, np.ones(50, np.float32)),
-        ensemble=[(m.backbone, m.scoring("test")) for m in build.restore_ensemble(mixed, world[0])],
+        reference_runs=[
+            (m.backbone, m.scoring("test")) for m in build.restore_reference_runs(mixed, world[0])
+        ],
     )
     q = _q(*(_believed(member, users, items, "test") for member in (world[1], world[3])))
     np.testing.assert_allclose(found, _paper_alpha(world[0], q, users, items), rtol=1e-4)
@@ -342,24 +344,26 @@ def test_a_finished_runs_alpha_is_as_of_the_moment_before_test(world, tmp_path):
 def test_evaluation_judges_the_gate_and_refuses_other_members(world, tmp_path, monkeypatch):
     """The members as of the moment before test; training and judging leave them as they were."""
     other = pathlib.Path(shutil.copytree(world[1], tmp_path / "other"))
-    run = _run(world, tmp_path / "r", ensemble=f"{other},{world[3]}")
+    run = _run(world, tmp_path / "r", reference_runs=f"{other},{world[3]}")
     before, judge, asked = _files(other, world[3]), gate_evaluation.judge, []
 
-    def spy(*args, ensemble, **options):
-        asked.extend(member for _, member in ensemble)
-        return judge(*args, ensemble=ensemble, **options)
+    def spy(*args, reference_runs, **options):
+        asked.extend(member for _, member in reference_runs)
+        return judge(*args, reference_runs=reference_runs, **options)
 
     monkeypatch.setattr(gate_evaluation, "judge", spy)
     loop.train(run)
     judged = build.evaluate_run(run.workdir, "a").gate
     assert _files(other, world[3]) == before
     events = np.concatenate([world[0].train.users, world[0].valid.users])
-    np.testing.assert_array_equal(asked[1].until, np.bincount(events, minlength=N_USERS))
+    np.testing.assert_array_equal(asked[1].as_of, np.bincount(events, minlength=N_USERS))
     assert judged["slices"]["overall"]["n"] == 20_000
     spread = [b["alpha"] for b in judged["reliability"]]
     assert max(spread) > min(spread)
     loop.train(config.make_run(str(world[0].path), str(other), **MF | {"epochs": 3}))
-    with pytest.raises(ConfigError, match=r"/r was trained with another --ensemble \(.*other at"):
+    with pytest.raises(
+        ConfigError, match=r"/r was trained with another --reference_runs \(.*other at"
+    ):
         build.evaluate_run(run.workdir, "a")
 
 
@@ -372,7 +376,7 @@ def _log(run):
 def test_seeds_trained_together_share_the_ensemble(world, tmp_path):
     alone = [_run(world, tmp_path / f"a{seed}", seed=seed) for seed in (0, 1)]
     group = [_run(world, tmp_path / f"g{seed}", seed=seed) for seed in (0, 1)]
-    multi_seed.train_many(group)
+    multi_seed.train_seeds(group)
     for one, other in zip(alone, group, strict=True):
         loop.train(one)
         for left, right in zip(_log(one), _log(other), strict=True):
@@ -396,28 +400,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path):
 
 def test_resuming_with_other_members_is_refused_and_moved_ones_are_not(world, tmp_path):
     other = pathlib.Path(shutil.copytree(world[1], tmp_path / "other"))
-    run = _run(world, tmp_path / "r", ensemble=f"{other},{world[2]}")
+    run = _run(world, tmp_path / "r", reference_runs=f"{other},{world[2]}")
     loop.train(run)
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     per_epoch = json.loads((other / "run.json").read_text())["steps_per_epoch"]
-    assert [x["run"] for x in record["ensemble"]] == [str(other), str(world[2])]
-    assert record["ensemble"][0]["step"] == 2 * per_epoch
+    assert [x["run"] for x in record["reference_runs"]] == [str(other), str(world[2])]
+    assert record["reference_runs"][0]["step"] == 2 * per_epoch
 
     moved = other.rename(tmp_path / "moved")
-    again = _run(world, tmp_path / "r", ensemble=f"{moved},{world[2]}", epochs=3)
+    again = _run(world, tmp_path / "r", reference_runs=f"{moved},{world[2]}", epochs=3)
     assert loop.train(again).epoch == 3
-    swapped = _run(world, tmp_path / "r", ensemble=f"{world[2]},{moved}", epochs=4)
-    with pytest.raises(ConfigError, match=r"other settings \(--ensemble: .*moved at.*--restart"):
+    swapped = _run(world, tmp_path / "r", reference_runs=f"{world[2]},{moved}", epochs=4)
+    with pytest.raises(
+        ConfigError, match=r"other settings \(--reference_runs: .*moved at.*--restart"
+    ):
         loop.train(swapped)
     loop.train(config.make_run(str(world[0].path), str(moved), **MF | {"epochs": 3}))
     said = rf"moved at step {2 * per_epoch}, .* -> .*moved at step {3 * per_epoch}, .*--restart"
     with pytest.raises(ConfigError, match=said):
         loop.train(dataclasses.replace(again, train=config.TrainConfig(epochs=4, kernels="xla")))
     with pytest.raises(ConfigError, match="--uncertainty: ensemble -> entropy"):
-        loop.train(_run(world, tmp_path / "r", ensemble="", uncertainty="entropy"))
+        loop.train(_run(world, tmp_path / "r", reference_runs="", uncertainty="entropy"))
     # Without a record the names are what is left to compare.
     (tmp_path / "r" / "run.json").unlink()
-    with pytest.raises(ConfigError, match=r"--ensemble: .*moved,.*/b -> .*/b,.*moved"):
+    with pytest.raises(ConfigError, match=r"--reference_runs: .*moved,.*/b -> .*/b,.*moved"):
         loop.train(swapped)
 
 
@@ -427,19 +433,22 @@ def test_resuming_with_other_members_is_refused_and_moved_ones_are_not(world, tm
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
-        ({"ensemble": ""}, r"needs 2 or more runs, --ensemble= names 0; .*--ensemble=RUN,RUN"),
         (
-            {"ensemble": "", "uncertainty": "entropy"} | REFERENCE,
-            r"--gate_inputs=history,reference needs 1 or more runs, --ensemble= names 0",
+            {"reference_runs": ""},
+            r"needs 2 or more runs, --reference_runs= names 0; .*--reference_runs=RUN,RUN",
+        ),
+        (
+            {"reference_runs": "", "uncertainty": "entropy"} | REFERENCE,
+            r"--gate_inputs=history,reference needs 1 or more runs, --reference_runs= names 0",
         ),
         (
             REFERENCE | {"gate": "paper", "uncertainty": "entropy"},
             r"not read with --uncertainty=entropy and --gate=paper, --gate_inputs=history,ref",
         ),
-        ({"ensemble": "a,"}, r"--ensemble=a, names 1;"),
-        ({"ensemble": "a,b,x/../a"}, r"names a 2 times: .* name each once"),
+        ({"reference_runs": "a,"}, r"--reference_runs=a, names 1;"),
+        ({"reference_runs": "a,b,x/../a"}, r"names a 2 times: .* name each once"),
         ({"uncertainty": "entropy"}, r"=entropy and --gate=paper.*; add --uncertainty=ens"),
-        ({"ensemble": "a,r"}, r"--ensemble=a,r names --workdir=./r itself; name runs"),
+        ({"reference_runs": "a,r"}, r"--reference_runs=a,r names --workdir=./r itself; name runs"),
     ],
 )
 def test_settings_that_name_no_ensemble(world, knobs, said):
@@ -451,7 +460,7 @@ def test_runs_that_cannot_be_members_are_named(world, tmp_path):
     dataset, mf, *_ = world
 
     def refused(member, said, kind=ConfigError):
-        run = _run(world, tmp_path / "r", ensemble=f"{mf},{member}")
+        run = _run(world, tmp_path / "r", reference_runs=f"{mf},{member}")
         with pytest.raises(kind, match=said):
             loop.train(run)
         assert not (tmp_path / "r").exists()
@@ -463,7 +472,7 @@ def test_runs_that_cannot_be_members_are_named(world, tmp_path):
     (begun / "checkpoints").mkdir()
     refused(begun, r"begun holds no finished checkpoint; train first", ManifestError)
     (begun / "run.json").unlink()
-    refused(begun, r"--ensemble: .*begun holds no run.json; train it first")
+    refused(begun, r"--reference_runs: .*begun holds no run.json; train it first")
     other = worlds.random_dataset(tmp_path / "other", n_users=N_USERS, n_items=N_ITEMS, seed=5)
     loop.train(config.make_run(str(other.path), str(tmp_path / "foreign"), **MF))
     hashes = (other.manifest.split_hash[:8], dataset.manifest.split_hash[:8])
@@ -479,8 +488,8 @@ def test_runs_that_cannot_be_members_are_named(world, tmp_path):
 
 def test_without_a_gate_nobody_is_asked(world, tmp_path):
     """Pointwise guidance, or none, has no gate: the members need not even be there."""
-    run = _run(world, tmp_path / "r", ensemble="no,where", guidance="none", teacher="")
+    run = _run(world, tmp_path / "r", reference_runs="no,where", guidance="none", teacher="")
     _, resident = build.build(run, world[0])
-    assert resident.ensemble == ()
+    assert resident.reference_runs == ()
     assert run_directory.members(run) == []
     assert supervision.Seen().members is None

@@ -1,4 +1,5 @@
-"""What teaches a gate: look-ahead gains against a real look-ahead, known answers, who learns."""
+"""What teaches a gate: look-ahead gains against a real look-ahead, labelled preferences, who
+learns."""
 
 from __future__ import annotations
 
@@ -122,7 +123,7 @@ def test_eight_devices_teach_as_one(tmp_path, monkeypatch, gate):
     dataset = _dataset(tmp_path / "d")
     found = {}
     for devices in (1, 8):
-        run = _config(dataset, tmp_path / "r", GateConfig(gate=gate, known_per_step=16))
+        run = _config(dataset, tmp_path / "r", GateConfig(gate=gate, labelled_per_step=16))
         trainer, resident, state = _built(monkeypatch, run, dataset, devices)
         state, sums, _ = _steps(trainer, resident, state, 6)
         found[devices] = jax.device_get((state.params["gate"], sums))
@@ -136,7 +137,7 @@ def test_a_calibrated_gate_learns_the_share_of_right_answers(tmp_path, monkeypat
     """With nothing to go by but a constant input, alpha of each fold becomes the weighted share of
     right answers among the *other* fold's known ones; the gated loss does not move it."""
     dataset = _dataset(tmp_path / "d")
-    gate = GateConfig(gate="calibrated", gate_inputs="slices", gate_hidden=0, known_per_step=512)
+    gate = GateConfig(gate="calibrated", gate_inputs="slices", gate_hidden=0, labelled_per_step=512)
     run = _config(
         dataset,
         tmp_path / "r",
@@ -163,7 +164,7 @@ def test_a_calibrated_gate_learns_the_share_of_right_answers(tmp_path, monkeypat
 
 def test_hidden_training_items_are_not_trained_on(tmp_path, monkeypatch):
     dataset = _dataset(tmp_path / "d", training_items="hidden")
-    gate = GateConfig(gate="calibrated", known_answers="hidden")
+    gate = GateConfig(gate="calibrated", labelled_preferences="hidden")
     run = _config(dataset, tmp_path / "r", gate)
     _, resident, _ = _built(monkeypatch, run, dataset)
     chosen = worlds.pairs_of(resident.known.chosen.users, resident.known.chosen.items)
@@ -175,7 +176,7 @@ def test_hidden_training_items_are_not_trained_on(tmp_path, monkeypatch):
     assert chosen | trained == train
     assert not chosen & trained
     # ... unless the answers are taken from validation
-    gate = GateConfig(gate="calibrated", known_answers="validation")
+    gate = GateConfig(gate="calibrated", labelled_preferences="validation")
     _, resident, _ = _built(monkeypatch, _config(dataset, tmp_path / "r", gate), dataset)
     assert resident.interactions.targets is None
     valid = worlds.pairs_of(dataset.valid.users, dataset.valid.items)
@@ -184,8 +185,10 @@ def test_hidden_training_items_are_not_trained_on(tmp_path, monkeypatch):
 
 def test_known_answers_that_there_are_not_are_named(tmp_path, monkeypatch):
     dataset = _dataset(tmp_path / "d")
-    gate = GateConfig(gate="calibrated", known_answers="hidden")
-    with pytest.raises(ConfigError, match=r"training_items=shown.*--known_answers=validation"):
+    gate = GateConfig(gate="calibrated", labelled_preferences="hidden")
+    with pytest.raises(
+        ConfigError, match=r"training_items=shown.*--labelled_preferences=validation"
+    ):
         _built(monkeypatch, _config(dataset, tmp_path / "r", gate), dataset)
     pairs = worlds.random_pairs(0, 24, 30, 12)
     empty = pairs[:0]

@@ -8,7 +8,7 @@ import pytest
 import worlds
 
 from slgr_jax import config
-from slgr_jax.guidance.device_arrays import resident_teacher
+from slgr_jax.guidance.device_arrays import teacher_arrays
 from slgr_jax.guidance.gates import make_gate
 from slgr_jax.models.scoring import Scoring
 from slgr_jax.reports import gate_evaluation
@@ -41,7 +41,7 @@ def _judged(dataset, workdir, **knobs):
     serving = step.make_serving_state(trainer)(state, Context())
     return gate_evaluation.judge(
         *(run, dataset, trainer.backbone, make_gate(run.gate), Scoring(serving, Context(), None)),
-        resident_teacher(run, dataset),
+        teacher_arrays(run, dataset),
     )
 
 
@@ -86,7 +86,7 @@ def test_right_is_the_share_among_preferences_with_one_chosen_item(tmp_path):
 def test_a_learned_gates_alpha_is_read_from_the_serving_state(tmp_path):
     """Of an untrained calibrated gate: one half; with the margin: the recommender's own belief."""
     dataset, _ = _dataset(tmp_path / "d")
-    knobs = {"gate": "calibrated", "known_per_step": 8}
+    knobs = {"gate": "calibrated", "labelled_per_step": 8}
     plain = _judged(dataset, tmp_path / "r", **knobs)
     assert {round(x["alpha"], 6) for x in plain["slices"].values()} == {0.5}
     knobs |= {"gate_inputs": "margin", "init_std": 2.0}

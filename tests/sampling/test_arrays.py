@@ -33,7 +33,7 @@ def _plan(resident, *, triples=0, preferences=0, n_items, sampler=None, guidance
 def _resident(dataset, sampler=None, teacher=None):
     cold, tail = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
     found = arrays_lib.interactions(dataset, sampler or SamplerConfig(), cold, tail)
-    return arrays_lib.Resident(found, teacher)
+    return arrays_lib.DeviceArrays(found, teacher)
 
 
 def _draw(resident, plan, steps=1, seed=0):
@@ -192,7 +192,7 @@ def _preferences(guidance, rows=ROWS, *, unlisted=False, positives=None, size=40
         n_items=10,
     )
     one = Csr.from_pairs(np.zeros(1, int), np.zeros(1, int), len(rows))
-    resident = arrays_lib.Resident(
+    resident = arrays_lib.DeviceArrays(
         arrays_lib.Interactions(
             users=np.zeros(1, np.int32),
             items=np.zeros(1, np.int32),

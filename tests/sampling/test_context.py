@@ -47,12 +47,12 @@ def test_recent_is_the_end_of_the_history_before_the_moment(dataset):
         longest = max(longest, len(events))
         trained = int((dataset.train.users == user).sum())
         assert int(histories.trained[user]) == trained
-        for until in range(len(events) + 1):
-            queries = Queries(jnp.array([user]), jnp.array([until]))
+        for as_of in range(len(events) + 1):
+            queries = Queries(jnp.array([user]), jnp.array([as_of]))
             items, there = context.recent(
                 context.Histories(*map(jnp.asarray, vars(histories).values())), queries, 4
             )
-            past = events[max(0, until - 4) : until]
+            past = events[max(0, as_of - 4) : as_of]
             assert there[0].tolist() == [False] * (4 - len(past)) + [True] * len(past)
             assert items[0, 4 - len(past) :].tolist() == past
             if events:  # places before the first event touch the user's own rows
@@ -112,7 +112,7 @@ def test_targets_are_training_events_at_their_place(dataset, min_history):
     for user in range(6):
         own = [int(i) for i in dataset.train.items[dataset.train.users == user]]
         expected += [(user, item, k) for k, item in enumerate(own) if k >= min_history]
-    got = list(zip(found.users.tolist(), found.items.tolist(), found.until.tolist(), strict=True))
+    got = list(zip(found.users.tolist(), found.items.tolist(), found.as_of.tolist(), strict=True))
     assert got == expected
     assert found.labels is None
 
@@ -122,8 +122,8 @@ def test_windows_cover_every_event_but_the_first_once(dataset, window):
     found = _targets(dataset, window=window)
     covered = [
         (user, place)
-        for user, until in zip(found.users.tolist(), found.until.tolist(), strict=True)
-        for place in range(max(1, until - window + 1), until + 1)
+        for user, as_of in zip(found.users.tolist(), found.as_of.tolist(), strict=True)
+        for place in range(max(1, as_of - window + 1), as_of + 1)
     ]
     counts = np.bincount(dataset.train.users, minlength=6)
     assert sorted(covered) == [(u, k) for u in range(6) for k in range(1, counts[u])]
@@ -131,7 +131,7 @@ def test_windows_cover_every_event_but_the_first_once(dataset, window):
 
 def test_labels_are_ratings_from_the_threshold_on(dataset):
     found = _targets(dataset, history=False, threshold=4.0)
-    assert found.until is None
+    assert found.as_of is None
     assert found.labels.tolist() == (dataset.train.ratings >= 4).astype(float).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Known answers against enumeration of every pair, on small worlds."""
+"""Labelled preferences against enumeration of every pair, on small worlds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _lists(dataset, guidance, below, seed=0, length=8):
 def _plan(dataset, found, teacher, guidance, size):
     masks = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
     made = arrays.interactions(dataset, SamplerConfig(), *masks)
-    longest = arrays.longest_row(arrays.Resident(made, teacher, known=found))
+    longest = arrays.longest_row(arrays.DeviceArrays(made, teacher, known=found))
     return negatives.Plan(
         *(dataset.n_items, 1, 1, 1, SamplerConfig(), guidance),
         search_steps=longest.bit_length(),
@@ -61,7 +61,7 @@ def test_chosen_are_the_new_items_of_a_part_at_their_moments(tmp_path, part):
     assert worlds.pairs_of(chosen.users, chosen.items) == expected
     assert len(expected) == chosen.items.size > 0
     events = sum(np.bincount(dataset.part(name).users, minlength=9) for name in before)
-    np.testing.assert_array_equal(chosen.until, events[chosen.users])
+    np.testing.assert_array_equal(chosen.as_of, events[chosen.users])
     for user in range(9):
         row = slice(*chosen.offsets[user : user + 2])
         assert set(chosen.items[row].tolist()) == {i for u, i in expected if u == user}
@@ -77,9 +77,9 @@ def test_hidden_items_are_the_training_items_that_were_asked_about(tmp_path):
     owners = np.repeat(np.arange(9), hidden.counts)
     assert worlds.pairs_of(owners, hidden.indices) == expected
     chosen = labelled_preferences.make_chosen(dataset, "hidden", hidden)
-    for user, item, until in zip(chosen.users, chosen.items, chosen.until, strict=True):
+    for user, item, as_of in zip(chosen.users, chosen.items, chosen.as_of, strict=True):
         events = dataset.train.items[dataset.train.users == user]
-        assert events[until] == item
+        assert events[as_of] == item
     left = arrays.targets(
         dataset, window=0, history=False, min_history=0, threshold=0.0, left_out=hidden
     )

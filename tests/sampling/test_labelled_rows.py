@@ -36,7 +36,7 @@ def sequences(tmp_path: pathlib.Path, lines: str) -> Dataset:
 
 
 def cells(rows: labelled_rows.LabelledRows) -> list[tuple[float, ...]]:
-    columns = (rows.users, rows.items, rows.until, rows.labels)
+    columns = (rows.users, rows.items, rows.as_of, rows.labels)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -58,11 +58,11 @@ def test_rows_of_two_users_by_hand(tmp_path: pathlib.Path) -> None:
         found = cells(rows)
         assert len(rows) == 3 * len(expected)
         assert found[::3] == [(*row, 1.0) for row in expected]
-        for k, (user, _, until) in enumerate(expected):
+        for k, (user, _, as_of) in enumerate(expected):
             for negative in found[3 * k + 1 : 3 * k + 3]:
                 assert negative[0] == user
                 assert negative[1] in ({3, 4} if user == 0 else {2, 5, 6})
-                assert negative[2:] == (until, 0.0)
+                assert negative[2:] == (as_of, 0.0)
     dtypes = [np.asarray(getattr(rows, f.name)).dtype for f in dataclasses.fields(rows)]
     assert dtypes == [np.int32, np.int32, np.int32, np.float32]
     # The first events come with min_history=0, long histories alone with 3.
@@ -89,12 +89,12 @@ def test_a_row_does_not_see_its_target_or_what_follows(tmp_path: pathlib.Path) -
     for part in PARTS:
         rows = labelled_rows.sampled_rows(data, part, min_history=0, seed=3)
         assert len(rows) == 2 * len(data.part(part))
-        for user, item, until, label in cells(rows):
+        for user, item, as_of, label in cells(rows):
             start = histories.offsets[user]
-            seen = [item_ids[i] for i in histories.items[start : start + until]]
-            assert seen == written[user][:until]
+            seen = [item_ids[i] for i in histories.items[start : start + as_of]]
+            assert seen == written[user][:as_of]
             if label:
-                assert written[user][until] == item_ids[item]
+                assert written[user][as_of] == item_ids[item]
             else:
                 assert item_ids[item] not in written[user]
 
@@ -107,8 +107,8 @@ def test_moments_where_users_have_several_evaluation_events(tmp_path: pathlib.Pa
     np.testing.assert_array_equal(data.moments("valid"), trained[data.valid.users])
     np.testing.assert_array_equal(data.moments("test"), (trained + valid)[data.test.users])
     seen = dict.fromkeys(range(data.n_users), 0)
-    for user, until in zip(data.train.users, data.moments("train"), strict=True):
-        assert until == seen[int(user)]
+    for user, as_of in zip(data.train.users, data.moments("train"), strict=True):
+        assert as_of == seen[int(user)]
         seen[int(user)] += 1
 
 
@@ -175,7 +175,7 @@ def test_ratings_label_rows(tmp_path: pathlib.Path) -> None:
     rows = labelled_rows.rated_rows(data, "test", threshold=4)
     np.testing.assert_array_equal(rows.users, base.test.users)
     np.testing.assert_array_equal(rows.items, base.test.items)
-    np.testing.assert_array_equal(rows.until, base.moments("test"))
+    np.testing.assert_array_equal(rows.as_of, base.moments("test"))
     assert rows.labels.tolist() == [float(r >= 4) for r in ratings.tolist()]
     with pytest.raises(InputError, match="has no ratings to label rows by"):
         labelled_rows.rated_rows(data, "valid", threshold=4)
@@ -210,12 +210,12 @@ def test_the_rows_of_the_paper(
     train = labelled_rows.sampled_rows(data, "train", seed=0)
     # Table 1 of S-LLMR: "reviews" and "cold-start interactions" (PAPER 4.1).
     assert len(train) == train_rows
-    assert np.count_nonzero(train.until <= 3) == cold_rows
+    assert np.count_nonzero(train.as_of <= 3) == cold_rows
     assert int(train.labels.sum()) == train_rows // 2
     for part in ("valid", "test"):
         rows = labelled_rows.sampled_rows(data, part, seed=0)
         assert len(rows) == 2 * users
-        assert rows.until.min() == (3 if part == "valid" else 4)
+        assert rows.as_of.min() == (3 if part == "valid" else 4)
     # What popularity alone gives on the test rows, measured without this code (PAPER 4.1).
     found = roc_auc_score(rows.labels, data.popularity[rows.items])
     assert found == pytest.approx(popularity_auc, abs=0.005)

@@ -85,7 +85,7 @@ def _assert_close(a, b) -> None:
 def _assert_as_alone(alone: list[config.RunConfig], group: list[config.RunConfig]) -> None:
     """Train both; compare everything that a run leaves."""
     expected = [loop.train(run) for run in alone]
-    found = multi_seed.train_many(group)
+    found = multi_seed.train_seeds(group)
     for one, other, by_itself, together in zip(alone, group, expected, found, strict=True):
         for name in ("status", "epoch", "step", "best_epoch"):
             assert getattr(together, name) == getattr(by_itself, name)
@@ -123,7 +123,7 @@ def test_initial_states_are_those_of_the_seeds_to_the_bit(tmp_path, one_device):
     dataset = _dataset(tmp_path / "d")
     still = {"table_optimizer": "sgd", "lr": 1e-30, "l2": 0.0, "epochs": 1}
     group = _runs(dataset, tmp_path, (3, 8), **still)
-    multi_seed.train_many(group)
+    multi_seed.train_seeds(group)
     for run in group:
         trainer, _ = build.build(run, dataset)
         saved = checkpoint.Checkpoints(run.workdir, trainer, writable=False)
@@ -148,7 +148,7 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(
     dataset = _dataset(tmp_path / "d")
     knobs = {"lr": 0.3, "patience": 1}
     whole = _runs(dataset, tmp_path / "whole", **knobs)
-    expected = multi_seed.train_many(whole)
+    expected = multi_seed.train_seeds(whole)
     over = min(range(3), key=lambda seed: expected[seed].epoch)
     first = expected[over].epoch
     assert sum(outcome.epoch > first for outcome in expected), "one ends before another"
@@ -163,11 +163,11 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "close_epoch", kill)
         with pytest.raises(KeyboardInterrupt):
-            multi_seed.train_many(group)
+            multi_seed.train_seeds(group)
     before = _stamps(group[over])
     assert any("checkpoints" in path for path in before)
     # One seed at a time, as where no more fit: the same numbers again.
-    again = multi_seed.train_many(group, together=1)
+    again = multi_seed.train_seeds(group, together=1)
     assert _stamps(group[over]) == before
     for seed in range(3):
         logs = [_log(run) for run in (whole[seed], group[seed])]
@@ -178,7 +178,7 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(
             assert getattr(again[seed], name) == getattr(expected[seed], name)
     # More epochs: what is saved goes on, alone.
     more = _runs(dataset, tmp_path / "killed", **knobs | {"patience": 0, "epochs": 13})[over]
-    assert multi_seed.train_many([more])[0].epoch == 13
+    assert multi_seed.train_seeds([more])[0].epoch == 13
     assert [record["epoch"] for record in _log(more)] == list(range(1, 14))
 
 
@@ -200,7 +200,7 @@ def test_a_nan_names_its_seed(tmp_path, one_device, monkeypatch):
     monkeypatch.setattr(loop, "_make_init", poisoned)
     group = _runs(_dataset(tmp_path / "d"), tmp_path, (3, 8, 1))
     with pytest.raises(NonFiniteError, match=r"^seed 8 \(.*s8\): step 0: tables/user.* not finite"):
-        multi_seed.train_many(group)
+        multi_seed.train_seeds(group)
 
 
 def test_seeds_that_fit_halves_until_they_do(tmp_path, monkeypatch):
@@ -244,16 +244,16 @@ def test_seeds_that_fit_halves_until_they_do(tmp_path, monkeypatch):
 def test_runs_that_do_not_belong_together_are_refused(tmp_path):
     dataset = _dataset(tmp_path / "d")
     one, two = _runs(dataset, tmp_path, (0, 1))
-    assert multi_seed.train_many([]) == []
+    assert multi_seed.train_seeds([]) == []
     (other,) = _runs(dataset, tmp_path, (2,), lr=0.5)
     with pytest.raises(ConfigError, match=r"s0 and .*s2 differ in .* \(--lr: .* -> 0.5\)"):
-        multi_seed.train_many([one, two, other])
+        multi_seed.train_seeds([one, two, other])
     moved = dataclasses.replace(two, data=str(tmp_path / "elsewhere"))
     with pytest.raises(ConfigError, match=r"--data: .*/d -> .*/elsewhere"):
-        multi_seed.train_many([one, moved])
+        multi_seed.train_seeds([one, moved])
     with pytest.raises(ConfigError, match=r"2 runs have --workdir=.*/s0; give"):
-        multi_seed.train_many([one, dataclasses.replace(two, workdir=one.workdir)])
+        multi_seed.train_seeds([one, dataclasses.replace(two, workdir=one.workdir)])
     native = _runs(dataset, tmp_path, (0, 1), kernels="native")
     with pytest.raises(ConfigError, match=r"--kernels=native: seeds .* use --kernels=xla or auto"):
-        multi_seed.train_many(native)
+        multi_seed.train_seeds(native)
     assert not (tmp_path / "s0").exists()

@@ -190,7 +190,7 @@ def test_windows_learn_at_every_place(tmp_path, name):
 
     def places(trainer, resident, batch):
         # A window's places are the events before its last one, at most L of them.
-        return float(np.minimum(np.asarray(batch.queries.until), trainer.backbone.length).sum())
+        return float(np.minimum(np.asarray(batch.queries.as_of), trainer.backbone.length).sum())
 
     knobs = {"backbone": "sasrec", "dropout": 0.0, "max_history": 4, "hidden": 8, "layers": 1}
     _check(tmp_path, loss, places, loss=name, negatives_per_positive=2, **knobs)

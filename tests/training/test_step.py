@@ -55,7 +55,7 @@ def _trainer(dataset, layout, **sections):
             positives=dataset.positives(("train",)),
             n_items=dataset.n_items,
         )
-    resident = arrays.Resident(
+    resident = arrays.DeviceArrays(
         arrays.interactions(dataset, config.sampler, slices.cold_users, slices.tail_items),
         teacher,
     )

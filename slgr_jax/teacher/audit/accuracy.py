@@ -1,4 +1,4 @@
-"""What is a teacher worth? Coverage, agreement with known answers, consistency, cost.
+"""What is a teacher worth? Coverage, agreement with labelled preferences, consistency, cost.
 
 All numbers of `launch/teach.py report`; `worth_report` writes them. Accuracy is that of pairs
 (known_pairs.py): the share of them that is ordered right, first within each user, then over users,
@@ -121,7 +121,7 @@ class Worth:
 
     @property
     def deciding(self) -> str:
-        """Which known answers the verdict rests on: held-in ones, where there are any."""
+        """Which labelled preferences the verdict rests on: held-in ones, where there are any."""
         known = {row.known for row in self.agreement if row.pairs}
         return HELD_IN if HELD_IN in known else VALIDATION if known else ""
 

@@ -186,7 +186,7 @@ def only_users(table: pa.Table, first: int, last: int) -> pa.Table:
 def refuse_known(
     tables: Sequence[pa.Table], added: Mapping[str, np.ndarray], n_items: int, where: str
 ) -> None:
-    """Refuse (`InputError`) a pair in `added` (as `gather` returns it) that `tables` have already.
+    """Refuse (`InputError`) a pair in `gain` (as `gather` returns it) that `tables` have already.
 
     A pair is a user and an item, or a user and two items in either order.
     """

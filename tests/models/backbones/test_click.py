@@ -67,8 +67,8 @@ def _context(events=EVENTS, categories=CATEGORIES) -> Context:
     return Context(histories, Fields(_int32(padded), _int32(counts)))
 
 
-def _queries(users=USERS, until=UNTIL) -> Queries:
-    return Queries(_int32(users), _int32(until))
+def _queries(users=USERS, as_of=UNTIL) -> Queries:
+    return Queries(_int32(users), _int32(as_of))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +229,8 @@ def _expected(variant: str, masks=None) -> np.ndarray:
     settings = SMALL | VARIANTS[variant]
     values, params = jax.tree.map(lambda x: np.asarray(x, np.float64), (case.values, case.params))
     scores = np.zeros(ITEMS.shape)
-    for n, (user, until) in enumerate(zip(USERS, UNTIL, strict=True)):
-        events = [_item_fields(values, item) for item in EVENTS[user][:until][-LENGTH:]]
+    for n, (user, as_of) in enumerate(zip(USERS, UNTIL, strict=True)):
+        events = [_item_fields(values, item) for item in EVENTS[user][:as_of][-LENGTH:]]
         for c, item in enumerate(ITEMS[n]):
             row = n * ITEMS.shape[1] + c
             own = [mask[row] for mask in masks] if masks else ()
@@ -287,7 +287,7 @@ def test_dropout_is_on_the_perceptron_and_only_on_request(name):
 
 @pytest.mark.parametrize("name", SIX)
 def test_order_of_events_and_of_categories_does_not_matter(name):
-    case, whole = _case(name), _queries(until=[len(EVENTS[user]) for user in USERS])
+    case, whole = _case(name), _queries(as_of=[len(EVENTS[user]) for user in USERS])
     turned = [row[:-LENGTH] + row[-LENGTH:][::-1] for row in EVENTS]  # the same last L
     expected = case(queries=whole)
     got = case(_context(turned), whole)

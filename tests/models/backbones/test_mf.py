@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from slgr_jax.config import ModelConfig
 from slgr_jax.models import row_access
 from slgr_jax.models.backbones import make_backbone
-from slgr_jax.models.row_access import Lanes
+from slgr_jax.models.row_access import Candidates
 from slgr_jax.models.scoring import Scoring, ServingState, score_users
 from slgr_jax.sampling.context import Context, Queries, Sizes
 
@@ -29,12 +29,12 @@ def test_scores_equal_numpy(item_bias):
     backbone = make_backbone(ModelConfig(dim=5, item_bias=item_bias), Sizes(4, 6))
     values = _rows(backbone)
     users, items = np.array([0, 3, 3]), np.array([[0, 1], [5, 5], [2, 4]])
-    lanes, context = Lanes(Queries(users), items), Context()
+    lanes, context = Candidates(Queries(users), items), Context()
     rows = {
         side: {name: values[name][ids] for name, ids in named.items()}
-        for side, named in row_access.lane_ids(backbone, context, lanes).items()
+        for side, named in row_access.candidate_ids(backbone, context, lanes).items()
     }
-    got = row_access.lane_scores(backbone, {}, rows, context, lanes, None)
+    got = row_access.candidate_scores(backbone, {}, rows, context, lanes, None)
     p, q = np.asarray(values["user"]), np.asarray(values["item"])
     for b, user in enumerate(users):
         for c, item in enumerate(items[b]):
@@ -49,13 +49,13 @@ def test_score_gradients():
     backbone = make_backbone(ModelConfig(dim=4), Sizes(3, 5))
     users, items = np.array([0, 2]), np.array([[0, 1], [4, 4]])
     values = _rows(backbone)
-    lanes, context = Lanes(Queries(users), items), Context()
+    lanes, context = Candidates(Queries(users), items), Context()
     rows = {
         side: {name: values[name][ids] for name, ids in named.items()}
-        for side, named in row_access.lane_ids(backbone, context, lanes).items()
+        for side, named in row_access.candidate_ids(backbone, context, lanes).items()
     }
     check_grads(
-        lambda rows: row_access.lane_scores(
+        lambda rows: row_access.candidate_scores(
             backbone, {}, jax.tree.map(jnp.asarray, rows), context, lanes, None
         ),
         (rows,),
@@ -71,15 +71,15 @@ def test_dropout_is_unbiased_and_only_on_request():
     backbone = make_backbone(ModelConfig(dim=16, item_bias=False), Sizes(2, 2))
     values = _rows(backbone)
     users, items = np.array([1]), np.array([[0, 1]])
-    lanes, context = Lanes(Queries(users), items), Context()
+    lanes, context = Candidates(Queries(users), items), Context()
     rows = {
         side: {name: values[name][ids] for name, ids in named.items()}
-        for side, named in row_access.lane_ids(backbone, context, lanes).items()
+        for side, named in row_access.candidate_ids(backbone, context, lanes).items()
     }
-    plain = row_access.lane_scores(backbone, {}, rows, context, lanes, None)
+    plain = row_access.candidate_scores(backbone, {}, rows, context, lanes, None)
     keys = jax.random.split(jax.random.key(0), 4000)
     passes = jax.vmap(
-        lambda key: row_access.lane_scores(backbone, {}, rows, context, lanes, (0.2, key))
+        lambda key: row_access.candidate_scores(backbone, {}, rows, context, lanes, (0.2, key))
     )(keys)
     error = np.asarray(passes).std(axis=0) / np.sqrt(4000)
     assert (np.abs(np.asarray(passes).mean(axis=0) - np.asarray(plain)) < 4 * error).all()

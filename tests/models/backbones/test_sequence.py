@@ -91,8 +91,8 @@ def _rows(backbone, queries):
     return _table()[np.asarray(backbone.query_ids(CONTEXT, queries)["item"])]
 
 
-def _queries(users, until):
-    return Queries(jnp.asarray(users, jnp.int32), jnp.asarray(until, jnp.int32))
+def _queries(users, as_of):
+    return Queries(jnp.asarray(users, jnp.int32), jnp.asarray(as_of, jnp.int32))
 
 
 def _vectors(name, params=None, queries=None):
@@ -191,13 +191,13 @@ def test_scores_equal_numpy(name):
     backbone, items = _make(name), np.tile(np.arange(ITEMS), (len(USERS), 1))
     rows = {"item": _table()[backbone.item_ids(CONTEXT, items)["item"]]}
     got = dots(_vectors(name), backbone.item_vectors(_params(name), rows))
-    for n, (user, until) in enumerate(zip(USERS, UNTIL, strict=True)):
-        rows = table[HISTORY_OF[user][:until]]
+    for n, (user, as_of) in enumerate(zip(USERS, UNTIL, strict=True)):
+        rows = table[HISTORY_OF[user][:as_of]]
         if name == "bert4rec":
             rows = np.concatenate([rows[-(LENGTH - 1) :], np.full((1, WIDTH), np.nan)])
             masked = np.arange(len(rows)) == len(rows) - 1
             expected = _cloze_states(p, rows, masked, LENGTH - 1)[-1]
-        elif until == 0:
+        elif as_of == 0:
             expected = p["norm"]["bias"] if name == "sasrec" else p["output"]["bias"]
         else:
             expected = _next_states(name, p, rows[-LENGTH:], LENGTH - 1)[-1]

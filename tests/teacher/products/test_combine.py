@@ -323,7 +323,7 @@ def test_the_command_writes_what_training_reads(tmp_path):
     expected = by_dicts([(one, True) for one in found.values()], "borda", 60)
     assert len(preferences.load(data, "both").manifest.files) == -(-len(expected) // 50) > 1
     guidance = config.GuidanceConfig("selective", "both")
-    read = device_arrays.resident_teacher(
+    read = device_arrays.teacher_arrays(
         config.RunConfig(str(data.path), "w", guidance=guidance), data
     )
     assert isinstance(read, arrays.TeacherLists)
