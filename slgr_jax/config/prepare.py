@@ -1,4 +1,4 @@
-"""The knobs of launch/prepare.py."""
+"""The knobs of slgr prepare."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ class RunConfig:
         if self.guidance.guidance != "none" and not self.guidance.teacher:
             raise ConfigError(
                 f"--guidance={self.guidance.guidance} needs --teacher=NAME, a product under "
-                "DATA/teacher (make one with launch/teach.py)"
+                "DATA/teacher (make one with slgr teach)"
             )
         if self.guidance.guidance == "none" and self.guidance.teacher:
             raise ConfigError(
@@ -352,7 +352,7 @@ class RunConfig:
         if loss.rating_threshold and backbone in SEQUENCE_BACKBONES:
             raise ConfigError(
                 f"--rating_threshold labels rows; --backbone={backbone} learns from sequences of "
-                "interactions: drop the low ones with launch/prepare.py --min_rating"
+                "interactions: drop the low ones with slgr prepare --min_rating"
             )
         if self.evaluation.rows == "rated" and not loss.rating_threshold:
             raise ConfigError("--rows=rated needs --rating_threshold=R: label 1 from R on")

@@ -1,4 +1,4 @@
-"""The knobs of launch/teach.py: a section per command, and what commands share."""
+"""The knobs of slgr teach: a section per command, and what commands share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FUSIONS = ("reciprocal", "rrf", "borda", "mean")
 class TeachConfig(Section):
     """What commands share."""
 
-    data: str = knob("", "dataset directory that launch/prepare.py wrote")
+    data: str = knob("", "dataset directory that slgr prepare wrote")
     name: str = knob(
         "",
         "what to write or inspect: DATA/teacher/NAME (candidates: DATA/candidates/NAME, requests: "

@@ -209,7 +209,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     """Read the dataset directory at `path`, checking every shard against the manifest.
 
     Args:
-      path: what `launch/prepare.py --out` wrote.
+      path: what `slgr prepare --out` wrote.
       verify: also compare each shard's SHA-256.
 
     Raises:

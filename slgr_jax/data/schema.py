@@ -368,7 +368,7 @@ def write_manifest(
 
 def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
     """Read a dataset's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, DATASET_FORMAT, "launch/prepare.py")
+    raw = _read_json(directory, DATASET_FORMAT, "slgr prepare")
     where = pathlib.Path(directory) / MANIFEST
     if missing := sorted({*PARTS, "users", "items"} - set(raw["files"])):
         raise ManifestError(f"{where} is damaged: it lists no files of {listing(missing)}")
@@ -378,35 +378,33 @@ def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
 
 def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
     """Read a teacher product's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, TEACHER_FORMAT, "launch/teach.py")
+    raw = _read_json(directory, TEACHER_FORMAT, "slgr teach")
     raw["files"] = _shard_files(raw["files"], pathlib.Path(directory) / MANIFEST)
     return TeacherManifest(**raw)
 
 
 def read_candidate_manifest(directory: str | os.PathLike[str]) -> CandidateManifest:
     """Read a candidate set's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, CANDIDATES_FORMAT, "launch/teach.py candidates")
+    raw = _read_json(directory, CANDIDATES_FORMAT, "slgr teach candidates")
     return CandidateManifest(**_with_files(raw, ("pairs", "hidden"), directory))
 
 
 def read_request_manifest(directory: str | os.PathLike[str]) -> RequestManifest:
     """Read requests.json; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(
-        directory, REQUESTS_FORMAT, "launch/teach.py requests", file_name=REQUESTS_MANIFEST
-    )
+    raw = _read_json(directory, REQUESTS_FORMAT, "slgr teach requests", file_name=REQUESTS_MANIFEST)
     return RequestManifest(**_with_files(raw, ("requests", "index"), directory))
 
 
 def read_answer_manifest(directory: str | os.PathLike[str]) -> AnswerManifest:
     """Read an answer log's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, ANSWERS_FORMAT, "launch/teach.py collect")
+    raw = _read_json(directory, ANSWERS_FORMAT, "slgr teach collect")
     raw["sources"] = tuple(raw["sources"])
     return AnswerManifest(**_with_files(raw, ("answers", "answered"), directory))
 
 
 def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManifest:
     """Read an embedding product's manifest; a missing or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, EMBEDDINGS_FORMAT, "launch/teach.py embed")
+    raw = _read_json(directory, EMBEDDINGS_FORMAT, "slgr teach embed")
     return EmbeddingManifest(**_with_files(raw, ("items", "users"), directory))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from slgr_jax.experiments.summary import Row
 
 DOMAINS = ("Sports", "Beauty", "Toys")
-# Names of launch/prepare.py --source=s3rec data sets.
+# Names of slgr prepare --source=s3rec data sets.
 _DOMAIN_OF = {"Sports_and_Outdoors": "Sports", "Beauty": "Beauty", "Toys_and_Games": "Toys"}
 
 Triple = tuple[float, float, float]

@@ -1,7 +1,7 @@
 """What a run's directory says of it: outcome, log, metrics by slice, values of users, the gate.
 
 outcome.json   how training ended (`pool`); rows.json   slices of labelled rows, bins among them
-The other files are those of launch/train.py and launch/evaluate.py. Only the test part is read.
+The other files are those of slgr train and slgr evaluate. Only the test part is read.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def labelled_arrays(
         raise InputError(
             f"--gate={gate.gate} learns where the answer is known, and the teacher "
             f"{run.guidance.teacher} has no word on any of the {found.chosen.items.shape[0]} "
-            f"{what}; use another --gate, or have the teacher asked about them (launch/teach.py "
+            f"{what}; use another --gate, or have the teacher asked about them (slgr teach "
             "candidates)"
         )
     return found, left_out

@@ -87,7 +87,7 @@ def complete(teacher: Teacher, hard_negatives: Csr) -> Teacher:
             f"--hard_negatives: unlisted items of teacher {manifest.name} are unknown, they do "
             f"not rank "
             "below its lists, so that no hard negative is beaten; drop --hard_negatives, or say "
-            "so when you import it (launch/teach.py import --unlisted=below)"
+            "so when you import it (slgr teach import --unlisted=below)"
         )
     floor = np.float32(teacher.scores.min() - (float(teacher.scores.std()) or 1.0))
     # Within a user by score, then item: hard negatives first, as all lie below the list.

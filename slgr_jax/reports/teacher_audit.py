@@ -1,4 +1,4 @@
-"""The report on a teacher: report.md, report.json and report.png (`launch/teach.py report`)."""
+"""The report on a teacher: report.md, report.json and report.png (`slgr teach report`)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _cost(path: pathlib.Path, prices: tuple[float, float]) -> accuracy_lib.Cost 
             money=sum(price * count for price, count in zip(prices, tokens, strict=True)) / 1e6,
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged; run launch/teach.py collect again") from error
+        raise InputError(f"{path} is damaged; run slgr teach collect again") from error
 
 
 _TOKENS = ("prompt", "completion")
@@ -126,7 +126,7 @@ def verdict(found: Worth) -> list[str]:
         return [
             "Nothing is known about its correctness: it orders no pair of a validation item (or a "
             "hidden training item) and another item. Ask it about calibration candidates "
-            "(launch/teach.py candidates).",
+            "(slgr teach candidates).",
             *_rest(found),
         ]
     believed = [row for row in rows if row.believed]
@@ -151,7 +151,7 @@ def verdict(found: Worth) -> list[str]:
     if found.deciding == "validation":
         lines.append(
             "These answers may be easier or harder than those it was asked for; calibration "
-            "candidates (launch/teach.py candidates) test it on hidden training items."
+            "candidates (slgr teach candidates) test it on hidden training items."
         )
     return [*lines, *_rest(found)]
 

@@ -64,7 +64,7 @@ def _reads(run: config.RunConfig, dataset: Dataset) -> frozenset[str]:
     """
     reads = reads_of(run.model)
     if HISTORY in reads and dataset.train.timestamps is None:
-        fix = "give them (--time_column of launch/prepare.py; any increasing number will do)"
+        fix = "give them (--time_column of slgr prepare; any increasing number will do)"
         if run.model.backbone in config.CLICK_BACKBONES:
             fix += ", or train without history fields: --nohistory_fields"
         raise ConfigError(
@@ -182,7 +182,7 @@ def restore_run(workdir: str, which: str = "best") -> Run:
     if not os.path.isdir(run.data):
         raise ConfigError(
             f"{workdir} was trained on {run.data}, which is not there; put it back, or give the "
-            "run its new place: launch/train.py with the same flags and --data=NEW"
+            "run its new place: slgr train with the same flags and --data=NEW"
         )
     dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
     if run_directory.trained_on(workdir, dataset) is False:

@@ -147,7 +147,7 @@ class Checkpoints:
         if writable:
             root.mkdir(parents=True, exist_ok=True)
         elif not root.is_dir():
-            raise ManifestError(f"{workdir} holds no checkpoints; train first (launch/train.py)")
+            raise ManifestError(f"{workdir} holds no checkpoints; train first (slgr train)")
         self._writable = writable
         self._pending: Any = None
 
@@ -221,7 +221,7 @@ class Checkpoints:
         latest = self._checkpointer.latest
         if latest is None:
             raise ManifestError(
-                f"{self._workdir} holds no finished checkpoint; train first (launch/train.py)"
+                f"{self._workdir} holds no finished checkpoint; train first (slgr train)"
             )
         with _damage(self._root / str(latest.step)):
             found = self._checkpointer.load_checkpointables(latest.step, targets)

@@ -5,7 +5,7 @@ run.json       versions, devices, hashes, sizes and thresholds that the knobs re
 log.jsonl      one object a validation (journal.py)
 .lock          held while a process trains; names it
 checkpoints/   state, best state, progress (checkpoint.py)
-metrics.json, per_user.parquet, metrics.png    launch/evaluate.py
+metrics.json, per_user.parquet, metrics.png    slgr evaluate
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_config(workdir: str) -> config.RunConfig:
     """The config a run was started with."""
     path = pathlib.Path(workdir) / CONFIG
     if not path.is_file():
-        raise ConfigError(f"{workdir} is not a run: it holds no {CONFIG} (see launch/train.py)")
+        raise ConfigError(f"{workdir} is not a run: it holds no {CONFIG} (see slgr train)")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         return knobs.from_json(config.RunConfig, text, str(path))

@@ -120,12 +120,12 @@ BAD = {
     "no results": (["collect", "--data={data}", "--name=t"], ["missing --results"]),
     "no candidates": (
         ["requests", "--data={data}", "--name=t", "--model=m"],
-        ["has no candidate set 't'", "launch/teach.py candidates"],
+        ["has no candidate set 't'", "slgr teach candidates"],
     ),
     "no titles": (["candidates", "--data={data}", "--name=t"], ["--items_input"]),
     "no dataset": (
         ["import", "--data=nowhere", "--scores={scores}", "--name=t"],
-        ["nowhere is not a directory", "launch/prepare.py"],
+        ["nowhere is not a directory", "slgr prepare"],
     ),
     "bad choice": (
         ["import", "--data={data}", "--scores={scores}", "--name=t", "--unknown=maybe"],

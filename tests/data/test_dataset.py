@@ -115,7 +115,7 @@ def test_manifests_are_checked(directory: pathlib.Path) -> None:
         ({"format": "other"}, "describes 'other', expected 'slgr_jax.dataset'"),
         ({"version": 99}, "has version 99, this code reads 1"),
         ({"extra": 1}, "missing .*; unknown extra"),
-        ({"split_hash": 7}, "is damaged: split_hash is 7; make it again with launch/prepare.py"),
+        ({"split_hash": 7}, "is damaged: split_hash is 7; make it again with slgr prepare"),
         ({"counts": 5}, "is damaged: counts is 5; make it again"),
         ({"files": {"train": []}}, "it lists no files of items, test, users, valid"),
         ({"files": whole["files"] | {"test": 5}}, "is damaged: 5 does not describe a shard"),

@@ -177,7 +177,7 @@ def test_dataset_swapped_under_a_run_is_refused(tmp_path):
 
 
 def test_restoring_what_never_trained(tmp_path):
-    with pytest.raises(ConfigError, match=r"not a run.*launch/train.py"):
+    with pytest.raises(ConfigError, match=r"not a run.*slgr train"):
         build.restore_run(str(tmp_path))
     dataset = worlds.random_dataset(tmp_path / "d")
     run = worlds.run_config(dataset, tmp_path / "run", **SMALL)

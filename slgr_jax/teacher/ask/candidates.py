@@ -380,7 +380,7 @@ def load(dataset: Dataset, name: str) -> tuple[CandidateSet, schema.CandidateMan
         found = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
         raise ManifestError(
             f"{dataset.path} has no candidate set {name!r}; it has: {listing(found)}; draw one: "
-            f"python launch/teach.py candidates --data={dataset.path} --name={name}"
+            f"slgr teach candidates --data={dataset.path} --name={name}"
         )
     manifest = schema.read_candidate_manifest(root)
     refuse_other_split(dataset, manifest, f"candidate set {name!r}")

@@ -53,7 +53,7 @@ def item_lines(dataset: Dataset) -> list[str]:
     if not any(lines):
         raise InputError(
             f"{dataset.path} has no item texts to show; prepare it again with item titles "
-            "(launch/prepare.py --items_input)"
+            "(slgr prepare --items_input)"
         )
     return lines
 

@@ -272,5 +272,5 @@ def report(manifest: schema.RequestManifest, root: pathlib.Path) -> str:
         f"{manifest.plan['requests']:,} {manifest.prompt} requests to {manifest.model} in "
         f"{len(files)} files, {size:,.1f} MB: {root}\n"
         f"  next: vllm run-batch -i {root}/requests-00000.jsonl -o results-00000.jsonl --model "
-        f"{manifest.model} (or a hosted batch service), then launch/teach.py collect"
+        f"{manifest.model} (or a hosted batch service), then slgr teach collect"
     )

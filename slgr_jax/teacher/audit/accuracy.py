@@ -1,6 +1,6 @@
 """What is a teacher worth? Coverage, agreement with labelled preferences, consistency, cost.
 
-All numbers of `launch/teach.py report`; `worth_report` writes them. Accuracy is that of pairs
+All numbers of `slgr teach report`; `worth_report` writes them. Accuracy is that of pairs
 (known_pairs.py): the share of them that is ordered right, first within each user, then over users,
 so that users count alike and a 95 % interval over users is one over independent values.
 

@@ -95,7 +95,7 @@ def embed(
         if not items.has.any():
             raise InputError(
                 f"{dataset.path} has no item texts to embed; prepare it again with item titles "
-                "(launch/prepare.py --items_input)"
+                "(slgr prepare --items_input)"
             )
         if options.users == "text":
             users = _of_texts(local, _user_texts(dataset))
@@ -415,7 +415,7 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         if built != ours:
             raise ManifestError(
                 f"embeddings {name!r} were made for {thing} {built[:8]}, {dataset.path} has "
-                f"{thing} {ours[:8]}; make them again with launch/teach.py embed --overwrite"
+                f"{thing} {ours[:8]}; make them again with slgr teach embed --overwrite"
             )
     if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
         raise ManifestError(

@@ -46,7 +46,7 @@ _YEAR = re.compile(r"\s*\((\d{4})\)\s*$")
 _ARTICLE = re.compile(r"^(.*\S), (The|A|An|Le|La|Les|L'|Il|El|Los|Las|Das|Der|Die)$")
 _NO_TEXTS = (
     "{data} has no item texts to score with; prepare it again with item titles "
-    "(launch/prepare.py --items_input)"
+    "(slgr prepare --items_input)"
 )
 _CHUNK = 8192
 

@@ -43,7 +43,7 @@ PathLike = str | os.PathLike[str]
 ROWS_PER_SHARD = 4_194_304
 _ADDED = "append-"  # what `append` names its shards with
 COMBINED = "combined: "  # what the `model` of a product made of several begins with
-_MADE_BY = "python launch/teach.py import --data={data} --scores=FILE --name={name} --overwrite"
+_MADE_BY = "slgr teach import --data={data} --scores=FILE --name={name} --overwrite"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -269,7 +269,7 @@ def test_nothing_usable_is_an_error_that_says_so(world, tmp_path):
         gather(world)
     with pytest.raises(ConfigError, match="--score_range=1,1 is not a lowest"):
         gather(world, empty, score_range=(1, 1))
-    with pytest.raises(ManifestError, match=r"launch/teach.py requests"):
+    with pytest.raises(ManifestError, match=r"slgr teach requests"):
         gather(world, empty, requests=tmp_path)
 
 

@@ -302,7 +302,7 @@ def test_bad_choices_and_names(tiny, tmp_path):
     ("damage", "message"),
     [
         ({"files": [{"path": "x"}]}, r"damaged: \{.path.: .x.\} does not describe a shard"),
-        ({"files": {}}, r"damaged: files is \{\}; make it again with launch/teach.py"),
+        ({"files": {}}, r"damaged: files is \{\}; make it again with slgr teach"),
         ({"split_hash": 7}, r"damaged: split_hash is 7; make it again"),
         ({"counts": None}, r"damaged: counts is null; make it again"),
     ],
@@ -362,7 +362,7 @@ def test_refused_manifests(tiny, make_dataset, tmp_path):
     assert built != found
     with pytest.raises(
         ManifestError,
-        match=rf"for split {built}, .* has split {found}; rebuild it: python launch/teach.py "
+        match=rf"for split {built}, .* has split {found}; rebuild it: slgr teach "
         r"import --data=.* --name=good --overwrite",
     ):
         preferences.load(other, "good")
