@@ -104,12 +104,12 @@ def _read(value: Any, shown: Shown, ordered: bool, depth: int) -> Iterator[Readi
             yield reading
         else:
             for held in value:
-                yield from _read(held, shown, ordered, depth + 1)
+                if not _is_row(held):  # a row says nothing without the others
+                    yield from _read(held, shown, ordered, depth + 1)
 
 
 def _read_object(value: JsonObject, shown: Shown, ordered: bool, depth: int) -> Iterator[Reading]:
-    row = any(plain_key(key) in LABEL_KEYS and isinstance(held, str) for key, held in value)
-    if row and (reading := _from_rows([value], shown, ordered)):
+    if _is_row(value) and (reading := _from_rows([value], shown, ordered)):
         yield reading
         return
     whole = _by_label(value, shown) or _parallel(value, shown) or _by_place(value, shown)
@@ -131,6 +131,13 @@ def _read_object(value: JsonObject, shown: Shown, ordered: bool, depth: int) -> 
                 yield reading.marked(mark if mark and reading.mark == "plain" else None)
 
 
+def _is_row(value: Any) -> bool:
+    """Whether an object names one candidate: {"label": "A", ...}."""
+    return isinstance(value, JsonObject) and any(
+        plain_key(key) in LABEL_KEYS and isinstance(held, str) for key, held in value
+    )
+
+
 def _by_label(value: JsonObject, shown: Shown) -> Reading:
     """{"A": 0.9, "B": {"score": 0.5, "reason": ...}, "C": "80%"}."""
     told = [(key, amount, rank) for key, held in value
@@ -150,7 +157,7 @@ def _by_label(value: JsonObject, shown: Shown) -> Reading:
     if all(rank for _, _, rank in known):
         amounts = {place: Amount(amount.value, "place") for place, amount in amounts.items()}
     named = any(isinstance(held, JsonObject) for _, held in value)
-    return Reading(amounts, named=named, said=len(known))
+    return Reading(amounts, named=named)
 
 
 def _parallel(value: JsonObject, shown: Shown) -> Reading:
@@ -174,7 +181,7 @@ def _parallel(value: JsonObject, shown: Shown) -> Reading:
         amount = _amount(number)
         if place is not None and amount is not None:
             pairs.append((place, Amount(amount.value, "place") if rank else amount))
-    return Reading(agreed(pairs), named=True, said=len(pairs))
+    return Reading(agreed(pairs), named=True)
 
 
 def _by_place(value: JsonObject, shown: Shown) -> Reading:
@@ -225,7 +232,7 @@ def _from_rows(rows: list[Any], shown: Shown, ordered: bool) -> Reading:
     chosen = ranked if (ordered and ranked) or not scored else scored
     if 2 * len(chosen) < len(rows):
         return Reading()
-    return Reading(agreed(chosen), named=chosen is scored, said=len(chosen))
+    return Reading(agreed(chosen), named=chosen is scored)
 
 
 def _row_names(row: Any) -> list[str]:

@@ -94,6 +94,8 @@ class Shown:
         titles = [self.by_title(text) for text in texts]
         if None not in titles and len(set(titles)) == len(titles):
             return None if None not in labels and labels != titles else titles
+        if None not in labels:
+            return labels
         if labels.count(None) == len(labels) and titles.count(None) < len(titles):
             return titles
         places = list(labels)

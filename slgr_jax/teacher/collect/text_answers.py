@@ -23,7 +23,7 @@ _KEYED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _NUMBERED = re.compile(r"\s*(?:[*_#]+\s*)?\(?#?(?P<number>[0-9]{1,3})[.)\]:]\s+(?P<text>.*\S)")
-_BULLET = re.compile(r"\s*[-*•·+]\s+")
+_BULLET = re.compile(r"\A\s*[-*•·+]\s+")
 _TABLE_RULE = re.compile(r"[\s|:+=-]+")
 _TIE = re.compile(r"[=≈~≥]|\bties?d?\b", re.IGNORECASE)
 

@@ -49,7 +49,7 @@ _PLAIN = _FULL_WIDTH | str.maketrans(
 
 
 def plain(text: str) -> str:
-    """Full-width forms, spaces and minus signs of one kind, no carriage returns, fences or long runs
+    """Full-width forms, spaces and minus signs of one kind; no carriage returns, fences, long runs
     of space."""
     text = text.translate(_PLAIN).replace("&gt;", ">").replace("&nbsp;", " ")
     text = re.sub(r"```[a-zA-Z]*\n?", "", text)

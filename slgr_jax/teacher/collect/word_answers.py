@@ -111,10 +111,9 @@ def _json_choices(value: Any) -> Iterator[str]:
 
 def _single(text: str, shown: Shown) -> set[int]:
     """The candidate that a text names; both where its label and its title disagree."""
-    if (title := shown.by_title(text)) is not None:
-        return {title}
-    if (place := shown.by_label(text)) is not None:
-        return {place}
+    meant = {shown.by_title(text), shown.by_label(text)} - {None}
+    if meant:
+        return {place for place in meant if place is not None}
     held = shown.label_with_text(plain_characters(text))
     if held is None:
         return set()
