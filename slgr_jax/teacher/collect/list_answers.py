@@ -59,7 +59,9 @@ def read_list(
     if 2 * len(chosen) < chosen.said:
         return ListRefused(UNREADABLE, "most numbers cannot be tied to a label")
 
-    if (turned := thoughts.direction_in_doubt(text)) and not (ordered and "1" in turned):
+    if (turned := thoughts.direction_in_doubt(shown.without_titles(text))) and not (
+        ordered and "1" in turned
+    ):
         return ListRefused(scales.DOUBT, f"{turned!r} turns the order around")
     try:
         scores = scales.to_scores(chosen, shown.size, score_range, ordered=ordered)
@@ -75,7 +77,7 @@ def _readings(text: str, shown: Shown, *, ordered: bool, cut: bool) -> tuple[lis
     for value in values:
         hole = "\n" + _HOLE * (value.end - value.start - 2) + "\n"
         blanked = blanked[: value.start] + hole + blanked[value.end :]
-    parts = _parts(blanked, values)
+    parts = _parts(shown.without_titles(blanked), values)
 
     held = [] if values else _python_value(text)
     said: list[tuple[int, Reading]] = []
@@ -107,6 +109,9 @@ def _joined_rows(values: Sequence[JsonValue]) -> list[tuple[int, Any]]:
         keys = {tuple(sorted(key for key, _ in row)) for row in rows}
         if len(keys) == 1 and any(isinstance(held, str) for _, held in rows[0]):
             return [(values[0].start, rows)]
+        pairs = [pair for row in rows for pair in row]
+        if len(pairs) == len(rows) == len({key for key, _ in pairs}):  # {"A": 0.5}\n{"B": 0.3}
+            return [(values[0].start, JsonObject(pairs))]
     return [(value.start, value.value) for value in values]
 
 

@@ -110,14 +110,20 @@ def _join(first: Reading, second: Reading) -> Reading | None:
 
 
 def _with_reverse_check(chosen: Reading, readings: Sequence[Reading]) -> Reading | str:
-    """`chosen`, unless a reading of the other kind turns it around: one of the two is worst
-    first, and nobody can say which."""
+    """`chosen`, unless a reading of the other kind speaks against it.
+
+    An order that was asked for must be that of the scores beside it; scores that were asked for
+    hold whatever list stands beside them, unless that turns them around: then one of the two is
+    worst first, and nobody can say which.
+    """
     for reading in readings:
         scores, order = (reading, chosen) if chosen.order else (chosen, reading)
         shared = [place for place in order.order if place in scores.amounts]
+        if any(scores.amounts[place].scale == "place" for place in shared):
+            continue
         values = [scores.amounts[place].value for place in shared]
+        if chosen.order and values != sorted(values, reverse=True):
+            return "its order is not that of its scores"
         if len(values) > 2 and values == sorted(values) and values[0] < values[-1]:
-            if any(scores.amounts[place].scale == "place" for place in shared):
-                continue
             return "its order is the reverse of its scores"
     return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -45,6 +45,9 @@ def to_scores(reading: Reading, shown: int, score_range: Range, *, ordered: bool
     Raises:
       ScaleError: the numbers are on another scale, or their direction is in doubt.
     """
+    units = {(amount.scale, amount.most) for amount in reading.amounts.values()}
+    if len(units) > 1:  # a lost % sign, or 8/10 beside 3/5: nobody knows whether all are meant
+        raise ScaleError(DOUBT, "numbers in several units (" + _listed_units(units) + ")")
     order = reading.order or _order_of(reading.amounts, ordered=ordered)
     scores = np.full(shown, np.nan)
     if order:
@@ -53,7 +56,7 @@ def to_scores(reading: Reading, shown: int, score_range: Range, *, ordered: bool
 
     if ordered:
         return _ranked(reading, shown)
-    _refuse_places(reading.amounts, score_range)
+    _refuse_places(reading.amounts)
     shares = {place: _share(held, score_range) for place, held in reading.amounts.items()}
     _refuse_other_scale(reading.amounts, score_range)
     for place, share in shares.items():
@@ -70,8 +73,6 @@ def _order_of(amounts: Mapping[int, Amount], *, ordered: bool) -> tuple[int, ...
         if not counted or values[0] not in (0, 1):
             raise ScaleError(DOUBT, f"places {_listed(values)} have gaps or repeat")
         return _ascending(amounts)
-    if "place" in scales:
-        raise ScaleError(DOUBT, "places for some candidates and scores for others")
     if not ordered or scales != {"asked"} or not counted or values[0] not in (0, 1):
         return ()
     if len(values) == 2 and values[0] == 0:
@@ -124,7 +125,7 @@ def _share(amount: Amount, score_range: Range) -> float:
     return share
 
 
-def _refuse_places(amounts: Mapping[int, Amount], score_range: Range) -> None:
+def _refuse_places(amounts: Mapping[int, Amount]) -> None:
     """1, 2, 3, ... of three or more candidates may be scores, or places with 1 as the best."""
     values = sorted(amount.value for amount in amounts.values())
     scales = {(amount.scale, amount.most) for amount in amounts.values()}
@@ -146,6 +147,11 @@ def _refuse_other_scale(amounts: Mapping[int, Amount], score_range: Range) -> No
     percents = [amount.value for amount in amounts.values() if amount.scale == "share"]
     if len(percents) > 1 and 0 < max(percents) <= 0.01 and not math.isclose(max(percents), 0.01):
         raise ScaleError(DOUBT, "all are below 1 percent")
+
+
+def _listed_units(units: Iterable[tuple[str, float]]) -> str:
+    names = {"asked": "without a unit", "share": "percent", "place": "places"}
+    return ", ".join(sorted(names.get(scale, f"of {most:g}") for scale, most in units))
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -9,6 +9,8 @@ from slgr_jax.teacher.ask.prompts import label
 
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "*": None,
                          "`": None})  # fmt: skip
+_SAME_LENGTH = {code: held for code, held in _QUOTES.items() if held is not None}
+_MASK = "\ufffb"
 _YEAR = re.compile(r"\s*\((?:1[89]|20)[0-9]{2}\)$")
 _NOUN = r"(?:(?:item|candidate|option|label|answer|choice|movie|film|book|product)\b\W*)?"
 _BARE = re.compile(rf"\W*{_NOUN}([A-Za-z]{{1,3}})\W*", re.IGNORECASE)
@@ -58,6 +60,21 @@ class Shown:
     def texts(self, place: int) -> list[str]:
         """The texts that stand for a candidate, as `normal` has them, the longest first."""
         return self._texts[place] if place < len(self._texts) else []
+
+    def without_titles(self, text: str) -> str:
+        """The text, as long as it was, with marks in place of titles: their words say nothing."""
+        lower = text.translate(_SAME_LENGTH).lower()
+        if len(lower) != len(text):
+            return text
+        for titles in self._texts:
+            for title in titles:
+                start = lower.find(title) if len(title) > 3 else -1
+                while start >= 0:
+                    end = start + len(title)
+                    text = text[:start] + _MASK * len(title) + text[end:]
+                    lower = lower[:start] + _MASK * len(title) + lower[end:]
+                    start = lower.find(title, end)
+        return text
 
     def title_end(self, place: int, text: str) -> int | None:
         """Where the title of `place` ends that `text` (in plain characters) begins with."""

@@ -18,7 +18,7 @@ from slgr_jax.teacher.collect.text_lines import Line, read_line
 
 _ARROW = re.compile(r"\s*(?:-+>|=+>|→|⇒|≻|›|»|>+)\s*")
 _KEYED = re.compile(
-    rf"\s*[-*•]?\s*[\"'*]*(?P<key>[A-Za-z][A-Za-z_ ]{{0,29}}?)[\"'*]*\s*[:=–—|-]\s*[\"'*]*"
+    rf"\s*[-*•]?\s*[\"'*]*(?P<key>[A-Za-z][A-Za-z_ ]{{0,29}}?)[\"'*]*\s*[:=–—|-][\s\"'*]*"
     rf"(?P<amount>{AMOUNT.pattern})[\"'*.,;\s|]*\Z",
     re.VERBOSE | re.IGNORECASE,
 )

@@ -49,6 +49,7 @@ _ENDS = re.compile(
     r"[\s\"'.)\],|}}]*\Z",
     re.VERBOSE | re.IGNORECASE,
 )
+_LISTED = re.compile(r"\A\W*(?:[0-9]{1,3}[.)\]:]\s+)?")
 _YEAR = re.compile(r"\(\s*(?:1[89]|20)[0-9]{2}\s*\)")
 _NEXT = re.compile(
     r"(?:[,;|/>]\s*|\s+(?:and\s+)?)(?=[\"'(\[{]*(?P<label>[A-Za-z]{1,3})"
@@ -86,6 +87,9 @@ class Line(NamedTuple):
 def read_line(text: str, shown: Shown) -> list[Line]:
     """What a line says of each candidate that it names at its start, or one after the other."""
     plain = " ".join(plain_characters(text).replace("\t", " | ").split())
+    alone = _LISTED.sub("", plain)
+    if shown.by_title(alone) is not None and shown.by_label(alone) is None:
+        return []  # `3. M (1931)`: a title, not label M with a number
     parts = []
     prefix = _PREFIX.match(plain)
     position = prefix.end() if prefix and not _head(plain, shown) else 0
