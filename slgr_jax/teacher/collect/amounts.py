@@ -91,7 +91,7 @@ AMOUNT = re.compile(
         (?:\s*-?(?:stars?|points?|pts)\b)?
       | \s*-?(?P<stars>stars?\b|[{_FILLED}])
       | (?:\s*(?:points?|pts)\b)?
-    )(?![\w%]|[.,:/][0-9])""",
+    )(?![\w%]|[.,:/][0-9]|[.,]?[^\w\s]{{1,2}}[0-9])""",
     re.VERBOSE | re.IGNORECASE,
 )
 # Any number that stands alone, to see whether a text holds one.
@@ -108,6 +108,8 @@ def amount_of(match: re.Match[str]) -> Amount | None:
     if match["ordinal"] or match["place"]:
         return Amount(value, "place") if value == int(value) and value >= 0 else None
     if match["percent"]:
+        if match["number"].startswith("."):
+            return None  # .83% is more often .83 or 83% than 0.0083
         return Amount(value / 100, "share")
     if match["most"]:
         most = float(match["most"])

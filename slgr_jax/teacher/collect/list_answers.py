@@ -24,6 +24,9 @@ from slgr_jax.teacher.collect.text_answers import read_section
 
 _MOST_PYTHON = 20_000  # characters of a text that is read as a Python literal
 _LAST_WHOLE = re.compile(r".*(?:\n|[,;](?=[\s\"'])|[}>](?=\s))", re.DOTALL)
+# The key of a value whose object is broken or cut off: {"draft": {...}, "final": {"A": 0.
+_KEY_BEFORE = re.compile(r"[\"']([^\"'\n]{1,40})[\"']\s*:\s*\Z")
+_STRING_BESIDE = re.compile(r"\"([^\"\n]{1,40})\"\s*:\s*\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _HOLE = "\ufffc"  # stands where JSON was, so that positions stay; it is no space and no letter
 UNREADABLE, DIFFER = "no scores by label", "two readings"
 
@@ -77,12 +80,17 @@ def _readings(text: str, shown: Shown, *, ordered: bool, cut: bool) -> tuple[lis
     for value in values:
         hole = "\n" + _HOLE * (value.end - value.start - 2) + "\n"
         blanked = blanked[: value.start] + hole + blanked[value.end :]
+    blanked = _STRING_BESIDE.sub(_without_notes, blanked)
     parts = _parts(shown.without_titles(blanked), values)
 
     held = [] if values else _python_value(text)
     said: list[tuple[int, Reading]] = []
     for start, value in [*_joined_rows(values), *((0, v) for v in held)]:
-        said += [(start, reading) for reading in read_json(value, shown, ordered=ordered)]
+        key = _KEY_BEFORE.search(text[max(start - 60, 0) : start])
+        mark = thoughts.mark_of_key(key[1]) if key else None
+        if mark != "skip":
+            inside = read_json(value, shown, ordered=ordered)
+            said += [(start, reading.marked(mark)) for reading in inside]
 
     why = ""
     if not held:
@@ -90,8 +98,8 @@ def _readings(text: str, shown: Shown, *, ordered: bool, cut: bool) -> tuple[lis
         end = len(text) if not cut else (last.end() if last else 0)
         for part in parts:
             words = blanked[part.start : min(part.end, end)].replace(_HOLE, "")
-            inside, reason = read_section(words, shown, ordered=ordered)
-            said += [(part.start, reading) for reading in inside]
+            told, reason = read_section(words, shown, ordered=ordered)
+            said += [(part.start, reading) for reading in told]
             why = why or reason
     starts = [part.start for part in parts]
     marked = []
@@ -100,6 +108,11 @@ def _readings(text: str, shown: Shown, *, ordered: bool, cut: bool) -> tuple[lis
         reading = dataclasses.replace(reading, section=number)
         marked.append(reading.marked(parts[number].mark if reading.mark == "plain" else None))
     return marked, why or text[:200]
+
+
+def _without_notes(match: re.Match[str]) -> str:
+    """A key and its string in broken JSON, without what is no answer: {"reasoning": "A > B", ..."""
+    return _HOLE * len(match[0]) if thoughts.mark_of_key(match[1]) else match[0]
 
 
 def _joined_rows(values: Sequence[JsonValue]) -> list[tuple[int, Any]]:

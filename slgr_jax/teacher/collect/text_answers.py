@@ -23,6 +23,7 @@ _KEYED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _NUMBERED = re.compile(r"\s*(?:[*_#]+\s*)?\(?#?(?P<number>[0-9]{1,3})[.)\]:]\s+(?P<text>.*\S)")
+_BROKEN = re.compile(r"\W*[.,]?[0-9]+(?:\W*|\s*[,;].*)")
 _BULLET = re.compile(r"\A\s*[-*•·+]\s+")
 _TABLE_RULE = re.compile(r"[\s|:+=-]+")
 _TIE = re.compile(r"[=≈~≥]|\bties?d?\b", re.IGNORECASE)
@@ -34,7 +35,8 @@ class _Section:
 
     passes: list[dict[int, Amount]] = dataclasses.field(default_factory=lambda: [{}])
     unclear: set[int] = dataclasses.field(default_factory=set)
-    conflict: bool = False
+    conflict: str = ""
+    told_in: int = -2
     named: bool = False
     labels: list[tuple[int, Line]] = dataclasses.field(default_factory=list)
     current: Line | None = None
@@ -58,7 +60,7 @@ def read_section(text: str, shown: Shown, *, ordered: bool) -> tuple[list[Readin
         return table, ""
     section = _read_lines(text, shown)
     if section.conflict:
-        return [], "a label and the title beside it are of two candidates"
+        return [], section.conflict
 
     scores = _scores(section)
     chains = _chains(text, shown)
@@ -78,12 +80,16 @@ def _read_lines(text: str, shown: Shown) -> _Section:
     for number, line in enumerate(re.split(r"[\n{}]", text)):
         if not line.strip():
             continue
+        if _BROKEN.fullmatch(line) and section.told_in == number - 1:
+            section.conflict = "a number is broken over two lines"
         keyed = _KEYED.fullmatch(line)
         if keyed and is_score_key(keyed["key"]) and shown.by_label(keyed["key"]) is None:
             _add_keyed(section, keyed)
             continue
         for part in read_line(line, shown):
             _add_line(section, number, part)
+            if part.amount is not None:
+                section.told_in = number
     return section
 
 
@@ -101,7 +107,8 @@ def _add_keyed(section: _Section, keyed: re.Match[str]) -> None:
 
 
 def _add_line(section: _Section, number: int, part: Line) -> None:
-    section.conflict |= part.conflict
+    if part.conflict:
+        section.conflict = "a label and the title beside it are of two candidates"
     if part.amount is not None:
         section.add(part.place, part.amount)
         section.named |= bool(re.search(r"score|rating|probability", part.rest, re.IGNORECASE))

@@ -8,6 +8,7 @@ for scores, `ORDERS` of those that ask for an order; each is also tried on the o
 from __future__ import annotations
 
 import json
+import re
 
 import hypothesis
 import numpy as np
@@ -41,6 +42,14 @@ def comma(score):
 
 def bold(label_, score):
     return f"**{label_}**: **{score}**"
+
+
+def chain(labels):
+    return " > ".join(labels)
+
+
+def lines(scores, titles):
+    return "\n".join(f"{a}: {s}" for a, s in scores.items())
 
 
 def halved(scores):
@@ -100,19 +109,28 @@ SCORES = {
     "comment": rows(lambda a, v, t: f"{a}: {v} - they like films of the 90s, so it fits"),
     "block": rows(lambda a, v, t: f"### {a}. {t}\n**Score:** {v}\nReason: it fits.\n"),
     "yaml": rows(lambda a, v, t: f"{a}:\n  score: {v}"),
-    "table": lambda s, t: "| Candidate | Score |\n|---|---|\n" + rows(lambda a, v, t: f"| {a} | {v} |")(s, t),
-    "table of titles": lambda s, t: "| Label | Title | Year | Score |\n|--|--|--|--|\n"
-    + rows(lambda a, v, t: f"| {a} | {t.replace('|', '/')} | 1995 | {v} |")(s, t),
+    "table": lambda s, t: (
+        "| Candidate | Score |\n|---|---|\n" + rows(lambda a, v, t: f"| {a} | {v} |")(s, t)
+    ),
+    "table of titles": lambda s, t: (
+        "| Label | Title | Year | Score |\n|--|--|--|--|\n"
+        + rows(lambda a, v, t: f"| {a} | {t.replace('|', '/')} | 1995 | {v} |")(s, t)
+    ),
     "csv": lambda s, t: "label,score\n" + rows(lambda a, v, t: f"{a},{v}")(s, t),
     "think": lambda s, t: f"<think>A: 0.5 {json.dumps(halved(s))}</think>\n{json.dumps(s)}",
-    "THINK": lambda s, t: f"[THINK]{json.dumps(reversed_scores(s))}[/THINK]" + rows(lambda a, v, t: f"{a}: {v}")(s, t),
-    "channels": lambda s, t: f"<|channel|>analysis<|message|>{json.dumps(halved(s))}<|end|>"
-    f"<|start|>assistant<|channel|>final<|message|>{json.dumps(s)}<|return|>",
-    "draft": lambda s, t: "Initial scores:\n" + rows(lambda a, v, t: f"{a}: {v}")(reversed_scores(s), t)
-    + "\n\nFinal scores:\n" + rows(lambda a, v, t: f"{a}: {v}")(s, t),
-    "reconsidered": lambda s, t: f"{json.dumps(reversed_scores(s))}\nOn reflection, no.\n{json.dumps(s)}",
+    "THINK": lambda s, t: f"[THINK]{json.dumps(reversed_scores(s))}[/THINK]" + lines(s, t),
+    "channels": lambda s, t: (
+        f"<|channel|>analysis<|message|>{json.dumps(halved(s))}<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{json.dumps(s)}<|return|>"
+    ),
+    "draft": lambda s, t: (
+        "Initial scores:\n" + lines(reversed_scores(s), t) + "\n\nFinal scores:\n" + lines(s, t)
+    ),
+    "reconsidered": lambda s, t: (
+        f"{json.dumps(reversed_scores(s))}\nOn reflection, no.\n{json.dumps(s)}"
+    ),
     "answer tag": lambda s, t: f"{json.dumps(halved(s))}\n<answer>{json.dumps(s)}</answer>",
-}  # fmt: skip
+}
 # Understood whatever the scores are. The others may be refused, by doubt or for what they hold.
 CLEAR = frozenset(SCORES) - {"table of titles"}
 ORDERS = {
@@ -136,12 +154,20 @@ ORDERS = {
     "places from 0": lambda s, t: json.dumps({a: k for k, a in enumerate(best_first(s))}),
     "ordinals": lambda s, t: "\n".join(f"{a}: #{k}" for k, a in enumerate(best_first(s), 1)),
     "by place": lambda s, t: json.dumps({str(k): a for k, a in enumerate(best_first(s), 1)}),
-    "ranks": lambda s, t: json.dumps([{"label": a, "rank": k} for k, a in enumerate(best_first(s), 1)]),
-    "draft": lambda s, t: f"Initial ranking: {' > '.join(s)}\nHmm.\nFinal ranking: {' > '.join(best_first(s))}",
-    "restated": lambda s, t: "\n".join(f"{a}. {t[a]}" for a in s) + f"\n\nRanking: {' > '.join(best_first(s))}",
+    "ranks": lambda s, t: json.dumps(
+        [{"label": a, "rank": k} for k, a in enumerate(best_first(s), 1)]
+    ),
+    "draft": lambda s, t: (
+        f"Initial ranking: {chain(s)}\nHmm.\nFinal ranking: {chain(best_first(s))}"
+    ),
+    "restated": lambda s, t: (
+        "\n".join(f"{a}. {t[a]}" for a in s) + f"\n\nRanking: {chain(best_first(s))}"
+    ),
     "worst first": lambda s, t: "From worst to best: " + " > ".join(best_first(s)[::-1]),
-    "with scores": lambda s, t: "\n".join(f"{k}. {a} ({s[a]})" for k, a in enumerate(best_first(s), 1)),
-}  # fmt: skip
+    "with scores": lambda s, t: "\n".join(
+        f"{k}. {a} ({s[a]})" for k, a in enumerate(best_first(s), 1)
+    ),
+}
 CLEAR_ORDERS = frozenset(ORDERS) - {"worst first", "chain of titles"}
 
 
@@ -218,6 +244,8 @@ def edited(text, changes):
     for where, what in changes:
         at = min(int(where * len(text)), len(text) - 1)
         letter = text[at]
+        if re.fullmatch(r"[0-9.,/]{2}", text[max(at - 1, 0) : at + 1]):
+            continue  # inside of a number: it would say something else
         if what not in ("delete", "double", "case"):
             text = text[:at] + what + text[at:]
         elif letter.isdigit() or (what == "double" and letter.isalpha()):
