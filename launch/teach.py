@@ -144,11 +144,12 @@ def requests(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def collect(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher.collect import answer_log as log
+    from slgr_jax.teacher.collect import collecting
     from slgr_jax.teacher.products import preferences
 
-    manifest, told = log.collect(data, common, flags.section_from_flags(config.CollectConfig))
-    print(told)
+    options = flags.section_from_flags(config.CollectConfig)
+    manifest, summary = collecting.collect(data, common, options)
+    print(summary)
     print(preferences.report(manifest))
 
 
