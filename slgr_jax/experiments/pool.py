@@ -225,8 +225,8 @@ def _fit(run: RunConfig) -> None:
 def _evaluate(run: RunConfig) -> None:
     """metrics.json and per_user.parquet; of labelled rows also bins and each user's AUC."""
     from slgr_jax.evaluation import click_metrics
+    from slgr_jax.evaluation.results import write_row_users
     from slgr_jax.models.scoring import score_rows
-    from slgr_jax.reports import tables
     from slgr_jax.sampling import labelled_rows
     from slgr_jax.training import build
 
@@ -247,7 +247,7 @@ def _evaluate(run: RunConfig) -> None:
         users = {"all": click_metrics.per_user(rows, scores)}
         for kind in ("tail", "head"):
             users[kind] = click_metrics.per_user(rows, scores, masks[f"{kind}_items"])
-        tables.write_row_users(root, data, slices, {"test": users})
+        write_row_users(root, data, slices, {"test": users})
     results.write_json(root / results.ROWS, found)
 
 
