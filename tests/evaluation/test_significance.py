@@ -27,7 +27,7 @@ def test_paired_t_equals_scipy(n, shift):
 
 
 def test_paired_t_of_two_is_a_cauchy_tail():
-    # t = mean / (sd / sqrt(2)) = 2 / 1, with one degree of freedom: P(|T| > 2) = 1 - 2 atan(2) / pi.
+    # t = mean / (sd / sqrt(2)) = 2, one degree of freedom: P(|T| > 2) = 1 - 2 atan(2) / pi.
     assert significance.paired_t(np.array([1.0, 3.0])) == pytest.approx(
         1 - 2 * np.arctan(2.0) / np.pi
     )
