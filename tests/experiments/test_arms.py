@@ -11,8 +11,8 @@ from slgr_jax.experiments import arms
 
 
 def test_arms_are_ordered_and_matched():
-    def choose(asked, controls=(), matched="", focus="", own=None):
-        return arms.choose(asked, controls, matched, focus, own or {})
+    def choose(asked, controls=(), matched="", focus="", own_arms=None):
+        return arms.choose(asked, controls, matched, focus, own_arms or {})
 
     assert choose(("global",)) == (("none", "global"), "", "global")
     every = choose(("constant", "paper", "calibrated"), ("shuffled", "constant"))
@@ -24,14 +24,14 @@ def test_arms_are_ordered_and_matched():
     assert choose(("paper", "rule"), ("shuffled",), "rule", "paper")[1:] == ("rule", "paper")
     # Without a gate to match there is nothing to control.
     assert choose(("none", "global"), arms.CONTROLS) == (("none", "global"), "", "global")
-    mine = {"mine": {"guidance": "selective", "gate": "paper"}}
-    assert choose(("global",), ("shuffled",), own=mine)[1] == "mine"
+    wide = {"wide": {"guidance": "selective", "gate": "paper"}}
+    assert choose(("global",), ("shuffled",), own_arms=wide)[1] == "wide"
     for bad, message in (
-        ((("best",),), "--guidance: best is not one of: none, global, pointwise"),
-        ((("paper",), ("swapped",)), "--controls: swapped is not one of: constant"),
-        ((("paper",), (), "global"), "--matched_to=global is not one of the arms: paper"),
-        ((("paper",), (), "", "rule"), "--focus=rule is not one of the arms: paper"),
-        ((("global", "shuffled"),), "the control shuffled copies an arm with a gate"),
+        ((("best",),), "--guidance: best .* none, global, pointwise"),
+        ((("paper",), ("swapped",)), "--controls: swapped .* constant"),
+        ((("paper",), (), "global"), "--matched_to=global .* paper"),
+        ((("paper",), (), "", "rule"), "--focus=rule .* paper"),
+        ((("global", "shuffled"),), "control shuffled .* paper"),
     ):
         with pytest.raises(ConfigError, match=message):
             choose(*bad)
@@ -51,28 +51,28 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
     plan = plan_of(tmp_path, asked=("none", "global", "rule", "paper"), controls=arms.CONTROLS,
                    knobs={"epochs": 7, "guidance_loss": "logistic"})  # fmt: skip
     settings = {"lr": 0.3, "lambda": 2.0}
-    found = {arm: plan.config("mf", arm, settings, tmp_path, 4) for arm in plan.arms}
-    for arm, run in found.items():
+    runs = {arm: plan.config("mf", arm, settings, tmp_path, 4) for arm in plan.arms}
+    for arm, run in runs.items():
         assert (run.optimizer.lr, run.guidance.weight, run.train.epochs) == (0.3, 2.0, 7)
         assert (run.train.seed, run.workdir) == (4, str(tmp_path))
         assert run.guidance.guidance == ("none" if arm == "none" else "selective")
-    teachers = {arm: run.guidance.teacher for arm, run in found.items()}
+    teachers = {arm: run.guidance.teacher for arm, run in runs.items()}
     assert teachers == {
         **dict.fromkeys(("global", "rule", "paper", "constant"), "llm"),
         **{c: f"llm.{c}" for c in ("shuffled", "popularity", "item_item")},
         "none": "",
     }
-    gates = {arm: run.gate.gate for arm, run in found.items() if arm != "none"}
+    gates = {arm: run.gate.gate for arm, run in runs.items() if arm != "none"}
     assert gates == {
         **{arm: arm for arm in ("rule", "paper", "constant")},
         **dict.fromkeys(("shuffled", "popularity", "item_item"), "paper"),
         "global": "constant",
     }
-    assert found["global"].gate.alpha == 1.0
+    assert runs["global"].gate.alpha == 1.0
     assert plan.config("mf", "constant", {"alpha": 0.25}, tmp_path).gate.alpha == 0.25
     plan.check()
-    wrong = plan_of(tmp_path, own_arms={"mine": {"guidance": "selective", "gate": "oracle"}})
-    with pytest.raises(ConfigError, match="arm mine of mf: --gate='oracle' is not one of: paper"):
+    wrong = plan_of(tmp_path, own_arms={"wide": {"guidance": "selective", "gate": "oracle"}})
+    with pytest.raises(ConfigError, match="arm wide of mf: --gate='oracle'"):
         wrong.check()
 
 
@@ -90,14 +90,14 @@ def test_every_control_copies_every_gated_arm(tmp_path, matched):
 
 
 def test_grids_are_the_backbones_unless_said_otherwise():
-    found = arms.grids(["mf", "dcnv2"], {}, {"lr": (), "dropout": ()})
-    assert found == {"mf": arms.GRIDS["mf"], "dcnv2": arms.GRIDS["dcnv2"]}
+    grids = arms.grids(["mf", "dcnv2"], {}, {"lr": (), "dropout": ()})
+    assert grids == {"mf": arms.GRIDS["mf"], "dcnv2": arms.GRIDS["dcnv2"]}
     given = {"dropout": 0.25, "lambda": 3.0, "epochs": 5}
-    found = arms.grids(["mf", "dcnv2"], given, {"lr": (0.1,), "l2": ()})
-    assert found == {
+    grids = arms.grids(["mf", "dcnv2"], given, {"lr": (0.1,), "l2": ()})
+    assert grids == {
         "mf": {"lr": (0.1,), "l2": arms.GRIDS["mf"]["l2"], "dropout": (0.25,)},
         "dcnv2": {"lr": (0.1,), "dropout": (0.25,)},
     }
     assert set(arms.GRIDS) == set(config.BACKBONES)
-    with pytest.raises(ConfigError, match="--backbones: svd is not one of: mf, lightgcn"):
+    with pytest.raises(ConfigError, match=r"--backbones: svd .* mf, lightgcn"):
         arms.grids(["svd"], {}, {})

@@ -30,31 +30,31 @@ def test_help_needs_no_jax():
     code = "import sys, runpy; sys.modules['jax'] = None; sys.argv = ['x', '--help']\n"
     code += f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
     code += f"runpy.run_path({str(BENCHMARKS / 'compare_guidance.py')!r}, run_name='__main__')"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "--guidance=none,global,pointwise,rule,paper,calibrated" in found.stdout
-    assert "--early_stop_metric" in found.stdout
-    assert "use of the teacher in training" not in found.stdout  # that knob is the arms'
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--guidance=none,global,pointwise,rule,paper,calibrated" in done.stdout
+    assert "--early_stop_metric" in done.stdout
+    assert "use of the teacher in training" not in done.stdout  # that knob is the arms'
 
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
     worlds.random_dataset(tmp_path / "data")
-    here = (f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
+    where = (f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
     for given, message in (
         ((), "missing --data, --out"),
-        ((*here, "--guidance=none,paper"), "missing --teacher"),
-        ((*here, "--teacher=llm", "--guidance=best"), "best is not one of: none, global"),
-        ((*here, "--backbones=svd"), "--backbones: svd is not one of: mf, lightgcn"),
-        ((*here, "--preset=table9"), "--preset=table9 is not one of: table2, table3"),
-        ((*here, "--teacher=llm", "--tune_runs=2"), "--tune_runs=2 is below the 4 values"),
-        ((*here, "--teacher=llm", "--guidance=paper"), "has no teacher 'llm'"),
-        (("--data=/nowhere", here[1]), "/nowhere is not a directory"),
+        ((*where, "--guidance=none,paper"), "missing --teacher"),
+        ((*where, "--teacher=llm", "--guidance=best"), "best is not one of: none, global"),
+        ((*where, "--backbones=svd"), "--backbones: svd is not one of: mf, lightgcn"),
+        ((*where, "--preset=table9"), "--preset=table9 is not one of: table2, table3"),
+        ((*where, "--teacher=llm", "--tune_runs=2"), "--tune_runs=2 is below the 4 values"),
+        ((*where, "--teacher=llm", "--guidance=paper"), "has no teacher 'llm'"),
+        (("--data=/nowhere", where[1]), "/nowhere is not a directory"),
     ):
-        found = launch(*given)
-        assert found.returncode == 2, (given, found.stderr)
-        assert message in found.stderr
-        assert len(found.stderr.strip().splitlines()) == 1
+        done = launch(*given)
+        assert done.returncode == 2, (given, done.stderr)
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -63,10 +63,10 @@ def test_two_comparisons_in_one_directory_are_refused(tmp_path):
     worlds.random_dataset(tmp_path / "data")
     given = (f"--data={tmp_path / 'data'}", f"--out={tmp_path}", "--guidance=none", "--controls=")
     with shards.locked(tmp_path):
-        found = launch(*given)
-    assert found.returncode == 2
-    assert f"{tmp_path} is being written by another process" in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+        done = launch(*given)
+    assert done.returncode == 2
+    assert f"{tmp_path} is being written by another process" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -86,8 +86,8 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
         *("--tune_lr=0.01", "--l2=0", "--tune_dropout=0.1", "--tune_lambda=0.1", "--workers=2"),
         *("--batch_size=64", "--mlp=4", "--history_bins=5,7", "--popularity_bins=12"),
     )
-    found = launch(*given)
-    assert found.returncode == 0, found.stderr
+    done = launch(*given)
+    assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["protocol"]["primary"] == {"mf": "ndcg@10", "dcnv2": "rows_auc"}
     assert (out / "report.md").read_text().startswith("# world, teacher llm")
@@ -110,14 +110,14 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
             seeds = []
             for root in where[backbone, arm]:
                 rows = pq.read_table(root / f"{name}.parquet").to_pylist()
-                mine = [r for r in rows if r["part"] == "test" and r["items"] == "all"]
-                seeds.append([r[metric] for r in sorted(mine, key=lambda r: r["user"])])
+                tested = [r for r in rows if r["part"] == "test" and r["items"] == "all"]
+                seeds.append([r[metric] for r in sorted(tested, key=lambda r: r["user"])])
             users[arm] = np.mean(np.array(seeds, float), axis=0)
         primary = report["protocol"]["primary"][backbone]
         row = pick(report["rows"], backbone, "paper", "overall", primary)
-        there = ~np.isnan(users["paper"])
-        assert there.sum() == row["users"] > 20
-        expected = scipy_stats.ttest_rel(users["paper"][there], users["none"][there]).pvalue
+        defined = ~np.isnan(users["paper"])
+        assert defined.sum() == row["users"] > 20
+        expected = scipy_stats.ttest_rel(users["paper"][defined], users["none"][defined]).pvalue
         assert row["vs_none"]["p_users"] == pytest.approx(expected)
         metrics = [json.loads((r / "metrics.json").read_text()) for r in where[backbone, "paper"]]
         of = [m["test"]["overall"]["ndcg@10"] if backbone == "mf"

@@ -45,12 +45,12 @@ def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, capsys):
         return [loop.Outcome("finished", 9, 90, 4 + i, 0.25, 3.5) for i in range(len(group))]
 
     monkeypatch.setattr(multi_seed, "train_seeds", together)
-    found = pool.train_runs(runs, workers=1, root=tmp_path)
-    assert [one["best_epoch"] for one in found] == [4, 5, 6]
-    for one in found:
+    outcomes = pool.train_runs(runs, workers=1, root=tmp_path)
+    assert [outcome["best_epoch"] for outcome in outcomes] == [4, 5, 6]
+    for outcome in outcomes:
         expected = {"epoch": 9, "best_metric": 0.25, "seconds": 3.5, "error": None}
-        assert {name: one[name] for name in expected} == expected
-        assert 0 <= one["cpu_seconds"] < 60
+        assert {name: outcome[name] for name in expected} == expected
+        assert 0 <= outcome["cpu_seconds"] < 60
     shown = capsys.readouterr().out
     assert shown.splitlines()[1] == "  [1/1] s1: 0.2500 (epoch 5)"
     assert "epoch 1\n" in (tmp_path / "s0" / "train.log").read_text()
@@ -63,7 +63,7 @@ def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(multi_seed, "train_seeds", diverge)
     for run in runs:
         results.forget(run.workdir)
-    assert [one["error"] for one in pool.train_runs(runs, workers=1, root=tmp_path)] == [
+    assert [outcome["error"] for outcome in pool.train_runs(runs, workers=1, root=tmp_path)] == [
         "diverged"
     ] * 3
     assert alone == runs
@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     assert outcome["epoch"] == 2
     assert outcome["error"] is None
     assert f"out/a: {outcome['best_metric']:.4f}" in capsys.readouterr().out
-    logged = [one["valid/ndcg@10"] for one in results.log(run.workdir)]
+    logged = [record["valid/ndcg@10"] for record in results.log(run.workdir)]
     assert outcome["best_metric"] == max(logged)
     best = results.log(run.workdir)[outcome["best_epoch"] - 1]
     assert tuning.mean_alpha(tmp_path / "out" / "a") == best["train/alpha"]
@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     # Other settings, or other answers of the teacher, are another run.
     other = plan.config("mf", "paper", {"lr": 0.2}, root)
     assert not pool.finished(other)
-    with pytest.raises(ConfigError, match=r"--lr: 0.1 -> 0.2\); choose another --out"):
+    with pytest.raises(ConfigError, match=r"--lr: 0.1 -> 0.2.*--out"):
         pool.train_runs([other], workers=1, root=tmp_path)
     preferences.write_product(
         data, "llm", table.slice(1), provenance=preferences.Provenance(), overwrite=True

@@ -15,7 +15,7 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
     tried = [{"lr": 0.1, "lambda": 0.3, "valid": 0.5, "epoch": 1},
              {"lr": 0.1, "lambda": 1.0, "valid": None, "epoch": None}]  # fmt: skip
     bins = [{"low": 0.1, "high": 0.5, "alpha": 0.3, "right": 0.4, "n": 7}]
-    found = {
+    report = {
         "protocol": {
             "data": "books", "teacher": "llm", "arms": ["none", "global", "paper", "constant"],
             "backbones": ["mf", "dcnv2"], "matched_to": "paper", "primary": PRIMARY, "seeds": SEEDS,
@@ -33,13 +33,16 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
         "baselines": [{"baseline": "popular", "slice": "overall", "ndcg@10": 0.1}],
     }  # fmt: skip
     monkeypatch.setattr(plots, "FEWEST", 1)
-    names = plots.draw(found, tmp_path)
+    names = plots.draw(report, tmp_path)
     assert names == [
-        *("bars.png", "gain_by_history.png", "alpha_by_slice.png", "reliability.png"),
+        "bars.png",
+        "gain_by_history.png",
+        "alpha_by_slice.png",
+        "reliability.png",
         "alpha_by_epoch.png",
     ]
     assert all((tmp_path / name).stat().st_size > 5_000 for name in names)
-    text = render.render(found, names)
+    text = render.render(report, names)
     row = pick(rows, "mf", "paper", "overall", "ndcg@10")
     line = next(line for line in text.splitlines() if line.startswith("| overall    | paper"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -53,11 +56,11 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
     assert "lr 0.1, lambda 0.3" in text
     assert "- mf paper: lambda 0.3, the least of what was tried" in text
     # Nothing to say of gates: no table and no picture of them.
-    found |= {"gate": [], "alpha_by_epoch": [], "baselines": []}
-    assert "## Gates" not in render.render(found, [])
-    assert plots.draw(found, tmp_path) == ["bars.png", "gain_by_history.png"]
+    report |= {"gate": [], "alpha_by_epoch": [], "baselines": []}
+    assert "## Gates" not in render.render(report, [])
+    assert plots.draw(report, tmp_path) == ["bars.png", "gain_by_history.png"]
     monkeypatch.setattr(plots, "FEWEST", USERS + 1)  # bins of fewer users are not drawn
-    assert plots.draw(found, tmp_path) == ["bars.png"]
+    assert plots.draw(report, tmp_path) == ["bars.png"]
 
 
 def test_the_printed_tables_have_the_differences_that_were_computed_from_them():
@@ -85,7 +88,7 @@ def test_presets_put_ours_beside_the_printed(written):
     rows = summary.rows_of(runs, (10,), PRIMARY)
     protocol = {"backbones": ["dcnv2"], "arms": ["none", "global", "paper"]}
     reports = {"Beauty": {"protocol": protocol, "rows": rows}}
-    ours = np.mean([one["overall"].mean() for one in values["dcnv2", "paper"]])
+    ours = np.mean([of_seed["overall"].mean() for of_seed in values["dcnv2", "paper"]])
     for name in presets.PRESETS:
         text = presets.table(name, reports)
         assert f"{ours:.4f}" in text

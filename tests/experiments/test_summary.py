@@ -29,11 +29,12 @@ def test_means_intervals_and_tests_equal_scipy(written):
     for backbone, metric in PRIMARY.items():
         for name in KINDS:
             seeds = {
-                arm: np.array([one[name].mean() for one in values[backbone, arm]])
+                arm: np.array([of_seed[name].mean() for of_seed in values[backbone, arm]])
                 for arm in ("none", "global", "paper")
             }
             users = {
-                arm: np.mean([one[name] for one in values[backbone, arm]], axis=0) for arm in seeds
+                arm: np.mean([of_seed[name] for of_seed in values[backbone, arm]], axis=0)
+                for arm in seeds
             }
             for arm, others in (("none", ()), ("global", ("none",)), ("paper", ("none", "global"))):
                 row, x = pick(rows, backbone, arm, name, metric), seeds[arm]
@@ -44,13 +45,13 @@ def test_means_intervals_and_tests_equal_scipy(written):
                 assert row["primary"]
                 assert {k for k in row if k.startswith("vs_")} == {f"vs_{o}" for o in others}
                 for other in others:
-                    found, y = row[f"vs_{other}"], seeds[other]
+                    test, y = row[f"vs_{other}"], seeds[other]
                     spread = scipy_stats.ttest_rel(x, y).confidence_interval(0.95)
-                    assert (found["low"], found["high"]) == pytest.approx((spread.low, spread.high))
-                    assert found["difference"] == pytest.approx(x.mean() - y.mean())
-                    assert found["relative"] == pytest.approx(x.mean() / y.mean() - 1)
+                    assert (test["low"], test["high"]) == pytest.approx((spread.low, spread.high))
+                    assert test["difference"] == pytest.approx(x.mean() - y.mean())
+                    assert test["relative"] == pytest.approx(x.mean() / y.mean() - 1)
                     by_users = scipy_stats.ttest_rel(users[arm], users[other]).pvalue
-                    expected.append((found, scipy_stats.ttest_rel(x, y).pvalue, by_users))
+                    expected.append((test, scipy_stats.ttest_rel(x, y).pvalue, by_users))
     assert len(expected) == 2 * 5 * 3
     tests, by_seeds, by_users = zip(*expected, strict=True)
     for key, raw in (("p_seeds", by_seeds), ("p_users", by_users)):
@@ -68,11 +69,11 @@ def test_the_focus_is_tested_against_controls_too(written):
     runs, _ = written
     rows = summary.rows_of(runs, (10,), PRIMARY, "paper", ["global"])
     controlled = runs | {(b, "shuffled"): dirs for (b, arm), dirs in runs.items() if arm == "none"}
-    found = summary.rows_of(controlled, (10,), PRIMARY, "paper", ["shuffled"])
-    row = pick(found, "mf", "paper", "overall", "ndcg@10")
+    with_shuffled = summary.rows_of(controlled, (10,), PRIMARY, "paper", ["shuffled"])
+    row = pick(with_shuffled, "mf", "paper", "overall", "ndcg@10")
     same = {k: v for k, v in row["vs_none"].items() if not k.endswith("_holm")}
     assert {k: v for k, v in row["vs_shuffled"].items() if not k.endswith("_holm")} == same
-    assert "vs_shuffled" not in pick(found, "mf", "global", "overall", "ndcg@10")
+    assert "vs_shuffled" not in pick(with_shuffled, "mf", "global", "overall", "ndcg@10")
     assert pick(rows, "mf", "paper", "overall", "ndcg@10")["vs_global"]["p_users"] is not None
 
 
@@ -109,7 +110,7 @@ def test_cost_and_gates_are_means_over_seeds(tmp_path):
             rates = [100, 900 + seed, 400] if guided else [100, 1802, 1700]
             more = {"train/alpha": 0.5} if guided else {}
             log = [{"epoch": e, "triples_per_s": r, **more} for e, r in enumerate(rates, 1)]
-            (root / results.LOG).write_text("".join(json.dumps(one) + "\n" for one in log))
+            (root / results.LOG).write_text("".join(json.dumps(row) + "\n" for row in log))
             if not guided:
                 continue
             bins = [(0.0, 0.3, 0.2, 0.25 + seed / 4, 10 + seed), (0.3, 0.9, 0.8, 0.75, 11)]
@@ -120,7 +121,7 @@ def test_cost_and_gates_are_means_over_seeds(tmp_path):
                 "slices": {
                     "overall": {"alpha": 0.25 * (1 + seed), "right": None, "n": 40 - 30 * seed}
                 },
-                "reliability": [dict(zip(names, one, strict=True)) for one in bins],
+                "reliability": [dict(zip(names, bin_, strict=True)) for bin_ in bins],
             }
             metrics = results.read_json(root / results.METRICS)
             results.write_json(root / results.METRICS, metrics | {"gate": gate})
@@ -137,7 +138,7 @@ def test_cost_and_gates_are_means_over_seeds(tmp_path):
         (22, pytest.approx(0.8), 0.75),
     ]  # fmt: skip
     alphas = summary.alphas(runs)
-    assert [(one["arm"], one["epochs"]) for one in alphas] == [("paper", [1, 2, 3])]
+    assert [(row["arm"], row["epochs"]) for row in alphas] == [("paper", [1, 2, 3])]
 
 
 def judged(backbone, name, **against):
@@ -157,8 +158,8 @@ def test_the_verdict_counts_cells():
         judged("mf", "warm_users", none=(-0.5, -0.4, 0.01, 0.01), **{"global": (-1, -1, 0.0, 0.0)}),
         judged("din", "overall", none=(-0.2, -0.1, 0.04, None), **{"global": (0.1, 0.2, 0.1, 0.1)}),
     ]
-    found = summary.verdict(rows, "paper")
-    none, other = found["against"]["none"], found["against"]["global"]
+    verdict = summary.verdict(rows, "paper")
+    none, other = verdict["against"]["none"], verdict["against"]["global"]
     assert (none["cells"], other["cells"]) == (4, 3)
     assert none["at_least"] == ["mf overall", "mf cold_users", "mf tail_items"]
     assert none["better_over_seeds"] == ["mf overall", "mf cold_users"]
@@ -168,8 +169,8 @@ def test_the_verdict_counts_cells():
         ["mf tail_items"],
     )
     assert other["better_over_users"] == ["mf cold_users"]
-    assert (found["backbones"], found["holds_overall"]) == (2, ["mf"])
-    assert found["wins_cold_or_tail"] == ["mf"]
+    assert (verdict["backbones"], verdict["holds_overall"]) == (2, ["mf"])
+    assert verdict["wins_cold_or_tail"] == ["mf"]
     assert summary.verdict(rows, "none") is None
 
 

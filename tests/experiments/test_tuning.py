@@ -19,10 +19,10 @@ def test_points_near_the_best():
     pairs = [(point["lr"], point["l2"]) for point in near]
     assert pairs == [(0.2, 1.0), (0.2, 2.0), (0.1, 0.0), (0.1, 1.0), (0.1, 2.0)]
     assert tuning.near(GRID, {"lr": 0.2, "l2": 0.0}, 2) == near[:2]
-    some = tuning.first_points(GRID, 4)
-    assert some == tuning.first_points(GRID, 4)
-    assert len(some) == 4
-    assert all(point in tuning.points(GRID) for point in some)
+    drawn = tuning.first_points(GRID, 4)
+    assert drawn == tuning.first_points(GRID, 4)
+    assert len(drawn) == 4
+    assert all(point in tuning.points(GRID) for point in drawn)
     assert tuning.first_points(GRID, 0) == tuning.first_points(GRID, 50) == tuning.points(GRID)
 
 
@@ -51,7 +51,7 @@ class Landscape:
             results.write_json(root / results.OUTCOME, outcome)
             alphas = [0.9, 0.125 * run.guidance.weight, 0.1]
             log = [{"epoch": e, "train/alpha": a} for e, a in enumerate(alphas, 1)]
-            (root / results.LOG).write_text("".join(json.dumps(one) + "\n" for one in log))
+            (root / results.LOG).write_text("".join(json.dumps(record) + "\n" for record in log))
             out.append(outcome)
         return out
 
@@ -59,45 +59,44 @@ class Landscape:
 def test_every_arm_has_as_many_runs_and_gets_its_best(tmp_path):
     plan = plan_of(tmp_path, controls=("constant", "shuffled", "popularity"))
     train = Landscape()
-    found = tuning.tune(plan, train)["mf"]
-    assert {arm: len(one["tried"]) for arm, one in found.items()} == {
+    tuned = tuning.tune(plan, train)["mf"]
+    assert {arm: len(of_arm["tried"]) for arm, of_arm in tuned.items()} == {
         **dict.fromkeys(("none", "global", "paper", "popularity"), 6),
         **dict.fromkeys(("constant", "shuffled"), 0),
     }
     assert sorted(set(train.asked)) == ["global", "none", "paper", "popularity"]
-    assert found["none"]["chosen"] == {"lr": 0.2, "l2": 1.0}
+    assert tuned["none"]["chosen"] == {"lr": 0.2, "l2": 1.0}
     # The paper's arm, and what is matched to it, keeps the paper's loss.
     losses = {"global": {"guidance_loss": "logistic"}, "paper": {}, "popularity": {}}
     for arm, weight in train.best_lambda.items():
-        assert found[arm]["chosen"] == {"lr": 0.2, "l2": 1.0, "lambda": weight} | losses[arm]
+        assert tuned[arm]["chosen"] == {"lr": 0.2, "l2": 1.0, "lambda": weight} | losses[arm]
     tried = {("global", "logistic"), *((arm, "hinge") for arm in losses)}
     assert train.losses == tried
     # The sweep of every guided arm is at the settings of `none`, then comes the other loss.
     for arm, swept in (("global", [1.0, 3.0, 1.0]), ("paper", [1.0, 3.0])):
-        rows = [row for row in found[arm]["tried"] if (row["lr"], row["l2"]) == (0.2, 1.0)]
+        rows = [row for row in tuned[arm]["tried"] if (row["lr"], row["l2"]) == (0.2, 1.0)]
         assert [row["lambda"] for row in rows] == swept
-    found_again = {row["guidance_loss"] for row in found["global"]["tried"][2:]}
-    assert found_again == {"logistic"}
+    assert {row["guidance_loss"] for row in tuned["global"]["tried"][2:]} == {"logistic"}
 
     # Matched controls: the settings of paper, and its mean alpha in its best epoch.
-    assert found["shuffled"]["chosen"] == found["paper"]["chosen"]
-    assert found["constant"]["chosen"] == {**found["paper"]["chosen"], "alpha": 0.375}
+    assert tuned["shuffled"]["chosen"] == tuned["paper"]["chosen"]
+    assert tuned["constant"]["chosen"] == {**tuned["paper"]["chosen"], "alpha": 0.375}
 
 
 def test_another_loss_is_within_the_budget(tmp_path):
     for runs, losses in ((2, {"hinge"}), (3, {"hinge", "logistic"})):
         train = Landscape()
         plan = plan_of(tmp_path / str(runs), asked=("none", "global"), tune_runs=runs)
-        found = tuning.tune(plan, train)["mf"]
-        assert [len(found[arm]["tried"]) for arm in ("none", "global")] == [runs, runs]
+        tuned = tuning.tune(plan, train)["mf"]
+        assert [len(tuned[arm]["tried"]) for arm in ("none", "global")] == [runs, runs]
         assert {loss for _, loss in train.losses} == losses
 
 
 def test_which_variants_of_an_arm_are_tried(tmp_path):
     asked = ("none", "global", "pointwise", "rule", "paper", "calibrated")
-    own = {"mine": {"guidance": "selective", "gate": "calibrated", "guidance_loss": "soft"}}
-    plan = plan_of(tmp_path, asked=asked, controls=arms.CONTROLS, own_arms=own)
-    expected = dict.fromkeys(("none", "pointwise", "paper", "mine"), ())
+    extra = {"wide": {"guidance": "selective", "gate": "calibrated", "guidance_loss": "soft"}}
+    plan = plan_of(tmp_path, asked=asked, controls=arms.CONTROLS, own_arms=extra)
+    expected = dict.fromkeys(("none", "pointwise", "paper", "wide"), ())
     expected |= dict.fromkeys(("global", "rule"), ({"guidance_loss": "logistic"},))
     hinge = ({"guidance_loss": "hinge"},)
     expected |= dict.fromkeys(("calibrated", "popularity", "item_item"), hinge)
@@ -112,8 +111,8 @@ def test_which_variants_of_an_arm_are_tried(tmp_path):
 
 def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
     """While tuning, at the settings that `none` got; later of each seed, which train before."""
-    own = {
-        "mine": {
+    extra = {
+        "wide": {
             "guidance": "selective",
             "gate": "constant",
             "hard_negatives": 7,
@@ -123,7 +122,7 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
     knobs = {"hard_negatives": 100, "gate_inputs": "reference,history,popularity,teacher"}
     plan = plan_of(
         tmp_path, asked=("none", "paper", "hard_negatives"), controls=("shuffled", "popularity"),
-        own_arms=own, tune_runs=3,
+        own_arms=extra, tune_runs=3,
     )  # fmt: skip
     assert (plan.matched, plan.focus) == ("hard_negatives", "hard_negatives")
     plan.check()
@@ -138,10 +137,10 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
         values = [run.optimizer.l2 - ("reference" in run.gate.gate_inputs) for run in runs]
         return [{"best_metric": x, "best_epoch": 1, "error": None} for x in values]
 
-    found = tuning.tune(plan, train)
-    best = plan.tune_dir("mf", "none", found["mf"]["none"]["chosen"])
+    tuned = tuning.tune(plan, train)
+    best = plan.tune_dir("mf", "none", tuned["mf"]["none"]["chosen"])
     guided = [name for name in asked if not name.startswith("none")]
-    assert {arm: len(found["mf"][arm]["tried"]) for arm in ("none", "paper", "hard_negatives")} == {
+    assert {arm: len(tuned["mf"][arm]["tried"]) for arm in ("none", "paper", "hard_negatives")} == {
         **dict.fromkeys(("none", "paper", "hard_negatives"), 3),
     }
     for name in guided:
@@ -149,21 +148,23 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
         assert members[name] == read
     blind = {"lambda": 1.0, **arms.BLIND}
     for arm in ("hard_negatives", "popularity", "shuffled"):
-        assert found["mf"][arm]["chosen"] == {**found["mf"]["none"]["chosen"], **blind}
+        assert tuned["mf"][arm]["chosen"] == {**tuned["mf"]["none"]["chosen"], **blind}
     runs = {
-        (arm, seed): plan.run("mf", arm, found["mf"], seed)
+        (arm, seed): plan.run("mf", arm, tuned["mf"], seed)
         for arm in plan.arms
         for seed in range(2)
     }
     assert runs["none", 0].workdir == str(best)
-    for arm in ("hard_negatives", "mine", "shuffled", "popularity"):
+    for arm in ("hard_negatives", "wide", "shuffled", "popularity"):
         for seed in range(2):
             assert runs[arm, seed].reference_runs == (runs["none", seed].workdir,)
-            assert runs[arm, seed].hard_negatives == (7 if arm == "mine" else 100)
+            assert runs[arm, seed].hard_negatives == (7 if arm == "wide" else 100)
     assert runs["paper", 1].reference_runs == ()
-    mine = plan.config("mf", "hard_negatives", {}, tmp_path)
-    assert (mine.gate.gate, mine.guidance.hard_negatives, mine.gate.gate_inputs) == (
-        *("calibrated", knobs["hard_negatives"], knobs["gate_inputs"]),
+    run = plan.config("mf", "hard_negatives", {}, tmp_path)
+    assert (run.gate.gate, run.guidance.hard_negatives, run.gate.gate_inputs) == (
+        "calibrated",
+        knobs["hard_negatives"],
+        knobs["gate_inputs"],
     )
 
     # Runs that others read are trained before them.
@@ -184,9 +185,9 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
     ],
 )
 def test_what_is_chosen_at_an_end_of_its_grid_is_told(arm, chosen, ends):
-    own = itertools.product((0.01, 0.1, 0.3), (0.0, 0.05, 0.1))
+    grid = itertools.product((0.01, 0.1, 0.3), (0.0, 0.05, 0.1))
     tried = {
-        "none": [{"lr": lr, "l2": l2, "dropout": 0.2} for lr, l2 in own],
+        "none": [{"lr": lr, "l2": l2, "dropout": 0.2} for lr, l2 in grid],
         "global": [{"lr": 0.3, "lambda": weight} for weight in (0.1, 1.0, 3.0)],
     }[arm]
     assert tuning.at_an_end(arm, {"tried": tried, "chosen": chosen}) == ends
@@ -204,9 +205,9 @@ def test_a_setting_that_diverges_is_not_chosen(tmp_path):
             for run in runs
         ]
 
-    found = tuning.tune(plan, train)["mf"]["none"]
-    assert found["chosen"] == {"lr": 0.1, "l2": 2.0}
-    assert sum(row["valid"] is None for row in found["tried"]) == 3
+    tuned = tuning.tune(plan, train)["mf"]["none"]
+    assert tuned["chosen"] == {"lr": 0.1, "l2": 2.0}
+    assert sum(row["valid"] is None for row in tuned["tried"]) == 3
 
     def never(runs):
         return [{"best_metric": None, "best_epoch": None, "error": "not finite"}] * len(runs)
