@@ -341,8 +341,8 @@ def _with_unanswered(
         owners = np.repeat(np.unique(user), candidates.size)
         candidates = np.tile(candidates, np.unique(user).size)
     else:
-        mine = _only(shown, "llm", llm)
-        owners, candidates = mine["userId"].to_numpy(), mine["itemId"].to_numpy()
+        shown = _only(shown, "llm", llm)
+        owners, candidates = shown["userId"].to_numpy(), shown["itemId"].to_numpy()
     known = np.isin(_keys(user, item), _keys(owners, candidates))
     user, item, rank = user[known], item[known], rank[known]
     silent = ~np.isin(_keys(owners, candidates), _keys(user, item))

@@ -59,12 +59,12 @@ class Op:
 
 def computations(text: str) -> dict[str, list[Op]]:
     """The computations of an HLO module in text form, by name."""
-    found: dict[str, list[Op]] = {}
+    parts: dict[str, list[Op]] = {}
     for part in re.split(r"\n(?=%|ENTRY )", text):
         name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", part)
         assert name is not None
-        found[name.group(1)] = list(_ops(re.sub(r"/\*.*?\*/", "", part)))
-    return found
+        parts[name.group(1)] = list(_ops(re.sub(r"/\*.*?\*/", "", part)))
+    return parts
 
 
 def _ops(part: str) -> Iterator[Op]:
@@ -88,12 +88,12 @@ def traffic(fused: list[Op]) -> int:
     for parameter in (op for op in fused if op.kind == "parameter"):
         parts = 0
         for op in fused:
-            at = [k for k, name in enumerate(op.operands) if source(name) == parameter.name]
-            if op.kind in ("bitcast", "reshape") or not at:
+            uses = [k for k, name in enumerate(op.operands) if source(name) == parameter.name]
+            if op.kind in ("bitcast", "reshape") or not uses:
                 continue
-            if op.kind in ("gather", "dynamic-slice", "slice") and at == [0]:
+            if op.kind in ("gather", "dynamic-slice", "slice") and uses == [0]:
                 parts += op.bytes
-            elif op.kind != "scatter" or at != [0]:
+            elif op.kind != "scatter" or uses != [0]:
                 parts = parameter.bytes
                 break
         total += parts

@@ -44,9 +44,9 @@ class Marks:
 
         @functools.wraps(real)
         def wrapped(*args: Any, **options: Any) -> Any:
-            found = real(*args, **options)
+            result = real(*args, **options)
             self(mark)
-            return found
+            return result
 
         setattr(owner, name, wrapped)
 

@@ -141,8 +141,8 @@ def main(_: list[str]) -> None:
     try:
         for name in STEPS:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(measure, (name, job))
-            shown = [f"{value:.2f}" for value in found]
+                measured = pool.apply(measure, (name, job))
+            shown = [f"{value:.2f}" for value in measured]
             names = ("step", "clock s", "processor s", "peak GiB")
             lines.append(dict(zip(names, (name, *shown), strict=True)))
             print(lines[-1], flush=True)
