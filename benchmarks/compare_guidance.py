@@ -41,7 +41,7 @@ from slgr_jax.cli import flags
 from slgr_jax.config.knobs import Section, flag_name
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments import arms, pool, presets, results, tuning
-from slgr_jax.experiments.arms import Plan
+from slgr_jax.experiments.arms import ComparisonPlan
 
 _DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
 
@@ -132,7 +132,7 @@ def _values(name: str) -> tuple[float, ...]:
         raise ConfigError(f"--{name}: {error}; give numbers, e.g. --{name}=0.1,1") from error
 
 
-def make_plan(data: str, out: pathlib.Path) -> Plan:
+def make_plan(data: str, out: pathlib.Path) -> ComparisonPlan:
     """What the command line asks for on one data set."""
     given = flags.FLAGS
     if given.preset and given.preset not in presets.PRESETS:
@@ -152,7 +152,7 @@ def make_plan(data: str, out: pathlib.Path) -> Plan:
     own_arms = dict(map(arms.own_arm, given.arm)) if given.teacher else {}
     chosen, matched, focus = arms.choose(asked, wanted, given.matched_to, given.focus, own_arms)
     lambdas = (float(knobs["lambda"]),) if "lambda" in knobs else _values("tune_lambda")
-    plan = Plan(
+    plan = ComparisonPlan(
         data=data,
         out=out,
         knobs={name: value for name, value in knobs.items() if name not in arms.TUNED},
@@ -182,7 +182,7 @@ def make_plan(data: str, out: pathlib.Path) -> Plan:
 # --------------------------------------------------------------------- one data set
 
 
-def compare(plan: Plan, workers: int) -> dict[str, Any]:
+def compare(plan: ComparisonPlan, workers: int) -> dict[str, Any]:
     """Tune, train and test everything; what report.json holds."""
     train = functools.partial(pool.train_runs, workers=workers, root=plan.out)
     print(f"tuning {listing(plan.arms, 99)} of {listing(plan.backbones, 99)}", flush=True)
@@ -203,7 +203,9 @@ def compare(plan: Plan, workers: int) -> dict[str, Any]:
 
 
 def _report(
-    plan: Plan, tuned: tuning.Tuned, runs: Mapping[tuple[str, str], Sequence[config.RunConfig]]
+    plan: ComparisonPlan,
+    tuned: tuning.Tuned,
+    runs: Mapping[tuple[str, str], Sequence[config.RunConfig]],
 ) -> dict[str, Any]:
     from slgr_jax.data import dataset
     from slgr_jax.experiments import summary
@@ -258,7 +260,7 @@ def _report(
 
 
 def _baselines(
-    plan: Plan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
+    plan: ComparisonPlan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Most popular and, where it takes seconds, EASE, by slice; none where nothing is ranked."""
     from slgr_jax.evaluation import baselines
@@ -288,7 +290,7 @@ def write(found: Mapping[str, Any], out: pathlib.Path) -> None:
     print(text)
 
 
-def make_controls(plan: Plan) -> None:
+def make_controls(plan: ComparisonPlan) -> None:
     """Write the control products that are not there."""
     from slgr_jax.data import dataset
     from slgr_jax.teacher.products import controls

@@ -1,4 +1,4 @@
-"""benchmarks/real_data.py on the shared data; skipped where that is absent."""
+"""benchmarks/quality/real_data.py on the shared data; skipped where that is absent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.teacher.local import scorers
 from slgr_jax.teacher.products import preferences
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "real_data.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "quality" / "real_data.py"
 _spec = importlib.util.spec_from_file_location("benchmarks_real_data", SCRIPT)
 assert _spec is not None
 assert _spec.loader is not None
@@ -46,7 +46,7 @@ def as_set(users, items):
     return set(zip(np.asarray(users).tolist(), np.asarray(items).tolist(), strict=True))
 
 
-def named(data, part):
+def raw_pairs(data, part):
     """The pairs of a part, with the raw data's ids."""
     users, items = (
         np.array(ids.to_pylist(), np.int64) for ids in (data.user_ids, data.items["item_id"])
@@ -78,8 +78,10 @@ def test_ranks_close_the_gaps_of_unusable_titles():
 
 def test_shown_but_unranked_candidates_have_no_rank():
     ranked = (np.array([1, 1, 2]), np.array([5, 6, 5]), np.array([1.0, 2.0, 1.0]))
-    own = pa.table({"llm": ["m", "m", "m", "n"], "userId": [1, 1, 1, 2], "itemId": [5, 6, 8, 5]})
-    user, item, rank = real_data._with_unanswered(ranked, own, "m")
+    candidates = pa.table(
+        {"llm": ["m", "m", "m", "n"], "userId": [1, 1, 1, 2], "itemId": [5, 6, 8, 5]}
+    )
+    user, item, rank = real_data._with_unanswered(ranked, candidates, "m")
     # User 2's candidates are not recorded for m: all of that user is left out.
     assert as_set(user, item) == {(1, 5), (1, 6), (1, 8)}
     assert np.isnan(rank[item == 8]).all()
@@ -131,8 +133,8 @@ def test_facebook_book(tmp_path):
     ):
         raw = raw.filter(pc.equal(raw[column], value))
     first = raw["userId"][0].as_py()
-    mine = raw.filter(pc.equal(raw["userId"], first)).sort_by("rank").to_pylist()
-    expected = [str(r["itemId"]) for r in mine if r["match"] in ("exact", "noyear", "fuzzy")]
+    listed = raw.filter(pc.equal(raw["userId"], first)).sort_by("rank").to_pylist()
+    expected = [str(r["itemId"]) for r in listed if r["match"] in ("exact", "noyear", "fuzzy")]
     u = data.user_ids.to_pylist().index(str(first))
     ids = data.items["item_id"].to_pylist()
     listed = free.items[free.offsets[u] : free.offsets[u + 1]][::-1]
@@ -140,14 +142,14 @@ def test_facebook_book(tmp_path):
     # all_free: the mean reciprocal rank, by plain loops for that user.
     total = dict.fromkeys(range(data.n_items), 0.0)
     for llm in llms:
-        one = preferences.load(data, f"{llm}_free_top50")
-        row = one.items[one.offsets[u] : one.offsets[u + 1]][::-1]
+        teacher = preferences.load(data, f"{llm}_free_top50")
+        row = teacher.items[teacher.offsets[u] : teacher.offsets[u + 1]][::-1]
         for rank, item in enumerate(row.tolist(), 1):
             total[item] += 1 / rank / 3
     every = preferences.load(data, "all_free")
     a, b = every.offsets[u], every.offsets[u + 1]
-    found = dict(zip(every.items[a:b].tolist(), every.scores[a:b].tolist(), strict=True))
-    assert found == pytest.approx({item: score for item, score in total.items() if score})
+    fused = dict(zip(every.items[a:b].tolist(), every.scores[a:b].tolist(), strict=True))
+    assert fused == pytest.approx({item: score for item, score in total.items() if score})
 
 
 @needs("sisinf_llm_recs")
@@ -205,7 +207,7 @@ def test_ml1m_evaluates_on_rated_pairs_that_no_prompt_held(tmp_path):
     rated = pq.read_table(SHARED / "ml1m_llm_text" / "llm_ratings_53k.parquet")
     pairs = as_set(rated["userId"], rated["movieId"])
     for part in (data.valid, data.test):
-        assert named(data, part) <= pairs
+        assert raw_pairs(data, part) <= pairs
     for name in ("gpt4o_mini_rating", "gemma3_4b_rating"):
         counts = manifests[name].counts
         assert manifests[name].built_from == "includes_label"
@@ -222,8 +224,8 @@ def test_profiles_of_ml1m_were_written_from_what_is_training_here(tmp_path):
     train = np.asarray(log["split"].to_pylist()) == "train"
     users, items = (np.asarray(log[name]) for name in ("userId", "movieId"))
     assert manifests == {}
-    assert named(data, data.train) == as_set(users[train], items[train])
-    held = [named(data, part) for part in (data.valid, data.test)]
+    assert raw_pairs(data, data.train) == as_set(users[train], items[train])
+    held = [raw_pairs(data, part) for part in (data.valid, data.test)]
     assert held[0] | held[1] == as_set(users[~train], items[~train])
     assert not held[0] & held[1]
     assert abs(len(held[0]) - len(held[1])) <= data.n_users

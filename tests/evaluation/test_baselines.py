@@ -107,11 +107,11 @@ def test_ease_refuses_what_the_memory_does_not_hold(dataset):
 
 
 def test_popular_lists_are_the_training_counts_in_order(dataset):
-    found = baselines.tune(baselines.Popular(), dataset)
-    assert (found.settings, found.tried) == ({}, [])
+    tuned = baselines.tune(baselines.Popular(), dataset)
+    assert (tuned.settings, tuned.tried) == ({}, [])
     nothing = Csr.from_pairs(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
     users = np.arange(dataset.n_users)
-    top = full_ranking.top_k(*found.fitted, users, nothing, dataset.n_items, k=12)
+    top = full_ranking.top_k(*tuned.fitted, users, nothing, dataset.n_items, k=12)
     counts = np.bincount(dataset.train.items, minlength=dataset.n_items)
     order = sorted(range(dataset.n_items), key=lambda item: (-counts[item], item))
     assert top.items.tolist() == [order[:12]] * dataset.n_users
@@ -119,16 +119,16 @@ def test_popular_lists_are_the_training_counts_in_order(dataset):
 
 
 def test_tuning_keeps_the_best_on_validation(dataset):
-    found = baselines.tune(baselines.Ease(GRID), dataset)
+    tuned = baselines.tune(baselines.Ease(GRID), dataset)
     x = _dense(dataset, "train")
     values = [_ndcg(x @ _ridge(x, l2), dataset) for l2 in GRID]
-    assert [one["lambda"] for one in found.tried] == list(GRID)
-    assert [one["ndcg@10"] for one in found.tried] == pytest.approx(values, abs=1e-9)
+    assert [row["lambda"] for row in tuned.tried] == list(GRID)
+    assert [row["ndcg@10"] for row in tuned.tried] == pytest.approx(values, abs=1e-9)
     best = int(np.argmax(values))
     assert 0 < best < len(GRID) - 1, values  # a world where the choice matters
-    assert found.settings == {"lambda": GRID[best]}
+    assert tuned.settings == {"lambda": GRID[best]}
     np.testing.assert_allclose(
-        found.fitted.state.weights, _ridge(x, GRID[best]), rtol=1e-4, atol=1e-6
+        tuned.fitted.state.weights, _ridge(x, GRID[best]), rtol=1e-4, atol=1e-6
     )
 
 
@@ -141,34 +141,36 @@ def test_tuning_sees_validation_and_nothing_of_test(dataset):
         return dataclasses.replace(dataset, **{part: Part(users, items, None, None)})
 
     ease = baselines.Ease(GRID)
-    found, poisoned = (baselines.tune(ease, one) for one in (dataset, replaced("test")))
-    assert poisoned.tried == found.tried
-    assert poisoned.settings == found.settings
-    weights = [one.fitted.state.weights for one in (found, poisoned)]
+    tuned, poisoned = (baselines.tune(ease, data) for data in (dataset, replaced("test")))
+    assert poisoned.tried == tuned.tried
+    assert poisoned.settings == tuned.settings
+    weights = [result.fitted.state.weights for result in (tuned, poisoned)]
     np.testing.assert_array_equal(*weights)
-    assert baselines.tune(ease, replaced("valid")).tried != found.tried
+    assert baselines.tune(ease, replaced("valid")).tried != tuned.tried
 
 
 def test_without_validation_the_middle_setting_is_kept(dataset):
     nothing = Part(*(np.zeros(0, np.int32) for _ in range(2)), None, None)
-    found = baselines.tune(baselines.Ease(GRID), dataclasses.replace(dataset, valid=nothing))
-    assert (found.settings, found.tried) == ({"lambda": 20}, [])
+    tuned = baselines.tune(baselines.Ease(GRID), dataclasses.replace(dataset, valid=nothing))
+    assert (tuned.settings, tuned.tried) == ({"lambda": 20}, [])
 
 
 def test_validation_that_is_all_masked_chooses_the_first(dataset):
     seen = dataclasses.replace(dataset, valid=dataset.train)
-    found = baselines.tune(baselines.Ease((20, 5)), seen)
-    assert found.settings == {"lambda": 20}
-    assert [one["ndcg@10"] for one in found.tried] == [0.0, 0.0]
+    tuned = baselines.tune(baselines.Ease((20, 5)), seen)
+    assert tuned.settings == {"lambda": 20}
+    assert [row["ndcg@10"] for row in tuned.tried] == [0.0, 0.0]
 
 
 def test_eight_devices_choose_and_score_as_one(dataset):
     mesh = make_layout().mesh
     assert mesh.size == 8
-    one, eight = (baselines.tune(baselines.Ease(GRID[:3]), dataset, mesh=m) for m in (None, mesh))
-    assert eight.settings == one.settings
+    single, eight = (
+        baselines.tune(baselines.Ease(GRID[:3]), dataset, mesh=m) for m in (None, mesh)
+    )
+    assert eight.settings == single.settings
     assert len(eight.fitted.state.weights.sharding.device_set) == 8
-    values = [[row["ndcg@10"] for row in found.tried] for found in (one, eight)]
+    values = [[row["ndcg@10"] for row in tuned.tried] for tuned in (single, eight)]
     assert values[0] == pytest.approx(values[1], abs=1e-9)
 
 
@@ -205,13 +207,13 @@ def test_ials_gives_the_package_what_was_asked_for(dataset, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "implicit.cpu", types.SimpleNamespace(als=als))
     options = BaselineConfig(ials_dim=60, ials_regularizations=(1, 3), ials_alphas=(2, 10))
-    found = baselines.tune(baselines.make_baseline("ials", options), dataset)
-    assert [(one["regularization"], one["alpha"]) for one in asked] == [
+    tuned = baselines.tune(baselines.make_baseline("ials", options), dataset)
+    assert [(row["regularization"], row["alpha"]) for row in asked] == [
         *((1, 2), (1, 10), (3, 2), (3, 10)),
     ]
-    assert all((one["factors"], one["iterations"]) == (60, 20) for one in asked)
-    assert found.settings == {"regularization": 1, "alpha": 10}
-    assert [one["ndcg@10"] for one in found.tried] == pytest.approx([0, 1, 0, 0])
+    assert all((row["factors"], row["iterations"]) == (60, 20) for row in asked)
+    assert tuned.settings == {"regularization": 1, "alpha": 10}
+    assert [row["ndcg@10"] for row in tuned.tried] == pytest.approx([0, 1, 0, 0])
 
 
 def test_a_missing_package_names_the_extra(dataset, monkeypatch):
@@ -242,10 +244,10 @@ def test_unknown_names_are_refused(given):
 
 def test_each_name_makes_its_baseline():
     options = BaselineConfig(ease_lambdas=(7,), ease_gb=2)
-    made = {name: baselines.make_baseline(name, options) for name in ("popular", "ease", "ials")}
-    assert made["ease"] == baselines.Ease((7,), 2)
-    assert made["popular"] == baselines.Popular()
-    assert isinstance(made["ials"], baselines.Ials)
+    by_name = {name: baselines.make_baseline(name, options) for name in ("popular", "ease", "ials")}
+    assert by_name["ease"] == baselines.Ease((7,), 2)
+    assert by_name["popular"] == baselines.Popular()
+    assert isinstance(by_name["ials"], baselines.Ials)
 
 
 def test_a_run_that_ranks_nothing_has_no_baselines_and_rows_are_not_theirs(dataset, tmp_path):
@@ -254,18 +256,18 @@ def test_a_run_that_ranks_nothing_has_no_baselines_and_rows_are_not_theirs(datas
     silent = worlds.run_config(dataset, tmp_path, evaluation=evaluation)
     assert baselines.evaluate_baselines(options, silent, dataset, tmp_path) == []
     both = worlds.run_config(dataset, tmp_path, evaluation=EvaluationConfig(rows="sampled"))
-    (found,) = baselines.evaluate_baselines(options, both, dataset, tmp_path)
-    assert found.config.evaluation.rows == "none"
-    assert found.parts["test"].slices["overall"]["n"] > 0
+    (result,) = baselines.evaluate_baselines(options, both, dataset, tmp_path)
+    assert result.config.evaluation.rows == "none"
+    assert result.parts["test"].slices["overall"]["n"] > 0
 
 
 def _launch(*flags: str) -> str:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(LAUNCH.parents[1])}
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(LAUNCH), *flags], capture_output=True, text=True, env=env, timeout=250
     )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_command_needs_no_run(dataset, tmp_path):
@@ -276,17 +278,17 @@ def test_the_command_needs_no_run(dataset, tmp_path):
     options = BaselineConfig(ease_lambdas=(5, 20, 100))
     config = worlds.run_config(dataset, tmp_path)
     here = baselines.evaluate_baselines(options, config, dataset, tmp_path / "here")
-    assert [one.label for one in here] == ["popular", "ease"]
-    for one in here:
-        name = one.label
+    assert [result.label for result in here] == ["popular", "ease"]
+    for result in here:
+        name = result.label
         texts = [
             (tmp_path / where / "baselines" / name / "metrics.json").read_text()
             for where in ("here", "out")
         ]
-        mine, theirs = map(json.loads, texts)
-        assert theirs["baseline"]["settings"] == one.baseline["settings"]
+        ours, theirs = map(json.loads, texts)
+        assert theirs["baseline"]["settings"] == result.baseline["settings"]
         for part in ("valid", "test"):
-            values = [found[part]["overall"] for found in (mine, theirs)]
+            values = [result[part]["overall"] for result in (ours, theirs)]
             assert values[0] == pytest.approx(values[1], abs=1e-6)
             assert values[0]["n"] > 0
     # What was tuned is what the table shows.

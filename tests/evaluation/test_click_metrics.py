@@ -37,13 +37,13 @@ def world(seed, *, n=600, n_users=40, n_items=30, digits=1):
 @pytest.mark.parametrize("digits", [0, 1, 9])
 def test_auc_equals_scikit_learn_and_the_definition(digits):
     rows, scores, _ = world(digits, digits=digits)
-    found = click_metrics.auc(scores, rows.labels)
-    assert found == pytest.approx(roc_auc_score(rows.labels, scores), abs=1e-14)
-    assert found == pytest.approx(pair_auc(scores, rows.labels), abs=1e-14)
+    auc = click_metrics.auc(scores, rows.labels)
+    assert auc == pytest.approx(roc_auc_score(rows.labels, scores), abs=1e-14)
+    assert auc == pytest.approx(pair_auc(scores, rows.labels), abs=1e-14)
     order = np.random.default_rng(0).permutation(scores.size)
-    assert click_metrics.auc(scores[order], rows.labels[order]) == found
-    assert click_metrics.auc(3 * scores - 1, rows.labels) == found
-    assert click_metrics.auc(-scores, rows.labels) == pytest.approx(1 - found, abs=1e-14)
+    assert click_metrics.auc(scores[order], rows.labels[order]) == auc
+    assert click_metrics.auc(3 * scores - 1, rows.labels) == auc
+    assert click_metrics.auc(-scores, rows.labels) == pytest.approx(1 - auc, abs=1e-14)
 
 
 def test_auc_by_hand():
@@ -103,16 +103,16 @@ def test_gauc_equals_scikit_learn_user_by_user(seed):
     rows, scores, _ = world(seed, n=150)
     aucs, impressions, positives = [], [], []
     for user in set(rows.users.tolist()):
-        mine = rows.users == user
-        if 0 < rows.labels[mine].sum() < mine.sum():
-            aucs.append(roc_auc_score(rows.labels[mine], scores[mine]))
-            impressions.append(mine.sum())
-            positives.append(rows.labels[mine].sum())
+        of_user = rows.users == user
+        if 0 < rows.labels[of_user].sum() < of_user.sum():
+            aucs.append(roc_auc_score(rows.labels[of_user], scores[of_user]))
+            impressions.append(of_user.sum())
+            positives.append(rows.labels[of_user].sum())
     assert len(aucs) < len(set(rows.users.tolist()))  # some users have one class
     for name, weight in (("impressions", impressions), ("positives", positives)):
         expected = np.dot(aucs, weight) / np.sum(weight)
-        found = click_metrics.gauc(scores, rows.labels, rows.users, weights=name)
-        assert found == pytest.approx(expected, abs=1e-14)
+        measured = click_metrics.gauc(scores, rows.labels, rows.users, weights=name)
+        assert measured == pytest.approx(expected, abs=1e-14)
     # A shift of one user's scores changes the pooled auc but no order within a user.
     shifted = scores + 100 * (rows.users == 0)
     gauc = click_metrics.gauc(scores, rows.labels, rows.users)
@@ -140,11 +140,11 @@ def test_slices_by_hand():
     ])  # fmt: skip
     rows = LabelledRows(*table.T)
     slices = Slices(2, 2, np.array([True, False]), np.array([True, True, False, False]))
-    found = {
+    by_slice = {
         name: np.flatnonzero(chosen).tolist()
         for name, chosen in click_metrics.row_slices(rows, slices).items()
     }
-    assert found == {
+    assert by_slice == {
         "overall": [0, 1, 2, 3, 4, 5, 6],
         "cold_rows": [0, 1, 4, 5],
         "warm_rows": [2, 3, 6],
@@ -155,16 +155,16 @@ def test_slices_by_hand():
         "tail_positives_vs_user_negatives": [0, 1, 2],
         "head_positives_vs_user_negatives": [1, 2, 3, 4, 5, 6],
     }
-    assert next(iter(found)) == "overall"
+    assert next(iter(by_slice)) == "overall"
     fewer = click_metrics.row_slices(rows, slices, cold_row_history=2)["cold_rows"]
     assert np.flatnonzero(fewer).tolist() == [0, 1]
-    for name in found:
+    for name in by_slice:
         assert any(name in key.split(", ") for key in (*click_metrics.DEFINITIONS, "overall"))
 
 
 def test_a_slice_is_the_metrics_of_its_rows_alone():
     rows, scores, slices = world(1)
-    found = click_metrics.summarize_rows(rows, scores, slices, cold_row_history=2)
+    by_slice = click_metrics.summarize_rows(rows, scores, slices, cold_row_history=2)
     cold = {u for u in range(slices.cold_users.size) if slices.cold_users[u]}
     tail = {i for i in range(slices.tail_items.size) if slices.tail_items[i]}
     table = list(zip(rows.users, rows.items, rows.as_of, rows.labels, scores, strict=True))
@@ -181,13 +181,13 @@ def test_a_slice_is_the_metrics_of_its_rows_alone():
         "tail_positives_vs_user_negatives": lambda u, i, t, y: i in tail if y else u in fans,
         "head_positives_vs_user_negatives": lambda u, i, t, y: i not in tail if y else u in buyers,
     }
-    assert list(found) == list(filters)
+    assert list(by_slice) == list(filters)
     assert len(fans) < len({u for u, *_ in table})
     for name, accept in filters.items():
         users, _, _, labels, kept = map(
             np.array, zip(*(row for row in table if accept(*row[:4])), strict=True)
         )
-        values = found[name]
+        values = by_slice[name]
         assert (values["n"], values["n_positives"]) == (labels.size, labels.sum())
         assert values["auc"] == pytest.approx(roc_auc_score(labels, kept), abs=1e-14)
         expected = sk_log_loss(labels, 1 / (1 + np.exp(-kept.astype(np.float64))))
@@ -197,18 +197,18 @@ def test_a_slice_is_the_metrics_of_its_rows_alone():
 
 def test_an_empty_slice_has_none():
     rows, scores, slices = world(2)
-    found = click_metrics.summarize_rows(rows, scores, slices, cold_row_history=-1)
+    by_slice = click_metrics.summarize_rows(rows, scores, slices, cold_row_history=-1)
     expected = {"auc": None, "log_loss": None, "gauc": None, "n": 0, "n_positives": 0}
-    assert found["cold_rows"] == expected
-    assert found["warm_rows"] == found["overall"]
+    assert by_slice["cold_rows"] == expected
+    assert by_slice["warm_rows"] == by_slice["overall"]
 
 
 def test_bins_by_hand():
     # Users 0, 1, 2 have 2, 5, 9 training items; items 0, 1 have 4, 20 training users.
     users, items = np.array([0, 1, 2, 2]), np.array([1, 0, 0, 1])
     rows = LabelledRows(users, items, np.ones(4), np.array([1.0, 0, 1, 0]))
-    found = click_metrics.bin_slices(rows, np.array([2, 5, 9]), np.array([4, 20]), (5, 8), (4,))
-    assert {name: np.flatnonzero(chosen).tolist() for name, chosen in found.items()} == {
+    by_slice = click_metrics.bin_slices(rows, np.array([2, 5, 9]), np.array([4, 20]), (5, 8), (4,))
+    assert {name: np.flatnonzero(chosen).tolist() for name, chosen in by_slice.items()} == {
         "history<=5": [0, 1],
         "history 6-8": [],
         "history>8": [2, 3],
@@ -221,23 +221,23 @@ def test_the_auc_of_each_user_makes_up_gauc():
     rows, scores, slices = world(5, n=200)
     keep = slices.tail_items[rows.items]
     for chosen in (None, keep):
-        found = click_metrics.per_user(rows, scores, chosen)
+        of_users = click_metrics.per_user(rows, scores, chosen)
         mask = np.ones(len(rows), bool) if chosen is None else chosen
-        assert found.users.tolist() == sorted(set(rows.users[mask].tolist()))
+        assert of_users.users.tolist() == sorted(set(rows.users[mask].tolist()))
         weights = []
         for user, value, positives in zip(
-            found.users, found.values["auc"], found.n_relevant, strict=True
+            of_users.users, of_users.values["auc"], of_users.n_relevant, strict=True
         ):
-            mine = mask & (rows.users == user)
-            weights.append(mine.sum())
-            assert positives == rows.labels[mine].sum()
-            if 0 < positives < mine.sum():
-                assert value == pytest.approx(roc_auc_score(rows.labels[mine], scores[mine]))
+            of_user = mask & (rows.users == user)
+            weights.append(of_user.sum())
+            assert positives == rows.labels[of_user].sum()
+            if 0 < positives < of_user.sum():
+                assert value == pytest.approx(roc_auc_score(rows.labels[of_user], scores[of_user]))
             else:
                 assert math.isnan(value)
-        there = ~np.isnan(found.values["auc"])
-        assert 0 < there.sum() < there.size
-        mean = np.average(found.values["auc"][there], weights=np.array(weights)[there])
+        defined = ~np.isnan(of_users.values["auc"])
+        assert 0 < defined.sum() < defined.size
+        mean = np.average(of_users.values["auc"][defined], weights=np.array(weights)[defined])
         expected = click_metrics.gauc(scores[mask], rows.labels[mask], rows.users[mask])
         assert mean == pytest.approx(expected, abs=1e-14)
     # A model that has diverged for one user says nothing of that user, and all of the others.

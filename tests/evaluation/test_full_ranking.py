@@ -69,7 +69,7 @@ def make_world(seed: int, n_users: int, n_items: int, *, ties: bool, overlap: bo
     return World(scores, relevant, masked)
 
 
-def check(world: World, found: ranking_metrics.Ranking, k: int) -> None:
+def check(world: World, ranked: ranking_metrics.Ranking, k: int) -> None:
     """Every field of `found` against one user at a time in NumPy."""
     scores, row = world.scores, 0
     labels, values = [], []
@@ -78,27 +78,29 @@ def check(world: World, found: ranking_metrics.Ranking, k: int) -> None:
         order = candidates[np.lexsort((candidates, -scores[u, candidates]))]
         wanted = np.flatnonzero(world.relevant[u] & ~world.masked[u])
         if not wanted.size:
-            assert u not in found.users
+            assert u not in ranked.users
             continue
-        assert found.users[row] == u
-        at = slice(found.offsets[row], found.offsets[row + 1])
+        assert ranked.users[row] == u
+        pairs = slice(ranked.offsets[row], ranked.offsets[row + 1])
         others = scores[u, candidates[~world.relevant[u, candidates]]]
         place = {int(item): p + 1 for p, item in enumerate(order)}
-        assert found.items[at].tolist() == wanted.tolist()
-        assert found.ranks[at].tolist() == [place[i] for i in wanted]
-        assert found.scores[at].tolist() == scores[u, wanted].tolist()
-        assert found.greater[at].tolist() == [int((others > scores[u, i]).sum()) for i in wanted]
-        assert found.tied[at].tolist() == [int((others == scores[u, i]).sum()) for i in wanted]
-        assert found.n_candidates[row] == candidates.size
+        assert ranked.items[pairs].tolist() == wanted.tolist()
+        assert ranked.ranks[pairs].tolist() == [place[i] for i in wanted]
+        assert ranked.scores[pairs].tolist() == scores[u, wanted].tolist()
+        assert ranked.greater[pairs].tolist() == [
+            int((others > scores[u, i]).sum()) for i in wanted
+        ]
+        assert ranked.tied[pairs].tolist() == [int((others == scores[u, i]).sum()) for i in wanted]
+        assert ranked.n_candidates[row] == candidates.size
         best = [*order[:k], *([-1] * (k - order.size))]
-        assert found.top_items[row].tolist() == best
+        assert ranked.top_items[row].tolist() == best
         labels.append(world.relevant[u, candidates])
         values.append(scores[u, candidates])
         row += 1
-    assert row == found.users.size
-    assert found.n_dropped == int((world.relevant & world.masked).sum())
+    assert row == ranked.users.size
+    assert ranked.n_dropped == int((world.relevant & world.masked).sum())
     pooled = roc_auc_score(np.concatenate(labels), np.concatenate(values))
-    assert found.pooled_auc == pytest.approx(pooled, abs=1e-12)
+    assert ranked.pooled_auc == pytest.approx(pooled, abs=1e-12)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -108,10 +110,10 @@ def check(world: World, found: ranking_metrics.Ranking, k: int) -> None:
 )
 def test_equals_plain_numpy(seed, n_users, n_items, chunk, ties, kernels):
     world = make_world(seed, n_users, n_items, ties=ties, overlap=seed % 2 == 1)
-    found = world.rank(users_per_chunk=chunk, top_k=15, kernels=kernels)
-    check(world, found, 15)
-    assert 1 not in found.users  # has seen everything
-    assert (seed % 2 == 1) == (found.n_dropped > 0)
+    ranked = world.rank(users_per_chunk=chunk, top_k=15, kernels=kernels)
+    check(world, ranked, 15)
+    assert 1 not in ranked.users  # has seen everything
+    assert (seed % 2 == 1) == (ranked.n_dropped > 0)
 
 
 def test_two_stage_lists_equal_the_sorted_order():
@@ -142,9 +144,9 @@ def test_item_order_does_not_matter():
     a, b = world.rank(), moved.rank()
     assert a.pooled_auc == pytest.approx(b.pooled_auc, abs=1e-15)
     for row in range(a.users.size):
-        at = slice(a.offsets[row], a.offsets[row + 1])
-        before = dict(zip(a.items[at].tolist(), a.ranks[at].tolist(), strict=True))
-        after = dict(zip(order[b.items[at]].tolist(), b.ranks[at].tolist(), strict=True))
+        pairs = slice(a.offsets[row], a.offsets[row + 1])
+        before = dict(zip(a.items[pairs].tolist(), a.ranks[pairs].tolist(), strict=True))
+        after = dict(zip(order[b.items[pairs]].tolist(), b.ranks[pairs].tolist(), strict=True))
         assert before == after
     listed = np.where(b.top_items < 0, -1, order[b.top_items])
     np.testing.assert_array_equal(a.top_items, listed)
@@ -245,10 +247,10 @@ def test_pooled_auc_tiles_do_not_matter(monkeypatch):
 
 def test_nothing_relevant(kernels):
     world = make_world(0, 6, 12, ties=False, overlap=False)
-    found = World(world.scores, np.zeros_like(world.relevant), world.masked).rank(kernels=kernels)
-    assert found.users.size == found.items.size == 0
-    assert found.offsets.tolist() == [0]
-    assert np.isnan(found.pooled_auc)
+    ranked = World(world.scores, np.zeros_like(world.relevant), world.masked).rank(kernels=kernels)
+    assert ranked.users.size == ranked.items.size == 0
+    assert ranked.offsets.tolist() == [0]
+    assert np.isnan(ranked.pooled_auc)
     everything = World(world.scores, np.ones_like(world.relevant), world.masked & False).rank(
         kernels=kernels
     )
@@ -297,17 +299,17 @@ def test_eight_devices_equal_one(shape):
         world.scores[:44], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("table"))
     )
     with jax.transfer_guard("disallow"):
-        found = full_ranking.rank(
+        ranked = full_ranking.rank(
             table, state, *world.csr, 700, users_per_chunk=13, top_k=5, mesh=mesh
         )
         top = full_ranking.top_k(
             table, split, np.arange(44), world.csr[1], 700, k=5, users_per_chunk=13, mesh=mesh
         )
-    _assert_same(found, world.rank(top_k=5))
-    one = full_ranking.top_k(
+    _assert_same(ranked, world.rank(top_k=5))
+    single = full_ranking.top_k(
         table, jax.device_put(world.scores), np.arange(44), world.csr[1], 700, k=5
     )
-    np.testing.assert_array_equal(top.items, one.items)
+    np.testing.assert_array_equal(top.items, single.items)
 
 
 def test_scores_are_split_over_the_devices():
@@ -355,13 +357,13 @@ def test_tied_dot_products_stay_tied_between_the_passes(kernels):
     relevant[:, ::2] = True  # every relevant item has a twin that is not
     csr = Csr.from_pairs(*np.nonzero(relevant), 20)
     none = Csr(np.zeros(21, np.int64), np.zeros(0, np.int32))
-    found = full_ranking.rank(
+    ranked = full_ranking.rank(
         factors, jax.device_put((users, items)), csr, none, 100, kernels=kernels
     )
-    assert np.all(found.tied == 1)
-    auc = ranking_metrics.per_user(found, (10,)).values["auc"]
+    assert np.all(ranked.tied == 1)
+    auc = ranking_metrics.per_user(ranked, (10,)).values["auc"]
     np.testing.assert_allclose(auc, 0.5, atol=1e-12)
-    assert found.pooled_auc == pytest.approx(0.5, abs=1e-12)
+    assert ranked.pooled_auc == pytest.approx(0.5, abs=1e-12)
 
 
 def test_evaluate_dataset_masks_what_it_says(tmp_path):
@@ -370,10 +372,10 @@ def test_evaluate_dataset_masks_what_it_says(tmp_path):
     scores = rng.normal(size=(dataset.n_users, dataset.n_items)).astype(np.float32)
     config = EvaluationConfig(ks=(3, 5))
     with jax.transfer_guard("disallow"):
-        found = full_ranking.evaluate_dataset(
+        parts = full_ranking.evaluate_dataset(
             table, jax.device_put(scores), dataset, SliceConfig(), config
         )
-    assert list(found) == ["valid", "test"]
+    assert list(parts) == ["valid", "test"]
     for part, masks in (("valid", ("train",)), ("test", ("train", "valid"))):
         recalls = []
         for u in range(dataset.n_users):
@@ -382,7 +384,7 @@ def test_evaluate_dataset_masks_what_it_says(tmp_path):
             order = [i for i in np.argsort(-scores[u]).tolist() if i not in hidden]
             if wanted:
                 recalls.append(len(wanted & set(order[:3])) / len(wanted))
-        assert found[part].slices["overall"]["n"] == len(recalls)
-        assert found[part].slices["overall"]["recall@3"] == pytest.approx(np.mean(recalls))
-        assert found[part].data.masked == masks
-        assert 0 < found[part].slices["overall"]["auc_pooled"] < 1
+        assert parts[part].slices["overall"]["n"] == len(recalls)
+        assert parts[part].slices["overall"]["recall@3"] == pytest.approx(np.mean(recalls))
+        assert parts[part].data.masked == masks
+        assert 0 < parts[part].slices["overall"]["auc_pooled"] < 1

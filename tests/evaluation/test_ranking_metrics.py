@@ -69,55 +69,55 @@ def reference(measures: list, scores: np.ndarray, relevant: np.ndarray, masked: 
     run = [
         ir_measures.ScoredDoc(str(u), str(i), float(scores[u, i])) for u, i in np.argwhere(~masked)
     ]
-    found = ir_measures.iter_calc(measures, qrels, run)
-    return {(str(one.measure), int(one.query_id)): one.value for one in found}
+    measured = ir_measures.iter_calc(measures, qrels, run)
+    return {(str(value.measure), int(value.query_id)): value.value for value in measured}
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ir_measures_agrees_per_user(seed):
     scores, relevant, masked = world(seed)
     ranking = ranking_of(scores, relevant, masked)
-    found = ranking_metrics.per_user(ranking, KS)
-    assert found.users.tolist() == [u for u in range(30) if relevant[u].any()]
-    assert 3 not in found.users
+    of_users = ranking_metrics.per_user(ranking, KS)
+    assert of_users.users.tolist() == [u for u in range(30) if relevant[u].any()]
+    assert 3 not in of_users.users
     names = {"mrr": RR}
     for k in KS:
         names |= {f"recall@{k}": R @ k, f"ndcg@{k}": nDCG @ k, f"hit@{k}": Success @ k}
         names |= {f"precision@{k}": P @ k}
     expected = reference(list(names.values()), scores, relevant, masked)
     for name, measure in names.items():
-        want = [expected[str(measure), u] for u in found.users]
-        np.testing.assert_allclose(found.values[name], want, rtol=1e-12, err_msg=name)
+        want = [expected[str(measure), u] for u in of_users.users]
+        np.testing.assert_allclose(of_users.values[name], want, rtol=1e-12, err_msg=name)
 
 
 def test_map_is_ir_measures_ap_up_to_the_stated_divisor():
     scores, relevant, masked = world(7, share=0.3)
-    found = ranking_metrics.per_user(ranking_of(scores, relevant, masked), KS)
-    assert found.n_relevant.max() > 10 > found.n_relevant.min() > 1
+    of_users = ranking_metrics.per_user(ranking_of(scores, relevant, masked), KS)
+    assert of_users.n_relevant.max() > 10 > of_users.n_relevant.min() > 1
     expected = reference([AP @ k for k in KS], scores, relevant, masked)
     for k in KS:
         # ir-measures divides by |R|, we by min(|R|, K).
-        ratio = found.n_relevant / np.minimum(found.n_relevant, k)
-        want = np.array([expected[str(AP @ k), u] for u in found.users]) * ratio
-        np.testing.assert_allclose(found.values[f"map@{k}"], want, rtol=1e-12)
+        ratio = of_users.n_relevant / np.minimum(of_users.n_relevant, k)
+        want = np.array([expected[str(AP @ k), u] for u in of_users.users]) * ratio
+        np.testing.assert_allclose(of_users.values[f"map@{k}"], want, rtol=1e-12)
 
 
 def test_ndcg_equals_scikit_learn_without_masks():
     scores, relevant, masked = world(1)
     masked[:] = False
     ranking = ranking_of(scores, relevant, masked)
-    found = ranking_metrics.per_user(ranking, KS)
+    of_users = ranking_metrics.per_user(ranking, KS)
     for k in KS:
-        want = [ndcg_score(relevant[[u]], scores[[u]], k=k) for u in found.users]
-        np.testing.assert_allclose(found.values[f"ndcg@{k}"], want, rtol=1e-12)
+        want = [ndcg_score(relevant[[u]], scores[[u]], k=k) for u in of_users.users]
+        np.testing.assert_allclose(of_users.values[f"ndcg@{k}"], want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_auc_equals_scikit_learn_per_user(ties):
     scores, relevant, masked = world(2, ties=ties)
-    found = ranking_metrics.per_user(ranking_of(scores, relevant, masked), KS)
-    want = [roc_auc_score(relevant[u, ~masked[u]], scores[u, ~masked[u]]) for u in found.users]
-    np.testing.assert_allclose(found.values["auc"], want, rtol=1e-12)
+    of_users = ranking_metrics.per_user(ranking_of(scores, relevant, masked), KS)
+    want = [roc_auc_score(relevant[u, ~masked[u]], scores[u, ~masked[u]]) for u in of_users.users]
+    np.testing.assert_allclose(of_users.values["auc"], want, rtol=1e-12)
 
 
 def test_arithmetic_by_hand():
@@ -154,13 +154,13 @@ def test_a_user_without_negatives_has_no_auc_and_does_not_enter_its_mean():
     scores = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]], np.float32)
     relevant = np.array([[True, True, True], [False, True, False]])
     ranking = ranking_of(scores, relevant, np.zeros_like(relevant))
-    found = ranking_metrics.per_user(ranking, (1,))
-    assert np.isnan(found.values["auc"]).tolist() == [True, False]
-    whole = ranking_metrics.summarize(found)
+    of_users = ranking_metrics.per_user(ranking, (1,))
+    assert np.isnan(of_users.values["auc"]).tolist() == [True, False]
+    whole = ranking_metrics.summarize(of_users)
     assert whole["auc"] == pytest.approx(0.5)
     assert whole["n"] == 2
     assert whole["n_relevant"] == 4
-    alone = ranking_metrics.summarize(found, np.array([True, False]))
+    alone = ranking_metrics.summarize(of_users, np.array([True, False]))
     assert alone["auc"] is None
     assert alone["recall@1"] == pytest.approx(1 / 3)
 
@@ -179,21 +179,21 @@ def test_keep_restricts_relevant_items_and_leaves_ranks_and_negatives():
     scores, relevant, masked = world(5)
     ranking = ranking_of(scores, relevant, masked)
     keep = np.arange(60) % 3 == 0
-    found = ranking_metrics.per_user(ranking, KS, keep)
-    for row, u in enumerate(found.users):
+    of_users = ranking_metrics.per_user(ranking, KS, keep)
+    for row, u in enumerate(of_users.users):
         candidates = np.flatnonzero(~masked[u])
         order = candidates[np.argsort(-scores[u, candidates])].tolist()
         wanted = [i for i in np.flatnonzero(relevant[u]) if keep[i]]
         others = [i for i in candidates if not relevant[u, i]]
         hits = [i for i in order[:5] if i in wanted]
-        assert found.values["recall@5"][row] == pytest.approx(len(hits) / len(wanted))
+        assert of_users.values["recall@5"][row] == pytest.approx(len(hits) / len(wanted))
         right = sum(scores[u, i] > scores[u, j] for i in wanted for j in others)
         want = right / len(wanted) / len(others)
-        assert found.values["auc"][row] == pytest.approx(want)
+        assert of_users.values["auc"][row] == pytest.approx(want)
         first = 1 + min(order.index(i) for i in wanted)
-        assert found.values["mrr"][row] == pytest.approx(1 / first)
-    assert found.users.size == sum(bool((relevant[u] & keep).any()) for u in range(30))
-    assert found.users.size < ranking.users.size
+        assert of_users.values["mrr"][row] == pytest.approx(1 / first)
+    assert of_users.users.size == sum(bool((relevant[u] & keep).any()) for u in range(30))
+    assert of_users.users.size < ranking.users.size
 
 
 def test_slices_equal_plain_python():
@@ -283,6 +283,6 @@ def test_without_relevant_against_counting():
     greater = (same & (scores[None, :] > scores[:, None])).sum(axis=1)
     tied = (same & (scores[None, :] == scores[:, None])).sum(axis=1) - 1
     # All candidates are relevant, plus 7 greater and 2 tied ones that are not.
-    found = ranking_metrics.without_relevant(rows, scores, greater + 7, tied + 2)
-    assert set(found[0].tolist()) == {7}
-    assert set(found[1].tolist()) == {2}
+    counts = ranking_metrics.without_relevant(rows, scores, greater + 7, tied + 2)
+    assert set(counts[0].tolist()) == {7}
+    assert set(counts[1].tolist()) == {2}

@@ -37,12 +37,12 @@ def test_a_constant_alpha_selects_nothing():
 
 def test_bins_equal_scikit_learn_where_alphas_differ():
     alpha, right = judged(2)
-    found = calibration.reliability_bins(alpha, right, 10)
+    binned = calibration.reliability_bins(alpha, right, 10)
     share, mean = calibration_curve(right, alpha, n_bins=10, strategy="quantile")
-    assert [one.n for one in found] == [200] * 10
-    np.testing.assert_allclose([one.right for one in found], share, rtol=1e-12)
-    np.testing.assert_allclose([one.alpha for one in found], mean, rtol=1e-12)
-    assert all(a.high < b.low for a, b in itertools.pairwise(found))
+    assert [bin_.n for bin_ in binned] == [200] * 10
+    np.testing.assert_allclose([bin_.right for bin_ in binned], share, rtol=1e-12)
+    np.testing.assert_allclose([bin_.alpha for bin_ in binned], mean, rtol=1e-12)
+    assert all(a.high < b.low for a, b in itertools.pairwise(binned))
 
 
 def test_bins_by_hand():
@@ -63,25 +63,25 @@ def test_bins_by_hand():
 @pytest.mark.parametrize("bins", [1, 7, 10])
 def test_bins_hold_every_row_once_in_any_order(digits, bins):
     alpha, right = judged(3, n=501, digits=digits)
-    found = calibration.reliability_bins(alpha, right, bins)
-    assert len(found) <= bins
-    assert sum(one.n for one in found) == 501
-    for one in found:
-        inside = (alpha >= one.low) & (alpha <= one.high)
-        assert one.n == inside.sum()
-        assert one.alpha == pytest.approx(alpha[inside].mean())
-        assert one.right == pytest.approx(right[inside].mean())
+    binned = calibration.reliability_bins(alpha, right, bins)
+    assert len(binned) <= bins
+    assert sum(bin_.n for bin_ in binned) == 501
+    for bin_ in binned:
+        inside = (alpha >= bin_.low) & (alpha <= bin_.high)
+        assert bin_.n == inside.sum()
+        assert bin_.alpha == pytest.approx(alpha[inside].mean())
+        assert bin_.right == pytest.approx(right[inside].mean())
     order = np.random.default_rng(0).permutation(501)
     again = calibration.reliability_bins(alpha[order], right[order], bins)
-    fields = [(b.low, b.high, b.n) for b in found]
+    fields = [(b.low, b.high, b.n) for b in binned]
     assert fields == [(b.low, b.high, b.n) for b in again]
-    np.testing.assert_allclose([b.right for b in found], [b.right for b in again])
+    np.testing.assert_allclose([b.right for b in binned], [b.right for b in again])
 
 
 def test_a_constant_alpha_is_one_bin():
     right = np.arange(100) % 4 == 0
-    (one,) = calibration.reliability_bins(np.full(100, 0.75), right)
-    assert (one.n, one.right) == (100, 0.25)
+    (bin_,) = calibration.reliability_bins(np.full(100, 0.75), right)
+    assert (bin_.n, bin_.right) == (100, 0.25)
     assert calibration.calibration_error(np.full(100, 0.75), right) == 0.5
     assert calibration.calibration_error(np.full(100, 0.25), right) == 0.0
 
@@ -98,9 +98,9 @@ def test_calibration_error_of_a_known_distortion():
 def test_the_error_of_a_perfect_alpha_is_what_the_docstring_says():
     rng = np.random.default_rng(5)
     alpha = 0.5 + 1e-6 * rng.random(5000)  # ten bins; P(right) = 1/2
-    found = [calibration.calibration_error(alpha, rng.random(5000) < alpha) for _ in range(200)]
-    assert np.mean(found) == pytest.approx(math.sqrt(2 * 0.25 * 10 / (math.pi * 5000)), rel=0.06)
-    assert np.mean(found) == pytest.approx(0.018, abs=0.001)
+    errors = [calibration.calibration_error(alpha, rng.random(5000) < alpha) for _ in range(200)]
+    assert np.mean(errors) == pytest.approx(math.sqrt(2 * 0.25 * 10 / (math.pi * 5000)), rel=0.06)
+    assert np.mean(errors) == pytest.approx(0.018, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_the_diagram_shows_the_bins_and_wilson_intervals(tmp_path, drawn):
     assert path.read_bytes()[:4] == b"\x89PNG"
     axis = drawn[0].axes[0]
     line, caps = axis.containers[0][0], axis.containers[0][1]
-    np.testing.assert_allclose(np.array(line.get_xdata(), float), [one.alpha for one in bins])
-    np.testing.assert_allclose(line.get_ydata(), [one.right for one in bins])
-    for one, low, high in zip(bins, caps[0].get_ydata(), caps[1].get_ydata(), strict=True):
-        test = stats.binomtest(round(one.right * one.n), one.n)
+    np.testing.assert_allclose(np.array(line.get_xdata(), float), [bin_.alpha for bin_ in bins])
+    np.testing.assert_allclose(line.get_ydata(), [bin_.right for bin_ in bins])
+    for bin_, low, high in zip(bins, caps[0].get_ydata(), caps[1].get_ydata(), strict=True):
+        test = stats.binomtest(round(bin_.right * bin_.n), bin_.n)
         expected = test.proportion_ci(0.95, method="wilson")
         assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
     labels = axis.get_legend_handles_labels()[1]

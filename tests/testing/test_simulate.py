@@ -127,16 +127,16 @@ def test_what_is_held_out_can_be_learned(world):
     seen = train > 0
     seen[world.valid.users, world.valid.items] = True
     truth = world.truth.rows(slice(None))
-    found = {}
+    ranks = {}
     for name, scores in {"truth": truth, "ease": ease, "noise": rng.random(truth.shape)}.items():
         scores = np.where(seen, -np.inf, scores)
-        own = scores[world.test.users, world.test.items]
-        below = (scores[world.test.users] < own[:, None]).sum(axis=1)
+        of_test = scores[world.test.users, world.test.items]
+        below = (scores[world.test.users] < of_test[:, None]).sum(axis=1)
         hidden = seen.sum(axis=1)[world.test.users]
-        found[name] = np.mean((below - hidden) / (999 - hidden))
-    assert found["truth"] > 0.85
-    assert found["ease"] > 0.75
-    assert found["noise"] == pytest.approx(0.5, abs=0.02)
+        ranks[name] = np.mean((below - hidden) / (999 - hidden))
+    assert ranks["truth"] > 0.85
+    assert ranks["ease"] > 0.75
+    assert ranks["noise"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_two_thousand_by_one_thousand_is_quick():
@@ -150,8 +150,8 @@ def test_two_thousand_by_one_thousand_is_quick():
 
 def test_the_formulas_of_reliability_by_hand():
     history, popularity = np.array([0, 7, 8, 9, 500]), np.array([[0, 0], [3, 50]])[[0, 1, 1, 1, 0]]
-    found = Logistic(0.4, 0.9, 1.5, 7.0, 0.5, 20.0)(history, popularity)
-    for r, h, (p, q) in zip(found, history.tolist(), popularity.tolist(), strict=True):
+    reliability = Logistic(0.4, 0.9, 1.5, 7.0, 0.5, 20.0)(history, popularity)
+    for r, h, (p, q) in zip(reliability, history.tolist(), popularity.tolist(), strict=True):
         logit = 1.5 * math.log(8 / (1 + h)) + 0.5 * math.log(21 / math.sqrt((1 + p) * (1 + q)))
         assert r == pytest.approx(0.4 + 0.5 / (1 + math.exp(-logit)), rel=1e-12)
     assert Region(history=8)(history, popularity).tolist() == [0.95, 0.95, 0.95, 0.5, 0.5]
@@ -165,23 +165,25 @@ def test_the_teacher_is_right_as_often_as_reliability_says_in_every_cell():
     world = testing.simulate(config)
     log = np.log1p(world.popularity)
     checked = 0
-    for found in (world.pairs, world.judge(np.random.default_rng(0), "test", 5)):
-        pair = log[found.preferred] + log[found.other]
+    for statements in (world.pairs, world.judge(np.random.default_rng(0), "test", 5)):
+        pair = log[statements.preferred] + log[statements.other]
         expected = world.config.reliability(
-            world.history[found.users], world.popularity[found.items]
+            world.history[statements.users], world.popularity[statements.items]
         )
-        np.testing.assert_array_equal(found.reliability, expected)
-        np.testing.assert_array_equal(world.true_reliability(found.users, found.items), expected)
-        h, p = world.history[found.users], pair
+        np.testing.assert_array_equal(statements.reliability, expected)
+        np.testing.assert_array_equal(
+            world.true_reliability(statements.users, statements.items), expected
+        )
+        h, p = world.history[statements.users], pair
         h_cell = np.searchsorted(np.quantile(h, [0.25, 0.5, 0.75]), h)
         p_cell = np.searchsorted(np.quantile(p, [0.25, 0.5, 0.75]), p)
         for cell in itertools.product(range(4), range(4), (False, True)):
-            rows = (h_cell == cell[0]) & (p_cell == cell[1]) & (found.known == cell[2])
+            rows = (h_cell == cell[0]) & (p_cell == cell[1]) & (statements.known == cell[2])
             if rows.sum() < 100:
                 continue
-            r = found.reliability[rows]
+            r = statements.reliability[rows]
             error = math.sqrt((r * (1 - r)).sum())
-            assert abs(found.right[rows].sum() - r.sum()) < 4 * error, cell
+            assert abs(statements.right[rows].sum() - r.sum()) < 4 * error, cell
             checked += 1
     assert checked >= 40
     assert world.pairs.reliability.std() > 0.15
@@ -222,7 +224,7 @@ def test_hidden_training_items_are_known_too():
         assert first in train[u]
         assert second not in ever[u]
         asked[u].add(first)
-    assert all(len(row) == min(4, len(own)) for row, own in zip(asked, train, strict=True))
+    assert all(len(row) == min(4, len(items)) for row, items in zip(asked, train, strict=True))
     # Any of a user's items: the mean place in time of those asked about is the middle.
     user, items = world.train.users, world.train.items
     place = np.arange(user.size) - np.searchsorted(user, user)
@@ -336,14 +338,14 @@ def test_a_reliability_that_is_no_probability_is_refused():
 
 
 def test_a_world_is_a_function_of_its_config():
-    one, two = testing.simulate(SMALL), testing.simulate(SMALL)
-    assert same(one, two)
-    for field in dataclasses.fields(one.pairs):
+    first, second = testing.simulate(SMALL), testing.simulate(SMALL)
+    assert same(first, second)
+    for field in dataclasses.fields(first.pairs):
         name = field.name
-        assert getattr(one.pairs, name).tobytes() == getattr(two.pairs, name).tobytes(), name
+        assert getattr(first.pairs, name).tobytes() == getattr(second.pairs, name).tobytes(), name
     other = testing.simulate(dataclasses.replace(SMALL, seed=1))
-    assert not same(one, other)
-    assert np.intersect1d(one.pairs.margin, other.pairs.margin).size < 20
+    assert not same(first, other)
+    assert np.intersect1d(first.pairs.margin, other.pairs.margin).size < 20
 
 
 def test_worlds_that_differ_in_the_teacher_have_the_same_interactions_and_pairs():
@@ -351,12 +353,12 @@ def test_worlds_that_differ_in_the_teacher_have_the_same_interactions_and_pairs(
         pairs = world.pairs
         return pairs.users.tobytes(), np.sort(pairs.items, axis=1).tobytes()
 
-    one = testing.simulate(SMALL)
+    first = testing.simulate(SMALL)
     for change in ({"reliability": Constant(0.7)}, {"margin_signal": 2.0}):
         other = testing.simulate(dataclasses.replace(SMALL, **change))
-        assert same(one, other)
-        assert unordered(one) == unordered(other)
-        assert one.pairs.belief.tobytes() != other.pairs.belief.tobytes()
+        assert same(first, other)
+        assert unordered(first) == unordered(other)
+        assert first.pairs.belief.tobytes() != other.pairs.belief.tobytes()
 
 
 # ------------------------------------------------------------------------- lists
@@ -375,9 +377,9 @@ def test_scores_of_lists_have_the_reliability_that_is_set(right):
     s = world.truth.rows(slice(None))
     z = (s - s.mean(1, keepdims=True)) / s.std(1, keepdims=True)
     order = np.arange(users.size).reshape(200, 95)
-    one, two = order[:, :47].ravel(), order[:, 47:94].ravel()
-    gap = z[users[one], items[one]] - z[users[two], items[two]]
-    agree = (gap > 0) == (scores[one] > scores[two])
+    first, second = order[:, :47].ravel(), order[:, 47:94].ravel()
+    gap = z[users[first], items[first]] - z[users[second], items[second]]
+    agree = (gap > 0) == (scores[first] > scores[second])
     expected = ndtr(np.abs(gap) * ndtri(right))
     # Pairs share no item: they are independent.
     error = math.sqrt((expected * (1 - expected)).sum())
@@ -389,9 +391,9 @@ def test_a_short_list_is_the_top_of_the_long_one():
     users, items, _ = world.lists(np.random.default_rng(0), 10)
     every = world.lists(np.random.default_rng(0), 80)
     for user in range(0, 300, 30):
-        mine = every[0] == user
-        best = np.argsort(-every[2][mine])[:10]
-        assert set(every[1][mine][best]) == set(items[users == user])
+        of_user = every[0] == user
+        best = np.argsort(-every[2][of_user])[:10]
+        assert set(every[1][of_user][best]) == set(items[users == user])
     assert (np.diff(users.astype(int) * 1000 + items) > 0).all()
     with pytest.raises(ConfigError, match=r"length=101; a user has between 1 and \d+ items"):
         world.lists(np.random.default_rng(0), 101)
@@ -445,11 +447,11 @@ def test_several_teachers_share_a_dataset_and_another_world_does_not(tmp_path):
 
 
 def test_the_same_world_has_the_same_shards(tmp_path):
-    one, two = (
+    first, second = (
         testing.write(testing.simulate(SMALL), tmp_path / name).manifest for name in ("a", "b")
     )
-    assert one.files == two.files  # with the SHA-256 of each
-    assert (one.split_hash, one.id_map_hash) == (two.split_hash, two.id_map_hash)
+    assert first.files == second.files  # with the SHA-256 of each
+    assert (first.split_hash, first.id_map_hash) == (second.split_hash, second.id_map_hash)
 
 
 @pytest.mark.parametrize(

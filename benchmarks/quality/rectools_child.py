@@ -56,12 +56,12 @@ def main() -> None:
     while epoch < epochs and waited < options["stopping_step"]:
         model.fit_partial(seen["valid"], min_epochs=step, max_epochs=step)
         epoch += step
-        found = ranked(model, seen["valid"], valid, options["topk"])
-        print(f"epoch {epoch}: {found}", file=sys.stderr, flush=True)
+        on_valid = ranked(model, seen["valid"], valid, options["topk"])
+        print(f"epoch {epoch}: {on_valid}", file=sys.stderr, flush=True)
         waited += 1
-        if not best or found["ndcg@10"] > best["valid"]["ndcg@10"]:
+        if not best or on_valid["ndcg@10"] > best["valid"]["ndcg@10"]:
             on_test = ranked(model, seen["test"], test, options["topk"])
-            best, waited = {"epoch": epoch, "valid": found, "test": on_test}, 0
+            best, waited = {"epoch": epoch, "valid": on_valid, "test": on_test}, 0
     print(json.dumps({"model": name} | best, default=float))
 
 
@@ -71,11 +71,11 @@ def ranked(model: Any, seen: Dataset, held: pd.DataFrame, topk: list[int]) -> di
         users=held["user_id"].to_numpy(), dataset=seen, k=max(topk), filter_viewed=True
     )
     hits = held.merge(lists, on=["user_id", "item_id"], how="left")["rank"].to_numpy()
-    found = {}
+    metrics = {}
     for k in topk:
-        found[f"recall@{k}"] = float(np.mean(hits <= k))
-        found[f"ndcg@{k}"] = float(np.where(hits <= k, 1 / np.log2(hits + 1), 0.0).mean())
-    return found
+        metrics[f"recall@{k}"] = float(np.mean(hits <= k))
+        metrics[f"ndcg@{k}"] = float(np.where(hits <= k, 1 / np.log2(hits + 1), 0.0).mean())
+    return metrics
 
 
 if __name__ == "__main__":

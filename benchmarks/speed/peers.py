@@ -1,7 +1,7 @@
 """Other trainers of the same job, one a process: on the same pairs, BPR matrix factorisation, or
 (recbole) the recommender of the same name.
 
-    python benchmarks/throughput.py --peer=implicit,cornac --peer_python=PYTHON
+    python benchmarks/speed/throughput.py --peer=implicit,cornac --peer_python=PYTHON
 
 Run by `throughput.py` over `turns`; needs NumPy, SciPy and the peer, and nothing of this project:
 PYTHON may be another environment. Each peer uses every core it is given, float32, its fastest
@@ -82,8 +82,8 @@ def cornac(pairs: synthetic.Pairs, job: Facts) -> Contestant:
 
     warnings.filterwarnings("ignore", message="Model is already fitted")
     ratings = np.ones(len(pairs), np.float32)
-    ids = [{i: i for i in range(n)} for n in (pairs.n_users, pairs.n_items)]
-    data = Dataset(pairs.n_users, pairs.n_items, *ids, (pairs.users, pairs.items, ratings))
+    users, items = ({i: i for i in range(n)} for n in (pairs.n_users, pairs.n_items))
+    data = Dataset(pairs.n_users, pairs.n_items, users, items, (pairs.users, pairs.items, ratings))
     model = BPR(k=job["dim"], learning_rate=LR, lambda_reg=L2, num_threads=job["threads"])
 
     def fit(count: int) -> float:
@@ -258,7 +258,7 @@ def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
 
     torch.set_num_threads(job["threads"])
     backbone = job["backbone"]
-    model_name, named = RECBOLE[backbone]
+    model_name, settings = RECBOLE[backbone]
     softmax, click = backbone in ("sasrec", "bert4rec", "gru4rec"), backbone in CLICK
     timed = softmax or backbone == "din"
     negatives: Facts = {"distribution": "uniform", "sample_num": job["negatives"]}
@@ -293,7 +293,7 @@ def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
                 "show_progress": False,
                 "state": "ERROR",
             }
-            | named(job["knobs"]),
+            | settings(job["knobs"]),
         )
         data = create_dataset(config)
         loader, _, _ = data_preparation(config, data)

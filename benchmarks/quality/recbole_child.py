@@ -43,11 +43,11 @@ def main() -> None:
     init_seed(chosen["seed"], chosen["reproducibility"])
     train, valid, test = data_preparation(chosen, create_dataset(chosen))
     init_seed(chosen["seed"], chosen["reproducibility"])
-    made = get_model(chosen["model"])(chosen, train.dataset).to(chosen["device"])
-    trainer = get_trainer(chosen["MODEL_TYPE"], chosen["model"])(chosen, made)
+    network = get_model(chosen["model"])(chosen, train.dataset).to(chosen["device"])
+    trainer = get_trainer(chosen["MODEL_TYPE"], chosen["model"])(chosen, network)
     _, best = trainer.fit(train, valid, saved=True, show_progress=False)
-    found = trainer.evaluate(test, load_best_model=True, show_progress=False)
-    shown = {"valid": dict(best), "test": dict(found)}
+    on_test = trainer.evaluate(test, load_best_model=True, show_progress=False)
+    shown = {"valid": dict(best), "test": dict(on_test)}
     print(json.dumps({"model": model} | shown, default=float))
 
 

@@ -1,6 +1,6 @@
 """Does a training step cost more when the tables grow? It must not touch rows that it does not use.
 
-    python benchmarks/scaling.py --out=scaling.png
+    python benchmarks/speed/scaling.py --out=scaling.png
 
 Time per triple with 10^4 to 10^7 users (27,000 items) and 10^4 to 10^7 items (138,000 users), the
 batch and the number of interactions fixed; synthetic data, one process a size (worker.py); median,
@@ -115,7 +115,7 @@ def render(rows: Sequence[Row]) -> str:
         {
             name: round(row[key]) if isinstance(row[key], float) else row[key]
             for key, name in names.items()
-            if any(one[key] is not None for one in rows)
+            if any(other[key] is not None for other in rows)
         }
         for row in rows
     ]
@@ -136,22 +136,22 @@ def draw(rows: Sequence[Row], path: str) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axis, kind in zip(panels, kinds, strict=True):
-        mine = [row for row in rows if row["vary"] == kind]
-        at = [row[kind] for row in mine]
-        middle = [row["ns_per_triple"] for row in mine]
+        of_kind = [row for row in rows if row["vary"] == kind]
+        sizes = [row[kind] for row in of_kind]
+        middle = [row["ns_per_triple"] for row in of_kind]
         spread = [
-            [row["ns_per_triple"] - row["min"] for row in mine],
-            [row["max"] - row["ns_per_triple"] for row in mine],
+            [row["ns_per_triple"] - row["min"] for row in of_kind],
+            [row["max"] - row["ns_per_triple"] for row in of_kind],
         ]
         axis.errorbar(
-            *(at, middle, spread), fmt="o-", color=COLORS[0], capsize=3, label="training step"
+            sizes, middle, spread, fmt="o-", color=COLORS[0], capsize=3, label="training step"
         )
-        alone = [row["rows_alone_ns"] for row in mine]
-        axis.plot(at, alone, "s--", color=COLORS[1], label="moving its rows alone")
+        alone = [row["rows_alone_ns"] for row in of_kind]
+        axis.plot(sizes, alone, "s--", color=COLORS[1], label="moving its rows alone")
         axis.set_xscale("log")
         axis.set_ylim(bottom=0)
         other = "items" if kind == "users" else "users"
-        axis.set_title(f"{mine[0][other]:,} {other}", fontsize=10)
+        axis.set_title(f"{of_kind[0][other]:,} {other}", fontsize=10)
         axis.set_xlabel(kind)
         axis.grid(axis="y", color="0.88", zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
@@ -193,15 +193,17 @@ def main(_: list[str]) -> None:
             f"--table_rows: {listing(given.table_rows)}: expected integers, e.g. 10000,1000000"
         )
     base = flags.run_config_from_flags("", "")
-    what = f"batch {base.sampler.batch_size}, {base.optimizer.table_optimizer}"
-    what += f", {base.optimizer.table_dtype}, d = {base.model.dim}, {given.interactions:,} pairs"
+    settings = f"batch {base.sampler.batch_size}, {base.optimizer.table_optimizer}"
+    settings += (
+        f", {base.optimizer.table_dtype}, d = {base.model.dim}, {given.interactions:,} pairs"
+    )
     rows: list[Row] = []
     for vary in given.vary:
-        found: list[Row] = []
+        of_kind: list[Row] = []
         for count in sorted(map(int, given.table_rows)):
             size = size_of(vary, count, given.interactions)
-            if found:
-                per_row = found[-1]["stated_bytes_per_row"]
+            if of_kind:
+                per_row = of_kind[-1]["stated_bytes_per_row"]
                 gb = (size.users + size.items) * per_row / 1e9
                 if gb > given.max_gb:
                     print(f"  {count:,} {vary}: left out, {gb:.1f} GB > --max_gb", flush=True)
@@ -210,9 +212,9 @@ def main(_: list[str]) -> None:
                 row = measure(size, vary, base, repeats=given.repeats, seconds=given.seconds)
             except turns.Refused as refusal:
                 raise UserError(str(refusal)) from refusal
-            found.append(row | {"knobs": what})
+            of_kind.append(row | {"knobs": settings})
             print(f"  {count:,} {vary}: {row['ns_per_triple']:.0f} ns a triple", flush=True)
-        rows += with_slopes(found)
+        rows += with_slopes(of_kind)
     print(f"\n{render(rows)}")
     draw(rows, given.out)
     if given.json:

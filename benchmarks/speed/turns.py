@@ -92,9 +92,9 @@ def peak_mb() -> float:
     """The largest resident set of this process since `restart_peak`, in 10^6 bytes."""
     # Not getrusage where there is a choice: its maximum survives exec, so the child of a large
     # process starts with its parent's.
-    found = _status_mb("VmHWM")
-    if found is not None:
-        return found
+    peak = _status_mb("VmHWM")
+    if peak is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
@@ -108,10 +108,10 @@ def restart_peak() -> None:
 def _status_mb(key: str) -> float | None:
     try:
         with open("/proc/self/status", encoding="ascii") as status:
-            found = next(line for line in status if line.startswith(f"{key}:"))
+            entry = next(line for line in status if line.startswith(f"{key}:"))
     except (OSError, StopIteration):
         return None
-    return int(found.split()[1]) * 1024 / 1e6
+    return int(entry.split()[1]) * 1024 / 1e6
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -147,8 +147,8 @@ def interleave(players: Sequence[HasTurn], rounds: int) -> list[list[Turn]]:
     """The turns of each player: A B A B, so that what slows the machine slows all of them."""
     taken: list[list[Turn]] = [[] for _ in players]
     for _ in range(rounds):
-        for mine, player in zip(taken, players, strict=True):
-            mine.append(player.turn())
+        for of_player, player in zip(taken, players, strict=True):
+            of_player.append(player.turn())
     return taken
 
 
@@ -189,9 +189,9 @@ class Player:
 
     def finish(self) -> Facts:
         """The child's closing facts, `peak_mb` among them; it ends."""
-        found = self._ask("finish")
+        facts = self._ask("finish")
         self.close()
-        return found
+        return facts
 
     def close(self) -> None:
         """End the child."""
@@ -219,7 +219,7 @@ class Player:
             self._errors.seek(0)
             tail = self._errors.read()[-2000:]
             raise RuntimeError(f"{' '.join(self._command)} ended with status {code}:\n{tail}")
-        found: Facts = json.loads(answer)
-        if "refused" in found:
-            raise Refused(found["refused"])
-        return found
+        facts: Facts = json.loads(answer)
+        if "refused" in facts:
+            raise Refused(facts["refused"])
+        return facts

@@ -69,7 +69,7 @@ class Stepper:
             sums.append(new)
             health.append(where)
         jax.block_until_ready(self.state)
-        if any(int(one.step) >= 0 for one in jax.device_get(health)):
+        if any(int(of_dispatch.step) >= 0 for of_dispatch in jax.device_get(health)):
             raise turns.Refused("a number is not finite: lower --lr")
         return sums
 
@@ -83,7 +83,7 @@ class Stepper:
 
 def triples(sums: Sequence[Sums]) -> float:
     """How many triples were learned from; of sequence backbones, predicted places."""
-    return sum(float(one["triples"]) for one in jax.device_get(sums))
+    return sum(float(of_dispatch["triples"]) for of_dispatch in jax.device_get(sums))
 
 
 def row_bytes(trainer: Trainer, state: TrainState) -> dict[str, float]:
@@ -202,9 +202,9 @@ class Memory:
 
 def _device_mb(key: str) -> float | None:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if any(key not in one for one in stats):
+    if any(key not in of_device for of_device in stats):
         return None
-    return sum(float(one[key]) for one in stats) / 1e6
+    return sum(float(of_device[key]) for of_device in stats) / 1e6
 
 
 # --- the job -------------------------------------------------------------------------------------
@@ -276,12 +276,15 @@ def _prepare(job: Facts) -> Contestant:
     def finish() -> Facts:
         after = Memory()
         # Known only now: how many places a window predicts depends on the histories drawn.
-        per_step = sum(one.triples for one in turns_taken) / (steps * len(turns_taken))
-        peak = max(built.peak_mb, ready.peak_mb, after.peak_mb)
-        found = {"peak_mb": peak, "device_peak_mb": after.device_peak_mb}
-        found |= {"state_mb": after.grown_since(built)}
-        found |= {"triples_per_step": per_step, "bytes_per_triple": moved / per_step}
-        return found | {"gather_bandwidth": gather_bandwidth(gather_rows)}
+        per_step = sum(turn.triples for turn in turns_taken) / (steps * len(turns_taken))
+        return {
+            "peak_mb": max(built.peak_mb, ready.peak_mb, after.peak_mb),
+            "device_peak_mb": after.device_peak_mb,
+            "state_mb": after.grown_since(built),
+            "triples_per_step": per_step,
+            "bytes_per_triple": moved / per_step,
+            "gather_bandwidth": gather_bandwidth(gather_rows),
+        }
 
     return Contestant(facts, turn, finish)
 

@@ -1,7 +1,7 @@
 """How many users a second does full ranking serve?
 
-    python benchmarks/ranking.py
-    python benchmarks/ranking.py --peer=implicit --peer_python=PYTHON
+    python benchmarks/speed/ranking.py
+    python benchmarks/speed/ranking.py --peer=implicit --peer_python=PYTHON
 
 Random factors (width 64), random seen and relevant items; users/s of the top-20 lists, of the
 ranks of all relevant items, and of those with the exact pooled AUC, by the native kernels and by
@@ -59,17 +59,20 @@ class Timed:
 def compare(players: Mapping[str, turns.HasTurn]) -> list[dict[str, object]]:
     """A table row for each player."""
     taken = turns.interleave(list(players.values()), FLAGS.repeats)
-    rates = {name: [turn.rate for turn in mine] for name, mine in zip(players, taken, strict=True)}
+    rates = {
+        name: [turn.rate for turn in of_player]
+        for name, of_player in zip(players, taken, strict=True)
+    }
     first = float(np.median(next(iter(rates.values()))))
     return [
         {
             "way": name,
-            "users/s": round(float(np.median(found))),
-            "min": round(min(found)),
-            "max": round(max(found)),
-            "ratio": round(first / float(np.median(found)), 2),
+            "users/s": round(float(np.median(rates_of))),
+            "min": round(min(rates_of)),
+            "max": round(max(rates_of)),
+            "ratio": round(first / float(np.median(rates_of)), 2),
         }
-        for name, found in rates.items()
+        for name, rates_of in rates.items()
     ]
 
 
@@ -80,12 +83,14 @@ def main(_: list[str]) -> None:
     native = build.choose("auto", platform=jax.default_backend(), devices=1)
     ways = ["native", "xla"] if native else ["xla"]
     out = []
+
     for name in FLAGS.size:
         size = ranking_peers.SIZES[name]
         world = ranking_peers.make(size)
         state = tuple(map(jax.device_put, world.factors))
         seen, relevant = (
-            Csr.from_pairs(*pairs, size.users) for pairs in (world.seen, world.relevant)
+            Csr.from_pairs(users, items, size.users)
+            for users, items in (world.seen, world.relevant)
         )
         lists = functools.partial(
             full_ranking.top_k, score, state, world.users, seen, size.items, k=ranking_peers.TOP
@@ -96,16 +101,16 @@ def main(_: list[str]) -> None:
             "ranks": functools.partial(ranks, pooled_auc=False),
             "ranks, pooled AUC": ranks,
         }
-        for what, call in calls.items():
+        for task, call in calls.items():
             players: dict[str, turns.HasTurn] = {
                 way: Timed(world.users.size, functools.partial(call, kernels=way)) for way in ways
             }
             with contextlib.ExitStack() as stack:
-                if FLAGS.peer and what == "top-20":
+                if FLAGS.peer and task == "top-20":
                     command = [FLAGS.peer_python, str(PEER)]
                     peer = stack.enter_context(turns.Player(command, {"size": name}))
                     players[f"implicit {peer.facts['version']}"] = peer
-                out += [{"size": name, "what": what} | row for row in compare(players)]
+                out += [{"size": name, "what": task} | row for row in compare(players)]
     print(tables.markdown_table(out))
 
 

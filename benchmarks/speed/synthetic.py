@@ -110,9 +110,9 @@ def moments(pairs: Pairs, *, seed: int = 1) -> np.ndarray:
     order = np.lexsort((order, pairs.users))  # users ascend already: only rows are shuffled
     counts = pairs.counts
     start = np.repeat(np.cumsum(counts) - counts, counts)
-    found = np.empty(len(pairs), np.int64)
-    found[order] = np.arange(len(pairs)) - start
-    return found
+    places = np.empty(len(pairs), np.int64)
+    places[order] = np.arange(len(pairs)) - start
+    return places
 
 
 def categories(n_items: int, *, seed: int = 2) -> tuple[np.ndarray, np.ndarray]:

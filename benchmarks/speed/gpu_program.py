@@ -1,7 +1,7 @@
 """What would a GPU run? The train step, compiled for a GPU that this machine does not have.
 
     pip install 'jax[cuda13]'
-    python benchmarks/gpu_program.py --target=h200.txtpb
+    python benchmarks/speed/gpu_program.py --target=h200.txtpb
 
 XLA compiles for a GPU from its description, without a driver. That is a GpuTargetConfigProto in
 text form: xla/backends/gpu/target_config/specs of https://github.com/openxla/xla has some. Needs
@@ -12,7 +12,7 @@ set, per configuration:
   bytes     that these kernels read and write, per triple: rows count as often as they are gathered,
             updated rows as read and written
   floor     every row of the triple (and of its preference) read and written once
-What caches save is not in it, and no time is: that takes the GPU (benchmarks/throughput.py).
+What caches save is not in it, and no time is: that takes the GPU (benchmarks/speed/throughput.py).
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Op:
 
 def computations(text: str) -> dict[str, list[Op]]:
     """The computations of an HLO module in text form, by name."""
-    found: dict[str, list[Op]] = {}
+    parts: dict[str, list[Op]] = {}
     for part in re.split(r"\n(?=%|ENTRY )", text):
         name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", part)
         assert name is not None
-        found[name.group(1)] = list(_ops(re.sub(r"/\*.*?\*/", "", part)))
-    return found
+        parts[name.group(1)] = list(_ops(re.sub(r"/\*.*?\*/", "", part)))
+    return parts
 
 
 def _ops(part: str) -> Iterator[Op]:
@@ -88,12 +88,12 @@ def traffic(fused: list[Op]) -> int:
     for parameter in (op for op in fused if op.kind == "parameter"):
         parts = 0
         for op in fused:
-            at = [k for k, name in enumerate(op.operands) if source(name) == parameter.name]
-            if op.kind in ("bitcast", "reshape") or not at:
+            uses = [k for k, name in enumerate(op.operands) if source(name) == parameter.name]
+            if op.kind in ("bitcast", "reshape") or not uses:
                 continue
-            if op.kind in ("gather", "dynamic-slice", "slice") and at == [0]:
+            if op.kind in ("gather", "dynamic-slice", "slice") and uses == [0]:
                 parts += op.bytes
-            elif op.kind != "scatter" or at != [0]:
+            elif op.kind != "scatter" or uses != [0]:
                 parts = parameter.bytes
                 break
         total += parts
@@ -156,9 +156,9 @@ def main(_: list[str]) -> None:
     import jax.numpy as jnp
     import synthetic
     import synthetic_dataset
+    from cases import Case
     from jax.experimental import topologies
     from jax.sharding import Mesh
-    from throughput import Case
 
     from slgr_jax.mesh import Layout
     from slgr_jax.reports import tables as tables_lib

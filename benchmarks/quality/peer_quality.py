@@ -1,9 +1,10 @@
 """What the models of RecBole and RecTools reach on a dataset directory, for a table beside ours.
 
-    python benchmarks/peer_quality.py --data=DATA --models=DeepFM,DCNV2 --peer_python=PYTHON
-    python benchmarks/peer_quality.py --data=DATA --models=GRU4Rec --rows=next_item ...
-    python benchmarks/peer_quality.py --data=DATA --models=DIN --rows=clicks_in_order ...
-    python benchmarks/peer_quality.py --data=DATA --peer=rectools --models=SASRec --rows=next_item
+    python benchmarks/quality/peer_quality.py --data=DATA --models=DeepFM,DCNV2 --peer_python=PYTHON
+    python benchmarks/quality/peer_quality.py --data=DATA --models=GRU4Rec --rows=next_item ...
+    python benchmarks/quality/peer_quality.py --data=DATA --models=DIN --rows=clicks_in_order ...
+    python benchmarks/quality/peer_quality.py --data=DATA --peer=rectools --models=SASRec \\
+        --rows=next_item
 
 --rows says what is learned and evaluated; `--options` is JSON over the settings printed. RecBole
 runs with its own evaluator and its own early stopping on validation. RecTools has no early stopping
@@ -38,7 +39,9 @@ absl_flags.DEFINE_string("data", "", "dataset directory")
 absl_flags.DEFINE_enum("peer", "recbole", ["recbole", "rectools"], "whose models")
 absl_flags.DEFINE_list("models", [], "the peer's names of its models")
 absl_flags.DEFINE_enum(
-    *("rows", "clicks", ["clicks", "clicks_in_order", "next_item"]),
+    "rows",
+    "clicks",
+    ["clicks", "clicks_in_order", "next_item"],
     "what is learned and evaluated",
 )
 absl_flags.DEFINE_float("rating_threshold", 4.0, "clicks: label 1 from this rating on")
@@ -78,11 +81,13 @@ SETTINGS = {"clicks": CLICKS, "clicks_in_order": CLICKS | IN_ORDER, "next_item":
 _KINDS = {"label": "label:float", "timestamp": "timestamp:float"}
 
 
-def write_rows(data: dataset_lib.Dataset, folder: pathlib.Path, rows: str, at: float) -> None:
+def write_rows(
+    data: dataset_lib.Dataset, folder: pathlib.Path, rows: str, threshold: float
+) -> None:
     """Atomic files with the columns that `SETTINGS[rows]` loads: one a part, or one of all rows.
 
     Args:
-      at: a label is 1 from this rating on.
+      threshold: a label is 1 from this rating on.
     """
     (folder / "rows").mkdir()
     settings = SETTINGS[rows]
@@ -94,16 +99,17 @@ def write_rows(data: dataset_lib.Dataset, folder: pathlib.Path, rows: str, at: f
         if missing := [column for column in columns if values[column] is None]:
             raise InputError(f"{data.path} has no values to make {listing(missing)} of")
         if "label" in columns:
-            values["label"] = (np.asarray(part.ratings) >= at).astype(np.int64)
+            values["label"] = (np.asarray(part.ratings) >= threshold).astype(np.int64)
         every = [part.users.tolist(), part.items.tolist()]
         every += [np.asarray(values[column]).tolist() for column in columns]
-        where = f".{name}" if settings.get("benchmark_filename") else ""
-        found = ("\t".join(map(str, row)) for row in zip(*every, strict=True))
-        lines.setdefault(where, []).extend(found)
-    for where, found in lines.items():
+        suffix = f".{name}" if settings.get("benchmark_filename") else ""
+        texts = ("\t".join(map(str, row)) for row in zip(*every, strict=True))
+        lines.setdefault(suffix, []).extend(texts)
+
+    for suffix, texts_of_file in lines.items():
         header = "\t".join(["user_id:token", "item_id:token", *(_KINDS[x] for x in columns)])
-        text = "\n".join([header, *found])
-        (folder / "rows" / f"rows{where}.inter").write_text(text + "\n", encoding="utf-8")
+        text = "\n".join([header, *texts_of_file])
+        (folder / "rows" / f"rows{suffix}.inter").write_text(text + "\n", encoding="utf-8")
 
 
 def main(_: list[str]) -> None:
@@ -114,9 +120,9 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         write_rows(data, pathlib.Path(name), given.rows, given.rating_threshold)
         settings = RECTOOLS if given.peer == "rectools" else COMMON | SETTINGS[given.rows]
-        own = settings | json.loads(given.options)
-        options = own | {"checkpoint_dir": f"{name}/saved"}
-        print(json.dumps(own), flush=True)
+        settings = settings | json.loads(given.options)
+        options = settings | {"checkpoint_dir": f"{name}/saved"}
+        print(json.dumps(settings), flush=True)
         for model in given.models:
             command = [given.peer_python, str(HERE / f"{given.peer}_child.py"), name, model]
             done = subprocess.run(

@@ -1,7 +1,8 @@
 """How long until a command answers, and until the first epoch is done?
 
-    python benchmarks/startup.py --data=DATA
-    python benchmarks/startup.py --data=DATA --peer_python=PEERS/bin/python --peer=torch,keras_rs
+    python benchmarks/speed/startup.py --data=DATA
+    python benchmarks/speed/startup.py --data=DATA --peer=torch,keras_rs \\
+        --peer_python=PEERS/bin/python
 
 Whole processes, one at a time and alternating; every number is the median of --runs, with the
 least and the most. Three tables:
@@ -36,7 +37,8 @@ from absl import flags as absl_flags
 from slgr_jax.cli import flags
 from slgr_jax.errors import ConfigError, listing
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
+REPO = pathlib.Path(__file__).resolve().parents[2]
+CHILDREN = pathlib.Path(__file__).with_name("startup_children.py")
 SCRIPTS = ("prepare", "teach", "train", "evaluate", "quickstart")
 PEERS = ("torch", "keras_rs")
 # Each mark of startup_children.py and what the time before it went into.
@@ -89,16 +91,16 @@ def marked(scratch: pathlib.Path, command: Sequence[str], cache: pathlib.Path) -
     marks = scratch / "marks"
     marks.unlink(missing_ok=True)
     python, kind, *arguments = command
-    child = [python, str(REPO / "benchmarks" / "startup_children.py"), kind, str(marks), *arguments]
+    child = [python, str(CHILDREN), kind, str(marks), *arguments]
     start = time.time()
     wall, _ = timed(child, cache)
-    found: Run = {}
+    reached: Run = {}
     for line in marks.read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         name = values.pop("mark")
-        found[name] = {"s": values.pop("at") - start, **values}
-    found["exit"] = {"s": wall}
-    return found
+        reached[name] = {"s": values.pop("at") - start, **values}
+    reached["exit"] = {"s": wall}
+    return reached
 
 
 def measure(given: absl_flags.FlagValues, scratch: pathlib.Path) -> dict[str, list[Run]]:
@@ -124,11 +126,11 @@ def measure(given: absl_flags.FlagValues, scratch: pathlib.Path) -> dict[str, li
         kinds |= dict.fromkeys(given.peer, peer)
     for name, run in kinds.items():
         run(name)
-    found: dict[str, list[Run]] = {name: [] for name in kinds}
+    measured: dict[str, list[Run]] = {name: [] for name in kinds}
     for _ in range(given.runs):
         for name, run in kinds.items():
-            found[name].append(run(name))
-    return found
+            measured[name].append(run(name))
+    return measured
 
 
 def write_pairs(data: str, batch: int, scratch: pathlib.Path) -> pathlib.Path:
@@ -160,17 +162,17 @@ def help_rows(runs: int, scratch: pathlib.Path) -> list[dict[str, str]]:
     """`--help` of each launch script."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in SCRIPTS}
     for _ in range(runs):
-        for name, found in times.items():
+        for name, taken in times.items():
             command = [sys.executable, str(REPO / "launch" / f"{name}.py"), "--help"]
-            found.append(timed(command, scratch))
+            taken.append(timed(command, scratch))
     return [
-        {"--help of": name, "wall s": spread([wall for wall, _ in found]),
-         "processor s": spread([used for _, used in found])}
-        for name, found in times.items()
+        {"--help of": name, "wall s": spread([wall for wall, _ in taken]),
+         "processor s": spread([used for _, used in taken])}
+        for name, taken in times.items()
     ]  # fmt: skip
 
 
-def training_rows(found: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
+def training_rows(measured: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
     """Seconds from the start of the process to each end."""
     columns = {"steps": "first epoch s", "valid": "validation s", "exit": "exit s"}
     return [
@@ -180,14 +182,14 @@ def training_rows(found: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
             for mark, column in columns.items()
             if mark in runs[0]
         }
-        for kind, runs in found.items()
+        for kind, runs in measured.items()
     ]
 
 
-def where_rows(found: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
+def where_rows(measured: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
     """Seconds between marks, and what JAX did, for the kinds of run that are ours."""
     rows: list[dict[str, str]] = []
-    for kind, runs in found.items():
+    for kind, runs in measured.items():
         if "saved" not in runs[0]:
             continue  # a peer
         row = {"where": kind}
@@ -213,13 +215,16 @@ def import_rows(most: int = 8) -> list[dict[str, str]]:
         text=True,
         check=True,
     ).stderr
-    own: collections.Counter[str] = collections.Counter()
+    by_package: collections.Counter[str] = collections.Counter()
     for line in text.splitlines():
         microseconds, _, name = line.removeprefix("import time:").split("|")
         if microseconds.strip().isdigit():
-            own[name.strip().split(".")[0]] += int(microseconds)
-    rows = [{"package": name, "ms": f"{spent / 1e3:.0f}"} for name, spent in own.most_common(most)]
-    return [*rows, {"package": "all", "ms": f"{own.total() / 1e3:.0f}"}]
+            by_package[name.strip().split(".")[0]] += int(microseconds)
+    rows = [
+        {"package": name, "ms": f"{spent / 1e3:.0f}"}
+        for name, spent in by_package.most_common(most)
+    ]
+    return [*rows, {"package": "all", "ms": f"{by_package.total() / 1e3:.0f}"}]
 
 
 def main(_: list[str]) -> None:
@@ -229,10 +234,10 @@ def main(_: list[str]) -> None:
         raise ConfigError(f"--peer={listing(unknown)} is not one of: {listing(PEERS)}")
     with tempfile.TemporaryDirectory() as scratch:
         helped = help_rows(given.runs, pathlib.Path(scratch))
-        found = measure(given, pathlib.Path(scratch))
+        measured = measure(given, pathlib.Path(scratch))
     from slgr_jax.reports.tables import markdown_table
 
-    for rows in (helped, training_rows(found), where_rows(found), import_rows()):
+    for rows in (helped, training_rows(measured), where_rows(measured), import_rows()):
         print(markdown_table(rows))
 
 

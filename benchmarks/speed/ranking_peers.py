@@ -76,8 +76,8 @@ def prepare(job: Facts) -> Contestant:
 
     def turn() -> Turn:
         begin = time.perf_counter()
-        for at in range(0, world.users.size, BATCH):
-            users = world.users[at : at + BATCH]
+        for start in range(0, world.users.size, BATCH):
+            users = world.users[start : start + BATCH]
             model.recommend(users, seen[users], N=TOP, filter_already_liked_items=True)
         return Turn(world.users.size, time.perf_counter() - begin)
 
