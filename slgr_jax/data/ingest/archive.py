@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pathlib
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from slgr_jax.data.ingest import text_lines
 from slgr_jax.data.shards import sha256_of
 from slgr_jax.errors import InputError, listing
 
@@ -92,14 +94,18 @@ class Files:
         with self.open(name) as file, reading(self.where(name)):
             return bytes(file.read(size))
 
-    def text(self, name: str) -> str:
-        """A whole small file: UTF-8, else Latin-1 (the older MovieLens files)."""
+    def text(self, name: str, encoding: str = "auto") -> tuple[str, str]:
+        """A whole small file, and a note where it is no UTF-8 (`text_lines.encoding_of_texts`)."""
         with self.open(name) as file, reading(self.where(name)):
             data = bytes(file.read())
+        chosen = text_lines.encoding_of_texts(io.BytesIO(data), encoding)
         try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return data.decode("latin-1")
+            text = data.decode(chosen)
+        except UnicodeError as error:
+            raise InputError(
+                f"{self.where(name)} is not {chosen}: {error}; state its --encoding"
+            ) from error
+        return text, "" if chosen == "utf-8-sig" else f"read as {chosen}"
 
     def beside(self, name: str, basename: str) -> str | None:
         """The file called `basename` in the folder of `name`, if there is one."""
