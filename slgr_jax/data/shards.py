@@ -22,7 +22,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from slgr_jax.data.schema import MANIFEST, ShardFile, check_schema
-from slgr_jax.errors import InputError, ShardError
+from slgr_jax.errors import InputError, ShardError, printable
 from slgr_jax.files import LockHeldError, PathLike, hold
 from slgr_jax.files import sync as sync
 
@@ -277,7 +277,7 @@ def _refusing(path: PathLike) -> Iterator[None]:
         raise
     # Lengths that no memory holds are those of a damaged file too (ArrowMemoryError).
     except (pa.ArrowException, OSError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(" ".join(str(error).split())[:200])
         raise ShardError(
             f"{path} cannot be read as an Arrow file, an Arrow stream or Parquet: {reason}"
         ) from error

@@ -101,8 +101,8 @@ def _saved(files: Files, folder: str) -> list[str]:
             raise InputError(f"{files.where(folder)} holds neither {_STATE} nor data")
         return names
     entries = _json_object(files, state).get("_data_files")
-    found = [e.get("filename") if isinstance(e, dict) else e for e in _list(entries)]
-    names = [folder + name for name in _strings(found, files.where(state))]
+    file_names = [e.get("filename") if isinstance(e, dict) else e for e in _list(entries)]
+    names = [folder + name for name in _strings(file_names, files.where(state))]
     if missing := [name for name in names if name not in files.names]:
         raise InputError(f"{files.where(state)} names {listing(missing)}, which is missing")
     if not names:
@@ -143,15 +143,15 @@ def read(
     chosen: dict[str, str] = {}
     count = LineCount(files.where(names[0]) if len(names) == 1 else str(files.path))
     for name in names:
-        where = files.where(name)
-        if pathlib.Path(where).stat().st_size == 0:
-            raise InputError(f"{where} is empty")
+        where, path = files.where(name), files.path_of(name)
         files.open(name).close()
+        if path.stat().st_size == 0:
+            raise InputError(f"{where} is empty")
         with reading(where):
             try:
-                present = shards.column_names(where)
+                present = shards.column_names(path)
                 selected = pick(present, wanted, where, required=required)
-                table = shards.read_table(where, columns=list(dict.fromkeys(selected.values())))
+                table = shards.read_table(path, columns=list(dict.fromkeys(selected.values())))
             except ShardError as error:
                 raise InputError(str(error)) from error
         if tables and selected != chosen:

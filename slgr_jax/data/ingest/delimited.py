@@ -250,6 +250,8 @@ def _advice(names: Sequence[str]) -> str:
         for delimiter, written in _DELIMITERS.items():
             if delimiter in names[0]:
                 return f"; the first line holds {written!r}: add --delimiter='{written}'"
+    if names[0].startswith('"') and names[0].endswith('"'):
+        return "; the names are quoted: add --quote='\"'"
     # A number is a row and not a name.
     if any(re.fullmatch(r"\s*[-+]?\d[\d.,:]*\s*", name) for name in names):
         return (

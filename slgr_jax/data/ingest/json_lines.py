@@ -16,7 +16,7 @@ from slgr_jax.data.ingest.archive import Files, reading
 from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.delimited import ID_ROLES, FileRows
 from slgr_jax.data.ingest.text_lines import CheckedLines, Dialect
-from slgr_jax.errors import InputError
+from slgr_jax.errors import InputError, printable
 
 _BLOCK = 1 << 25  # over the longest review
 # A literal nested deeper than this is no record, and could exhaust the parser's stack.
@@ -217,7 +217,7 @@ def _line_by_line(
     for number, record in objects(files, name, encoding, count, drop=drop):
         try:
             row = {
-                role: as_text(record.get(field), field, is_id=role in ids)
+                role: as_text(record.get(field), printable(field), is_id=role in ids)
                 for role, field in columns.items()
             }
         except ValueError as error:

@@ -17,7 +17,7 @@ from slgr_jax.data.ingest import interactions, sources, split, texts
 from slgr_jax.data.ingest.bad_rows import told
 from slgr_jax.data.ingest.interactions import Log
 from slgr_jax.data.ingest.tables import Raw
-from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.errors import ConfigError, InputError, printable
 
 
 def prepare(config: PrepareConfig) -> schema.DatasetManifest:
@@ -55,7 +55,7 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
     }
     if item_texts is not None:
         source["items_in_table"] = items_met
-    name = config.name or raw.name or pathlib.Path(config.input).stem
+    name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
     return _write(config, name, log, users, items, source, described, filters)
 
 

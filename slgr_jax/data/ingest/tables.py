@@ -19,7 +19,7 @@ from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.delimited import ID_ROLES, DelimitedFile, FileRows, pick
 from slgr_jax.data.ingest.text_lines import Dialect
 from slgr_jax.data.ingest.texts import Texts
-from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.errors import ConfigError, InputError, printable
 
 ROLES = ("user", "item", "timestamp", "rating", "split")
 _ROLE_KNOBS = {
@@ -59,7 +59,7 @@ class Piece:
 
     def label(self, role: str) -> str:
         """The file and the column, for messages."""
-        return f"{self.where}: column {self.names[role]}"
+        return f"{self.where}: column {printable(self.names[role])}"
 
     def __len__(self) -> int:
         return len(self.columns["user"])
@@ -220,7 +220,7 @@ def named_items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Fil
         chosen, rows = arrow_files.read(files, names, wanted, required=["item"])
     else:
         chosen, rows = _delimited_items(files, name, config, wanted)
-    label = f"{files.path}: column {chosen['item']}"
+    label = f"{files.path}: column {printable(chosen['item'])}"
     items = texts.of_rows(rows, label, separator="|", drop=drops(config))
     return lambda wanted_ids: items, files
 

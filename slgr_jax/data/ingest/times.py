@@ -20,6 +20,8 @@ _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EARLIEST, _LATEST = 100_000_000, 4_102_444_800
 # Numbers below _EARLIEST are no recent times: positions in an order, kept as seconds.
 ORDINAL = "ordinal"
+# ns keeps every digit that ISO text may carry; without a zone in the text, and with one.
+_ISO_KINDS = (pa.timestamp("ns"), pa.timestamp("ns", tz="UTC"))
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 # The first rows by which it is decided whether text holds numbers, and which format would fit.
 _LOOKED_AT = 100
@@ -74,10 +76,14 @@ def to_microseconds(
 
 
 def _mostly_numbers(text: pa.ChunkedArray, decimal: str) -> bool:
-    values = text.slice(0, _LOOKED_AT).to_pylist()
-    filled = [value.replace(decimal, ".") for value in values if value]
-    are_numbers = [not columns.fails(pa.array([value]), pa.float64()) for value in filled]
-    return 2 * sum(are_numbers) > len(are_numbers)
+    """Whether more of the first texts are numbers than dates; in doubt, numbers."""
+    values = [value for value in text.slice(0, _LOOKED_AT).to_pylist() if value]
+    as_numbers = [value.replace(decimal, ".") for value in values]
+    n_numbers = sum(not columns.fails(pa.array([value]), pa.float64()) for value in as_numbers)
+    n_dates = sum(
+        not all(columns.fails(pa.array([value]), kind) for kind in _ISO_KINDS) for value in values
+    )
+    return n_numbers > 0 and n_numbers >= n_dates
 
 
 # --- text ---------------------------------------------------------------------------------
@@ -129,21 +135,15 @@ def _hint(texts: Iterable[str]) -> str:
 
 
 def _from_iso(text: pa.ChunkedArray, label: str, sieve: Sieve) -> np.ndarray:
-    # ns keeps every digit that ISO text may carry; with a zone in the text, then without.
-    kinds = (pa.timestamp("ns"), pa.timestamp("ns", tz="UTC"))
     columns.reject_missing(text, label, sieve)
-    for kind in kinds:
+    for kind in _ISO_KINDS:
         if not columns.fails(text, kind):
             return _dated(text.cast(kind), kind, label, sieve)
-    if sieve.drops:
-        bad, kind = min(
-            ((columns.failures(text, kind), kind) for kind in kinds), key=lambda pair: pair[0].sum()
-        )
+    readings = [(columns.failures(text, kind), kind) for kind in _ISO_KINDS]
+    if sieve.drops:  # the kind of most rows
+        bad, kind = min(readings, key=lambda reading: int(reading[0].sum()))
     else:  # the kind that reads furthest
-        bad, kind = max(
-            ((columns.failures(text, kind), kind) for kind in kinds),
-            key=lambda pair: int(np.argmax(pair[0])),
-        )
+        bad, kind = max(readings, key=lambda reading: int(np.argmax(reading[0])))
     examples = [value for value in text.slice(0, _LOOKED_AT).to_pylist() if value]
 
     def reason(row: int) -> str:
