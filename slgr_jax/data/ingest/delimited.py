@@ -21,6 +21,8 @@ from slgr_jax.errors import InputError, listing
 
 ID_ROLES = ("user", "item", "split")
 _ID = pa.dictionary(pa.int32(), pa.string())
+# Arrow splits a file into blocks of this size, each of which holds at least a row.
+ARROW_BLOCK = 1 << 24
 _LONGEST_HEADER = 1 << 20
 _KNOBS = {"timestamp": "time"}
 _DELIMITERS = {",": ",", ";": ";", "\t": "\\t", "|": "|"}
@@ -161,7 +163,7 @@ class DelimitedFile:
                 lines,
                 read_options=pacsv.ReadOptions(
                     column_names=[str(place) for place in range(width)],
-                    block_size=text_lines.BLOCK,
+                    block_size=ARROW_BLOCK,
                     use_threads=threads,
                 ),
                 parse_options=pacsv.ParseOptions(

@@ -20,6 +20,7 @@ from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.errors import ConfigError, InputError
 
 BLOCK = 1 << 24
+_LONGEST_LINE = 1 << 26
 # A quoted field over more lines than this is a quote that was never closed.
 _MOST_LINES = 1000
 _BOMS = (
@@ -203,10 +204,10 @@ class CheckedLines:
             cut = len(data)
         else:
             cut = data.rfind(b"\n") + 1 or data.rfind(b"\r", 0, len(data) - 1) + 1
-            if not cut and len(data) > 4 * BLOCK:
+            if not cut and len(data) > _LONGEST_LINE:
                 raise InputError(
                     f"{self.count.where}, line {self.count.lines + 1} is over "
-                    f"{4 * BLOCK >> 20} MiB long; is it of another --source?"
+                    f"{_LONGEST_LINE >> 20} MiB long; is it of another --source?"
                 )
         block, self._carry = data[:cut], data[cut:]
         if self._header_is_due and block:

@@ -179,7 +179,7 @@ def of_records(
     example = ""
     for number, record in records:
         values = {
-            column: next((record[name] for name in names if record.get(name)), None)
+            column: next((record[name] for name in names if _is_filled(record.get(name))), None)
             for column, names in fields.items()
         }
         try:
@@ -210,6 +210,11 @@ def of_records(
             }
         )
     return Texts(from_rows(rows, schema.ITEMS), count.where, count, example)
+
+
+def _is_filled(value: object) -> bool:
+    """Whether a field says something: an id may be 0."""
+    return value is not None and value != "" and value != []
 
 
 def beside(rows: Sequence[Row], layout: pa.Schema, count: LineCount) -> Texts | None:
