@@ -85,11 +85,11 @@ class DotBackbone(Backbone, Protocol):
     def propagate(
         self,
         params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
+        values: Mapping[str, Float[Array, "_ D"]],
         context: Context,
         *,
         dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
+    ) -> dict[str, Float[Array, "_ D"]]:
         """What the rows that the other methods read are gathered from: the tables themselves, or
         (`whole`) what they become on the graph. Serving keeps the result."""
         ...
@@ -121,11 +121,11 @@ class ItemRows:
     def propagate(
         self,
         params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
+        values: Mapping[str, Float[Array, "_ D"]],
         context: Context,
         *,
         dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
+    ) -> dict[str, Float[Array, "_ D"]]:
         """See `DotBackbone.propagate`."""
         return dict(values)
 
@@ -217,3 +217,14 @@ def dots(states: Float[Array, "... E"], vectors: Float[Array, "... C E"]) -> Flo
 def item_tables(backbone: DotBackbone, context: Context) -> frozenset[str]:
     """The tables whose row i is item i's."""
     return frozenset(backbone.item_ids(context, jnp.zeros((1,), jnp.int32)))
+
+
+def missing_members(backbone: object) -> list[str]:
+    """What `backbone` lacks of the protocol that it comes closest to; [] for a backbone."""
+
+    def missing(protocol: type) -> list[str]:
+        bases = (base for base in protocol.__mro__ if getattr(base, "_is_protocol", False))
+        members = {name for base in bases for name in vars(base) if not name.startswith("_")}
+        return sorted(name for name in members if not hasattr(backbone, name))
+
+    return min(map(missing, (DotBackbone, JointBackbone)), key=len)
