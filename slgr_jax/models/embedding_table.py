@@ -1,8 +1,8 @@
 """Embedding tables that are read and updated row by row.
 
-A table of R rows of width D is one array [R', W] of packed rows (`RowFormat`): each row carries
+A table of R rows of width D is one array [Rp, W] of packed rows (`RowFormat`): each row carries
 its S optimiser slots right behind its D values, so a lookup with its update is one gather and
-one scatter of contiguous rows, and never a table-sized temporary. R' is R padded to the mesh.
+one scatter of contiguous rows, and never a table-sized temporary. Rp is R padded to the mesh.
 
 Values are stored in float32 or bfloat16, slots always in float32: in bfloat16 a sum stops
 growing once what it is given is below half a unit in its last place (ulp). For the same reason
@@ -11,7 +11,8 @@ bfloat16 values are rounded stochastically: up with the probability that keeps t
 A batch touches N rows, some more than once. Their gradients are summed first and the
 optimiser is applied once to each distinct row, as a dense optimiser would.
 
-Shape letters: R rows, D width, S slots, W lanes of a packed row, N touched rows (with repeats).
+Shape letters: R rows, Rp of them with padding, Rs of a device's block, D width, S slots, W numbers
+of a packed row, N touched rows (with repeats).
 """
 
 from __future__ import annotations
@@ -302,8 +303,8 @@ def init_table(
     optimizer: RowOptimizer,
     layout: Layout,
     dtype: str = "float32",
-) -> Num[Array, "R W"]:
-    """A fresh table [R', W], created shard by shard on the devices of `layout`.
+) -> Num[Array, "Rp W"]:
+    """A fresh table [Rp, W], created shard by shard on the devices of `layout`.
 
     The values do not depend on the number of devices. Each is a function of its row and column,
     so that no second array of the table's size is ever made.
@@ -322,12 +323,12 @@ def init_table(
     return jax.jit(make, out_shardings=layout.table_sharding)(key)
 
 
-def values_of(table: Num[Array, "R W"], spec: TableSpec) -> Float[Array, "R D"]:
+def values_of(table: Num[Array, "Rp W"], spec: TableSpec) -> Float[Array, "R D"]:
     """The float32 values of a table, without optimiser slots and padding rows."""
     return RowFormat.of(table, spec.width).unpack(table[: spec.rows])[0]
 
 
-def all_finite(table: Num[Array, "R W"], width: int) -> Bool[Array, ""]:
+def all_finite(table: Num[Array, "Rp W"], width: int) -> Bool[Array, ""]:
     """Whether every value and slot of a table is a finite number; padding rows too."""
     parts = RowFormat.of(table, width).unpack(table)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))

@@ -30,13 +30,13 @@ class Queries:
     """Who is to be scored for, and at which moment.
 
     Attributes:
-      users: [N].
-      until: [N] how many of the user's `Histories` events lie before the moment: a backbone looks
+      users: [N]; or [S, N], those of S steps that were drawn at once.
+      as_of: [N] how many of the user's `Histories` events lie before the moment: a backbone looks
         at none of the later ones. None where the backbone reads no history.
     """
 
-    users: Int[Array, "N"]
-    as_of: Int[Array, "N"] | None = None
+    users: Int[Array, "*N"]
+    as_of: Int[Array, "*N"] | None = None
 
 
 @struct.dataclass

@@ -158,7 +158,7 @@ class XDeepFm(nn.Module):
 
 
 def _attend(
-    kernels: Sequence[Float[Array, "E 4 A"]], heads: int, fields: Float[Array, "R F D"]
+    kernels: Sequence[Float[Array, "... 4 A"]], heads: int, fields: Float[Array, "R F D"]
 ) -> Float[Array, "R M"]:
     """The fields after self-attention, flat; see `AutoInt`."""
     rows, count, _ = fields.shape

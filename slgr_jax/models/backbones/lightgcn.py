@@ -235,11 +235,11 @@ class LightGCN(ItemRows):
     def propagate(
         self,
         params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
+        values: Mapping[str, Float[Array, "_ D"]],
         context: Context,
         *,
         dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
+    ) -> dict[str, Float[Array, "_ D"]]:
         assert context.graph is not None, "LightGCN reads the graph"
         user, item = values["user"], values["item"]
         rate, words = 0.0, None
