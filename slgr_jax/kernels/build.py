@@ -42,8 +42,17 @@ RANKING = ("ranks",)  # units that full ranking calls
 # Finite-maths shortcuts stay off: a NaN must stay one. Without errno a square root is one
 # instruction.
 FLAGS = (
-    *("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-exceptions", "-fno-rtti", "-DNDEBUG", "-fPIC", "-shared", "-w"),
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-DNDEBUG",
+    "-fPIC",
+    "-shared",
+    "-w",
 )
 _TIMEOUT_S = 180
 _LOG = logging.getLogger("slgr_jax.kernels")

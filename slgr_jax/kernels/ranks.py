@@ -89,5 +89,5 @@ def pool_rows(
       Low and high words of each user's sum; 0 for padding.
     """
     call = ffi_call("slgr_pool_rows", jax.ShapeDtypeStruct((users.size, 2), np.uint32))
-    found: jax.Array = call(scores, users, *seen, *relevant, *tables)
-    return found
+    counts: jax.Array = call(scores, users, *seen, *relevant, *tables)
+    return counts

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import jax
@@ -31,8 +31,6 @@ from slgr_jax.config import OptimizerConfig
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.sampling import random_bits
-
-Rows = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +44,14 @@ class TableSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """How the D values and S float32 slots of a row lie side by side in W lanes.
+    """How the D values and S float32 slots of a row lie side by side as W numbers.
 
-        values in   lanes of a row                                   storage   bytes a row
+        values in   numbers of a row                                 storage   bytes a row
         float32     D values, S slots                                float32   4 D + 4 S
         bfloat16    D values, S slots' upper, S slots' lower halves  uint16    2 D + 4 S
 
     bfloat16 rows are stored as integers because XLA may change bits that are not a number's:
-    its CPU compiler turns NaN patterns of bfloat16 lanes into another NaN (scatter, select,
+    its CPU compiler turns NaN patterns of bfloat16 numbers into another NaN (scatter, select,
     concatenate; jax 0.10), and the lower half of a float32 is such a pattern one time in 258.
     Halves stand in two planes, and not two by two, so that packing is elementwise.
 
@@ -70,10 +68,10 @@ class RowFormat:
     @classmethod
     def of(cls, table: Num[Array, "R W"], width: int) -> RowFormat:
         """The format of a table whose rows have D = `width` values."""
-        lanes = table.shape[1] - width
+        behind = table.shape[1] - width
         if table.dtype == jnp.uint16:
-            return cls(width, lanes // 2, "bfloat16")
-        return cls(width, lanes, "float32")
+            return cls(width, behind // 2, "bfloat16")  # a slot takes two
+        return cls(width, behind, "float32")
 
     def pack(
         self,
@@ -91,8 +89,8 @@ class RowFormat:
         if self.dtype == "float32":
             return jnp.concatenate([values, slots], axis=1)
         bits = jax.lax.bitcast_convert_type(slots, jnp.uint32)
-        lanes = [_upper_half(values, noise), bits >> 16, bits & 0xFFFF]
-        return jnp.concatenate([lane.astype(jnp.uint16) for lane in lanes], axis=1)
+        planes = [_upper_half(values, noise), bits >> 16, bits & 0xFFFF]
+        return jnp.concatenate([plane.astype(jnp.uint16) for plane in planes], axis=1)
 
     def unpack(self, rows: Num[Array, "N W"]) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         """The float32 values and slots of rows."""
@@ -100,8 +98,8 @@ class RowFormat:
             return rows[:, : self.width], rows[:, self.width :]
         cut = self.width + self.slots
         values, upper, lower = (
-            lanes.astype(jnp.uint32)
-            for lanes in (rows[:, : self.width], rows[:, self.width : cut], rows[:, cut:])
+            plane.astype(jnp.uint32)
+            for plane in (rows[:, : self.width], rows[:, self.width : cut], rows[:, cut:])
         )
         values, slots = values << 16, upper << 16 | lower
         return (
@@ -350,13 +348,15 @@ def lookup(
     if layout.table_shards == 1:
         rows, _ = row_format.unpack(table.at[flat].get(mode="promise_in_bounds"))
     else:
+        # Each device reads the rows of its block for all devices, 0 for the rows of others, and
+        # the sum over devices brings every row home.
         every = layout.gather_over_table(flat)
         local = every - layout.table_index() * table.shape[0]
-        mine = (local >= 0) & (local < table.shape[0])
-        rows = table.at[jnp.where(mine, local, 0)].get(mode="promise_in_bounds")
+        in_block = (local >= 0) & (local < table.shape[0])
+        rows = table.at[jnp.where(in_block, local, 0)].get(mode="promise_in_bounds")
         # Unpacked before the sum over shards: packed rows are no numbers to add.
         rows, _ = row_format.unpack(rows)
-        rows = layout.scatter_over_table(jnp.where(mine[:, None], rows, 0.0))
+        rows = layout.scatter_over_table(jnp.where(in_block[:, None], rows, 0.0))
     return rows.reshape(*ids.shape, width)
 
 
@@ -390,6 +390,7 @@ def update_every_row(
     if layout.table_shards > 1:
         ids = ids + layout.table_index() * rows
         grads = jax.lax.dynamic_slice_in_dim(grads, layout.table_index() * rows, rows)
+
     noise = None
     if row_format.dtype == "bfloat16":
         noise = random_bits.halves_of_rows(_given(generator), ids, width)
@@ -415,9 +416,9 @@ def update(
 ) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
     """Apply `optimizer` once to each distinct row of `ids`, with its gradients summed.
 
-    Distinct rows are found without a sort: every lane writes its number into `slot` at its
-    row, one of them stays, and reading back gives all lanes of a row the same representative.
-    `slot` needs no clearing, since only entries written in this call are read.
+    Distinct rows are found without a sort: every entry of `ids` writes its number into `slot` at
+    its row, one of them stays, and reading back gives all entries of a row the same
+    representative. `slot` needs no clearing, since only what this call has written is read.
 
     Args:
       table: this device's block of the table.
@@ -437,26 +438,31 @@ def update(
     if native:
         words = _given(generator) if row_format.dtype == "bfloat16" else None
         return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
-    lane = jnp.arange(ids.size, dtype=jnp.int32)
+
     noise = None
     if row_format.dtype == "bfloat16":
         noise = random_bits.halves_of_rows(_given(generator), ids, width)
+
     if layout.table_shards == 1:
         local, mode, put = ids, "promise_in_bounds", "promise_in_bounds"
     else:
         local = ids - layout.table_index() * rows
-        mine = (local >= 0) & (local < rows)
-        # Rows of other blocks: written nowhere, and worth nothing where they are read.
-        local, grads = jnp.where(mine, local, rows), jnp.where(mine[:, None], grads, 0.0)
+        in_block = (local >= 0) & (local < rows)
+        # Rows of other blocks become number `rows`, past the end: written nowhere, and worth
+        # nothing where they are read.
+        local, grads = jnp.where(in_block, local, rows), jnp.where(in_block[:, None], grads, 0.0)
         mode, put = "clip", "drop"
     if isinstance(optimizer, Sgd) and row_format.dtype == "float32":
         return table.at[local].add(-optimizer.lr * grads, mode=put), slot
-    slot = slot.at[local].set(lane, mode=put)
+
+    entry = jnp.arange(ids.size, dtype=jnp.int32)
+    slot = slot.at[local].set(entry, mode=put)
     representative = slot.at[local].get(mode=mode)
     total = jnp.zeros_like(grads).at[representative].add(grads, mode="promise_in_bounds")
-    is_representative = representative == lane
+
     old_values, old_slots = row_format.unpack(table.at[local].get(mode=mode))
     values, slots = optimizer.apply(old_values, old_slots, total)
     new = row_format.pack(values, slots, noise)
-    target = jnp.where(is_representative & (local < rows), local, rows)
+    # A row is written once, by its representative; past the block's end means nowhere.
+    target = jnp.where((representative == entry) & (local < rows), local, rows)
     return table.at[target].set(new, mode="drop", unique_indices=True), slot

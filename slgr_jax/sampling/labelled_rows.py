@@ -2,7 +2,7 @@
 
 A row's moment is the number of the user's `context.Histories` events (training events in time
 order, then those of validation) that lie before it. Nothing from the row's own event on is looked
-at, by whoever reads at most `until` events.
+at, by whoever reads at most `as_of` events.
 
 Shape letters: n rows.
 """
@@ -26,7 +26,7 @@ class LabelledRows:
 
     Attributes:
       users, items: [n] int32.
-      until: [n] int32: events of the user before the row's moment, in `context.Histories` order.
+      as_of: [n] int32: events of the user before the row's moment, in `context.Histories` order.
       labels: [n] float32: 1 positive, 0 negative.
     """
 
@@ -67,6 +67,8 @@ def sampled_rows(
             f"{dataset.path} has no {part} rows: none of its {len(interactions)} {part} "
             f"interactions has {min_history} earlier ones and an item left to be its negative"
         )
+
+    # A positive and its negatives stand side by side, [positives, 1 + negatives].
     users, width = interactions.users[chosen], 1 + negatives
     rng = np.random.default_rng([seed, schema.PARTS.index(part)])
     items = np.empty((users.size, width), np.int32)
@@ -114,8 +116,8 @@ def rated_rows(dataset: Dataset, part: str, *, threshold: float) -> LabelledRows
     liked = interactions.ratings >= threshold
     n, positives = len(interactions), int(np.count_nonzero(liked))
     if positives in (0, n):
-        found = interactions.ratings
-        ratings = f"ratings are {found.min():g} to {found.max():g}" if n else "it is empty"
+        rated = interactions.ratings
+        ratings = f"ratings are {rated.min():g} to {rated.max():g}" if n else "it is empty"
         raise InputError(
             f"{dataset.path}: {positives} of {n} {part} interactions are rated at least "
             f"{threshold:g} ({ratings}); choose a threshold that leaves rows on both sides"
@@ -136,7 +138,8 @@ def make_rows(
     if evaluation.rows == "rated":
         return rated_rows(dataset, part, threshold=loss.rating_threshold)
     return sampled_rows(
-        *(dataset, part),
+        dataset,
+        part,
         negatives=evaluation.row_negatives,
         min_history=loss.min_history,
         seed=evaluation.row_seed,

@@ -59,7 +59,7 @@ def register(
 
     A script that trains or restores such a run registers it first:
 
-        class Popularity(ItemRows): ...    # see `base.DotBackbone` for the members
+        class Popularity(ItemTableBackbone): ...    # see `base.DotBackbone` for the members
 
         register("popularity", lambda config, sizes, *, native: Popularity(sizes.items, config.dim))
         slgr_jax.train(data, workdir, backbone="popularity")

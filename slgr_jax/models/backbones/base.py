@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import Context, Queries
 
 Ids = Mapping[str, Int[Array, "..."]]  # table name -> ids of the rows that are read, any shape
+TableRows = Mapping[str, jax.Array]  # table name -> the rows that were read, [..., D]
 Params = Mapping[str, Any]
 Dropout = tuple[float, jax.Array] | None  # (rate, key) of a stochastic pass; None: deterministic
 
@@ -103,17 +104,23 @@ class DotBackbone(Backbone, Protocol):
         ...
 
     def query_vectors(
-        self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        *,
+        dropout: Dropout,
     ) -> Float[Array, "N E"]:
         """The vectors of queries from the rows that `query_ids` names."""
         ...
 
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+    def item_vectors(self, params: Params, rows: TableRows) -> Float[Array, "... E"]:
         """The vectors of items from the rows that `item_ids` names."""
         ...
 
 
-class ItemRows:
+class ItemTableBackbone:
     """What most of them share: tables as they are, and row i of table `item` as item i's vector."""
 
     whole = False
@@ -133,7 +140,7 @@ class ItemRows:
         """See `DotBackbone.item_ids`."""
         return {"item": items}
 
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+    def item_vectors(self, params: Params, rows: TableRows) -> Float[Array, "... E"]:
         """See `DotBackbone.item_vectors`."""
         return rows["item"]
 
@@ -170,7 +177,7 @@ class SequenceBackbone(DotBackbone, Protocol):
         self,
         params: Params,
         events: Float[Array, "W L1 D"],
-        there: Bool[Array, "W L1"],
+        real: Bool[Array, "W L1"],
         *,
         key: jax.Array,
     ) -> Window:
@@ -178,7 +185,7 @@ class SequenceBackbone(DotBackbone, Protocol):
 
         Args:
           events: rows of table `item` of the L + 1 events, oldest first, the latest always last.
-          there: which of them are real.
+          real: which of them are events of the user.
           key: of dropout, and of masks where the backbone draws some.
         """
         ...
@@ -195,7 +202,7 @@ class JointBackbone(Backbone, Protocol):
     def score(
         self,
         params: Params,
-        rows: Rows,
+        rows: TableRows,
         context: Context,
         queries: Queries,
         items: Int[Array, "N C"],

@@ -13,13 +13,13 @@ from slgr_jax import config
 from slgr_jax.config import ModelConfig, make_run
 from slgr_jax.errors import ConfigError
 from slgr_jax.models import backbones
-from slgr_jax.models.backbones.base import DotBackbone, ItemRows
+from slgr_jax.models.backbones.base import DotBackbone, ItemTableBackbone
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import GRAPH, HISTORY, Sizes
 from slgr_jax.training import build, step
 
 
-class Toy(ItemRows):
+class Toy(ItemTableBackbone):
     """s_ui = p_u . q_i, as somebody outside the package would write it."""
 
     reads: frozenset[str] = frozenset()
