@@ -40,8 +40,10 @@ class AnyArray(metaclass=_MetaArray):
     """
 
 
-# Where no shape is given, the same things may stand.
-_CONF = beartype.BeartypeConf(hint_overrides=beartype.FrozenDict({jax.Array: AnyArray}))
+# Where no shape is given, the same things may stand; an int is a float where a float is meant.
+_CONF = beartype.BeartypeConf(
+    hint_overrides=beartype.FrozenDict({jax.Array: AnyArray}), is_pep484_tower=True
+)
 
 
 def install() -> None:
