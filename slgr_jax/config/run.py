@@ -387,15 +387,15 @@ class RunConfig:
     @property
     def loss_name(self) -> str:
         """The recommendation loss, with `auto` resolved."""
-        chosen = self.loss.loss
-        return LOSSES_OF[self.model.backbone][0] if chosen == "auto" else chosen
+        name = self.loss.loss
+        return LOSSES_OF[self.model.backbone][0] if name == "auto" else name
 
     @property
     def guidance_loss_name(self) -> str:
         """The pairwise loss on preferences, with `auto` resolved."""
-        chosen = self.guidance.guidance_loss
-        if chosen != "auto":
-            return chosen
+        name = self.guidance.guidance_loss
+        if name != "auto":
+            return name
         if self.gate.gate != "calibrated":
             return "hinge"
         return "gain" if self._has_prior else "confidence"
@@ -457,19 +457,19 @@ def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
       ConfigError: a name that is no knob, or a value out of its range.
     """
     backbone = values.get("backbone", ModelConfig.backbone)
-    chosen = {**BACKBONE_DEFAULTS.get(backbone, {}), **values}
+    rest = {**BACKBONE_DEFAULTS.get(backbone, {}), **values}
     parts = {}
     for name, section in sections().items():
         fields = {flag_name(field): field.name for field in dataclasses.fields(section)}
-        parts[name] = section(**{fields[k]: chosen.pop(k) for k in list(chosen) if k in fields})
-    if chosen:
-        raise ConfigError(f"no knob is called {listing(map(repr, chosen))}")
+        parts[name] = section(**{fields[k]: rest.pop(k) for k in list(rest) if k in fields})
+    if rest:
+        raise ConfigError(f"no knob is called {listing(map(repr, rest))}")
     return RunConfig(data, workdir, **parts)  # type: ignore[arg-type]
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
     """`--flag: old -> new` for each knob in which two runs differ (not data and workdir)."""
-    out = []
+    changes = []
     for section in dataclasses.fields(RunConfig):
         left, right = getattr(a, section.name), getattr(b, section.name)
         if not dataclasses.is_dataclass(left):
@@ -477,5 +477,5 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
         for field in dataclasses.fields(left):
             old, new = getattr(left, field.name), getattr(right, field.name)
             if old != new:
-                out.append(f"--{flag_name(field)}: {old} -> {new}")
-    return out
+                changes.append(f"--{flag_name(field)}: {old} -> {new}")
+    return changes

@@ -207,9 +207,9 @@ def ffi_call(name: str, out: Any, **options: Any) -> Callable[..., Any]:
     """
     import jax
 
-    why = _failure(next(unit for unit, names in TARGETS.items() if name in names))
-    if why is not None:
-        raise ConfigError(f"{name} cannot be had here: {why}; use --kernels=xla")
+    reason = _failure(next(unit for unit, names in TARGETS.items() if name in names))
+    if reason is not None:
+        raise ConfigError(f"{name} cannot be had here: {reason}; use --kernels=xla")
     call: Callable[..., Any] = jax.ffi.ffi_call(name, out, **options)
     return call
 
@@ -232,17 +232,17 @@ def choose(wanted: str, *, platform: str, devices: int, units: Sequence[str] = (
         return False
     elsewhere = platform != "cpu" or devices > 1
     if elsewhere:
-        why: str | None = f"they run on one CPU device, the run has {devices} of kind {platform}"
+        reason: str | None = f"they run on one CPU device, the run has {devices} of kind {platform}"
     else:
         begin(*units)
-        why = next(filter(None, map(_failure, units)), None)
-    if why is not None and wanted == "native":
-        raise ConfigError(f"--kernels=native: {why}; use --kernels=xla, or auto")
-    if why is not None and not elsewhere:
-        _say_once(why)
-    return why is None
+        reason = next(filter(None, map(_failure, units)), None)
+    if reason is not None and wanted == "native":
+        raise ConfigError(f"--kernels=native: {reason}; use --kernels=xla, or auto")
+    if reason is not None and not elsewhere:
+        _say_once(reason)
+    return reason is None
 
 
 @functools.cache
-def _say_once(why: str) -> None:
-    _LOG.warning("no native kernels, XLA's slower programs are used: %s", " ".join(why.split()))
+def _say_once(reason: str) -> None:
+    _LOG.warning("no native kernels, XLA's slower programs are used: %s", " ".join(reason.split()))

@@ -112,7 +112,7 @@ def factor_update(
     *,
     width: int,
     unit: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Num[Array, "Ru Wu"], Num[Array, "Ri Wi"], Int[Array, "Ru"], Int[Array, "Ri"]]:
     """The update of both tables, given the gradient of what `factor_scores` returned.
 
     Gradients of equal rows are summed, then `rule` is applied once to each distinct row. The

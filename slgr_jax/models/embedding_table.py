@@ -160,10 +160,7 @@ class RowOptimizer(Protocol):
         ...
 
     def apply(
-        self,
-        values: Float[Array, "N D"],
-        slots: Float[Array, "N S"],
-        grad: Float[Array, "N D"],
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
     ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         """One update of each row."""
         ...
@@ -186,8 +183,8 @@ class Sgd:
         return np.zeros(0, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         return values - self.lr * grad, slots
 
 
@@ -213,8 +210,8 @@ class Adagrad:
         return np.full(width, 0.1, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         slots = slots + grad * grad
         return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
 
@@ -240,8 +237,8 @@ class RowwiseAdagrad:
         return np.full(1, 0.1, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         slots = slots + jnp.mean(grad * grad, axis=1, keepdims=True)
         return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
 
@@ -271,8 +268,8 @@ class LazyAdam:
         return np.zeros(2 * width + 1, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         width = values.shape[1]
         count = slots[:, 2 * width :] + 1.0
         first = self.b1 * slots[:, :width] + (1.0 - self.b1) * grad
@@ -350,8 +347,8 @@ def lookup(
     else:
         # Each device reads the rows of its block for all devices, 0 for the rows of others, and
         # the sum over devices brings every row home.
-        every = layout.gather_over_table(flat)
-        local = every - layout.table_index() * table.shape[0]
+        all_ids = layout.gather_over_table(flat)
+        local = all_ids - layout.table_index() * table.shape[0]
         in_block = (local >= 0) & (local < table.shape[0])
         rows = table.at[jnp.where(in_block, local, 0)].get(mode="promise_in_bounds")
         # Unpacked before the sum over shards: packed rows are no numbers to add.
@@ -462,7 +459,7 @@ def update(
 
     old_values, old_slots = row_format.unpack(table.at[local].get(mode=mode))
     values, slots = optimizer.apply(old_values, old_slots, total)
-    new = row_format.pack(values, slots, noise)
+    packed = row_format.pack(values, slots, noise)
     # A row is written once, by its representative; past the block's end means nowhere.
     target = jnp.where((representative == entry) & (local < rows), local, rows)
-    return table.at[target].set(new, mode="drop", unique_indices=True), slot
+    return table.at[target].set(packed, mode="drop", unique_indices=True), slot
