@@ -54,6 +54,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         run.train.kernels,
         platform=layout.mesh.devices.flat[0].platform,
         devices=layout.devices,
+        units=kernel_build.step_units(run),
     )
     backbone, context = restore.backbone_and_context(run, dataset, native=native)
     slices = dataset.slices(run.slices)
