@@ -115,7 +115,8 @@ def test_two_knobs_of_one_name_are_a_defect(run_flags):
 
 SCRIPT = """
 import sys
-from slgr_jax import errors, flags
+from slgr_jax import errors
+from slgr_jax.cli import flags
 
 def main(rest):
     if rest == ["user"]:
