@@ -11,9 +11,10 @@ Importing this package imports nothing heavy: `--help` of a command must not wai
 `slgr_jax.api` says what each function does.
 """
 
-from slgr_jax.api import evaluate, import_teacher, load, prepare, train
+from slgr_jax.api import compare, evaluate, import_teacher, load, prepare, train
 
 __all__ = [
+    "compare",
     "evaluate",
     "import_teacher",
     "load",

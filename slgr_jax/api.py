@@ -34,6 +34,7 @@ from slgr_jax.errors import ConfigError, listing
 if TYPE_CHECKING:
     from slgr_jax.data.dataset import Dataset
     from slgr_jax.data.schema import DatasetManifest, TeacherManifest
+    from slgr_jax.experiments.comparison import Comparison
     from slgr_jax.reports.tables import EvaluatedRun
     from slgr_jax.serving.trained_run import (  # type: ignore[import-not-found, unused-ignore]
         TrainedRun,
@@ -337,3 +338,75 @@ def _check_evaluated(workdirs: Sequence[str], data: str, out: str, checkpoint: s
         raise ConfigError(
             "missing --workdir, or --data and --out in its place; see slgr evaluate --help"
         )
+
+
+def compare(
+    data: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    teacher: str = "",
+    preset: str = "",
+    backbones: Sequence[str] | None = None,
+    guidance: Sequence[str] | None = None,
+    arm: Sequence[str] = (),
+    controls: Sequence[str] | None = None,
+    matched_to: str = "",
+    focus: str = "",
+    seeds: int = 5,
+    tune_runs: int = 0,
+    tune: Mapping[str, Sequence[float]] | None = None,
+    tune_lambda: Sequence[float] | None = None,
+    tune_guidance_loss: bool = True,
+    workers: int = 0,
+    **knobs: Any,
+) -> Comparison:
+    """Compare guidance arms and controls, tuned alike, over many seeds; `slgr compare`.
+
+    Called again it goes on where it was. With more than one worker the runs are trained by
+    processes that import the calling script: guard it with `if __name__ == "__main__":`.
+
+    Args:
+      data: dataset directory, or several.
+      out: directory of the runs, report.md, report.json and pictures.
+      teacher: product under DATA/teacher; without one only the arm none can be measured.
+      preset: shape of a published table, table2 or table3.
+      backbones: recommenders; mf by default.
+      guidance: arms; none, global, pointwise, rule, paper and calibrated by default.
+      arm: more arms, each `NAME:knob=value,knob=value`.
+      controls: controls besides: constant, shuffled, popularity, item_item; all by default.
+      matched_to: arm that controls copy; empty: the first that has a gate.
+      focus: arm that the verdict is about; empty: `matched_to`.
+      seeds: runs of an arm, at least 2.
+      tune_runs: tuning runs of an arm; 0: as many as the backbone's grid has points.
+      tune: lr, l2, dropout -> values tried, in place of the backbone's own.
+      tune_lambda: values of lambda tried.
+      tune_guidance_loss: also try an arm's other loss, at its best lambda.
+      workers: processes on a CPU; 0: one per core.
+      **knobs: of every run; one that is tuned is then fixed.
+
+    Raises:
+      UserError: what is asked for cannot be compared; said before the first run.
+    """
+    from slgr_jax.experiments import arms, comparison
+
+    request = comparison.Request(
+        teacher=teacher,
+        preset=preset,
+        backbones=backbones,
+        guidance=guidance,
+        arm=arm,
+        controls=controls,
+        matched_to=matched_to,
+        focus=focus,
+        seeds=seeds,
+        tune_runs=tune_runs,
+        tune=tune or {},
+        tune_lambda=arms.LAMBDAS if tune_lambda is None else tune_lambda,
+        tune_guidance_loss=tune_guidance_loss,
+        knobs=_values(tuple(config.sections().values()), knobs),
+    )
+    paths = [data] if isinstance(data, str | os.PathLike) else data
+    places = [os.fspath(path) for path in paths]
+    where = pathlib.Path(out)
+    command = f"slgr_jax.compare({places}, {os.fspath(out)!r}, ...)"
+    return comparison.compare_all(places, where, request, workers=workers, command=command)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from slgr_jax.cli import evaluate, flags, prepare, quickstart, teach, train
+from slgr_jax.cli import compare, evaluate, flags, prepare, quickstart, teach, train
 from slgr_jax.cli.command import Command
 from slgr_jax.errors import listing
 
@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, Command] = {
     "teach": Command(teach.USAGE, teach.run),
     "train": Command(train.USAGE, train.run),
     "evaluate": Command(evaluate.USAGE, evaluate.run),
+    "compare": Command(compare.USAGE, compare.run),
     "quickstart": Command(quickstart.USAGE, quickstart.run),
 }
 
