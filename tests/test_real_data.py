@@ -1,4 +1,4 @@
-"""benchmarks/real_data.py on the shared data; skipped where that is absent."""
+"""benchmarks/quality/real_data.py on the shared data; skipped where that is absent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.teacher.local import scorers
 from slgr_jax.teacher.products import preferences
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "real_data.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "quality" / "real_data.py"
 _spec = importlib.util.spec_from_file_location("benchmarks_real_data", SCRIPT)
 assert _spec is not None
 assert _spec.loader is not None

@@ -19,7 +19,7 @@ from slgr_jax.teacher.products import controls
 
 Settings = Mapping[str, float | str]
 
-# What `ensemble` says in an arm whose reference is the run of `none` of the same seed.
+# What --reference_runs says in an arm that reads the run of `none` of the same seed.
 REFERENCE = "none"
 _AGAINST_HARD_NEGATIVES = {
     "guidance": "selective",
@@ -90,13 +90,16 @@ def grids(
     if unknown:
         known = listing(GRIDS, limit=99)
         raise ConfigError(f"--backbones: {listing(unknown)} is not one of: {known}")
-    asked = {name: values for name, values in tried.items() if values}
-    asked |= {name: (float(fixed[name]),) for name in TUNED if name in fixed and name != "lambda"}
-    return {backbone: {**GRIDS[backbone], **asked} for backbone in backbones}
+
+    replaced = {name: values for name, values in tried.items() if values}
+    for name in TUNED:
+        if name in fixed and name != "lambda":
+            replaced[name] = (float(fixed[name]),)
+    return {backbone: {**GRIDS[backbone], **replaced} for backbone in backbones}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What is compared on one data set.
 
     Attributes:
@@ -144,30 +147,31 @@ class Plan:
         )
 
     def knobs_of(self, arm: str) -> dict[str, Any]:
-        """The arm's own knobs, its teacher among them."""
-        own = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
+        """The knobs that make the arm, its teacher among them."""
+        of_arm = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
         if arm == "constant":  # its alpha is a setting: the matched gate's mean
-            like = config.make_run("", "", **{**self.knobs, **own}, teacher=self.teacher)
-            # `gain` compares alpha with alpha_0, which a constant gate has not: `confidence` is its
+            matched = config.make_run("", "", **{**self.knobs, **of_arm}, teacher=self.teacher)
+            loss = matched.guidance_loss_name
+            # `gain` compares alpha with a prior, which a constant gate has not: `confidence` is its
             # counterpart for a gate that compares with 1/2.
-            loss = {"gain": "confidence"}.get(like.guidance_loss_name, like.guidance_loss_name)
-            own |= {"gate": "constant", "guidance_loss": loss}
-        return {**own, "teacher": self.teacher_of(arm)}
+            of_arm |= {"gate": "constant", "guidance_loss": {"gain": "confidence"}.get(loss, loss)}
+        return {**of_arm, "teacher": self.teacher_of(arm)}
 
     def variants(self, arm: str) -> tuple[Settings, ...]:
-        """What is tried beside the arm's own: its other guidance loss, or its gate without the
+        """What is tried beside the arm as it is: its other guidance loss, or its gate without the
         reference."""
         knobs = {**self.knobs, **self.knobs_of(arm)}
-        like = self.matched if arm in CONTROLS else arm
-        if not self.tune_loss or like in ("none", *LITERAL):
+        copied = self.matched if arm in CONTROLS else arm
+        if not self.tune_loss or copied in ("none", *LITERAL):
             return ()
-        if like == "hard_negatives":
+        if copied == "hard_negatives":
             return (BLIND,)
         if "guidance_loss" in knobs:
             return ()
-        own = config.make_run("", "", **knobs).guidance_loss_name
+
+        default = config.make_run("", "", **knobs).guidance_loss_name
         losses = LOSSES.get(knobs["gate"], OTHER_LOSSES)
-        return tuple({"guidance_loss": loss} for loss in losses if loss != own)
+        return tuple({"guidance_loss": loss} for loss in losses if loss != default)
 
     def config(
         self,
@@ -187,10 +191,10 @@ class Plan:
         Raises:
           ConfigError: a knob has no such value, an arm's gate for instance.
         """
-        own = {**self.knobs, **self.knobs_of(arm), **settings}
-        if own.get("reference_runs") == REFERENCE and reference is not None:
-            own["reference_runs"] = str(reference)
-        return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **own)
+        knobs = {**self.knobs, **self.knobs_of(arm), **settings}
+        if knobs.get("reference_runs") == REFERENCE and reference is not None:
+            knobs["reference_runs"] = str(reference)
+        return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **knobs)
 
     def tune_dir(self, backbone: str, arm: str, settings: Settings) -> pathlib.Path:
         """Where a tuning run is kept."""
@@ -201,15 +205,15 @@ class Plan:
         name = "_".join([arm, *parts])
         return self.out / backbone / "tune" / name
 
-    def run_dir(self, backbone: str, arm: str, found: Mapping[str, Any], seed: int) -> pathlib.Path:
-        """Where a run that meets the test part is kept: that of seed 0 is the one that tuning
+    def run_dir(self, backbone: str, arm: str, tuned: Mapping[str, Any], seed: int) -> pathlib.Path:
+        """Where a run that meets the test part is kept: that of seed 0 is the run that tuning
         trained, where it did.
 
         Args:
-          found: what tuning tried and chose of the arm.
+          tuned: what tuning tried and chose of the arm.
         """
-        if seed == 0 and found["tried"]:
-            return self.tune_dir(backbone, arm, found["chosen"])
+        if seed == 0 and tuned["tried"]:
+            return self.tune_dir(backbone, arm, tuned["chosen"])
         return self.out / backbone / "runs" / f"{arm}_seed{seed}"
 
     def run(
@@ -220,9 +224,10 @@ class Plan:
         Args:
           of_arms: arm -> what tuning tried and chose.
         """
-        found, where = of_arms[arm], self.run_dir(backbone, arm, of_arms[arm], seed)
+        tuned = of_arms[arm]
+        workdir = self.run_dir(backbone, arm, tuned, seed)
         reference = self.run_dir(backbone, "none", of_arms["none"], seed)
-        return self.config(backbone, arm, found["chosen"], where, seed, reference=reference)
+        return self.config(backbone, arm, tuned["chosen"], workdir, seed, reference=reference)
 
     def check(self) -> None:
         """Refuse what no run can be made of, before the first one.
@@ -239,7 +244,7 @@ class Plan:
 
 
 def own_arm(text: str) -> tuple[str, dict[str, Any]]:
-    """`mine:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=selective goes without
+    """`wide:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=selective goes without
     saying.
 
     Raises:
@@ -283,22 +288,26 @@ def choose(
     if unknown:
         known = listing((*ARMS, *CONTROLS), limit=99)
         raise ConfigError(f"--guidance: {listing(unknown)} is not one of: {known}")
+
     unknown = [arm for arm in wanted if arm not in CONTROLS]
     if unknown:
         raise ConfigError(f"--controls: {listing(unknown)} is not one of: {listing(CONTROLS)}")
+
     plain = [arm for arm in dict.fromkeys(["none", *asked, *own_arms]) if arm not in CONTROLS]
     gated = [arm for arm in GATED if arm in plain]
     gated += [arm for arm, knobs in own_arms.items() if knobs.get("gate", "constant") != "constant"]
     for flag, arm, among in (("matched_to", matched, gated), ("focus", focus, plain[1:])):
         if arm and arm not in among:
             raise ConfigError(f"--{flag}={arm} is not one of the arms: {listing(among)}")
-    named = [arm for arm in asked if arm in CONTROLS]
-    if named and not gated:
+
+    asked_controls = [arm for arm in asked if arm in CONTROLS]
+    if asked_controls and not gated:
         raise ConfigError(
-            f"--guidance: the control {named[0]} copies an arm with a gate; add one of: "
+            f"--guidance: the control {asked_controls[0]} copies an arm with a gate; add one of: "
             f"{listing(GATED)}"
         )
+
     matched = matched or (gated[0] if gated else "")
-    kept = dict.fromkeys([*named, *wanted]) if matched else {}
+    kept = dict.fromkeys([*asked_controls, *wanted]) if matched else {}
     focus = focus or matched or plain[-1]
     return (*plain, *kept), matched if kept else "", focus

@@ -1,7 +1,7 @@
 """A comparison of guidance arms on a data set: tune, train, meet the test part, report.
 
-`make_plan` turns what a user asks for into a `Plan`; `compare` carries it out; `write` leaves
-report.md, report.json and pictures. What is asked for is named as on the command line of
+`make_plan` turns what a user asks for into a `ComparisonPlan`; `compare` carries it out; `write`
+leaves report.md, report.json and pictures. What is asked for is named as on the command line of
 `slgr compare`, and so are the knobs that errors name.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from slgr_jax import config
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments import arms, pool, presets, results, tuning
-from slgr_jax.experiments.arms import Plan
+from slgr_jax.experiments.arms import ComparisonPlan
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
@@ -75,7 +75,7 @@ class Request:
             )
 
 
-def make_plan(data: str, out: pathlib.Path, request: Request) -> Plan:
+def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
     """What is compared on one data set.
 
     Raises:
@@ -96,7 +96,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> Plan:
     knobs, backbones = request.knobs, request.backbones or ("mf",)
     given = (knobs["lambda"],) if "lambda" in knobs else request.tune_lambda
     tried = {name: tuple(map(float, values)) for name, values in request.tune.items()}
-    plan = Plan(
+    plan = ComparisonPlan(
         data=data,
         out=out,
         knobs={name: value for name, value in knobs.items() if name not in arms.TUNED},
@@ -132,7 +132,7 @@ def _with_preset(request: Request) -> Request:
     )
 
 
-def _check_lambdas(plan: Plan) -> None:
+def _check_lambdas(plan: ComparisonPlan) -> None:
     if len(plan.arms) == 1:
         return
     if not plan.lambdas:
@@ -147,7 +147,7 @@ def _check_lambdas(plan: Plan) -> None:
 # --------------------------------------------------------------------- one data set
 
 
-def compare(plan: Plan, workers: int, command: str = "") -> dict[str, Any]:
+def compare(plan: ComparisonPlan, workers: int, command: str = "") -> dict[str, Any]:
     """Tune, train and test everything; what report.json holds.
 
     Args:
@@ -176,7 +176,7 @@ def compare(plan: Plan, workers: int, command: str = "") -> dict[str, Any]:
 
 
 def _report(
-    plan: Plan,
+    plan: ComparisonPlan,
     tuned: tuning.Tuned,
     runs: Mapping[tuple[str, str], Sequence[config.RunConfig]],
     command: str,
@@ -208,7 +208,7 @@ def _report(
     }
 
 
-def _protocol(plan: Plan, tuned: tuning.Tuned, command: str) -> dict[str, Any]:
+def _protocol(plan: ComparisonPlan, tuned: tuning.Tuned, command: str) -> dict[str, Any]:
     return {
         "teacher": plan.teacher,
         "command": command,
@@ -245,7 +245,7 @@ def _count_tests(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _baselines(
-    plan: Plan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
+    plan: ComparisonPlan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Most popular and, where it takes seconds, EASE, by slice; none where nothing is ranked."""
     from slgr_jax.evaluation import baselines
@@ -275,7 +275,7 @@ def write(report: Mapping[str, Any], out: pathlib.Path) -> str:
     return text
 
 
-def make_controls(plan: Plan) -> None:
+def make_controls(plan: ComparisonPlan) -> None:
     """Write the control products that are not there."""
     from slgr_jax.data import dataset
     from slgr_jax.teacher.products import controls

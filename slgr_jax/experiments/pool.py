@@ -55,8 +55,8 @@ def train_runs(
     there were several), and error: None, or what diverged.
 
     Args:
-      runs: what to train; the same run is trained once.
-      workers: processes; 1 trains here, with all threads and devices.
+      runs: to train; the same run is trained once.
+      workers: processes; 1 trains in this process, with all threads and devices.
       root: directory that names of runs are shown from.
 
     Raises:
@@ -94,11 +94,12 @@ def groups(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
     if jax.default_backend() == "cpu":
         return [[run] for run in runs]
-    found: dict[RunConfig, list[RunConfig]] = {}
+    by_settings: dict[RunConfig, list[RunConfig]] = {}
     for run in runs:
-        shared = dataclasses.replace(run.train, seed=0)
-        found.setdefault(dataclasses.replace(run, workdir="", train=shared), []).append(run)
-    return list(found.values())
+        seedless = dataclasses.replace(run.train, seed=0)
+        settings = dataclasses.replace(run, workdir="", train=seedless)
+        by_settings.setdefault(settings, []).append(run)
+    return list(by_settings.values())
 
 
 def finished(run: RunConfig) -> bool:
@@ -108,10 +109,11 @@ def finished(run: RunConfig) -> bool:
 
     if results.outcome(run.workdir) is None or run_directory.read_config(run.workdir) != run:
         return False
-    was, now = run_directory.recorded(run.workdir), schema.read_dataset_manifest(run.data)
-    same: bool = was == {
-        "split_hash": now.split_hash,
-        "id_map_hash": now.id_map_hash,
+
+    manifest = schema.read_dataset_manifest(run.data)
+    same: bool = run_directory.recorded(run.workdir) == {
+        "split_hash": manifest.split_hash,
+        "id_map_hash": manifest.id_map_hash,
         "teacher_hash": run_directory.teacher_hash(run),
     }
     return same and run_directory.other_members(run.workdir, run) is None
@@ -137,17 +139,17 @@ def _refuse_other(run: RunConfig) -> None:
 
 
 def _known(run: RunConfig) -> dict[str, Any]:
-    found = results.outcome(run.workdir)
-    assert found is not None, "training ended with an outcome"
-    return found
+    outcome = results.outcome(run.workdir)
+    assert outcome is not None, "training ended with an outcome"
+    return outcome
 
 
 def _show(done: int, of: int, group: Sequence[RunConfig], *, root: pathlib.Path) -> None:
     for run in group:
-        found, name = _known(run), pathlib.Path(run.workdir).relative_to(root)
-        value = found["error"] or "no validation"
-        if found["best_metric"] is not None:
-            value = f"{found['best_metric']:.4f} (epoch {found['best_epoch']})"
+        outcome, name = _known(run), pathlib.Path(run.workdir).relative_to(root)
+        value = outcome["error"] or "no validation"
+        if outcome["best_metric"] is not None:
+            value = f"{outcome['best_metric']:.4f} (epoch {outcome['best_epoch']})"
         print(f"  [{done}/{of}] {name}: {value}", flush=True)
 
 
@@ -168,6 +170,7 @@ def _fit_group(group: Sequence[RunConfig]) -> None:
     for run in group:
         pathlib.Path(run.workdir).mkdir(parents=True, exist_ok=True)
         results.forget(run.workdir)
+
     begin = time.process_time()
     try:
         with _logged(group[0]):
@@ -176,10 +179,11 @@ def _fit_group(group: Sequence[RunConfig]) -> None:
         for run in group:
             _fit(run)
         return
-    each = (time.process_time() - begin) / len(group)
+
+    cpu_seconds = (time.process_time() - begin) / len(group)
     for run, outcome in zip(group, outcomes, strict=True):
-        found = _outcome(outcome, each)
-        results.write_json(pathlib.Path(run.workdir) / results.OUTCOME, found)
+        path = pathlib.Path(run.workdir) / results.OUTCOME
+        results.write_json(path, _outcome(outcome, cpu_seconds))
 
 
 @contextlib.contextmanager
@@ -198,9 +202,20 @@ def _logged(run: RunConfig) -> Iterator[None]:
 
 def _outcome(outcome: Outcome, cpu_seconds: float) -> dict[str, Any]:
     """What outcome.json says of a run that was trained to its end."""
-    names = ("best_metric", "best_epoch", "epoch", "seconds")
-    found = {name: getattr(outcome, name) for name in names}
-    return found | {"cpu_seconds": cpu_seconds, "error": None}
+    return {
+        "best_metric": outcome.best_metric,
+        "best_epoch": outcome.best_epoch,
+        "epoch": outcome.epoch,
+        "seconds": outcome.seconds,
+        "cpu_seconds": cpu_seconds,
+        "error": None,
+    }
+
+
+def _diverged(error: NonFiniteError) -> dict[str, Any]:
+    """What outcome.json says of a run whose numbers are no longer finite."""
+    unknown = ("best_metric", "best_epoch", "epoch", "seconds", "cpu_seconds")
+    return {**dict.fromkeys(unknown), "error": str(error)}
 
 
 def _fit(run: RunConfig) -> None:
@@ -214,50 +229,59 @@ def _fit(run: RunConfig) -> None:
     root = pathlib.Path(run.workdir)
     root.mkdir(parents=True, exist_ok=True)
     results.forget(root)
+
     begin = time.process_time()
     with _logged(run):
         try:
             outcome = loop.train(run)
         except NonFiniteError as error:
-            nothing = ("best_metric", "best_epoch", "epoch", "seconds", "cpu_seconds")
-            found = dict.fromkeys(nothing) | {"error": str(error)}
+            written = _diverged(error)
         else:
             if outcome.status != "finished":
                 raise KeyboardInterrupt
-            found = _outcome(outcome, time.process_time() - begin)
-    results.write_json(root / results.OUTCOME, found)
+            written = _outcome(outcome, time.process_time() - begin)
+    results.write_json(root / results.OUTCOME, written)
 
 
 def _evaluate(run: RunConfig) -> None:
     """metrics.json and per_user.parquet; of labelled rows also bins and each user's AUC."""
-    from slgr_jax.evaluation import click_metrics
-    from slgr_jax.models.scoring import score_rows
-    from slgr_jax.reports import tables
-    from slgr_jax.sampling import labelled_rows
     from slgr_jax.training import build
 
     root = pathlib.Path(run.workdir)
     build.evaluate_run(run.workdir, root.name)
-    found: dict[str, Any] = {}
-    if run.evaluation.rows != "none":
-        restored = build.restore_run(run.workdir)
-        data, slices = restored.dataset, restored.dataset.slices(run.slices)
-        rows = labelled_rows.make_rows(data, "test", run.evaluation, run.loss)
-        scores = np.asarray(score_rows(restored.backbone)(restored.scoring("test"), rows))
-        masks = click_metrics.row_slices(rows, slices)
-        masks |= click_metrics.bin_slices(
-            *(rows, data.history, data.popularity),
-            *(run.slices.history_bins, run.slices.popularity_bins),
-        )
-        found = click_metrics.summarize_slices(rows, scores, masks)
-        users = {"all": click_metrics.per_user(rows, scores)}
-        for kind in ("tail", "head"):
-            users[kind] = click_metrics.per_user(rows, scores, masks[f"{kind}_items"])
-        tables.write_row_users(root, data, slices, {"test": users})
-    results.write_json(root / results.ROWS, found)
+    labelled = {} if run.evaluation.rows == "none" else _evaluate_rows(run)
+    results.write_json(root / results.ROWS, labelled)  # last: it says that all is written
 
 
-# --------------------------------------------------------------------- many runs
+def _evaluate_rows(run: RunConfig) -> dict[str, Any]:
+    """Slice -> metrics of the labelled test rows, bins among the slices; writes each user's AUC."""
+    from slgr_jax.evaluation import click_metrics
+    from slgr_jax.evaluation.results import write_row_users
+    from slgr_jax.models.scoring import score_rows
+    from slgr_jax.sampling import labelled_rows
+    from slgr_jax.training import build
+
+    restored = build.restore_run(run.workdir)
+    data, slices = restored.dataset, restored.dataset.slices(run.slices)
+    rows = labelled_rows.make_rows(data, "test", run.evaluation, run.loss)
+    scores = np.asarray(score_rows(restored.backbone)(restored.scoring("test"), rows))
+
+    masks = click_metrics.row_slices(rows, slices)
+    masks |= click_metrics.bin_slices(
+        rows,
+        data.history,
+        data.popularity,
+        run.slices.history_bins,
+        run.slices.popularity_bins,
+    )
+    users = {"all": click_metrics.per_user(rows, scores)}
+    for kind in ("tail", "head"):
+        users[kind] = click_metrics.per_user(rows, scores, masks[f"{kind}_items"])
+    write_row_users(run.workdir, data, slices, {"test": users})
+    return click_metrics.summarize_slices(rows, scores, masks)
+
+
+# --------------------------------------------------------------------- several runs at once
 
 
 def _each(
@@ -266,7 +290,7 @@ def _each(
     workers: int,
     shown: Callable[[int, int, Job], None],
 ) -> None:
-    """`work` on every job: here, or in as many processes as `workers`.
+    """`work` on every job: in this process, or in as many as `workers`.
 
     A failure lets the jobs that have begun end, then is raised.
 
@@ -279,6 +303,7 @@ def _each(
                 work(job)
                 shown(done, len(jobs), job)
             return
+
         with ProcessPoolExecutor(
             min(workers, len(jobs) or 1),
             mp_context=multiprocessing.get_context("spawn"),

@@ -22,28 +22,46 @@ TABLE2: Mapping[str, Mapping[str, Triple]] = {
     backbone: dict(zip(FRAMEWORKS, cells, strict=True))
     for backbone, cells in {
         "deepfm": (
-            *((0.7990, 0.7853, 0.7681), (0.8043, 0.7959, 0.7713), (0.7991, 0.7870, 0.7698)),
-            *((0.8137, 0.8044, 0.7881), (0.8176, 0.8101, 0.7961)),
+            (0.7990, 0.7853, 0.7681),
+            (0.8043, 0.7959, 0.7713),
+            (0.7991, 0.7870, 0.7698),
+            (0.8137, 0.8044, 0.7881),
+            (0.8176, 0.8101, 0.7961),
         ),
         "xdeepfm": (
-            *((0.8158, 0.8065, 0.7836), (0.8169, 0.8104, 0.7865), (0.8161, 0.8101, 0.7898)),
-            *((0.8196, 0.8113, 0.7947), (0.8240, 0.8183, 0.7985)),
+            (0.8158, 0.8065, 0.7836),
+            (0.8169, 0.8104, 0.7865),
+            (0.8161, 0.8101, 0.7898),
+            (0.8196, 0.8113, 0.7947),
+            (0.8240, 0.8183, 0.7985),
         ),
         "autoint": (
-            *((0.8003, 0.7949, 0.7630), (0.8012, 0.7961, 0.7635), (0.8039, 0.7939, 0.7683)),
-            *((0.8088, 0.8090, 0.7754), (0.8161, 0.8145, 0.7849)),
+            (0.8003, 0.7949, 0.7630),
+            (0.8012, 0.7961, 0.7635),
+            (0.8039, 0.7939, 0.7683),
+            (0.8088, 0.8090, 0.7754),
+            (0.8161, 0.8145, 0.7849),
         ),
         "dcn": (
-            *((0.8023, 0.8146, 0.7621), (0.8040, 0.8147, 0.7652), (0.8024, 0.8165, 0.7651)),
-            *((0.8092, 0.8182, 0.7702), (0.8190, 0.8189, 0.7960)),
+            (0.8023, 0.8146, 0.7621),
+            (0.8040, 0.8147, 0.7652),
+            (0.8024, 0.8165, 0.7651),
+            (0.8092, 0.8182, 0.7702),
+            (0.8190, 0.8189, 0.7960),
         ),
         "dcnv2": (
-            *((0.8110, 0.8028, 0.7774), (0.8112, 0.8057, 0.7827), (0.8087, 0.8003, 0.7759)),
-            *((0.8131, 0.8033, 0.7812), (0.8150, 0.8177, 0.7927)),
+            (0.8110, 0.8028, 0.7774),
+            (0.8112, 0.8057, 0.7827),
+            (0.8087, 0.8003, 0.7759),
+            (0.8131, 0.8033, 0.7812),
+            (0.8150, 0.8177, 0.7927),
         ),
         "din": (
-            *((0.7986, 0.7861, 0.7586), (0.8023, 0.7934, 0.7652), (0.7971, 0.7861, 0.7620)),
-            *((0.8089, 0.7967, 0.7783), (0.8100, 0.8010, 0.7829)),
+            (0.7986, 0.7861, 0.7586),
+            (0.8023, 0.7934, 0.7652),
+            (0.7971, 0.7861, 0.7620),
+            (0.8089, 0.7967, 0.7783),
+            (0.8100, 0.8010, 0.7829),
         ),
     }.items()
 }
@@ -114,7 +132,9 @@ PRESETS: Mapping[str, Preset] = {
         ("none", "global", "pointwise", "paper", "calibrated"),
         _KNOBS,
         (
-            *(_ROWS, _NO_TEACHER, _COPIED),
+            _ROWS,
+            _NO_TEACHER,
+            _COPIED,
             "The paper's KD distils soft labels of a fine-tuned LLaMA-2-7B into every row: nearest "
             "to it is our `pointwise`, then `global`; there is no KAR and no LLM-CF here.",
         ),
@@ -153,10 +173,10 @@ def table(name: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(f"- {remark}" for remark in PRESETS[name].remarks)]) + "\n"
 
 
-def _ours(found: Mapping[str, Any], backbone: str, arm: str, name: str) -> Row:
+def _ours(report: Mapping[str, Any], backbone: str, arm: str, name: str) -> Row:
     """The row of an arm; {} where it was not run."""
     wanted = (backbone, arm, name, "rows_auc")
-    for row in found["rows"]:
+    for row in report["rows"]:
         if (row["backbone"], row["arm"], row["slice"], row["metric"]) == wanted:
             return dict(row)
     return {}
@@ -169,27 +189,28 @@ def _printed(cells: Triple | None, data: str) -> float | None:
 
 def _table2(reports: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     out: list[Row] = []
-    for data, found in reports.items():
-        for backbone in found["protocol"]["backbones"]:
+    for data, report in reports.items():
+        for backbone in report["protocol"]["backbones"]:
             printed = TABLE2.get(backbone, {})
             row: Row = {"data": data, "backbone": backbone}
-            row |= {f"{f} (printed)": _printed(printed.get(f), data) for f in FRAMEWORKS}
-            for arm in found["protocol"]["arms"]:
-                row[arm] = _ours(found, backbone, arm, "overall").get("mean")
+            for framework in FRAMEWORKS:
+                row[f"{framework} (printed)"] = _printed(printed.get(framework), data)
+            for arm in report["protocol"]["arms"]:
+                row[arm] = _ours(report, backbone, arm, "overall").get("mean")
             out.append(row)
     return out
 
 
 def _table3(reports: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     out: list[Row] = []
-    for data, found in reports.items():
-        for backbone in found["protocol"]["backbones"]:
+    for data, report in reports.items():
+        for backbone in report["protocol"]["backbones"]:
             printed = TABLE3 if backbone == "dcnv2" and data in _DOMAIN_OF else {}
-            for arm in dict.fromkeys([*printed, *found["protocol"]["arms"]]):
+            for arm in dict.fromkeys([*printed, *report["protocol"]["arms"]]):
                 row: Row = {"data": data, "backbone": backbone, "arm": arm}
                 for name in ("overall", "cold_users", "tail_items"):
                     cells = printed.get(arm, {}).get(name)
-                    ours = _ours(found, backbone, arm, name)
+                    ours = _ours(report, backbone, arm, name)
                     row[f"{name} (printed)"] = _printed(cells, data)
                     row[name] = ours.get("mean")
                     row[f"{name} +-"] = _half(ours)

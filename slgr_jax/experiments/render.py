@@ -17,39 +17,33 @@ _TESTS = (
 )
 
 
-def render(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
+_COST = (
+    "triples_per_s: of the fastest epoch of all seeds; speed_vs_none: that over `none`'s, the "
+    "ratio of steps a second. cpu_seconds: of the process, compilation and validation included. "
+    "Runs share the machine with each other: for orientation."
+)
+
+
+def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The report of one data set.
 
     Args:
-      found: what report.json holds.
+      report: what report.json holds.
       pictures: files beside it.
     """
-    protocol, rows = found["protocol"], found["rows"]
+    protocol, rows = report["protocol"], report["rows"]
     title = f"# {protocol['data']}"
     title += f", teacher {protocol['teacher']}" if protocol["teacher"] else ""
-    lines = [title, "", *_verdict(found["verdict"]), *_ends(found["tuned"])]
+
+    lines = [title, "", *_verdict(report["verdict"]), *_ends(report["tuned"])]
     lines += _protocol(protocol)
     lines += [f"![{name}]({name})" for name in pictures] + [""]
-    for backbone, metric in protocol["primary"].items():
-        lines += [f"## {backbone}: test {metric}", ""]
-        family = f"over all {protocol['tests']} tests of this kind in the report's primary metrics"
-        lines += [_TESTS.format(family=family), ""]
-        mine = [row for row in rows if row["backbone"] == backbone and row["metric"] == metric]
-        lines += [_table(mine, results.MAIN_SLICES), ""]
-        others = [row for row in mine if row["slice"] not in results.MAIN_SLICES]
-        if others:
-            lines += [f"Bins and other slices, {metric}, without tests:", ""]
-            lines += [_wide(others), ""]
+    lines += _primary(protocol, rows)
     lines += _others(rows)
-    lines += _baselines(found["baselines"])
-    lines += _tuning(found["tuned"])
-    lines += _gates(found["gate"])
-    lines += ["## Cost of training", "", _markdown(found["cost"]), ""]
-    lines += [
-        "triples_per_s: of the fastest epoch of all seeds; speed_vs_none: that over `none`'s, the "
-        "ratio of steps a second. cpu_seconds: of the process, compilation and validation "
-        "included. Runs share the machine with each other: for orientation."
-    ]
+    lines += _baselines(report["baselines"])
+    lines += _tuning(report["tuned"])
+    lines += _gates(report["gate"])
+    lines += ["## Cost of training", "", _markdown(report["cost"]), "", _COST]
     return "\n".join(lines) + "\n"
 
 
@@ -62,41 +56,60 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 # --------------------------------------------------------------------- parts of it
 
 
+def _primary(protocol: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """The metric that each backbone was tuned on: slices with tests, then bins without."""
+    family = f"over all {protocol['tests']} tests of this kind in the report's primary metrics"
+    lines: list[str] = []
+    for backbone, metric in protocol["primary"].items():
+        of_metric = _select(rows, backbone, metric)
+        lines += [f"## {backbone}: test {metric}", "", _TESTS.format(family=family), ""]
+        lines += [_table(of_metric, results.MAIN_SLICES), ""]
+
+        bins = [row for row in of_metric if row["slice"] not in results.MAIN_SLICES]
+        if bins:
+            lines += [f"Bins and other slices, {metric}, without tests:", "", _wide(bins), ""]
+    return lines
+
+
+def _select(rows: Sequence[Row], backbone: str, metric: str) -> list[Row]:
+    return [row for row in rows if (row["backbone"], row["metric"]) == (backbone, metric)]
+
+
 def _verdict(verdict: Row | None) -> list[str]:
     if verdict is None:
         return []
     focus, lines = verdict["focus"], ["## Verdict", ""]
     references = " and ".join(o for o in verdict["against"] if o in REFERENCES)
-    for key, what in (
+    for key, claim in (
         ("holds_overall", f"at least as good as {references} overall, within the interval, in"),
         ("wins_cold_or_tail", f"better than {references} for cold users or tail items in"),
     ):
         where = f" ({', '.join(verdict[key])})" if verdict[key] else ""
         lines.append(
-            f"{focus} is {what} {len(verdict[key])} of {verdict['backbones']} backbones{where}. "
+            f"{focus} is {claim} {len(verdict[key])} of {verdict['backbones']} backbones{where}. "
         )
     lines.append("")
-    for other, told in verdict["against"].items():
-        cells = told["cells"]
+    for other, counts in verdict["against"].items():
+        cells = counts["cells"]
         if not cells:
             continue
         lines.append(
             f"- **{focus} against {other}**: at least as good within the 95 % interval in "
-            f"{len(told['at_least'])} of {cells} cells; "
-            + "; ".join(_significant(told, word) for word in ("better", "worse"))
+            f"{len(counts['at_least'])} of {cells} cells; "
+            + "; ".join(_significant(counts, word) for word in ("better", "worse"))
             + "."
         )
     note = "A cell is a backbone on all users, on cold users or on tail items. Better and worse: "
     return [*lines, "", note + "p < .05 after correction, over seeds or over users.", ""]
 
 
-def _significant(told: Mapping[str, Any], word: str) -> str:
+def _significant(counts: Mapping[str, Any], word: str) -> str:
     """`better over seeds in 2 (mf overall, mf cold_users), over users in none`."""
     parts = []
     for over in ("seeds", "users"):
-        where = told[f"{word}_over_{over}"]
-        named = f"{len(where)} ({', '.join(where)})" if where else "none"
-        parts.append(f"over {over} in {named}")
+        cells = counts[f"{word}_over_{over}"]
+        listed = f"{len(cells)} ({', '.join(cells)})" if cells else "none"
+        parts.append(f"over {over} in {listed}")
     return f"{word} " + ", ".join(parts)
 
 
@@ -116,15 +129,16 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
         + as_text(protocol["thresholds"])
         + ".",
     ]
+
     controls = [arm for arm in protocol["arms"] if arm in CONTROLS]
-    told = {
+    explained = {
         "constant": "a constant alpha, the mean that {m} had in its best epoch (settings of {m})",
         "shuffled": "{m} with another user's answers (settings of {m})",
         "popularity": "{m} with training popularity as the teacher, tuned",
         "item_item": "{m} with item-item similarity as the teacher, tuned",
     }
     for arm in controls:
-        lines.append(f"- Control {arm}: " + told[arm].format(m=protocol["matched_to"]) + ".")
+        lines.append(f"- Control {arm}: " + explained[arm].format(m=protocol["matched_to"]) + ".")
     return [*lines, ""]
 
 
@@ -157,8 +171,8 @@ def _wide(rows: Sequence[Row]) -> str:
     means = {(row["slice"], row["arm"]): row for row in rows}
     shown = []
     for name in names:
-        some = next(means[name, arm] for arm in arms if (name, arm) in means)
-        line: Row = {"slice": name, "n": some.get("rows", some["users"])}
+        first = next(means[name, arm] for arm in arms if (name, arm) in means)
+        line: Row = {"slice": name, "n": first.get("rows", first["users"])}
         line |= {arm: (means.get((name, arm)) or {}).get("mean") for arm in arms}
         shown.append(line)
     return _markdown(shown)
@@ -168,9 +182,9 @@ def _others(rows: Sequence[Row]) -> list[str]:
     lines = ["## Other metrics", ""]
     keys = dict.fromkeys((row["backbone"], row["metric"]) for row in rows if not row["primary"])
     for backbone, metric in keys:
-        mine = [row for row in rows if (row["backbone"], row["metric"]) == (backbone, metric)]
-        mine = [row for row in mine if row["slice"] in results.MAIN_SLICES]
-        lines += [f"{backbone}, test {metric}:", "", _wide(mine), ""]
+        of_metric = _select(rows, backbone, metric)
+        of_metric = [row for row in of_metric if row["slice"] in results.MAIN_SLICES]
+        lines += [f"{backbone}, test {metric}:", "", _wide(of_metric), ""]
     return lines if keys else []
 
 
@@ -185,39 +199,53 @@ def _ends(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     lines = [
         f"- {backbone} {arm}: {'; '.join(ends)} of what was tried"
         for backbone, arms in tuned.items()
-        for arm, found in arms.items()
-        if (ends := at_an_end(arm, found))
+        for arm, of_arm in arms.items()
+        if (ends := at_an_end(arm, of_arm))
     ]
     if not lines:
         return []
-    told = "**Chosen at an end of its grid**, so that a wider one may change the outcome:"
-    return [told, "", *lines, ""]
+    title = "**Chosen at an end of its grid**, so that a wider one may change the outcome:"
+    return [title, "", *lines, ""]
 
 
 def _tuning(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    lines = ["## Lambda sweep: validation at the settings of `none`, seed 0", ""]
     chosen, sweep = [], []
     for backbone, arms in tuned.items():
-        for arm, found in arms.items():
-            said: Row = {"backbone": backbone, "arm": arm, "runs": len(found["tried"])}
-            said["chosen"] = as_text(found["chosen"])
-            if "settings_of" in found:
-                said["chosen"] += f" (those of {found['settings_of']})"
-            tried = [row["valid"] for row in found["tried"] if row["valid"] is not None]
-            said |= {"worst": min(tried, default=None), "best": max(tried, default=None)}
-            chosen.append(said)
-            base = arms["none"]["chosen"]
-            at = {
-                f"lambda {row['lambda']:g}": row["valid"]
-                for row in found["tried"]
-                if "lambda" in row
-                and row.keys() <= {*base, "lambda", "valid", "epoch"}
-                and all(row.get(k) == v for k, v in base.items())
-            }
-            if at:
-                sweep.append({"backbone": backbone, "arm": arm, **at})
+        for arm, of_arm in arms.items():
+            line: Row = {"backbone": backbone, "arm": arm}
+            chosen.append(line | _chosen(of_arm))
+            by_lambda = _sweep(of_arm["tried"], arms["none"]["chosen"])
+            if by_lambda:
+                sweep.append(line | by_lambda)
+
+    lines = ["## Lambda sweep: validation at the settings of `none`, seed 0", ""]
     lines = [*lines, _markdown(sweep), ""] if sweep else []
     return [*lines, "## Tuned on validation", "", _markdown(chosen), ""]
+
+
+def _chosen(of_arm: Mapping[str, Any]) -> Row:
+    """How many runs an arm had, what was chosen, and the range of what was tried."""
+    settings = as_text(of_arm["chosen"])
+    if "settings_of" in of_arm:
+        settings += f" (those of {of_arm['settings_of']})"
+    values = [row["valid"] for row in of_arm["tried"] if row["valid"] is not None]
+    return {
+        "runs": len(of_arm["tried"]),
+        "chosen": settings,
+        "worst": min(values, default=None),
+        "best": max(values, default=None),
+    }
+
+
+def _sweep(tried: Sequence[Row], unguided: Mapping[str, Any]) -> Row:
+    """Validation by lambda of the runs that differ from the settings of `none` in lambda alone."""
+    return {
+        f"lambda {row['lambda']:g}": row["valid"]
+        for row in tried
+        if "lambda" in row
+        and row.keys() <= {*unguided, "lambda", "valid", "epoch"}
+        and all(row.get(name) == value for name, value in unguided.items())
+    }
 
 
 def _gates(gates: Sequence[Row]) -> list[str]:
@@ -230,11 +258,20 @@ def _gates(gates: Sequence[Row]) -> list[str]:
                 (gate["backbone"], name), {"backbone": gate["backbone"], "slice": name}
             )
             line |= {f"{gate['arm']} {key}": values[key] for key in ("alpha", "right")}
-    judged = [{k: v for k, v in g.items() if k not in ("slices", "reliability")} for g in gates]
+
+    whole = [
+        {key: value for key, value in gate.items() if key not in ("slices", "reliability")}
+        for gate in gates
+    ]
     return [
-        *("## Gates: alpha against the teacher", ""),
-        *("auc, calibration_error: of alpha on pairs whose order is known.", ""),
-        *(_markdown(judged), ""),
-        *("alpha: its mean; right: share of known pairs that the teacher orders correctly.", ""),
-        *(_markdown(list(shown.values())), ""),
+        "## Gates: alpha against the teacher",
+        "",
+        "auc, calibration_error: of alpha on pairs whose order is known.",
+        "",
+        _markdown(whole),
+        "",
+        "alpha: its mean; right: share of known pairs that the teacher orders correctly.",
+        "",
+        _markdown(list(shown.values())),
+        "",
     ]

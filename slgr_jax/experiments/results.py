@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-OUTCOME, ROWS = "outcome.json", "rows.json"
-LOG, METRICS, PER_USER, ROWS_PER_USER = (
-    *("log.jsonl", "metrics.json", "per_user.parquet", "rows_per_user.parquet"),
-)
+OUTCOME, ROWS, LOG = "outcome.json", "rows.json", "log.jsonl"
+# As in evaluation/results.py, which takes seconds to import (JAX); a test holds them together.
+METRICS = "metrics.json"
+PER_USER, ROWS_PER_USER = "per_user.parquet", "rows_per_user.parquet"
 MAIN_SLICES = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
 # Slices that users fall into whole, by what a row of per_user.parquet says, or whose relevant
 # items are told apart there. Of popularity bins there is no value per user.
@@ -40,8 +40,8 @@ def read_json(path: pathlib.Path) -> Any:
 
 def outcome(workdir: PathLike) -> dict[str, Any] | None:
     """How training ended; None before it has."""
-    found: dict[str, Any] | None = read_json(pathlib.Path(workdir) / OUTCOME)
-    return found
+    written: dict[str, Any] | None = read_json(pathlib.Path(workdir) / OUTCOME)
+    return written
 
 
 def forget(workdir: PathLike) -> None:
@@ -65,19 +65,18 @@ def log(workdir: PathLike) -> list[dict[str, Any]]:
 def slices(workdir: PathLike) -> dict[str, dict[str, Any]]:
     """Slice -> metric -> value on the test part; rows of labels as rows_auc, rows_n, ..."""
     root = pathlib.Path(workdir)
-    found = {
-        name: dict(values) for name, values in read_json(root / METRICS).get("test", {}).items()
-    }
+    ranked = read_json(root / METRICS).get("test", {})
+    by_slice = {name: dict(values) for name, values in ranked.items()}
     for name, values in read_json(root / ROWS).items():
-        mine = found.setdefault(name, {})
-        mine |= {f"rows_{metric}": value for metric, value in values.items()}
-    return found
+        of_rows = {f"rows_{metric}": value for metric, value in values.items()}
+        by_slice.setdefault(name, {}).update(of_rows)
+    return by_slice
 
 
-def metrics_of(found: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> list[str]:
+def metrics_of(by_slice: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> list[str]:
     """The metrics that are compared, of those a run has; greater is better."""
     ranking = [f"{name}@{k}" for k in ks for name in ("ndcg", "recall")]
-    overall = found.get("overall", {})
+    overall = by_slice.get("overall", {})
     return [name for name in (*ranking, "mrr", "rows_auc", "rows_gauc") if name in overall]
 
 
@@ -100,11 +99,11 @@ class Users:
             wanted = {"auc"} if prefix else {m for m in metrics if m in columns}
             table = pq.read_table(path, columns=["part", "items", "user", "cold", *wanted])
             test = np.array(table["part"].to_pylist()) == "test"
-            found = {c: np.array(table[c].to_pylist())[test] for c in ("items", "user", "cold")}
+            facts = {c: np.array(table[c].to_pylist())[test] for c in ("items", "user", "cold")}
             for column in wanted:
                 values = table[column].to_numpy()[test].astype(np.float64)
                 names = (f"{prefix}auc", f"{prefix}gauc") if prefix else (column,)
-                self._tables |= {metric: {**found, "value": values} for metric in names}
+                self._tables |= {metric: {**facts, "value": values} for metric in names}
 
     def of(self, slice_name: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
         """External ids (sorted) and values of a main slice's users; None where there are none."""
@@ -120,8 +119,8 @@ class Users:
 
 def gate(workdir: PathLike) -> dict[str, Any] | None:
     """What evaluation says of the run's gate; None of runs without one."""
-    found = read_json(pathlib.Path(workdir) / METRICS).get("gate")
-    return dict(found) if found else None
+    written = read_json(pathlib.Path(workdir) / METRICS).get("gate")
+    return dict(written) if written else None
 
 
 def speed(workdir: PathLike) -> float | None:

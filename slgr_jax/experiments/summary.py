@@ -5,6 +5,7 @@ A number that is undefined is None (null in JSON), never 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,50 +43,53 @@ class Cell:
         self.slices = list(self._slices[0])
         users = [results.Users(workdir, self.metrics) for workdir in workdirs]
         self._users = {
-            (name, metric): _mean_of_users([one.of(name, metric) for one in users])
+            (name, metric): _mean_of_users([of_run.of(name, metric) for of_run in users])
             for name in results.MAIN_SLICES
             for metric in self.metrics
         }
 
     def seeds(self, name: str, metric: str) -> np.ndarray:
         """[seeds] values of a slice; NaN where undefined."""
-        found = [one.get(name, {}).get(metric) for one in self._slices]
-        return np.array([np.nan if value is None else value for value in found], np.float64)
+        values = [of_run.get(name, {}).get(metric) for of_run in self._slices]
+        return np.array([np.nan if value is None else value for value in values], np.float64)
 
     def users(self, name: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids and values of a slice's users, the mean over seeds; None where there are none."""
         return self._users.get((name, metric))
 
     def count(self, name: str, metric: str) -> int | None:
-        """What a slice's metric is over: users, or labelled rows."""
-        found = self._slices[0].get(name, {}).get("rows_n" if metric.startswith("rows_") else "n")
-        return None if found is None else int(found)
+        """How many a slice's metric is over: users, or labelled rows."""
+        key = "rows_n" if metric.startswith("rows_") else "n"
+        count = self._slices[0].get(name, {}).get(key)
+        return None if count is None else int(count)
 
 
 def _mean_of_users(
-    found: Sequence[tuple[np.ndarray, np.ndarray] | None],
+    runs: Sequence[tuple[np.ndarray, np.ndarray] | None],
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    first = found[0]
+    """Ids and values of users, the mean over the runs of an arm."""
+    first = runs[0]
     if first is None:
         return None
     values = []
-    for one in found:
-        assert one is not None, "runs of one arm write the same files"
-        assert np.array_equal(one[0], first[0]), "runs of one arm evaluate the same users"
-        values.append(one[1])
+    for run in runs:
+        assert run is not None, "runs of one arm write the same files"
+        assert np.array_equal(run[0], first[0]), "runs of one arm evaluate the same users"
+        values.append(run[1])
     return first[0], np.mean(values, axis=0)
 
 
-def compare(mine: Cell, other: Cell, name: str, metric: str) -> Row | None:
-    """One arm against another on a slice: difference over seeds, its interval, p-values.
+def compare(cell: Cell, other: Cell, name: str, metric: str) -> Row | None:
+    """`cell` against `other` on a slice: difference over seeds, its interval, p-values.
 
     p_seeds: paired t-test over seeds. p_users: over users, the mean over seeds of each; None in
     bins, and where fewer than two users have a value.
     """
-    a, b = mine.seeds(name, metric), other.seeds(name, metric)
+    a, b = cell.seeds(name, metric), other.seeds(name, metric)
     d = a - b
     if np.isnan(d).any():
         return None
+
     low, high = t_interval(d)
     base = float(np.mean(b))
     row = {
@@ -96,12 +100,14 @@ def compare(mine: Cell, other: Cell, name: str, metric: str) -> Row | None:
     }
     if name not in results.MAIN_SLICES:
         return row
+
     row["p_seeds"] = number(paired_t(d))
     row["p_users"] = None
-    users, theirs = mine.users(name, metric), other.users(name, metric)
-    if users is not None and theirs is not None:
-        _, at, at_other = np.intersect1d(users[0], theirs[0], return_indices=True)
-        between = users[1][at] - theirs[1][at_other]
+    users, users_other = cell.users(name, metric), other.users(name, metric)
+    if users is not None and users_other is not None:
+        # Users of both arms, and where they are in each.
+        _, places, places_other = np.intersect1d(users[0], users_other[0], return_indices=True)
+        between = users[1][places] - users_other[1][places_other]
         row["p_users"] = number(paired_t(between[~np.isnan(between)]))
     return row
 
@@ -124,23 +130,32 @@ def rows_of(
     """
     rows: list[Row] = []
     for backbone in dict.fromkeys(backbone for backbone, _ in runs):
-        cells = {arm: Cell(dirs, ks) for (own, arm), dirs in runs.items() if own == backbone}
+        cells = {arm: Cell(workdirs, ks) for arm, workdirs in _arms(runs, backbone).items()}
+        against = {arm: _references(arm, focus, controls) for arm in cells}
         first = next(iter(cells.values()))
-        for metric in first.metrics:
-            for name in first.slices:
-                for arm, cell in cells.items():
-                    row = _row(cell, name, metric)
-                    if row is None:
-                        continue
-                    against = [] if arm == "none" else [r for r in REFERENCES if r != arm]
-                    against += [one for one in controls if arm == focus]
-                    for other in against:
-                        if other in cells:
-                            row[f"vs_{other}"] = compare(cell, cells[other], name, metric)
-                    who = {"backbone": backbone, "arm": arm, "slice": name, "metric": metric}
-                    rows.append({**who, "primary": metric == primary[backbone], **row})
+        for metric, name, arm in itertools.product(first.metrics, first.slices, cells):
+            row = _row(cells[arm], name, metric)
+            if row is None:
+                continue
+            for other in against[arm]:
+                if other in cells:
+                    row[f"vs_{other}"] = compare(cells[arm], cells[other], name, metric)
+            labels = {"backbone": backbone, "arm": arm, "slice": name, "metric": metric}
+            rows.append({**labels, "primary": metric == primary[backbone], **row})
     _correct(rows)
     return rows
+
+
+def _arms(runs: Runs, backbone: str) -> dict[str, Sequence[pathlib.Path]]:
+    return {arm: workdirs for (name, arm), workdirs in runs.items() if name == backbone}
+
+
+def _references(arm: str, focus: str, controls: Sequence[str]) -> list[str]:
+    """The arms that `arm` is tested against."""
+    if arm == "none":
+        return []
+    others = [reference for reference in REFERENCES if reference != arm]
+    return [*others, *controls] if arm == focus else others
 
 
 def _row(cell: Cell, name: str, metric: str) -> Row | None:
@@ -148,13 +163,14 @@ def _row(cell: Cell, name: str, metric: str) -> Row | None:
     seeds, count = cell.seeds(name, metric), cell.count(name, metric)
     if not count:
         return None
-    there = not np.isnan(seeds).any()
-    low, high = t_interval(seeds) if there else (math.nan, math.nan)
+
+    defined = not np.isnan(seeds).any()
+    low, high = t_interval(seeds) if defined else (math.nan, math.nan)
     row: Row = {
-        "mean": float(np.mean(seeds)) if there else None,
+        "mean": float(np.mean(seeds)) if defined else None,
         "low": number(low),
         "high": number(high),
-        "sd": float(np.std(seeds, ddof=1)) if there and seeds.size > 1 else None,
+        "sd": float(np.std(seeds, ddof=1)) if defined and seeds.size > 1 else None,
         "seeds": int(seeds.size),
     }
     users = cell.users(name, metric)
@@ -172,8 +188,13 @@ def _correct(rows: Sequence[Row]) -> None:
     families: dict[str, list[Row]] = {}
     for row in rows:
         family = "primary" if row["primary"] else row["metric"]
-        tests = [v for k, v in row.items() if k.startswith("vs_") and v and "p_seeds" in v]
+        tests = [
+            test
+            for name, test in row.items()
+            if name.startswith("vs_") and test and "p_seeds" in test
+        ]
         families.setdefault(family, []).extend(tests)
+
     for tests in families.values():
         for key in ("p_seeds", "p_users"):
             raw = [math.nan if test[key] is None else test[key] for test in tests]
@@ -188,28 +209,28 @@ def costs(runs: Runs) -> list[Row]:
     """Mean time of training by backbone and arm, and the fastest epoch's speed beside `none`'s."""
     out: list[Row] = []
     speeds: dict[tuple[str, str], float | None] = {}
-    for key, dirs in runs.items():
-        found = [results.outcome(workdir) or {} for workdir in dirs]
-        rates = [rate for rate in map(results.speed, dirs) if rate]
-        speeds[key] = max(rates, default=None)
-        base, mine = speeds.get((key[0], "none")), speeds[key]
+    for (backbone, arm), workdirs in runs.items():
+        outcomes = [results.outcome(workdir) or {} for workdir in workdirs]
+        speed = max((rate for rate in map(results.speed, workdirs) if rate), default=None)
+        speeds[backbone, arm] = speed
+        base = speeds.get((backbone, "none"))
         out.append(
             {
-                "backbone": key[0],
-                "arm": key[1],
-                "seconds": _mean(one.get("seconds") for one in found),
-                "cpu_seconds": _mean(one.get("cpu_seconds") for one in found),
-                "epochs": _mean(one.get("epoch") for one in found),
-                "triples_per_s": mine,
-                "speed_vs_none": mine / base if mine and base else None,
+                "backbone": backbone,
+                "arm": arm,
+                "seconds": _mean(outcome.get("seconds") for outcome in outcomes),
+                "cpu_seconds": _mean(outcome.get("cpu_seconds") for outcome in outcomes),
+                "epochs": _mean(outcome.get("epoch") for outcome in outcomes),
+                "triples_per_s": speed,
+                "speed_vs_none": speed / base if speed and base else None,
             }
         )
     return out
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else None
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
 
 
 def gates(runs: Runs) -> list[Row]:
@@ -218,60 +239,64 @@ def gates(runs: Runs) -> list[Row]:
     Slices are over the known pairs of all seeds; so are reliability bins, in order of alpha.
     """
     out: list[Row] = []
-    for (backbone, arm), dirs in runs.items():
-        found = [one for one in map(results.gate, dirs) if one]
-        if not found:
+    for (backbone, arm), workdirs in runs.items():
+        of_seeds = [gate for gate in map(results.gate, workdirs) if gate]
+        if not of_seeds:
             continue
-        names = dict.fromkeys(name for one in found for name in one.get("slices", {}))
-        slices = {
-            name: _pooled([one["slices"][name] for one in found if name in one.get("slices", {})])
-            for name in names
-        }
-        bins = [bin_ for one in found for bin_ in one.get("reliability") or ()]
+
+        by_slice: dict[str, list[Mapping[str, Any]]] = {}
+        for gate in of_seeds:
+            for name, values in gate.get("slices", {}).items():
+                by_slice.setdefault(name, []).append(values)
+        bins = [gate.get("reliability") or () for gate in of_seeds]
+
         out.append(
             {
                 "backbone": backbone,
                 "arm": arm,
-                "auc": _mean(one.get("auc") for one in found),
-                "calibration_error": _mean(one.get("calibration_error") for one in found),
-                "slices": slices,
-                "reliability": _merged(bins, max(len(o.get("reliability") or ()) for o in found)),
+                "auc": _mean(gate.get("auc") for gate in of_seeds),
+                "calibration_error": _mean(gate.get("calibration_error") for gate in of_seeds),
+                "slices": {name: _pooled(values) for name, values in by_slice.items()},
+                "reliability": _merged(list(itertools.chain(*bins)), max(map(len, bins))),
             }
         )
     return out
 
 
-def _pooled(found: Sequence[Mapping[str, Any]]) -> Row:
+def _pooled(of_seeds: Sequence[Mapping[str, Any]]) -> Row:
     """A slice's alpha and right, the mean over the known pairs of all seeds; n counts them."""
-    out: Row = {"n": sum(int(one.get("n") or 0) for one in found)}
+    out: Row = {"n": sum(int(values.get("n") or 0) for values in of_seeds)}
     for key in ("alpha", "right"):
-        there = [one for one in found if one.get("n") and one.get(key) is not None]
-        weights = [one["n"] for one in there]
-        values = [one[key] for one in there]
-        out[key] = float(np.average(values, weights=weights)) if there else None
+        defined = [values for values in of_seeds if values.get("n") and values.get(key) is not None]
+        weights = [values["n"] for values in defined]
+        means = [values[key] for values in defined]
+        out[key] = float(np.average(means, weights=weights)) if defined else None
     return out
 
 
 def _merged(bins: Sequence[Mapping[str, Any]], count: int) -> list[Row]:
     """Bins of several seeds as `count` bins of about as many pairs, by ascending alpha."""
-    bins = sorted((one for one in bins if one["n"] and one["right"] is not None),
-                  key=lambda one: one["alpha"])  # fmt: skip
+    bins = [bin_ for bin_ in bins if bin_["n"] and bin_["right"] is not None]
+    bins = sorted(bins, key=lambda bin_: bin_["alpha"])
     if not bins:
         return []
-    n = np.array([one["n"] for one in bins], np.float64)
+
+    # A bin goes where its middle pair is among all pairs, cut into `count` equal parts.
+    n = np.array([bin_["n"] for bin_ in bins], np.float64)
     middle = np.cumsum(n) - n / 2
     place = np.minimum((middle / n.sum() * count).astype(int), count - 1)
+
     out = []
-    for one in np.unique(place):
-        mine = [bin_ for bin_, at in zip(bins, place, strict=True) if at == one]
-        weight = n[place == one]
+    for wanted in np.unique(place):
+        inside = [bins[i] for i in np.flatnonzero(place == wanted)]
+        weights = n[place == wanted]
         out.append(
             {
-                "low": min(bin_["low"] for bin_ in mine),
-                "high": max(bin_["high"] for bin_ in mine),
-                "alpha": float(np.average([bin_["alpha"] for bin_ in mine], weights=weight)),
-                "right": float(np.average([bin_["right"] for bin_ in mine], weights=weight)),
-                "n": int(weight.sum()),
+                "low": min(bin_["low"] for bin_ in inside),
+                "high": max(bin_["high"] for bin_ in inside),
+                "alpha": float(np.average([bin_["alpha"] for bin_ in inside], weights=weights)),
+                "right": float(np.average([bin_["right"] for bin_ in inside], weights=weights)),
+                "n": int(weights.sum()),
             }
         )
     return out
@@ -280,8 +305,9 @@ def _merged(bins: Sequence[Mapping[str, Any]], count: int) -> list[Row]:
 def alphas(runs: Runs) -> list[Row]:
     """Mean alpha of training by epoch, of the first seed of each arm that has one."""
     out: list[Row] = []
-    for (backbone, arm), dirs in runs.items():
-        records = [r for r in results.log(dirs[0]) if r.get("train/alpha") is not None]
+    for (backbone, arm), workdirs in runs.items():
+        log = results.log(workdirs[0])
+        records = [record for record in log if record.get("train/alpha") is not None]
         if records:
             epochs = [int(record["epoch"]) for record in records]
             values = [float(record["train/alpha"]) for record in records]
@@ -301,42 +327,68 @@ def verdict(rows: Sequence[Row], focus: str) -> Row | None:
     wins_cold_or_tail: backbones in which it is better, over seeds or users, than every reference on
     cold users or on tail items.
     """
-    mine = [r for r in rows if r["primary"] and r["arm"] == focus and r["slice"] in CELL_SLICES]
-    if not mine or focus == "none":
+    of_focus = [
+        row
+        for row in rows
+        if row["primary"] and row["arm"] == focus and row["slice"] in CELL_SLICES
+    ]
+    if not of_focus or focus == "none":
         return None
-    out: Row = {"focus": focus, "against": {}}
-    others = dict.fromkeys(k.removeprefix("vs_") for r in mine for k in r if k.startswith("vs_"))
-    for other in others:
-        found = [(r, r.get(f"vs_{other}")) for r in mine]
-        cells = [(f"{r['backbone']} {r['slice']}", v) for r, v in found if v]
-        told: Row = {"cells": len(cells)}
-        told["at_least"] = [c for c, v in cells if v["high"] is not None and v["high"] >= 0]
-        for word, sign in (("better", 1), ("worse", -1)):
-            for over in ("seeds", "users"):
-                told[f"{word}_over_{over}"] = [
-                    c
-                    for c, v in cells
-                    if (p := v[f"p_{over}_holm"]) is not None
-                    and p < LEVEL
-                    and sign * v["difference"] > 0
-                ]
-            told[f"{word}_over_both"] = [
-                c for c in told[f"{word}_over_seeds"] if c in told[f"{word}_over_users"]
+
+    others = dict.fromkeys(
+        name.removeprefix("vs_") for row in of_focus for name in row if name.startswith("vs_")
+    )
+    against = {other: _counts(of_focus, other) for other in others}
+    references = [against[other] for other in others if other in REFERENCES]
+    backbones = list(dict.fromkeys(row["backbone"] for row in of_focus))
+    return {
+        "focus": focus,
+        "against": against,
+        "backbones": len(backbones),
+        "holds_overall": [
+            backbone
+            for backbone in backbones
+            if all(f"{backbone} overall" in counts["at_least"] for counts in references)
+        ],
+        "wins_cold_or_tail": [
+            backbone
+            for backbone in backbones
+            if all(_wins_cold_or_tail(backbone, counts) for counts in references)
+        ],
+    }
+
+
+def _counts(of_focus: Sequence[Row], other: str) -> Row:
+    """The cells in which the focus is at least as good as `other`, better, worse."""
+    tests = {
+        f"{row['backbone']} {row['slice']}": row[f"vs_{other}"]
+        for row in of_focus
+        if row.get(f"vs_{other}")
+    }
+    counts: Row = {
+        "cells": len(tests),
+        "at_least": [
+            cell for cell, test in tests.items() if test["high"] is not None and test["high"] >= 0
+        ],
+    }
+    for word, sign in (("better", 1), ("worse", -1)):
+        for over in ("seeds", "users"):
+            counts[f"{word}_over_{over}"] = [
+                cell for cell, test in tests.items() if _significant(test, over, sign)
             ]
-        out["against"][other] = told
-    references = [told for other, told in out["against"].items() if other in REFERENCES]
-    backbones = list(dict.fromkeys(row["backbone"] for row in mine))
-    out["backbones"] = len(backbones)
-    out["holds_overall"] = [
-        b for b in backbones if all(f"{b} overall" in told["at_least"] for told in references)
-    ]
-    out["wins_cold_or_tail"] = [
-        b
-        for b in backbones
-        if all(
-            {f"{b} cold_users", f"{b} tail_items"}
-            & {*told["better_over_seeds"], *told["better_over_users"]}
-            for told in references
-        )
-    ]
-    return out
+        over_users = counts[f"{word}_over_users"]
+        counts[f"{word}_over_both"] = [
+            cell for cell in counts[f"{word}_over_seeds"] if cell in over_users
+        ]
+    return counts
+
+
+def _significant(test: Row, over: str, sign: int) -> bool:
+    """Whether the difference has that sign and p < .05 after correction."""
+    p = test[f"p_{over}_holm"]
+    return p is not None and p < LEVEL and sign * test["difference"] > 0
+
+
+def _wins_cold_or_tail(backbone: str, counts: Row) -> bool:
+    better = {*counts["better_over_seeds"], *counts["better_over_users"]}
+    return bool({f"{backbone} cold_users", f"{backbone} tail_items"} & better)

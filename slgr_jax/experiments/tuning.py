@@ -2,7 +2,7 @@
 
 1. `none` of a backbone: every point of its grid.
 2. A guided arm: every lambda at the settings of `none`; at the best, if that leaves a run, its
-   variant (`arms.Plan.variants`: another guidance loss).
+   variant (`ComparisonPlan.variants`: another guidance loss).
 3. Then, at its best lambda and variant, other points of the grid, those most like the best of
    `none` first, until it has had as many runs as `none`.
 """
@@ -18,10 +18,11 @@ import numpy as np
 
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments.arms import UNTUNED, Plan, Settings
+from slgr_jax.experiments.arms import UNTUNED, ComparisonPlan, Settings
 
 # What a run came to: best_metric, best_epoch, error, ...; see `pool`.
 Train = Callable[[Sequence[RunConfig]], list[dict[str, Any]]]
+Trial = tuple[str, str, Settings]  # backbone, arm, what is tried of it
 # {backbone: {arm: {"tried": [...], "chosen": {...}}}}
 Tuned = dict[str, dict[str, dict[str, Any]]]
 
@@ -55,83 +56,108 @@ def near(
     return sorted(points(grid), key=unlike)[1 : 1 + count]
 
 
-def tune(plan: Plan, train: Train) -> Tuned:
+def tune(plan: ComparisonPlan, train: Train) -> Tuned:
     """Tune every arm that is tuned; copy settings to those that are matched.
 
     Raises:
       ConfigError: there is no validation part, or every setting of an arm diverged.
     """
-    found: Tuned = {backbone: {} for backbone in plan.backbones}
+    tuned: Tuned = {backbone: {} for backbone in plan.backbones}
     budgets = {}
-    asked: list[tuple[str, str, Settings]] = []
+    trials: list[Trial] = []
     for backbone in plan.backbones:
-        tried = first_points(plan.grids[backbone], plan.tune_runs)
-        budgets[backbone] = len(tried)
-        asked += [(backbone, "none", point) for point in tried]
-    _try(plan, train, asked, found)
+        drawn = first_points(plan.grids[backbone], plan.tune_runs)
+        budgets[backbone] = len(drawn)
+        trials += [(backbone, "none", point) for point in drawn]
+    _try(plan, train, trials, tuned)
+
     guided = [arm for arm in plan.tuned_arms if arm != "none"]
     if guided:
-        asked = [
-            (backbone, arm, {**found[backbone]["none"]["chosen"], "lambda": weight})
-            for backbone in plan.backbones
-            for arm in guided
-            for weight in plan.lambdas
-        ]
-        _try(plan, train, asked, found)
-        each = list(itertools.product(plan.backbones, guided))
-        asked = [
-            (backbone, arm, {**found[backbone][arm]["chosen"], **variant})
-            for backbone, arm in each
-            if len(found[backbone][arm]["tried"]) < budgets[backbone]
-            for variant in plan.variants(arm)
-        ]
-        _try(plan, train, asked, found)
-        asked = []
-        for backbone, arm in each:
-            mine = found[backbone][arm]
-            left = budgets[backbone] - len(mine["tried"])
-            more = near(plan.grids[backbone], found[backbone]["none"]["chosen"], max(left, 0))
-            kept = {k: v for k, v in mine["chosen"].items() if k not in plan.grids[backbone]}
-            asked += [(backbone, arm, {**point, **kept}) for point in more]
-        _try(plan, train, asked, found)
+        _try(plan, train, _lambda_trials(plan, guided, tuned), tuned)
+        _try(plan, train, _variant_trials(plan, guided, tuned, budgets), tuned)
+        _try(plan, train, _near_trials(plan, guided, tuned, budgets), tuned)
+
     for backbone, arm in itertools.product(plan.backbones, plan.arms):
         if arm in UNTUNED:
-            found[backbone][arm] = _matched(plan, backbone, arm, found[backbone][plan.matched])
-    return found
+            tuned[backbone][arm] = _matched(plan, backbone, arm, tuned[backbone][plan.matched])
+    return tuned
 
 
-def _try(
-    plan: Plan, train: Train, asked: Sequence[tuple[str, str, Settings]], found: Tuned
-) -> None:
-    """Train what is asked for; add it to what was tried, and choose anew."""
+def _lambda_trials(plan: ComparisonPlan, guided: Sequence[str], tuned: Tuned) -> list[Trial]:
+    """Every lambda at the settings of `none`."""
+    return [
+        (backbone, arm, {**tuned[backbone]["none"]["chosen"], "lambda": weight})
+        for backbone in plan.backbones
+        for arm in guided
+        for weight in plan.lambdas
+    ]
 
-    def run(backbone: str, arm: str, settings: Settings) -> RunConfig:
-        where = plan.tune_dir(backbone, arm, settings)
-        plain = found[backbone].get("none")
-        reference = plan.run_dir(backbone, "none", plain, 0) if arm != "none" and plain else None
-        return plan.config(backbone, arm, settings, where, reference=reference)
 
-    runs = [run(*one) for one in asked]
-    for (backbone, arm, settings), outcome in zip(asked, train(runs), strict=True):
-        mine = found[backbone].setdefault(arm, {"tried": [], "chosen": {}})
+def _variant_trials(
+    plan: ComparisonPlan, guided: Sequence[str], tuned: Tuned, budgets: Mapping[str, int]
+) -> list[Trial]:
+    """The variants of each arm at its best lambda, where a run is left."""
+    return [
+        (backbone, arm, {**tuned[backbone][arm]["chosen"], **variant})
+        for backbone, arm in itertools.product(plan.backbones, guided)
+        if len(tuned[backbone][arm]["tried"]) < budgets[backbone]
+        for variant in plan.variants(arm)
+    ]
+
+
+def _near_trials(
+    plan: ComparisonPlan, guided: Sequence[str], tuned: Tuned, budgets: Mapping[str, int]
+) -> list[Trial]:
+    """Points of the grid near the best of `none`, with each arm's lambda and variant."""
+    trials: list[Trial] = []
+    for backbone, arm in itertools.product(plan.backbones, guided):
+        grid, of_arm = plan.grids[backbone], tuned[backbone][arm]
+        left = max(budgets[backbone] - len(of_arm["tried"]), 0)
+        kept = {name: value for name, value in of_arm["chosen"].items() if name not in grid}
+        points_left = near(grid, tuned[backbone]["none"]["chosen"], left)
+        trials += [(backbone, arm, {**point, **kept}) for point in points_left]
+    return trials
+
+
+def _try(plan: ComparisonPlan, train: Train, trials: Sequence[Trial], tuned: Tuned) -> None:
+    """Train the trials; add them to what was tried, and choose anew."""
+    runs = [_trial_run(plan, trial, tuned) for trial in trials]
+    for (backbone, arm, settings), outcome in zip(trials, train(runs), strict=True):
+        of_arm = tuned[backbone].setdefault(arm, {"tried": [], "chosen": {}})
         if outcome["best_metric"] is None and not outcome["error"]:
             raise ConfigError(f"{plan.data} has no validation part: nothing to tune on")
         row = {**settings, "valid": outcome["best_metric"], "epoch": outcome["best_epoch"]}
-        mine["tried"].append(row)
-        best = [row for row in mine["tried"] if row["valid"] is not None]
-        if best:
-            top = max(best, key=lambda row: row["valid"])
-            mine["chosen"] = {k: v for k, v in top.items() if k not in ("valid", "epoch")}
-    for backbone, arm, _ in asked:
-        if not found[backbone][arm]["chosen"]:
+        of_arm["tried"].append(row)
+
+        # A run that diverged has no value: it is tried, and cannot be chosen.
+        finished = [row for row in of_arm["tried"] if row["valid"] is not None]
+        if finished:
+            best = max(finished, key=lambda row: row["valid"])
+            of_arm["chosen"] = {k: v for k, v in best.items() if k not in ("valid", "epoch")}
+
+    for backbone, arm, _ in trials:
+        if not tuned[backbone][arm]["chosen"]:
             raise ConfigError(
                 f"every setting of arm {arm} of {backbone} diverged; lower --tune_lr or "
                 "--tune_lambda"
             )
 
 
-def _matched(plan: Plan, backbone: str, arm: str, like: Mapping[str, Any]) -> dict[str, Any]:
-    settings = dict(like["chosen"])
+def _trial_run(plan: ComparisonPlan, trial: Trial, tuned: Tuned) -> RunConfig:
+    backbone, arm, settings = trial
+    workdir = plan.tune_dir(backbone, arm, settings)
+    unguided = tuned[backbone].get("none")
+    if arm == "none" or not unguided:
+        return plan.config(backbone, arm, settings, workdir)
+    reference = plan.run_dir(backbone, "none", unguided, 0)
+    return plan.config(backbone, arm, settings, workdir, reference=reference)
+
+
+def _matched(
+    plan: ComparisonPlan, backbone: str, arm: str, tuned: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A control with the settings of the arm that it is matched to, tuned as `tuned` says."""
+    settings = dict(tuned["chosen"])
     if arm == "constant":
         settings["alpha"] = mean_alpha(plan.tune_dir(backbone, plan.matched, settings))
     return {"tried": [], "chosen": settings, "settings_of": plan.matched}
@@ -155,18 +181,18 @@ def mean_alpha(workdir: pathlib.Path) -> float:
     )
 
 
-def at_an_end(arm: str, found: Mapping[str, Any]) -> list[str]:
+def at_an_end(arm: str, tuned: Mapping[str, Any]) -> list[str]:
     """What an arm chose that is the least or the greatest of what it tried: `lambda 0.3, the
     greatest`. A wider grid may choose otherwise. 0 is the end of a range, not of a grid.
 
     Args:
-      found: what was tried and chosen; of guided arms lambda alone has a grid of its own.
+      tuned: what was tried and chosen; of guided arms lambda alone has a grid of its own.
     """
     ends = []
-    for name, value in found["chosen"].items():
+    for name, value in tuned["chosen"].items():
         if isinstance(value, str) or not (arm == "none" or name == "lambda"):
             continue
-        tried = {row[name] for row in found["tried"] if name in row}
+        tried = {row[name] for row in tuned["tried"] if name in row}
         if len(tried) > 1 and value in (min(tried), max(tried)) and value != 0:
             which = "greatest" if value == max(tried) else "least"
             ends.append(f"{name} {value:.4g}, the {which}")

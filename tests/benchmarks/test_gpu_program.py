@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts there import one another by plain name
+SPEED = pathlib.Path(__file__).parents[2] / "benchmarks" / "speed"
+sys.path.insert(0, str(SPEED))  # scripts there import one another by plain name
 
 import gpu_program  # noqa: E402
 
@@ -86,7 +86,7 @@ def test_what_is_missing_is_one_line(tmp_path, there):
     target = tmp_path / "h200.txtpb"
     if there:
         target.write_text("not a description")
-    command = [sys.executable, str(BENCHMARKS / "gpu_program.py"), f"--target={target}"]
+    command = [sys.executable, str(SPEED / "gpu_program.py"), f"--target={target}"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     why = "JAX cannot compile for a GPU here: " if there else "No such file or directory"
     assert found.returncode == 2

@@ -1,8 +1,9 @@
-"""benchmarks/throughput.py and scaling.py: data, bytes, turns, rows; no speed is asserted."""
+"""benchmarks/speed/throughput.py and scaling.py: data, bytes, turns, rows; no speed is asserted."""
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from slgr_jax.sampling.context import FIELDS, HISTORY
 from slgr_jax.training import build
 from slgr_jax.training.step import init_state
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # scripts there import one another by plain name
+SPEED = pathlib.Path(__file__).parents[2] / "benchmarks" / "speed"
+sys.path.insert(0, str(SPEED))  # scripts there import one another by plain name
 
 import peers  # noqa: E402
 import scaling  # noqa: E402
@@ -276,7 +277,7 @@ def test_rows_of_histories_that_do_not_fit_are_refused(tmp_path):
 
 FAKE = """
     import sys
-    sys.path.insert(0, {benchmarks!r})
+    sys.path.insert(0, {speed!r})
     import turns
 
     def prepare(job):
@@ -301,7 +302,7 @@ FAKE = """
 @pytest.fixture
 def fake(tmp_path):
     path = tmp_path / "fake.py"
-    path.write_text(textwrap.dedent(FAKE.format(benchmarks=str(BENCHMARKS))))
+    path.write_text(textwrap.dedent(FAKE.format(speed=str(SPEED))))
     return [sys.executable, str(path)]
 
 
@@ -383,7 +384,7 @@ def fake_implicit(tmp_path, monkeypatch):
     about = tmp_path / "peer" / "implicit-9.9.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: implicit\nVersion: 9.9\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "peer"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "peer"), prepend=os.pathsep)
 
 
 def test_rows_say_everything_and_the_peer_takes_its_turns(fake_implicit):
@@ -429,13 +430,13 @@ def test_the_ratio_is_the_median_over_rounds():
 
 
 def command(script, *arguments):
-    line = [sys.executable, str(BENCHMARKS / script), *arguments]
+    line = [sys.executable, str(SPEED / script), *arguments]
     return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
 
 def test_a_peer_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "implicit.py").write_text("raise ModuleNotFoundError('No module named implicit')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     done = command("throughput.py", "--sizes=ml100k", "--peer=implicit")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -484,9 +485,10 @@ def test_the_command_measures_lists_of_knobs(tmp_path):
 
 PLAN = """
     import sys
-    sys.path.insert(0, {benchmarks!r})
+    sys.path.insert(0, {speed!r})
     import throughput
-    from slgr_jax import config, flags
+    from slgr_jax import config
+    from slgr_jax.cli import flags
     for section in config.sections().values():
         if section not in (config.SliceConfig, config.EvaluationConfig):
             flags.define_section(section)
@@ -503,7 +505,7 @@ PLAN = """
 
 def planned(*arguments):
     """Of each case: size, backbone, batch size, dtype, optimiser, guidance, history fields."""
-    code = textwrap.dedent(PLAN.format(benchmarks=str(BENCHMARKS)))
+    code = textwrap.dedent(PLAN.format(speed=str(SPEED)))
     line = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

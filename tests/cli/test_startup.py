@@ -105,8 +105,9 @@ def _train_process(workdir: pathlib.Path, data: pathlib.Path, home: pathlib.Path
     marks = workdir.with_suffix(".marks")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
     subprocess.run(
-        [sys.executable, "benchmarks/startup_children.py", "ours", str(marks), "launch/train.py",
-         f"--data={data}", f"--workdir={workdir}", "--epochs=1", "--dim=8", "--batch_size=32"],
+        [sys.executable, "benchmarks/speed/startup_children.py", "ours", str(marks),
+         "launch/train.py", f"--data={data}", f"--workdir={workdir}", "--epochs=1", "--dim=8",
+         "--batch_size=32"],
         cwd=REPO,
         env=environment | {"HOME": str(home), "PYTHONPATH": str(REPO)},
         stdout=subprocess.DEVNULL,

@@ -44,7 +44,7 @@ def plan_of(path, *, asked=("none", "global", "paper"), controls=(), own_arms=No
     chosen, matched, focus = arms.choose(asked, controls, "", "", own_arms)
     made = {"knobs": {}, "teacher": "llm", "backbones": ("mf",), "seeds": 3, "lambdas": (1.0, 3.0)}
     made |= {"grids": {"mf": GRID}, "data": str(path / "data"), "out": path / "out"} | more
-    return arms.Plan(arms=chosen, matched=matched, focus=focus, own_arms=own_arms, **made)
+    return arms.ComparisonPlan(arms=chosen, matched=matched, focus=focus, own_arms=own_arms, **made)
 
 
 # --------------------------------------------------------------------- arms

@@ -1,9 +1,10 @@
 """What the models of RecBole and RecTools reach on a dataset directory, for a table beside ours.
 
-    python benchmarks/peer_quality.py --data=DATA --models=DeepFM,DCNV2 --peer_python=PYTHON
-    python benchmarks/peer_quality.py --data=DATA --models=GRU4Rec --rows=next_item ...
-    python benchmarks/peer_quality.py --data=DATA --models=DIN --rows=clicks_in_order ...
-    python benchmarks/peer_quality.py --data=DATA --peer=rectools --models=SASRec --rows=next_item
+    python benchmarks/quality/peer_quality.py --data=DATA --models=DeepFM,DCNV2 --peer_python=PYTHON
+    python benchmarks/quality/peer_quality.py --data=DATA --models=GRU4Rec --rows=next_item ...
+    python benchmarks/quality/peer_quality.py --data=DATA --models=DIN --rows=clicks_in_order ...
+    python benchmarks/quality/peer_quality.py --data=DATA --peer=rectools --models=SASRec \\
+        --rows=next_item
 
 --rows says what is learned and evaluated; `--options` is JSON over the settings printed. RecBole
 runs with its own evaluator and its own early stopping on validation. RecTools has no early stopping

@@ -1,7 +1,7 @@
 """How many users a second does full ranking serve?
 
-    python benchmarks/ranking.py
-    python benchmarks/ranking.py --peer=implicit --peer_python=PYTHON
+    python benchmarks/speed/ranking.py
+    python benchmarks/speed/ranking.py --peer=implicit --peer_python=PYTHON
 
 Random factors (width 64), random seen and relevant items; users/s of the top-20 lists, of the
 ranks of all relevant items, and of those with the exact pooled AUC, by the native kernels and by

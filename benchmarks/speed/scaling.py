@@ -1,6 +1,6 @@
 """Does a training step cost more when the tables grow? It must not touch rows that it does not use.
 
-    python benchmarks/scaling.py --out=scaling.png
+    python benchmarks/speed/scaling.py --out=scaling.png
 
 Time per triple with 10^4 to 10^7 users (27,000 items) and 10^4 to 10^7 items (138,000 users), the
 batch and the number of interactions fixed; synthetic data, one process a size (worker.py); median,

@@ -1,7 +1,7 @@
 """What would a GPU run? The train step, compiled for a GPU that this machine does not have.
 
     pip install 'jax[cuda13]'
-    python benchmarks/gpu_program.py --target=h200.txtpb
+    python benchmarks/speed/gpu_program.py --target=h200.txtpb
 
 XLA compiles for a GPU from its description, without a driver. That is a GpuTargetConfigProto in
 text form: xla/backends/gpu/target_config/specs of https://github.com/openxla/xla has some. Needs
@@ -12,7 +12,7 @@ set, per configuration:
   bytes     that these kernels read and write, per triple: rows count as often as they are gathered,
             updated rows as read and written
   floor     every row of the triple (and of its preference) read and written once
-What caches save is not in it, and no time is: that takes the GPU (benchmarks/throughput.py).
+What caches save is not in it, and no time is: that takes the GPU (benchmarks/speed/throughput.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How long until a command answers, and until the first epoch is done?
 
-    python benchmarks/startup.py --data=DATA
-    python benchmarks/startup.py --data=DATA --peer_python=PEERS/bin/python --peer=torch,keras_rs
+    python benchmarks/speed/startup.py --data=DATA
+    python benchmarks/speed/startup.py --data=DATA --peer=torch,keras_rs \\
+        --peer_python=PEERS/bin/python
 
 Whole processes, one at a time and alternating; every number is the median of --runs, with the
 least and the most. Three tables:
@@ -36,7 +37,8 @@ from absl import flags as absl_flags
 from slgr_jax.cli import flags
 from slgr_jax.errors import ConfigError, listing
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
+REPO = pathlib.Path(__file__).resolve().parents[2]
+CHILDREN = pathlib.Path(__file__).with_name("startup_children.py")
 SCRIPTS = ("prepare", "teach", "train", "evaluate", "quickstart")
 PEERS = ("torch", "keras_rs")
 # Each mark of startup_children.py and what the time before it went into.
@@ -89,7 +91,7 @@ def marked(scratch: pathlib.Path, command: Sequence[str], cache: pathlib.Path) -
     marks = scratch / "marks"
     marks.unlink(missing_ok=True)
     python, kind, *arguments = command
-    child = [python, str(REPO / "benchmarks" / "startup_children.py"), kind, str(marks), *arguments]
+    child = [python, str(CHILDREN), kind, str(marks), *arguments]
     start = time.time()
     wall, _ = timed(child, cache)
     found: Run = {}

@@ -1,10 +1,10 @@
 """How many triples a second does a training step do, how near is that to what memory allows,
 and how does it compare with other trainers?
 
-    python benchmarks/throughput.py
-    python benchmarks/throughput.py --peer=implicit,cornac --peer_python=PYTHON --batch_sizes=8192
-    python benchmarks/throughput.py --peer=recbole --peer_python=PYTHON --sizes=ml100k
-    python benchmarks/throughput.py --peer=torch --sizes=large --json=rows.json     # on a GPU
+    python benchmarks/speed/throughput.py
+    python benchmarks/speed/throughput.py --peer=implicit,cornac --peer_python=PYTHON
+    python benchmarks/speed/throughput.py --peer=recbole --peer_python=PYTHON --sizes=ml100k
+    python benchmarks/speed/throughput.py --peer=torch --sizes=large --json=rows.json     # on a GPU
 
 Every configuration runs in a process of its own: after a warm-up, --repeats turns of --seconds
 each; median, minimum and maximum. Peers (peers.py) stay alive in processes of theirs and take

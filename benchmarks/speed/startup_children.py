@@ -1,7 +1,7 @@
-"""What benchmarks/startup.py times, each in a process of its own; it says when it got where.
+"""What benchmarks/speed/startup.py times, each in a process of its own; it says when it got where.
 
-    python benchmarks/startup_children.py ours MARKS launch/train.py --data=DATA --workdir=RUN ...
-    PEER/bin/python benchmarks/startup_children.py torch|keras_rs MARKS PAIRS.npz
+    python benchmarks/speed/startup_children.py ours MARKS launch/train.py --data=DATA ...
+    PEER/bin/python benchmarks/speed/startup_children.py torch|keras_rs MARKS PAIRS.npz
 
 Appends one JSON object a moment to MARKS: its name, the time of day, for `ours` also what JAX had
 compiled by then. A peer is the least that trains BPR matrix factorisation with that library: 64

@@ -1,6 +1,6 @@
 """How long do writing, adding to and loading a large teacher product take, and how much memory?
 
-    python benchmarks/teacher_scale.py [--rows=100000000] [--kind=preferences] [--folder=/big/disk]
+    python benchmarks/speed/teacher_scale.py [--rows=100000000] [--kind=scores] [--folder=DIR]
 
 A product with --rows random rows, --per_user of each user, is written to a temporary folder that
 is removed at the end. Each line is a process of its own; the seconds are those of the one library

@@ -1,6 +1,6 @@
 """Real interactions with real LLM answers, as a dataset directory with its teacher products.
 
-    python benchmarks/real_data.py --dataset=facebook_book --out=DIR
+    python benchmarks/quality/real_data.py --dataset=facebook_book --out=DIR
 
 reads what ../shared/data holds (its terms forbid putting it into this repository), writes
 DIR/raw with plain inputs for launch/prepare.py and launch/teach.py, then does what these two
@@ -129,7 +129,7 @@ def read(config: RealDataConfig) -> Inputs:
 
 def default_shared() -> pathlib.Path:
     """shared/data beside the checkout."""
-    return pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+    return pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:

@@ -1,7 +1,7 @@
 """Other trainers of the same job, one a process: on the same pairs, BPR matrix factorisation, or
 (recbole) the recommender of the same name.
 
-    python benchmarks/throughput.py --peer=implicit,cornac --peer_python=PYTHON
+    python benchmarks/speed/throughput.py --peer=implicit,cornac --peer_python=PYTHON
 
 Run by `throughput.py` over `turns`; needs NumPy, SciPy and the peer, and nothing of this project:
 PYTHON may be another environment. Each peer uses every core it is given, float32, its fastest
