@@ -11,7 +11,17 @@ Importing this package imports nothing heavy: `--help` of a command must not wai
 `slgr_jax.api` says what each function does.
 """
 
-from slgr_jax.api import compare, evaluate, import_teacher, load, prepare, train
+from slgr_jax.api import (
+    compare,
+    evaluate,
+    import_teacher,
+    load,
+    prepare,
+    register_backbone,
+    register_gate,
+    register_guidance,
+    train,
+)
 
 __all__ = [
     "compare",
@@ -19,6 +29,9 @@ __all__ = [
     "import_teacher",
     "load",
     "prepare",
+    "register_backbone",
+    "register_gate",
+    "register_guidance",
     "train",
 ]
 
