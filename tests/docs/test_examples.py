@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -22,7 +21,7 @@ from slgr_jax.guidance import gates
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 NOTEBOOK = DOCS / "tutorial.ipynb"
 SMALL = {"epochs": 2, "batch_size": 32, "dim": 8}
-SERVES = importlib.util.find_spec("slgr_jax.serving") is not None
+SERVES = pathlib.Path(sl.__file__).with_name("serving").is_dir()
 
 
 @pytest.fixture(autouse=True)
