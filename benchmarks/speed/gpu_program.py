@@ -156,9 +156,9 @@ def main(_: list[str]) -> None:
     import jax.numpy as jnp
     import synthetic
     import synthetic_dataset
+    from cases import Case
     from jax.experimental import topologies
     from jax.sharding import Mesh
-    from throughput import Case
 
     from slgr_jax.mesh import Layout
     from slgr_jax.reports import tables as tables_lib

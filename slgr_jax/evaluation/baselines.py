@@ -26,7 +26,7 @@ from slgr_jax.config import BaselineConfig, RunConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import full_ranking, results
-from slgr_jax.evaluation.device_ranking import Rows, ScoreUsers
+from slgr_jax.evaluation.device_ranking import DeviceCsr, ScoreUsers
 from slgr_jax.evaluation.ranking_metrics import per_user
 from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.mesh import make_layout
@@ -90,7 +90,7 @@ class Popular:
 class EaseState(NamedTuple):
     """X by rows, and B."""
 
-    histories: Rows
+    histories: DeviceCsr
     weights: Float[Array, "I I"]
 
 
@@ -156,7 +156,7 @@ class Ease:
 
         for settings in grid:
             weights: Any = _ease_weights(gram, settings["lambda"])
-            yield Fitted(_ease_scores, EaseState(Rows(offsets, indices), weights))
+            yield Fitted(_ease_scores, EaseState(DeviceCsr(offsets, indices), weights))
             del weights  # or two settings' matrices are held at once
 
 

@@ -63,23 +63,27 @@ def _aucs(
     first = np.flatnonzero(starts)
     if not first.size:
         return np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
+
     run_group = group[first]
     run_positives, run_negatives = np.add.reduceat(hit, first), np.add.reduceat(1 - hit, first)
     group_first = np.flatnonzero(np.append(True, run_group[1:] != run_group[:-1]))
     positives = np.add.reduceat(run_positives, group_first)
     negatives = np.add.reduceat(run_negatives, group_first)
+
+    # Of a run: negatives of its group with a lower score, each beaten by the run's positives;
+    # those in the run itself count one half.
     below = np.cumsum(run_negatives) - run_negatives
     below -= below[group_first][run_group]
     wins2 = np.add.reduceat(run_positives * (2 * below + run_negatives), group_first)
     pairs2 = 2 * positives * negatives
-    found = np.divide(wins2, pairs2, out=np.full(pairs2.size, np.nan), where=pairs2 > 0)
-    return found, positives + negatives, positives
+    aucs = np.divide(wins2, pairs2, out=np.full(pairs2.size, np.nan), where=pairs2 > 0)
+    return aucs, positives + negatives, positives
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Share of (positive, negative) pairs in the right order; ties count one half.
 
-    NaN where only one label is there or a score is NaN.
+    NaN where only one label occurs or a score is NaN.
 
     Args:
       scores: [n], any increasing function of the probability.
@@ -189,11 +193,11 @@ def bin_slices(
       history_bins, popularity_bins: upper edges.
     """
     out = {}
-    for what, counts, edges in (
+    for fact, counts, edges in (
         ("history", history[rows.users], history_bins),
         ("popularity", popularity[rows.items], popularity_bins),
     ):
-        for name, low, high in bins(what, edges):
+        for name, low, high in bins(fact, edges):
             out[name] = (counts >= low) & (counts <= high)
     return out
 
@@ -211,9 +215,9 @@ def per_user(rows: LabelledRows, scores: np.ndarray, keep: np.ndarray | None = N
     chosen = np.ones(len(rows), bool) if keep is None else keep
     users, groups = np.unique(rows.users[chosen], return_inverse=True)
     score, positive = scores[chosen], rows.labels[chosen] == 1
-    found, _, positives = _aucs(score, positive, groups)
-    found[np.unique(groups[np.isnan(score)])] = np.nan
-    return UserValues(users.astype(np.int32), positives, {"auc": found})
+    aucs, _, positives = _aucs(score, positive, groups)
+    aucs[np.unique(groups[np.isnan(score)])] = np.nan
+    return UserValues(users.astype(np.int32), positives, {"auc": aucs})
 
 
 def summarize_rows(
@@ -243,12 +247,12 @@ def summarize_slices(
     out: dict[str, Values] = {}
     for name, chosen in slices.items():
         score, label, user = scores[chosen], rows.labels[chosen], rows.users[chosen]
-        found = {
+        metrics = {
             "auc": auc(score, label),
             "log_loss": log_loss(score, label),
             "gauc": gauc(score, label, user),
         }
-        values: Values = {key: None if np.isnan(x) else x for key, x in found.items()}
+        values: Values = {key: None if np.isnan(x) else x for key, x in metrics.items()}
         values["n"] = int(label.size)
         values["n_positives"] = int(np.count_nonzero(label == 1))
         out[name] = values

@@ -30,7 +30,7 @@ _COUNTS = ("greater", "tied", "tied_before")
 PAIR_DTYPES = {"score": np.float32} | dict.fromkeys(_COUNTS, np.int32)
 
 
-class Rows(NamedTuple):
+class DeviceCsr(NamedTuple):
     """A `Csr` on the device; `indices` is padded to a power of two."""
 
     offsets: jax.Array  # [U + 1] int32
@@ -38,9 +38,9 @@ class Rows(NamedTuple):
 
     def of(self, users: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First position and length of each user's row, [B] each; 0 long where `users` < 0."""
-        at = jnp.maximum(users, 0)
-        start = self.offsets[at]
-        return start, jnp.where(users < 0, 0, self.offsets[at + 1] - start)
+        row = jnp.maximum(users, 0)
+        start = self.offsets[row]
+        return start, jnp.where(users < 0, 0, self.offsets[row + 1] - start)
 
 
 class Pool(NamedTuple):
@@ -55,21 +55,24 @@ class Pool(NamedTuple):
     steps: jax.Array  # [] int32
 
 
-def _scatter_rows(scores: jax.Array, users: jax.Array, rows: Rows, value: float) -> jax.Array:
+def _scatter_rows(scores: jax.Array, users: jax.Array, rows: DeviceCsr, value: float) -> jax.Array:
     """`scores` [B, I] with `value` at each user's items in `rows`."""
     start, count = rows.of(users)
     row = jnp.arange(users.size)[:, None]
 
     def step(i: jax.Array, scores: jax.Array) -> jax.Array:
-        at = i * _SEEN_STEP + jnp.arange(_SEEN_STEP)[None, :]
-        items = rows.indices.at[start[:, None] + at].get(mode="clip")
-        items = jnp.where(at < count[:, None], items, scores.shape[1])  # past the end: dropped
+        place = i * _SEEN_STEP + jnp.arange(_SEEN_STEP)[None, :]
+        items = rows.indices.at[start[:, None] + place].get(mode="clip")
+        # A place past the end of a row holds another user's item: moved off the matrix.
+        items = jnp.where(place < count[:, None], items, scores.shape[1])
         return scores.at[row, items].set(value, mode="drop")
 
     return jax.lax.fori_loop(0, -(-jnp.max(count) // _SEEN_STEP), step, scores)
 
 
-def _candidates(scores: jax.Array, users: jax.Array, seen: Rows) -> tuple[jax.Array, jax.Array]:
+def _candidates(
+    scores: jax.Array, users: jax.Array, seen: DeviceCsr
+) -> tuple[jax.Array, jax.Array]:
     """Scores with masked items at -inf, padded with -inf to whole blocks; and which rows are bad.
 
     -0.0 becomes 0.0: `lax.top_k` would tell them apart, a comparison does not.
@@ -81,7 +84,7 @@ def _candidates(scores: jax.Array, users: jax.Array, seen: Rows) -> tuple[jax.Ar
 
 
 def _rank_relevant(
-    scores: jax.Array, users: jax.Array, relevant: Rows, width: int
+    scores: jax.Array, users: jax.Array, relevant: DeviceCsr, width: int
 ) -> dict[str, jax.Array]:
     """[B, width] each: score, greater, tied and tied_before of a user's relevant items.
 
@@ -95,21 +98,22 @@ def _rank_relevant(
 
     def step(p: jax.Array, out: dict[str, jax.Array]) -> dict[str, jax.Array]:
         item = relevant.indices.at[start + p].get(mode="clip")
-        mine = jnp.take_along_axis(scores, item[:, None], axis=1)
-        equal = scores == mine
+        score = jnp.take_along_axis(scores, item[:, None], axis=1)
+        equal = scores == score
         before = equal & (index < item[:, None])
-        digits = (scores > mine).astype(jnp.int32)
+        digits = (scores > score).astype(jnp.int32)
         digits += (equal.astype(jnp.int32) << 10) + (before.astype(jnp.int32) << 20)
         blocks = jnp.sum(digits.reshape(n, -1, _BLOCK), axis=2)
-        found = {
-            "score": mine[:, 0],
+        counts = {
             "greater": jnp.sum(blocks & 1023, axis=1),
             "tied": jnp.sum((blocks >> 10) & 1023, axis=1) - 1,
             "tied_before": jnp.sum(blocks >> 20, axis=1),
         }
-        for name in _COUNTS:  # a masked item ties with all masked ones and with the padding
-            found[name] = jnp.where(mine[:, 0] == -jnp.inf, 0, found[name])
-        return {name: out[name].at[:, p].set(found[name]) for name in out}
+        # A masked item ties with all masked ones and with the padding.
+        masked = score[:, 0] == -jnp.inf
+        values = {name: jnp.where(masked, 0, counts[name]) for name in _COUNTS}
+        values["score"] = score[:, 0]
+        return {name: out[name].at[:, p].set(values[name]) for name in out}
 
     return jax.lax.fori_loop(0, jnp.max(count), step, out)
 
@@ -127,8 +131,10 @@ def _top(scores: jax.Array, k: int) -> dict[str, jax.Array]:
         by_block = scores.reshape(n, -1, _BLOCK)
         blocks = jnp.sort(jax.lax.top_k(jnp.max(by_block, axis=2), k)[1], axis=1)
         few = jax.vmap(lambda row, chosen: row[chosen])(by_block, blocks).reshape(n, -1)
-        values, at = jax.lax.top_k(few, k)
-        items = jnp.take_along_axis(blocks, at // _BLOCK, axis=1) * _BLOCK + at % _BLOCK
+        values, place = jax.lax.top_k(few, k)
+        # A place among the chosen blocks back to an item: its block's first, and where in it.
+        block = jnp.take_along_axis(blocks, place // _BLOCK, axis=1)
+        items = block * _BLOCK + place % _BLOCK
     return {"items": jnp.where(values == -jnp.inf, -1, items), "scores": values}
 
 
@@ -145,15 +151,15 @@ def _pool_counts(scores: jax.Array, pool: Pool, pieces: int, bits: int) -> jax.A
         begin = jnp.minimum(t * tile, n_items - tile)  # the last tile overlaps the one before
         x = jax.lax.dynamic_slice_in_dim(scores, begin, tile, axis=1)
         x = jnp.where(begin + jnp.arange(tile)[None, :] < t * tile, jnp.inf, x)
-        at = pool.base[_cell(x, pool)]
 
-        def halve(i: jax.Array, at: jax.Array) -> jax.Array:
+        # A binary search for the first relevant score that is not below x, from x's cell on.
+        def halve(i: jax.Array, place: jax.Array) -> jax.Array:
             jump = jnp.int32(1) << (pool.steps - 1 - i)
-            probe = pool.scores.at[at + jump - 1].get(mode="fill", fill_value=jnp.inf)
-            return jnp.where(probe < x, at + jump, at)
+            probe = pool.scores.at[place + jump - 1].get(mode="fill", fill_value=jnp.inf)
+            return jnp.where(probe < x, place + jump, place)
 
-        at = jax.lax.fori_loop(0, pool.steps, halve, at)
-        count = pool.above2[at] - jnp.where(pool.scores[at] == x, pool.ties[at], 0)
+        place = jax.lax.fori_loop(0, pool.steps, halve, pool.base[_cell(x, pool)])
+        count = pool.above2[place] - jnp.where(pool.scores[place] == x, pool.ties[place], 0)
         digits = [(count >> (bits * i)) & ((1 << bits) - 1) for i in range(pieces)]
         return total + jnp.stack([jnp.sum(digit, axis=1) for digit in digits], axis=1)
 
@@ -207,8 +213,8 @@ def score_chunk(
 def rank_chunk(
     scores: jax.Array,
     users: jax.Array,
-    seen: Rows,
-    relevant: Rows | None,
+    seen: DeviceCsr,
+    relevant: DeviceCsr | None,
     *,
     width: int,
     k: int,
@@ -223,13 +229,15 @@ def rank_chunk(
     top: [B, K] items, -1 past the last, and their scores, -inf past the last.
     """
 
-    def by_kernel(scores: Any, users: Any, seen: Rows, relevant: Rows | None) -> dict[str, Any]:
-        found = ranks.rank_rows(scores, users, seen, relevant or seen, width=width, k=k)
-        out: dict[str, Any] = {"bad": found.bad}
+    def by_kernel(
+        scores: Any, users: Any, seen: DeviceCsr, relevant: DeviceCsr | None
+    ) -> dict[str, Any]:
+        ranked = ranks.rank_rows(scores, users, seen, relevant or seen, width=width, k=k)
+        out: dict[str, Any] = {"bad": ranked.bad}
         if relevant is not None:
-            out["pairs"] = {name: getattr(found, name) for name in PAIR_DTYPES}
+            out["pairs"] = {name: getattr(ranked, name) for name in PAIR_DTYPES}
         if k:
-            out["top"] = {"items": found.items, "scores": found.values}
+            out["top"] = {"items": ranked.items, "scores": ranked.values}
         return out
 
     def rows(scores: Any, users: Any, seen: Any, relevant: Any) -> dict[str, Any]:
@@ -248,8 +256,8 @@ def rank_chunk(
 def pool_chunk(
     scores: jax.Array,
     users: jax.Array,
-    seen: Rows,
-    relevant: Rows,
+    seen: DeviceCsr,
+    relevant: DeviceCsr,
     pool: Pool,
     *,
     pieces: int,
@@ -282,8 +290,8 @@ def _on_rows(function: Any, mesh: Mesh | None, scores: Any, users: Any, *whole: 
     if mesh is None:
         return function(scores, users, *whole)
     by_user, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
-    specs = (by_user, by_user, *(everywhere for _ in whole))
+    specs = (by_user, by_user, *[everywhere] * len(whole))
     split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=by_user, check_vma=False)
     # Every process reads every result: they are small, the scores are not among them.
-    found = split(scores, users, *whole)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, everywhere))
+    results = split(scores, users, *whole)
+    return jax.lax.with_sharding_constraint(results, NamedSharding(mesh, everywhere))

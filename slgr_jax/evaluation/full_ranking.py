@@ -23,7 +23,7 @@ from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
 from slgr_jax.evaluation import device_ranking
-from slgr_jax.evaluation.device_ranking import PAIR_DTYPES, Pool, Rows, ScoreUsers
+from slgr_jax.evaluation.device_ranking import PAIR_DTYPES, DeviceCsr, Pool, ScoreUsers
 from slgr_jax.evaluation.ranking_metrics import (
     PartResult,
     Ranking,
@@ -58,6 +58,7 @@ class _Scorer:
             device_ranking.score_chunk, score_users=score_users, n_items=n_items, mesh=mesh
         )
         self._state = state
+
         size = 1 if mesh is None else mesh.size
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self.native = kernel_build.choose(kernels, platform=platform, devices=size)
@@ -66,7 +67,8 @@ class _Scorer:
             most = _CPU_CHUNK["native" if self.native else "xla"]
             fitting = max(most // max(n_items, 1), 8)
             chunk = min(chunk, (1 << (fitting.bit_length() - 1)) * size)
-        self.chunk = -(-chunk // size) * size
+        self.chunk = -(-chunk // size) * size  # a multiple of the devices
+
         # An accelerator has its own allocator, and may score a chunk while it ranks the last.
         self._room = None
         if platform == "cpu":
@@ -77,14 +79,14 @@ class _Scorer:
         mesh = self.mesh
         return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
-    def put_rows(self, csr: Csr) -> Rows:
+    def put_rows(self, csr: Csr) -> DeviceCsr:
         """The ragged rows on every device."""
         n = int(csr.offsets[-1])
         if n >= 2**31:
             raise ConfigError(f"{n} interactions to mask or find; the limit is 2^31 - 1")
         indices = np.zeros(1 << max(n - 1, 0).bit_length(), np.int32)
         indices[:n] = csr.indices
-        return Rows(*self.put((csr.offsets.astype(np.int32), indices)))
+        return DeviceCsr(self.put(csr.offsets.astype(np.int32)), self.put(indices))
 
     def each(self, call: Callable[[jax.Array, jax.Array, np.ndarray], Any]) -> Iterator[Any]:
         """(slice of `users`, host copy of `call(scores, chunk, users)`) for every chunk.
@@ -94,28 +96,30 @@ class _Scorer:
         by_user = None if self.mesh is None else device_ranking.by_user(self.mesh)
         waiting: list[tuple[slice, Any]] = []
         for begin in range(0, self.users.size, self.chunk):
-            mine = self.users[begin : begin + self.chunk]
+            users = self.users[begin : begin + self.chunk]
             padded = np.full(self.chunk, -1, np.int32)
-            padded[: mine.size] = mine
+            padded[: users.size] = users
             chunk = jax.device_put(padded, by_user)
+
             scores = self._score(self._room, self._state, chunk)
-            waiting.append((slice(begin, begin + mine.size), call(scores, chunk, mine)))
+            waiting.append((slice(begin, begin + users.size), call(scores, chunk, users)))
             if self._room is not None:
                 self._room = scores
             del scores
+
             if len(waiting) == 2:
-                where, found = waiting.pop(0)
-                yield where, jax.device_get(found)
-        for where, found in waiting:
-            yield where, jax.device_get(found)
+                places, result = waiting.pop(0)
+                yield places, jax.device_get(result)
+        for places, result in waiting:
+            yield places, jax.device_get(result)
 
 
 def _refuse_nonfinite(users: np.ndarray, bad: np.ndarray) -> None:
-    named = users[bad[: users.size]]
-    if named.size:
+    refused = users[bad[: users.size]]
+    if refused.size:
         raise NonFiniteError(
-            f"the model gives a NaN or infinite score for {named.size} of {users.size} users "
-            f"ranked together, user index {listing(map(str, named), limit=3)}; "
+            f"the model gives a NaN or infinite score for {refused.size} of {users.size} users "
+            f"ranked together, user index {listing(map(str, refused), limit=3)}; "
             "restore an earlier checkpoint or train again with a lower --lr"
         )
 
@@ -167,11 +171,11 @@ def top_k(
     )
     items = np.empty((users.size, min(k, n_items)), np.int32)
     scores = np.empty(items.shape, np.float32)
-    for at, found in scorer.each(lambda s, chunk, _: best(s, chunk, masked, None)):
-        mine = order[at]
-        _refuse_nonfinite(users[mine], found["bad"])
-        items[mine] = found["top"]["items"][: mine.size]
-        scores[mine] = found["top"]["scores"][: mine.size]
+    for places, ranked in scorer.each(lambda s, chunk, _: best(s, chunk, masked, None)):
+        rows = order[places]
+        _refuse_nonfinite(users[rows], ranked["bad"])
+        items[rows] = ranked["top"]["items"][: rows.size]
+        scores[rows] = ranked["top"]["scores"][: rows.size]
     return TopItems(users, items, scores)
 
 
@@ -209,24 +213,27 @@ def rank(
     users = users[np.lexsort((seen.counts[users], counts[users]))]
     scorer = _Scorer(score_users, state, users, n_items, users_per_chunk, mesh, kernels)
     masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
-    places = functools.partial(
+    rank_chunk = functools.partial(
         device_ranking.rank_chunk, k=min(top_k, n_items), mesh=mesh, native=scorer.native
     )
 
-    def dispatch(scores: jax.Array, chunk: jax.Array, mine: np.ndarray) -> dict[str, Any]:
-        return places(scores, chunk, masked, wanted, width=_width(int(counts[mine].max())))
+    def dispatch(scores: jax.Array, chunk: jax.Array, of_chunk: np.ndarray) -> dict[str, Any]:
+        return rank_chunk(scores, chunk, masked, wanted, width=_width(int(counts[of_chunk].max())))
 
     pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
     top = np.empty((users.size, min(top_k, n_items)), np.int32)
-    for at, found in scorer.each(dispatch):
-        mine = users[at]
-        _refuse_nonfinite(mine, found["bad"])
-        width = found["pairs"]["score"].shape[1]
-        there = np.arange(width)[None, :] < counts[mine][:, None]
+    for places, ranks in scorer.each(dispatch):
+        of_chunk = users[places]
+        _refuse_nonfinite(of_chunk, ranks["bad"])
+
+        # Each user's row has room for `width` relevant items; the first `counts` of them are real.
+        width = ranks["pairs"]["score"].shape[1]
+        real = np.arange(width)[None, :] < counts[of_chunk][:, None]
         for name, parts in pairs.items():
-            parts.append(found["pairs"][name][: mine.size][there])
+            parts.append(ranks["pairs"][name][: of_chunk.size][real])
         if top.shape[1]:
-            top[at] = found["top"]["items"][: mine.size]
+            top[places] = ranks["top"]["items"][: of_chunk.size]
+
     flat = {
         name: np.concatenate([np.zeros(0, dtype), *pairs[name]])
         for name, dtype in PAIR_DTYPES.items()
@@ -237,7 +244,7 @@ def rank(
     return dataclasses.replace(ranked, pooled_auc=_pooled_auc(scorer, ranked, masked, wanted))
 
 
-def _pooled_auc(scorer: _Scorer, ranked: Ranking, masked: Rows, wanted: Rows) -> float:
+def _pooled_auc(scorer: _Scorer, ranked: Ranking, masked: DeviceCsr, wanted: DeviceCsr) -> float:
     """Exact AUC over all (relevant, non-relevant candidate) pairs of all users.
 
     Each non-relevant score is looked up among the sorted relevant ones, in a second pass.
@@ -249,7 +256,9 @@ def _pooled_auc(scorer: _Scorer, ranked: Ranking, masked: Rows, wanted: Rows) ->
         return float("nan")
     if n_relevant >= 2**30:
         raise ConfigError(f"{n_relevant} relevant pairs; use --nopooled_auc beyond 2^30")
+
     pool = Pool(**scorer.put(pool_tables(ranked.scores)))
+    # A user's count comes in digits of so many bits that a sum of I of them stays in an int32.
     bits, pieces = 32, 2
     if not scorer.native:
         bits = 31 - (scorer.n_items - 1).bit_length()
@@ -257,9 +266,11 @@ def _pooled_auc(scorer: _Scorer, ranked: Ranking, masked: Rows, wanted: Rows) ->
     look_up = functools.partial(
         device_ranking.pool_chunk, pieces=pieces, bits=bits, mesh=scorer.mesh, native=scorer.native
     )
+
     total = 0  # a Python integer: pairs x pairs may pass 2^63
-    for at, digits in scorer.each(lambda s, chunk, _: look_up(s, chunk, masked, wanted, pool)):
-        sums = digits[: counted[at].size][counted[at]].astype(np.int64).sum(axis=0)
+    for places, digits in scorer.each(lambda s, chunk, _: look_up(s, chunk, masked, wanted, pool)):
+        chosen = counted[places]
+        sums = digits[: chosen.size][chosen].astype(np.int64).sum(axis=0)
         total += sum(int(value) << (bits * i) for i, value in enumerate(sums))
     return total / (2 * n_relevant * n_other)
 
@@ -286,7 +297,7 @@ def evaluate_dataset(
     out = {}
     for part in parts:
         data = part_data(dataset, part, slices)
-        found = rank(
+        ranked = rank(
             score_users,
             state,
             data.relevant,
@@ -298,5 +309,5 @@ def evaluate_dataset(
             mesh=mesh,
             kernels=kernels,
         )
-        out[part] = summarize_part(found, data, evaluation.ks)
+        out[part] = summarize_part(ranked, data, evaluation.ks)
     return out

@@ -196,22 +196,22 @@ def coverage(top_items: np.ndarray, k: int, n_items: int) -> float:
 def mean_popularity(top_items: np.ndarray, k: int, popularity: np.ndarray) -> float:
     """Training count of the first `k` items of `top_items` [n, K]: mean per row, then over rows."""
     shown = top_items[:, :k]
-    there = shown >= 0
-    totals = np.where(there, popularity[np.maximum(shown, 0)], 0).sum(axis=1)
-    lengths = there.sum(axis=1)
+    listed = shown >= 0
+    totals = np.where(listed, popularity[np.maximum(shown, 0)], 0).sum(axis=1)
+    lengths = listed.sum(axis=1)
     return float(np.mean(totals[lengths > 0] / lengths[lengths > 0])) if lengths.any() else np.nan
 
 
-def bins(what: str, edges: Iterable[int]) -> list[tuple[str, int, float]]:
-    """(name, lowest, highest) of each bin with upper `edges`: `what<=5`, `what 6-10`, `what>10`."""
+def bins(fact: str, edges: Iterable[int]) -> list[tuple[str, int, float]]:
+    """(name, lowest, highest) of each bin with upper `edges`: `fact<=5`, `fact 6-10`, `fact>10`."""
     ordered = sorted(set(edges))
     out: list[tuple[str, int, float]] = []
     low = 0
     for edge in ordered:
-        name = f"{what} {low}-{edge}" if edge > low else f"{what} {edge}"
-        out.append((name if out else f"{what}<={edge}", low, edge))
+        name = f"{fact} {low}-{edge}" if edge > low else f"{fact} {edge}"
+        out.append((name if out else f"{fact}<={edge}", low, edge))
         low = edge + 1
-    return [*out, (f"{what}>{ordered[-1]}", low, float("inf"))] if ordered else []
+    return [*out, (f"{fact}>{ordered[-1]}", low, float("inf"))] if ordered else []
 
 
 def slice_masks(
@@ -238,20 +238,20 @@ def slice_masks(
     return SliceMasks(users, items)
 
 
-def summarize(found: UserValues, within: np.ndarray | None = None) -> Values:
+def summarize(of_users: UserValues, within: np.ndarray | None = None) -> Values:
     """Means over users (those in `within` [U] bool), then `n` users and `n_relevant` pairs.
 
     Users for whom a metric is undefined (auc without a non-relevant candidate) do not enter
     its mean; a metric that no user has is None.
     """
-    chosen = np.ones(found.users.size, bool) if within is None else within[found.users]
+    users = of_users.users
+    chosen = np.ones(users.size, bool) if within is None else within[users]
     out: Values = {}
-    for name, values in found.values.items():
-        there = values[chosen]
-        there = there[~np.isnan(there)]
-        out[name] = float(np.mean(there)) if there.size else None
+    for name, values in of_users.values.items():
+        defined = values[chosen & ~np.isnan(values)]
+        out[name] = float(np.mean(defined)) if defined.size else None
     out["n"] = int(chosen.sum())
-    out["n_relevant"] = int(found.n_relevant[chosen].sum())
+    out["n_relevant"] = int(of_users.n_relevant[chosen].sum())
     return out
 
 
@@ -314,15 +314,17 @@ def summarize_part(ranking: Ranking, data: PartData, ks: Sequence[int]) -> PartR
         shown = mean_popularity(ranking.top_items, k, data.popularity)
         overall[f"coverage@{k}"] = spread if ranking.users.size else None
         overall[f"mean_popularity@{k}"] = shown if ranking.users.size else None
+
     out = {"overall": overall | n}
     tables = {"all": everyone}
     for name, mask in data.masks.users.items():
         out[name] = summarize(everyone, mask)
     for name, mask in data.masks.items.items():
-        found = per_user(ranking, ks, mask)
-        out[name] = summarize(found)
+        of_users = per_user(ranking, ks, mask)
+        out[name] = summarize(of_users)
         if name in ("tail_items", "head_items"):
-            tables[name.removesuffix("_items")] = found
+            tables[name.removesuffix("_items")] = of_users
+
     first = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
     ordered = {name: out[name] for name in (*first, *out)}
     return PartResult(ordered, tables, data, ranking.n_dropped)
@@ -343,14 +345,18 @@ def without_relevant(
     """
     order = np.lexsort((-scores, rows))
     rows_o, scores_o = rows[order], scores[order]
-    at = np.arange(order.size)
+    place = np.arange(order.size)
+
+    # Runs of equal scores of a user, greatest first: what is before a pair's run, from the user's
+    # start on, are the relevant items above it; what is in the run are those tied with it.
     user_starts, run_starts = np.ones(order.size, bool), np.ones(order.size, bool)
     user_starts[1:] = rows_o[1:] != rows_o[:-1]
     run_starts[1:] = user_starts[1:] | (scores_o[1:] != scores_o[:-1])
-    first_of_user = np.maximum.accumulate(np.where(user_starts, at, 0))
-    first_of_run = np.maximum.accumulate(np.where(run_starts, at, 0))
+    first_of_user = np.maximum.accumulate(np.where(user_starts, place, 0))
+    first_of_run = np.maximum.accumulate(np.where(run_starts, place, 0))
     run = np.cumsum(run_starts) - 1
     run_length = np.bincount(run)[run] if order.size else run
+
     out_greater, out_tied = greater.astype(np.int64), tied.astype(np.int64)
     out_greater[order] -= first_of_run - first_of_user
     out_tied[order] -= run_length - 1
@@ -362,16 +368,16 @@ def assemble(
     relevant: Csr,
     seen: Csr,
     n_items: int,
-    found: Mapping[str, np.ndarray],
+    counts: Mapping[str, np.ndarray],
     top: np.ndarray,
 ) -> Ranking:
-    """A `Ranking`, by ascending user, from what the device found for `users` in any order.
+    """A `Ranking`, by ascending user, from what the device counted for `users` in any order.
 
     Args:
       users: [n] every user with relevant items.
       relevant, seen: [U] rows of items to find and of masked items.
       n_items: I.
-      found: "score" (-inf where the item is masked), and the numbers of unmasked candidates,
+      counts: "score" (-inf where the item is masked), and the numbers of unmasked candidates,
         relevant ones included: "greater", "tied", "tied_before" (tied with a smaller index);
         [N] each, user after user in the order of `users`.
       top: [n, K] lists, in the order of `users`.
@@ -382,12 +388,13 @@ def assemble(
     within = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
     back = np.empty(within.size, np.int64)
     back[np.repeat(relevant.offsets[users], length) + within] = np.arange(within.size)
-    kept = found["score"][back] > -np.inf
-    flat = {name: values[back][kept] for name, values in found.items()}
+
+    kept = counts["score"][back] > -np.inf
+    flat = {name: values[back][kept] for name, values in counts.items()}
     pair_user = np.repeat(np.arange(relevant.offsets.size - 1), relevant.counts)[kept]
     count = np.bincount(pair_user, minlength=relevant.offsets.size - 1)
     ranked = users[by_user]
-    alive = count[ranked] > 0
+    alive = count[ranked] > 0  # users who keep a relevant item
     ranked = ranked[alive]
     greater, tied = without_relevant(pair_user, flat["score"], flat["greater"], flat["tied"])
     return Ranking(
@@ -426,16 +433,17 @@ def pool_tables(scores: np.ndarray) -> dict[str, np.ndarray]:
     above2, tied = np.zeros(room, np.int32), np.zeros(room, np.int32)
     above2[: distinct.size] = 2 * np.cumsum(ties[::-1])[::-1]
     tied[: distinct.size] = ties
+
     # At most 2^20 cells: float32 then places any score within one cell of where float64 does.
     cells = min(max(4 * room, 1 << 10), 1 << 20)
     low, high = np.float64(distinct[0]), np.float64(distinct[-1])
     scale = np.float32(min(cells / (high / 2 - low / 2), 1e38) if high > low else 0.0)
     place = np.minimum((distinct.astype(np.float64) / 2 - low / 2) * np.float64(scale), cells - 1)
-    as_of = np.zeros(cells + 1, np.int64)
-    np.cumsum(np.bincount(place.astype(np.int64), minlength=cells), out=as_of[1:])
-    at = np.arange(cells)
-    base = as_of[np.maximum(at - 1, 0)]
-    reach = as_of[np.minimum(at + 2, cells)]
+    below = np.zeros(cells + 1, np.int64)  # distinct scores in the cells before
+    np.cumsum(np.bincount(place.astype(np.int64), minlength=cells), out=below[1:])
+    cell = np.arange(cells)
+    base = below[np.maximum(cell - 1, 0)]
+    reach = below[np.minimum(cell + 2, cells)]
     return {
         "scores": padded,
         "above2": above2,

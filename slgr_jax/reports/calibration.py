@@ -108,8 +108,8 @@ def calibration_error(alpha: np.ndarray, right: np.ndarray, bins: int = 10) -> f
       right: [n] bool; or the true probability, where it is known.
       bins: B >= 1.
     """
-    found = reliability_bins(alpha, right, bins)
-    return sum(b.n * abs(b.alpha - b.right) for b in found) / sum(b.n for b in found)
+    binned = reliability_bins(alpha, right, bins)
+    return sum(b.n * abs(b.alpha - b.right) for b in binned) / sum(b.n for b in binned)
 
 
 # ---------------------------------------------------------------------- pictures
@@ -153,12 +153,12 @@ def draw_reliability(
     axis = figure.subplots()
     _diagonal(axis)
     for i, (name, bins) in enumerate(bins_by_gate.items()):
-        n = np.array([one.n for one in bins], float)
-        right = np.array([one.right for one in bins])
+        n = np.array([bin_.n for bin_ in bins], float)
+        right = np.array([bin_.right for bin_ in bins])
         centre, half = _wilson(right, n)
         error = np.maximum(0.0, [right - (centre - half), centre + half - right])
         axis.errorbar(
-            [one.alpha for one in bins],
+            [bin_.alpha for bin_ in bins],
             right,
             error,
             color=COLORS[i % len(COLORS)],
@@ -192,7 +192,7 @@ def draw_alpha_against_truth(
     *,
     title: str = "",
 ) -> pathlib.Path:
-    """In a world with a labelled preference: alpha beside the true reliability; returns the path.
+    """In a world with a known answer: alpha beside the true reliability; returns the path.
 
     Left: the two against each other, a dot per preference (at most 4000 of them). Then the means
     of both by history length and by popularity: a gate that has found the region follows the
@@ -208,18 +208,20 @@ def draw_alpha_against_truth(
     alpha, truth = _checked(alpha, truth)
     figure = _figure(12.0, 4.3)
     cloud, *axes = figure.subplots(1, 3)
+
     _diagonal(cloud)
     shown = slice(None, None, max(1, -(-alpha.size // 4000)))
     cloud.plot(truth[shown], alpha[shown], ".", color=COLORS[0], markersize=3, alpha=0.3, zorder=2)
     cloud.set_xlabel("true reliability")
     cloud.set_ylabel("alpha")
+
     facts = (("training history of the user", history), ("popularity of the pair", popularity))
     for axis, (name, fact) in zip(axes, facts, strict=True):
-        at, mean_alpha = _means(np.log1p(fact), alpha)
+        logs, mean_alpha = _means(np.log1p(fact), alpha)
         _, mean_truth = _means(np.log1p(fact), truth)
-        at = np.expm1(at)
-        axis.plot(at, mean_truth, color="0.35", linestyle="--", marker="s", ms=4, label="truth")
-        axis.plot(at, mean_alpha, color=COLORS[1], marker="o", ms=4, label="alpha")
+        x = np.expm1(logs)
+        axis.plot(x, mean_truth, color="0.35", linestyle="--", marker="s", ms=4, label="truth")
+        axis.plot(x, mean_alpha, color=COLORS[1], marker="o", ms=4, label="alpha")
         axis.set_xscale("symlog", linthresh=1.0)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_ylim(-0.02, 1.02)
@@ -231,9 +233,9 @@ def draw_alpha_against_truth(
     return _save(figure, path)
 
 
-def _means(at: np.ndarray, values: np.ndarray, bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
+def _means(places: np.ndarray, values: np.ndarray, bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Mean place and mean value in at most `bins` bins of equal mass; equal places together."""
-    edges = np.unique(np.quantile(at, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
-    _, owner = np.unique(np.searchsorted(edges, at), return_inverse=True)
+    edges = np.unique(np.quantile(places, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
+    _, owner = np.unique(np.searchsorted(edges, places), return_inverse=True)
     n = np.bincount(owner)
-    return np.bincount(owner, at) / n, np.bincount(owner, values) / n
+    return np.bincount(owner, places) / n, np.bincount(owner, values) / n

@@ -1,10 +1,9 @@
-"""A world with a labelled preference: users, items, interactions, and a teacher as reliable as one
-sets.
+"""A world with a known answer: users, items, interactions, and a teacher as reliable as one sets.
 
     world = simulate(WorldConfig(reliability=Region(history=8)))
     dataset = write(world, "world")  # a dataset directory, with the teacher product `pairs`
     judged = world.judge(np.random.default_rng(1), "test")
-    reliability.auc(judged.reliability, judged.right)  # of the Bayes rule
+    calibration.auc(judged.reliability, judged.right)  # of the Bayes rule
 
 Interactions. Utility s_ui = taste * <p_u, q_i> / sqrt(D) + b_i with p, q ~ N(0, I) and b_i =
 -popularity_skew * log(rank of i). A user's events are the items of the greatest s_ui + Gumbel

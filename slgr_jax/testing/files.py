@@ -38,11 +38,12 @@ def write(
     tables |= {name: (f"{name}/part", _events(world.part(name))) for name in schema.PARTS}
     counts = {"users": config.n_users, "items": config.n_items}
     counts |= {name: len(world.part(name)) for name in schema.PARTS}
-    made = dataclasses.asdict(config) | {"reliability": repr(config.reliability)}
+    settings = dataclasses.asdict(config) | {"reliability": repr(config.reliability)}
     cutoffs = {
         f"{name}_from": (START + datetime.timedelta(days=FIRST_DAYS[name])).isoformat()
         for name in ("valid", "test")
     }
+
     with shards.atomic_directory(path, overwrite=overwrite) as root:
         files = {
             key: shards.write_shards(root, prefix, table, rows_per_shard=ROWS_PER_SHARD)
@@ -51,7 +52,7 @@ def write(
         manifest = schema.DatasetManifest(
             name="simulated",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            source={"layout": "simulated", "files": [], "world": made},
+            source={"layout": "simulated", "files": [], "world": settings},
             split={"rule": "simulated", "cutoffs": cutoffs},
             filters={},
             counts=counts,
@@ -62,11 +63,13 @@ def write(
             files=files,
         )
         schema.write_manifest(root, manifest)
+
     dataset = dataset_lib.load(path)
     write_pairs(world, dataset, PAIRS)
     if lists:
         rng = np.random.default_rng([config.seed, 1])
-        write_lists(world, dataset, LISTS, *world.lists(rng, lists))
+        users_listing, items_listed, scores = world.lists(rng, lists)
+        write_lists(world, dataset, LISTS, users_listing, items_listed, scores)
     return dataset
 
 
@@ -125,10 +128,11 @@ def _write_product(
     provenance: preferences.Provenance,
     overwrite: bool,
 ) -> schema.TeacherManifest:
-    built, found = _split_hash(world), dataset.manifest.split_hash
-    if built != found:
+    of_world, of_dataset = _split_hash(world), dataset.manifest.split_hash
+    if of_world != of_dataset:
         raise ConfigError(
-            f"{dataset.path} has split {found[:8]}, the world has {built[:8]}: other interactions; "
+            f"{dataset.path} has split {of_dataset[:8]}, the world has {of_world[:8]}: other "
+            "interactions; "
             "worlds on one dataset may differ in the teacher's settings alone"
         )
     return preferences.write_product(

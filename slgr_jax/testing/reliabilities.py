@@ -36,8 +36,8 @@ class Region:
     outside: float = 0.5
 
     def __call__(self, history: np.ndarray, popularity: np.ndarray) -> np.ndarray:
-        found = (history <= self.history) & (popularity.mean(axis=1) <= self.popularity)
-        return np.where(found, self.inside, self.outside)
+        within = (history <= self.history) & (popularity.mean(axis=1) <= self.popularity)
+        return np.where(within, self.inside, self.outside)
 
 
 @dataclasses.dataclass(frozen=True)

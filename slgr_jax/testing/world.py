@@ -196,17 +196,19 @@ class World:
         Raises:
           ConfigError: `config.reliability` leaves [0, 1] or has another shape.
         """
-        counts = self.history[users], self.popularity[items]
-        found = np.asarray(self.config.reliability(*counts), np.float64)
-        if found.shape != users.shape:
+        history, popularity = self.history[users], self.popularity[items]
+        reliability = np.asarray(self.config.reliability(history, popularity), np.float64)
+        if reliability.shape != users.shape:
             raise ConfigError(
-                f"reliability gives shape {found.shape} for history of shape {users.shape} and "
-                f"popularity of shape {items.shape}; need {users.shape}"
+                f"reliability gives shape {reliability.shape} for history of shape {users.shape} "
+                f"and popularity of shape {items.shape}; need {users.shape}"
             )
-        bad = ~((found >= 0) & (found <= 1))
+        bad = ~((reliability >= 0) & (reliability <= 1))
         if bad.any():
-            raise ConfigError(f"reliability gives {found[bad][0]}; a probability is in [0, 1]")
-        return found
+            raise ConfigError(
+                f"reliability gives {reliability[bad][0]}; a probability is in [0, 1]"
+            )
+        return reliability
 
     def judge(
         self, rng: np.random.Generator, part: str = "test", per_positive: int = 1
@@ -257,8 +259,9 @@ class World:
         room = n_items - int(self.history.max())
         if not 1 <= length <= room:
             raise ConfigError(f"length={length}; a user has between 1 and {room} items to list")
+
         twins = np.repeat(np.arange(n_items)[:, None], 2, axis=1)
-        found_items, found_scores = [], []
+        listed, listed_scores = [], []
         for rows in _blocks(self.config):
             s = self.truth.rows(rows)
             z = (s - s.mean(axis=1, keepdims=True)) / s.std(axis=1, keepdims=True)
@@ -266,14 +269,17 @@ class World:
             r = self.true_reliability(users, np.tile(twins, (len(s), 1)))
             weight = math.sqrt(2) * ndtri(np.clip(r, 1e-6, 1 - 1e-6)).reshape(s.shape)
             scores = weight * z + rng.standard_normal(s.shape)
+
+            # Never an item from training.
             first, end = np.searchsorted(self.train.users, [rows.start, rows.stop])
             seen = self.train.users[first:end] - rows.start, self.train.items[first:end]
             scores[seen] = -np.inf
+
             top = np.sort(np.argpartition(-scores, length - 1, axis=1)[:, :length], axis=1)
-            found_items.append(top)
-            found_scores.append(np.take_along_axis(scores, top, axis=1))
-        items = np.concatenate(found_items).ravel().astype(np.int32)
-        values = np.concatenate(found_scores).ravel().astype(np.float32)
+            listed.append(top)
+            listed_scores.append(np.take_along_axis(scores, top, axis=1))
+        items = np.concatenate(listed).ravel().astype(np.int32)
+        values = np.concatenate(listed_scores).ravel().astype(np.float32)
         return np.repeat(np.arange(n_users, dtype=np.int32), length), items, values
 
     @functools.cached_property
@@ -294,7 +300,7 @@ def simulate(config: WorldConfig) -> World:
     Each ingredient has a random stream of its own, so that one knob does not stir the others:
     worlds that differ in `reliability` or `margin_signal` have the same interactions and pairs.
     """
-    streams = {name: np.random.default_rng(one) for name, one in _streams(config).items()}
+    streams = {name: np.random.default_rng(seed) for name, seed in _streams(config).items()}
     rng = streams["truth"]
     scale = config.taste / math.sqrt(config.dim)
     truth = Truth(
@@ -314,7 +320,8 @@ def _streams(config: WorldConfig) -> dict[str, np.random.SeedSequence]:
 def _blocks(config: WorldConfig) -> list[slice]:
     """Runs of users whose rows of the catalogue fit in memory."""
     step = max(1, _CELLS // config.n_items)
-    return [slice(at, min(at + step, config.n_users)) for at in range(0, config.n_users, step)]
+    starts = range(0, config.n_users, step)
+    return [slice(start, min(start + step, config.n_users)) for start in starts]
 
 
 def _draw(rng: np.random.Generator, weight: np.ndarray, n: int) -> np.ndarray:
@@ -330,30 +337,36 @@ def _interactions(
     lengths = np.arange(config.history_min, config.history_max + 1)
     n_train = lengths[_draw(streams["lengths"], lengths**-config.history_exponent, config.n_users)]
     later = config.valid_per_user + config.test_per_user
-    found: dict[str, list[np.ndarray]] = {name: [] for name in schema.PARTS}
+    events: dict[str, list[np.ndarray]] = {name: [] for name in schema.PARTS}
     for rows in _blocks(config):
         keys = truth.rows(rows)
         keys += streams["noise"].gumbel(size=keys.shape)
+
+        # Each user's items by key, as many as the longest history of the block needs.
         ends = n_train[rows, None] + later
         most = int(ends.max())
         top = np.argpartition(-keys, most - 1, axis=1)[:, :most]
         by_key = np.argsort(-np.take_along_axis(keys, top, axis=1), axis=1)
+
         # A random order of each user's first items: likes do not fade with time, and the three
         # parts are samples of one distribution.
         place = streams["order"].random(top.shape)
         place[np.arange(most)[None, :] >= ends] = np.inf
         shuffled = np.take_along_axis(by_key, np.argsort(place, axis=1), axis=1)
         top = np.take_along_axis(top, shuffled, axis=1)
-        at = np.arange(most)[None, :] - n_train[rows, None]
-        chosen = {"train": at < 0, "valid": (at >= 0) & (at < config.valid_per_user)}
-        chosen["test"] = (at >= config.valid_per_user) & (at < later)
-        for name, mask in chosen.items():
+
+        after_train = np.arange(most)[None, :] - n_train[rows, None]
+        is_test = (after_train >= config.valid_per_user) & (after_train < later)
+        is_valid = (after_train >= 0) & (after_train < config.valid_per_user)
+        for name, mask in (("train", after_train < 0), ("valid", is_valid), ("test", is_test)):
             user, column = np.nonzero(mask)
-            found[name].append(np.stack([user + rows.start, top[user, column]]))
-    return tuple(
-        _timed(streams["clock"], name, *np.concatenate(found[name], axis=1).astype(np.int32))
-        for name in schema.PARTS
-    )
+            events[name].append(np.stack([user + rows.start, top[user, column]]))
+
+    parts = []
+    for name in schema.PARTS:
+        users, items = np.concatenate(events[name], axis=1).astype(np.int32)
+        parts.append(_timed(streams["clock"], name, users, items))
+    return tuple(parts)
 
 
 def _timed(rng: np.random.Generator, name: str, users: np.ndarray, items: np.ndarray) -> Part:
@@ -375,8 +388,8 @@ def _draw_outside(
     while left.size:  # rejection: at least half of the catalogue is outside
         items[left] = _draw(rng, weight, left.size)
         keys = users[left].astype(np.int64) * world.config.n_items + items[left]
-        at = np.minimum(np.searchsorted(positives, keys), positives.size - 1)
-        left = left[positives[at] == keys]
+        place = np.minimum(np.searchsorted(positives, keys), positives.size - 1)
+        left = left[positives[place] == keys]
     return items
 
 
@@ -391,20 +404,21 @@ def _product(rng: np.random.Generator, world: World) -> Statements:
     config = world.config
     users = np.repeat(np.arange(config.n_users, dtype=np.int32), config.open_per_user)
     seen = ("train", "valid")
-    one = _draw_outside(rng, world, users, seen, config.open_skew)
-    two = _draw_outside(rng, world, users, seen, config.open_skew)
-    swap = world.truth.utility(users, one) < world.truth.utility(users, two)
-    better, worse = np.where(swap, two, one), np.where(swap, one, two)
-    keep = one != two
+
+    # Open statements: two items, the better one first.
+    a = _draw_outside(rng, world, users, seen, config.open_skew)
+    b = _draw_outside(rng, world, users, seen, config.open_skew)
+    swap = world.truth.utility(users, a) < world.truth.utility(users, b)
+    better, worse = np.where(swap, b, a), np.where(swap, a, b)
+    keep = a != b
+
+    # Known statements: a positive, against an item that the user never interacted with.
     hidden = _some_of_each(rng, world.train.users, config.hidden_per_user)
-    held, positives = (
-        np.concatenate([np.repeat(valid, config.known_per_valid), train[hidden]])
-        for valid, train in (
-            (world.valid.users, world.train.users),
-            (world.valid.items, world.train.items),
-        )
-    )
+    repeats = config.known_per_valid
+    held = np.concatenate([np.repeat(world.valid.users, repeats), world.train.users[hidden]])
+    positives = np.concatenate([np.repeat(world.valid.items, repeats), world.train.items[hidden]])
     others = _draw_outside(rng, world, held, schema.PARTS, config.known_skew)
+
     all_users = np.concatenate([users[keep], held])
     first = np.concatenate([better[keep], positives])
     second = np.concatenate([worse[keep], others])

@@ -7,12 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+import gpu_program
 import pytest
 
 SPEED = pathlib.Path(__file__).parents[2] / "benchmarks" / "speed"
-sys.path.insert(0, str(SPEED))  # scripts there import one another by plain name
 
-import gpu_program  # noqa: E402
 
 # Two steps' worth of what XLA prints: rows [8] gathered, halved and added back to a table [100, 4].
 PROGRAM = """HloModule jit_program, is_scheduled=true
@@ -81,14 +80,14 @@ def test_shapes_of_tuples_and_of_halves():
     assert (op.kind, op.operands, op.bytes) == ("fusion", ("a",), 3 * 2 * 2 + 5 + 4)
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_what_is_missing_is_one_line(tmp_path, there):
+@pytest.mark.parametrize("described", [False, True])
+def test_what_is_missing_is_one_line(tmp_path, described):
     target = tmp_path / "h200.txtpb"
-    if there:
+    if described:
         target.write_text("not a description")
     command = [sys.executable, str(SPEED / "gpu_program.py"), f"--target={target}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    why = "JAX cannot compile for a GPU here: " if there else "No such file or directory"
-    assert found.returncode == 2
-    assert why in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    why = "JAX cannot compile for a GPU here: " if described else "No such file or directory"
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -20,11 +20,11 @@ def _kernels():
     worlds.need_native_kernels()
 
 
-def _rows(mask: np.ndarray) -> device_ranking.Rows:
+def _rows(mask: np.ndarray) -> device_ranking.DeviceCsr:
     csr = Csr.from_pairs(*np.nonzero(mask), mask.shape[0])
     indices = np.zeros(mask.size, np.int32)  # room for more than there is, as in use
     indices[: csr.indices.size] = csr.indices
-    return device_ranking.Rows(*jax.device_put((csr.offsets.astype(np.int32), indices)))
+    return device_ranking.DeviceCsr(*jax.device_put((csr.offsets.astype(np.int32), indices)))
 
 
 def _both(scores, seen, relevant, *, users=None, k, width=None):

@@ -1,0 +1,103 @@
+"""Arms and controls as data: order, knobs, grids."""
+
+from __future__ import annotations
+
+import pytest
+from comparisons import plan_of
+
+from slgr_jax import config
+from slgr_jax.errors import ConfigError
+from slgr_jax.experiments import arms
+
+
+def test_arms_are_ordered_and_matched():
+    def choose(asked, controls=(), matched="", focus="", own_arms=None):
+        return arms.choose(asked, controls, matched, focus, own_arms or {})
+
+    assert choose(("global",)) == (("none", "global"), "", "global")
+    every = choose(("constant", "paper", "calibrated"), ("shuffled", "constant"))
+    assert every == (
+        ("none", "paper", "calibrated", "constant", "shuffled"),
+        "calibrated",
+        "calibrated",
+    )
+    assert choose(("paper", "rule"), ("shuffled",), "rule", "paper")[1:] == ("rule", "paper")
+    # Without a gate to match there is nothing to control.
+    assert choose(("none", "global"), arms.CONTROLS) == (("none", "global"), "", "global")
+    wide = {"wide": {"guidance": "selective", "gate": "paper"}}
+    assert choose(("global",), ("shuffled",), own_arms=wide)[1] == "wide"
+    for bad, message in (
+        ((("best",),), "--guidance: best .* none, global, pointwise"),
+        ((("paper",), ("swapped",)), "--controls: swapped .* constant"),
+        ((("paper",), (), "global"), "--matched_to=global .* paper"),
+        ((("paper",), (), "", "rule"), "--focus=rule .* paper"),
+        ((("global", "shuffled"),), "control shuffled .* paper"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose(*bad)
+
+
+def test_an_arm_of_ones_own():
+    name, knobs = arms.own_arm("wide:gate=paper,margin=0.5,guidance_loss=logistic,item_bias=false")
+    assert (name, knobs["guidance"], knobs["margin"]) == ("wide", "selective", 0.5)
+    run = config.make_run("", "", teacher="llm", **knobs)
+    assert (run.gate.gate, run.guidance.margin, run.model.item_bias) == ("paper", 0.5, False)
+    for text in ("wide", "wide:", "wide:gate", "a b:gate=paper", "paper:gate=rule"):
+        with pytest.raises(ConfigError, match="--arm="):
+            arms.own_arm(text)
+
+
+def test_every_arm_is_the_run_that_its_name_says(tmp_path):
+    plan = plan_of(tmp_path, asked=("none", "global", "rule", "paper"), controls=arms.CONTROLS,
+                   knobs={"epochs": 7, "guidance_loss": "logistic"})  # fmt: skip
+    settings = {"lr": 0.3, "lambda": 2.0}
+    runs = {arm: plan.config("mf", arm, settings, tmp_path, 4) for arm in plan.arms}
+    for arm, run in runs.items():
+        assert (run.optimizer.lr, run.guidance.weight, run.train.epochs) == (0.3, 2.0, 7)
+        assert (run.train.seed, run.workdir) == (4, str(tmp_path))
+        assert run.guidance.guidance == ("none" if arm == "none" else "selective")
+    teachers = {arm: run.guidance.teacher for arm, run in runs.items()}
+    assert teachers == {
+        **dict.fromkeys(("global", "rule", "paper", "constant"), "llm"),
+        **{c: f"llm.{c}" for c in ("shuffled", "popularity", "item_item")},
+        "none": "",
+    }
+    gates = {arm: run.gate.gate for arm, run in runs.items() if arm != "none"}
+    assert gates == {
+        **{arm: arm for arm in ("rule", "paper", "constant")},
+        **dict.fromkeys(("shuffled", "popularity", "item_item"), "paper"),
+        "global": "constant",
+    }
+    assert runs["global"].gate.alpha == 1.0
+    assert plan.config("mf", "constant", {"alpha": 0.25}, tmp_path).gate.alpha == 0.25
+    plan.check()
+    wrong = plan_of(tmp_path, own_arms={"wide": {"guidance": "selective", "gate": "oracle"}})
+    with pytest.raises(ConfigError, match="arm wide of mf: --gate='oracle'"):
+        wrong.check()
+
+
+@pytest.mark.parametrize("matched", arms.GATED)
+def test_every_control_copies_every_gated_arm(tmp_path, matched):
+    """A constant gate has no alpha_0: `gain` becomes `confidence`, other losses stay."""
+    plan = plan_of(tmp_path, asked=("none", matched), controls=arms.CONTROLS)
+    plan.check()
+    losses = {"calibrated": "confidence", "hard_negatives": "confidence"}
+    constant = plan.config("mf", "constant", {"alpha": 0.25}, tmp_path)
+    assert constant.guidance_loss_name == losses.get(matched, "hinge")
+    shuffled = plan.config("mf", "shuffled", {}, tmp_path)
+    losses = {"calibrated": "confidence", "hard_negatives": "gain"}
+    assert shuffled.guidance_loss_name == losses.get(matched, "hinge")
+
+
+def test_grids_are_the_backbones_unless_said_otherwise():
+    grids = arms.grids(["mf", "dcnv2"], {}, {"lr": (), "dropout": ()})
+    assert grids == {"mf": arms.GRIDS["mf"], "dcnv2": arms.GRIDS["dcnv2"]}
+    given = {"dropout": 0.25, "lambda": 3.0, "epochs": 5}
+    grids = arms.grids(["mf", "dcnv2"], given, {"lr": (0.1,), "l2": ()})
+    assert grids == {
+        "mf": {"lr": (0.1,), "l2": arms.GRIDS["mf"]["l2"], "dropout": (0.25,)},
+        "dcnv2": {"lr": (0.1,), "dropout": (0.25,)},
+    }
+    assert set(arms.GRIDS) == set(config.BACKBONES)
+    with pytest.raises(ConfigError, match=r"--backbones: svd .* mf, lightgcn"):
+        arms.grids(["svd"], {}, {})
