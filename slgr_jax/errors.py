@@ -34,9 +34,16 @@ class NonFiniteError(UserError):
     """Training produced a NaN or an infinity."""
 
 
+def printable(text: str) -> str:
+    """`text` on one line: what a terminal would act on, and half characters, as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def listing(names: Iterable[str], limit: int = 12) -> str:
     """`a, b, c` with at most `limit` names, then how many were left out."""
-    all_names = [str(name) for name in names]
+    all_names = [printable(str(name)) for name in names]
     shown = ", ".join(all_names[:limit])
     rest = len(all_names) - limit
     return f"{shown}, ... ({rest} more)" if rest > 0 else shown or "(none)"

@@ -6,7 +6,7 @@ import dataclasses
 
 from slgr_jax.config.knobs import Section, knob
 
-SOURCES = ("movielens", "recbole", "amazon", "s3rec", "csv", "parquet")
+SOURCES = ("movielens", "recbole", "amazon", "s3rec", "csv", "jsonl", "parquet")
 SPLITS = ("auto", "global_time", "leave_last", "ratio", "premade")
 
 
@@ -43,22 +43,54 @@ class PrepareConfig(Section):
     min_rating: float = knob(
         float("-inf"), "drop interactions rated below this; -inf keeps all", flag="min_rating"
     )
-    user_column: str = knob("user", "csv, parquet: column with user ids (any text)")
-    item_column: str = knob("item", "csv, parquet: column with item ids (any text)")
-    time_column: str = knob(
-        "timestamp", "csv, parquet: column with times (s, ms, us, ns or dates); used if present"
+    keep: str = knob(
+        "first",
+        "of a pair that occurs several times: the earliest row, the latest, or the best rated",
+        choices=("first", "last", "highest"),
     )
-    rating_column: str = knob("rating", "csv, parquet: column with ratings; used if present")
+    count_repeats: bool = knob(
+        False, "write how often each pair occurs as its rating (play counts); needs no ratings"
+    )
+    bad_rows: str = knob(
+        "refuse",
+        "a row that cannot be read or used: stop at the first, or drop all, count them and show "
+        "five",
+        choices=("refuse", "drop"),
+    )
+    user_column: str = knob("user", "csv, jsonl, parquet: column with user ids (any text)")
+    item_column: str = knob("item", "csv, jsonl, parquet: column with item ids (any text)")
+    time_column: str = knob(
+        "timestamp",
+        "csv, jsonl, parquet: column with times (s, ms, us, ns or dates); used if present",
+    )
+    rating_column: str = knob("rating", "csv, jsonl, parquet: column with ratings; used if present")
+    columns: str = knob(
+        "", "csv without a header line: its column names in order, as user,item,rating,timestamp"
+    )
     items_input: str = knob(
         "",
-        "csv, parquet: item table (csv, Parquet or Arrow with --item_column) to attach; "
-        "amazon: metadata jsonl",
+        "csv, jsonl, parquet, s3rec: item table (csv, JSON lines, Parquet or Arrow with "
+        "--item_column) to attach; amazon: metadata jsonl",
     )
     title_column: str = knob("title", "--items_input: column with titles; used if present")
     text_column: str = knob("text", "--items_input: column with descriptions; used if present")
     categories_column: str = knob(
         "categories", "--items_input: column with lists, or text split at '|'; used if present"
     )
+    items_columns: str = knob("", "--items_input without a header line: its column names in order")
     delimiter: str = knob(",", "csv: column separator; tab is '\\t'")
+    quote: str = knob(
+        "auto", "csv: character around quoted fields, or none; auto = '\"', none between tabs"
+    )
+    escape: str = knob("", "csv: character that makes the next one plain, as '\\'; empty = none")
+    encoding: str = knob(
+        "auto",
+        "of text files, as cp1252 or utf-16; auto = UTF-8 (or what a byte order mark says), and "
+        "cp1252 for item and user texts that are no UTF-8",
+    )
+    decimal: str = knob(".", "character before the fraction in ratings and times that are text")
+    time_format: str = knob(
+        "", "how times are written, as '%d/%m/%Y %H:%M' (Python's strptime; no zone is UTC)"
+    )
     rows_per_shard: int = knob(4_194_304, "most interactions in one Arrow shard", minimum=1)
     overwrite: bool = knob(False, "replace --out when it exists")

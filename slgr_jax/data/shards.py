@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -23,9 +22,10 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from slgr_jax.data.schema import MANIFEST, ShardFile, check_schema
-from slgr_jax.errors import InputError, ShardError
+from slgr_jax.errors import InputError, ShardError, printable
+from slgr_jax.files import LockHeldError, PathLike, hold
+from slgr_jax.files import sync as sync
 
-PathLike = str | os.PathLike[str]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -111,27 +111,13 @@ def locked(directory: PathLike) -> Iterator[None]:
     Raises:
       InputError: another process holds it.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(f"{directory} is being written by another process; wait for it") from error
-    except OSError:
-        pass  # a file system without locks
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(directory))
+        except LockHeldError as error:
+            message = f"{directory} is being written by another process; wait for it"
+            raise InputError(message) from error
         yield
-    finally:
-        os.close(descriptor)
-
-
-def sync(directory: PathLike) -> None:
-    """Flush a directory's list of files to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: PathLike) -> str:
@@ -243,21 +229,55 @@ def read_table(path: PathLike, *, columns: Sequence[str] | None = None) -> pa.Ta
     Raises:
       ShardError: the file is empty, truncated, or none of the three.
     """
+    head = _head(path)
+    with _refusing(path):
+        if head[:4] == b"PAR1":
+            table = pq.read_table(path, columns=columns, partitioning=None)
+        else:
+            source = pa.memory_map(os.fspath(path), "r")
+            if head[:6] == b"ARROW1":
+                table = pa.ipc.open_file(source).read_all()
+            else:
+                table = _read_stream(source, path)
+            table = table if columns is None else table.select(columns)
+        # Arrow trusts offsets and lengths in a file: one that lies would end this process later.
+        table.validate(full=True)
+    return table
+
+
+def column_names(path: PathLike) -> list[str]:
+    """The columns of an Arrow or Parquet file, without reading its data.
+
+    Raises:
+      ShardError: the file is empty, truncated, or neither.
+    """
+    head = _head(path)
+    with _refusing(path):
+        if head[:4] == b"PAR1":
+            return list(pq.read_schema(path).names)
+        opener = pa.ipc.open_file if head[:6] == b"ARROW1" else pa.ipc.open_stream
+        with opener(pa.memory_map(os.fspath(path), "r")) as reader:
+            return list(reader.schema.names)
+
+
+def _head(path: PathLike) -> bytes:
     with open(path, "rb") as file:
         head = file.read(8)
     if not head:
         raise ShardError(f"{path} is empty")
+    return head
+
+
+@contextlib.contextmanager
+def _refusing(path: PathLike) -> Iterator[None]:
+    """Turn what Arrow raises on a damaged file into a `ShardError`."""
     try:
-        if head[:4] == b"PAR1":
-            return pq.read_table(path, columns=columns, partitioning=None)
-        source = pa.memory_map(os.fspath(path), "r")
-        if head[:6] == b"ARROW1":
-            table = pa.ipc.open_file(source).read_all()
-        else:
-            table = _read_stream(source, path)
-        return table if columns is None else table.select(columns)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
+        yield
+    except ShardError:
+        raise
+    # Lengths that no memory holds are those of a damaged file too (ArrowMemoryError).
+    except (pa.ArrowException, OSError, EOFError, KeyError, ValueError) as error:
+        reason = printable(" ".join(str(error).split())[:200])
         raise ShardError(
             f"{path} cannot be read as an Arrow file, an Arrow stream or Parquet: {reason}"
         ) from error

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slgr_jax import config
+from slgr_jax import config, files
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import NonFiniteError, listing
@@ -317,7 +317,7 @@ def write_record(
         "steps_per_dispatch": programs.dispatch,
     }
     text = run_directory.record(run, dataset, trainer, **resolved)
-    run_directory.write_text(pathlib.Path(run.workdir) / run_directory.RECORD, text)
+    files.write_atomically(pathlib.Path(run.workdir) / run_directory.RECORD, text)
 
 
 class _Loop:

@@ -11,19 +11,18 @@ metrics.json, per_user.parquet, metrics.png    slgr evaluate
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import platform
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 
-from slgr_jax import __version__, config
+from slgr_jax import __version__, config, files
 from slgr_jax.config import knobs
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
@@ -140,38 +139,33 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
         raise ConfigError(f"{root} is a dataset or a teacher product; choose another --workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
-    with lock:
-        _hold(lock, root)
+    with contextlib.ExitStack() as stack:
+        _hold(stack, root)
         if run.train.restart:
             checkpoint.clear(run.workdir)
             for name in (CONFIG, RECORD, tables.METRICS, tables.PER_USER, tables.PICTURE):
                 (root / name).unlink(missing_ok=True)
         elif (root / CONFIG).is_file():
             _refuse_changes(read_config(run.workdir), run, trained_on(run.workdir, dataset))
-        write_text(root / CONFIG, knobs.to_json(run))
+        files.write_atomically(root / CONFIG, knobs.to_json(run))
         yield
 
 
-def _hold(lock: TextIO, root: pathlib.Path) -> None:
-    """Lock the file until it is closed; the system unlocks it however the process ends."""
+def _hold(stack: contextlib.ExitStack, root: pathlib.Path) -> None:
+    """Lock the run until the stack is closed."""
     if jax.process_index():
         return  # the processes of one job share the run; the first speaks for all
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
+        stack.enter_context(files.hold(root / LOCK))
+    except files.LockHeldError as error:
         raise ConfigError(
-            f"{root} is being trained by another process ({lock.read().strip()}); stop that one "
+            f"{root} is being trained by another process ({error.holder}); stop that one "
             "or choose another --workdir"
         ) from error
-    except OSError:
-        return  # a file system without locks
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node()}")
-    lock.flush()
+    except OSError as error:
+        raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
 
 
 def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | None) -> None:
@@ -191,12 +185,6 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
             f"{run.workdir} holds a run with other settings ({listing(changed)}); "
             "choose another --workdir, or --restart to delete it"
         )
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pathlib
 import zipfile
@@ -12,8 +13,9 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from slgr_jax.data.ingest import text_lines
 from slgr_jax.data.shards import sha256_of
-from slgr_jax.errors import InputError, listing
+from slgr_jax.errors import InputError, listing, printable
 
 
 @contextlib.contextmanager
@@ -32,7 +34,7 @@ def reading(where: str) -> Iterator[None]:
         NotImplementedError,  # a compression method that zipfile lacks
         OSError,
     ) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         raise InputError(f"{where} cannot be read: {reason}") from error
 
 
@@ -54,8 +56,8 @@ class Files:
             raise InputError(f"{path} does not exist; --input names a file, folder or zip archive")
         if self.path.is_dir():
             self._root = self.path
-            found = (p for p in self.path.rglob("*") if p.is_file())
-            names = [p.relative_to(self.path).as_posix() for p in found]
+            files = (p for p in self.path.rglob("*") if p.is_file())
+            names = [p.relative_to(self.path).as_posix() for p in files]
         elif self._is_archive():
             with reading(str(self.path)):
                 self._zip = zipfile.ZipFile(self.path)
@@ -85,28 +87,38 @@ class Files:
 
     def where(self, name: str) -> str:
         """What to call a member in a message."""
-        return f"{self.path}:{name}" if self._zip is not None else str(self._root / name)
+        path = f"{self.path}:{name}" if self._zip is not None else str(self._root / name)
+        return printable(path)
+
+    def path_of(self, name: str) -> pathlib.Path:
+        """Where a file of a folder lies."""
+        assert self._zip is None
+        return self._root / name
 
     def head(self, name: str, size: int = 1 << 16) -> bytes:
         """The first bytes of a file, inflated."""
         with self.open(name) as file, reading(self.where(name)):
             return bytes(file.read(size))
 
-    def text(self, name: str) -> str:
-        """A whole small file: UTF-8, else Latin-1 (the older MovieLens files)."""
+    def text(self, name: str, encoding: str = "auto") -> tuple[str, str]:
+        """A whole small file, and a note where it is no UTF-8 (`text_lines.encoding_of_texts`)."""
         with self.open(name) as file, reading(self.where(name)):
             data = bytes(file.read())
+        chosen = text_lines.encoding_of_texts(io.BytesIO(data), encoding)
         try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return data.decode("latin-1")
+            text = data.decode(chosen)
+        except UnicodeError as error:
+            raise InputError(
+                f"{self.where(name)} is not {chosen}: {error}; state its --encoding"
+            ) from error
+        return text, "" if chosen == "utf-8-sig" else f"read as {chosen}"
 
     def beside(self, name: str, basename: str) -> str | None:
         """The file called `basename` in the folder of `name`, if there is one."""
         sibling = (pathlib.PurePosixPath(name).parent / basename).as_posix()
         return sibling if sibling in self.names else None
 
-    def choose(self, accept: Callable[[str], bool], what: str, wanted: str) -> str:
+    def choose(self, accept: Callable[[str], bool], kind: str, wanted: str) -> str:
         """The one name that `accept` takes; `wanted` (--name) settles it between several.
 
         Raises:
@@ -114,20 +126,20 @@ class Files:
         """
         if self.single is not None:
             return self.single
-        found = [name for name in self.names if accept(name.rsplit("/", 1)[-1])]
-        if not found:
+        candidates = [name for name in self.names if accept(name.rsplit("/", 1)[-1])]
+        if not candidates:
             held = listing(self.names, 6)
-            raise InputError(f"{self.path} holds no {what}; files found: {held}")
-        if len(found) > 1 and wanted:
+            raise InputError(f"{self.path} holds no {kind}; files found: {held}")
+        if len(candidates) > 1 and wanted:
             # A path component, or the file name up to any of its dots, must equal --name.
-            hits = [name for name in found if wanted in _handles(name)]
-            found = hits or found
-        if len(found) > 1:
+            hits = [name for name in candidates if wanted in _handles(name)]
+            candidates = hits or candidates
+        if len(candidates) > 1:
             raise InputError(
-                f"{self.path} holds {len(found)} candidates: {listing(found)}; choose one with "
-                "--name=FOLDER or --name=FILE (without its ending)"
+                f"{self.path} holds {len(candidates)} candidates: {listing(candidates)}; choose "
+                "one with --name=FOLDER or --name=FILE (without its ending)"
             )
-        return found[0]
+        return candidates[0]
 
     def record(self) -> list[dict[str, Any]]:
         """What the manifest says of the input: names without folders, sizes, SHA-256."""
@@ -143,7 +155,7 @@ def _handles(name: str) -> set[str]:
 
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"name": printable(path.name), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _is_junk(name: str) -> bool:

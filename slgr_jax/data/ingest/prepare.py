@@ -1,8 +1,4 @@
-"""Raw files to a dataset directory, in one call: read, filter, split, index, write.
-
-Order: duplicates, then `min_rating`, then k-core, then the split. A part that was made
-elsewhere is not thinned by the k-core: its rows are what others report numbers on.
-"""
+"""Raw files to a dataset directory, in one call: read, filter, split, index, write."""
 
 from __future__ import annotations
 
@@ -14,42 +10,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import schema, shards
-from slgr_jax.data.ingest import columns, sources, split
+from slgr_jax.data.ingest import interactions, sources, split, texts
+from slgr_jax.data.ingest.bad_rows import told
+from slgr_jax.data.ingest.interactions import Log
 from slgr_jax.data.ingest.tables import Raw
-from slgr_jax.errors import ConfigError, InputError
-
-_PART_CODES = {name: code for code, name in enumerate(schema.PARTS)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Log:
-    """Interactions as aligned arrays of length n, in input order.
-
-    `users` and `items` index the sorted ids; `parts` is None until a split is known.
-    """
-
-    users: np.ndarray  # [n] int32
-    items: np.ndarray  # [n] int32
-    times: np.ndarray | None  # [n] int64 microseconds
-    ratings: np.ndarray | None  # [n] float32
-    parts: np.ndarray | None  # [n] int8
-
-    def __len__(self) -> int:
-        return int(self.users.size)
-
-    def where(self, keep: np.ndarray) -> Log:
-        """The rows of a bool mask or an index array, in its order."""
-        return Log(
-            self.users[keep],
-            self.items[keep],
-            None if self.times is None else self.times[keep],
-            None if self.ratings is None else self.ratings[keep],
-            None if self.parts is None else self.parts[keep],
-        )
+from slgr_jax.errors import ConfigError, InputError, printable
 
 
 def prepare(config: PrepareConfig) -> schema.DatasetManifest:
@@ -64,20 +32,30 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
     rule = _rule(config)
     _check_out(config)
     raw = sources.read(config)
-    log, user_ids, item_ids, unit = _log(raw)
-    log, filters = _filter(log, config)
+    _check_parts(raw, config, rule)
+    log, user_ids, item_ids, unit = interactions.read_log(raw, config)
+    log, filters = interactions.filtered(log, config)
     log, described = _split(log, config, rule)
     if "repeated_in_eval" in described:
         filters["repeated_in_eval"] = described.pop("repeated_in_eval")
     described["time_unit"] = unit
     log, user_ids, item_ids = _compact(log, user_ids, item_ids)
-    users = _attach(user_ids, raw.users(user_ids), schema.USERS)
-    items = _attach(item_ids, raw.items(item_ids), schema.ITEMS)
-    source = {
+
+    user_texts, item_texts = raw.users(user_ids), raw.items(item_ids)
+    users, _ = texts.attach(user_ids, user_texts, schema.USERS)
+    items, items_met = texts.attach(item_ids, item_texts, schema.ITEMS)
+    lines = [piece.count for piece in raw.pieces]
+    lines += [table.count for table in (item_texts, user_texts) if table is not None]
+    for count in lines:
+        count.check()
+    source: dict[str, Any] = {
         "layout": config.source,
         "files": [entry for files in raw.files for entry in files.record()],
+        "lines": [count.record() for count in lines],
     }
-    name = config.name or raw.name or pathlib.Path(config.input).stem
+    if item_texts is not None:
+        source["items_in_table"] = items_met
+    name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
     return _write(config, name, log, users, items, source, described, filters)
 
 
@@ -89,11 +67,30 @@ def _rule(config: PrepareConfig) -> str:
     if premade and config.split not in ("auto", "premade"):
         given = "--test_input" if config.test_input else "--split_column"
         raise ConfigError(f"{given} is a pre-made split; drop it or --split={config.split}")
-    if config.split == "premade" and not premade and config.source != "recbole":
+    in_folders = config.source in ("recbole", "parquet")  # parts may be files of their own
+    if config.split == "premade" and not premade and not in_folders:
         raise ConfigError("--split=premade needs --test_input or --split_column")
     if config.source == "s3rec" and config.split == "auto":
         return "leave_last"  # places in a line, which are its times, do not compare across users
     return "premade" if premade else config.split
+
+
+def _check_parts(raw: Raw, config: PrepareConfig, rule: str) -> None:
+    """Refuse files that are parts where another rule was asked for, and the reverse."""
+    parts = [piece.part for piece in raw.pieces if piece.part is not None]
+    if parts and rule not in ("auto", "premade"):
+        raise ConfigError(
+            f"{config.input} is a pre-made split ({', '.join(parts)}); drop --split={rule}, or "
+            "name one of its folders or files as --input"
+        )
+    if parts and config.split_column:
+        raise ConfigError(
+            f"{config.input} is a pre-made split ({', '.join(parts)}); drop --split_column"
+        )
+    if rule == "premade" and not parts and not config.split_column:
+        raise ConfigError(
+            "--split=premade needs --test_input or --split_column, or a folder of parts"
+        )
 
 
 def _check_out(config: PrepareConfig) -> None:
@@ -105,84 +102,6 @@ def _check_out(config: PrepareConfig) -> None:
             f"{teachers} holds teacher products that --overwrite would delete; move them away or "
             "choose another --out"
         )
-
-
-def _log(raw: Raw) -> tuple[Log, pa.Array, pa.Array, str | None]:
-    """All pieces as one log, the sorted ids, and the unit that the times were in."""
-    pieces = raw.pieces
-    users, user_ids = columns.encode_ids(
-        [piece.columns["user"] for piece in pieces], [piece.label("user") for piece in pieces]
-    )
-    items, item_ids = columns.encode_ids(
-        [piece.columns["item"] for piece in pieces], [piece.label("item") for piece in pieces]
-    )
-    times, ratings, parts, units = [], [], [], {}
-    for piece in pieces:
-        if "timestamp" in piece.columns:
-            label = piece.label("timestamp")
-            micros, units[piece.where] = columns.to_microseconds(piece.columns["timestamp"], label)
-            times.append(micros)
-        if "rating" in piece.columns:
-            ratings.append(columns.to_ratings(piece.columns["rating"], piece.label("rating")))
-        if "split" in piece.columns:
-            parts.append(columns.to_parts(piece.columns["split"], piece.label("split")))
-        elif piece.part is not None:
-            parts.append(np.full(len(piece), _PART_CODES[piece.part], np.int8))
-    for role, found in (("times", times), ("ratings", ratings)):
-        if found and len(found) != len(pieces):
-            raise InputError(f"some input files have {role} and some have none; make them alike")
-    if len(set(units.values())) > 1:
-        shown = ", ".join(f"{where}: {unit}" for where, unit in units.items())
-        raise InputError(f"the input files have times of different units ({shown})")
-    log = Log(
-        np.concatenate(users),
-        np.concatenate(items),
-        np.concatenate(times) if times else None,
-        np.concatenate(ratings) if ratings else None,
-        np.concatenate(parts) if parts else None,
-    )
-    return log, user_ids, item_ids, next(iter(units.values()), None)
-
-
-def _filter(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
-    """Drop unused rows, duplicates, low ratings and what is outside the k-core; count each."""
-    counts: dict[str, Any] = {"rows_read": len(log)}
-
-    def keep(mask: np.ndarray, reason: str) -> Log:
-        counts[reason] = int(mask.size - np.count_nonzero(mask))
-        if not mask.any():
-            raise InputError(f"no interaction is left: {reason} dropped all {mask.size}")
-        return log if mask.all() else log.where(mask)
-
-    if log.parts is not None:
-        log = keep(log.parts != columns.UNUSED, "unused_in_split_column")
-    log = keep(split.earliest(log.users, log.items, log.times, log.parts), "duplicates")
-    if config.min_rating > float("-inf"):
-        if log.ratings is None:
-            raise ConfigError("--min_rating is set, but the input has no ratings")
-        counts["min_rating"] = config.min_rating
-        log = keep(log.ratings >= config.min_rating, "below_min_rating")
-    if config.user_core > 1 or config.item_core > 1:
-        # Evaluation parts made elsewhere stay as they are.
-        rows = np.arange(len(log)) if log.parts is None else np.flatnonzero(log.parts == 0)
-        users, items = log.users[rows], log.items[rows]
-        core, rounds = split.k_core(users, items, config.user_core, config.item_core)
-        if not core.any():
-            raise InputError(
-                f"no interaction is left: --user_core={config.user_core} "
-                f"--item_core={config.item_core} dropped all {rows.size}"
-            )
-        counts["k_core"] = {
-            "user_core": config.user_core,
-            "item_core": config.item_core,
-            "rounds": rounds,
-            "users": int(np.unique(users).size - np.unique(users[core]).size),
-            "items": int(np.unique(items).size - np.unique(items[core]).size),
-        }
-        mask = np.ones(len(log), bool)
-        mask[rows] = core
-        log = keep(mask, "outside_k_core")
-    return log, counts
 
 
 def _split(log: Log, config: PrepareConfig, rule: str) -> tuple[Log, dict[str, Any]]:
@@ -247,8 +166,8 @@ def _premade(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
 
 
 def _cutoffs(cuts: split.TimeCuts) -> dict[str, str]:
-    found = {"valid_from": cuts.valid_from, "test_from": cuts.test_from}
-    return {key: _iso(value) for key, value in found.items() if value is not None}
+    moments = {"valid_from": cuts.valid_from, "test_from": cuts.test_from}
+    return {key: _iso(value) for key, value in moments.items() if value is not None}
 
 
 def _iso(microseconds: int) -> str:
@@ -266,16 +185,6 @@ def _compact(log: Log, user_ids: pa.Array, item_ids: pa.Array) -> tuple[Log, pa.
     users, user_ids = renumber(log.users, user_ids)
     items, item_ids = renumber(log.items, item_ids)
     return dataclasses.replace(log, users=users, items=items), user_ids, item_ids
-
-
-def _attach(ids: pa.Array, texts: pa.Table | None, layout: pa.Schema) -> pa.Table:
-    """The table of `layout` with row k for id k; texts where there are any."""
-    if texts is None:
-        empty = [pa.nulls(len(ids), field.type) for field in list(layout)[1:]]
-        return pa.table([ids, *empty], schema=layout)
-    rows = pc.index_in(ids, value_set=texts.column(0).combine_chunks())
-    found = [texts.column(name).combine_chunks().take(rows) for name in layout.names[1:]]
-    return pa.table([ids, *found], schema=layout)
 
 
 def _interactions(log: Log, code: int) -> pa.Table:
@@ -374,11 +283,12 @@ def summary(manifest: schema.DatasetManifest) -> str:
     lines.append("  split: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
     for key, value in described.get("cutoffs", {}).items():
         lines.append(f"  {key}: {value}")
-    dropped = {k: v for k, v in filters.items() if k not in ("rows_read", "min_rating", "k_core")}
-    repeated = dropped.pop("repeated_in_eval", {})
-    dropped |= {f"{part} pairs seen earlier": n for part, n in repeated.items()}
-    told = [f"{key.replace('_', ' ')} {value:,}" for key, value in dropped.items() if value]
-    lines.append(f"  rows read: {filters['rows_read']:,}; dropped: {', '.join(told) or 'none'}")
+    lines += [f"  {line}" for line in told(manifest.source["lines"])]
+    lines += _dropped(filters)
+    if "items_in_table" in manifest.source:
+        met = manifest.source["items_in_table"]
+        share = 100 * met / max(1, counts["items"])
+        lines.append(f"  items in the item table: {met:,} of {counts['items']:,} ({share:.1f} %)")
     if core := filters.get("k_core"):
         lines.append(
             f"  k-core: {core['user_core']} per user, {core['item_core']} per item, "
@@ -386,3 +296,18 @@ def summary(manifest: schema.DatasetManifest) -> str:
             + (" (training part only)" if described["rule"] == "premade" else "")
         )
     return "\n".join(lines)
+
+
+# Of `filters`, what is no number of dropped rows.
+_NOT_DROPPED = ("rows_read", "min_rating", "k_core", "keep", "most_repeats")
+
+
+def _dropped(filters: Mapping[str, Any]) -> list[str]:
+    dropped = {key: value for key, value in filters.items() if key not in _NOT_DROPPED}
+    repeated = dropped.pop("repeated_in_eval", {})
+    dropped |= {f"{part} pairs seen earlier": n for part, n in repeated.items()}
+    reasons = [f"{key.replace('_', ' ')} {value:,}" for key, value in dropped.items() if value]
+    lines = [f"  rows read: {filters['rows_read']:,}; dropped: {', '.join(reasons) or 'none'}"]
+    if "most_repeats" in filters:
+        lines.append(f"  ratings are counts of repeats, at most {filters['most_repeats']:,}")
+    return lines

@@ -6,18 +6,22 @@ The files of Zhou et al. (CIKM 2020), on which the S-LLMR and LLM-CF click bench
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import schema
-from slgr_jax.data.ingest import tables
+from slgr_jax.data.ingest import tables, texts
 from slgr_jax.data.ingest.archive import Files
+from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.tables import Piece, Raw
+from slgr_jax.data.ingest.texts import Texts
 from slgr_jax.errors import ConfigError, InputError
 
 # NAME_sample.txt beside the sequences has the same form but holds sampled negatives.
@@ -26,7 +30,7 @@ _ATTRIBUTES = "_item2attributes.json"
 
 
 def sequences(config: PrepareConfig) -> Raw:
-    """NAME.txt, and the attributes of items as their categories where they lie beside it.
+    """NAME.txt, titles from --items_input, and attributes beside it as categories.
 
     Ids stay text. There are no times: an item's place in its line, from 0, stands for one in
     whole seconds. It orders the events of one user and says nothing across users.
@@ -52,70 +56,120 @@ def sequences(config: PrepareConfig) -> Raw:
         raise InputError(f"{files.where(name)} holds sampled negatives; give NAME.txt itself")
     stem = name.removesuffix(".txt").rsplit("/", 1)[-1]
     attributes = files.beside(name, f"{stem}{_ATTRIBUTES}")
+    named = tables.named_items(config)
+
+    def items(wanted: pa.Array) -> Texts | None:
+        by_attributes = None if attributes is None else _items(files, attributes)
+        if named is None:
+            return by_attributes
+        return _with_categories(named[0](wanted), by_attributes)
+
     return Raw(
-        (_read(files, name),),
-        (files,),
-        tables.nothing if attributes is None else lambda wanted: _items(files, attributes),
+        (_read(files, name, config),),
+        (files,) if named is None else (files, named[1]),
+        items,
         tables.nothing,
         name=stem,
     )
 
 
-def _read(files: Files, name: str) -> Piece:
+def _read(files: Files, name: str, config: PrepareConfig) -> Piece:
     """The interactions in the order of the file."""
-    where = files.where(name)
-    users: dict[str, int] = {}  # id -> its line
-    sequences: list[list[str]] = []
-    for number, line in enumerate(files.text(name).split("\n"), 1):
-        if not (fields := line.split()):
-            continue
-        user, items = fields[0], fields[1:]
-        if "\0" in line:
-            raise InputError(f"{where}, line {number} is not text; is it of another --source?")
-        if not items:
-            raise InputError(f"{where}, line {number}: user {user!r} has no items")
-        if user in users:
-            raise InputError(
-                f"{where}, line {number}: user {user!r} is also on line {users[user]}; a user's "
-                "sequence is one line"
-            )
-        users[user] = number
-        sequences.append(items)
-    if not users:
-        raise InputError(f"{where} is empty")
-    lengths = np.array([len(items) for items in sequences])
+    count = LineCount(files.where(name))
+    text, count.note = files.text(name, config.encoding)
+    sequences = _sequences(text, count, drop=tables.drops(config))
+    if not sequences:
+        dropped = f": {count.examples[0]}" if count.examples else ""
+        raise InputError(f"{count.where} is empty{dropped}")
+    users = pa.array([user for user, _ in sequences.values()], pa.string())
+    lengths = np.array([len(items) for _, items in sequences.values()])
     owner = pa.array(np.repeat(np.arange(lengths.size, dtype=np.int32), lengths))
     place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    all_items = itertools.chain.from_iterable(items for _, items in sequences.values())
     columns = {
-        "user": pa.DictionaryArray.from_arrays(owner, pa.array(list(users), pa.string())),
-        "item": pa.array(itertools.chain.from_iterable(sequences), pa.string()),
+        "user": pa.DictionaryArray.from_arrays(owner, users),
+        "item": pa.array(all_items, pa.string()),
         "timestamp": pa.array(place),
     }
     return Piece(
-        where,
+        count.where,
         None,
         {role: pa.chunked_array([column]) for role, column in columns.items()},
         {"user": "1 (user)", "item": "2 and on (items)", "timestamp": "place in the line"},
+        count,
     )
 
 
-def _items(files: Files, name: str) -> pa.Table:
-    """Rows of `schema.ITEMS` whose categories are the attribute ids as text, in file order."""
-    where = files.where(name)
+def _sequences(text: str, count: LineCount, *, drop: bool) -> dict[int, tuple[str, list[str]]]:
+    """Line number -> the user and the items of that line; counts every line."""
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    sequences: dict[int, tuple[str, list[str]]] = {}
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        count.lines += 1
+        fields = line.split()
+        if not fields:
+            count.blank += 1
+            continue
+        user, items = fields[0], fields[1:]
+        reason = ""
+        if "\0" in line:
+            reason = " is not text; is it of another --source?"
+        elif not items:
+            reason = f": user {user!r} has no items"
+        elif user in line_of:
+            reason = (
+                f": user {user!r} is also on line {line_of[user]}; a user's sequence is one line"
+            )
+        if not reason:
+            line_of[user] = number
+            sequences[number] = (user, items)
+            count.rows += 1
+            continue
+        message = f"{count.where}, line {number}{reason}"
+        if not drop:
+            raise InputError(message)
+        count.drop(message)
+    return sequences
+
+
+def _items(files: Files, name: str) -> Texts | None:
+    """Items whose categories are the attribute ids as text, in file order; None without any."""
+    count = LineCount(files.where(name))
+    text, count.note = files.text(name)
     try:
-        found = json.loads(files.text(name))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
-    if not isinstance(found, Mapping):
-        raise InputError(f"{where} is not an object of item id -> list of attribute ids")
-    for item, attributes in found.items():
+        attributes_of = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{count.where} is not JSON: {error}") from error
+    if not isinstance(attributes_of, Mapping):
+        raise InputError(f"{count.where} is not an object of item id -> list of attribute ids")
+    rows = []
+    for item, attributes in attributes_of.items():
         known = isinstance(attributes, list) and all(
             isinstance(a, int | str) and not isinstance(a, bool) for a in attributes
         )
         if not known:
             shown = json.dumps(attributes)[:80]
-            raise InputError(f"{where}: item {item!r} has {shown}, not a list of attribute ids")
-    ids, blank = pa.array(list(found), pa.string()), pa.nulls(len(found), pa.string())
-    categories = [[str(a) for a in attributes] for attributes in found.values()]
-    column = pa.array(categories, pa.list_(pa.string()))
-    return pa.table([ids, blank, blank, column], schema=schema.ITEMS)
+            raise InputError(
+                f"{count.where}: item {item!r} has {shown}, not a list of attribute ids"
+            )
+        rows.append({"item_id": item, "categories": [str(a) for a in attributes]})
+    # One JSON document: its entries are counted in place of lines.
+    count.lines = len(rows)
+    return texts.beside(rows, schema.ITEMS, count)
+
+
+def _with_categories(items: Texts, by_attributes: Texts | None) -> Texts:
+    """The item table, with attributes as the categories of items that it gives none."""
+    if by_attributes is None or not items.table.num_rows:
+        return items
+    ids = items.table.column("item_id").combine_chunks()
+    extra = by_attributes.table
+    rows = pc.index_in(ids, value_set=extra.column("item_id").combine_chunks())
+    categories = extra.column("categories").combine_chunks().take(rows)
+    place = items.table.schema.get_field_index("categories")
+    merged = pc.coalesce(items.table.column(place).combine_chunks(), categories)
+    table = items.table.set_column(place, schema.ITEMS.field("categories"), merged)
+    return dataclasses.replace(items, table=table)

@@ -24,30 +24,57 @@ class TimeCuts:
     test_from: int | None  # None where only a validation part was cut off
 
 
-def earliest(
-    users: np.ndarray, items: np.ndarray, times: np.ndarray | None, parts: np.ndarray | None = None
-) -> np.ndarray:
-    """[n] bool: one row of each (user, item) is kept, the earliest.
+def _pair_keys(users: np.ndarray, items: np.ndarray, parts: np.ndarray | None) -> np.ndarray:
+    """[n] int64: one number a (user, item) pair, and with `parts` a pair of a part."""
+    pair = users.astype(np.int64) * (int(items.max(initial=0)) + 1) + items
+    return pair if parts is None else pair * 4 + parts
 
-    Ties in time, and rows without times, keep the row that comes first in the input. With
-    `parts` a pair is kept once in each part.
+
+def times_repeated(
+    users: np.ndarray, items: np.ndarray, parts: np.ndarray | None = None
+) -> np.ndarray:
+    """[n] int64: how many rows hold the pair of each row (in its part), itself among them."""
+    pair = _pair_keys(users, items, parts)
+    _, inverse, counts = np.unique(pair, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def distinct_pairs(
+    users: np.ndarray,
+    items: np.ndarray,
+    times: np.ndarray | None,
+    parts: np.ndarray | None = None,
+    *,
+    keep: str = "first",
+    ratings: np.ndarray | None = None,
+) -> np.ndarray:
+    """[n] bool: one row of each (user, item) is kept; with `parts`, one in each part.
+
+    Args:
+      keep: `first` keeps the earliest row, `last` the latest, `highest` the best rated (of equal
+        ratings the earliest). Ties in time, and rows without times, keep the row that comes
+        first in the input; with `last`, the one that comes last.
+      ratings: [n], for `highest`.
     """
     n = users.size
-    keep = np.ones(n, bool)
-    if n == 0:
-        return keep
-    pair = users.astype(np.int64) * (int(items.max()) + 1) + items
-    if parts is not None:
-        pair = pair * 4 + parts
+    mask = np.ones(n, bool)
+    pair = _pair_keys(users, items, parts)
     ordered = np.sort(pair)
     if not (ordered[1:] == ordered[:-1]).any():
-        return keep
+        return mask
     del ordered
-    # lexsort is stable: equal keys keep the input order.
-    order = np.argsort(pair, kind="stable") if times is None else np.lexsort((times, pair))
+
+    # lexsort is stable, and its last key counts most: the row to keep leads its pair.
+    keys = [] if times is None else [times]
+    if keep == "last":
+        keys = [-np.arange(n), *(-key for key in keys)]
+    elif keep == "highest":
+        assert ratings is not None
+        keys = [*keys, -ratings]
+    order = np.lexsort([*keys, pair])
     pair = pair[order]
-    keep[order[1:][pair[1:] == pair[:-1]]] = False
-    return keep
+    mask[order[1:][pair[1:] == pair[:-1]]] = False
+    return mask
 
 
 def k_core(
@@ -210,7 +237,7 @@ def drop_seen(users: np.ndarray, items: np.ndarray, parts: np.ndarray) -> np.nda
 
     Ranking masks what a user has already interacted with, so such a pair could never be a hit.
     """
-    pair = users.astype(np.int64) * (int(items.max(initial=0)) + 1) + items
+    pair = _pair_keys(users, items, None)
     keep = np.ones(users.size, bool)
     for part in (VALID, TEST):
         rows = np.flatnonzero(parts == part)

@@ -1,4 +1,4 @@
-"""What every reader of raw files shares, and the readers of CSV, Parquet and Arrow.
+"""What every reader of raw files shares, and the reader of files with named columns.
 
 A reader finds the file, names its columns and hands them over as they are; `columns.py` turns
 them into arrays. Item and user texts are read afterwards, for the ids that are left.
@@ -6,27 +6,30 @@ them into arrays. Item and user texts are read afterwards, for the ids that are 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 
 from slgr_jax.config import PrepareConfig
-from slgr_jax.data import schema, shards
+from slgr_jax.data.ingest import arrow_files, json_lines, text_lines, texts
 from slgr_jax.data.ingest.archive import Files, reading
-from slgr_jax.data.ingest.columns import encode_ids
-from slgr_jax.errors import ConfigError, InputError, ShardError, listing
+from slgr_jax.data.ingest.bad_rows import LineCount
+from slgr_jax.data.ingest.delimited import ID_ROLES, DelimitedFile, FileRows, pick
+from slgr_jax.data.ingest.text_lines import Dialect
+from slgr_jax.data.ingest.texts import Texts
+from slgr_jax.errors import ConfigError, InputError, printable
 
 ROLES = ("user", "item", "timestamp", "rating", "split")
-_ID = pa.dictionary(pa.int32(), pa.string())
-_BLOCK = 1 << 24
+_ROLE_KNOBS = {
+    "user": "user_column",
+    "item": "item_column",
+    "timestamp": "time_column",
+    "rating": "rating_column",
+    "split": "split_column",
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(PrepareConfig)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +41,25 @@ class Piece:
       part: train, valid or test where the file is one part; None where a rule decides.
       columns: role (`ROLES`) -> column; user and item always, the others where present.
       names: role -> the column's name in the file.
+      count: the lines of the file.
+      numbers: [n] the rows' numbers in the file, from 1; None: 1 to n.
     """
 
     where: str
     part: str | None
     columns: Mapping[str, pa.ChunkedArray]
     names: Mapping[str, str]
+    count: LineCount
+    numbers: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, rows: FileRows, part: str | None, names: Mapping[str, str]) -> Piece:
+        """The piece of what was read from a file."""
+        return cls(rows.count.where, part, rows.columns, names, rows.count, rows.numbers)
 
     def label(self, role: str) -> str:
-        return f"{self.where}: column {self.names[role]}"
+        """The file and the column, for messages."""
+        return f"{self.where}: column {printable(self.names[role])}"
 
     def __len__(self) -> int:
         return len(self.columns["user"])
@@ -58,8 +71,8 @@ class Raw:
 
     pieces: tuple[Piece, ...]
     files: tuple[Files, ...]
-    items: Callable[[pa.Array], pa.Table | None]  # wanted ids -> rows of schema.ITEMS, any order
-    users: Callable[[pa.Array], pa.Table | None]  # wanted ids -> rows of schema.USERS
+    items: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.ITEMS, any order
+    users: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.USERS
     name: str = ""  # what the files call the data set; empty if nothing better than --input
 
 
@@ -74,191 +87,120 @@ def inputs(config: PrepareConfig) -> list[tuple[str | None, str]]:
         if config.valid_input:
             raise ConfigError("--valid_input needs --test_input: a pre-made split has a test part")
         return [(None, config.input)]
-    found: list[tuple[str | None, str]] = [("train", config.input), ("test", config.test_input)]
-    return [*found, ("valid", config.valid_input)] if config.valid_input else found
+    pairs: list[tuple[str | None, str]] = [("train", config.input), ("test", config.test_input)]
+    return [*pairs, ("valid", config.valid_input)] if config.valid_input else pairs
 
 
-# --- delimited text -----------------------------------------------------------------------
+def drops(config: PrepareConfig) -> bool:
+    """Whether bad rows are left out."""
+    return config.bad_rows == "drop"
 
 
-def header(files: Files, name: str, delimiter: str, *, quoting: bool = True) -> list[str]:
-    """The column names in the first line of a delimited file."""
-    head = files.head(name)
-    if not head.strip():
-        raise InputError(f"{files.where(name)} is empty")
-    if b"\0" in head:
-        raise InputError(f"{files.where(name)} is not text; is it of another --source?")
-    with reading(files.where(name)):
-        line = head.decode("utf-8-sig", errors="replace").split("\n")[0].rstrip("\r")
-        if not quoting:
-            return line.split(delimiter)
-        return next(csv.reader(io.StringIO(line), delimiter=delimiter))
-
-
-def delimited(
-    files: Files,
-    name: str,
-    columns: Mapping[str, str],
-    *,
-    delimiter: str,
-    names: Sequence[str] | None = None,
-    quoting: bool = True,
-    ids: Iterable[str] = ("user", "item", "split"),
-) -> dict[str, pa.ChunkedArray]:
-    """Columns of a delimited file as exact text.
-
-    Args:
-      columns: role -> column name in the file.
-      names: column names where the file has no header line.
-      quoting: whether `"` quotes a field.
-      ids: roles that are dictionary-encoded while reading, which keeps large files small.
-    """
-    where = files.where(name)
-    roles = {column: role for role, column in columns.items()}
-    types = {c: _ID if roles[c] in set(ids) else pa.string() for c in roles}
-    with files.open(name) as file, reading(where):
-        table = pacsv.read_csv(
-            file,
-            read_options=pacsv.ReadOptions(column_names=names, block_size=_BLOCK),
-            parse_options=pacsv.ParseOptions(
-                delimiter=delimiter,
-                quote_char='"' if quoting else False,
-                newlines_in_values=quoting,
-            ),
-            convert_options=pacsv.ConvertOptions(
-                column_types=types, include_columns=list(types), strings_can_be_null=False
-            ),
-        )
-    return {roles[column]: table.column(column) for column in types}
-
-
-def pick(
-    found: Sequence[str], wanted: Mapping[str, str], where: str, *, required: Iterable[str]
-) -> dict[str, str]:
-    """Role -> column for the roles whose column is in the file.
-
-    Raises:
-      InputError: a required column is missing, or a column is there twice.
-    """
-    missing = [wanted[role] or f"(--{role}_column is empty)" for role in required]
-    missing = [column for column in missing if column not in found]
-    if missing:
-        raise InputError(
-            f"{where} has no column {listing(missing)}; columns found: {listing(found)}; name "
-            "them with --user_column, --item_column, ..."
-        )
-    chosen = {role: column for role, column in wanted.items() if column in found}
-    twice = [column for column in chosen.values() if list(found).count(column) > 1]
-    if twice:
-        raise InputError(f"{where} has column {listing(twice)} more than once")
-    return chosen
-
-
-# --- csv and parquet with named columns ----------------------------------------------------
-
-
-def _delimiter(config: PrepareConfig) -> str:
-    text = {"\\t": "\t", "tab": "\t"}.get(config.delimiter, config.delimiter)
-    if len(text) != 1 or not text.isascii():
-        raise ConfigError(f"--delimiter={config.delimiter!r} must be one ASCII character or '\\t'")
-    return text
+# --- files with named columns --------------------------------------------------------------
 
 
 def wanted_columns(config: PrepareConfig) -> dict[str, str]:
     """Role -> column name on the command line."""
-    values = (
-        config.user_column,
-        config.item_column,
-        config.time_column,
-        config.rating_column,
-        config.split_column,
-    )
-    return dict(zip(ROLES, values, strict=True))
+    return {role: getattr(config, knob) for role, knob in _ROLE_KNOBS.items()}
+
+
+def chosen_columns(config: PrepareConfig) -> dict[str, str]:
+    """`wanted_columns` of the roles whose column the user named, other than the default."""
+    wanted = wanted_columns(config)
+    return {
+        role: wanted[role]
+        for role, knob in _ROLE_KNOBS.items()
+        if wanted[role] and wanted[role] != _DEFAULTS[knob]
+    }
 
 
 def named_columns(config: PrepareConfig) -> Raw:
-    """csv, parquet: one column per role, named on the command line."""
+    """csv, jsonl, parquet: one column per role, named on the command line."""
     wanted = wanted_columns(config)
-    required = ["user", "item", *(["split"] if config.split_column else [])]
-    default = {field.name: field.default for field in dataclasses.fields(PrepareConfig)}
     # A column that the user named must be there; the default name is taken if it is.
-    for role, knob in (("timestamp", "time_column"), ("rating", "rating_column")):
-        value = getattr(config, knob)
-        if value and value != default[knob]:
-            required.append(role)
+    required = list(dict.fromkeys(["user", "item", *chosen_columns(config)]))
     pieces, opened = [], []
     for part, path in inputs(config):
         files = Files(path)
         opened.append(files)
-        if config.source == "csv":
-            name = files.choose(_is_csv, "csv or tsv file", config.name)
-            delimiter = _delimiter(config)
-            where = files.where(name)
-            chosen = pick(header(files, name, delimiter), wanted, where, required=required)
-            columns = delimited(files, name, chosen, delimiter=delimiter)
-        else:
-            where = path
-            chosen, columns = _arrow(files, wanted, required)
-        pieces.append(Piece(where, part, columns, chosen))
-    table = _named_items(config)
-    if table is None:
+        for piece_part, chosen, rows in _named_rows(files, config, wanted, required):
+            if part and piece_part:
+                raise ConfigError(
+                    f"{path} holds parts of a split (train, test), and --test_input names "
+                    "another; give one of them"
+                )
+            pieces.append(Piece.of(rows, part or piece_part, chosen))
+    read_items = named_items(config)
+    if read_items is None:
         return Raw(tuple(pieces), tuple(opened), nothing, nothing)
-    items, source = table
-    return Raw(tuple(pieces), (*opened, source), lambda wanted_ids: items, nothing)
+    items, source = read_items
+    return Raw(tuple(pieces), (*opened, source), items, nothing)
 
 
-def _is_csv(name: str) -> bool:
-    return name.endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz"))
+_Named = tuple[str | None, dict[str, str], FileRows]
 
 
-def _arrow_names(files: Files) -> list[str]:
-    if files.single is not None:
-        return [files.single]
-    endings = (".parquet", ".arrow", ".feather", ".ipc")
-    names = [name for name in files.names if name.endswith(endings)]
-    if not names:
-        raise InputError(f"{files.path} holds no file ending in {listing(endings)}")
+def _named_rows(
+    files: Files, config: PrepareConfig, wanted: Mapping[str, str], required: Collection[str]
+) -> Iterator[_Named]:
+    """(part, role -> column, rows) of each file of an input; what it holds decides its format."""
+    if config.source == "parquet":
+        if files.single is not None and json_lines.is_json(files.head(files.single, 64)):
+            raise InputError(f"{files.path} holds JSON: read it with --source=jsonl")
+        for part, names in arrow_files.parts_of(files).items():
+            yield part, *arrow_files.read(files, names, wanted, required=required)
+        return
+
+    endings = (".jsonl", ".json", ".ndjson") if config.source == "jsonl" else (".csv", ".tsv")
+    endings = (*endings, *(f"{ending}.gz" for ending in endings))
+    what = " or ".join(ending.lstrip(".") for ending in endings[: len(endings) // 2])
+    name = files.choose(lambda n: n.endswith(endings), f"{what} file", config.name)
+    head = files.head(name)
+    if arrow_files.is_arrow(head):
+        raise InputError(f"{files.where(name)} is Parquet or Arrow: add --source=parquet")
+    if config.source == "jsonl" or json_lines.is_json(head):
+        yield None, *_json_rows(files, name, config, wanted, required)
+        return
+    file = DelimitedFile(
+        files, name, text_lines.dialect_of(config), column_list(config.columns, "columns")
+    )
+    chosen = pick(file.names, wanted, file.where, required=required, first_line=True)
+    yield None, chosen, file.read(chosen, drop=drops(config))
+
+
+def column_list(text: str, knob: str) -> list[str] | None:
+    """The names in --columns or --items_columns; None where it is empty."""
+    if not text:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ConfigError(f"--{knob}={text!r} has an empty name; name columns that are not read _")
     return names
 
 
-def _arrow(
-    files: Files, wanted: Mapping[str, str], required: Sequence[str]
-) -> tuple[dict[str, str], dict[str, pa.ChunkedArray]]:
-    """Role -> name and role -> column of a Parquet or Arrow file, or of a folder of them."""
-    if files.path.is_file() and files.single is None:
-        raise InputError(f"{files.path} is a zip archive; unpack it for --source=parquet")
-    tables: list[pa.Table] = []
-    chosen: dict[str, str] = {}
-    for name in _arrow_names(files):
-        where = files.where(name)
-        if pathlib.Path(where).stat().st_size == 0:
-            raise InputError(f"{where} is empty")
-        files.open(name).close()
-        try:
-            names = column_names(where)
-            chosen = pick(names, wanted, where, required=required)
-            table = shards.read_table(where, columns=list(chosen.values()))
-        except ShardError as error:
-            raise InputError(str(error)) from error
-        if tables and table.schema.names != tables[0].schema.names:
-            raise InputError(f"{where} has other columns than the files before it")
-        tables.append(table)
-    with reading(str(files.path)):
-        whole = pa.concat_tables(tables, promote_options="permissive")
-    return chosen, {role: whole.column(column) for role, column in chosen.items()}
+def _json_rows(
+    files: Files,
+    name: str,
+    config: PrepareConfig,
+    wanted: Mapping[str, str],
+    required: Collection[str],
+) -> tuple[dict[str, str], FileRows]:
+    names = json_lines.field_names(files, name, config.encoding)
+    chosen = pick(names, wanted, files.where(name), required=required)
+    return chosen, json_lines.read(
+        files, name, chosen, encoding=config.encoding, drop=drops(config), ids=ID_ROLES
+    )
 
 
-def column_names(path: str) -> list[str]:
-    """The columns of a Parquet or Arrow file, without reading Parquet data."""
-    with open(path, "rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
-    if not is_parquet:
-        return list(shards.read_table(path).schema.names)
-    with reading(path):
-        return list(pq.read_schema(path).names)
+# --- item tables ---------------------------------------------------------------------------
 
 
-def _named_items(config: PrepareConfig) -> tuple[pa.Table, Files] | None:
+def named_items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Files] | None:
+    """How to read --items_input, one column per role, and its file; None where there is none.
+
+    Raises:
+      InputError: it lacks the column of ids, or cannot be read.
+    """
     if not config.items_input:
         return None
     files = Files(config.items_input)
@@ -269,46 +211,60 @@ def _named_items(config: PrepareConfig) -> tuple[pa.Table, Files] | None:
         "categories": config.categories_column,
     }
     name = files.single
-    if name is not None and files.head(name, 4)[:4] != b"PAR1" and not _is_arrow(files, name):
-        delimiter = _delimiter(config)
-        found = header(files, name, delimiter)
-        chosen = pick(found, wanted, files.where(name), required=["item"])
-        columns = delimited(files, name, chosen, delimiter=delimiter, ids=())
+    head = b"" if name is None else files.head(name, 64)
+    if name is not None and json_lines.is_json(head):
+        return _json_items(files, name, config, wanted), files
+
+    if name is None or arrow_files.is_arrow(head):
+        names = [name for held in arrow_files.parts_of(files).values() for name in held]
+        chosen, rows = arrow_files.read(files, names, wanted, required=["item"])
     else:
-        chosen, columns = _arrow(files, wanted, ["item"])
-    label = f"{files.path}: column {chosen['item']}"
-    return item_table(columns, label, separator="|"), files
+        chosen, rows = _delimited_items(files, name, config, wanted)
+    label = f"{files.path}: column {printable(chosen['item'])}"
+    items = texts.of_rows(rows, label, separator="|", drop=drops(config))
+    return lambda wanted_ids: items, files
 
 
-def _is_arrow(files: Files, name: str) -> bool:
-    head = files.head(name, 8)
-    return head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff"
+def _delimited_items(
+    files: Files, name: str, config: PrepareConfig, wanted: Mapping[str, str]
+) -> tuple[dict[str, str], FileRows]:
+    dialect = dialect_of_texts(files, name, text_lines.dialect_of(config), config)
+    names = column_list(config.items_columns, "items_columns")
+    file = DelimitedFile(files, name, dialect, names)
+    chosen = pick(file.names, wanted, file.where, required=["item"], first_line=True)
+    rows = file.read(chosen, drop=drops(config), ids=(), is_log=False)
+    if dialect.encoding != "utf-8-sig":
+        rows.count.note = f"read as {dialect.encoding}"
+    return chosen, rows
 
 
-def item_table(columns: Mapping[str, pa.ChunkedArray], label: str, *, separator: str) -> pa.Table:
-    """Rows of `schema.ITEMS` from raw columns `item` and, where present, title, text, categories.
-
-    Text categories are split at `separator`; empty text becomes null. Of several rows with the
-    same id the first counts.
-    """
-    (codes,), ids = encode_ids([columns["item"]], [label])
-    _, first = np.unique(codes, return_index=True)
-    out: list[pa.ChunkedArray | pa.Array] = [ids]
-    for field in list(schema.ITEMS)[1:]:
-        if field.name not in columns:
-            out.append(pa.nulls(len(ids), field.type))
-            continue
-        column = columns[field.name].take(first)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if field.name != "categories" or not _is_list(column.type):
-            column = column.cast(pa.string())
-            column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
-            if field.name == "categories":
-                column = pc.split_pattern(column, separator)
-        out.append(column.cast(field.type))
-    return pa.table(out, schema=schema.ITEMS)
+def dialect_of_texts(files: Files, name: str, dialect: Dialect, config: PrepareConfig) -> Dialect:
+    """`dialect` in the encoding of a file of texts (`text_lines.encoding_of_texts`)."""
+    with files.open(name) as stream, reading(files.where(name)):
+        encoding = text_lines.encoding_of_texts(stream, config.encoding)
+    return dataclasses.replace(dialect, encoding=encoding)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+def _json_items(
+    files: Files, name: str, config: PrepareConfig, wanted: Mapping[str, str]
+) -> Callable[[pa.Array], Texts]:
+    where = files.where(name)
+    names = json_lines.field_names(files, name, config.encoding)
+    chosen = pick(names, {"item": wanted["item"]}, where, required=["item"])
+    fields = {
+        "item_id": [chosen["item"]],
+        **{column: [wanted[column]] for column in ("title", "text", "categories")},
+    }
+
+    def read(wanted_ids: pa.Array) -> Texts:
+        count = LineCount(where)
+        return texts.of_records(
+            json_lines.objects(files, name, config.encoding, count, drop=drops(config)),
+            fields,
+            count,
+            wanted=set(wanted_ids.to_pylist()),
+            separator="|",
+            drop=drops(config),
+        )
+
+    return read

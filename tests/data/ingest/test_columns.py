@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from slgr_jax.data.ingest import columns
+from slgr_jax.data.ingest import columns, times
 from slgr_jax.errors import InputError
 
 
@@ -67,12 +67,12 @@ MICROS = [s * 10**6 for s in SECONDS]
 @pytest.mark.parametrize("kind", [pa.int64(), pa.string(), pa.float64()])
 def test_units_are_found(unit: str, scale: int, kind: pa.DataType) -> None:
     column = chunked([s * scale for s in SECONDS], pa.int64()).cast(kind, safe=False)
-    found, name = columns.to_microseconds(column, "t")
+    found, name = times.to_microseconds(column, "t")
     assert (found.tolist(), name) == (MICROS, unit)
 
 
 def test_fractions_of_seconds_and_spaces_in_text() -> None:
-    found, unit = columns.to_microseconds(chunked([" 1500000000.25", "1500000001 "]), "t")
+    found, unit = times.to_microseconds(chunked([" 1500000000.25", "1500000001 "]), "t")
     assert (found.tolist(), unit) == ([1_500_000_000_250_000, 1_500_000_001_000_000], "s")
 
 
@@ -80,7 +80,7 @@ def test_fractions_of_seconds_and_spaces_in_text() -> None:
 @pytest.mark.parametrize("zone", [None, "UTC", "Europe/Paris"])
 def test_arrow_timestamps(unit: str, zone: str | None) -> None:
     column = chunked(SECONDS, pa.int64()).cast(pa.timestamp("s", tz=zone))
-    found, name = columns.to_microseconds(column.cast(pa.timestamp(unit, tz=zone)), "t")
+    found, name = times.to_microseconds(column.cast(pa.timestamp(unit, tz=zone)), "t")
     assert (found.tolist(), name) == (MICROS, f"Arrow {unit}")
 
 
@@ -88,16 +88,16 @@ def test_dates_and_iso_text() -> None:
     day = datetime.date(2020, 2, 29)
     midnight = 1_582_934_400 * 10**6
     for kind in (pa.date32(), pa.date64()):
-        assert columns.to_microseconds(chunked([day], kind), "t")[0].tolist() == [midnight]
+        assert times.to_microseconds(chunked([day], kind), "t")[0].tolist() == [midnight]
     plain = chunked(["2020-02-29", "2020-02-29T01:00:00", "2020-02-29 00:00:00.000001999"])
     expected = [midnight, midnight + 3600 * 10**6, midnight + 1]
-    assert columns.to_microseconds(plain, "t")[0].tolist() == expected
+    assert times.to_microseconds(plain, "t")[0].tolist() == expected
     zoned = chunked(["2020-02-29T00:00:00Z", "2020-02-29T02:00:00+02:00"])
-    assert columns.to_microseconds(zoned, "t") == (pytest.approx([midnight] * 2), "ISO 8601")
+    assert times.to_microseconds(zoned, "t") == (pytest.approx([midnight] * 2), "ISO 8601")
 
 
 def test_positions_are_kept_as_seconds() -> None:
-    found, unit = columns.to_microseconds(chunked([3, 0, 12]), "t")
+    found, unit = times.to_microseconds(chunked([3, 0, 12]), "t")
     assert (found.tolist(), unit) == ([3_000_000, 0, 12_000_000], "ordinal")
 
 
@@ -125,14 +125,14 @@ GOOD = 1_500_000_000
 )
 def test_bad_times(values: list[object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        columns.to_microseconds(chunked(values), "f: column t")
+        times.to_microseconds(chunked(values), "f: column t")
 
 
 def test_the_first_bad_row_of_many_is_named() -> None:
     values = [str(GOOD)] * 999
     values[700] = values[900] = "oops"
     with pytest.raises(InputError, match="row 701: 'oops'"):
-        columns.to_microseconds(chunked(values), "t")
+        times.to_microseconds(chunked(values), "t")
 
 
 def test_ratings() -> None:

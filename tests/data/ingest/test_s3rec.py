@@ -97,6 +97,7 @@ def test_attributes_are_categories(tmp_path: pathlib.Path) -> None:
 
 def test_a_repeated_item_counts_once_where_it_came_first(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, lines="u a b a c d b\nv a b c\n")
+    (tmp_path / "Tiny_item2attributes.json").unlink()
     manifest = prepare.prepare(config(path, out=str(tmp_path / "out")))
     assert (manifest.filters["rows_read"], manifest.filters["duplicates"]) == (9, 2)
     data = dataset.load(tmp_path / "out")
@@ -118,7 +119,7 @@ def test_folders_and_archives_with_several_data_sets(tmp_path: pathlib.Path) -> 
         assert raw.name == "Toys_and_Games"
         found = raw.items(pa.array(["5"]))
         assert found is not None
-        assert set(found["item_id"].to_pylist()) == set(ATTRIBUTES)
+        assert set(found.table["item_id"].to_pylist()) == set(ATTRIBUTES)
         with pytest.raises(InputError, match=r"2 candidates: .*Beauty\.txt, .*Toys_and_Games\.txt"):
             sources.read(config(source))
     with pytest.raises(InputError, match=r"Beauty_sample\.txt holds sampled negatives"):
@@ -166,7 +167,7 @@ def test_bad_attributes(tmp_path: pathlib.Path, text: str, message: str) -> None
         ({"split": "global_time"}, "--split=global_time compares times across users"),
         ({"test_input": "x", "split": "premade"}, "--test_input is not used"),
         ({"split_column": "x", "split": "premade"}, "--split_column is not used"),
-        ({"items_input": "x"}, "--items_input is not used"),
+        ({"columns": "user,item"}, "--columns is not used"),
     ],
 )
 def test_knobs_that_do_not_fit(

@@ -35,14 +35,14 @@ def test_earliest_keeps_one_row_of_a_pair(rows: list[tuple[int, int, int]]) -> N
     for index, (user, item, time) in enumerate(rows):
         best[user, item] = min(best.get((user, item), (time, index)), (time, index))
     expected = {index for _, index in best.values()}
-    assert set(np.flatnonzero(split.earliest(users, items, times))) == expected
+    assert set(np.flatnonzero(split.distinct_pairs(users, items, times))) == expected
     first = {pair: index for index, pair in reversed([(i, r[:2]) for i, r in enumerate(rows)])}
-    assert set(np.flatnonzero(split.earliest(users, items, None))) == set(first.values())
+    assert set(np.flatnonzero(split.distinct_pairs(users, items, None))) == set(first.values())
 
 
 def test_earliest_counts_a_pair_once_per_part() -> None:
     users, items, times = arrays([(0, 0, 5), (0, 0, 3), (0, 0, 9)])
-    keep = split.earliest(users, items, times, np.array([0, 0, 2], np.int8))
+    keep = split.distinct_pairs(users, items, times, np.array([0, 0, 2], np.int8))
     assert keep.tolist() == [False, True, True]
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from slgr_jax.config import PrepareConfig
-from slgr_jax.data.ingest import columns, sources, tables
+from slgr_jax.data.ingest import sources, text_lines, times
 from slgr_jax.errors import ConfigError, InputError
 
 
@@ -48,7 +48,7 @@ def test_csv_is_read_as_exact_text(tmp_path: pathlib.Path) -> None:
 def test_a_quoted_newline_may_lie_on_a_block_boundary(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_BLOCK", 64)
+    monkeypatch.setattr(text_lines, "BLOCK", 64)
     path = tmp_path / "log.csv"
     expected = [(f"u{k}", "a\n" * 9) for k in range(50)]
     path.write_text("user,item\n" + "".join(f'{user},"{item}"\n' for user, item in expected))
@@ -109,8 +109,9 @@ def test_damaged_csv(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "log.csv"
     for data, message in (
         (b"user,item\n1,2\n3\n", "Expected 2 columns, got 1"),
-        (b"user,item\n\xff,2\n", "invalid UTF8"),
-        (b"PAR1\0\0user,item\n", "is not text; is it of another --source"),
+        (b"user,item\n\xff,2\n", "line 2: byte 0xff at place 1 is not UTF-8"),
+        (b"PAR1\0\0user,item\n", "is Parquet or Arrow: add --source=parquet"),
+        (b"\x93\0\0user,item\n", "is not text; is it of another --source"),
         (b"user,item,user\n1,2,3\n", "has column user more than once"),
     ):
         path.write_bytes(data)
@@ -129,7 +130,7 @@ def test_item_tables(tmp_path: pathlib.Path) -> None:
     items.write_text('item,title,categories\n01,"One, two",A|B c\n02,,\n01,later,\n')
     table = sources.read(config("csv", log, items_input=str(items))).items(pa.array([]))
     assert table is not None
-    assert table.to_pylist() == [
+    assert table.table.to_pylist() == [
         {"item_id": "01", "title": "One, two", "text": None, "categories": ["A", "B c"]},
         {"item_id": "02", "title": None, "text": None, "categories": None},
     ]
@@ -138,7 +139,7 @@ def test_item_tables(tmp_path: pathlib.Path) -> None:
     names = {"title_column": "name", "categories_column": "tags"}
     table = sources.read(config("csv", log, items_input=str(parquet), **names)).items(pa.array([]))
     assert table is not None
-    assert table.to_pylist() == [
+    assert table.table.to_pylist() == [
         {"item_id": "7", "title": "x", "text": None, "categories": ["p", "q"]}
     ]
 
@@ -190,7 +191,7 @@ def test_movielens(tmp_path: pathlib.Path, layout: str, container: str) -> None:
     assert rows(raw.pieces[0]) == expected
     items = raw.items(pa.array(["242"]))
     assert items is not None
-    assert items.to_pylist() == [
+    assert items.table.to_pylist() == [
         {
             "item_id": "242",
             "title": "Amélie (1997)",
@@ -203,7 +204,7 @@ def test_movielens(tmp_path: pathlib.Path, layout: str, container: str) -> None:
         age = "49" if layout == "ml-100k" else "45-49"
         assert users is not None
         text = f"age: {age}; gender: M; occupation: writer"
-        assert users.to_pylist() == [{"user_id": "196", "text": text}]
+        assert users.table.to_pylist() == [{"user_id": "196", "text": text}]
     else:
         assert users is None
 
@@ -264,11 +265,11 @@ def test_recbole(tmp_path: pathlib.Path) -> None:
         items, users = raw.items(pa.array([])), raw.users(pa.array([]))
         assert items is not None
         assert users is not None
-        assert items.to_pylist() == [
+        assert items.table.to_pylist() == [
             {"item_id": "i1", "title": 'The "Up (1995)', "text": None, "categories": ["A", "B"]},
             {"item_id": "i2", "title": None, "text": None, "categories": None},
         ]
-        assert users.to_pylist() == [
+        assert users.table.to_pylist() == [
             {"user_id": 'u"1', "text": "age: 24; job: x"},
             {"user_id": "u2", "text": None},
         ]
@@ -315,15 +316,19 @@ def test_amazon(tmp_path: pathlib.Path, name: str, text: str, rating: object) ->
     (piece,) = sources.read(config("amazon", tmp_path / name)).pieces
     ((user, item, _, found),) = rows(piece)
     assert (user, item, found) == (A, B, rating)
-    micros, _ = columns.to_microseconds(piece.columns["timestamp"], "t")
+    micros, _ = times.to_microseconds(piece.columns["timestamp"], "t")
     assert micros.tolist() == [1_400_000_000_000_000]
 
 
 def test_amazon_refuses_to_guess(tmp_path: pathlib.Path) -> None:
     for name, text, message in (
-        ("x.csv", "u1,i1,5.0,1400000000\n", "add a header line and use --source=csv"),
+        (
+            "x.csv",
+            "u1,i1,5.0,1400000000\n",
+            "name the columns, as --columns=user,item,rating,timestamp",
+        ),
         ("x.jsonl", '{"user": 1}\n', "no fields user_id and parent_asin or reviewerID and asin"),
-        ("y.jsonl", "{'asin': 1}\n", "not one JSON object a line"),
+        ("y.jsonl", '{"asin": 1\n', "not one JSON object a line"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=message):
@@ -349,13 +354,18 @@ def test_amazon_titles(tmp_path: pathlib.Path) -> None:
         pa.array([B])
     )
     assert items is not None
-    assert items.to_pylist() == [
+    assert items.table.to_pylist() == [
         {"item_id": B, "title": "Game", "text": "One. Two.", "categories": ["X", "Y"]}
     ]
-    meta.write_text("{'asin': 'x'}\n")
-    raw = sources.read(config("amazon", tmp_path / "b.csv", items_input=str(meta)))
-    with pytest.raises(InputError, match=r"line 1 is not JSON.*2014 files hold Python literals"):
-        raw.items(pa.array([B]))
+    # The 2014 files hold Python literals.
+    meta.write_text(f"{{'asin': '{B}', 'title': u'It\\'s', 'categories': [['X', 'Y']]}}\n")
+    items = sources.read(config("amazon", tmp_path / "b.csv", items_input=str(meta))).items(
+        pa.array([B])
+    )
+    assert items is not None
+    assert items.table.to_pylist() == [
+        {"item_id": B, "title": "It's", "text": None, "categories": ["X", "Y"]}
+    ]
 
 
 def test_knobs_that_do_not_fit_the_source(tmp_path: pathlib.Path) -> None:
