@@ -52,7 +52,7 @@ class Layout:
 
     @property
     def batches_sharding(self) -> NamedSharding:
-        """Of the batches of several steps: [S, B, ...] split by lane."""
+        """Of the batches of several steps: [S, B, ...], each device a part of B."""
         return NamedSharding(self.mesh, PartitionSpec(None, (DATA, TABLE)))
 
     @property
@@ -117,13 +117,16 @@ def make_layout(
       ConfigError: fewer devices than `min_devices`, or a number that `table_shards` does not
         divide.
     """
-    found = jax.devices() if devices is None else devices
-    if len(found) < min_devices:
+    available = jax.devices() if devices is None else devices
+    if len(available) < min_devices:
         raise ConfigError(
-            f"--min_devices={min_devices}, but JAX sees {len(found)} "
-            f"({found[0].device_kind}); check the job's device request and drivers"
+            f"--min_devices={min_devices}, but JAX sees {len(available)} "
+            f"({available[0].device_kind}); check the job's device request and drivers"
         )
-    if len(found) % table_shards:
-        raise ConfigError(f"--table_shards={table_shards} does not divide the {len(found)} devices")
-    grid = np.array(found).reshape(len(found) // table_shards, table_shards)
+    if len(available) % table_shards:
+        raise ConfigError(
+            f"--table_shards={table_shards} does not divide the {len(available)} devices; "
+            "give a divisor of their number"
+        )
+    grid = np.array(available).reshape(len(available) // table_shards, table_shards)
     return Layout(Mesh(grid, (DATA, TABLE), axis_types=(AxisType.Auto, AxisType.Auto)))

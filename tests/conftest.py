@@ -1,4 +1,5 @@
-"""The test policy: 8 virtual devices, warnings and rank promotion are errors, flags parsed.
+"""The test policy: 8 virtual devices, warnings and rank promotion are errors, flags parsed, shapes
+checked against their annotations (`shape_checks`).
 
 Most of the suite's time is XLA compiling small programs that run once: LLVM does not optimise them,
 the older of two emitters makes them, and what one test has compiled is kept for the others, in this
@@ -15,7 +16,10 @@ import warnings
 
 import jax
 import pytest
+import shape_checks
 from absl import flags
+
+shape_checks.install()  # before anything imports slgr_jax
 
 _quick = {"xla_backend_optimization_level": 0}
 if jax.__version_info__[:2] == (0, 10):  # XLA aborts on a flag that it does not know

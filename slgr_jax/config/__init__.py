@@ -4,6 +4,16 @@ A section is a frozen dataclass whose fields are made with `knob`. `flags.py` de
 command line from the same fields, so a default or a help text is never written twice.
 """
 
+from slgr_jax.config.backbones import (
+    BACKBONE_DEFAULTS,
+    BACKBONES,
+    CLICK_BACKBONES,
+    LOSSES,
+    LOSSES_OF,
+    SEQUENCE_BACKBONES,
+    learns_from_sequences,
+    register_backbone,
+)
 from slgr_jax.config.baselines import BASELINES, BaselineConfig
 from slgr_jax.config.guidance import (
     GATE_INPUTS,
@@ -19,15 +29,9 @@ from slgr_jax.config.guidance import (
 )
 from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
 from slgr_jax.config.run import (
-    BACKBONE_DEFAULTS,
-    BACKBONES,
-    CLICK_BACKBONES,
     KERNELS,
-    LOSSES,
-    LOSSES_OF,
     NEGATIVES,
     ROWS,
-    SEQUENCE_BACKBONES,
     TABLE_DTYPES,
     TABLE_OPTIMIZERS,
     EvaluationConfig,
@@ -119,6 +123,8 @@ __all__ = [
     "UNCERTAINTIES",
     "UNLISTED",
     "differences",
+    "learns_from_sequences",
     "make_run",
+    "register_backbone",
     "sections",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from slgr_jax.config.knobs import Section, knob
+from slgr_jax.config.knobs import COUNT, WIDTH, Section, knob
 from slgr_jax.errors import ConfigError, listing
 
 BASELINES = ("popular", "ease", "ials")
@@ -20,17 +20,22 @@ class BaselineConfig(Section):
         "items (its time grows with their cube). Settings are chosen by validation ndcg@10",
     )
     ease_lambdas: tuple[int, ...] = knob(
-        (10, 50, 100, 200, 400, 1000, 2000), "ease: L2 weights to try", minimum=1
+        (10, 50, 100, 200, 400, 1000, 2000), "ease: L2 weights to try", minimum=1, maximum=COUNT
     )
-    ease_gb: float = knob(16.0, "ease: most memory, in gigabytes (24 bytes x items^2)", above=0)
-    ials_dim: int = knob(64, "ials: width of a factor (extra: ials)", minimum=1)
+    ease_gb: float = knob(
+        16.0, "ease: most memory, in gigabytes (24 bytes x items^2)", above=0, maximum=1_000_000
+    )
+    ials_dim: int = knob(64, "ials: width of a factor (extra: ials)", minimum=1, maximum=WIDTH)
     ials_regularizations: tuple[int, ...] = knob(
-        (1, 3, 10, 30), "ials: L2 weights to try", minimum=0
+        (1, 3, 10, 30), "ials: L2 weights to try", minimum=0, maximum=COUNT
     )
     ials_alphas: tuple[int, ...] = knob(
-        (1, 10), "ials: weights of an interaction to try; any other pair weighs 1", minimum=1
+        (1, 10),
+        "ials: weights of an interaction to try; any other pair weighs 1",
+        minimum=1,
+        maximum=COUNT,
     )
-    ials_iterations: int = knob(20, "ials: sweeps over users and items", minimum=1)
+    ials_iterations: int = knob(20, "ials: sweeps over users and items", minimum=1, maximum=COUNT)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,9 +10,17 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from slgr_jax.errors import ConfigError, listing
+
+# Upper bounds of knobs that have none of their own. What is past them fits no machine, and would
+# end in an abort of the allocator or an overflow of an int32, with no word of which knob it was.
+COUNT = 2_000_000_000  # of what is counted in an int32
+BATCH = 10_000_000  # of what a step or a chunk of users holds at once
+WIDTH = 16_384  # of a vector, a layer or a history
+FLOAT = 3.4e38  # of what becomes a float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Knob:
 
     help: str
     flag: str | None = None
-    choices: tuple[str, ...] | None = None
+    choices: Collection[str] | None = None
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
@@ -33,7 +41,7 @@ def knob(
     help: str,
     *,
     flag: str | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
@@ -50,9 +58,9 @@ def knob(
 
 def knob_of(field: dataclasses.Field[Any]) -> Knob:
     """The `Knob` of a section's field."""
-    found = field.metadata["knob"]
-    assert isinstance(found, Knob)
-    return found
+    meta = field.metadata["knob"]
+    assert isinstance(meta, Knob)
+    return meta
 
 
 def flag_name(field: dataclasses.Field[Any]) -> str:
@@ -65,20 +73,24 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if meta.choices is not None and value not in meta.choices:
         known = listing(choice for choice in meta.choices if choice)
         raise ConfigError(f"--{name}={value!r} is not one of: {known}")
-    values = value if isinstance(value, tuple) else (value,)
-    for one in values:
-        if isinstance(one, str | bool):
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, str | bool):
             continue
-        if one != one or (math.isinf(one) and one != field.default):
-            raise ConfigError(f"--{name}={one} is not a finite number")
-        if meta.minimum is not None and one < meta.minimum:
-            raise ConfigError(f"--{name}={one} is below its minimum {meta.minimum:g}")
-        if meta.above is not None and one <= meta.above:
-            raise ConfigError(f"--{name}={one} must be greater than {meta.above:g}")
-        if meta.maximum is not None and one > meta.maximum:
-            raise ConfigError(f"--{name}={one} is over its maximum {meta.maximum:g}")
-        if meta.below is not None and one >= meta.below:
-            raise ConfigError(f"--{name}={one} must be less than {meta.below:g}")
+        if number != number or (math.isinf(number) and number != field.default):
+            raise ConfigError(f"--{name}={number} is not a finite number")
+        if meta.minimum is not None and number < meta.minimum:
+            raise ConfigError(f"--{name}={number} is below its minimum {_text(meta.minimum)}")
+        if meta.above is not None and number <= meta.above:
+            raise ConfigError(f"--{name}={number} must be greater than {_text(meta.above)}")
+        if meta.maximum is not None and number > meta.maximum:
+            raise ConfigError(f"--{name}={number} is over its maximum {_text(meta.maximum)}")
+        if meta.below is not None and number >= meta.below:
+            raise ConfigError(f"--{name}={number} must be less than {_text(meta.below)}")
+
+
+def _text(bound: float) -> str:
+    """An end of a range, whole numbers in full."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +151,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
         if isinstance(value, list):
-            return tuple(_value(inner, one, where) for one in value)
+            return tuple(_value(inner, entry, where) for entry in value)
     elif type(value) is hint or (hint is float and type(value) is int):
         return hint(value)
     raise ConfigError(f"{where} is {json.dumps(value)}, of another type than the knob")

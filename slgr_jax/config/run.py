@@ -5,27 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Mapping
 from typing import Any
 
+from slgr_jax.config.backbones import (
+    BACKBONE_DEFAULTS,
+    BACKBONES,
+    LOSSES,
+    LOSSES_OF,
+    learns_from_sequences,
+)
 from slgr_jax.config.guidance import GateConfig, GuidanceConfig
-from slgr_jax.config.knobs import Section, flag_name, knob
+from slgr_jax.config.knobs import BATCH, COUNT, FLOAT, WIDTH, Section, flag_name, knob
 from slgr_jax.errors import ConfigError, listing
 
-BACKBONES = (
-    *("mf", "lightgcn"),
-    *("sasrec", "gru4rec", "bert4rec"),
-    *("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din"),
-)
-SEQUENCE_BACKBONES = ("sasrec", "gru4rec", "bert4rec")
-CLICK_BACKBONES = ("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din")
-LOSSES = ("auto", "bpr", "bce", "softmax", "sampled_softmax")
-# Losses that make sense for a backbone; the first is what `auto` means.
-LOSSES_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("mf", "lightgcn"), ("bpr", "bce", "softmax", "sampled_softmax")),
-    **dict.fromkeys(SEQUENCE_BACKBONES, ("softmax", "sampled_softmax", "bce", "bpr")),
-    **dict.fromkeys(CLICK_BACKBONES, ("bce", "bpr")),
-}
 ROWS = ("none", "sampled", "rated")
 NEGATIVES = ("uniform", "popularity", "in_batch")
 KERNELS = ("auto", "native", "xla")
@@ -42,15 +34,16 @@ class SliceConfig(Section):
         "cold users have at most this many training interactions; -1 = the count that the "
         "quarter of users with least history does not exceed",
         minimum=-1,
+        maximum=COUNT,
     )
     tail_item_fraction: float = knob(
         0.2, "tail items: this share of the catalogue, least popular first", minimum=0, maximum=1
     )
     history_bins: tuple[int, ...] = knob(
-        (5, 10, 20, 50, 100), "upper edges of the history-length slices", minimum=0
+        (5, 10, 20, 50, 100), "upper edges of the history-length slices", minimum=0, maximum=COUNT
     )
     popularity_bins: tuple[int, ...] = knob(
-        (5, 20, 50, 100, 200), "upper edges of the item-popularity slices", minimum=0
+        (5, 20, 50, 100, 200), "upper edges of the item-popularity slices", minimum=0, maximum=COUNT
     )
 
 
@@ -59,13 +52,14 @@ class ModelConfig(Section):
     """The recommender."""
 
     backbone: str = knob("mf", "recommender to train", choices=BACKBONES)
-    dim: int = knob(64, "width of an embedding", minimum=1)
+    dim: int = knob(64, "width of an embedding", minimum=1, maximum=WIDTH)
     item_bias: bool = knob(True, "mf: add a learned bias per item")
     init_std: float = knob(
         0.1,
         "standard deviation of a freshly drawn embedding row's norm "
         "per sqrt(dim), i.e. entries ~ N(0, init_std^2 / dim)",
         above=0,
+        maximum=FLOAT,
     )
     dropout: float = knob(
         0.0,
@@ -79,32 +73,50 @@ class ModelConfig(Section):
         "lightgcn: propagations; sasrec, bert4rec: transformer blocks; gru4rec: recurrent layers; "
         "autoint, dcn, dcnv2: interaction layers",
         minimum=1,
+        maximum=256,
     )
-    heads: int = knob(2, "sasrec, bert4rec, autoint: attention heads", minimum=1)
+    heads: int = knob(2, "sasrec, bert4rec, autoint: attention heads", minimum=1, maximum=WIDTH)
     hidden: int = knob(
-        128, "gru4rec: width of the state; sasrec, bert4rec: width of the feed-forward", minimum=1
+        128,
+        "gru4rec: width of the state; sasrec, bert4rec: width of the feed-forward",
+        minimum=1,
+        maximum=WIDTH,
     )
     max_history: int = knob(
-        50, "sequence and click backbones: latest events of a user that are looked at", minimum=1
+        50,
+        "sequence and click backbones: latest events of a user that are looked at",
+        minimum=1,
+        maximum=WIDTH,
     )
     history_fields: bool = knob(
         True, "click backbones: use the history and its categories as fields (needs times)"
     )
-    most_categories: int = knob(8, "click backbones: categories kept of an item", minimum=1)
+    most_categories: int = knob(
+        8, "click backbones: categories kept of an item", minimum=1, maximum=WIDTH
+    )
     mask_probability: float = knob(
         0.2, "bert4rec: share of events that are masked and predicted", above=0, below=1
     )
-    mlp: tuple[int, ...] = knob((200, 80), "click backbones: widths of the MLP", minimum=1)
+    mlp: tuple[int, ...] = knob(
+        (200, 80), "click backbones: widths of the MLP", minimum=1, maximum=WIDTH
+    )
     attention_mlp: tuple[int, ...] = knob(
-        (64, 16), "din: widths of the attention unit's MLP", minimum=1
+        (64, 16), "din: widths of the attention unit's MLP", minimum=1, maximum=WIDTH
     )
-    attention_width: int = knob(64, "autoint: width of the attention over fields", minimum=1)
+    attention_width: int = knob(
+        64, "autoint: width of the attention over fields", minimum=1, maximum=WIDTH
+    )
     cin: tuple[int, ...] = knob(
-        (100, 100, 100), "xdeepfm: maps of each layer of the interaction network", minimum=1
+        (100, 100, 100),
+        "xdeepfm: maps of each layer of the interaction network",
+        minimum=1,
+        maximum=WIDTH,
     )
-    experts: int = knob(4, "dcnv2: experts of a cross layer (with --low_rank)", minimum=1)
+    experts: int = knob(
+        4, "dcnv2: experts of a cross layer (with --low_rank)", minimum=1, maximum=1024
+    )
     low_rank: int = knob(
-        0, "dcnv2: rank of an expert's cross matrix; 0 = one full matrix", minimum=0
+        0, "dcnv2: rank of an expert's cross matrix; 0 = one full matrix", minimum=0, maximum=WIDTH
     )
 
 
@@ -121,14 +133,19 @@ class OptimizerConfig(Section):
         "optimiser accumulates stays float32)",
         choices=TABLE_DTYPES,
     )
-    lr: float = knob(0.05, "learning rate of the tables", above=0)
+    lr: float = knob(0.05, "learning rate of the tables", above=0, maximum=FLOAT)
     l2: float = knob(
-        0.02, "L2 penalty per triple on the rows it touches: l2/2 * (|u|^2+|i|^2+|j|^2)", minimum=0
+        0.02,
+        "L2 penalty per triple on the rows it touches: l2/2 * (|u|^2+|i|^2+|j|^2)",
+        minimum=0,
+        maximum=FLOAT,
     )
     adam_b1: float = knob(0.9, "lazy_adam: decay of the first moment", minimum=0, below=1)
     adam_b2: float = knob(0.999, "lazy_adam: decay of the second moment", minimum=0, below=1)
-    eps: float = knob(1e-8, "adagrad, lazy_adam: added to the denominator", above=0)
-    dense_lr: float = knob(1e-3, "Adam learning rate of dense parameters and the gate", above=0)
+    eps: float = knob(1e-8, "adagrad, lazy_adam: added to the denominator", above=0, maximum=FLOAT)
+    dense_lr: float = knob(
+        1e-3, "Adam learning rate of dense parameters and the gate", above=0, maximum=FLOAT
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,21 +159,28 @@ class LossConfig(Section):
         "their probability taken out; auto: the backbone's own",
         choices=LOSSES,
     )
-    negatives_per_positive: int = knob(1, "bpr, bce: negatives drawn for each positive", minimum=1)
+    negatives_per_positive: int = knob(
+        1, "bpr, bce: negatives drawn for each positive", minimum=1, maximum=WIDTH
+    )
     shared_negatives: int = knob(
-        1024, "sampled_softmax: negatives drawn a step, for all positives of it", minimum=1
+        1024,
+        "sampled_softmax: negatives drawn a step, for all positives of it",
+        minimum=1,
+        maximum=BATCH,
     )
     rating_threshold: float = knob(
         0.0,
         "bce: every training interaction is a row, 1 where its rating is at least this, and no "
         "negative is drawn; 0 = all are positives",
         minimum=0,
+        maximum=FLOAT,
     )
     min_history: int = knob(
         0,
         "learn from interactions that have at least this many earlier ones of the user (the click "
         "benchmark of S-LLMR: 1); sequence backbones need one anyway",
         minimum=0,
+        maximum=COUNT,
     )
 
 
@@ -169,18 +193,20 @@ class SamplerConfig(Section):
         "per step, over all devices: triples, labelled positives or, for sequence backbones, "
         "windows of --max_history events",
         minimum=1,
+        maximum=BATCH,
     )
     triples_per_user: int = knob(
         8,
         "triples (and preferences) drawn for one user at a time; every training interaction stays "
         "as likely, and a user's row is read once for several triples",
         minimum=1,
+        maximum=BATCH,
     )
     negatives: str = knob(
         "uniform", "distribution of the negative item j in a triple (u, i, j)", choices=NEGATIVES
     )
     popularity_power: float = knob(
-        1.0, "negatives=popularity: P(j) ~ (training count of j)^power", minimum=0
+        1.0, "negatives=popularity: P(j) ~ (training count of j)^power", minimum=0, maximum=100
     )
     allow_positive_negatives: bool = knob(
         False, "let a training positive of the user be drawn as its negative"
@@ -191,8 +217,12 @@ class SamplerConfig(Section):
 class EvaluationConfig(Section):
     """Full ranking over all items."""
 
-    ks: tuple[int, ...] = knob((10, 20), "cut-offs K of the ranking metrics", minimum=1)
-    eval_users_per_chunk: int = knob(1024, "users ranked at once; bounds memory", minimum=1)
+    ks: tuple[int, ...] = knob(
+        (10, 20), "cut-offs K of the ranking metrics", minimum=1, maximum=BATCH
+    )
+    eval_users_per_chunk: int = knob(
+        1024, "users ranked at once; bounds memory", minimum=1, maximum=BATCH
+    )
     pooled_auc: bool = knob(True, "also report AUC over all user-item pairs pooled")
     ranking: bool = knob(True, "rank the catalogue; --noranking leaves only --rows")
     rows: str = knob(
@@ -201,8 +231,10 @@ class EvaluationConfig(Section):
         "--row_negatives drawn items; rated = interactions, 1 where rated --rating_threshold",
         choices=ROWS,
     )
-    row_negatives: int = knob(1, "rows=sampled: negatives drawn for each positive", minimum=1)
-    row_seed: int = knob(0, "rows=sampled: seed of the negatives", minimum=0)
+    row_negatives: int = knob(
+        1, "rows=sampled: negatives drawn for each positive", minimum=1, maximum=WIDTH
+    )
+    row_seed: int = knob(0, "rows=sampled: seed of the negatives", minimum=0, maximum=COUNT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,10 +250,14 @@ class TrainConfig(Section):
         200,
         "most epochs; one epoch draws as many triples as there are training interactions",
         minimum=1,
+        maximum=COUNT,
     )
-    eval_every: int = knob(1, "epochs between two validations", minimum=1)
+    eval_every: int = knob(1, "epochs between two validations", minimum=1, maximum=COUNT)
     patience: int = knob(
-        10, "validations without a better early_stop_metric before stopping; 0 = never", minimum=0
+        10,
+        "validations without a better early_stop_metric before stopping; 0 = never",
+        minimum=0,
+        maximum=COUNT,
     )
     early_stop_metric: str = knob("ndcg@10", "overall validation metric to maximise")
     steps_per_dispatch: int = knob(
@@ -229,16 +265,23 @@ class TrainConfig(Section):
         "steps K per device program, between which signals and errors are seen; 0 = about two "
         "million triples and preferences of mf, or as much work",
         minimum=0,
+        maximum=BATCH,
     )
     checkpoint_every_s: float = knob(
-        30.0, "seconds between two checkpoints; one is also written at the end", minimum=0
+        30.0,
+        "seconds between two checkpoints; one is also written at the end",
+        minimum=0,
+        maximum=COUNT,
     )
     restart: bool = knob(False, "delete what --workdir holds and start anew, instead of resuming")
     seed: int = knob(
         0, "seed of initialisation and of every draw", minimum=0, maximum=2_000_000_000
     )
     table_shards: int = knob(
-        1, "devices that share the rows of one table; the others replicate it", minimum=1
+        1,
+        "devices that share the rows of one table; the others replicate it",
+        minimum=1,
+        maximum=WIDTH,
     )
     kernels: str = knob(
         "auto",
@@ -246,36 +289,9 @@ class TrainConfig(Section):
         "device), xla, or auto = native where it can be had",
         choices=KERNELS,
     )
-    min_devices: int = knob(1, "refuse to start with fewer devices", minimum=1)
+    min_devices: int = knob(1, "refuse to start with fewer devices", minimum=1, maximum=BATCH)
     tensorboard: bool = knob(False, "also write TensorBoard files (extra: tensorboard)")
     verify_checksums: bool = knob(True, "check every shard's SHA-256 when loading")
-
-
-_SEQUENCE_DEFAULTS: Mapping[str, Any] = {
-    "table_optimizer": "lazy_adam",
-    "lr": 1e-3,
-    "l2": 0.0,
-    "batch_size": 128,
-    "dropout": 0.2,
-}
-_CLICK_DEFAULTS: Mapping[str, Any] = {
-    "table_optimizer": "lazy_adam",
-    "lr": 1e-3,
-    "l2": 0.0,
-    "dropout": 0.1,
-    "max_history": 20,
-    "rows": "sampled",
-    "ranking": False,
-    "early_stop_metric": "rows_auc",
-}
-# What a knob's default is where a backbone is known to want another; by command-line name.
-BACKBONE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "lightgcn": {"table_optimizer": "lazy_adam", "lr": 3e-3, "l2": 1e-3, "layers": 3},
-    **dict.fromkeys(SEQUENCE_BACKBONES, _SEQUENCE_DEFAULTS),
-    "sasrec": {**_SEQUENCE_DEFAULTS, "hidden": 256, "dropout": 0.5},
-    "gru4rec": {**_SEQUENCE_DEFAULTS, "layers": 1, "dropout": 0.3},
-    **dict.fromkeys(CLICK_BACKBONES, _CLICK_DEFAULTS),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,8 +345,8 @@ class RunConfig:
                 "--guidance_loss=gain weighs by what a teacher adds to a reference: it needs "
                 "--gate=calibrated with reference among --gate_inputs"
             )
-        own = os.path.realpath(self.workdir)
-        if own in map(os.path.realpath, self.gate.members):
+        workdir = os.path.realpath(self.workdir)
+        if workdir in map(os.path.realpath, self.gate.members):
             raise ConfigError(
                 f"--reference_runs={self.gate.reference_runs} names --workdir={self.workdir} "
                 f"itself; name runs "
@@ -349,7 +365,7 @@ class RunConfig:
                 f"--rating_threshold={loss.rating_threshold:g} labels rows, which --loss=bce "
                 f"learns from; this run has --loss={self.loss_name}"
             )
-        if loss.rating_threshold and backbone in SEQUENCE_BACKBONES:
+        if loss.rating_threshold and learns_from_sequences(backbone):
             raise ConfigError(
                 f"--rating_threshold labels rows; --backbone={backbone} learns from sequences of "
                 "interactions: drop the low ones with slgr prepare --min_rating"
@@ -360,7 +376,7 @@ class RunConfig:
             raise ConfigError("--noranking and --rows=none leave nothing to evaluate")
         if self.sampler.negatives == "in_batch" and (
             self.loss_name in ("softmax", "sampled_softmax")
-            or backbone in SEQUENCE_BACKBONES
+            or learns_from_sequences(backbone)
             or loss.negatives_per_positive > 1
         ):
             raise ConfigError(
@@ -371,15 +387,15 @@ class RunConfig:
     @property
     def loss_name(self) -> str:
         """The recommendation loss, with `auto` resolved."""
-        chosen = self.loss.loss
-        return LOSSES_OF[self.model.backbone][0] if chosen == "auto" else chosen
+        name = self.loss.loss
+        return LOSSES_OF[self.model.backbone][0] if name == "auto" else name
 
     @property
     def guidance_loss_name(self) -> str:
         """The pairwise loss on preferences, with `auto` resolved."""
-        chosen = self.guidance.guidance_loss
-        if chosen != "auto":
-            return chosen
+        name = self.guidance.guidance_loss
+        if name != "auto":
+            return name
         if self.gate.gate != "calibrated":
             return "hinge"
         return "gain" if self._has_prior else "confidence"
@@ -441,19 +457,19 @@ def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
       ConfigError: a name that is no knob, or a value out of its range.
     """
     backbone = values.get("backbone", ModelConfig.backbone)
-    chosen = {**BACKBONE_DEFAULTS.get(backbone, {}), **values}
-    made = {}
+    rest = {**BACKBONE_DEFAULTS.get(backbone, {}), **values}
+    parts = {}
     for name, section in sections().items():
         fields = {flag_name(field): field.name for field in dataclasses.fields(section)}
-        made[name] = section(**{fields[k]: chosen.pop(k) for k in list(chosen) if k in fields})
-    if chosen:
-        raise ConfigError(f"no knob is called {listing(map(repr, chosen))}")
-    return RunConfig(data, workdir, **made)  # type: ignore[arg-type]
+        parts[name] = section(**{fields[k]: rest.pop(k) for k in list(rest) if k in fields})
+    if rest:
+        raise ConfigError(f"no knob is called {listing(map(repr, rest))}")
+    return RunConfig(data, workdir, **parts)  # type: ignore[arg-type]
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
     """`--flag: old -> new` for each knob in which two runs differ (not data and workdir)."""
-    out = []
+    changes = []
     for section in dataclasses.fields(RunConfig):
         left, right = getattr(a, section.name), getattr(b, section.name)
         if not dataclasses.is_dataclass(left):
@@ -461,5 +477,5 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
         for field in dataclasses.fields(left):
             old, new = getattr(left, field.name), getattr(right, field.name)
             if old != new:
-                out.append(f"--{flag_name(field)}: {old} -> {new}")
-    return out
+                changes.append(f"--{flag_name(field)}: {old} -> {new}")
+    return changes

@@ -61,7 +61,9 @@ class _Scorer:
 
         size = 1 if mesh is None else mesh.size
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        self.native = kernel_build.choose(kernels, platform=platform, devices=size)
+        self.native = kernel_build.choose(
+            kernels, platform=platform, devices=size, units=kernel_build.RANKING
+        )
         chunk = min(users_per_chunk, 1 << max(users.size - 1, 0).bit_length())
         if platform == "cpu":
             most = _CPU_CHUNK["native" if self.native else "xla"]

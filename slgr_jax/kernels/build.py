@@ -13,13 +13,14 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -38,13 +39,25 @@ TARGETS = {
     "ranks": ("slgr_rank_rows", "slgr_pool_rows"),
     "graph": ("slgr_graph_propagate",),
 }
+RANKING = ("ranks",)  # units that full ranking calls
 # Finite-maths shortcuts stay off: a NaN must stay one. Without errno a square root is one
 # instruction.
 FLAGS = (
-    *("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-exceptions", "-fno-rtti", "-DNDEBUG", "-fPIC", "-shared", "-w"),
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-DNDEBUG",
+    "-fPIC",
+    "-shared",
+    "-w",
 )
 _TIMEOUT_S = 180
+_LOG = logging.getLogger("slgr_jax.kernels")
+_LOG.setLevel(logging.WARNING)  # whatever the level of others' messages
 
 
 class BuildError(Exception):
@@ -66,9 +79,9 @@ def compiler() -> str:
       BuildError: there is none.
     """
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
+        path = shutil.which(name) if name else None
+        if path:
+            return path
     raise BuildError("no C++ compiler on the PATH (c++, g++, clang++) and none in $CXX")
 
 
@@ -84,8 +97,8 @@ def _processor() -> str:
 
 def _include() -> str:
     """Where jaxlib keeps XLA's headers: `jax.ffi.include_dir()`, without importing JAX."""
-    found = importlib.util.find_spec("jaxlib")
-    folders = list(found.submodule_search_locations or []) if found else []
+    package = importlib.util.find_spec("jaxlib")
+    folders = list(package.submodule_search_locations or []) if package else []
     if not folders:
         raise BuildError("jaxlib is not installed")
     return os.path.join(folders[0], "include")
@@ -99,8 +112,8 @@ def shared_object(unit: str) -> pathlib.Path:
     """
     tool, source = compiler(), HERE / f"{unit}.cc"
     texts = [path.read_text(encoding="utf-8") for path in (source, *(HERE / h for h in HEADERS))]
-    made_from = [*texts, tool, *FLAGS, importlib.metadata.version("jaxlib"), _processor()]
-    digest = hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]
+    inputs = [*texts, tool, *FLAGS, importlib.metadata.version("jaxlib"), _processor()]
+    digest = hashlib.sha256(chr(0).join(inputs).encode()).hexdigest()[:16]
     target = cache_dir() / f"{unit}-{digest}.so"
     if target.is_file():
         return target
@@ -139,22 +152,35 @@ def _run(*command: str) -> None:
     """Run the compiler.
 
     Raises:
-      BuildError: it failed, with its first error.
+      BuildError: it failed, with its first error; or it cannot be run.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} took more than {_TIMEOUT_S} s") from error
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.returncode:
+        # A full disk is told by the assembler or the linker, which say nothing of an error.
         lines = [line for line in done.stderr.splitlines() if "error" in line]
+        lines += done.stderr.splitlines()
         raise BuildError(f"{command[0]} failed: {(lines or ['no message'])[0].strip()}")
+
+
+def step_units(run: RunConfig) -> tuple[str, ...]:
+    """What of `TARGETS` a run's training steps call, in the order in which they do."""
+    rows = [f"rows_{run.optimizer.table_dtype}"]
+    if run.reference_runs:
+        rows.append("rows_float32")  # of restored runs, whatever type they were trained with
+    graph = ("graph",) if run.model.backbone == "lightgcn" else ()
+    return ("draws", *dict.fromkeys(rows), *graph)
 
 
 def units_of(run: RunConfig) -> tuple[str, ...]:
     """What of `TARGETS` a run calls, in the order in which it does."""
-    rows = f"rows_{run.optimizer.table_dtype}"
-    graph = ("graph",) if run.model.backbone == "lightgcn" else ()
-    return ("draws", rows, *graph, "ranks")
+    return (*step_units(run), *RANKING)
 
 
 @functools.cache
@@ -177,33 +203,46 @@ def ffi_call(name: str, out: Any, **options: Any) -> Callable[..., Any]:
     """`jax.ffi.ffi_call` of a function of `TARGETS`; waits until its unit is compiled.
 
     Raises:
-      ConfigError: it cannot be compiled, where the first of them could (`choose`).
+      ConfigError: it cannot be compiled, and nobody asked (`choose`) whether it can.
     """
     import jax
 
-    why = _failure(next(unit for unit, names in TARGETS.items() if name in names))
-    if why is not None:
-        raise ConfigError(f"{name} cannot be had here: {why}; use --kernels=xla")
-    found: Callable[..., Any] = jax.ffi.ffi_call(name, out, **options)
-    return found
+    reason = _failure(next(unit for unit, names in TARGETS.items() if name in names))
+    if reason is not None:
+        raise ConfigError(f"{name} cannot be had here: {reason}; use --kernels=xla")
+    call: Callable[..., Any] = jax.ffi.ffi_call(name, out, **options)
+    return call
 
 
-def choose(wanted: str, *, platform: str, devices: int) -> bool:
-    """Whether a run uses the native kernels: whether the first of them compiles here.
+def choose(wanted: str, *, platform: str, devices: int, units: Sequence[str] = ("draws",)) -> bool:
+    """Whether a run uses the native kernels: whether all that it calls compile here.
+
+    Where `auto` asks and a compiler or its cache fails, one line says so, and XLA's programs,
+    which compute the same, do the work.
 
     Args:
       wanted: auto, native or xla (`TrainConfig.kernels`).
       platform, devices: what the run's mesh is made of.
+      units: of `TARGETS`, those that will be called; they are waited for.
 
     Raises:
       ConfigError: native is wanted where it cannot be had.
     """
     if wanted == "xla":
         return False
-    if platform != "cpu" or devices > 1:
-        why: str | None = f"they run on one CPU device, the run has {devices} of kind {platform}"
+    elsewhere = platform != "cpu" or devices > 1
+    if elsewhere:
+        reason: str | None = f"they run on one CPU device, the run has {devices} of kind {platform}"
     else:
-        why = _failure(next(iter(TARGETS)))
-    if why is not None and wanted == "native":
-        raise ConfigError(f"--kernels=native: {why}; use --kernels=xla, or auto")
-    return why is None
+        begin(*units)
+        reason = next(filter(None, map(_failure, units)), None)
+    if reason is not None and wanted == "native":
+        raise ConfigError(f"--kernels=native: {reason}; use --kernels=xla, or auto")
+    if reason is not None and not elsewhere:
+        _say_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _LOG.warning("no native kernels, XLA's slower programs are used: %s", " ".join(reason.split()))

@@ -4,8 +4,9 @@ Columns are worked on in blocks of 32 by one thread each, and the blocks' sums a
 order: results do not depend on the number of threads. Ids are trusted to be in bounds. Tables are
 float32, or packed bfloat16 rows (`embedding_table.RowFormat`), which are rounded stochastically.
 
-Shape letters: N lanes, C candidates per user, D width, W numbers of a table's row (values and
-slots), R rows of a table, n entries of the excluded sets, U users.
+Shape letters: S steps, B triples, G preferences, N queries or touched rows, C candidates of a
+query, R rows of a table, W numbers of a row (values and slots), D width, U users, n entries of the
+excluded sets.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "lazy_adam": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A row optimiser's update rule (one of `RULES`) and its numbers; see tables.py."""
+    """A row optimiser's update rule, one of `RULES`, and its numbers.
+
+    `RowOptimizer.rule` of `models/embedding_table.py` gives it.
+    """
 
     name: str
     lr: float
@@ -83,7 +87,7 @@ def factor_scores(
       unit: the last entry of p counts as 1 in the product (it meets the item's bias).
 
     Returns:
-      scores, per lane (|p_n|^2, sum_c |q_nc|^2), and the sum of these over lanes.
+      scores, per query (|p_n|^2, sum_c |q_nc|^2), and the sum of these over queries.
     """
     n, c = items.shape
     out = (_floats(n, c), _floats(n, 2), _floats(2), _floats(_blocks(width), n, c + 2))
@@ -108,7 +112,7 @@ def factor_update(
     *,
     width: int,
     unit: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Num[Array, "Ru Wu"], Num[Array, "Ri Wi"], Int[Array, "Ru"], Int[Array, "Ri"]]:
     """The update of both tables, given the gradient of what `factor_scores` returned.
 
     Gradients of equal rows are summed, then `rule` is applied once to each distinct row. The
@@ -123,11 +127,11 @@ def factor_update(
     out = (*map(_like, tables), _floats(room), _ints(3 * (n + m)))
     name = _named("slgr_factor_update", user_table)
     call = ffi_call(name, out, input_output_aliases={k: k for k in range(4)})
-    found = call(
+    outputs = call(
         *tables, users, items, d_scores, d_squares, _words(words, 2, 2),
         width=np.int64(width), bias=unit, **rule.attributes,
     )  # fmt: skip
-    return found[0], found[1], found[2], found[3]
+    return outputs[0], outputs[1], outputs[2], outputs[3]
 
 
 def row_update(
@@ -148,10 +152,10 @@ def row_update(
     out = (_like(table), _like(slot), _floats(room), _ints(3 * n))
     name = _named("slgr_row_update", table)
     call = ffi_call(name, out, input_output_aliases={0: 0, 1: 1})
-    found = call(
+    outputs = call(
         table, slot, ids, grads, _words(words, 2), width=np.int64(width), **rule.attributes
     )
-    return found[0], found[1]
+    return outputs[0], outputs[1]
 
 
 class Cut(Protocol):
@@ -196,9 +200,9 @@ def draw_triples(
     """Users, (positive, place of the negative) and weights: see `batch.draw_triples`.
 
     Args:
-      first, positive, negative: random words of each user, M = ceil(B / together), and lane.
+      first, positive, negative: random words of each user, M = ceil(B / together), and triple.
       drawn: users are drawn by the first so many pairs.
-      together: lanes that follow each other and have one user.
+      together: triples that follow each other and have one user.
     """
     out = (_ints(*positive.shape), _ints(*positive.shape, 2), _floats(*positive.shape))
     call = ffi_call("slgr_draw_triples", out)
@@ -231,7 +235,7 @@ def draw_preferences(
       first, partner, share: random words of each first entry, M = ceil(G / together), of each
         partner, and of whether that is unlisted; None where it never is.
       outside: what is not outside a user's list, each item of mass 1; None as above.
-      together: lanes that follow each other and start with entries that do.
+      together: preferences that follow each other and start with entries that do.
       most: the greatest word of `share` for which the partner is unlisted.
       floor: score of an unlisted item.
     """
@@ -251,5 +255,5 @@ def draw_preferences(
 
 def take(values: Float[Array, "R"], at: Int[Array, "*N"]) -> Float[Array, "*N"]:
     """values[at], read ahead: XLA's gather waits for each number that is in no cache."""
-    (found,) = ffi_call("slgr_take", (_floats(*at.shape),))(values, at)
-    return found
+    (taken,) = ffi_call("slgr_take", (_floats(*at.shape),))(values, at)
+    return taken

@@ -49,9 +49,9 @@ def propagate(
     out.append(jax.ShapeDtypeStruct((kept,), np.int32))
     # Uncertainty takes several stochastic passes under vmap.
     call = ffi_call("slgr_graph_propagate", out, vmap_method="sequential")
-    found = call(
+    outputs = call(
         user, item, *by_user, *by_item, *((none, none) if words is None else words),
         layers=np.int64(layers), drops=words is not None, threshold=np.int64(threshold),
         weight=np.float32(weight),
     )  # fmt: skip
-    return found[0], found[1]
+    return outputs[0], outputs[1]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from slgr_jax.kernels.build import ffi_call
 
@@ -22,26 +22,25 @@ Ragged = tuple[jax.Array, jax.Array]  # offsets [U + 1], indices [>= n]: ascendi
 
 
 class Ranked(NamedTuple):
-    """What `rank_rows` finds.
+    """The results of `rank_rows`.
 
     Attributes:
-      bad: [B] bool, the row has a NaN or infinite score; nothing else is then told of it.
-      score: [B, W] float32, of the user's relevant items, in order; -inf where one is masked.
-      greater: [B, W] int32, candidates with a greater score.
-      tied: [B, W] int32, other candidates with the same score.
-      tied_before: [B, W] int32, those of them with a smaller index.
-      items: [B, K] int32, the best candidates; of equal scores the smaller index first, -1 past
-        the last.
-      values: [B, K] float32, their scores, -inf past the last.
+      bad: the row has a NaN or infinite score; nothing else of it counts then.
+      score: of the user's relevant items, in order; -inf where one is masked.
+      greater: candidates with a greater score.
+      tied: other candidates with the same score.
+      tied_before: those of them with a smaller index.
+      items: the best candidates; of equal scores the smaller index first, -1 past the last.
+      values: their scores, -inf past the last.
     """
 
-    bad: jax.Array
-    score: jax.Array
-    greater: jax.Array
-    tied: jax.Array
-    tied_before: jax.Array
-    items: jax.Array
-    values: jax.Array
+    bad: Bool[Array, "B"]
+    score: Float[Array, "B W"]
+    greater: Int[Array, "B W"]
+    tied: Int[Array, "B W"]
+    tied_before: Int[Array, "B W"]
+    items: Int[Array, "B K"]
+    values: Float[Array, "B K"]
 
 
 def rank_rows(
@@ -57,7 +56,7 @@ def rank_rows(
 
     Args:
       scores: of each user and item; -0.0 counts as 0.0.
-      users: rows of `seen` and `relevant`; under 0: padding, of which nothing is told.
+      users: rows of `seen` and `relevant`; under 0: padding, whose results mean nothing.
       width: W, at least the longest row of `relevant`; 0 for no ranks.
       k: K; 0 for no lists.
 
@@ -89,5 +88,5 @@ def pool_rows(
       Low and high words of each user's sum; 0 for padding.
     """
     call = ffi_call("slgr_pool_rows", jax.ShapeDtypeStruct((users.size, 2), np.uint32))
-    found: jax.Array = call(scores, users, *seen, *relevant, *tables)
-    return found
+    counts: jax.Array = call(scores, users, *seen, *relevant, *tables)
+    return counts

@@ -1,8 +1,8 @@
 """Embedding tables that are read and updated row by row.
 
-A table of R rows of width D is one array [R', W] of packed rows (`RowFormat`): each row carries
+A table of R rows of width D is one array [Rp, W] of packed rows (`RowFormat`): each row carries
 its S optimiser slots right behind its D values, so a lookup with its update is one gather and
-one scatter of contiguous rows, and never a table-sized temporary. R' is R padded to the mesh.
+one scatter of contiguous rows, and never a table-sized temporary. Rp is R padded to the mesh.
 
 Values are stored in float32 or bfloat16, slots always in float32: in bfloat16 a sum stops
 growing once what it is given is below half a unit in its last place (ulp). For the same reason
@@ -11,14 +11,15 @@ bfloat16 values are rounded stochastically: up with the probability that keeps t
 A batch touches N rows, some more than once. Their gradients are summed first and the
 optimiser is applied once to each distinct row, as a dense optimiser would.
 
-Shape letters: R rows, D width, S slots, W lanes of a packed row, N touched rows (with repeats).
+Shape letters: R rows, Rp of them with padding, Rs of a device's block, D width, S slots, W numbers
+of a packed row, N touched rows (with repeats).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import jax
@@ -30,8 +31,6 @@ from slgr_jax.config import OptimizerConfig
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.sampling import random_bits
-
-Rows = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +44,14 @@ class TableSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """How the D values and S float32 slots of a row lie side by side in W lanes.
+    """How the D values and S float32 slots of a row lie side by side as W numbers.
 
-        values in   lanes of a row                                   storage   bytes a row
+        values in   numbers of a row                                 storage   bytes a row
         float32     D values, S slots                                float32   4 D + 4 S
         bfloat16    D values, S slots' upper, S slots' lower halves  uint16    2 D + 4 S
 
     bfloat16 rows are stored as integers because XLA may change bits that are not a number's:
-    its CPU compiler turns NaN patterns of bfloat16 lanes into another NaN (scatter, select,
+    its CPU compiler turns NaN patterns of bfloat16 numbers into another NaN (scatter, select,
     concatenate; jax 0.10), and the lower half of a float32 is such a pattern one time in 258.
     Halves stand in two planes, and not two by two, so that packing is elementwise.
 
@@ -69,10 +68,10 @@ class RowFormat:
     @classmethod
     def of(cls, table: Num[Array, "R W"], width: int) -> RowFormat:
         """The format of a table whose rows have D = `width` values."""
-        lanes = table.shape[1] - width
+        behind = table.shape[1] - width
         if table.dtype == jnp.uint16:
-            return cls(width, lanes // 2, "bfloat16")
-        return cls(width, lanes, "float32")
+            return cls(width, behind // 2, "bfloat16")  # a slot takes two
+        return cls(width, behind, "float32")
 
     def pack(
         self,
@@ -90,8 +89,8 @@ class RowFormat:
         if self.dtype == "float32":
             return jnp.concatenate([values, slots], axis=1)
         bits = jax.lax.bitcast_convert_type(slots, jnp.uint32)
-        lanes = [_upper_half(values, noise), bits >> 16, bits & 0xFFFF]
-        return jnp.concatenate([lane.astype(jnp.uint16) for lane in lanes], axis=1)
+        planes = [_upper_half(values, noise), bits >> 16, bits & 0xFFFF]
+        return jnp.concatenate([plane.astype(jnp.uint16) for plane in planes], axis=1)
 
     def unpack(self, rows: Num[Array, "N W"]) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         """The float32 values and slots of rows."""
@@ -99,8 +98,8 @@ class RowFormat:
             return rows[:, : self.width], rows[:, self.width :]
         cut = self.width + self.slots
         values, upper, lower = (
-            lanes.astype(jnp.uint32)
-            for lanes in (rows[:, : self.width], rows[:, self.width : cut], rows[:, cut:])
+            plane.astype(jnp.uint32)
+            for plane in (rows[:, : self.width], rows[:, self.width : cut], rows[:, cut:])
         )
         values, slots = values << 16, upper << 16 | lower
         return (
@@ -161,10 +160,7 @@ class RowOptimizer(Protocol):
         ...
 
     def apply(
-        self,
-        values: Float[Array, "N D"],
-        slots: Float[Array, "N S"],
-        grad: Float[Array, "N D"],
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
     ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         """One update of each row."""
         ...
@@ -187,8 +183,8 @@ class Sgd:
         return np.zeros(0, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         return values - self.lr * grad, slots
 
 
@@ -214,8 +210,8 @@ class Adagrad:
         return np.full(width, 0.1, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         slots = slots + grad * grad
         return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
 
@@ -241,8 +237,8 @@ class RowwiseAdagrad:
         return np.full(1, 0.1, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         slots = slots + jnp.mean(grad * grad, axis=1, keepdims=True)
         return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
 
@@ -272,8 +268,8 @@ class LazyAdam:
         return np.zeros(2 * width + 1, np.float32)
 
     def apply(
-        self, values: jax.Array, slots: jax.Array, grad: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
         width = values.shape[1]
         count = slots[:, 2 * width :] + 1.0
         first = self.b1 * slots[:, :width] + (1.0 - self.b1) * grad
@@ -302,8 +298,8 @@ def init_table(
     optimizer: RowOptimizer,
     layout: Layout,
     dtype: str = "float32",
-) -> Num[Array, "R W"]:
-    """A fresh table [R', W], created shard by shard on the devices of `layout`.
+) -> Num[Array, "Rp W"]:
+    """A fresh table [Rp, W], created shard by shard on the devices of `layout`.
 
     The values do not depend on the number of devices. Each is a function of its row and column,
     so that no second array of the table's size is ever made.
@@ -322,12 +318,12 @@ def init_table(
     return jax.jit(make, out_shardings=layout.table_sharding)(key)
 
 
-def values_of(table: Num[Array, "R W"], spec: TableSpec) -> Float[Array, "R D"]:
+def values_of(table: Num[Array, "Rp W"], spec: TableSpec) -> Float[Array, "R D"]:
     """The float32 values of a table, without optimiser slots and padding rows."""
     return RowFormat.of(table, spec.width).unpack(table[: spec.rows])[0]
 
 
-def all_finite(table: Num[Array, "R W"], width: int) -> Bool[Array, ""]:
+def all_finite(table: Num[Array, "Rp W"], width: int) -> Bool[Array, ""]:
     """Whether every value and slot of a table is a finite number; padding rows too."""
     parts = RowFormat.of(table, width).unpack(table)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
@@ -349,13 +345,15 @@ def lookup(
     if layout.table_shards == 1:
         rows, _ = row_format.unpack(table.at[flat].get(mode="promise_in_bounds"))
     else:
-        every = layout.gather_over_table(flat)
-        local = every - layout.table_index() * table.shape[0]
-        mine = (local >= 0) & (local < table.shape[0])
-        rows = table.at[jnp.where(mine, local, 0)].get(mode="promise_in_bounds")
+        # Each device reads the rows of its block for all devices, 0 for the rows of others, and
+        # the sum over devices brings every row home.
+        all_ids = layout.gather_over_table(flat)
+        local = all_ids - layout.table_index() * table.shape[0]
+        in_block = (local >= 0) & (local < table.shape[0])
+        rows = table.at[jnp.where(in_block, local, 0)].get(mode="promise_in_bounds")
         # Unpacked before the sum over shards: packed rows are no numbers to add.
         rows, _ = row_format.unpack(rows)
-        rows = layout.scatter_over_table(jnp.where(mine[:, None], rows, 0.0))
+        rows = layout.scatter_over_table(jnp.where(in_block[:, None], rows, 0.0))
     return rows.reshape(*ids.shape, width)
 
 
@@ -389,6 +387,7 @@ def update_every_row(
     if layout.table_shards > 1:
         ids = ids + layout.table_index() * rows
         grads = jax.lax.dynamic_slice_in_dim(grads, layout.table_index() * rows, rows)
+
     noise = None
     if row_format.dtype == "bfloat16":
         noise = random_bits.halves_of_rows(_given(generator), ids, width)
@@ -414,9 +413,9 @@ def update(
 ) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
     """Apply `optimizer` once to each distinct row of `ids`, with its gradients summed.
 
-    Distinct rows are found without a sort: every lane writes its number into `slot` at its
-    row, one of them stays, and reading back gives all lanes of a row the same representative.
-    `slot` needs no clearing, since only entries written in this call are read.
+    Distinct rows are found without a sort: every entry of `ids` writes its number into `slot` at
+    its row, one of them stays, and reading back gives all entries of a row the same
+    representative. `slot` needs no clearing, since only what this call has written is read.
 
     Args:
       table: this device's block of the table.
@@ -436,26 +435,31 @@ def update(
     if native:
         words = _given(generator) if row_format.dtype == "bfloat16" else None
         return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
-    lane = jnp.arange(ids.size, dtype=jnp.int32)
+
     noise = None
     if row_format.dtype == "bfloat16":
         noise = random_bits.halves_of_rows(_given(generator), ids, width)
+
     if layout.table_shards == 1:
         local, mode, put = ids, "promise_in_bounds", "promise_in_bounds"
     else:
         local = ids - layout.table_index() * rows
-        mine = (local >= 0) & (local < rows)
-        # Rows of other blocks: written nowhere, and worth nothing where they are read.
-        local, grads = jnp.where(mine, local, rows), jnp.where(mine[:, None], grads, 0.0)
+        in_block = (local >= 0) & (local < rows)
+        # Rows of other blocks become number `rows`, past the end: written nowhere, and worth
+        # nothing where they are read.
+        local, grads = jnp.where(in_block, local, rows), jnp.where(in_block[:, None], grads, 0.0)
         mode, put = "clip", "drop"
     if isinstance(optimizer, Sgd) and row_format.dtype == "float32":
         return table.at[local].add(-optimizer.lr * grads, mode=put), slot
-    slot = slot.at[local].set(lane, mode=put)
+
+    entry = jnp.arange(ids.size, dtype=jnp.int32)
+    slot = slot.at[local].set(entry, mode=put)
     representative = slot.at[local].get(mode=mode)
     total = jnp.zeros_like(grads).at[representative].add(grads, mode="promise_in_bounds")
-    is_representative = representative == lane
+
     old_values, old_slots = row_format.unpack(table.at[local].get(mode=mode))
     values, slots = optimizer.apply(old_values, old_slots, total)
-    new = row_format.pack(values, slots, noise)
-    target = jnp.where(is_representative & (local < rows), local, rows)
-    return table.at[target].set(new, mode="drop", unique_indices=True), slot
+    packed = row_format.pack(values, slots, noise)
+    # A row is written once, by its representative; past the block's end means nowhere.
+    target = jnp.where((representative == entry) & (local < rows), local, rows)
+    return table.at[target].set(packed, mode="drop", unique_indices=True), slot

@@ -62,7 +62,7 @@ def pairwise_soft(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[A
 
 
 def pairwise_confidence(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Array, "..."]:
-    """(2 alpha - 1)^2 times the soft loss: a teacher that is right half the time has no say.
+    """(2 alpha - 1)^2 times the soft loss: 0 where the teacher is right half the time.
 
     The soft loss alone pulls sigmoid(x) to 1/2 there, and so unlearns what interactions taught.
     """
@@ -72,11 +72,11 @@ def pairwise_confidence(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> F
 def pairwise_gain(
     x: Float[Array, "..."], alpha: Float[Array, "..."], prior: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """|alpha - alpha_0| times the soft loss: who adds nothing to a reference has no say."""
+    """|alpha - prior| times the soft loss: 0 where the teacher adds nothing to a reference run."""
     return jnp.abs(alpha - prior) * pairwise_soft(x, alpha)
 
 
-# (x, alpha, alpha_0) -> the loss of a preference.
+# (x, alpha, prior) -> the loss of a preference.
 PairLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -129,8 +129,10 @@ def _softmax_forward(
     if not chunk:
         room = _CHUNK_LOGITS["cpu" if jax.default_backend() == "cpu" else "other"]
         chunk = max(8, min(places, room // items))
+
+    # Places that count come first; an index past the end reads 0 and, on the way back, is dropped.
     padded = -(-places // chunk) * chunk
-    order = jnp.argsort(weights <= 0, stable=True)  # what counts comes first
+    order = jnp.argsort(weights <= 0, stable=True)
     order = jnp.pad(order, (0, padded - places), constant_values=places)
     states_in = states.at[order].get(mode="fill", fill_value=0.0)
     targets_in = targets.at[order].get(mode="fill", fill_value=0)
@@ -144,16 +146,21 @@ def _softmax_forward(
             return jax.lax.dynamic_slice_in_dim(x, number * chunk, chunk)
 
         state, target, weight = part(states_in), part(targets_in), part(weights_in)
-        own = jnp.arange(chunk), target
+        target_cells = jnp.arange(chunk), target
         logits = state @ vectors.T
+
+        # exp of the logits less their maximum: no overflow, and the same softmax.
         top = jnp.max(logits, axis=1)
         odds = jnp.exp(logits - top[:, None])
         total = jnp.sum(odds, axis=1)
-        at_target = logits[own]
+        at_target = logits[target_cells]
+
         loss += masked_sum(jnp.log(total) + top - at_target, weight)
         first += masked_sum((at_target >= top).astype(jnp.float32), weight)
+
+        # The gradient of the logits: softmax minus 1 at the target, times the weight.
         share = odds * jnp.where(weight > 0, weight / total, 0.0)[:, None]
-        share = share.at[own].add(-weight)
+        share = share.at[target_cells].add(-weight)
         d_states = jax.lax.dynamic_update_slice_in_dim(
             d_states, share @ vectors, number * chunk, axis=0
         )
@@ -162,6 +169,7 @@ def _softmax_forward(
     zero = jnp.float32(0.0)
     start = (zero, zero, jnp.zeros_like(states_in), jnp.zeros_like(vectors))
     loss, first, d_states, d_vectors = jax.lax.fori_loop(0, -(-counted // chunk), step, start)
+
     back = jnp.zeros_like(states).at[order].set(d_states, mode="drop", unique_indices=True)
     return (loss, first), (back, d_vectors)
 
@@ -193,11 +201,13 @@ def sampled_softmax_cross_entropy(
     Returns:
       Per place: the loss, and 1 where the target scores above all negatives.
     """
-    own = jnp.sum(states * positives, axis=-1)
+    target_logit = jnp.sum(states * positives, axis=-1)
     raw = states @ negatives.T
     hit = targets[:, None] == shared[None, :]
+
     logits = jnp.where(hit, -jnp.inf, raw - log_expected[None, :])
-    everything = jnp.concatenate([own[:, None], logits], axis=1)
-    loss = jax.nn.logsumexp(everything, axis=1) - own
-    first = own > jnp.max(jnp.where(hit, -jnp.inf, raw), axis=1)
+    everything = jnp.concatenate([target_logit[:, None], logits], axis=1)
+    loss = jax.nn.logsumexp(everything, axis=1) - target_logit
+
+    first = target_logit > jnp.max(jnp.where(hit, -jnp.inf, raw), axis=1)
     return loss, first.astype(jnp.float32)

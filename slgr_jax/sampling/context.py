@@ -30,13 +30,13 @@ class Queries:
     """Who is to be scored for, and at which moment.
 
     Attributes:
-      users: [N].
-      until: [N] how many of the user's `Histories` events lie before the moment: a backbone looks
+      users: [N]; or [S, N], those of S steps that were drawn at once.
+      as_of: [N] how many of the user's `Histories` events lie before the moment: a backbone looks
         at none of the later ones. None where the backbone reads no history.
     """
 
-    users: Int[Array, "N"]
-    as_of: Int[Array, "N"] | None = None
+    users: Int[Array, "*N"]
+    as_of: Int[Array, "*N"] | None = None
 
 
 @struct.dataclass
@@ -110,24 +110,26 @@ def recent(
     Returns:
       items: [N, L]. Places before the user's first event repeat it, so that no row is touched
         that is not the user's own (a user without events gets somebody's).
-      there: [N, L] whether a place holds an event of its own.
+      real: [N, L] whether a place holds an event of its own.
     """
     assert queries.as_of is not None, "a backbone that reads histories is queried with a moment"
+
+    # Places before the first event are moved onto it; the latest event stays in the last place.
     start = histories.offsets[queries.users]
     back = jnp.arange(length, dtype=jnp.int32)[None, :] - length  # -L .. -1
     place = queries.as_of[:, None] + back
-    there = place >= 0
-    at = start[:, None] + jnp.maximum(place, 0)
-    return histories.items.at[at].get(mode="clip"), there
+    real = place >= 0
+    event = start[:, None] + jnp.maximum(place, 0)
+    return histories.items.at[event].get(mode="clip"), real
 
 
 def categories_of(
     fields: Fields, items: Int[Array, "..."]
 ) -> tuple[Int[Array, "... F"], Bool[Array, "... F"]]:
     """The category indices of items and which of them count."""
-    found = fields.categories[items]
-    place = jax.lax.broadcasted_iota(jnp.int32, found.shape, found.ndim - 1)
-    return found, place < fields.counts[items][..., None]
+    categories = fields.categories[items]
+    place = jax.lax.broadcasted_iota(jnp.int32, categories.shape, categories.ndim - 1)
+    return categories, place < fields.counts[items][..., None]
 
 
 def make_context(dataset: Dataset, reads: Collection[str], *, most_categories: int) -> Context:
@@ -181,18 +183,25 @@ def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:
     flat = pc.list_flatten(column).dictionary_encode()  # a null list flattens to nothing
     codes = np.asarray(flat.indices)
     start = np.cumsum(counts) - counts
+
+    # Places past an item's last category repeat it: they are not counted, and touch no other row.
     width = max(1, min(int(counts.max(initial=0)), most))
     kept = np.minimum(counts, width)
     place = np.minimum(np.arange(width)[None, :], np.maximum(kept - 1, 0)[:, None])
     if codes.size:
-        at = np.minimum(start[:, None] + place, codes.size - 1)
-        found = np.where(kept[:, None] > 0, codes[at], 0)
+        entry = np.minimum(start[:, None] + place, codes.size - 1)
+        categories = np.where(kept[:, None] > 0, codes[entry], 0)
     else:
-        found = np.zeros((dataset.n_items, width), np.int64)
-    return Fields(host32(found), host32(kept)), len(flat.dictionary)
+        categories = np.zeros((dataset.n_items, width), np.int64)
+    return Fields(host32(categories), host32(kept)), len(flat.dictionary)
 
 
 def _graph(pairs: Csr, n_items: int) -> Graph:
     users = np.repeat(np.arange(pairs.offsets.size - 1), pairs.counts)
     back = Csr.from_pairs(pairs.indices, users, n_items)
-    return Graph(*map(host32, (pairs.offsets, pairs.indices, back.offsets, back.indices)))
+    return Graph(
+        user_offsets=host32(pairs.offsets),
+        items=host32(pairs.indices),
+        item_offsets=host32(back.offsets),
+        users=host32(back.indices),
+    )

@@ -2,7 +2,7 @@
 
 A row's moment is the number of the user's `context.Histories` events (training events in time
 order, then those of validation) that lie before it. Nothing from the row's own event on is looked
-at, by whoever reads at most `until` events.
+at, by whoever reads at most `as_of` events.
 
 Shape letters: n rows.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from slgr_jax.config import EvaluationConfig, LossConfig
 from slgr_jax.data import schema
@@ -26,14 +27,14 @@ class LabelledRows:
 
     Attributes:
       users, items: [n] int32.
-      until: [n] int32: events of the user before the row's moment, in `context.Histories` order.
+      as_of: [n] int32: events of the user before the row's moment, in `context.Histories` order.
       labels: [n] float32: 1 positive, 0 negative.
     """
 
-    users: np.ndarray
-    items: np.ndarray
-    as_of: np.ndarray
-    labels: np.ndarray
+    users: Int[np.ndarray, "n"]
+    items: Int[np.ndarray, "n"]
+    as_of: Int[np.ndarray, "n"]
+    labels: Float[np.ndarray, "n"]
 
     def __len__(self) -> int:
         return int(self.users.size)
@@ -61,16 +62,18 @@ def sampled_rows(
     """
     interactions, as_of = dataset.part(part), dataset.moments(part)
     cut = arrays.excluded(dataset.positives(schema.PARTS), None, dataset.n_items)
-    chosen = (as_of >= min_history) & (cut.free[interactions.users] > 0)
-    if not chosen.any():
+    eligible = (as_of >= min_history) & (cut.free[interactions.users] > 0)
+    if not eligible.any():
         raise InputError(
             f"{dataset.path} has no {part} rows: none of its {len(interactions)} {part} "
             f"interactions has {min_history} earlier ones and an item left to be its negative"
         )
-    users, width = interactions.users[chosen], 1 + negatives
+
+    # A positive and its negatives stand side by side, [positives, 1 + negatives].
+    users, width = interactions.users[eligible], 1 + negatives
     rng = np.random.default_rng([seed, schema.PARTS.index(part)])
     items = np.empty((users.size, width), np.int32)
-    items[:, 0] = interactions.items[chosen]
+    items[:, 0] = interactions.items[eligible]
     items[:, 1:] = _outside(cut, np.repeat(users, negatives), dataset.n_items, rng).reshape(
         users.size, negatives
     )
@@ -79,20 +82,22 @@ def sampled_rows(
     return LabelledRows(
         users=np.repeat(users, width),
         items=items.reshape(-1),
-        as_of=np.repeat(as_of[chosen], width),
+        as_of=np.repeat(as_of[eligible], width),
         labels=labels.reshape(-1),
     )
 
 
 def _outside(
-    cut: arrays.Excluded, users: np.ndarray, n_items: int, rng: np.random.Generator
-) -> np.ndarray:
-    """[n]: an item outside each user's set, uniformly: `negatives.draw_outside` on the host.
+    cut: arrays.Excluded, users: Int[np.ndarray, "n"], n_items: int, rng: np.random.Generator
+) -> Int[np.ndarray, "n"]:
+    """An item outside each user's set, uniformly: `negatives.draw_outside` on the host.
 
     The r-th item outside a sorted set p_0 < p_1 < ... is r + #{k: p_k - k <= r}. The users' rows
     of keys p_k - k, each lifted above those before it, are one ascending array to search.
     """
     r = rng.integers(0, cut.free[users])
+
+    # A key of user u is lifted by u (I + 1), more than any key: one search serves all users.
     owners = np.repeat(np.arange(cut.free.size), np.diff(cut.offsets))
     lifted = owners * (n_items + 1) + cut.keys
     passed = np.searchsorted(lifted, users * np.int64(n_items + 1) + r, side="right")
@@ -114,8 +119,8 @@ def rated_rows(dataset: Dataset, part: str, *, threshold: float) -> LabelledRows
     liked = interactions.ratings >= threshold
     n, positives = len(interactions), int(np.count_nonzero(liked))
     if positives in (0, n):
-        found = interactions.ratings
-        ratings = f"ratings are {found.min():g} to {found.max():g}" if n else "it is empty"
+        rated = interactions.ratings
+        ratings = f"ratings are {rated.min():g} to {rated.max():g}" if n else "it is empty"
         raise InputError(
             f"{dataset.path}: {positives} of {n} {part} interactions are rated at least "
             f"{threshold:g} ({ratings}); choose a threshold that leaves rows on both sides"
@@ -136,7 +141,8 @@ def make_rows(
     if evaluation.rows == "rated":
         return rated_rows(dataset, part, threshold=loss.rating_threshold)
     return sampled_rows(
-        *(dataset, part),
+        dataset,
+        part,
         negatives=evaluation.row_negatives,
         min_history=loss.min_history,
         seed=evaluation.row_seed,

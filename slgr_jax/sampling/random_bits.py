@@ -24,7 +24,7 @@ def mixed(x: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
 
 def generators(keys: jax.Array) -> UInt32[Array, "S 2"]:
     """The two words that key the generator of each of S JAX keys."""
-    return jax.vmap(lambda one: jax.random.bits(one, (2,), jnp.uint32))(keys)
+    return jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
 
 
 def words(generators: UInt32[Array, "S 2"], rows: int, size: int) -> UInt32[Array, "rows S size"]:

@@ -127,6 +127,7 @@ def _native(run: config.RunConfig, layout: Layout) -> bool:
         run.train.kernels,
         platform=layout.mesh.devices.flat[0].platform,
         devices=layout.devices,
+        units=kernel_build.step_units(run),
     )
 
 

@@ -36,7 +36,7 @@ def _outside(meta: knobs.Knob) -> list[float]:
     """A value just past each end of a knob's range."""
     out = [] if meta.minimum is None else [meta.minimum - 1]
     out += [] if meta.above is None else [meta.above, meta.above - 1]
-    out += [] if meta.maximum is None else [meta.maximum + 1]
+    out += [] if meta.maximum is None else [meta.maximum + max(1, meta.maximum * 0.001)]
     return out + ([] if meta.below is None else [meta.below, meta.below + 1])
 
 
@@ -52,6 +52,35 @@ def test_every_knob_is_described_and_keeps_its_range(section, field):
         assert field.default in meta.choices
         with pytest.raises(ConfigError, match=f"--{knobs.flag_name(field)}='nonsense' is not one"):
             section(**{field.name: "nonsense"})
+
+
+_BOUNDED = (*RUN_SECTIONS, config.BaselineConfig)
+
+
+@pytest.mark.parametrize("section", _BOUNDED, ids=lambda section: section.__name__)
+def test_no_number_is_without_an_end(section):
+    """What is past it would end in an abort or an overflow that names no knob."""
+    if section in (GuidanceConfig, GateConfig):
+        pytest.skip("its knobs have no upper bounds so far")
+    for field in dataclasses.fields(section):
+        kind = field.default[0] if isinstance(field.default, tuple) else field.default
+        meta = knobs.knob_of(field)
+        if not isinstance(kind, bool | str):
+            assert meta.maximum is not None or meta.below is not None, field.name
+
+
+def test_sizes_beyond_memory_are_refused_by_name():
+    huge = 2**31
+    for values, text in (
+        ({"dim": huge}, "--dim=2147483648 is over its maximum 16384"),
+        ({"layers": huge}, "--layers=2147483648 is over its maximum 256"),
+        ({"mlp": (200, huge)}, "--mlp=2147483648 is over its maximum 16384"),
+        ({"batch_size": huge}, "--batch_size=2147483648 is over its maximum 10000000"),
+        ({"epochs": huge}, "--epochs=2147483648 is over its maximum 2000000000"),
+        ({"dense_lr": 1e308}, r"--dense_lr=1e\+308 is over its maximum 3.4e\+38"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            config.make_run("d", "w", **values)
 
 
 def test_flag_names_are_distinct_within_a_command():
@@ -109,7 +138,8 @@ def _changed(section: type) -> object:
     for field in dataclasses.fields(section):
         meta, default = knobs.knob_of(field), field.default
         if meta.choices is not None:
-            other = meta.choices[-1 if default == meta.choices[0] else 0]
+            choices = list(meta.choices)
+            other = choices[-1 if default == choices[0] else 0]
             values[field.name] = _FITTING.get(field.name, other)
         elif isinstance(default, bool):
             values[field.name] = not default
@@ -206,7 +236,7 @@ def test_what_a_gate_resolves_its_knobs_to():
     assert run(gate="calibrated", **reads).guidance_loss_name == "gain"
     assert run(gate="meta", **reads).guidance_loss_name == "hinge"
     for wrong in ({"gate": "calibrated"}, {"gate": "paper"}, {"gate": "meta"} | reads):
-        with pytest.raises(ConfigError, match=r"added weighs by what a teacher adds to a ref"):
+        with pytest.raises(ConfigError, match=r"gain weighs by what a teacher adds to a ref"):
             run(guidance_loss="gain", **wrong)
     paper = run(gate="paper", dense_lr=0.003)
     assert (paper.guidance_loss_name, paper.gate_lr, paper.labelled_per_step) == ("hinge", 0.003, 0)

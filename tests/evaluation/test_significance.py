@@ -154,5 +154,5 @@ def test_holm_keeps_the_family_wise_error():
     """Under the null, some of 5 tests is rejected at .05 in about 5 % of trials, not 23 %."""
     rng = np.random.default_rng(0)
     trials = rng.random((2000, 5))
-    rejected = np.mean([min(significance.holm(row)) <= 0.05 for row in trials])
+    rejected = np.mean([min(significance.holm(list(row))) <= 0.05 for row in trials])
     assert rejected == pytest.approx(0.05, abs=0.015)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import worlds
 
+from slgr_jax.config import make_run
 from slgr_jax.errors import ConfigError
 from slgr_jax.kernels import build
 
@@ -82,9 +83,10 @@ def test_what_has_begun_is_waited_for_and_built_once(monkeypatch):
     build.begin("probe", "later")
     build.begin("later")  # while it is being built: nothing more
     gate.set()
-    assert not build.choose("auto", platform="cpu", devices=1)
+    asked = {"platform": "cpu", "devices": 1, "units": ("probe", "later")}
+    assert not build.choose("auto", **asked)
     with pytest.raises(ConfigError, match="--kernels=native: probe has no source; use"):
-        build.choose("native", platform="cpu", devices=1)
+        build.choose("native", **asked)
     with pytest.raises(ConfigError, match="g cannot be had here: later has no source; use --ker"):
         build.ffi_call("g", None)
     assert sorted(calls) == ["later", "probe"]
@@ -121,16 +123,91 @@ def test_a_cache_that_cannot_be_written_is_named(cache, monkeypatch):
         build.shared_object("draws")
 
 
-def test_auto_falls_back_and_native_says_why(monkeypatch):
+@pytest.fixture
+def nothing_built(cache, sources, monkeypatch):
+    """A process that has not compiled anything yet, and two units without functions."""
+    monkeypatch.setattr(build, "TARGETS", {"draws": (), "ranks": ()})
+    for name in build.TARGETS:
+        (sources / f"{name}.cc").write_text(f"int {name}() {{ return 1; }}\n")
+    memories = (build._building, build._failure, build._say_once)
+    for memory in memories:
+        memory.cache_clear()
+    yield cache
+    for memory in memories:
+        memory.cache_clear()
+
+
+def test_auto_falls_back_with_a_line_and_native_says_why(nothing_built, monkeypatch, caplog):
     def none() -> str:
         raise build.BuildError("no C++ compiler")
 
     monkeypatch.setattr(build, "compiler", none)
-    monkeypatch.setattr(build, "TARGETS", {"absent": ("f",)})
-    assert not build.choose("auto", platform="cpu", devices=1)
+    for _ in range(2):
+        assert not build.choose("auto", platform="cpu", devices=1)
+    assert caplog.messages == ["no native kernels, XLA's slower programs are used: no C++ compiler"]
     assert not build.choose("xla", platform="cpu", devices=1)
     with pytest.raises(ConfigError, match="--kernels=native: no C\\+\\+ compiler; use"):
         build.choose("native", platform="cpu", devices=1)
+
+
+_FAULTS = {
+    "disk": ("echo 'as: draws.o: No space left on device' >&2; exit 1", "No space left on device"),
+    "killed": ("kill -9 $$", "failed: no message"),
+    "nonsense": ("printf 'not a library' > \"$target\"", "draws-.*(invalid ELF|too short)"),
+    "nothing": ("exit 0", "draws-.*cannot be written: No such file"),
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_a_compiler_that_fails_half_way_leaves_the_run_to_xla(
+    fault, nothing_built, tmp_path, monkeypatch, caplog
+):
+    """Of two units the first compiles and the second does not: neither is used."""
+    script, why = _FAULTS[fault]
+    fake = tmp_path / "fake-c++"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'for word in "$@"; do target=$word; done\n'  # the last word of the command: -o TARGET
+        f'case "$target" in *draws-*) {script};; *) exec {build.compiler()} "$@";; esac\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    asked = {"platform": "cpu", "devices": 1}
+    assert build.choose("auto", **asked, units=("ranks",))
+    assert not build.choose("auto", **asked, units=("ranks", "draws"))
+    (line,) = caplog.messages
+    assert re.search(why, line)
+    with pytest.raises(ConfigError, match=why):
+        build.choose("native", **asked, units=("ranks", "draws"))
+
+
+def test_a_cache_that_fills_up_is_a_line_too(nothing_built, monkeypatch, caplog):
+    nothing_built.write_text("a file, not a folder")
+    assert not build.choose("auto", platform="cpu", devices=1)
+    assert str(nothing_built) in caplog.text
+
+
+def test_a_compiler_that_may_not_be_run_is_named(nothing_built, monkeypatch, tmp_path):
+    program = tmp_path / "c++"
+    program.write_bytes(b"\x7fELF, or so it says")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    with pytest.raises(build.BuildError, match=f"{re.escape(str(program))} cannot be run"):
+        build.shared_object("draws")
+
+
+def test_steps_and_ranking_name_what_they_call():
+    run = make_run("d", "w")
+    assert build.step_units(run) == ("draws", "rows_float32")
+    run = make_run("d", "w", backbone="lightgcn", table_dtype="bfloat16")
+    assert build.units_of(run) == ("draws", "rows_bfloat16", "graph", "ranks")
+    guided = {"guidance": "selective", "teacher": "t", "gate": "calibrated"}
+    guided |= {"gate_inputs": "reference", "reference_runs": "r", "table_dtype": "bfloat16"}
+    assert build.step_units(make_run("d", "w", **guided)) == (
+        "draws",
+        "rows_bfloat16",
+        "rows_float32",
+    )
 
 
 @pytest.mark.parametrize(("platform", "devices"), [("gpu", 1), ("tpu", 4), ("cpu", 8)])

@@ -1,12 +1,20 @@
-"""Recommenders: one file a family, pure scoring."""
+"""Recommenders by name: one file a family, pure scoring; `register` adds a user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
-from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, ModelConfig
-from slgr_jax.models.backbones.base import AnyBackbone, DotBackbone, JointBackbone, SequenceBackbone
+from slgr_jax.config import CLICK_BACKBONES, ModelConfig, register_backbone
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.models.backbones.base import (
+    AnyBackbone,
+    DotBackbone,
+    JointBackbone,
+    SequenceBackbone,
+    missing_members,
+)
 from slgr_jax.models.backbones.bert4rec import BERT4Rec
 from slgr_jax.models.backbones.click import make_click
 from slgr_jax.models.backbones.gru4rec import GRU4Rec
@@ -22,16 +30,64 @@ __all__ = [
     "SequenceBackbone",
     "make_backbone",
     "reads_of",
+    "register",
 ]
+
+
+class Maker(Protocol):
+    """Makes a backbone of a dataset's sizes; `native`: CPU kernels may be called (one device)."""
+
+    def __call__(self, config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    make: Maker
+    reads: Callable[[ModelConfig], Collection[str]]
+
+
+def register(
+    name: str,
+    maker: Maker,
+    *,
+    losses: Sequence[str] = ("bpr", "bce"),
+    defaults: Mapping[str, Any] | None = None,
+    reads: Collection[str] = (),
+    sequence: bool = False,
+) -> None:
+    """Let `--backbone=NAME` mean a backbone of your own, in this process.
+
+    A script that trains or restores such a run registers it first:
+
+        class Popularity(ItemTableBackbone): ...    # see `base.DotBackbone` for the members
+
+        register("popularity", lambda config, sizes, *, native: Popularity(sizes.items, config.dim))
+        slgr_jax.train(data, workdir, backbone="popularity")
+
+    Args:
+      name: what --backbone calls it.
+      maker: gives a `DotBackbone`, `SequenceBackbone` or `JointBackbone`.
+      losses: of `config.LOSSES`, those it can learn by; the first is what --loss=auto means.
+      defaults: knobs, by command-line name, that default otherwise for it.
+      reads: of HISTORY, FIELDS, GRAPH (`sampling.context`), what it looks up besides its tables.
+      sequence: whether it is a `SequenceBackbone`, which learns from windows of histories.
+
+    Raises:
+      ConfigError: the name is taken, a loss is unknown, or `reads` names what there is not.
+    """
+    known = (HISTORY, FIELDS, GRAPH)
+    unknown = sorted(set(reads) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"backbone {name!r} reads {listing(unknown)}; there is only {listing(known)}"
+        )
+    register_backbone(name, losses=losses, defaults=defaults or {}, sequence=sequence)
+    _ENTRIES[name] = _Entry(maker, lambda _: reads)
 
 
 def reads_of(config: ModelConfig) -> frozenset[str]:
     """What of the `Context` the backbone that `config` names may look up."""
-    if config.backbone in SEQUENCE_BACKBONES:
-        return frozenset({HISTORY})
-    if config.backbone in CLICK_BACKBONES:
-        return frozenset({HISTORY, FIELDS} if config.history_fields else {FIELDS})
-    return frozenset({GRAPH} if config.backbone == "lightgcn" else ())
+    return frozenset(_ENTRIES[config.backbone].reads(config))
 
 
 def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) -> AnyBackbone:
@@ -39,43 +95,104 @@ def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) ->
 
     Args:
       native: let CPU kernels do what they can (one CPU device).
+
+    Raises:
+      ConfigError: settings that contradict each other, or a registered maker gave no backbone.
     """
-    dot: dict[str, Any] = {
+    backbone = _ENTRIES[config.backbone].make(config, sizes, native=native)
+    missing = missing_members(backbone)
+    if missing:
+        raise ConfigError(
+            f"--backbone={config.backbone}: {type(backbone).__name__} has no {listing(missing)}, "
+            "which slgr_jax.models.backbones.base asks of a backbone"
+        )
+    undeclared = sorted(backbone.reads - reads_of(config))
+    if undeclared:
+        raise ConfigError(
+            f"--backbone={config.backbone} reads {listing(undeclared)}, and was registered with "
+            f"reads={sorted(reads_of(config))}; name them there"
+        )
+    return backbone
+
+
+def _dot(config: ModelConfig, sizes: Sizes) -> dict[str, Any]:
+    """The settings that backbones whose score is a dot product share."""
+    return {
         "n_items": sizes.items,
         "dim": config.dim,
         "init_std": config.init_std,
         "dropout": config.dropout,
     }
-    # No window is longer than the longest history: shorter ones cost less.
-    length = max(1, min(config.max_history, sizes.longest_history))
-    sequence = {**dot, "length": length, "layers": config.layers, "hidden": config.hidden}
-    makers: dict[str, Callable[[], AnyBackbone]] = {
-        "mf": lambda: MatrixFactorization(n_users=sizes.users, item_bias=config.item_bias, **dot),
-        "lightgcn": lambda: LightGCN(
-            n_users=sizes.users, layers=config.layers, native=native, **dot
-        ),
-        "sasrec": lambda: SASRec(heads=config.heads, **sequence),
-        "gru4rec": lambda: GRU4Rec(**sequence),
-        "bert4rec": lambda: BERT4Rec(
-            heads=config.heads, mask_probability=config.mask_probability, **sequence
-        ),
+
+
+def _length(config: ModelConfig, sizes: Sizes) -> int:
+    """L. No window is longer than the longest history: shorter ones cost less."""
+    return max(1, min(config.max_history, sizes.longest_history))
+
+
+def _sequence(config: ModelConfig, sizes: Sizes) -> dict[str, Any]:
+    """The settings that sequence backbones share."""
+    return {
+        **_dot(config, sizes),
+        "length": _length(config, sizes),
+        "layers": config.layers,
+        "hidden": config.hidden,
     }
-    if config.backbone in CLICK_BACKBONES:
-        return make_click(
-            config.backbone,
-            sizes=sizes,
-            dim=config.dim,
-            length=length,
-            init_std=config.init_std,
-            dropout=config.dropout,
-            mlp=config.mlp,
-            layers=config.layers,
-            heads=config.heads,
-            attention_width=config.attention_width,
-            cin=config.cin,
-            experts=config.experts,
-            low_rank=config.low_rank,
-            attention_mlp=config.attention_mlp,
-            history=config.history_fields,
-        )
-    return makers[config.backbone]()
+
+
+def _mf(config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone:
+    return MatrixFactorization(
+        n_users=sizes.users, item_bias=config.item_bias, **_dot(config, sizes)
+    )
+
+
+def _lightgcn(config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone:
+    return LightGCN(n_users=sizes.users, layers=config.layers, native=native, **_dot(config, sizes))
+
+
+def _sasrec(config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone:
+    return SASRec(heads=config.heads, **_sequence(config, sizes))
+
+
+def _gru4rec(config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone:
+    return GRU4Rec(**_sequence(config, sizes))
+
+
+def _bert4rec(config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone:
+    return BERT4Rec(
+        heads=config.heads, mask_probability=config.mask_probability, **_sequence(config, sizes)
+    )
+
+
+def _click(config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone:
+    return make_click(
+        config.backbone,
+        sizes=sizes,
+        dim=config.dim,
+        length=_length(config, sizes),
+        init_std=config.init_std,
+        dropout=config.dropout,
+        mlp=config.mlp,
+        layers=config.layers,
+        heads=config.heads,
+        attention_width=config.attention_width,
+        cin=config.cin,
+        experts=config.experts,
+        low_rank=config.low_rank,
+        attention_mlp=config.attention_mlp,
+        history=config.history_fields,
+    )
+
+
+def _click_reads(config: ModelConfig) -> Collection[str]:
+    return {HISTORY, FIELDS} if config.history_fields else {FIELDS}
+
+
+_ENTRIES: dict[str, _Entry] = {
+    "mf": _Entry(_mf, lambda _: ()),
+    "lightgcn": _Entry(_lightgcn, lambda _: {GRAPH}),
+    "sasrec": _Entry(_sasrec, lambda _: {HISTORY}),
+    "gru4rec": _Entry(_gru4rec, lambda _: {HISTORY}),
+    "bert4rec": _Entry(_bert4rec, lambda _: {HISTORY}),
+    **dict.fromkeys(CLICK_BACKBONES, _Entry(_click, _click_reads)),
+}

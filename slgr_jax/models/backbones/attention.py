@@ -39,8 +39,8 @@ class Drop(nn.Module):
     def __call__(self, x: Float[Array, "*N"], rate: float) -> Float[Array, "*N"]:
         if rate == 0.0:
             return x
-        own = random_bits.generators(self.make_rng("dropout")[None])
-        words = random_bits.words(own, 1, x.size).reshape(x.shape)
+        generator = random_bits.generators(self.make_rng("dropout")[None])
+        words = random_bits.words(generator, 1, x.size).reshape(x.shape)
         return jnp.where(words >= jnp.uint32(rate * 2**32), x / (1.0 - rate), 0.0)
 
 
@@ -55,9 +55,9 @@ def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     return 0.5 * x * (1.0 + jax.lax.erf(x / math.sqrt(2.0)))
 
 
-def last_place(there: Bool[Array, "N L"]) -> Int[Array, "N 1"]:
+def last_place(real: Bool[Array, "N L"]) -> Int[Array, "N 1"]:
     """The last place of every sequence, for `Encoder`."""
-    return jnp.full((there.shape[0], 1), there.shape[1] - 1, jnp.int32)
+    return jnp.full((real.shape[0], 1), real.shape[1] - 1, jnp.int32)
 
 
 class Block(nn.Module):
@@ -77,35 +77,39 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N L D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         *,
         rate: float,
         at: Int[Array, "N T"] | None = None,
     ) -> Float[Array, "N T D"]:
-        """The new states of places `at` (None: all), each from the places that are `there`."""
+        """The new states of places `at` (None: all), each from the places that are `real`."""
         count, length, dim = x.shape
+
+        # Queries, keys and values of all heads in one matrix product.
         projected = dense(3 * dim, "qkv")(nn.LayerNorm(name="attention_norm")(x))
         projected = projected.reshape(count, length, 3, self.heads, dim // self.heads)
         queries, keys, values = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
         places = jnp.arange(length, dtype=jnp.int32)[None, :]
-        seen, own = there[:, None, :], places
-        if at is not None:
+        visible, position = real[:, None, :], places
+        if at is not None:  # only these places ask; all of them are asked
             sequence = jnp.arange(count, dtype=jnp.int32)[:, None]
-            x, queries, own = x[sequence, at], queries[sequence, at], at
+            x, queries, position = x[sequence, at], queries[sequence, at], at
         if self.causal:
-            seen = seen & (places[:, None, :] <= own[:, :, None])
+            visible = visible & (places[:, None, :] <= position[:, :, None])
+
         logits = jnp.einsum("nthe,nlhe->nhtl", queries, keys) / math.sqrt(dim // self.heads)
-        weights = jax.nn.softmax(jnp.where(seen[:, None], logits, MASKED), axis=-1)
+        weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1)
         mixed = jnp.einsum("nhtl,nlhe->nthe", Drop()(weights, rate), values).reshape(x.shape)
         x = x + Drop()(dense(dim, "attended")(mixed), rate)
+
         inner = gelu(dense(self.hidden, "inner")(nn.LayerNorm(name="forward_norm")(x)))
         return x + Drop()(dense(dim, "outer")(inner), rate)
 
 
 class Encoder(nn.Module):
-    """LN(Blocks(Dropout(x + positions))); places that are not there influence no other.
+    """LN(Blocks(Dropout(x + positions))); places that are not `real` influence no other.
 
-    The state of a place that is not there is the final norm's bias: what all states share.
+    The state of a place that is not real is the final norm's bias: what all states share.
 
     Attributes:
       layers: blocks.
@@ -123,7 +127,7 @@ class Encoder(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N L D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         *,
         rate: float = 0.0,
         at: Int[Array, "N T"] | None = None,
@@ -139,13 +143,16 @@ class Encoder(nn.Module):
                 f"--dim={dim} is not a multiple of --heads={self.heads}, which share it evenly; "
                 "change either"
             )
+
         positions = self.param("positions", nn.initializers.normal(self.init_std), (length, dim))
         x = Drop()(x + positions[None], rate)
+
         for layer in range(self.layers):
             block = Block(self.heads, self.hidden, self.causal, name=f"block_{layer}")
             # The last block is worked out only where somebody looks.
-            x = block(x, there, rate=rate, at=at if layer == self.layers - 1 else None)
+            x = block(x, real, rate=rate, at=at if layer == self.layers - 1 else None)
+
         if at is not None:
-            there = jnp.take_along_axis(there, at, axis=1)
+            real = jnp.take_along_axis(real, at, axis=1)
         # Padding is no key of any place, but as a query it has looked at something.
-        return nn.LayerNorm(name="norm")(jnp.where(there[:, :, None], x, 0.0))
+        return nn.LayerNorm(name="norm")(jnp.where(real[:, :, None], x, 0.0))

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import Context, Queries
 
 Ids = Mapping[str, Int[Array, "..."]]  # table name -> ids of the rows that are read, any shape
+TableRows = Mapping[str, jax.Array]  # table name -> the rows that were read, [..., D]
 Params = Mapping[str, Any]
 Dropout = tuple[float, jax.Array] | None  # (rate, key) of a stochastic pass; None: deterministic
 
@@ -85,11 +86,11 @@ class DotBackbone(Backbone, Protocol):
     def propagate(
         self,
         params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
+        values: Mapping[str, Float[Array, "_ D"]],
         context: Context,
         *,
         dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
+    ) -> dict[str, Float[Array, "_ D"]]:
         """What the rows that the other methods read are gathered from: the tables themselves, or
         (`whole`) what they become on the graph. Serving keeps the result."""
         ...
@@ -103,17 +104,23 @@ class DotBackbone(Backbone, Protocol):
         ...
 
     def query_vectors(
-        self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        *,
+        dropout: Dropout,
     ) -> Float[Array, "N E"]:
         """The vectors of queries from the rows that `query_ids` names."""
         ...
 
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+    def item_vectors(self, params: Params, rows: TableRows) -> Float[Array, "... E"]:
         """The vectors of items from the rows that `item_ids` names."""
         ...
 
 
-class ItemRows:
+class ItemTableBackbone:
     """What most of them share: tables as they are, and row i of table `item` as item i's vector."""
 
     whole = False
@@ -121,11 +128,11 @@ class ItemRows:
     def propagate(
         self,
         params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
+        values: Mapping[str, Float[Array, "_ D"]],
         context: Context,
         *,
         dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
+    ) -> dict[str, Float[Array, "_ D"]]:
         """See `DotBackbone.propagate`."""
         return dict(values)
 
@@ -133,7 +140,7 @@ class ItemRows:
         """See `DotBackbone.item_ids`."""
         return {"item": items}
 
-    def item_vectors(self, params: Params, rows: Rows) -> Float[Array, "... E"]:
+    def item_vectors(self, params: Params, rows: TableRows) -> Float[Array, "... E"]:
         """See `DotBackbone.item_vectors`."""
         return rows["item"]
 
@@ -170,7 +177,7 @@ class SequenceBackbone(DotBackbone, Protocol):
         self,
         params: Params,
         events: Float[Array, "W L1 D"],
-        there: Bool[Array, "W L1"],
+        real: Bool[Array, "W L1"],
         *,
         key: jax.Array,
     ) -> Window:
@@ -178,7 +185,7 @@ class SequenceBackbone(DotBackbone, Protocol):
 
         Args:
           events: rows of table `item` of the L + 1 events, oldest first, the latest always last.
-          there: which of them are real.
+          real: which of them are events of the user.
           key: of dropout, and of masks where the backbone draws some.
         """
         ...
@@ -195,7 +202,7 @@ class JointBackbone(Backbone, Protocol):
     def score(
         self,
         params: Params,
-        rows: Rows,
+        rows: TableRows,
         context: Context,
         queries: Queries,
         items: Int[Array, "N C"],
@@ -217,3 +224,14 @@ def dots(states: Float[Array, "... E"], vectors: Float[Array, "... C E"]) -> Flo
 def item_tables(backbone: DotBackbone, context: Context) -> frozenset[str]:
     """The tables whose row i is item i's."""
     return frozenset(backbone.item_ids(context, jnp.zeros((1,), jnp.int32)))
+
+
+def missing_members(backbone: object) -> list[str]:
+    """What `backbone` lacks of the protocol that it comes closest to; [] for a backbone."""
+
+    def missing(protocol: type) -> list[str]:
+        bases = (base for base in protocol.__mro__ if getattr(base, "_is_protocol", False))
+        members = {name for base in bases for name in vars(base) if not name.startswith("_")}
+        return sorted(name for name in members if not hasattr(backbone, name))
+
+    return min(map(missing, (DotBackbone, JointBackbone)), key=len)

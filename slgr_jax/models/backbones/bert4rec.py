@@ -11,8 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.models.backbones.attention import Encoder, dense, gelu, last_place
-from slgr_jax.models.backbones.base import Dropout, Ids, ItemRows, Params, Window
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.backbones.base import (
+    Dropout,
+    Ids,
+    ItemTableBackbone,
+    Params,
+    TableRows,
+    Window,
+)
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.context import HISTORY, Context, Queries, recent
 
@@ -22,7 +29,7 @@ ONLY_LAST = 1 / 11
 
 
 def cloze_places(
-    key: jax.Array, there: Bool[Array, "W L"], probability: float
+    key: jax.Array, real: Bool[Array, "W L"], probability: float
 ) -> tuple[Int[Array, "W T"], Bool[Array, "W T"]]:
     """Which places of W sequences are masked: a share of the real events, without replacement.
 
@@ -35,15 +42,19 @@ def cloze_places(
       places: [W, T], T distinct places of each.
       chosen: [W, T] which of them are masked.
     """
-    windows, length = there.shape
+    windows, length = real.shape
     most = max(1, int(probability * length + 0.5))
     words = random_bits.words(random_bits.generators(key[None]), windows, length + 1)[:, 0]
     uniform = (words >> 8).astype(jnp.float32) * 2.0**-24
+
+    # The places with the largest numbers are masked; one in `ONLY_LAST` sequences puts its last
+    # place above all, and padding stays below all.
     only_last = uniform[:, length] < ONLY_LAST
     is_last = jnp.arange(length, dtype=jnp.int32) == length - 1
     order = jnp.where(only_last[:, None] & is_last[None, :], 2.0, uniform[:, :length])
-    places = jax.lax.top_k(jnp.where(there, order, -1.0), most)[1]
-    events = jnp.sum(there, axis=1, dtype=jnp.int32)
+    places = jax.lax.top_k(jnp.where(real, order, -1.0), most)[1]
+
+    events = jnp.sum(real, axis=1, dtype=jnp.int32)
     share = jnp.floor(probability * events.astype(jnp.float32) + 0.5).astype(jnp.int32)
     count = jnp.where(only_last, 1, jnp.clip(share, 1, most))
     count = jnp.minimum(count, events)
@@ -69,7 +80,7 @@ class Cloze(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N L D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         masked: Bool[Array, "N L"],
         *,
         rate: float = 0.0,
@@ -82,11 +93,11 @@ class Cloze(nn.Module):
         encoder = Encoder(
             self.layers, self.heads, self.hidden, False, self.init_std, name="encoder"
         )
-        states = encoder(x, there | masked, rate=rate, at=at)
+        states = encoder(x, real | masked, rate=rate, at=at)
         return nn.LayerNorm(name="output_norm")(gelu(dense(dim, "output")(states)))
 
 
-class BERT4Rec(ItemRows):
+class BERT4Rec(ItemTableBackbone):
     """s_ui = <state of a [MASK] behind the user's latest events, e_i>, one table `item` [I, D].
 
     A sequence has L places. For a query they hold the user's last L - 1 events and [MASK]; in
@@ -129,9 +140,9 @@ class BERT4Rec(ItemRows):
 
     def init(self, key: jax.Array) -> Params:
         shape = (1, self.length, self.tables["item"].width)
-        there = jnp.ones(shape[:2], bool)
-        found = self._network.init(key, jnp.zeros(shape), there, there, at=last_place(there))
-        return found["params"]
+        real = jnp.ones(shape[:2], bool)
+        variables = self._network.init(key, jnp.zeros(shape), real, real, at=last_place(real))
+        return variables["params"]
 
     def query_ids(self, context: Context, queries: Queries) -> Ids:
         """The last L - 1 events, [N, L - 1]: [MASK] takes the last place."""
@@ -139,38 +150,46 @@ class BERT4Rec(ItemRows):
         return {"item": recent(context.histories, queries, self.length - 1)[0]}
 
     def query_vectors(
-        self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        *,
+        dropout: Dropout,
     ) -> Float[Array, "N E"]:
         assert context.histories is not None
-        _, there = recent(context.histories, queries, self.length - 1)
-        behind = ((0, 0), (0, 1))
-        events, there = jnp.pad(rows["item"], (*behind, (0, 0))), jnp.pad(there, behind)
-        masked = jnp.zeros_like(there).at[:, -1].set(True)
-        return self._states(params, events, there, masked, dropout, last_place(there))[:, 0]
+        _, real = recent(context.histories, queries, self.length - 1)
+
+        behind = ((0, 0), (0, 1))  # a place for [MASK] after the latest event
+        events, real = jnp.pad(rows["item"], (*behind, (0, 0))), jnp.pad(real, behind)
+        masked = jnp.zeros_like(real).at[:, -1].set(True)
+        return self._states(params, events, real, masked, dropout, last_place(real))[:, 0]
 
     def window(
         self,
         params: Params,
         events: Float[Array, "W L1 D"],
-        there: Bool[Array, "W L1"],
+        real: Bool[Array, "W L1"],
         *,
         key: jax.Array,
     ) -> Window:
         """The states of masked places predict the events that the masks hide."""
         for_masks, for_dropout = jax.random.split(key)
-        events, there = events[:, 1:], there[:, 1:]
-        places, chosen = cloze_places(for_masks, there, self._mask_probability)
+        events, real = events[:, 1:], real[:, 1:]
+
+        places, chosen = cloze_places(for_masks, real, self._mask_probability)
         every = jnp.arange(self.length, dtype=jnp.int32)
         hit = (places[:, :, None] == every[None, None, :]) & chosen[:, :, None]
         dropout = (self.dropout, for_dropout)
-        states = self._states(params, events, there, jnp.any(hit, axis=1), dropout, places)
+        states = self._states(params, events, real, jnp.any(hit, axis=1), dropout, places)
         return Window(states, places + 1, chosen.astype(states.dtype))
 
     def _states(
         self,
         params: Params,
         events: Float[Array, "N L D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         masked: Bool[Array, "N L"],
         dropout: Dropout,
         at: Int[Array, "N T"],
@@ -178,7 +197,7 @@ class BERT4Rec(ItemRows):
         rate, rngs = (0.0, {}) if dropout is None else (dropout[0], {"dropout": dropout[1]})
         scaled = events * math.sqrt(events.shape[-1])
         states = self._network.apply(
-            {"params": params}, scaled, there, masked, rate=rate, at=at, rngs=rngs
+            {"params": params}, scaled, real, masked, rate=rate, at=at, rngs=rngs
         )
         assert isinstance(states, jax.Array)
         return states

@@ -23,7 +23,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.errors import ConfigError
-from slgr_jax.models.backbones.base import Dropout, Ids, Params
+from slgr_jax.models.backbones.base import (
+    Dropout,
+    Ids,
+    Params,
+    TableRows,
+)
 from slgr_jax.models.backbones.interactions import (
     AutoInt,
     Dcn,
@@ -33,7 +38,7 @@ from slgr_jax.models.backbones.interactions import (
     FieldNetwork,
     XDeepFm,
 )
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import (
     FIELDS,
     HISTORY,
@@ -82,31 +87,31 @@ class ClickModel:
         parts = 1 + self._categories
         item = jnp.zeros((1, 1, parts, self._dim))
         if isinstance(self._network, Din):
-            query, there = jnp.zeros((1, 1, self._dim)), jnp.zeros((1, 1), bool)
-            return self._network.init(key, query, item, item, there)["params"]
+            query, real = jnp.zeros((1, 1, self._dim)), jnp.zeros((1, 1), bool)
+            return self._network.init(key, query, item, item, real)["params"]
         count = 1 + parts * (1 + self._history)
         return self._network.init(key, jnp.zeros((1, count, self._dim)))["params"]
 
     def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
         """`user` [N]; `item` [N, C + L], candidates then events; `category` [N, C + L, F]."""
         seen, _ = self._items(context, queries, items)
-        found = {"user": queries.users, "item": seen}
+        ids = {"user": queries.users, "item": seen}
         if self._categories:
             assert context.fields is not None
-            found["category"] = categories_of(context.fields, seen)[0]
-        return found
+            ids["category"] = categories_of(context.fields, seen)[0]
+        return ids
 
     def score(
         self,
         params: Params,
-        rows: Rows,
+        rows: TableRows,
         context: Context,
         queries: Queries,
         items: Int[Array, "N C"],
         *,
         dropout: Dropout = None,
     ) -> Float[Array, "N C"]:
-        seen, there = self._items(context, queries, items)
+        seen, real = self._items(context, queries, items)
         fields = rows["item"][:, :, None, :]
         if self._categories:
             assert context.fields is not None
@@ -117,11 +122,11 @@ class ClickModel:
         query = rows["user"][:, None, :]
         if self._history and not isinstance(self._network, Din):
             n, length, *shape = events.shape
-            mean = _mean(events.reshape(n, length, -1), there)
+            mean = _mean(events.reshape(n, length, -1), real)
             query = jnp.concatenate([query, mean.reshape(n, *shape)], axis=1)
 
         def run(target: Float[Array, "N C T W"]) -> Float[Array, "N C"]:
-            return self._run(params, query, target, events, there, dropout)
+            return self._run(params, query, target, events, real, dropout)
 
         # Blocks would all draw the same dropout masks.
         return run(target) if dropout is not None else _by_block(run, target)
@@ -133,8 +138,8 @@ class ClickModel:
         if not self._history:
             return items, jnp.zeros((items.shape[0], 0), bool)
         assert context.histories is not None
-        events, there = recent(context.histories, queries, self._length)
-        return jnp.concatenate([items, events], axis=1), there
+        events, real = recent(context.histories, queries, self._length)
+        return jnp.concatenate([items, events], axis=1), real
 
     def _run(
         self,
@@ -142,13 +147,13 @@ class ClickModel:
         query: Float[Array, "N Q W"],
         target: Float[Array, "N C T W"],
         events: Float[Array, "N L T W"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         dropout: Dropout,
     ) -> Float[Array, "N C"]:
         """Logits of candidates."""
         network, variables = self._network, {"params": params}
         if isinstance(network, Din):
-            scores = network.apply(variables, query, target, events, there, dropout=dropout)
+            scores = network.apply(variables, query, target, events, real, dropout=dropout)
             assert isinstance(scores, jax.Array)
             return scores
         n, c = target.shape[:2]
@@ -176,7 +181,6 @@ def make_click(
     cin: tuple[int, ...] = (100, 100, 100),
     experts: int = 4,
     low_rank: int = 0,
-    stacked: bool = False,
     attention_mlp: tuple[int, ...] = (64, 16),
     history: bool = True,
 ) -> ClickModel:
@@ -192,7 +196,6 @@ def make_click(
       heads, attention_width: of autoint; the width is that of all heads together.
       cin: maps of each layer of xdeepfm.
       experts, low_rank: of dcnv2; low_rank 0 is one full matrix a layer, without experts.
-      stacked: of dcnv2: the perceptron after the cross layers instead of beside them.
       attention_mlp: widths of din's attention unit.
       history: whether the user's events are fields.
 
@@ -216,7 +219,7 @@ def make_click(
         "xdeepfm": lambda: XDeepFm(cin, mlp),
         "autoint": lambda: AutoInt(layers, heads, attention_width, mlp),
         "dcn": lambda: Dcn(layers, mlp),
-        "dcnv2": lambda: DcnV2(layers, mlp, experts, low_rank, stacked),
+        "dcnv2": lambda: DcnV2(layers, mlp, experts, low_rank),
         "din": lambda: Din(attention_mlp, mlp),
     }
     return ClickModel(
@@ -231,10 +234,10 @@ def make_click(
     )
 
 
-def _mean(rows: Float[Array, "*B K W"], there: Bool[Array, "*B K"]) -> Float[Array, "*B W"]:
-    """The mean of the K rows that are there; 0 where none is."""
-    total = jnp.sum(jnp.where(there[..., None], rows, 0.0), axis=-2)
-    return total / jnp.maximum(jnp.sum(there, axis=-1), 1).astype(rows.dtype)[..., None]
+def _mean(rows: Float[Array, "*B K W"], real: Bool[Array, "*B K"]) -> Float[Array, "*B W"]:
+    """The mean of the K rows that are `real`; 0 where none is."""
+    total = jnp.sum(jnp.where(real[..., None], rows, 0.0), axis=-2)
+    return total / jnp.maximum(jnp.sum(real, axis=-1), 1).astype(rows.dtype)[..., None]
 
 
 def _by_block(

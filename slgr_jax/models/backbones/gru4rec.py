@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from slgr_jax.models.backbones.attention import Drop
-from slgr_jax.models.backbones.base import Dropout, Ids, ItemRows, Params, Window
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.backbones.base import (
+    Dropout,
+    Ids,
+    ItemTableBackbone,
+    Params,
+    TableRows,
+    Window,
+)
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import HISTORY, Context, Queries, recent
 
 
@@ -21,9 +28,8 @@ def _by_gate(initializer: Any) -> Any:
     """An initialiser of [n, 3 H] that draws each gate's [n, H] by itself."""
 
     def init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
-        gates = [
-            initializer(one, (shape[0], shape[1] // 3), dtype) for one in jax.random.split(key, 3)
-        ]
+        keys, shape_of_gate = jax.random.split(key, 3), (shape[0], shape[1] // 3)
+        gates = [initializer(gate_key, shape_of_gate, dtype) for gate_key in keys]
         return jnp.concatenate(gates, axis=1)
 
     return init
@@ -37,7 +43,7 @@ class GruLayer(nn.Module):
 
     W = [W_r, W_z, W_n] and b are of `input`, U = `recurrent`, c = `reset_bias`; PyTorch's second
     biases of r and z are redundant, b_r and b_z stand for both. h starts at 0. Where an event is
-    not there, h stays.
+    not `real`, h stays.
 
     Attributes:
       width: H.
@@ -46,9 +52,7 @@ class GruLayer(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "L N D"], there: Bool[Array, "L N"]
-    ) -> Float[Array, "L N H"]:
+    def __call__(self, x: Float[Array, "L N D"], real: Bool[Array, "L N"]) -> Float[Array, "L N H"]:
         """h after each event; time is the first axis, which the scan takes slices of."""
         width = self.width
         by_gate = _by_gate(nn.initializers.glorot_uniform())
@@ -60,17 +64,17 @@ class GruLayer(nn.Module):
         def step(
             h: Float[Array, "N H"], inputs: tuple[Float[Array, "N H3"], Bool[Array, "N"]]
         ) -> tuple[Float[Array, "N H"], Float[Array, "N H"]]:
-            now, real = inputs
+            now, is_event = inputs
             before = h @ recurrent
             gates = jax.nn.sigmoid(now[:, : 2 * width] + before[:, : 2 * width])
             r, z = gates[:, :width], gates[:, width:]
             kept = before[:, 2 * width :] + reset_bias[None, :]
             n = jnp.tanh(now[:, 2 * width :] + r * kept)
-            h = jnp.where(real[:, None], (1.0 - z) * n + z * h, h)
+            h = jnp.where(is_event[:, None], (1.0 - z) * n + z * h, h)
             return h, h
 
         start = jnp.zeros((x.shape[1], width), from_x.dtype)
-        return jax.lax.scan(step, start, (from_x, there))[1]
+        return jax.lax.scan(step, start, (from_x, real))[1]
 
 
 class Recurrent(nn.Module):
@@ -88,22 +92,22 @@ class Recurrent(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N L D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         *,
         rate: float = 0.0,
         only_last: bool = False,
     ) -> Float[Array, "N T D"]:
         """The state after each of the L places (T = L), or after the last (T = 1)."""
         dim = x.shape[-1]
-        states, there = jnp.swapaxes(x, 0, 1), there.T
+        states, real = jnp.swapaxes(x, 0, 1), real.T
         for layer in range(self.layers):
-            states = GruLayer(self.width, name=f"layer_{layer}")(Drop()(states, rate), there)
+            states = GruLayer(self.width, name=f"layer_{layer}")(Drop()(states, rate), real)
         states = states[-1:] if only_last else states
         output = nn.Dense(dim, kernel_init=nn.initializers.glorot_uniform(), name="output")
         return output(jnp.swapaxes(states, 0, 1))
 
 
-class GRU4Rec(ItemRows):
+class GRU4Rec(ItemTableBackbone):
     """s_ui = <A h_u + a, e_i>, h_u the GRU's state after the user's latest event.
 
     One table `item` [I, D] for both sides, as in RecBole; the paper feeds one-hot items and has
@@ -148,31 +152,37 @@ class GRU4Rec(ItemRows):
         return {"item": recent(context.histories, queries, self.length)[0]}
 
     def query_vectors(
-        self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        *,
+        dropout: Dropout,
     ) -> Float[Array, "N E"]:
         assert context.histories is not None
-        _, there = recent(context.histories, queries, self.length)
-        return self._states(params, rows["item"], there, dropout, only_last=True)[:, 0]
+        _, real = recent(context.histories, queries, self.length)
+        return self._states(params, rows["item"], real, dropout, only_last=True)[:, 0]
 
     def window(
         self,
         params: Params,
         events: Float[Array, "W L1 D"],
-        there: Bool[Array, "W L1"],
+        real: Bool[Array, "W L1"],
         *,
         key: jax.Array,
     ) -> Window:
         """The state after each of the first L events predicts the event after it."""
         dropout = (self.dropout, key)
-        states = self._states(params, events[:, :-1], there[:, :-1], dropout, only_last=False)
+        states = self._states(params, events[:, :-1], real[:, :-1], dropout, only_last=False)
         place = jnp.arange(1, self.length + 1, dtype=jnp.int32)
-        return Window(states, place, (there[:, :-1] & there[:, 1:]).astype(states.dtype))
+        return Window(states, place, (real[:, :-1] & real[:, 1:]).astype(states.dtype))
 
     def _states(
         self,
         params: Params,
         events: Float[Array, "N L D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         dropout: Dropout,
         *,
         only_last: bool,
@@ -180,7 +190,7 @@ class GRU4Rec(ItemRows):
         rate, rngs = (0.0, {}) if dropout is None else (dropout[0], {"dropout": dropout[1]})
         scaled = events * math.sqrt(events.shape[-1])
         states = self._network.apply(
-            {"params": params}, scaled, there, rate=rate, only_last=only_last, rngs=rngs
+            {"params": params}, scaled, real, rate=rate, only_last=only_last, rngs=rngs
         )
         assert isinstance(states, jax.Array)
         return states

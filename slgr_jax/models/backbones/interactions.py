@@ -37,8 +37,8 @@ def dropped(x: Float[Array, "R W"], dropout: Dropout, layer: int) -> Float[Array
     if dropout is None or dropout[0] <= 0.0:
         return x
     rate, key = dropout
-    lanes = jnp.arange(x.shape[0], dtype=jnp.int32)
-    words = random_bits.of_rows(jax.random.fold_in(key, layer), lanes, x.shape[1])
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+    words = random_bits.of_rows(jax.random.fold_in(key, layer), rows, x.shape[1])
     keep = words >= jnp.uint32(int(rate * 2**32))
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
@@ -102,8 +102,8 @@ def _by_chunks(
     if jax.default_backend() != "cpu" or rows <= chunk:
         return network(fields)
     padded = jnp.pad(fields, ((0, -rows % chunk), (0, 0), (0, 0)))
-    found = jax.lax.map(jax.checkpoint(network), padded.reshape(-1, chunk, count, width))
-    return found.reshape(padded.shape[0], -1)[:rows]
+    results = jax.lax.map(jax.checkpoint(network), padded.reshape(-1, chunk, count, width))
+    return results.reshape(padded.shape[0], -1)[:rows]
 
 
 def _compress(
@@ -117,11 +117,12 @@ def _compress(
     first = jnp.swapaxes(fields, 0, 1).reshape(count, rows * width)
     maps, pooled = first, []
     for layer, (kernel, bias) in enumerate(layers):
+        # Products of every map with every field, [H F, R D].
         products = (maps[:, None, :] * first[None, :, :]).reshape(-1, rows * width)
-        found = jax.nn.relu(kernel.T @ products + bias[:, None])
+        outputs = jax.nn.relu(kernel.T @ products + bias[:, None])
         cut = 0 if layer == len(layers) - 1 else kernel.shape[1] // 2
-        maps = found[:cut]
-        pooled.append(jnp.sum(found[cut:].reshape(-1, rows, width), axis=2))
+        maps = outputs[:cut]
+        pooled.append(jnp.sum(outputs[cut:].reshape(-1, rows, width), axis=2))
     return jnp.concatenate(pooled).T
 
 
@@ -158,7 +159,7 @@ class XDeepFm(nn.Module):
 
 
 def _attend(
-    kernels: Sequence[Float[Array, "E 4 A"]], heads: int, fields: Float[Array, "R F D"]
+    kernels: Sequence[Float[Array, "... 4 A"]], heads: int, fields: Float[Array, "R F D"]
 ) -> Float[Array, "R M"]:
     """The fields after self-attention, flat; see `AutoInt`."""
     rows, count, _ = fields.shape
@@ -271,18 +272,17 @@ class MixedCross(nn.Module):
 class DcnV2(nn.Module):
     """DCNv2 (arXiv 2008.13535): x_{l+1} = x_0 * f_l(x_l) + x_l, entrywise, and a perceptron.
 
+    The paper's parallel form: the logit is linear in [x_L, MLP(x_0)].
+
     Attributes:
       low_rank: 0 for f_l(x) = W_l x + b_l (eq. 1), else r of `MixedCross`.
       experts: of `MixedCross`.
-      stacked: whether the perceptron reads x_L; otherwise it reads x_0 beside the cross layers,
-        and the logit is linear in [x_L, MLP(x_0)].
     """
 
     layers: int
     mlp: tuple[int, ...]
     experts: int
     low_rank: int
-    stacked: bool
 
     @nn.compact
     def __call__(
@@ -298,9 +298,9 @@ class DcnV2(nn.Module):
                 else nn.Dense(width, kernel_init=GLOROT, name=name)
             )
             x = start * cross(x) + x
-        deep = Mlp(self.mlp)(x if self.stacked else start, dropout=dropout)
-        last = deep if self.stacked else jnp.concatenate([x, deep], axis=1)
-        return nn.Dense(1, kernel_init=GLOROT)(last)[:, 0]
+        deep = Mlp(self.mlp)(start, dropout=dropout)
+        both = jnp.concatenate([x, deep], axis=1)
+        return nn.Dense(1, kernel_init=GLOROT)(both)[:, 0]
 
 
 class Din(nn.Module):
@@ -322,13 +322,13 @@ class Din(nn.Module):
         query: Float[Array, "N Q D"],
         target: Float[Array, "N C T D"],
         events: Float[Array, "N L T D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         *,
         dropout: Dropout = None,
     ) -> Float[Array, "N C"]:
         n, c, parts, dim = target.shape
         t, e = target.reshape(n, c, parts * dim), events.reshape(n, -1, parts * dim)
-        weights = jnp.where(there[:, None, :], self._weights(t, e), 0.0)
+        weights = jnp.where(real[:, None, :], self._weights(t, e), 0.0)
         scaled = weights * np.float32((parts * dim) ** -0.5)
         # A sum of products, not a batched matrix product: with few candidates a query, that
         # would be a call a query on CPU.

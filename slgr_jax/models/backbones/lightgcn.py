@@ -16,8 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.kernels import graph as kernel
-from slgr_jax.models.backbones.base import Dropout, Ids, ItemRows, Params
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.backbones.base import (
+    Dropout,
+    Ids,
+    ItemTableBackbone,
+    Params,
+    TableRows,
+)
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.context import GRAPH, Context, Graph, Queries
 
@@ -35,13 +41,11 @@ class Propagation:
       layers: K, at least 1.
       native: by the CPU kernel.
       rate: of dropped edges, in [0, 1).
-      gathered: bound on the gathered rows of an XLA program, in numbers.
     """
 
     layers: int
     native: bool
     rate: float = 0.0
-    gathered: int = GATHERED
 
     @property
     def threshold(self) -> int:
@@ -55,7 +59,7 @@ class Propagation:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def propagate(how: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
+def propagate(propagation: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
     """E = 1 / (K + 1) sum_k A^k E^(0), A_ui = A_iu = w m_ui / sqrt(d_u d_i), k = 0 .. K.
 
     Equations 3, 4 and 8 (with alpha_k = 1 / (K + 1)) of He et al. 2020. Degrees d are those of the
@@ -63,38 +67,38 @@ def propagate(how: Propagation, tables: Pair, graph: Graph, words: Pair | None) 
     layer-0 term alone.
 
     Args:
-      how: the layers, and who computes them.
+      propagation: the layers, and who computes them.
       tables: E^(0) of users [U, D] and items [I, D].
       graph: the edges.
       words: uint32 words of users [U] and items [I] (`edge_words`), of which m is a function;
         None drops nothing.
     """
     user, item = tables
-    if how.native:
+    if propagation.native:
         return kernel.propagate(
             user,
             item,
             (graph.user_offsets, graph.items),
             (graph.item_offsets, graph.users),
             words,
-            layers=how.layers,
-            threshold=how.threshold,
-            weight=how.weight,
+            layers=propagation.layers,
+            threshold=propagation.threshold,
+            weight=propagation.weight,
         )
-    return _by_xla(how, tables, graph, words)
+    return _by_xla(propagation, tables, graph, words)
 
 
 def _forward(
-    how: Propagation, tables: Pair, graph: Graph, words: Pair | None
+    propagation: Propagation, tables: Pair, graph: Graph, words: Pair | None
 ) -> tuple[Pair, tuple[Graph, Pair | None]]:
-    return propagate(how, tables, graph, words), (graph, words)
+    return propagate(propagation, tables, graph, words), (graph, words)
 
 
 def _backward(
-    how: Propagation, kept: tuple[Graph, Pair | None], grads: Pair
+    propagation: Propagation, kept: tuple[Graph, Pair | None], grads: Pair
 ) -> tuple[Pair, None, None]:
     # A is symmetric, and so is any polynomial in it: the map is its own adjoint.
-    return propagate(how, grads, *kept), None, None
+    return propagate(propagation, grads, *kept), None, None
 
 
 propagate.defvjp(_forward, _backward)
@@ -109,8 +113,8 @@ def edge_words(
     """
     keys = jax.random.split(key)
     users, items = (
-        random_bits.of_rows(one, jnp.arange(rows, dtype=jnp.int32), 1)[:, 0]
-        for one, rows in zip(keys, (n_users, n_items), strict=True)
+        random_bits.of_rows(table_key, jnp.arange(rows, dtype=jnp.int32), 1)[:, 0]
+        for table_key, rows in zip(keys, (n_users, n_items), strict=True)
     )
     return users, items
 
@@ -131,13 +135,13 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(
-    how: Propagation,
+    propagation: Propagation,
     offsets: Int[Array, "R1"],
     indices: Int[Array, "n"],
     words: UInt32[Array, "R"] | None,
     width: int,
 ) -> _Tiles:
-    """Tiles of the edges that are kept, in parts that gather at most `how.gathered` numbers.
+    """Tiles of the edges that are kept, `GATHERED` numbers a part.
 
     Args:
       offsets, indices: the other ends of each row's edges.
@@ -146,21 +150,25 @@ def _tiles(
     """
     rows = offsets.size - 1
     most = (indices.size + rows * (TILE - 1)) // TILE  # sum_r ceil(d_r / T) is no more
-    size = min(max(1, how.gathered // (TILE * width)), most)
+    size = min(max(1, GATHERED // (TILE * width)), most)
     parts = -(-most // size)
+
+    # Tile t belongs to the first row whose tiles end after t, and starts as many tiles into that
+    # row's edges as t lies behind the row's first tile.
     counts = -(-jnp.diff(offsets) // TILE)
     ends = jnp.cumsum(counts)
     tile = jnp.arange(parts * size, dtype=jnp.int32)
     row = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
-    mine = jnp.minimum(row, rows - 1)
-    start = offsets[mine] + TILE * (tile - (ends - counts)[mine])
-    at = start[:, None] + jnp.arange(TILE, dtype=jnp.int32)[None, :]
-    there = at < offsets[mine + 1][:, None]  # never past the last tile
-    columns = indices.at[at].get(mode="clip")
+    owner = jnp.minimum(row, rows - 1)
+    start = offsets[owner] + TILE * (tile - (ends - counts)[owner])
+    edge = start[:, None] + jnp.arange(TILE, dtype=jnp.int32)[None, :]
+    is_edge = edge < offsets[owner + 1][:, None]  # never past the last tile
+    columns = indices.at[edge].get(mode="clip")
+
     if words is not None:
-        word = random_bits.mixed(words[mine][:, None] + words[columns])
-        there &= word >= jnp.uint32(how.threshold)
-    columns = jnp.where(there, columns, rows)
+        word = random_bits.mixed(words[owner][:, None] + words[columns])
+        is_edge &= word >= jnp.uint32(propagation.threshold)
+    columns = jnp.where(is_edge, columns, rows)
     return _Tiles(row.reshape(parts, size), columns.reshape(parts, size, TILE))
 
 
@@ -179,28 +187,31 @@ def _summed(tiles: _Tiles, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
     return jax.lax.scan(add, jnp.zeros_like(x), tiles)[0]
 
 
-def _by_xla(how: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
+def _by_xla(propagation: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
     """`propagate` on one table of users and then items, in the steps of graph.cc."""
     n_users, width = tables[0].shape
+
+    # One graph of users, then items: rows of items follow those of users, and so do their edges.
     offsets = jnp.concatenate([graph.user_offsets, graph.items.size + graph.item_offsets[1:]])
     indices = jnp.concatenate([graph.items + n_users, graph.users])
     both = None if words is None else jnp.concatenate(words)
-    tiles = _tiles(how, offsets, indices, both, width)
+    tiles = _tiles(propagation, offsets, indices, both, width)
+
     degree = jnp.diff(offsets).astype(jnp.float32)[:, None]
     scale = jnp.where(degree > 0, jax.lax.rsqrt(jnp.maximum(degree, 1.0)), 0.0)
 
     def layer(k: Int[Array, ""], state: Pair) -> Pair:
         scaled, total = state  # what is summed over edges is S E, not E
-        value = how.weight * scale * _summed(tiles, scaled)
+        value = propagation.weight * scale * _summed(tiles, scaled)
         return scale * value, total + value
 
     table = jnp.concatenate(tables)
-    total = jax.lax.fori_loop(0, how.layers, layer, (scale * table, table))[1]
-    mean = total / (how.layers + 1)
+    total = jax.lax.fori_loop(0, propagation.layers, layer, (scale * table, table))[1]
+    mean = total / (propagation.layers + 1)
     return mean[:n_users], mean[n_users:]
 
 
-class LightGCN(ItemRows):
+class LightGCN(ItemTableBackbone):
     """LightGCN as a `DotBackbone`: tables `user` [U, D] and `item` [I, D], no dense parameters.
 
     Dropout is on the edges of the training graph: a pass drops each with that rate in both
@@ -235,19 +246,19 @@ class LightGCN(ItemRows):
     def propagate(
         self,
         params: Params,
-        values: Mapping[str, Float[Array, "R D"]],
+        values: Mapping[str, Float[Array, "_ D"]],
         context: Context,
         *,
         dropout: Dropout = None,
-    ) -> dict[str, Float[Array, "R D"]]:
+    ) -> dict[str, Float[Array, "_ D"]]:
         assert context.graph is not None, "LightGCN reads the graph"
         user, item = values["user"], values["item"]
         rate, words = 0.0, None
         if dropout is not None and dropout[0] > 0:
             rate, key = dropout
             words = edge_words(key, user.shape[0], item.shape[0])
-        how = Propagation(self._layers, self._native, rate)
-        user, item = propagate(how, (user, item), context.graph, words)
+        propagation = Propagation(self._layers, self._native, rate)
+        user, item = propagate(propagation, (user, item), context.graph, words)
         return {"user": user, "item": item}
 
     def query_ids(self, context: Context, queries: Queries) -> Ids:
@@ -256,7 +267,7 @@ class LightGCN(ItemRows):
     def query_vectors(
         self,
         params: Params,
-        rows: Rows,
+        rows: TableRows,
         context: Context,
         queries: Queries,
         *,

@@ -8,12 +8,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slgr_jax.models.backbones.base import Dropout, FactorModel, Ids, ItemRows, Params
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.backbones.base import (
+    Dropout,
+    FactorModel,
+    Ids,
+    ItemTableBackbone,
+    Params,
+    TableRows,
+)
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import Context, Queries
 
 
-class MatrixFactorization(ItemRows):
+class MatrixFactorization(ItemTableBackbone):
     """BPR-MF as a `DotBackbone`: tables `user` [U, D] and `item` [I, D], no dense parameters.
 
     The item's bias is the last entry of its row, which the user's last entry, counted as 1, meets:
@@ -50,7 +57,7 @@ class MatrixFactorization(ItemRows):
     def query_vectors(
         self,
         params: Params,
-        rows: Rows,
+        rows: TableRows,
         context: Context,
         queries: Queries,
         *,

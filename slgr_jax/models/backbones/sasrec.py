@@ -10,12 +10,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.models.backbones.attention import Encoder, last_place
-from slgr_jax.models.backbones.base import Dropout, Ids, ItemRows, Params, Window
-from slgr_jax.models.embedding_table import Rows, TableSpec
+from slgr_jax.models.backbones.base import (
+    Dropout,
+    Ids,
+    ItemTableBackbone,
+    Params,
+    TableRows,
+    Window,
+)
+from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import HISTORY, Context, Queries, recent
 
 
-class SASRec(ItemRows):
+class SASRec(ItemTableBackbone):
     """s_ui = <state of the user's latest event, e_i>, one table `item` [I, D] for both sides.
 
     The encoder reads e_i sqrt(D), as the authors' code does, and `attention` says what else was
@@ -62,36 +69,42 @@ class SASRec(ItemRows):
         return {"item": recent(context.histories, queries, self.length)[0]}
 
     def query_vectors(
-        self, params: Params, rows: Rows, context: Context, queries: Queries, *, dropout: Dropout
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        *,
+        dropout: Dropout,
     ) -> Float[Array, "N E"]:
         assert context.histories is not None
-        _, there = recent(context.histories, queries, self.length)
-        return self._states(params, rows["item"], there, dropout, last_place(there))[:, 0]
+        _, real = recent(context.histories, queries, self.length)
+        return self._states(params, rows["item"], real, dropout, last_place(real))[:, 0]
 
     def window(
         self,
         params: Params,
         events: Float[Array, "W L1 D"],
-        there: Bool[Array, "W L1"],
+        real: Bool[Array, "W L1"],
         *,
         key: jax.Array,
     ) -> Window:
         """The state of each of the first L events predicts the event after it."""
         dropout = (self.dropout, key)
-        states = self._states(params, events[:, :-1], there[:, :-1], dropout, None)
+        states = self._states(params, events[:, :-1], real[:, :-1], dropout, None)
         place = jnp.arange(1, self.length + 1, dtype=jnp.int32)
-        return Window(states, place, (there[:, :-1] & there[:, 1:]).astype(states.dtype))
+        return Window(states, place, (real[:, :-1] & real[:, 1:]).astype(states.dtype))
 
     def _states(
         self,
         params: Params,
         events: Float[Array, "N L D"],
-        there: Bool[Array, "N L"],
+        real: Bool[Array, "N L"],
         dropout: Dropout,
         at: Int[Array, "N T"] | None,
     ) -> Float[Array, "N T D"]:
         rate, rngs = (0.0, {}) if dropout is None else (dropout[0], {"dropout": dropout[1]})
         scaled = events * math.sqrt(events.shape[-1])
-        states = self._encoder.apply({"params": params}, scaled, there, rate=rate, at=at, rngs=rngs)
+        states = self._encoder.apply({"params": params}, scaled, real, rate=rate, at=at, rngs=rngs)
         assert isinstance(states, jax.Array)
         return states

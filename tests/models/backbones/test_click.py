@@ -42,7 +42,6 @@ SMALL: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in SIX},
     "dcnv2 mixed": {"low_rank": 2},
-    "dcnv2 mixed stacked": {"low_rank": 2, "stacked": True},
     "deepfm without history": {"history": False},
     "deepfm without categories": {"sizes": dataclasses.replace(SIZES, categories=0)},
     "din without categories": {"sizes": dataclasses.replace(SIZES, categories=0)},
@@ -190,8 +189,6 @@ def _dcnv2(params, x, masks, settings):
             x = total + x
         else:
             x = start * (x @ p["kernel"] + p["bias"]) + x
-    if settings.get("stacked"):
-        return _deep(params, x, masks)
     last = np.concatenate([x, _mlp(params["Mlp_0"], start, masks)])
     return (last @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"])[0]
 

@@ -42,7 +42,7 @@ def _first_steps(tmp_path, monkeypatch, **knobs):
         n_items=30,
     )
     monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
-    monkeypatch.setattr(build, "resident_teacher", lambda *_: teacher)
+    monkeypatch.setattr(build, "teacher_arrays", lambda *_: teacher)
     common = {"dim": 8, "batch_size": 16, "preferences_per_step": 16, "init_std": 1.0, "hidden": 8}
     common |= {"max_history": 4, "mlp": (8,), "cin": (4, 4), "attention_width": 4}
     guided = {"guidance": "selective", "teacher": "t", "gate": "paper"}

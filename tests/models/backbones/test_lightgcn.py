@@ -114,22 +114,24 @@ def test_propagate_and_its_gradient_equal_dense_matrices(native):
         np.testing.assert_array_equal(out["item"][row], values["item"][row] / (K + 1))
 
 
-def test_gathering_in_parts_changes_nothing():
+def test_gathering_in_parts_changes_nothing(monkeypatch):
     """Two tiles at a time, the last part not full; a row's edges lie in several parts."""
     values, graph, key = _values(), _graph(_touched()), jax.random.key(3)
-    parts = Propagation(K, False, 0.25, gathered=2 * lightgcn.TILE * D + 1)
+    monkeypatch.setattr(lightgcn, "GATHERED", 2 * lightgcn.TILE * D + 1)
+    parts = Propagation(K, False, 0.25)
     words, tables = lightgcn.edge_words(key, USERS, ITEMS), (values["user"], values["item"])
     got = jax.jit(functools.partial(lightgcn.propagate, parts))(tables, graph, words)
+    monkeypatch.undo()
     wanted, _ = _model(False)[1](values, graph, key, 0.25)
     np.testing.assert_allclose(got[0], wanted["user"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got[1], wanted["item"], rtol=1e-5, atol=1e-6)
 
 
-def test_the_last_part_is_summed_where_every_tile_is_used():
+def test_the_last_part_is_summed_where_every_tile_is_used(monkeypatch):
     """Three couples, six tiles in parts of four: one layer gives (p + q) / 2 to both."""
     graph, tables = _graph(np.eye(3, dtype=bool)), tuple(x[:3] for x in _values().values())
-    parts = Propagation(1, False, gathered=4 * lightgcn.TILE * D)
-    for got in lightgcn.propagate(parts, tables, graph, None):
+    monkeypatch.setattr(lightgcn, "GATHERED", 4 * lightgcn.TILE * D)
+    for got in lightgcn.propagate(Propagation(1, False), tables, graph, None):
         np.testing.assert_allclose(got, (tables[0] + tables[1]) / 2, rtol=1e-6)
 
 
