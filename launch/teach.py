@@ -132,13 +132,16 @@ def requests(data: Dataset, common: config.TeachConfig) -> None:
 
     options = flags.section_from_flags(config.RequestConfig)
     drawn, source = sets.load(data, options.candidate_set or common.name)
-    one = asking.asker(data, drawn, prompts.item_lines(data), options, common.seed)
-    planned = asking.plan(one)
+    score_range = flags.section_from_flags(config.CollectConfig).score_range
+    asker = asking.asker(
+        data, drawn, prompts.item_lines(data), options, common.seed, score_range=score_range
+    )
+    planned = asking.plan(asker)
     print(planned.report(), flush=True)
     if not options.dry_run:
         root = files.directory(data.path, common.name, options.out)
         manifest = files.write(
-            one, planned, source, root, model=common.model, overwrite=common.overwrite
+            asker, planned, source, root, model=common.model, overwrite=common.overwrite
         )
         print(files.report(manifest, root))
 

@@ -20,6 +20,11 @@ EMBEDDERS = ("wordllama", "smollm2")
 # What a request asks for, by the form of its answer.
 PROMPTS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
 ORDERS = ("random", "both", "one")
+# How a request states the form of its answer: a JSON schema with its labels and range of scores,
+# any JSON object, or words alone.
+STRUCTURED = ("json_schema", "json_object", "none")
+# What services call the most tokens of an answer.
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 # How teachers are made one.
 FUSIONS = ("reciprocal", "rrf", "borda", "mean")
 
@@ -190,15 +195,28 @@ class RequestConfig(Section):
         choices=ORDERS,
     )
     logprobs: bool = knob(
-        False, "pairwise, pointwise, rating: ask for the probabilities of the first answer token"
+        False, "pairwise, pointwise, rating: ask for the probabilities of the token that answers"
     )
     top_logprobs: int = knob(20, "how many tokens to ask for; services cap it", minimum=1)
     temperature: float = knob(0.0, "sampling temperature of the request", minimum=0)
     answer_tokens: int = knob(
         0, "most tokens of an answer; 0 = twice what an answer needs, and 16", minimum=0
     )
+    token_limit: str = knob(
+        "max_tokens",
+        "what the service calls that limit; reasoning models of OpenAI want max_completion_tokens "
+        "(their thoughts count: raise --answer_tokens)",
+        choices=TOKEN_LIMITS,
+    )
+    structured: str = knob(
+        "json_schema",
+        "the form of an answer (response_format): json_schema = exactly the labels asked for and "
+        "scores within --score_range, for services and servers that enforce it (OpenAI, vLLM, "
+        "llama.cpp, Ollama, LM Studio); json_object = some JSON; none = asked for in words only",
+        choices=STRUCTURED,
+    )
     body: str = knob(
-        "", 'JSON object with more fields of each request, e.g. {"response_format": {...}}'
+        "", 'JSON object with more fields of each request, e.g. {"seed": 1}; null takes one away'
     )
     requests_per_file: int = knob(50_000, "most requests in one file", minimum=1)
     megabytes_per_file: float = knob(200.0, "most megabytes (10^6) in one file", above=0)

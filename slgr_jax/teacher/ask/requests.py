@@ -27,7 +27,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.schema import ShardFile
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.teacher.ask import candidates, prompts
-from slgr_jax.teacher.ask.asking import ANSWER_TOKENS, Asker, Plan, shown_history
+from slgr_jax.teacher.ask.asking import Asker, AskingPlan, shown_history
 from slgr_jax.teacher.products import preferences
 
 PathLike = str | os.PathLike[str]
@@ -44,8 +44,8 @@ def directory(data: PathLike, name: str, out: str = "") -> pathlib.Path:
 
 
 def write(
-    one: Asker,
-    planned: Plan,
+    asker: Asker,
+    planned: AskingPlan,
     source: schema.CandidateManifest,
     root: pathlib.Path,
     *,
@@ -58,19 +58,20 @@ def write(
       ConfigError: no model.
       InputError: `root` holds other requests, or is no directory of requests.
     """
-    _body(one.options, "", "", 0)  # a bad --body is refused before anything is done
+    _body(asker, "", "", 1, 0)  # a bad --body is refused before anything is done
     if not model:
         raise ConfigError("missing --model: the LLM that is to answer, as its server calls it")
-    options = dataclasses.asdict(one.options)
+    options = dataclasses.asdict(asker.options)
     decides: dict[str, Any] = {
         "options": {k: v for k, v in options.items() if k not in ("candidate_set", "out")},
-        "template": one.template.text,
-        "lines": hashlib.sha256("\n".join(one.lines).encode()).hexdigest(),
-        "history": hashlib.sha256(shown_history(one)[1].tobytes()).hexdigest(),
+        "template": asker.template.text,
+        "lines": hashlib.sha256("\n".join(asker.lines).encode()).hexdigest(),
+        "history": hashlib.sha256(shown_history(asker)[1].tobytes()).hexdigest(),
         "candidates": candidates.content_hash(source),
         "split": (source.split_hash, source.id_map_hash),
         "model": model,
-        "seed": one.seed,
+        "seed": asker.seed,
+        "score_range": asker.score_range,
     }
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     manifest = schema.RequestManifest(
@@ -81,30 +82,34 @@ def write(
         split_hash=source.split_hash,
         candidates=source.name,
         candidates_hash=decides["candidates"],
-        training_items="hidden" if one.drawn.hidden.indices.size else "none",
-        prompt=one.options.prompt,
-        template_hash=one.template.hash,
+        training_items="hidden" if asker.drawn.hidden.indices.size else "none",
+        prompt=asker.options.prompt,
+        template_hash=asker.template.hash,
         model=model,
         options=options,
-        plan={**planned.facts, "tokens_by": planned.tokens_by},
+        plan={
+            **planned.facts,
+            "tokens_by": planned.tokens_by,
+            "score_range": list(asker.score_range),
+        },
         files={"requests": (), "index": ()},
     )
     _refuse_foreign(root, fingerprint, overwrite=overwrite)
     root.mkdir(parents=True, exist_ok=True)
     with shards.locked(root):
         manifest = _resume(root, manifest)
-        return manifest if manifest.complete else _write_rest(one, planned, manifest, root)
+        return manifest if manifest.complete else _write_rest(asker, planned, manifest, root)
 
 
 def _write_rest(
-    one: Asker, planned: Plan, manifest: schema.RequestManifest, root: pathlib.Path
+    asker: Asker, planned: AskingPlan, manifest: schema.RequestManifest, root: pathlib.Path
 ) -> schema.RequestManifest:
     written = sum(file.rows for file in manifest.files["index"])
-    stream = _stream(one, planned, manifest, skip=written)
+    stream = _stream(asker, planned, manifest, skip=written)
     with tqdm.tqdm(
         total=int(planned.facts["requests"]), initial=written, unit="request", disable=None
     ) as bar:
-        for lines, index in _shards(stream, one.options, root, len(manifest.files["index"])):
+        for lines, index in _shards(stream, asker.options, root, len(manifest.files["index"])):
             files = manifest.files
             manifest = dataclasses.replace(
                 manifest,
@@ -165,31 +170,31 @@ def _is_whole(root: pathlib.Path, file: ShardFile) -> bool:
 
 
 def _stream(
-    one: Asker, planned: Plan, manifest: schema.RequestManifest, *, skip: int
+    asker: Asker, planned: AskingPlan, manifest: schema.RequestManifest, *, skip: int
 ) -> Iterator[tuple[bytes, Row]]:
     """A line and its row of the index per request, after the first `skip`."""
-    labelled = one.options.prompt in prompts.LABELLED
-    base, more = ANSWER_TOKENS[one.options.prompt]
-    offsets, history = shown_history(one)
+    labelled = asker.options.prompt in prompts.LABELLED
+    base, more = asker.answer_tokens()
+    offsets, history = shown_history(asker)
     number = (int(manifest.fingerprint[:16], 16) >> (1 + _INDEX_BITS)) << _INDEX_BITS
     at = 0
     for user in np.flatnonzero(planned.users):
-        made = one.of_user(int(user))
+        made = asker.of_user(int(user))
         if at + len(made) <= skip:
             at += len(made)
             continue
-        past = [one.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
+        past = [asker.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
         for permutation, items in made:
             if at >= skip:
                 custom_id = f"{number + at:016x}"
-                shown = [one.lines[item] for item in items]
-                text = one.template.render(past, shown, labelled=labelled)
-                limit = one.options.answer_tokens or 2 * (base + more * items.size) + 16
+                shown = [asker.lines[item] for item in items]
+                text = asker.template.render(past, shown, labelled=labelled)
+                limit = asker.options.answer_tokens or 2 * (base + more * items.size) + 16
                 line = {
                     "custom_id": custom_id,
                     "method": "POST",
                     "url": URL,
-                    "body": _body(one.options, manifest.model, text, limit),
+                    "body": _body(asker, manifest.model, text, items.size, limit),
                 }
                 data = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
                 row = (number + at, custom_id, int(user), permutation, items)
@@ -197,12 +202,14 @@ def _stream(
             at += 1
 
 
-def _body(options: RequestConfig, model: str, text: str, limit: int) -> dict[str, Any]:
+def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[str, Any]:
+    options = asker.options
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": text}],
         "temperature": options.temperature,
-        "max_tokens": limit,
+        options.token_limit: limit,
+        "response_format": asker.response_format(shown),
     }
     if options.logprobs:
         if options.prompt not in ("pairwise", "pointwise", "rating"):
