@@ -169,7 +169,7 @@ def combine(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def nearest(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.teacher.products import nearest as lists
+    from slgr_jax.teacher.local import nearest as lists
     from slgr_jax.teacher.products import preferences
 
     manifest = lists.write(data, common, flags.section_from_flags(config.NearestConfig))

