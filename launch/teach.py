@@ -6,6 +6,7 @@
     python launch/teach.py nearest --data=DATA --name=NAME [--listed=50] [--embeddings=EMBEDDED]
     python launch/teach.py candidates --data=DATA --name=NAME [--run=WORKDIR]
     python launch/teach.py requests --data=DATA --name=NAME --model=LLM [--dry_run]
+    python launch/teach.py ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
     python launch/teach.py collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
     python launch/teach.py combine --data=DATA --name=NAME --names=TEACHER,TEACHER[,...]
     python launch/teach.py inspect --data=DATA --name=NAME
@@ -16,7 +17,9 @@ score: a local language model scores items by their texts against each user's tr
 embed: vectors of items and users to DATA/embeddings/NAME, of a local model or from a file.
 nearest: each user's nearest items by text vectors, as a list over the whole catalogue.
 candidates: whom to ask about what, and what it will cost (--price_in, --max_requests, ...).
-requests: prompts as batch-API files for any LLM: `vllm run-batch` or a hosted service.
+requests: prompts as batch-API files for any LLM: `vllm run-batch` or a hosted service;
+  --open: only what has no whole answer yet.
+ask: the same requests to a server that answers now; killed, it goes on.
 collect: what came back to an answer log and a product; again over more results, it only adds.
 combine: several teachers as one, by ranks or scores; --min_votes: only what so many answered.
 inspect: check a product's shards and show what it is.
@@ -126,11 +129,18 @@ def candidates(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def requests(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.data import schema
     from slgr_jax.teacher.ask import asking, prompts
     from slgr_jax.teacher.ask import candidates as sets
     from slgr_jax.teacher.ask import requests as files
 
     options = flags.section_from_flags(config.RequestConfig)
+    if options.open:
+        root = files.directory(data.path, common.name, options.out)
+        factors = _open_requests(data, common, options)
+        written = files.write_open(root, schema.read_request_manifest(root), factors)
+        print(files.report_open(written, len(factors)))
+        return
     drawn, source = sets.load(data, options.candidate_set or common.name)
     score_range = flags.section_from_flags(config.CollectConfig).score_range
     asker = asking.asker(
@@ -144,6 +154,29 @@ def requests(data: Dataset, common: config.TeachConfig) -> None:
             asker, planned, source, root, model=common.model, overwrite=common.overwrite
         )
         print(files.report(manifest, root))
+
+
+def _open_requests(
+    data: Dataset, common: config.TeachConfig, options: config.RequestConfig
+) -> dict[str, int]:
+    """custom_ids that lack a whole answer, and how many times the tokens their answers get."""
+    from slgr_jax.teacher.collect import open_requests
+
+    factors = {}
+    for request in open_requests.open_requests(data, common.name, options.out):
+        short = request.state == "cut" or request.reason.startswith(("cut off", "empty answer"))
+        factors[request.custom_id] = options.more_tokens if short else 1
+    return factors
+
+
+def ask(data: Dataset, common: config.TeachConfig) -> None:
+    from slgr_jax.teacher.ask import live, requests
+
+    limits = flags.section_from_flags(config.RequestConfig)
+    root = requests.directory(data.path, common.name, limits.out)
+    only = _open_requests(data, common, limits) if limits.open else None
+    options = flags.section_from_flags(config.AskConfig)
+    print(live.ask(root, options, limits, only=only).report())
 
 
 def collect(data: Dataset, common: config.TeachConfig) -> None:
@@ -203,6 +236,7 @@ COMMANDS: Mapping[str, Callable[[Dataset, config.TeachConfig], None]] = {
     "nearest": nearest,
     "candidates": candidates,
     "requests": requests,
+    "ask": ask,
     "collect": collect,
     "combine": combine,
     "inspect": inspect,

@@ -54,6 +54,7 @@ from slgr_jax.config.teach import (
     TOKEN_LIMITS,
     TRAINING_ITEMS,
     UNLISTED,
+    AskConfig,
     CandidateConfig,
     CollectConfig,
     CombineConfig,
@@ -67,6 +68,7 @@ from slgr_jax.config.teach import (
 )
 
 __all__ = [
+    "AskConfig",
     "BACKBONES",
     "BACKBONE_DEFAULTS",
     "BASELINES",

@@ -221,6 +221,43 @@ class RequestConfig(Section):
     price_in: float = knob(0.0, "also report: money per million prompt tokens", minimum=0)
     price_out: float = knob(0.0, "also report: money per million answer tokens", minimum=0)
     dry_run: bool = knob(False, "print the plan and write nothing")
+    open: bool = knob(
+        False,
+        "requests: write only what has no whole answer in DATA/answers/NAME, as requests-open-*, "
+        "for another batch; ask: ask only that",
+    )
+    more_tokens: int = knob(
+        2, "--open: answers that were cut off get so many times the tokens", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AskConfig(Section):
+    """ask: a server that answers now (the budget and prices above hold)."""
+
+    base_url: str = knob(
+        "",
+        "OpenAI-compatible server, e.g. http://localhost:8000/v1 (vLLM), http://localhost:11434/v1 "
+        "(Ollama), http://localhost:8080/v1 (llama.cpp)",
+    )
+    api_key_env: str = knob(
+        "OPENAI_API_KEY", "environment variable that holds the key of the server, if it wants one"
+    )
+    concurrency: int = knob(8, "requests under way at once", minimum=1, maximum=4096)
+    timeout: float = knob(120.0, "seconds to wait for an answer", above=0)
+    retries: int = knob(
+        6, "more tries where the server is busy, fails or does not answer", minimum=0
+    )
+    backoff: float = knob(
+        0.5, "seconds before the first of them; twice as many before each further one", minimum=0
+    )
+    cut_retries: int = knob(
+        2, "how often an answer that was cut off is asked for with twice the tokens", minimum=0
+    )
+    requests_per_minute: float = knob(0.0, "rate limit: requests; 0 = none", minimum=0)
+    tokens_per_minute: float = knob(
+        0.0, "rate limit: tokens of prompts and the most of answers; 0 = none", minimum=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +358,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     ScoreConfig,
     CandidateConfig,
     RequestConfig,
+    AskConfig,
     CollectConfig,
     EmbedConfig,
     NearestConfig,
