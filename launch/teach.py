@@ -114,7 +114,12 @@ def candidates(data: Dataset, common: config.TeachConfig) -> None:
         space, spread = scorers.item_vectors(data, scorers.WordLlama()), "the text space"
     except UserError:  # the extra `llm` is not installed
         space, spread = None, "popularity"
-    drawn = sets.draw(data, lines, options, seed=common.seed, space=space)
+    proposed = None
+    if options.run:
+        from slgr_jax.training import hard_candidates  # JAX: only where a trained run is asked
+
+        proposed = hard_candidates.propose(data, options)
+    drawn = sets.draw(data, lines, options, seed=common.seed, space=space, proposed=proposed)
     planned = asking.plan(asking.asker(data, drawn, lines, costs, common.seed))
     print(planned.report())
     if not costs.dry_run:
