@@ -53,9 +53,12 @@ from slgr_jax.config.teach import (
     ORDERS,
     PROMPTS,
     SCORERS,
+    STRUCTURED,
     TEACH_SECTIONS,
+    TOKEN_LIMITS,
     TRAINING_ITEMS,
     UNLISTED,
+    AskConfig,
     CandidateConfig,
     CollectConfig,
     CombineConfig,
@@ -69,6 +72,7 @@ from slgr_jax.config.teach import (
 )
 
 __all__ = [
+    "AskConfig",
     "BACKBONES",
     "BACKBONE_DEFAULTS",
     "BASELINES",
@@ -102,6 +106,8 @@ __all__ = [
     "OptimizerConfig",
     "PAIR_SELECTIONS",
     "PROMPTS",
+    "STRUCTURED",
+    "TOKEN_LIMITS",
     "PrepareConfig",
     "ROWS",
     "ReportConfig",

@@ -6,12 +6,13 @@
     slgr teach nearest --data=DATA --name=NAME [--listed=50] [--embeddings=EMBEDDED]
     slgr teach candidates --data=DATA --name=NAME [--run=WORKDIR]
     slgr teach requests --data=DATA --name=NAME --model=LLM [--dry_run]
+    slgr teach ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
     slgr teach collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
     slgr teach combine --data=DATA --name=NAME --names=TEACHER,TEACHER[,...]
     slgr teach inspect --data=DATA --name=NAME
     slgr teach report --data=DATA --name=NAME [--out=FOLDER]
 
-To ask an LLM of your own: candidates, requests, (the LLM answers the files), collect, report.
+To ask an LLM of your own: candidates, requests, ask (or a batch service), collect, report.
 With answers in a file already: import, report. Without any LLM: score or nearest.
 """
 
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 
 from slgr_jax.cli import flags
 from slgr_jax.cli.teach import (
+    ask,
     candidates,
     collect,
     combine,
@@ -47,6 +49,7 @@ COMMANDS: Mapping[str, SubCommand] = {
     "nearest": nearest.COMMAND,
     "candidates": candidates.COMMAND,
     "requests": requests.COMMAND,
+    "ask": ask.COMMAND,
     "collect": collect.COMMAND,
     "combine": combine.COMMAND,
     "inspect": inspect.COMMAND,

@@ -37,7 +37,13 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
     except UserError:  # the extra `llm` is not installed
         space, spread = None, "popularity"
 
-    drawn = sets.draw(dataset, lines, options, seed=common.seed, space=space)
+    proposed = None
+    if options.run:
+        from slgr_jax.training import hard_candidates  # JAX: only where a trained run is asked
+
+        proposed = hard_candidates.propose(dataset, options)
+
+    drawn = sets.draw(dataset, lines, options, seed=common.seed, space=space, proposed=proposed)
     plan = asking.plan(asking.asker(dataset, drawn, lines, costs, common.seed))
     print(plan.report())
     if costs.dry_run:
@@ -65,7 +71,7 @@ COMMAND = SubCommand(
         config.RequestConfig: (
             *("prompt", "template", "history_items", "list_size", "permutations", "pairs"),
             *("orders", "max_requests", "max_tokens", "max_cost", "price_in", "price_out"),
-            "dry_run",
+            *("structured", "dry_run"),
         )
     },
 )
