@@ -130,10 +130,15 @@ ANSWERS = pa.schema(
         pa.field("score", pa.float32()),
     ]
 )
-# One row per accepted answer; `digest` is of its scores, tokens are null where not told.
+# One row per accepted answer, in the order of ANSWERS (whose rows with position 0 begin an answer);
+# `sample` counts the answers that one request asked for (n > 1), `cut` is an answer that ended too
+# early, `digest` is of its scores, tokens are null where not told. Of several rows of a (request,
+# sample) the last holds.
 ANSWERED = pa.schema(
     [
         pa.field("request", pa.int64(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("cut", pa.bool_(), nullable=False),
         pa.field("digest", pa.int64(), nullable=False),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("completion_tokens", pa.int32()),
@@ -264,7 +269,10 @@ class RequestManifest:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerManifest:
-    """What an answer log holds. Shards are added; none is ever rewritten."""
+    """What an answer log holds. Shards are added; none is ever rewritten.
+
+    `checksum` is of everything else (`collect.answer_log.checksum`).
+    """
 
     name: str
     dataset: str
@@ -272,7 +280,8 @@ class AnswerManifest:
     split_hash: str
     sources: tuple[Mapping[str, Any], ...]  # a request directory each: what was asked, and how
     counts: Mapping[str, int]
-    files: Mapping[str, tuple[ShardFile, ...]]  # keys: answers, answered
+    files: Mapping[str, tuple[ShardFile, ...]]  # keys: answers, answered, quarantine (jsonl)
+    checksum: str
     format: str = ANSWERS_FORMAT
     version: int = VERSION
 
@@ -393,7 +402,7 @@ def read_answer_manifest(directory: str | os.PathLike[str]) -> AnswerManifest:
     """Read an answer log's manifest; a missing, foreign or damaged one is a `ManifestError`."""
     raw = _read_json(directory, ANSWERS_FORMAT, "slgr teach collect")
     raw["sources"] = tuple(raw["sources"])
-    return AnswerManifest(**_with_files(raw, ("answers", "answered"), directory))
+    return AnswerManifest(**_with_files(raw, ("answers", "answered", "quarantine"), directory))
 
 
 def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManifest:

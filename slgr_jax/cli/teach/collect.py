@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 def work(dataset: Dataset, common: config.TeachConfig) -> None:
     """Collect, and say what was read and what the product is."""
-    from slgr_jax.teacher.collect import answer_log
+    from slgr_jax.teacher.collect import collecting
     from slgr_jax.teacher.products import preferences
 
     options = flags.section_from_flags(config.CollectConfig)
-    manifest, tally = answer_log.collect(dataset, common, options)
-    print(tally)
+    manifest, summary = collecting.collect(dataset, common, options)
+    print(summary)
     print(preferences.report(manifest))
 
 

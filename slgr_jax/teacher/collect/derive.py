@@ -14,6 +14,7 @@ import pyarrow as pa
 from slgr_jax.config import CollectConfig, TeachConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
+from slgr_jax.teacher.collect import answer_log
 from slgr_jax.teacher.products import preferences
 
 
@@ -24,13 +25,19 @@ def write(
     rows: pa.Table,
     log: schema.AnswerManifest,
     ledger: Mapping[str, Any],
+    states: Mapping[str, int],
 ) -> schema.TeacherManifest:
-    """Write DATA/teacher/NAME from all `rows` of an answer log; `ledger` is of its ledger.json."""
+    """Write DATA/teacher/NAME from all `rows` of an answer log.
+
+    Args:
+      rows: schema.ANSWERS; log: the log's manifest; ledger: what ledger.json holds.
+      states: how many requests are complete, cut, refused, failed and missing.
+    """
     counts = {
-        "requests": sum(int(one["requests"]) for one in log.sources),
-        "answered_requests": int(ledger["accepted"]["answers"]),
+        "requests": sum(states.values()),
+        "answered_requests": states["complete"] + states["cut"],
+        **{f"{state}_requests": count for state, count in states.items()},
         "quarantined": int(ledger["quarantined"]["answers"]),
-        "clipped_scores": int(log.counts.get("clipped", 0)),
         "prompt_tokens": int(ledger["accepted"]["prompt_tokens"]),
         "completion_tokens": int(ledger["accepted"]["completion_tokens"]),
     }
@@ -73,7 +80,7 @@ def _mean_scores(rows: pa.Table, n_items: int, *, by_rank: bool) -> pa.Table:
     users, items = (rows.column(k).to_numpy().astype(np.int64) for k in ("user", "item"))
     scores = rows.column("score").to_numpy().astype(np.float64)  # null is NaN here
     if by_rank:
-        scores = _ranks(rows.column("request").to_numpy(), scores)
+        scores = _ranks(answer_log.answer_numbers(rows), scores)
     keys, place = np.unique(users * n_items + items, return_inverse=True)
     given = ~np.isnan(scores)
     sums = np.bincount(place, np.where(given, scores, 0), keys.size)

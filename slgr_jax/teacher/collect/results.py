@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slgr_jax.teacher.collect import list_answers
+from slgr_jax.teacher.collect.refusals import Refused
 
 _MOST_TEXT = 100_000  # characters of an answer that are read
 _YES, _NO = frozenset({"yes", "y", "true"}), frozenset({"no", "n", "false"})
@@ -30,14 +31,6 @@ _CHOICE = re.compile(
 _STRESSED = re.compile(r"\*\*(.+?)\*\*|\\boxed\{(.+?)\}")
 _WORD = re.compile(r"[A-Za-z]+")
 _DIGIT = re.compile(r"(?<![\d.,\-])([1-5])(?!\d|[.,]\d)(?!\s*(?:to|-|–)\s*\d)")
-
-
-class Refused(NamedTuple):
-    """A line that cannot be used: `kind` is one of a few, `detail` is of this line."""
-
-    custom_id: str
-    kind: str
-    detail: str
 
 
 class Completion(NamedTuple):
@@ -58,6 +51,15 @@ class Completion(NamedTuple):
     cut: bool
     prompt_tokens: int | None
     completion_tokens: int | None
+    sample: int = 0
+
+    @property
+    def usage(self) -> dict[str, int | None]:
+        """What was paid for, by name."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +67,11 @@ class Answer:
     """Scores in [0, 1] of the candidates in shown order, NaN where there is none, float32.
 
     Of two compared items there is one number: the probability that the first is preferred.
-    `clipped` counts scores that were outside the range asked for.
+    `cut` answers ended too early; what they had said is kept.
     """
 
     scores: np.ndarray
-    clipped: int = 0
+    cut: bool = False
 
 
 # --- one line ----------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def parse(
         )
         if found is None:
             return Refused(completion.custom_id, "no scores by label", completion.text[:200])
-        return Answer(*found)
+        return Answer(found[0], completion.cut)
     if form == "pairwise":
         groups: tuple[frozenset[str], ...] = (frozenset({"A"}), frozenset({"B"}))
         return _parse_word(completion, _choice, groups, np.array([1.0, 0.0]), "no single choice")

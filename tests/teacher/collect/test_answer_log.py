@@ -3,7 +3,6 @@ damage or the number of runs."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -14,125 +13,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
+from teacher.collect.asked_world import (
+    U,
+    answered,
+    ask,
+    gather,
+    log_rows,
+    put,
+    scores_of,
+    tastes,
+)  # fmt: skip
 
-from slgr_jax.config import CandidateConfig, CollectConfig, RequestConfig, TeachConfig
 from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, InputError, ManifestError
-from slgr_jax.teacher.ask import asking, candidates, prompts, requests
-from slgr_jax.teacher.collect import answer_log, derive
+from slgr_jax.teacher.ask import candidates, prompts, requests
+from slgr_jax.teacher.collect import answer_log, derive, quarantine
 from slgr_jax.teacher.products import preferences
 
-U, I = 12, 40  # noqa: E741 - the letters of the code
 NUMBERS = itertools.count()
-
-
-@pytest.fixture
-def world(make_dataset):
-    rng = np.random.default_rng(1)
-    train = {u: sorted(rng.permutation(I)[: 2 + u % 5].tolist()) for u in range(U)}
-    data = make_dataset(
-        users=[f"u{u}" for u in range(U)],
-        items=[f"i{i}" for i in range(I)],
-        titles=[f"Film {i} (A: 0.1, B > C)" for i in range(I)],  # titles must never be read
-        train=train,
-        valid={},
-        test={},
-    )
-    options = CandidateConfig(candidates=9, cold_candidates=0, tail_users=2)
-    drawn = candidates.draw(data, prompts.item_lines(data), options, seed=0)
-    candidates.write(data, "c", drawn, options, seed=0, diversity="popularity")
-    return data
-
-
-def ask(data, name="t", **options):
-    """Write requests named `name` of the candidate set c."""
-    found, source = candidates.load(data, "c")
-    one = asking.asker(data, found, prompts.item_lines(data), RequestConfig(**options), 0)
-    root = requests.directory(data.path, name)
-    requests.write(one, asking.plan(one), source, root, model="fake")
-    return root
-
-
-def taste(history, line):
-    """A score in hundredths that a history and an item's line decide."""
-    return hashlib.sha256(f"{history}|{line}".encode()).digest()[0] % 101 / 100
-
-
-def tastes(data, root):
-    """(user, item) -> the fake LLM's score, by index: nothing is read out of prompts."""
-    manifest = schema.read_request_manifest(root)
-    found, _ = candidates.load(data, "c")
-    lines = prompts.item_lines(data)
-    options = RequestConfig(**manifest.options)
-    offsets, items = asking.shown_history(asking.asker(data, found, lines, options, 0))
-    expected = {}
-    for row in requests.load_index(root, manifest).to_pylist():
-        u = row["user"]
-        past = "\n".join(f"- {lines[i]}" for i in items[offsets[u] : offsets[u + 1]])
-        for i in row["items"]:
-            expected[u, i] = taste(past, lines[i])
-    return expected
-
-
-def fake_llm(line, form="listwise"):
-    """The result line for a request line; answers by label, as told by the prompt alone."""
-    raw = json.loads(line)
-    text = raw["body"]["messages"][0]["content"]
-    past = text.split("last:\n")[1].split("\n\n")[0]
-    logprobs = None
-    if form in ("listwise", "ranking"):
-        listed = text.split("Candidates:\n")[1].split("\n\n")[0].splitlines()
-        scores = {one.split(". ")[0]: taste(past, one.split(". ", 1)[1]) for one in listed}
-        best = sorted(scores, key=lambda a: -scores[a])
-        content = json.dumps(scores) if form == "listwise" else " > ".join(best)
-    else:
-        listed = text.split("choose?\n")[1].split("\n\n")[0].splitlines()
-        a, b = (taste(past, one.split(". ", 1)[1]) for one in listed)
-        p = 1 / (1 + math.exp(-(3 * (a - b) + 0.5)))  # what is shown first is at an advantage
-        content = "A" if p > 0.5 else "B"
-        tops = [{"token": "A", "logprob": math.log(p)}, {"token": "B", "logprob": math.log1p(-p)}]
-        logprobs = {"content": [tops["AB".index(content)] | {"top_logprobs": tops}]}
-    body = {
-        "choices": [{"message": {"content": content}, "logprobs": logprobs}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-    }
-    response = {"status_code": 200, "body": body} if len(text) % 2 else body
-    return json.dumps(
-        {"id": "x", "custom_id": raw["custom_id"], "response": response, "error": None}
-    )
-
-
-def answered(root, form="listwise"):
-    lines = []
-    for path in sorted(root.glob("requests-*.jsonl")):
-        lines += [fake_llm(line, form) for line in path.read_text("utf-8").splitlines()]
-    return lines
-
-
-def gather(data, *files, name="t", requests="", overwrite=False, rows_per_shard=1000, **options):
-    common = TeachConfig(name=name, rows_per_shard=rows_per_shard, overwrite=overwrite)
-    given = CollectConfig(results=",".join(map(str, files)), requests=str(requests), **options)
-    return answer_log.collect(data, common, given)
-
-
-def put(path, lines):
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def scores_of(data, name="t"):
-    """(user, item) -> score of a product."""
-    teacher = preferences.load(data, name)
-    users = np.repeat(np.arange(U), np.diff(teacher.offsets))
-    return dict(
-        zip(zip(users.tolist(), teacher.items.tolist(), strict=True), teacher.scores, strict=True)
-    )
-
-
-def log_rows(data, name="t"):
-    """The log as a set of rows, whatever their order."""
-    table, _ = answer_log.load_log(data, name)
-    return sorted(map(str, table.to_pylist()))
 
 
 def test_listwise_answers_become_the_scores_exactly(world, tmp_path):
@@ -201,7 +99,7 @@ def test_a_second_run_over_more_results_only_adds(world, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines[:10]) + "\n" + lines[10][:40])
     manifest, told = gather(world, first)
     assert "read 11 results: 10 accepted, 0 repeated, 1 quarantined (not JSON 1)" in told
-    assert f"10 of {len(lines)} requests are answered" in told
+    assert f"10 of {len(lines)} requests are complete" in told
     log = answer_log.log_path(world.path, "t")
     before = {path.name: path.read_bytes() for path in log.glob("answer*.arrow")}
     some = scores_of(world)
@@ -234,7 +132,7 @@ def test_what_cannot_be_used_is_quarantined_once_and_stops_nothing(world, tmp_pa
     _, told = gather(world, path, tmp_path / "empty.jsonl")
     count = len(lines) - 1
     assert f"read {len(mixed)} results: {count} accepted, 1 repeated, 6 quarantined" in told
-    log = answer_log.log_path(world.path, "t") / answer_log.QUARANTINE
+    log = answer_log.log_path(world.path, "t") / quarantine.QUARANTINE
     entries = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert [one["reason"] for one in entries] == [
         "another answer", "foreign custom_id", "foreign custom_id", "error", "no scores by label",
@@ -361,7 +259,8 @@ def log_table(rows):
     """Rows (request, user, item, other, score) as a log."""
     columns = list(zip(*rows, strict=True))
     zeros = [0] * len(rows)
-    return pa.table([*columns[:4], zeros, zeros, columns[4]], schema=schema.ANSWERS)
+    positions = [k if k and rows[k][0] == rows[k - 1][0] else 0 for k in range(len(rows))]
+    return pa.table([*columns[:4], positions, zeros, columns[4]], schema=schema.ANSWERS)
 
 
 def test_means_over_permutations_by_hand():
@@ -427,7 +326,7 @@ def test_quarantine_and_accepted_are_what_was_read(world, tmp_path, data):
         f"{len(valid) - len(set(valid))} repeated, {len(bad)} quarantined"
     ) in told
     entries = (
-        (answer_log.log_path(world.path, name) / answer_log.QUARANTINE).read_text().splitlines()
+        (answer_log.log_path(world.path, name) / quarantine.QUARANTINE).read_text().splitlines()
     )
     assert len(entries) == len(set(bad))
     assert answer_log.load_log(world, name)[0].num_rows == sum(

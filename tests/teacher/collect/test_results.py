@@ -226,11 +226,10 @@ def test_orders_are_read_exactly_in_every_dress(order):
     assert read(told, "ranking", len(order)) == approx(expected)
 
 
-def test_a_score_outside_the_range_is_clipped_and_counted():
+def test_a_score_outside_the_range_is_clipped():
     told = Completion("r", '{"A": 7, "B": -3, "C": 5, "D": 2.5}', [], False, None, None)
     found = results.parse("listwise", told, 4, (0, 5))
     assert found.scores.tolist() == [1, 0, 1, 0.5]
-    assert found.clipped == 2
 
 
 def test_what_an_answer_leaves_out_has_no_score():

@@ -1,0 +1,289 @@
+"""Results of an LLM -> the answer log and its quarantine -> a teacher product.
+
+A second run over more results adds what is new, whatever a killed run has left: an answer that is
+in the log counts as repeated where it says the same, and is quarantined where it does not. A whole
+answer replaces one that was cut off.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+import tqdm
+
+from slgr_jax.config import CollectConfig, TeachConfig
+from slgr_jax.data import schema, shards
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.teacher.ask import candidates, requests
+from slgr_jax.teacher.collect import answer_log, derive, quarantine, results
+from slgr_jax.teacher.collect.answer_log import AcceptedAnswer, Log
+from slgr_jax.teacher.collect.quarantine import QUARANTINE
+from slgr_jax.teacher.collect.refusals import KINDS, Refused
+from slgr_jax.teacher.collect.request_index import RequestIndex
+from slgr_jax.teacher.collect.results import Completion
+from slgr_jax.teacher.products import preferences
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the answers read: accepted + replaced + repeated + quarantined = read."""
+
+    read: int = 0
+    accepted: int = 0
+    replaced: int = 0
+    repeated: int = 0
+    quarantined: int = 0
+    reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    details: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+
+    def refuse(self, refused: Refused) -> None:
+        """Count one that cannot be used."""
+        self.quarantined += 1
+        self.reasons[refused.kind] += 1
+        details = self.details.setdefault(refused.kind, collections.Counter())
+        if refused.detail in details or len(details) < 1000:
+            details[refused.detail] += 1
+
+    def report(self, log: pathlib.Path, states: dict[str, int]) -> str:
+        """A few lines for people."""
+        why = ", ".join(f"{kind} {count:,}" for kind, count in self.reasons.most_common())
+        replaced = f"{self.replaced:,} in place of cut ones, " if self.replaced else ""
+        asked = sum(states.values())
+        rest = ", ".join(
+            f"{states[state]:,} {state}"
+            for state in ("cut", "refused", "failed", "missing")
+            if states[state]
+        )
+        lines = [
+            f"read {self.read:,} results: {self.accepted:,} accepted, {replaced}"
+            f"{self.repeated:,} repeated, {self.quarantined:,} quarantined"
+            + (f" ({why}): {log / QUARANTINE}" if self.quarantined else ""),
+            *(self._explained(kind) for kind, _ in self.reasons.most_common()),
+            f"  {states['complete']:,} of {asked:,} requests are complete"
+            + (f"; open: {rest}" if rest else ""),
+        ]
+        return "\n".join(lines)
+
+    def _explained(self, kind: str) -> str:
+        """What to do about a kind, with the detail that most of its results share."""
+        detail, count = self.details[kind].most_common(1)[0]
+        shared = f" ({detail!r})" if detail and 2 * count > self.reasons[kind] > 1 else ""
+        return f"  {kind}{shared}: {KINDS[kind].advice}"
+
+
+def collect(
+    dataset: Dataset, common: TeachConfig, options: CollectConfig
+) -> tuple[schema.TeacherManifest, str]:
+    """Add results to the log NAME and derive the product DATA/teacher/NAME from all of it.
+
+    Returns:
+      The product's manifest (its counts say how many requests are complete, cut, refused, failed
+      and missing), and lines for people about what was read.
+
+    Raises:
+      InputError: no result could be used, or a product NAME that is not of this log exists.
+      ManifestError: requests or log are damaged or of another split.
+      ShardError: a file of theirs is damaged.
+    """
+    if not options.results:
+        raise ConfigError("missing --results; see --help")
+    score_range = _score_range(options)
+    root = answer_log.log_path(dataset.path, common.name)
+    asked = requests.directory(dataset.path, common.name, options.requests)
+    source = schema.read_request_manifest(asked)
+    candidates.refuse_other_split(dataset, source, f"{asked}")
+    files = result_files(options.results, asked)
+    product = preferences.product_path(dataset.path, common.name)
+    if not (root / schema.MANIFEST).is_file():
+        shards.check_target(product, overwrite=common.overwrite)
+
+    index = RequestIndex(requests.load_index(asked, source))
+    root.mkdir(parents=True, exist_ok=True)
+    with shards.locked(root):
+        manifest = _manifest(dataset, common, root, source)
+        index.remember(shards.read_shards(root, manifest.files["answered"], schema.ANSWERED))
+        log = Log(root, manifest, common.rows_per_shard)
+        try:
+            tally = _read(files, index, log, source.prompt, score_range)
+        finally:
+            log.close()
+        manifest = log.manifest
+        answered = shards.read_shards(
+            root, manifest.files["answered"], schema.ANSWERED, verify=False
+        )
+        ledger = log.write_ledger(answered)
+
+    refusals = quarantine.states(quarantine.read(root, manifest.files["quarantine"]))
+    states = answer_log.request_counts(manifest, answered, refusals)
+    used = tally.accepted + tally.replaced + tally.repeated
+    if not manifest.files["answers"] or (tally.read and not used):
+        raise InputError(
+            f"none of the {tally.read} results in {listing(map(str, files), 3)} can be used: "
+            f"{listing(f'{kind} {count}' for kind, count in tally.reasons.most_common())}; "
+            f"see {root / QUARANTINE}"
+        )
+    rows, manifest = answer_log.load_log(dataset, common.name)
+    written = derive.write(dataset, common, options, rows, manifest, ledger, states)
+    return written, tally.report(root, states)
+
+
+def _score_range(options: CollectConfig) -> tuple[float, float]:
+    if len(options.score_range) != 2 or options.score_range[0] >= options.score_range[1]:
+        shown = ",".join(map(str, options.score_range))
+        raise ConfigError(f"--score_range={shown} is not a lowest and a highest score, e.g. 0,1")
+    return float(options.score_range[0]), float(options.score_range[1])
+
+
+def _manifest(
+    dataset: Dataset, common: TeachConfig, root: pathlib.Path, source: schema.RequestManifest
+) -> schema.AnswerManifest:
+    """The log's manifest with these requests among its sources, written."""
+    about = {
+        "fingerprint": source.fingerprint,
+        "prompt": source.prompt,
+        "template_hash": source.template_hash,
+        "model": common.model or source.model,
+        "training_items": source.training_items,
+        "logprobs": bool(source.options["logprobs"]),
+        "candidates": source.candidates,
+        "requests": int(source.plan["requests"]),
+    }
+    if (root / schema.MANIFEST).is_file():
+        manifest = answer_log.read_manifest(dataset, common.name)
+        paired = {held["prompt"] == "pairwise" for held in manifest.sources}
+        if paired and paired != {source.prompt == "pairwise"}:
+            raise ConfigError(
+                f"{root} holds answers to {manifest.sources[0]['prompt']} prompts, which do not "
+                f"mix with {source.prompt} ones; choose another --name"
+            )
+        if any(held["fingerprint"] == source.fingerprint for held in manifest.sources):
+            return manifest
+        manifest = dataclasses.replace(manifest, sources=(*manifest.sources, about))
+    else:
+        manifest = schema.AnswerManifest(
+            name=common.name,
+            dataset=dataset.manifest.name,
+            id_map_hash=dataset.manifest.id_map_hash,
+            split_hash=dataset.manifest.split_hash,
+            sources=(about,),
+            counts={},
+            files={"answers": (), "answered": (), "quarantine": ()},
+            checksum="",
+        )
+    return answer_log.write_manifest(root, manifest)
+
+
+# --- reading results into the log --------------------------------------------------------------
+
+
+def result_files(given: str, asked: pathlib.Path) -> list[pathlib.Path]:
+    """Files named by `--results`: each a file, or a folder of .jsonl files at any depth.
+
+    Request files and quarantines in a folder are passed over.
+
+    Raises:
+      InputError: a path does not exist, or there is no file.
+    """
+    chosen: list[pathlib.Path] = []
+    requested = {path.resolve() for path in asked.glob("requests-*.jsonl")}
+    for part in filter(None, map(str.strip, given.split(","))):
+        path = pathlib.Path(part)
+        if not path.exists():
+            raise InputError(f"--results={part} does not exist")
+        inside = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        chosen += [
+            file for file in inside if file.resolve() not in requested and file.name != QUARANTINE
+        ]
+    if not chosen:
+        raise InputError(f"--results={given} names no .jsonl file of results")
+    return chosen
+
+
+def _read(
+    files: list[pathlib.Path],
+    index: RequestIndex,
+    log: Log,
+    form: str,
+    score_range: tuple[float, float],
+) -> Tally:
+    tally = Tally()
+    total = sum(path.stat().st_size for path in files)
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for path, number, line in _lines(files):
+            bar.update(len(line))
+            if not line.strip():
+                continue
+            tally.read += 1
+            told = results.read_line(line)
+            refused = told if isinstance(told, Refused) else None
+            if isinstance(told, Completion):
+                refused = _take(told, index, log, form, score_range, tally)
+            if refused is not None:
+                tally.refuse(refused)
+                row = index.find(refused.custom_id)
+                log.quarantine.add(
+                    line,
+                    refused,
+                    source=f"{path.name}:{number}",
+                    request=None if row is None else int(index.requests[row]),
+                    sample=0,
+                    paid=told.usage if isinstance(told, Completion) else {},
+                )
+    log.flush()
+    return tally
+
+
+def _lines(files: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, int, bytes]]:
+    for path in files:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield path, number, line
+
+
+def _take(
+    told: Completion,
+    index: RequestIndex,
+    log: Log,
+    form: str,
+    score_range: tuple[float, float],
+    tally: Tally,
+) -> Refused | None:
+    """Accept an answer, or say why not."""
+    row = index.find(told.custom_id)
+    if row is None:
+        return Refused(told.custom_id, "foreign custom_id", "no request of these has it")
+    answer = results.parse(form, told, index.shown(row).size, score_range)
+    if isinstance(answer, Refused):
+        return answer
+
+    data = answer.scores.tobytes() + bytes([answer.cut])
+    digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+    known = index.known(row, told.sample)
+    replaces = known is not None and known[1] and not answer.cut
+    if known is not None and not replaces:
+        if known[0] == digest or answer.cut:  # what is held says the same, or more
+            tally.repeated += 1
+            return None
+        return Refused(told.custom_id, "another answer", "the request has an answer that differs")
+
+    index.accept(row, told.sample, digest, cut=answer.cut)
+    accepted = AcceptedAnswer(
+        row,
+        told.sample,
+        answer.scores,
+        digest,
+        answer.cut,
+        told.prompt_tokens,
+        told.completion_tokens,
+    )
+    log.add(index, accepted)
+    tally.replaced += replaces
+    tally.accepted += not replaces
+    if log.full:
+        log.flush()
+    return None
