@@ -1,35 +1,6 @@
-"""Raw interactions to a dataset directory: read, filter, split, index, write sharded Arrow.
+"""`slgr prepare` from a checkout: python launch/prepare.py --help"""
 
-  python launch/prepare.py --source=movielens --input=ml-1m.zip --out=DATA
-  python launch/prepare.py --source=recbole --input=recbole-1.2.1-py3-none-any.whl --out=DATA
-  python launch/prepare.py --source=csv --input=train.csv --test_input=test.csv --out=DATA
-  python launch/prepare.py --source=parquet --input=log.parquet --items_input=items.csv --out=DATA
-
-The default split is by one moment for all users, so that no training interaction is later than
-an evaluated one. Of a pair that occurs twice the earliest is kept. Ids are exact text.
-"""
-
-from __future__ import annotations
-
-import resource
-import sys
-
-from slgr_jax.cli import flags
-from slgr_jax.config import PrepareConfig
-
-
-def main(_: list[str]) -> None:
-    from slgr_jax.data.ingest import prepare
-
-    config = flags.section_from_flags(PrepareConfig)
-    manifest = prepare.prepare(config)
-    print(prepare.summary(manifest))
-    # Kilobytes on Linux, bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_mib = peak / (2**20 if sys.platform == "darwin" else 2**10)
-    print(f"  peak memory: {peak_mib:,.0f} MiB")
-    print(f"wrote {config.out}")
-
+from slgr_jax.cli import prepare
 
 if __name__ == "__main__":
-    flags.run(main, usage=__doc__, sections=[PrepareConfig], required=["source", "input", "out"])
+    prepare.run()

@@ -1,7 +1,38 @@
 """Train recommenders with offline LLM knowledge, believed only where it is right.
 
-Importing this package imports nothing heavy: `--help` of a launch script must not
-wait for JAX. Import the room you need, e.g. `from slgr_jax import step`.
+    import slgr_jax as sl
+
+    sl.prepare(source="csv", input="ratings.csv", out="DATA")
+    sl.import_teacher("DATA", "answers.csv", "my_llm")
+    sl.train("DATA", "RUN", guidance="selective", teacher="my_llm", gate="calibrated")
+    print(sl.evaluate("RUN"))
+
+Importing this package imports nothing heavy: `--help` of a command must not wait for JAX.
+`slgr_jax.api` says what each function does.
 """
+
+from slgr_jax.api import (
+    compare,
+    evaluate,
+    import_teacher,
+    load,
+    prepare,
+    register_backbone,
+    register_gate,
+    register_guidance,
+    train,
+)
+
+__all__ = [
+    "compare",
+    "evaluate",
+    "import_teacher",
+    "load",
+    "prepare",
+    "register_backbone",
+    "register_gate",
+    "register_guidance",
+    "train",
+]
 
 __version__ = "0.1.0"

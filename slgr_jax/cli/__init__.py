@@ -1,1 +1,1 @@
-"""absl flags -> config -> one library call: the commands."""
+"""The command line: flags -> config -> one library call, a module a command."""

@@ -1,9 +1,9 @@
-"""Sections of `config.py` as absl flags, and one-line errors for every launch script.
+"""Sections of `slgr_jax.config` as absl flags, and one-line errors for every command.
 
-`run(main, sections=..., required=...)` is the whole of a launch script's ceremony: it
-defines a flag per knob, answers `--help` without importing JAX, turns a bad flag or a
-`UserError` into one line on standard error and exit status 2, and calls `main` with the
-parsed `absl.flags.FLAGS`. What JAX compiles is kept for the next process (`keep_compiled`).
+`run(main, sections=..., required=...)` is the whole of a command's ceremony: it defines a flag
+per knob, answers `--help` without importing JAX, turns a bad flag or a `UserError` into one line
+on standard error and exit status 2, shows what the library logs (`console`), and calls `main`.
+What JAX compiles is kept for the next process (`keep_compiled`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from slgr_jax import config
+from slgr_jax.cli import console
 from slgr_jax.config import RunConfig
 from slgr_jax.config.knobs import Knob, Section, flag_name, knob_of
 from slgr_jax.errors import UserError, listing
@@ -29,6 +30,7 @@ from slgr_jax.files import cache_directory
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR = 2
+_HELP = frozenset({"-h", "-help", "--help", "--helpfull", "--helpshort"})
 # What the system says of a path that a user gave; anything else is a defect.
 _PATH_ERRORS = frozenset(
     {
@@ -55,12 +57,44 @@ class _TupleSerializer(flags.ArgumentSerializer[Any]):
         return ",".join(str(part) for part in value)
 
 
-def define_section(section: type[Section], *, skip: Sequence[str] = ()) -> None:
+def only(section: type[Section], names: Collection[str]) -> type[Section]:
+    """`section` reduced to the knobs of these command-line names, for `run(sections=...)`.
+
+    Raises:
+      AssertionError: the section has no knob of a name.
+    """
+    hints = typing.get_type_hints(section)
+    kept = [field for field in dataclasses.fields(section) if flag_name(field) in names]
+    missing = set(names) - {flag_name(field) for field in kept}
+    assert not missing, f"{section.__name__} has no knob {sorted(missing)}"
+
+    fields = [
+        (
+            field.name,
+            hints[field.name],
+            dataclasses.field(default=field.default, metadata=field.metadata),
+        )
+        for field in kept
+    ]
+    return dataclasses.make_dataclass(
+        section.__name__,
+        fields,
+        bases=(Section,),
+        frozen=True,
+        namespace={"__doc__": section.__doc__},
+    )
+
+
+def without(section: type[Section], names: Collection[str]) -> type[Section]:
+    """`section` without the knobs of these names, where it has them, for `run(sections=...)`."""
+    every = [flag_name(field) for field in dataclasses.fields(section)]
+    return only(section, [name for name in every if name not in names])
+
+
+def define_section(section: type[Section]) -> None:
     """Define one absl flag per knob of `section`, with the section's own defaults."""
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
-        if field.name in skip:
-            continue
         name, meta, hint = flag_name(field), knob_of(field), hints[field.name]
         if name in FLAGS:
             raise AssertionError(f"two knobs are called --{name}")
@@ -82,7 +116,8 @@ def _define(name: str, default: Any, hint: Any, meta: Knob) -> None:
 
 
 def section_from_flags(section: type[Any]) -> Any:
-    """The section with the values given on the command line."""
+    """The section with the values given on the command line; a knob without a flag keeps its
+    default."""
     values = {
         field.name: FLAGS[flag_name(field)].value
         for field in dataclasses.fields(section)
@@ -91,19 +126,22 @@ def section_from_flags(section: type[Any]) -> Any:
     return section(**values)
 
 
+def given_knobs(*sections: type[Section]) -> dict[str, Any]:
+    """The knobs of `sections` that the command line gives, by their names there."""
+    names = [flag_name(field) for section in sections for field in dataclasses.fields(section)]
+    return {
+        name: FLAGS[name].value
+        for name in names
+        if name in FLAGS and not FLAGS[name].using_default_value
+    }
+
+
 def run_config_from_flags(data: str, workdir: str) -> RunConfig:
     """The `RunConfig` that the command line describes.
 
     A knob that is not given there has the default of --backbone, where that has one of its own.
     """
-    sections = config.sections().values()
-    names = [flag_name(field) for section in sections for field in dataclasses.fields(section)]
-    given = {
-        name: FLAGS[name].value
-        for name in names
-        if name in FLAGS and not FLAGS[name].using_default_value
-    }
-    return config.make_run(data, workdir, **given)
+    return config.make_run(data, workdir, **given_knobs(*config.sections().values()))
 
 
 def _range_text(meta: Knob, name: str) -> str:
@@ -126,7 +164,7 @@ def _range_text(meta: Knob, name: str) -> str:
 
 
 def help_text(usage: str, sections: Sequence[type[Section]], own: Sequence[str]) -> str:
-    """The script's docstring, then its flags in groups: default, meaning, valid values."""
+    """The command's docstring, then its flags in groups: default, meaning, valid values."""
     lines = [usage.strip(), ""]
 
     def add(name: str, default: Any, text: str, valid: str) -> None:
@@ -161,7 +199,7 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _reader_may_leave() -> Iterator[None]:
-    """End without a word, with status 1, once whoever read our output has seen enough."""
+    """Exit quietly with status 1 on a closed pipe (EPIPE)."""
     try:
         yield
         print(end="", flush=True)  # what is still buffered fails here, and not at Python's end
@@ -188,59 +226,103 @@ def keep_compiled() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 
 
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether --help, in one of its spellings, is among the arguments."""
+    return any(word in _HELP for word in arguments)
+
+
+def show_help(text: str) -> NoReturn:
+    """Print the help and exit with status 0; a reader that leaves early is no error."""
+    with _reader_may_leave():
+        print(text)
+    raise SystemExit(0)
+
+
 def run(
     main: Callable[[list[str]], None],
     *,
     usage: str,
+    name: str = "",
     sections: Sequence[type[Section]] = (),
+    define: Callable[[], None] | None = None,
     own: Sequence[str] = (),
     required: Sequence[str] = (),
     positional: Sequence[str] = (),
+    hints: Mapping[str, str] | None = None,
 ) -> None:
     """Parse the command line, then call `main` with the positional arguments.
 
     Args:
       main: does the work; gets the positional arguments (sub-command names).
-      usage: text shown first by `--help`, normally the script's `__doc__`.
+      usage: text shown first by `--help`, normally the command's `__doc__`.
+      name: what a user types to call the command, `slgr train`; errors say `NAME --help`.
       sections: sections whose knobs become flags.
-      own: names of flags that the script defined itself, for `--help`.
+      define: defines the command's own flags, with `absl.flags`.
+      own: names of flags that the script defined itself before, for `--help`.
       required: names of flags that must be given.
       positional: accepted values of the first positional argument; none if empty.
+      hints: flag that the command does not have -> the error when it is given all the same.
     """
+    before = set(FLAGS)
+    if define is not None:
+        define()
+    own = (*own, *(flag for flag in FLAGS if flag not in before))
     for section in sections:
         define_section(section)
 
     def parse(argv: Sequence[str]) -> list[str]:
-        if any(arg in ("-h", "-help", "--help", "--helpfull", "--helpshort") for arg in argv[1:]):
-            with _reader_may_leave():
-                print(help_text(usage, sections, own))
-            raise SystemExit(0)
-        try:
-            rest = FLAGS(list(argv))[1:]
-        except flags.Error as error:
-            fail(f"{error}; see --help")
-        if positional:
-            if not rest or rest[0] not in positional:
-                given = f"{rest[0]!r} is not a command" if rest else "no command given"
-                fail(f"{given}; commands: {listing(positional)}; see --help")
-            unexpected = rest[1:]
-        else:
-            unexpected = rest
-        if unexpected:
-            fail(f"unexpected argument {listing(unexpected)}; flags look like --name=value")
-        missing = [name for name in required if not FLAGS[name].value]
+        if wants_help(argv[1:]):
+            show_help(help_text(usage, sections, own))
+        rest = _positional(argv, name, hints or {})
+        _check_positional(rest, positional, name)
+        missing = [flag for flag in required if not FLAGS[flag].value]
         if missing:
-            fail(f"missing {listing('--' + name for name in missing)}; see --help")
+            fail(f"missing {listing('--' + flag for flag in missing)}; {_see_help(name)}")
         return rest
+
+    app.run(_guarded(main), flags_parser=parse)
+
+
+def _see_help(name: str) -> str:
+    return f"see {name} --help" if name else "see --help"
+
+
+def _positional(argv: Sequence[str], name: str, hints: Mapping[str, str]) -> list[str]:
+    """Parse the flags; what is left of the command line."""
+    try:
+        return list(FLAGS(list(argv))[1:])
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname in hints:
+            fail(hints[error.flagname])
+        fail(f"{error}; {_see_help(name)}")
+    except flags.Error as error:
+        fail(f"{error}; {_see_help(name)}")
+
+
+def _check_positional(rest: Sequence[str], positional: Sequence[str], name: str) -> None:
+    unexpected = rest
+    if positional:
+        if not rest or rest[0] not in positional:
+            given = f"{rest[0]!r} is not a command" if rest else "no command given"
+            fail(f"{given}; commands: {listing(positional)}; {_see_help(name)}")
+        unexpected = rest[1:]
+    if unexpected:
+        fail(f"unexpected argument {listing(unexpected)}; flags look like --name=value")
+
+
+def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """`main`, with its errors in one line."""
 
     def guarded(rest: list[str]) -> None:
         keep_compiled()
+        console.install()
         # Importing and tracing make little but what stays: to look through it every 700 objects
         # takes an eighth of a start.
         gc.set_threshold(100_000, 20, 20)
         # Orbax logs every file it writes, and each error that it then raises as well.
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)
+
         try:
             with _reader_may_leave():
                 main(rest)
@@ -254,4 +336,4 @@ def run(
             fix = "free space or choose another path" if full else "choose another path"
             fail(f"{os.strerror(error.errno or 0)}{where}; {fix}")
 
-    app.run(guarded, flags_parser=parse)
+    return guarded

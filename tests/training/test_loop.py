@@ -356,7 +356,7 @@ def test_bad_flags_give_one_line(tmp_path, flag):
 
 def test_missing_and_wrong_paths_give_one_line(tmp_path):
     for args, text in (
-        (("--workdir=x",), "missing --data; see --help"),
+        (("--workdir=x",), "missing --data; see slgr train --help"),
         ((f"--data={tmp_path}/none", f"--workdir={tmp_path}/run"), "is not a directory"),
         ((f"--data={tmp_path}", f"--workdir={tmp_path}/run"), "holds no manifest.json"),
     ):

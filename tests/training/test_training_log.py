@@ -1,13 +1,16 @@
-"""The log of a run: resumed as if nothing had happened, and plain text where there is no screen."""
+"""The log of a run: resumed as if nothing had happened, lines through logging, a callback."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import pathlib
 
 import pytest
 
-from slgr_jax.training.training_log import LOG, TrainingLog
+from slgr_jax.training import training_log
+from slgr_jax.training.training_log import LOG, TrainingLog, TrainingProgress
 
 
 def _write(root: pathlib.Path, steps: range, *, start: int = 0) -> None:
@@ -67,12 +70,48 @@ def test_what_a_kill_cut_short_is_dropped_with_all_after_it(tmp_path, damage):
     assert (tmp_path / LOG).read_bytes() == kept
 
 
-def test_no_bar_in_a_file(tmp_path, capfd):
-    """capfd is no terminal, so only the lines may come out."""
-    _write(tmp_path, range(1, 4))
-    out, err = capfd.readouterr()
-    assert out == "step 1\nstep 2\nstep 3\n"
-    assert err == ""
+def test_lines_are_logged_and_nothing_is_printed(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.INFO, logger="slgr_jax"):
+        _write(tmp_path, range(1, 4))
+    assert [record.getMessage() for record in caplog.records] == ["step 1", "step 2", "step 3"]
+    assert {record.name.split(".")[0] for record in caplog.records} == {"slgr_jax"}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lines_go_to_one_stream_for_a_while(tmp_path, caplog):
+    logger = logging.getLogger("slgr_jax")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    stream = io.StringIO()
+    with caplog.at_level(logging.INFO, logger="slgr_jax"):
+        with training_log.lines_to(stream):
+            _write(tmp_path, range(1, 3))
+        logger.info("again")
+    assert stream.getvalue() == "step 1\nstep 2\n"
+    assert [record.getMessage() for record in caplog.records] == ["again"]
+    assert (list(logger.handlers), logger.level, logger.propagate) == before
+
+
+def test_a_listener_hears_of_steps_and_of_validations(tmp_path):
+    heard = []
+    with training_log.listening(heard.append):
+        _write(tmp_path, range(1, 3))
+    _write(tmp_path, range(3, 4), start=2)  # nobody listens any more
+    where = str(tmp_path)
+    assert heard == [
+        TrainingProgress(where, 1, 100, {"epoch": 1, "loss": 0.25}),
+        TrainingProgress(where, 1, 100),
+        TrainingProgress(where, 2, 100, {"epoch": 2, "loss": 0.5}),
+        TrainingProgress(where, 2, 100),
+    ]
+
+
+def test_what_a_listener_raises_ends_the_run_with_its_records_kept(tmp_path):
+    def stop(progress):
+        raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError, match="enough"), training_log.listening(stop):
+        _write(tmp_path, range(1, 3))
+    assert _steps(tmp_path) == [1]
 
 
 def test_nothing_is_left_beside_the_log(tmp_path):

@@ -8,7 +8,7 @@ Shape letters: U users, I items, n candidates of one user.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,10 @@ from slgr_jax.config import RequestConfig, SliceConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError
-from slgr_jax.teacher.ask import candidates, prompts
+from slgr_jax.teacher.ask import answer_form, candidates, prompts
 from slgr_jax.teacher.ask.candidates import CandidateSet
 from slgr_jax.teacher.ask.prompts import Template
 
-# Tokens of an answer, by its form: all of it, and more for each candidate (`"A": 0.85, `).
-ANSWER_TOKENS = {
-    "listwise": (2, 7),
-    "ranking": (0, 2),
-    "pairwise": (1, 0),
-    "pointwise": (1, 0),
-    "rating": (1, 0),
-}
 _CALIBRATION = 1 << schema.REASONS.index("calibration")
 
 
@@ -53,14 +45,15 @@ def user_requests(
         return [(0, np.array([item])) for item in rng.permutation(items)]
     if options.prompt == "pairwise":
         return _pairs(items, tests, hidden, options, rng)
-    found = []
+
+    shown: list[tuple[int, np.ndarray]] = []
     parts = -(-items.size // options.list_size)
     for part in np.array_split(rng.permutation(items), parts):
         if options.prompt == "ranking" and part.size < 2:
             continue
         orders = [part, *(rng.permutation(part) for _ in range(options.permutations - 1))]
-        found += list(enumerate(orders))
-    return found
+        shown += list(enumerate(orders))
+    return shown
 
 
 def _pairs(
@@ -81,7 +74,7 @@ def _pairs(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AskingPlan:
     """What a set of requests costs, after the budget.
 
     Attributes:
@@ -124,41 +117,82 @@ class Asker:
     lines: list[str]
     options: RequestConfig
     seed: int
+    score_range: tuple[int, int]
     offsets: np.ndarray  # [U + 1] into the candidates
 
     def of_user(self, user: int) -> list[tuple[int, np.ndarray]]:
         """`user_requests` of one user."""
-        mine = slice(self.offsets[user], self.offsets[user + 1])
-        items = self.drawn.items[mine]
-        tests = (self.drawn.reasons[mine] & _CALIBRATION) > 0
+        candidates_of_user = slice(self.offsets[user], self.offsets[user + 1])
+        items = self.drawn.items[candidates_of_user]
+        tests = (self.drawn.reasons[candidates_of_user] & _CALIBRATION) > 0
         hidden = np.isin(items, self.drawn.hidden.row(user))
         return user_requests(user, items, tests, hidden, self.options, self.seed)
 
+    def response_format(self, shown: int) -> dict[str, Any] | None:
+        """What a request about `shown` candidates says of the form of its answer."""
+        options = self.options
+        return answer_form.response_format(
+            options.prompt, shown, options.structured, self.score_range
+        )
+
+    def answer_tokens(self) -> tuple[int, int]:
+        """Tokens of a whole answer: (of all of it, more for each candidate)."""
+        return answer_form.answer_tokens(self.options.prompt, self.options.structured)
+
 
 def asker(
-    dataset: Dataset, drawn: CandidateSet, lines: list[str], options: RequestConfig, seed: int
+    dataset: Dataset,
+    drawn: CandidateSet,
+    lines: list[str],
+    options: RequestConfig,
+    seed: int,
+    score_range: Sequence[int] = (0, 1),
 ) -> Asker:
-    """What `plan` and `requests.write` need; the template is read here, and refused here."""
+    """What `plan` and `requests.write` need; the template is read here, and refused here.
+
+    Raises:
+      ConfigError: the template or the range of scores cannot be used.
+    """
+    if len(score_range) != 2 or score_range[0] >= score_range[1]:
+        shown = ",".join(map(str, score_range))
+        raise ConfigError(f"--score_range={shown} is not a lowest and a highest score, e.g. 0,1")
+    lowest_highest = (score_range[0], score_range[1])
     offsets = np.zeros(dataset.n_users + 1, np.int64)
     np.cumsum(np.bincount(drawn.users, minlength=dataset.n_users), out=offsets[1:])
-    template = prompts.read_template(options.prompt, options.template)
-    return Asker(dataset, drawn, template, lines, options, seed, offsets)
+    template = prompts.read_template(
+        options.prompt,
+        options.template,
+        structured=options.structured,
+        score_range=lowest_highest,
+    )
+    return Asker(dataset, drawn, template, lines, options, seed, lowest_highest, offsets)
 
 
-def shown_history(one: Asker) -> tuple[np.ndarray, np.ndarray]:
+def shown_history(asker: Asker) -> tuple[np.ndarray, np.ndarray]:
     """(offsets [U + 1], items): the last `history_items` training items of each user that a
     prompt shows, oldest first. Nothing but training is read, and hidden items are left out."""
-    described = np.array([bool(line) for line in one.lines])
-    users, items = candidates.described_history(one.dataset, described, one.drawn.hidden)
-    counts = np.bincount(users, minlength=one.dataset.n_users)
+    described = np.array([bool(line) for line in asker.lines])
+    n_users = asker.dataset.n_users
+    users, items = candidates.described_history(asker.dataset, described, asker.drawn.hidden)
+    counts = np.bincount(users, minlength=n_users)
     from_end = np.cumsum(counts)[users] - np.arange(users.size)
-    keep = from_end <= one.options.history_items
-    offsets = np.zeros(one.dataset.n_users + 1, np.int64)
-    np.cumsum(np.bincount(users[keep], minlength=one.dataset.n_users), out=offsets[1:])
+    keep = from_end <= asker.options.history_items
+
+    offsets = np.zeros(n_users + 1, np.int64)
+    np.cumsum(np.bincount(users[keep], minlength=n_users), out=offsets[1:])
     return offsets, items[keep]
 
 
-def plan(one: Asker) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """[U] int64 each: requests of a user, tokens of their prompts, tokens of their answers."""
+
+    requests: np.ndarray
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+def plan(asker: Asker) -> AskingPlan:
     """Estimate what asking costs, and keep the users that the budget allows.
 
     Whole users are cut, from the end of an order in which every stretch has its share of cold
@@ -166,70 +200,82 @@ def plan(one: Asker) -> Plan:
 
     Raises:
       ConfigError: the budget does not allow a single user.
+      InputError: no user has two candidates, and the prompt compares.
     """
-    tokens_by, count = prompts.token_counter()
-    labelled = one.options.prompt in prompts.LABELLED
-    per_item = count([f"A. {line}\n" if labelled else line for line in one.lines])
-    per_event = count([f"- {line}\n" for line in one.lines])
-    frame = int(count([one.template.render([], [], labelled=False)])[0])
-    offsets, history = shown_history(one)
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_event[history])])
-    before = frame + sums[offsets[1:]] - sums[offsets[:-1]]
-    n_users = one.dataset.n_users
-    requests, asked, answered = (np.zeros(n_users, np.int64) for _ in range(3))
-    base, more = ANSWER_TOKENS[one.options.prompt]
-    for user in np.flatnonzero(np.diff(one.offsets)):
-        made = one.of_user(int(user))
-        shown = sum(items.size for _, items in made)
-        requests[user] = len(made)
-        asked[user] = len(made) * before[user] + sum(per_item[items].sum() for _, items in made)
-        answered[user] = len(made) * base + shown * more
-    cost = (asked * one.options.price_in + answered * one.options.price_out) / 1e6
-    able = requests > 0
+    options = asker.options
+    tokens_by, sizes = _sizes(asker)
+    cost = (sizes.prompt * options.price_in + sizes.answer * options.price_out) / 1e6
+    able = sizes.requests > 0
     if not able.any():
         raise InputError(
-            f"{one.dataset.path}: --prompt={one.options.prompt} needs two candidates of one user, "
+            f"{asker.dataset.path}: --prompt={options.prompt} needs two candidates of one user, "
             "and no user has; raise --candidates"
         )
-    kept = _within_budget(one, able, requests, asked + answered, cost)
-    cold = one.dataset.slices(SliceConfig()).cold_users
-    tests = one.drawn.hidden.counts > 0
+    kept = _within_budget(asker, able, sizes, cost)
+
+    cold = asker.dataset.slices(SliceConfig()).cold_users
+    tests = asker.drawn.hidden.counts > 0
     cut = able & ~kept
     facts: dict[str, int | float] = {
-        "requests": int(requests[kept].sum()),
+        "requests": int(sizes.requests[kept].sum()),
         "users": int(kept.sum()),
-        "prompt_tokens": int(asked[kept].sum()),
-        "answer_tokens": int(answered[kept].sum()),
+        "prompt_tokens": int(sizes.prompt[kept].sum()),
+        "answer_tokens": int(sizes.answer[kept].sum()),
         "cost": round(float(cost[kept].sum()), 4),
         "cut_users": int(cut.sum()),
         "cut_cold_users": int((cut & cold).sum()),
         "cut_calibration_users": int((cut & tests).sum()),
         "all_users": int(able.sum()),
-        "all_requests": int(requests.sum()),
+        "all_requests": int(sizes.requests.sum()),
     }
-    return Plan(kept, facts, tokens_by)
+    return AskingPlan(kept, facts, tokens_by)
 
 
-def _within_budget(
-    one: Asker, able: np.ndarray, requests: np.ndarray, tokens: np.ndarray, cost: np.ndarray
-) -> np.ndarray:
-    options = one.options
-    limits = {
-        "max_requests": (options.max_requests, requests),
-        "max_tokens": (options.max_tokens, tokens),
-        "max_cost": (options.max_cost, cost),
-    }
+def _sizes(asker: Asker) -> tuple[str, _Sizes]:
+    """How tokens were estimated, and what asking each user takes."""
+    tokens_by, count = prompts.token_counter()
+    labelled = asker.options.prompt in prompts.LABELLED
+    per_item = count([f"A. {line}\n" if labelled else line for line in asker.lines])
+    per_event = count([f"- {line}\n" for line in asker.lines])
+    frame = int(count([asker.template.render([], [], labelled=False)])[0])
+
+    offsets, history = shown_history(asker)
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_event[history])])
+    before = frame + sums[offsets[1:]] - sums[offsets[:-1]]
+    n_users = asker.dataset.n_users
+    sizes = _Sizes(*(np.zeros(n_users, np.int64) for _ in range(3)))
+    base, more = asker.answer_tokens()
+    for user in np.flatnonzero(np.diff(asker.offsets)):
+        lists = asker.of_user(int(user))
+        candidates_shown = sum(items.size for _, items in lists)
+        in_lists = sum(per_item[items].sum() for _, items in lists)
+        sizes.requests[user] = len(lists)
+        sizes.prompt[user] = len(lists) * before[user] + in_lists
+        sizes.answer[user] = len(lists) * base + candidates_shown * more
+    return tokens_by, sizes
+
+
+def _within_budget(asker: Asker, able: np.ndarray, sizes: _Sizes, cost: np.ndarray) -> np.ndarray:
+    options = asker.options
     if options.max_cost and not (options.price_in or options.price_out):
         raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
-    cold = one.dataset.slices(SliceConfig()).cold_users
-    stratum = cold * 2 + (one.drawn.hidden.counts > 0)
-    lot = np.random.default_rng((one.seed, 1 << 32)).permutation(able.size)
-    place = np.zeros(able.size)
-    for which in range(4):
-        mine = np.flatnonzero(able & (stratum == which))
-        place[mine[np.argsort(lot[mine])]] = (np.arange(mine.size) + 0.5) / max(mine.size, 1)
+    limits = {
+        "max_requests": (options.max_requests, sizes.requests),
+        "max_tokens": (options.max_tokens, sizes.prompt + sizes.answer),
+        "max_cost": (options.max_cost, cost),
+    }
+
+    # Position of a user within its stratum, as a share: any prefix has its part of each stratum.
+    cold = asker.dataset.slices(SliceConfig()).cold_users
+    stratum = cold * 2 + (asker.drawn.hidden.counts > 0)
+    lot = np.random.default_rng((asker.seed, 1 << 32)).permutation(able.size)
+    position = np.zeros(able.size)
+    for number in range(4):
+        users = np.flatnonzero(able & (stratum == number))
+        position[users[np.argsort(lot[users])]] = (np.arange(users.size) + 0.5) / max(users.size, 1)
     order = np.flatnonzero(able)
-    order = order[np.lexsort((lot[order], place[order]))]
+    order = order[np.lexsort((lot[order], position[order]))]
+
     fits = np.ones(order.size, bool)
     for name, (most, spent) in limits.items():
         if most:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from slgr_jax.config import CandidateConfig, SliceConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
-from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
+from slgr_jax.errors import InputError, ManifestError, listing
 from slgr_jax.teacher.products import preferences
 
 PathLike = str | os.PathLike[str]
@@ -63,6 +63,7 @@ def draw(
     *,
     seed: int,
     space: np.ndarray | None = None,
+    proposed: Mapping[str, Csr] | None = None,
 ) -> CandidateSet:
     """Draw every set that `options` asks for.
 
@@ -75,6 +76,7 @@ def draw(
       options: sizes of the sets.
       seed: of all draws.
       space: [I, D] vectors in which cold users' items are spread; None: by popularity alone.
+      proposed: by reason (hard_top, hard_uncertain) the items [U] that a trained run adds.
 
     Raises:
       InputError: nothing is left to ask.
@@ -89,8 +91,7 @@ def draw(
     hidden, negatives = _calibration(dataset, described, events, options, rng)
     able = np.unique(events[0])
     asked = paper_sets(dataset, able, described, space, options, rng)
-    if options.run:
-        asked |= _hard_sets(dataset, able, described, options)
+    asked |= _hard_sets(dataset, able, described, proposed or {})
     positives = _keys(hidden, dataset.n_items)
     asked["calibration"] = np.concatenate([positives, negatives])
     if options.exclude_evaluation:
@@ -162,50 +163,18 @@ def _calibration(
 
 
 def _hard_sets(
-    dataset: Dataset, able: np.ndarray, described: np.ndarray, options: CandidateConfig
+    dataset: Dataset, able: np.ndarray, described: np.ndarray, proposed: Mapping[str, Csr]
 ) -> dict[str, np.ndarray]:
-    """The run's best unseen items, and those whose sigma(score) is nearest 1/2."""
-    import jax.numpy as jnp  # only this set needs a trained run
-
-    from slgr_jax.evaluation import full_ranking
-    from slgr_jax.training import restore
-
-    run = restore.restore_run(options.run)
-    for what in ("id_map_hash", "split_hash"):
-        theirs, ours = getattr(run.dataset.manifest, what), getattr(dataset.manifest, what)
-        if theirs != ours:
-            raise ConfigError(
-                f"--run={options.run} was trained on {run.dataset.path} ({what} {theirs[:8]}), "
-                f"{dataset.path} has {ours[:8]}; give a run of this dataset"
-            )
-
-    def least_sure(scoring: Any, users: Any) -> Any:
-        return -jnp.abs(run.score_users(scoring, users))
-
-    seen, scoring = dataset.positives(("train",)), run.scoring("valid")
-    found = {}
-    for name, score, size in (
-        ("hard_top", run.score_users, options.hard_top),
-        ("hard_uncertain", least_sure, options.hard_uncertain),
-    ):
-        if not size:
-            continue
-        best = full_ranking.top_k(
-            *(score, scoring, able, seen, dataset.n_items),
-            k=size,
-            users_per_chunk=run.config.evaluation.eval_users_per_chunk,
-            mesh=run.mesh,
-            kernels=run.config.train.kernels,
-        )
-        users = np.repeat(best.users.astype(np.int64), best.items.shape[1])
-        items, real = (
-            best.items.ravel(),
-            np.isfinite(best.scores).ravel() & (best.items.ravel() >= 0),
-        )
-        keys = users[real] * dataset.n_items + items[real]
-        own = _keys(seen, dataset.n_items)
-        found[name] = keys[described[items[real]] & ~np.isin(keys, own)]
-    return found
+    """Keys of what a run proposes, where it can be asked about."""
+    seen = _keys(dataset.positives(("train",)), dataset.n_items)
+    can_be_asked = np.zeros(dataset.n_users, bool)
+    can_be_asked[able] = True
+    asked = {}
+    for reason, items_of_user in proposed.items():
+        keys = _keys(items_of_user, dataset.n_items)
+        users, items = np.divmod(keys, dataset.n_items)
+        asked[reason] = keys[can_be_asked[users] & described[items] & ~np.isin(keys, seen)]
+    return asked
 
 
 # --- the paper's sets --------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Prompts: how items, histories and candidates become the text of a request.
 
 A template is a text file with `$history` and `$candidates` (`$$` is a dollar sign), as of
-`string.Template`. Candidates are shown with short labels, so that an answer is read by label and
-never by title. `templates/` has one template a form of answer.
+`string.Template`; `$answer` is the sentence that asks for the form of the answer, `$lowest` and
+`$highest` are the range of scores. Candidates are shown with short labels, so that an answer is
+read by label and never by title. `templates/` has one template a form of answer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import importlib.util
 import pathlib
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,9 +22,32 @@ from slgr_jax.errors import ConfigError, InputError, listing
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 FIELDS = ("history", "candidates")
+OPTIONAL_FIELDS = ("answer", "lowest", "highest")
 # Forms of answer that show their candidates with labels.
 LABELLED = frozenset({"listwise", "ranking", "pairwise"})
 _MOST_TEXT = 120  # characters of a description that stands for a missing title
+
+Range = tuple[int, int]
+# How a prompt asks for its answer: as JSON, and in words (--structured=none).
+_AS_JSON: Mapping[str, str] = {
+    "listwise": 'Answer with one JSON object from label to score, such as {"A": %s, "B": %s}, and '
+    "nothing else.",
+    "ranking": "Answer with one JSON object that has every label once, such as "
+    '{"order": ["C", "A", "B"]}, and nothing else.',
+    "pairwise": 'Answer with one JSON object, {"choice": "A"} or {"choice": "B"}, and nothing '
+    "else.",
+    "pointwise": 'Answer with one JSON object, {"answer": "Yes"} or {"answer": "No"}, and nothing '
+    "else.",
+    "rating": "Answer with one JSON object that has one digit from 1 (not at all) to 5 "
+    '(perfectly), such as {"rating": 3}, and nothing else.',
+}
+_IN_WORDS: Mapping[str, str] = {
+    "listwise": _AS_JSON["listwise"],
+    "ranking": "Answer with the labels only, such as C > A > B, and nothing else.",
+    "pairwise": "Answer with one letter, A or B, and nothing else.",
+    "pointwise": "Answer with one word, Yes or No, and nothing else.",
+    "rating": "Answer with one digit from 1 (not at all) to 5 (perfectly), and nothing else.",
+}
 
 
 def label(place: int) -> str:
@@ -48,8 +72,9 @@ def item_lines(dataset: Dataset) -> list[str]:
     lines = []
     for title, text, categories in zip(*columns, strict=True):
         name = " ".join((title or "").split()) or " ".join((text or "").split())[:_MOST_TEXT]
-        named = ", ".join(" ".join(one.split()) for one in categories or () if one and one.strip())
-        lines.append(f"{name} ({named})" if name and named else name)
+        kinds = [" ".join(category.split()) for category in categories or () if category]
+        shown = ", ".join(filter(None, kinds))
+        lines.append(f"{name} ({shown})" if name and shown else name)
     if not any(lines):
         raise InputError(
             f"{dataset.path} has no item texts to show; prepare it again with item titles "
@@ -58,31 +83,55 @@ def item_lines(dataset: Dataset) -> list[str]:
     return lines
 
 
+def instruction(form: str, structured: str, score_range: Range) -> str:
+    """The sentence that says what an answer looks like, with examples inside the range."""
+    text = (_IN_WORDS if structured == "none" else _AS_JSON)[form]
+    if form != "listwise":
+        return text
+    low, high = score_range
+    examples = (f"{low + share * (high - low):.4g}" for share in (0.35, 0.8))
+    return text % tuple(examples)
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
     """A prompt with gaps.
 
     Attributes:
       text: of the file.
-      hash: the first 16 digits of its SHA-256, for manifests.
+      wording: what fills the optional gaps, the same in every prompt.
+      hash: the first 16 digits of the SHA-256 of the text and of the wording it uses, for
+        manifests.
     """
 
     text: str
+    wording: Mapping[str, str]
     hash: str
 
     def render(self, history: Sequence[str], shown: Sequence[str], *, labelled: bool) -> str:
         """The prompt: a history, oldest first, and candidates in the order shown."""
         lines = [f"{label(k)}. {line}" for k, line in enumerate(shown)] if labelled else shown
         return string.Template(self.text).substitute(
-            history="\n".join(f"- {line}" for line in history), candidates="\n".join(lines)
+            self.wording,
+            history="\n".join(f"- {line}" for line in history),
+            candidates="\n".join(lines),
         )
 
 
-def read_template(form: str, path: str = "") -> Template:
+def read_template(
+    form: str, path: str = "", *, structured: str = "json_schema", score_range: Range = (0, 1)
+) -> Template:
     """The template in the file `path`, or the one that comes with a form of answer.
 
+    Args:
+      form: one of `config.PROMPTS`.
+      path: a file of the user's; empty: the one of `templates/`.
+      structured: one of `config.STRUCTURED`, for the words of `$answer`.
+      score_range: `$lowest` and `$highest`.
+
     Raises:
-      ConfigError: no such file, not UTF-8, a gap that is missing or that nothing fills.
+      ConfigError: no such file, not UTF-8, a gap that is missing or that nothing fills, or
+        `structured` is json_object and the template never says JSON (services refuse that).
     """
     source = pathlib.Path(path) if path else TEMPLATES / f"{form}.txt"
     try:
@@ -92,14 +141,30 @@ def read_template(form: str, path: str = "") -> Template:
     template = string.Template(text)
     if not template.is_valid():
         raise ConfigError(f"--template={source} has a bare $; write $$ for a dollar sign")
-    found = template.get_identifiers()
-    missing, unknown = sorted(set(FIELDS) - set(found)), sorted(set(found) - set(FIELDS))
+
+    gaps = set(template.get_identifiers())
+    missing = sorted(set(FIELDS) - gaps)
+    unknown = sorted(gaps - set(FIELDS) - set(OPTIONAL_FIELDS))
     if missing or unknown:
         raise ConfigError(
             f"--template={source}: missing {listing(missing)}; unknown {listing(unknown)}; a "
-            "template has $history and $candidates, each at least once"
+            "template has $history and $candidates, each at least once, and may have "
+            f"{listing('$' + name for name in OPTIONAL_FIELDS)}"
         )
-    return Template(text, hashlib.sha256(text.encode()).hexdigest()[:16])
+    if structured == "json_object" and "answer" not in gaps and "json" not in text.lower():
+        raise ConfigError(
+            f"--template={source} never says JSON, which services demand of "
+            "--structured=json_object; add $answer to it, or use --structured=json_schema"
+        )
+
+    lowest, highest = score_range
+    wording = {
+        "answer": instruction(form, structured, score_range),
+        "lowest": str(lowest),
+        "highest": str(highest),
+    }
+    used = "".join(wording[name] for name in OPTIONAL_FIELDS if name in gaps)
+    return Template(text, wording, hashlib.sha256((text + used).encode()).hexdigest()[:16])
 
 
 Count = Callable[[Sequence[str]], np.ndarray]
@@ -108,9 +173,9 @@ Count = Callable[[Sequence[str]], np.ndarray]
 def token_counter() -> tuple[str, Count]:
     """How tokens are estimated, and (texts) -> [n] int64: with wordllama's tokenizer (a Llama's)
     where the extra `llm` is installed, else four characters a token."""
-    found = importlib.util.find_spec("wordllama")
-    if found is not None and found.submodule_search_locations:
-        folder = pathlib.Path(next(iter(found.submodule_search_locations))) / "tokenizers"
+    package = importlib.util.find_spec("wordllama")
+    if package is not None and package.submodule_search_locations:
+        folder = pathlib.Path(next(iter(package.submodule_search_locations))) / "tokenizers"
         path = folder / "l2_supercat_tokenizer_config.json"
         if path.is_file() and importlib.util.find_spec("tokenizers") is not None:
             import tokenizers
@@ -121,7 +186,7 @@ def token_counter() -> tuple[str, Count]:
 
             def count(texts: Sequence[str]) -> np.ndarray:
                 encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-                return np.array([len(one.ids) for one in encoded], np.int64)
+                return np.array([len(encoding.ids) for encoding in encoded], np.int64)
 
             return "the Llama 2 tokenizer of wordllama", count
     return "four characters a token", _quarter

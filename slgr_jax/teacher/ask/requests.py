@@ -15,25 +15,33 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import tqdm
 
-from slgr_jax.config import RequestConfig
+from slgr_jax.config import TOKEN_LIMITS, RequestConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.schema import ShardFile
-from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.errors import ConfigError, InputError, ShardError
 from slgr_jax.teacher.ask import candidates, prompts
-from slgr_jax.teacher.ask.asking import ANSWER_TOKENS, Asker, Plan, shown_history
+from slgr_jax.teacher.ask.asking import Asker, AskingPlan, shown_history
 from slgr_jax.teacher.products import preferences
 
 PathLike = str | os.PathLike[str]
 Row = tuple[int, str, int, int, np.ndarray]  # of schema.REQUESTS
 
+OPEN = "requests-open-"  # what `write_open` names its files with
 URL = "/v1/chat/completions"
+# Options that change nothing in a request; what the budget cuts is in the planned users.
+_NOT_ASKED = frozenset(
+    {
+        *("candidate_set", "out", "dry_run", "open", "more_tokens", "price_in", "price_out"),
+        *("max_requests", "max_tokens", "max_cost"),
+    }
+)
 _INDEX_BITS = 36  # of a request's number; the rest, up to 63, is of the fingerprint
 
 
@@ -44,8 +52,8 @@ def directory(data: PathLike, name: str, out: str = "") -> pathlib.Path:
 
 
 def write(
-    one: Asker,
-    planned: Plan,
+    asker: Asker,
+    planned: AskingPlan,
     source: schema.CandidateManifest,
     root: pathlib.Path,
     *,
@@ -58,19 +66,21 @@ def write(
       ConfigError: no model.
       InputError: `root` holds other requests, or is no directory of requests.
     """
-    _body(one.options, "", "", 0)  # a bad --body is refused before anything is done
+    _body(asker, "", "", 1, 0)  # a bad --body is refused before anything is done
     if not model:
         raise ConfigError("missing --model: the LLM that is to answer, as its server calls it")
-    options = dataclasses.asdict(one.options)
+    options = dataclasses.asdict(asker.options)
     decides: dict[str, Any] = {
-        "options": {k: v for k, v in options.items() if k not in ("candidate_set", "out")},
-        "template": one.template.text,
-        "lines": hashlib.sha256("\n".join(one.lines).encode()).hexdigest(),
-        "history": hashlib.sha256(shown_history(one)[1].tobytes()).hexdigest(),
+        "options": {name: value for name, value in options.items() if name not in _NOT_ASKED},
+        "users": hashlib.sha256(np.packbits(planned.users).tobytes()).hexdigest(),
+        "template": asker.template.text,
+        "lines": hashlib.sha256("\n".join(asker.lines).encode()).hexdigest(),
+        "history": hashlib.sha256(shown_history(asker)[1].tobytes()).hexdigest(),
         "candidates": candidates.content_hash(source),
         "split": (source.split_hash, source.id_map_hash),
         "model": model,
-        "seed": one.seed,
+        "seed": asker.seed,
+        "score_range": asker.score_range,
     }
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     manifest = schema.RequestManifest(
@@ -81,30 +91,34 @@ def write(
         split_hash=source.split_hash,
         candidates=source.name,
         candidates_hash=decides["candidates"],
-        training_items="hidden" if one.drawn.hidden.indices.size else "none",
-        prompt=one.options.prompt,
-        template_hash=one.template.hash,
+        training_items="hidden" if asker.drawn.hidden.indices.size else "none",
+        prompt=asker.options.prompt,
+        template_hash=asker.template.hash,
         model=model,
         options=options,
-        plan={**planned.facts, "tokens_by": planned.tokens_by},
+        plan={
+            **planned.facts,
+            "tokens_by": planned.tokens_by,
+            "score_range": list(asker.score_range),
+        },
         files={"requests": (), "index": ()},
     )
     _refuse_foreign(root, fingerprint, overwrite=overwrite)
     root.mkdir(parents=True, exist_ok=True)
     with shards.locked(root):
         manifest = _resume(root, manifest)
-        return manifest if manifest.complete else _write_rest(one, planned, manifest, root)
+        return manifest if manifest.complete else _write_rest(asker, planned, manifest, root)
 
 
 def _write_rest(
-    one: Asker, planned: Plan, manifest: schema.RequestManifest, root: pathlib.Path
+    asker: Asker, planned: AskingPlan, manifest: schema.RequestManifest, root: pathlib.Path
 ) -> schema.RequestManifest:
     written = sum(file.rows for file in manifest.files["index"])
-    stream = _stream(one, planned, manifest, skip=written)
+    stream = _stream(asker, planned, manifest, skip=written)
     with tqdm.tqdm(
         total=int(planned.facts["requests"]), initial=written, unit="request", disable=None
     ) as bar:
-        for lines, index in _shards(stream, one.options, root, len(manifest.files["index"])):
+        for lines, index in _shards(stream, asker.options, root, len(manifest.files["index"])):
             files = manifest.files
             manifest = dataclasses.replace(
                 manifest,
@@ -122,11 +136,11 @@ def _write_rest(
 
 def _refuse_foreign(root: pathlib.Path, fingerprint: str, *, overwrite: bool) -> None:
     if (root / schema.REQUESTS_MANIFEST).is_file():
-        found = schema.read_request_manifest(root)
-        if found.fingerprint != fingerprint and not overwrite:
+        written = schema.read_request_manifest(root)
+        if written.fingerprint != fingerprint and not overwrite:
             raise InputError(
-                f"{root} holds other requests ({found.model}, {found.prompt}, "
-                f"{found.plan['requests']} requests); choose another --name or --out, or add "
+                f"{root} holds other requests ({written.model}, {written.prompt}, "
+                f"{written.plan['requests']} requests); choose another --name or --out, or add "
                 "--overwrite"
             )
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -134,23 +148,27 @@ def _refuse_foreign(root: pathlib.Path, fingerprint: str, *, overwrite: bool) ->
 
 
 def _resume(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.RequestManifest:
-    """`manifest` with the whole files that `root` already holds; nothing else of it is left."""
+    """`manifest` with the whole files that `root` already holds; what is of other requests goes."""
+    same = False
     if (root / schema.REQUESTS_MANIFEST).is_file():
-        found = schema.read_request_manifest(root)
-        if found.fingerprint == manifest.fingerprint:
+        written = schema.read_request_manifest(root)
+        same = written.fingerprint == manifest.fingerprint
+        if same:
             whole = 0
-            for pair in zip(found.files["requests"], found.files["index"], strict=True):
+            for pair in zip(written.files["requests"], written.files["index"], strict=True):
                 if not all(_is_whole(root, file) for file in pair):
                     break
                 whole += 1
-            files = {key: listed[:whole] for key, listed in found.files.items()}
-            complete = found.complete and whole == len(found.files["index"])
+            files = {key: listed[:whole] for key, listed in written.files.items()}
+            complete = written.complete and whole == len(written.files["index"])
             manifest = dataclasses.replace(manifest, files=files, complete=complete)
     schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
+
     listed = {file.path for key in manifest.files for file in manifest.files[key]}
     for pattern in ("requests-*.jsonl*", "index-*.arrow*"):
         for path in root.glob(pattern):
-            if path.name not in listed:
+            of_these = path.name in listed or (same and path.name.startswith(OPEN))
+            if not of_these:
                 path.unlink()
     return manifest
 
@@ -165,44 +183,45 @@ def _is_whole(root: pathlib.Path, file: ShardFile) -> bool:
 
 
 def _stream(
-    one: Asker, planned: Plan, manifest: schema.RequestManifest, *, skip: int
+    asker: Asker, planned: AskingPlan, manifest: schema.RequestManifest, *, skip: int
 ) -> Iterator[tuple[bytes, Row]]:
     """A line and its row of the index per request, after the first `skip`."""
-    labelled = one.options.prompt in prompts.LABELLED
-    base, more = ANSWER_TOKENS[one.options.prompt]
-    offsets, history = shown_history(one)
+    labelled = asker.options.prompt in prompts.LABELLED
+    base, more = asker.answer_tokens()
+    offsets, history = shown_history(asker)
     number = (int(manifest.fingerprint[:16], 16) >> (1 + _INDEX_BITS)) << _INDEX_BITS
     at = 0
     for user in np.flatnonzero(planned.users):
-        made = one.of_user(int(user))
+        made = asker.of_user(int(user))
         if at + len(made) <= skip:
             at += len(made)
             continue
-        past = [one.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
+        past = [asker.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
         for permutation, items in made:
             if at >= skip:
                 custom_id = f"{number + at:016x}"
-                shown = [one.lines[item] for item in items]
-                text = one.template.render(past, shown, labelled=labelled)
-                limit = one.options.answer_tokens or 2 * (base + more * items.size) + 16
+                shown = [asker.lines[item] for item in items]
+                text = asker.template.render(past, shown, labelled=labelled)
+                limit = asker.options.answer_tokens or 2 * (base + more * items.size) + 16
                 line = {
                     "custom_id": custom_id,
                     "method": "POST",
                     "url": URL,
-                    "body": _body(one.options, manifest.model, text, limit),
+                    "body": _body(asker, manifest.model, text, items.size, limit),
                 }
-                data = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
                 row = (number + at, custom_id, int(user), permutation, items)
-                yield data.encode("utf-8", "replace") + b"\n", row
+                yield _json_line(line), row
             at += 1
 
 
-def _body(options: RequestConfig, model: str, text: str, limit: int) -> dict[str, Any]:
+def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[str, Any]:
+    options = asker.options
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": text}],
         "temperature": options.temperature,
-        "max_tokens": limit,
+        options.token_limit: limit,
+        "response_format": asker.response_format(shown),
     }
     if options.logprobs:
         if options.prompt not in ("pairwise", "pointwise", "rating"):
@@ -259,6 +278,85 @@ def _shards(
         number += 1
 
 
+def read_lines(root: pathlib.Path, manifest: schema.RequestManifest) -> Iterator[dict[str, Any]]:
+    """Every request that is written: custom_id, method, url, body; in their order.
+
+    Raises:
+      ShardError: a file is missing or is not what was written.
+    """
+    for file in manifest.files["requests"]:
+        if not (root / file.path).is_file():
+            raise ShardError(f"{root / file.path} is missing; run slgr teach requests again")
+        shards.check_bytes(root, file)
+        with open(root / file.path, "rb") as lines:
+            yield from map(json.loads, lines)
+
+
+def with_more_tokens(body: Mapping[str, Any], factor: int) -> tuple[dict[str, Any], int]:
+    """The body with so many times the tokens of its answer, and the most that is (0: no limit)."""
+    wider = dict(body)
+    limits = [name for name in TOKEN_LIMITS if isinstance(body.get(name), int)]
+    for name in limits:
+        wider[name] = int(body[name]) * factor
+    return wider, max((wider[name] for name in limits), default=0)
+
+
+def write_open(
+    root: pathlib.Path, manifest: schema.RequestManifest, factors: Mapping[str, int]
+) -> list[pathlib.Path]:
+    """Write the requests that are still open at `root` once more, in place of an earlier such set.
+
+    They keep their custom_ids, so that `collect` knows the answers.
+
+    Args:
+      root: directory that `write` wrote.
+      manifest: its manifest.
+      factors: custom_ids of the open requests, and how many times the tokens their answers get.
+
+    Returns:
+      The files, requests-open-00000.jsonl and so on; none where nothing is open.
+
+    Raises:
+      ShardError: a file of requests is missing or damaged.
+    """
+    most_bytes = int(manifest.options["megabytes_per_file"] * 1e6)
+    most_lines = int(manifest.options["requests_per_file"])
+    with shards.locked(root):
+        for path in root.glob(f"{OPEN}*"):
+            path.unlink()
+        files: list[pathlib.Path] = []
+        lines: list[bytes] = []
+        size = 0
+        for request in read_lines(root, manifest):
+            if request["custom_id"] not in factors:
+                continue
+            body, _ = with_more_tokens(request["body"], factors[request["custom_id"]])
+            line = _json_line(request | {"body": body})
+            if lines and (len(lines) == most_lines or size + len(line) > most_bytes):
+                files.append(_write_lines(root / f"{OPEN}{len(files):05d}.jsonl", lines))
+                lines, size = [], 0
+            lines.append(line)
+            size += len(line)
+        if lines:
+            files.append(_write_lines(root / f"{OPEN}{len(files):05d}.jsonl", lines))
+    return files
+
+
+def _write_lines(path: pathlib.Path, lines: list[bytes]) -> pathlib.Path:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def _json_line(request: Mapping[str, Any]) -> bytes:
+    text = json.dumps(request, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace") + b"\n"
+
+
 def load_index(root: pathlib.Path, manifest: schema.RequestManifest) -> pa.Table:
     """The index of every request that is written, in their order: schema.REQUESTS."""
     return shards.read_shards(root, manifest.files["index"], schema.REQUESTS)
@@ -273,4 +371,14 @@ def report(manifest: schema.RequestManifest, root: pathlib.Path) -> str:
         f"{len(files)} files, {size:,.1f} MB: {root}\n"
         f"  next: vllm run-batch -i {root}/requests-00000.jsonl -o results-00000.jsonl --model "
         f"{manifest.model} (or a hosted batch service), then slgr teach collect"
+    )
+
+
+def report_open(files: list[pathlib.Path], count: int) -> str:
+    """A line for people: what `write_open` wrote."""
+    if not files:
+        return "no request is open: all have whole answers"
+    return (
+        f"{count:,} requests are still open, written to {len(files)} files, {files[0]} first; "
+        "next: ask for them like for the others, then slgr teach collect"
     )

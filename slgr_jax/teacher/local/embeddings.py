@@ -27,8 +27,9 @@ from slgr_jax.config import EmbedConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.data.ingest.archive import reading
-from slgr_jax.errors import InputError, ManifestError, ShardError, listing
-from slgr_jax.teacher.local import scorers
+from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError, listing
+from slgr_jax.teacher.local import likelihood, scorers
+from slgr_jax.teacher.local.vectors import profiles
 from slgr_jax.teacher.products import preferences
 
 PathLike = str | os.PathLike[str]
@@ -69,7 +70,7 @@ def embed(
     Args:
       dataset: texts, training interactions, ids.
       common, options: what to do.
-      llm: GGUF file for --embedder=smollm2; empty: the one of the package.
+      llm: the model of --embedder=transformers.
       built_from: what imported vectors saw, one of `schema.BUILT_FROM`.
       unknown: imported vectors of ids that the dataset lacks: error, or drop.
 
@@ -133,14 +134,16 @@ def item_texts(dataset: Dataset) -> list[str]:
 
 def mean_of_history(history: Csr, items: Vectors) -> Vectors:
     """Per user the unit mean of the vectors of its items; none without such an item."""
-    values = scorers.profiles(history, items.values.astype(np.float32))
+    values = profiles(history, items.values.astype(np.float32))
     return Vectors(values, np.asarray((values != 0).any(axis=1), bool))
 
 
 def _embedder(options: EmbedConfig, llm: str) -> scorers.Embedder:
-    if options.embedder == "smollm2":
-        return scorers.language_model(llm)
-    return scorers.WordLlama()
+    if options.embedder == "wordllama":
+        return scorers.WordLlama()
+    if not llm:
+        raise ConfigError("--embedder=transformers needs --llm=FOLDER or --llm=NAME")
+    return likelihood.Transformers(llm)
 
 
 def _of_texts(model: scorers.Embedder, texts: list[str]) -> Vectors:

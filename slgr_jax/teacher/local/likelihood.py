@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from slgr_jax.errors import InputError, UserError
 from slgr_jax.teacher.local.parts import Parts
+from slgr_jax.teacher.local.vectors import unit
 
 # The prompt is `opening title MARK title MARK ...`, then comes the title; or neutral, then it.
 MARK = "\n-"
@@ -35,7 +36,7 @@ Events = tuple[np.ndarray, np.ndarray]  # users, items of a history: by user, th
 
 
 class LanguageModel(Protocol):
-    """What gives log-probabilities of texts: `llama.Llama`, `Transformers`."""
+    """What gives log-probabilities of texts: `Transformers`."""
 
     name: str
     batch: int  # prompts that are worth one call
@@ -216,7 +217,7 @@ class Transformers:
             import transformers
         except ImportError as error:
             raise UserError(
-                f"--scorer=transformers needs {error.name}: pip install 'slgr_jax[transformers]'"
+                f"--llm={path} needs {error.name}: pip install 'slgr_jax[transformers]'"
             ) from error
         self.name, self.batch, self._batch_tokens = path, 1, batch_tokens
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,9 +243,22 @@ class Transformers:
         """As `LanguageModel.log_probs`; the keys and values of a prompt are computed once."""
         with self._torch.inference_mode():
             return [
-                self._of_prompt(prompt, many)
-                for prompt, many in zip(prompts, continuations, strict=True)
+                self._of_prompt(prompt, texts)
+                for prompt, texts in zip(prompts, continuations, strict=True)
             ]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """[n, D] float32 of unit length: the mean of the last states of each text's tokens; a text
+        without tokens is a zero row."""
+        width = int(self._model.config.get_text_config().hidden_size)
+        vectors = np.zeros((len(texts), width), np.float32)
+        with self._torch.inference_mode():
+            for row, ids in enumerate(tqdm(self.encode(texts), unit=" texts", disable=None)):
+                if ids:
+                    tokens = self._torch.tensor([ids], device=self._model.device)
+                    states = self._model(tokens, output_hidden_states=True).hidden_states[-1]
+                    vectors[row] = states[0].float().mean(0).cpu().numpy()
+        return unit(vectors)
 
     def _of_prompt(self, prompt: Sequence[int], many: Sequence[Sequence[int]]) -> np.ndarray:
         torch, device = self._torch, self._model.device

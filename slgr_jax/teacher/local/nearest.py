@@ -20,6 +20,7 @@ from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.teacher.local import embeddings, scorers
 from slgr_jax.teacher.local.embeddings import Vectors
+from slgr_jax.teacher.local.vectors import unit
 from slgr_jax.teacher.products import preferences
 
 # Scores of some users for the whole catalogue that exist at once, in bytes.
@@ -40,14 +41,14 @@ def nearest(
     length = min(length, usable.size)
     column = np.full(items.has.size, -1, np.int64)
     column[usable] = np.arange(usable.size)
-    catalogue = scorers.unit(items.values[usable]).T
+    catalogue = unit(items.values[usable]).T
     able = np.flatnonzero(users.has) if usable.size else np.zeros(0, np.int64)
     histories = seen.matrix(items.has.size, np.int8)
     chunk = max(1, _SCORED_BYTES // (4 * max(usable.size, 1)))
     found = []
     for begin in range(0, able.size, chunk):
         owners = able[begin : begin + chunk]
-        scores = scorers.unit(users.values[owners]) @ catalogue
+        scores = unit(users.values[owners]) @ catalogue
         rows, hidden = histories[owners].nonzero()
         known = column[hidden] >= 0
         scores[rows[known], column[hidden[known]]] = -np.inf

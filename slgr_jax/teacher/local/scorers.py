@@ -15,7 +15,7 @@ import importlib.util
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +27,9 @@ from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, InputError, UserError
 from slgr_jax.teacher.ask import candidates
 from slgr_jax.teacher.local import likelihood
-from slgr_jax.teacher.local.gguf_model import INSTALL
 from slgr_jax.teacher.local.likelihood import Events
+from slgr_jax.teacher.local.vectors import profiles, unit
 from slgr_jax.teacher.products import preferences
-
-if TYPE_CHECKING:
-    from slgr_jax.teacher.local import llama
 
 # One vector per field: a long title must not drown the genres, nor a long text the title.
 TEMPLATE = "fields: title without '(year)' | year | categories joined by ', ' | text"
@@ -44,6 +41,7 @@ _CATEGORIES = 3
 _YEAR = re.compile(r"\s*\((\d{4})\)\s*$")
 # MovieLens puts the article last: `Net, The`.
 _ARTICLE = re.compile(r"^(.*\S), (The|A|An|Le|La|Les|L'|Il|El|Los|Las|Das|Der|Die)$")
+_INSTALL = "pip install 'slgr_jax[llm]' (from a checkout: pip install -e '.[llm]')"
 _NO_TEXTS = (
     "{data} has no item texts to score with; prepare it again with item titles "
     "(slgr prepare --items_input)"
@@ -77,18 +75,18 @@ class WordLlama:
     def __init__(self) -> None:
         found = importlib.util.find_spec("wordllama")
         if found is None or not found.submodule_search_locations:
-            raise UserError(f"--scorer=wordllama needs the package wordllama: {INSTALL}")
+            raise UserError(f"--scorer=wordllama needs the package wordllama: {_INSTALL}")
         try:
             import safetensors.numpy
             import tokenizers
         except ImportError as error:
-            raise UserError(f"--scorer=wordllama needs {error.name}: {INSTALL}") from error
+            raise UserError(f"--scorer=wordllama needs {error.name}: {_INSTALL}") from error
         root = pathlib.Path(next(iter(found.submodule_search_locations)))
         weights = root / "weights" / "l2_supercat_256.safetensors"
         vocabulary = root / "tokenizers" / "l2_supercat_tokenizer_config.json"
         for path in (weights, vocabulary):
             if not path.is_file():
-                raise UserError(f"the installed wordllama lacks {path.name}: {INSTALL}")
+                raise UserError(f"the installed wordllama lacks {path.name}: {_INSTALL}")
         tensors = safetensors.numpy.load_file(weights)
         self._vectors = tensors["embedding.weight"].astype(np.float32)
         self._tokenizer = tokenizers.Tokenizer.from_file(str(vocabulary))
@@ -148,11 +146,6 @@ def item_vectors(dataset: Dataset, embedder: Embedder) -> np.ndarray:
     if not blocks:
         raise InputError(_NO_TEXTS.format(data=dataset.path))
     return unit(np.concatenate(blocks, axis=1))
-
-
-def profiles(history: Csr, vectors: np.ndarray) -> np.ndarray:
-    """[U, F * D]: unit mean of the vectors of each user's items; zero without any."""
-    return unit(np.asarray(history.matrix(vectors.shape[0]) @ vectors))
 
 
 class Scorer(Protocol):
@@ -230,30 +223,17 @@ def make(dataset: Dataset, options: ScoreConfig, *, history_items: int = 10) -> 
       history_items: titles in the prompt of a language model.
 
     Raises:
-      UserError: its extra is not installed, or the model cannot be had.
+      ConfigError: `transformers` without --llm.
+      UserError: its extra is not installed, or the model cannot be loaded.
       InputError: no item has a text.
     """
     if options.scorer == "wordllama":
         return Cosine(dataset, WordLlama())
+    if not options.llm:
+        raise ConfigError("--scorer=transformers needs --llm=FOLDER or --llm=NAME")
     lines = language_lines(dataset)
-    model: likelihood.LanguageModel
-    if options.scorer == "transformers":
-        if not options.llm:
-            raise ConfigError("--scorer=transformers needs --llm=FOLDER or --llm=NAME")
-        model = likelihood.Transformers(options.llm)
-    else:
-        model = language_model(options.llm)
+    model = likelihood.Transformers(options.llm)
     return likelihood.Likelihood(model, lines, history_items, noun=options.noun)
-
-
-def language_model(path: str = "") -> llama.Llama:
-    """SmolLM2-135M-Instruct, or the GGUF file at `path`, on the default device."""
-    from slgr_jax.teacher.local import (
-        gguf_model,
-        llama,  # JAX: not for --help
-    )
-
-    return llama.Llama(gguf_model.read(path) if path else gguf_model.smollm2())
 
 
 def language_lines(dataset: Dataset) -> list[str]:
@@ -468,12 +448,6 @@ def held_in_report(dataset: Dataset, scorer: Scorer, options: ScoreConfig) -> st
         f"drawn by popularity {share['popular']:.1%} (cold {share['popular_cold']:.1%}); "
         f"chance is 50%, standard error {share['popular_error']:.1%}"
     )
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows over their length, float32; a row of zeros stays one."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.where(lengths > 1e-12, lengths, np.inf)).astype(np.float32)
 
 
 def _filled(vectors: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from slgr_jax.config import CandidateConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Csr
-from slgr_jax.errors import ConfigError, InputError, ManifestError
+from slgr_jax.errors import InputError, ManifestError
 from slgr_jax.teacher.ask import candidates
 
 U, I = 40, 60  # noqa: E741 - the letters of the code
@@ -148,37 +147,23 @@ def test_a_repeated_pair_stands_where_it_happened_last(world):
     assert found[1].tolist() == [3, 7, 2]
 
 
-def test_hard_pairs_are_the_runs_best_and_its_least_sure(world, monkeypatch):
-    import jax.numpy as jnp
-
-    from slgr_jax.config import EvaluationConfig, TrainConfig
-    from slgr_jax.training import restore
-
-    scores = np.random.default_rng(2).normal(size=(U, I)).astype(np.float32)
-    fake = types.SimpleNamespace(
-        dataset=world,
-        score_users=lambda state, users: state[jnp.maximum(users, 0)],
-        scoring=lambda part: {"valid": jnp.asarray(scores)}[part],
-        mesh=None,
-        config=types.SimpleNamespace(evaluation=EvaluationConfig(), train=TrainConfig()),
-    )
-    monkeypatch.setattr(restore, "restore_run", lambda path: fake)
-    options = dataclasses.replace(NOTHING, run="somewhere", hard_top=4, hard_uncertain=3)
-    drawn = candidates.draw(world, LINES, options, seed=0)
-    top, unsure = of_reason(drawn, "hard_top"), of_reason(drawn, "hard_uncertain")
+def test_what_a_run_proposes_is_asked_about_where_it_can_be(world):
+    lines = ["" if i == 7 else line for i, line in enumerate(LINES)]
+    owners = np.repeat(np.arange(U), I)
+    everything = Csr.from_pairs(owners, np.tile(np.arange(I), U), U)
+    some = Csr.from_pairs(np.array([3, 3, 39]), np.array([7, 8, 9]), U)
+    options = dataclasses.replace(NOTHING)
+    proposed = {"hard_top": everything, "hard_uncertain": some}
+    drawn = candidates.draw(world, lines, options, seed=0, proposed=proposed)
     trained = own(world, "train")
-    for u in range(U - 1):
-        unseen = [i for i in range(I) if (u, i) not in trained]
-        best = sorted(unseen, key=lambda i: -scores[u, i])[:4]
-        near = sorted(unseen, key=lambda i: abs(scores[u, i]))[:3]
-        assert {i for v, i in top if v == u} == set(best)
-        assert {i for v, i in unsure if v == u} == set(near)
-    assert not {pair for pair in top if pair[0] == U - 1}
-
-    other = dataclasses.replace(world.manifest, split_hash="0" * 64)
-    fake.dataset = dataclasses.replace(world, manifest=other)
-    with pytest.raises(ConfigError, match=r"--run=somewhere was trained on .*split_hash 00000000"):
-        candidates.draw(world, LINES, options, seed=0)
+    able = {user for user, item in trained if item != 7}
+    assert of_reason(drawn, "hard_top") == {
+        (user, item)
+        for user in able
+        for item in range(I)
+        if item != 7 and (user, item) not in trained
+    }
+    assert of_reason(drawn, "hard_uncertain") == {(3, 8)} - trained  # 7 has no text, 39 no history
 
 
 def test_draws_depend_on_the_seed_only(world):

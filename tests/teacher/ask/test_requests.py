@@ -14,7 +14,7 @@ import pytest
 from slgr_jax.config import CandidateConfig, RequestConfig, SliceConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.errors import ConfigError, InputError, ShardError
-from slgr_jax.teacher.ask import asking, candidates, prompts, requests
+from slgr_jax.teacher.ask import answer_form, asking, candidates, prompts, requests
 
 U, I = 24, 50  # noqa: E741 - the letters of the code
 TITLES = [f"Film <{i}> of ${i}" for i in range(I)]
@@ -118,7 +118,8 @@ def test_the_words_of_a_request(world, drawn, tmp_path):
     root = tmp_path / "r"
     manifest = write(
         world, root, prompt="pairwise", template=str(template), history_items=1, logprobs=True,
-        top_logprobs=5, answer_tokens=7, temperature=0.5, body='{"seed": 4, "max_tokens": null}',
+        top_logprobs=5, answer_tokens=7, temperature=0.5, structured="none",
+        body='{"seed": 4, "max_tokens": null}',
     )  # fmt: skip
     line, row = asked(root)[0]
     lines, (a, b) = prompts.item_lines(world), row["items"]
@@ -403,3 +404,32 @@ def test_request_numbers_are_the_index_of_their_rows(world, drawn, tmp_path):
     assert numbers[0] >= 0
     table = requests.load_index(tmp_path / "r", schema.read_request_manifest(tmp_path / "r"))
     assert table.schema.field("items").type == pa.list_(pa.int32())
+
+
+def test_a_request_states_the_form_of_its_answer(world, drawn, tmp_path):
+    write(world, tmp_path / "schema", prompt="ranking", list_size=5)
+    for line, row in asked(tmp_path / "schema"):
+        stated = line["body"]["response_format"]["json_schema"]
+        expected = answer_form.answer_schema("ranking", len(row["items"]))
+        assert (stated["strict"], stated["schema"]) == (True, expected)
+    write(world, tmp_path / "object", structured="json_object", token_limit="max_completion_tokens")
+    body = asked(tmp_path / "object")[0][0]["body"]
+    assert body["response_format"] == {"type": "json_object"}
+    assert body["max_completion_tokens"] > 0
+    assert "max_tokens" not in body
+    write(world, tmp_path / "none", structured="none")
+    assert "response_format" not in asked(tmp_path / "none")[0][0]["body"]
+
+
+def test_the_range_of_scores_is_asked_for_recorded_and_checked(world, drawn, tmp_path):
+    found, source = candidates.load(world, "c")
+    lines = prompts.item_lines(world)
+    asker = asking.asker(world, found, lines, RequestConfig(), 0, score_range=(1, 7))
+    manifest = requests.write(asker, asking.plan(asker), source, tmp_path / "r", model="m")
+    assert manifest.plan["score_range"] == [1, 7]
+    schema_of = asked(tmp_path / "r")[0][0]["body"]["response_format"]["json_schema"]["schema"]
+    assert schema_of["properties"]["A"] == {"type": "number", "minimum": 1, "maximum": 7}
+    with pytest.raises(InputError, match="holds other requests"):
+        write(world, tmp_path / "r")
+    with pytest.raises(ConfigError, match="--score_range=1,1 is not a lowest and a highest"):
+        asking.asker(world, found, lines, RequestConfig(), 0, score_range=(1, 1))

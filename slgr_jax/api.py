@@ -1,0 +1,469 @@
+"""The Python API: what the commands do, as functions; `import slgr_jax as sl` has them all.
+
+    import slgr_jax as sl
+
+    sl.prepare(source="csv", input="ratings.csv", out="DATA")
+    sl.import_teacher("DATA", "answers.csv", "my_llm", model="some-llm")
+    sl.train("DATA", "PLAIN")
+    sl.train("DATA", "GUIDED", guidance="selective", teacher="my_llm", lambda_=0.3)
+    print(sl.evaluate(["PLAIN", "GUIDED"]))
+
+Keyword arguments are the knobs of `slgr ... --help` by their names there, with the same defaults
+(`lambda`, a word of Python, is also `lambda_`); lists stand for values with commas. Errors are
+`slgr_jax.errors.UserError`s that name a knob as `--knob`.
+
+No flags are parsed and nothing is printed: lines for people go to `logging.getLogger("slgr_jax")`
+(`logging.basicConfig(level=logging.INFO)` shows them). Importing this module imports no JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import numbers
+import os
+import pathlib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slgr_jax import config
+from slgr_jax.config.knobs import Section, flag_name
+from slgr_jax.errors import ConfigError, listing
+
+if TYPE_CHECKING:
+    from slgr_jax.data.dataset import Dataset
+    from slgr_jax.data.schema import DatasetManifest, TeacherManifest
+    from slgr_jax.experiments.comparison import Comparison
+    from slgr_jax.reports.tables import EvaluatedRun
+    from slgr_jax.serving.trained_run import (  # type: ignore[import-not-found, unused-ignore]
+        TrainedRun,
+    )
+    from slgr_jax.training.loop import Outcome
+    from slgr_jax.training.training_log import TrainingProgress
+
+PathLike = str | os.PathLike[str]
+
+# The knobs of `slgr teach` that an import uses, beside DATA and NAME.
+IMPORT_COMMON = ("model", "delimiter", "rows_per_shard", "overwrite")
+
+
+# --------------------------------------------------------------------- keyword arguments
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """`value` as what a knob of type `hint` holds.
+
+    Raises:
+      ConfigError: it is of another type.
+    """
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple | range):
+        (inner, *_) = typing.get_args(hint)
+        return tuple(_typed(name, inner, element) for element in value)
+    if hint is str and isinstance(value, list | tuple):
+        return ",".join(_typed(name, str, element) for element in value)
+
+    accepted: Mapping[Any, tuple[type, Callable[[Any], Any]]] = {
+        str: (str, str),
+        bool: (bool, bool),
+        int: (numbers.Integral, int),
+        float: (numbers.Real, float),
+    }
+    if hint is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    kind, convert = accepted.get(hint, (tuple, tuple))
+    # True is an Integral; a knob that counts is no switch.
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        wanted = "a list" if kind is tuple else f"of type {hint.__name__}"
+        raise ConfigError(f"--{name}={value!r} is of type {type(value).__name__}, not {wanted}")
+    return convert(value)
+
+
+def _values(sections: Sequence[type[Section]], knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as knobs by their command-line names, each of its type.
+
+    Raises:
+      ConfigError: none of the sections has a knob of a name, or a value is of another type.
+    """
+    hints: dict[str, Any] = {}
+    for section in sections:
+        of_fields = typing.get_type_hints(section)
+        hints |= {flag_name(field): of_fields[field.name] for field in dataclasses.fields(section)}
+
+    values = {}
+    for keyword, value in knobs.items():
+        name = "lambda" if keyword == "lambda_" else keyword
+        if name not in hints:
+            like = difflib.get_close_matches(name, hints, n=3)
+            known = f"; did you mean {listing(like)}?" if like else ""
+            raise ConfigError(f"no knob is called {name!r}{known}")
+        values[name] = _typed(name, hints[name], value)
+    return values
+
+
+def _section(section: type[Any], values: Mapping[str, Any]) -> Any:
+    """A section with those of `values` that are its knobs."""
+    fields = {flag_name(field): field.name for field in dataclasses.fields(section)}
+    return section(**{fields[name]: value for name, value in values.items() if name in fields})
+
+
+# --------------------------------------------------------------------- from files to a run
+
+
+def prepare(*, source: str, input: PathLike, out: PathLike, **knobs: Any) -> DatasetManifest:
+    """Raw interactions to a dataset directory; `slgr prepare`.
+
+    Args:
+      source: layout of the input, one of `slgr_jax.config.SOURCES`: csv, parquet, movielens, ...
+      input: file, folder or zip archive.
+      out: dataset directory to write; must not exist unless `overwrite=True`.
+      **knobs: of `slgr_jax.config.PrepareConfig`: split, user_column, min_rating, ...
+
+    Returns:
+      The manifest: names, counts, what was dropped, hashes of the split and of the ids.
+
+    Raises:
+      UserError: the input or a knob cannot be used; nothing is left at `out`.
+    """
+    from slgr_jax.data.ingest import prepare as ingest
+
+    places = {"source": source, "input": input, "out": out}
+    values = _values((config.PrepareConfig,), {**places, **knobs})
+    return ingest.prepare(_section(config.PrepareConfig, values))
+
+
+def import_teacher(
+    data: PathLike | Dataset, scores: PathLike, name: str, **knobs: Any
+) -> TeacherManifest:
+    """Answers of any LLM, in a file, to the product DATA/teacher/NAME; `slgr teach import`.
+
+    Args:
+      data: dataset directory, or a loaded `slgr_jax.data.dataset.Dataset`.
+      scores: Parquet, Arrow or CSV file with user, item, score (empty: not answered) or user,
+        preferred, other[, margin]; ids as in the raw data.
+      name: what training calls the product: `teacher=NAME`.
+      **knobs: of `slgr_jax.config.ImportConfig` (built_from, unlisted, unknown, append, ...), and
+        model, delimiter, rows_per_shard, overwrite.
+
+    Returns:
+      The product's manifest: what it is built from, counts, coverage.
+
+    Raises:
+      UserError: the file cannot be used; the message names the row.
+    """
+    from slgr_jax.teacher.products import preferences
+
+    values = _values(
+        (config.TeachConfig, config.ImportConfig),
+        {"scores": scores, "name": name, **knobs},
+    )
+    common: config.TeachConfig = _section(config.TeachConfig, values)
+    options: config.ImportConfig = _section(config.ImportConfig, values)
+    provenance = preferences.Provenance(
+        built_from=options.built_from,
+        unlisted=options.unlisted,
+        training_items=options.training_items,
+        model=common.model,
+        prompt_hash=options.prompt_hash,
+        score_kind=options.score_kind,
+    )
+    return preferences.import_scores(
+        data,
+        options.scores,
+        common.name,
+        provenance=provenance,
+        unknown=options.unknown,
+        duplicates=options.duplicates,
+        delimiter=common.delimiter,
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
+        to_existing=options.append,
+    )
+
+
+def train(
+    data: PathLike,
+    workdir: PathLike,
+    *,
+    progress: Callable[[TrainingProgress], None] | None = None,
+    **knobs: Any,
+) -> Outcome:
+    """Train a recommender in `workdir`, or resume what is there; `slgr train`.
+
+    Args:
+      data: dataset directory.
+      workdir: directory of the run: config, log, checkpoints.
+      progress: called after every dispatch of steps and every validation, from the calling thread;
+        what it raises ends training, and the last checkpoint stays.
+      **knobs: of a run (`slgr_jax.config.sections()`): backbone, guidance, teacher, gate, lr, ...;
+        one that is not given has the backbone's own default.
+
+    Returns:
+      How it ended: status (finished, or interrupted by SIGINT or SIGTERM, which save first), epoch,
+      best metric. The same call goes on with what was interrupted.
+
+    Raises:
+      UserError: bad data, teacher or knobs, or a step that was not finite, each with its fix.
+    """
+    values = _values(tuple(config.sections().values()), knobs)
+    run = config.make_run(os.fspath(data), os.fspath(workdir), **values)
+    if run.train.kernels != "xla":
+        from slgr_jax.kernels import build
+
+        # Before JAX is imported: a machine's first run waits for what is left to compile.
+        build.begin(*build.units_of(run))
+    import jax
+
+    from slgr_jax.training import loop, training_log
+
+    def allowed(event: TrainingProgress) -> None:
+        assert progress is not None
+        with jax.transfer_guard("allow"):  # the loop's own guard is not the callback's
+            progress(event)
+
+    with training_log.listening(None if progress is None else allowed):
+        return loop.train(run)
+
+
+# --------------------------------------------------------------------- what a run is worth
+
+
+def load(workdir: PathLike, checkpoint: str = "best") -> TrainedRun:
+    """A trained run, ready to score, to recommend and to evaluate.
+
+    Args:
+      workdir: directory of a run that `train` has written.
+      checkpoint: state to load, best or last.
+
+    Raises:
+      UserError: there is no such run, or its data are not what it was trained on.
+    """
+    from slgr_jax.serving import trained_run  # type: ignore[import-not-found, unused-ignore]
+
+    return trained_run.load(os.fspath(workdir), checkpoint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Runs and baselines, ranked; `print` shows their tables.
+
+    Attributes:
+      runs: results of each, runs first; `runs[0].parts["test"].slices["overall"]` is a mapping of
+        metrics.
+      metric: what is tested and drawn.
+      out: directory of the picture and of the baselines' files.
+    """
+
+    runs: tuple[EvaluatedRun, ...]
+    metric: str
+    out: pathlib.Path
+
+    def table(self, *, bins: bool = False) -> str:
+        """The tables as text, with the bins by history and popularity or without."""
+        from slgr_jax.reports import tables
+
+        return tables.render(self.runs, self.metric, bins=bins)
+
+    def draw(self) -> pathlib.Path:
+        """Draw `metric` by slice; the path of the picture, OUT/metrics.png."""
+        from slgr_jax.reports import plots, tables
+
+        return plots.draw(self.runs, self.metric, self.out / tables.PICTURE)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def evaluate(
+    workdirs: PathLike | Sequence[PathLike] = (),
+    *,
+    data: PathLike = "",
+    out: PathLike = "",
+    metric: str = "",
+    checkpoint: str = "best",
+    **knobs: Any,
+) -> Evaluation:
+    """Rank the whole catalogue for every user, in validation and test; `slgr evaluate`.
+
+    Writes metrics.json and per_user.parquet into each run, and those of baselines into
+    OUT/baselines/NAME. Training items are masked; test also masks validation items.
+
+    Args:
+      workdirs: a run, or several: each is tested against the first, user by user.
+      data: without a run: dataset directory to fit baselines on.
+      out: directory of the picture and of baselines; the first run's unless given.
+      metric: metric to test and to draw; ndcg@10 unless given.
+      checkpoint: state to evaluate, best or last.
+      **knobs: of `slgr_jax.config.BaselineConfig`: baselines, ease_lambdas, ...
+
+    Raises:
+      UserError: there is no such run, metric or baseline.
+    """
+    if isinstance(workdirs, str | os.PathLike):
+        workdirs = [workdirs]
+    places = [os.fspath(workdir) for workdir in workdirs]
+    data, out = os.fspath(data), os.fspath(out)
+    _check_evaluated(places, data, out, checkpoint)
+    options = _section(config.BaselineConfig, _values((config.BaselineConfig,), knobs))
+
+    from slgr_jax.data import dataset as dataset_lib
+    from slgr_jax.evaluation import baselines
+    from slgr_jax.reports import tables
+    from slgr_jax.training import build, run_directory
+
+    labels = tables.labels(places)
+    configs = [run_directory.read_config(place) for place in places]
+    configs = configs or [config.RunConfig(data, out)]
+    for run in configs:
+        metric = tables.choose_metric(metric, run.evaluation)
+
+    evaluated = [
+        build.evaluate_run(place, label, checkpoint)
+        for place, label in zip(places, labels, strict=True)
+    ]
+    dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
+    where = pathlib.Path(out or places[0])
+    evaluated += baselines.evaluate_baselines(options, configs[0], dataset, where, taken=labels)
+    if not evaluated:
+        raise ConfigError("--baselines=none without --workdir leaves nothing to evaluate")
+    return Evaluation(tuple(evaluated), metric, where)
+
+
+def _check_evaluated(workdirs: Sequence[str], data: str, out: str, checkpoint: str) -> None:
+    if checkpoint not in ("best", "last"):
+        raise ConfigError(f"--checkpoint={checkpoint!r} is not one of: best, last")
+    if workdirs and data:
+        raise ConfigError("--data is for baselines without a run; drop it, or --workdir")
+    if not workdirs and not (data and out):
+        raise ConfigError(
+            "missing --workdir, or --data and --out in its place; see slgr evaluate --help"
+        )
+
+
+def compare(
+    data: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    teacher: str = "",
+    preset: str = "",
+    backbones: Sequence[str] | None = None,
+    guidance: Sequence[str] | None = None,
+    arm: Sequence[str] = (),
+    controls: Sequence[str] | None = None,
+    matched_to: str = "",
+    focus: str = "",
+    seeds: int = 5,
+    tune_runs: int = 0,
+    tune: Mapping[str, Sequence[float]] | None = None,
+    tune_lambda: Sequence[float] | None = None,
+    tune_guidance_loss: bool = True,
+    workers: int = 0,
+    **knobs: Any,
+) -> Comparison:
+    """Compare guidance arms and controls, tuned alike, over many seeds; `slgr compare`.
+
+    Called again it goes on where it was. With more than one worker the runs are trained by
+    processes that import the calling script: guard it with `if __name__ == "__main__":`.
+
+    Args:
+      data: dataset directory, or several.
+      out: directory of the runs, report.md, report.json and pictures.
+      teacher: product under DATA/teacher; without one only the arm none can be measured.
+      preset: shape of a published table, table2 or table3.
+      backbones: recommenders; mf by default.
+      guidance: arms; none, global, pointwise, rule, paper and calibrated by default.
+      arm: more arms, each `NAME:knob=value,knob=value`.
+      controls: controls besides: constant, shuffled, popularity, item_item; all by default.
+      matched_to: arm that controls copy; empty: the first that has a gate.
+      focus: arm that the verdict is about; empty: `matched_to`.
+      seeds: runs of an arm, at least 2.
+      tune_runs: tuning runs of an arm; 0: as many as the backbone's grid has points.
+      tune: lr, l2, dropout -> values tried, in place of the backbone's own.
+      tune_lambda: values of lambda tried.
+      tune_guidance_loss: also try an arm's other loss, at its best lambda.
+      workers: processes on a CPU; 0: one per core.
+      **knobs: of every run; one that is tuned is then fixed.
+
+    Raises:
+      UserError: what is asked for cannot be compared; said before the first run.
+    """
+    from slgr_jax.experiments import arms, comparison
+
+    request = comparison.Request(
+        teacher=teacher,
+        preset=preset,
+        backbones=backbones,
+        guidance=guidance,
+        arm=arm,
+        controls=controls,
+        matched_to=matched_to,
+        focus=focus,
+        seeds=seeds,
+        tune_runs=tune_runs,
+        tune=tune or {},
+        tune_lambda=arms.LAMBDAS if tune_lambda is None else tune_lambda,
+        tune_guidance_loss=tune_guidance_loss,
+        knobs=_values(tuple(config.sections().values()), knobs),
+    )
+    paths = [data] if isinstance(data, str | os.PathLike) else data
+    places = [os.fspath(path) for path in paths]
+    where = pathlib.Path(out)
+    command = f"slgr_jax.compare({places}, {os.fspath(out)!r}, ...)"
+    return comparison.compare_all(places, where, request, workers=workers, command=command)
+
+
+# --------------------------------------------------------------------- parts of one's own
+
+
+def register_gate(
+    name: str, maker: Callable[[config.GateConfig], Any], *, supervised: bool = False
+) -> None:
+    """Let `gate=NAME` mean a gate of your own, in this process.
+
+    A script that trains, loads or evaluates such a run registers the gate first.
+
+    Args:
+      name: what --gate calls it.
+      maker: from the gate's section to a Flax module, `slgr_jax.guidance.gates.GateInputs` of G
+        preferences -> alpha [G].
+      supervised: it learns from labelled preferences and has a method `logits` (see
+        `slgr_jax.guidance.gates`); otherwise from the guidance loss, or not at all.
+
+    Raises:
+      ConfigError: the name is taken.
+    """
+    from slgr_jax.guidance import gates
+
+    gates.register(name, maker, supervised=supervised)  # type: ignore[attr-defined, unused-ignore]
+
+
+def register_guidance(name: str, maker: Callable[..., Any]) -> None:
+    """Let `guidance=NAME` mean a use of an LLM product of your own, in this process.
+
+    Args:
+      name: what --guidance calls it.
+      maker: (run, backbones of its reference runs, whether CPU kernels run) -> a
+        `slgr_jax.guidance.base.Guidance`.
+
+    Raises:
+      ConfigError: the name is taken.
+    """
+    from slgr_jax.guidance import base  # type: ignore[attr-defined, unused-ignore]
+
+    base.register(name, maker)
+
+
+def register_backbone(name: str, maker: Callable[..., Any], **facts: Any) -> None:
+    """Let `backbone=NAME` mean a recommender of your own, in this process.
+
+    Args:
+      name: what --backbone calls it.
+      maker: (model section, sizes, native) -> a backbone (`slgr_jax.models.backbones.base`).
+      **facts: losses, defaults, reads, sequence: see `slgr_jax.models.backbones.register`.
+
+    Raises:
+      ConfigError: the name is taken, or a loss is unknown.
+    """
+    from slgr_jax.models import backbones
+
+    backbones.register(name, maker, **facts)  # type: ignore[attr-defined, unused-ignore]

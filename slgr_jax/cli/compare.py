@@ -1,0 +1,158 @@
+"""Does guidance help, and does selecting? Arms and controls, tuned alike, many seeds.
+
+    slgr compare --data=DATA --teacher=NAME --out=DIR
+    slgr compare --data=DATA --teacher=NAME --out=DIR --backbones=mf,lightgcn,sasrec,dcnv2 \\
+        --guidance=none,global,rule,paper,calibrated --seeds=10
+    slgr compare --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
+
+1. Tuning, on validation with seed 0: `none` over the backbone's grid; every other arm over lambda
+   at the settings of `none`, its other guidance loss at the best lambda, then over the grid, until
+   it has had as many runs as `none` (every lambda is tried at least).
+2. --seeds runs of every arm.
+3. Every run meets the test part, once.
+
+Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
+calibrated, meta; hard negatives (what the teacher lists against what `none` would recommend
+instead, calibrated with the margin of `none` among its inputs) and global_hard_negatives (the same
+pairs, alpha 1); --arm for others (reference_runs=none: the run of `none` of the same seed).
+Controls, in every report: constant (the matched gate's mean alpha), shuffled (another user's
+answers), popularity and item_item as teachers.
+
+Called again it goes on where it was: finished runs are known by their settings and data. Other
+knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
+Writes DIR/report.md, report.json and pictures; of several data sets, in DIR/NAME.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shlex
+import sys
+
+from absl import flags as absl_flags
+
+from slgr_jax import config
+from slgr_jax.cli import flags
+from slgr_jax.config.knobs import Section
+from slgr_jax.errors import ConfigError
+
+USAGE = __doc__ or ""
+
+
+def knob_sections() -> list[type[Section]]:
+    """The sections of a run without the knobs that a comparison sets itself."""
+    from slgr_jax.experiments import comparison
+
+    return [flags.without(section, comparison.SET_HERE) for section in config.sections().values()]
+
+
+def define() -> None:
+    """Define the flags that are no knobs of a run."""
+    from slgr_jax.experiments import arms, comparison, presets
+
+    absl_flags.DEFINE_list("data", [], "dataset directories that slgr prepare wrote")
+    absl_flags.DEFINE_string("out", "", "directory of the runs and the report")
+    absl_flags.DEFINE_string(
+        "preset", "", f"shape of a published table: {', '.join(presets.PRESETS)}"
+    )
+    absl_flags.DEFINE_list("backbones", ["mf"], f"recommenders: {', '.join(config.BACKBONES)}")
+    absl_flags.DEFINE_list(
+        "guidance",
+        list(comparison.DEFAULT_ARMS),
+        f"arms: {', '.join((*arms.ARMS, *arms.CONTROLS))}",
+    )
+    absl_flags.DEFINE_multi_string(
+        "arm", [], "one more arm: NAME:knob=value,knob=value; may be given several times"
+    )
+    absl_flags.DEFINE_list(
+        "controls", list(arms.CONTROLS), "controls besides; --controls= for none of them"
+    )
+    absl_flags.DEFINE_string(
+        "matched_to", "", f"arm that controls copy; the first there is of {', '.join(arms.GATED)}"
+    )
+    absl_flags.DEFINE_string(
+        "focus", "", "arm that the verdict is about; --matched_to unless given"
+    )
+    absl_flags.DEFINE_string("teacher", "", "name of the teacher product under DATA/teacher")
+    absl_flags.DEFINE_integer("seeds", 5, "seeds per arm", lower_bound=2)
+    _define_tuning(arms.TUNED[:-1], arms.LAMBDAS)
+    absl_flags.DEFINE_integer(
+        "workers", 0, "processes on a CPU; 0 = one per core; accelerators take one", lower_bound=0
+    )
+
+
+def _define_tuning(tuned: tuple[str, ...], lambdas: tuple[float, ...]) -> None:
+    absl_flags.DEFINE_integer(
+        "tune_runs",
+        0,
+        "tuning runs per arm; 0 = as many as the backbone's grid has points",
+        lower_bound=0,
+    )
+    for name in tuned:
+        absl_flags.DEFINE_list(
+            f"tune_{name}", [], f"values of --{name} tried; empty = the backbone's"
+        )
+    absl_flags.DEFINE_list(
+        "tune_lambda", [f"{value:g}" for value in lambdas], "values of --lambda tried"
+    )
+    absl_flags.DEFINE_bool(
+        "tune_guidance_loss",
+        True,
+        "also try, at an arm's best lambda, its other loss: hinge and logistic, of calibrated "
+        "confidence and hinge, of hard negatives the gate without a reference; paper and pointwise "
+        "keep their own, and --guidance_loss is that of every arm",
+    )
+
+
+def _values(name: str) -> tuple[float, ...]:
+    """The numbers of a --tune_ flag."""
+    try:
+        return tuple(float(text) for text in flags.FLAGS[name].value)
+    except ValueError as error:
+        raise ConfigError(f"--{name}: {error}; give numbers, e.g. --{name}=0.1,1") from error
+
+
+def main(_: list[str]) -> None:
+    """Compare; each report is shown when its data set is done."""
+    from slgr_jax.experiments import arms, comparison
+
+    given = flags.FLAGS
+
+    def chosen(name: str) -> list[str] | None:
+        return given[name].value if given[name].present else None
+
+    request = comparison.Request(
+        teacher=given.teacher,
+        preset=given.preset,
+        backbones=chosen("backbones"),
+        guidance=chosen("guidance"),
+        arm=given.arm,
+        controls=chosen("controls"),
+        matched_to=given.matched_to,
+        focus=given.focus,
+        seeds=given.seeds,
+        tune_runs=given.tune_runs,
+        tune={name: _values(f"tune_{name}") for name in arms.TUNED[:-1]},
+        tune_lambda=_values("tune_lambda"),
+        tune_guidance_loss=given.tune_guidance_loss,
+        knobs=flags.given_knobs(*knob_sections()),
+    )
+    comparison.compare_all(
+        given.data,
+        pathlib.Path(given.out),
+        request,
+        workers=given.workers,
+        command=shlex.join(["slgr", "compare", *sys.argv[1:]]),
+    )
+
+
+def run() -> None:
+    """`slgr compare`."""
+    flags.run(
+        main,
+        usage=USAGE,
+        name="slgr compare",
+        sections=knob_sections(),
+        define=define,
+        required=("data", "out"),
+    )

@@ -1,0 +1,56 @@
+"""Rank the whole catalogue for every user of a run: metrics, slices, tables, picture.
+
+    slgr evaluate --workdir=RUN
+    slgr evaluate --workdir=RUN --workdir=RUN2 --metric=recall@20 --out=COMPARISON
+    slgr evaluate --data=DATA --out=COMPARISON --baselines=popular,ease,ials
+
+Writes metrics.json and per_user.parquet into each run and prints the tables. Training items
+are masked; test also masks validation items. With several runs of one data set, each is
+tested against the first, user by user. Baselines, fitted on the first run's data, stand beside
+the runs; their files go to OUT/baselines/NAME.
+"""
+
+from __future__ import annotations
+
+from absl import flags as absl_flags
+
+from slgr_jax import api
+from slgr_jax.cli import flags
+from slgr_jax.config import BaselineConfig
+
+USAGE = __doc__ or ""
+
+
+def define() -> None:
+    """Define the flags that are no knobs of baselines."""
+    absl_flags.DEFINE_multi_string("workdir", [], "directory of a run")
+    absl_flags.DEFINE_string("data", "", "without a run: dataset directory to fit baselines on")
+    absl_flags.DEFINE_string("metric", "", "metric to draw and to test; ndcg@10 unless given")
+    absl_flags.DEFINE_string(
+        "out", "", "directory of metrics.png and of baselines; the first workdir unless given"
+    )
+    absl_flags.DEFINE_bool("bins", False, "also print the history and popularity bins")
+    absl_flags.DEFINE_string("checkpoint", "best", "state to evaluate: best or last")
+
+
+def main(_: list[str]) -> None:
+    """Evaluate, print the tables, draw the picture."""
+    given = flags.FLAGS
+    evaluation = api.evaluate(
+        given.workdir,
+        data=given.data,
+        out=given.out,
+        metric=given.metric,
+        checkpoint=given.checkpoint,
+        **flags.given_knobs(BaselineConfig),
+    )
+    from slgr_jax.reports import tables
+
+    print(evaluation.table(bins=given.bins))
+    picture = evaluation.draw()
+    print(f"wrote {tables.METRICS} and {tables.PER_USER} in each run, and {picture}")
+
+
+def run() -> None:
+    """`slgr evaluate`."""
+    flags.run(main, usage=USAGE, name="slgr evaluate", sections=(BaselineConfig,), define=define)

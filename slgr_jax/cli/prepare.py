@@ -1,0 +1,47 @@
+"""Raw interactions to a dataset directory: read, filter, split, index, shard.
+
+    slgr prepare --source=movielens --input=ml-1m.zip --out=DATA
+    slgr prepare --source=recbole --input=recbole-1.2.1-py3-none-any.whl --out=DATA
+    slgr prepare --source=csv --input=train.csv --test_input=test.csv --out=DATA
+    slgr prepare --source=parquet --input=log.parquet --items_input=items.csv --out=DATA
+
+The default split is by one moment for all users, so that no training interaction is later than
+an evaluated one. Of a pair that occurs twice the earliest is kept. Ids are exact text.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+from slgr_jax import api
+from slgr_jax.cli import flags
+from slgr_jax.config import PrepareConfig
+
+USAGE = __doc__ or ""
+
+
+def main(_: list[str]) -> None:
+    """Prepare, and say what was written, what was left out, and the peak memory."""
+    knobs = flags.given_knobs(PrepareConfig)
+    manifest = api.prepare(**knobs)
+
+    from slgr_jax.data.ingest import prepare
+
+    print(prepare.summary(manifest))
+    # Kilobytes on Linux, bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mib = peak / (2**20 if sys.platform == "darwin" else 2**10)
+    print(f"  peak memory: {peak_mib:,.0f} MiB")
+    print(f"wrote {knobs['out']}")
+
+
+def run() -> None:
+    """`slgr prepare`."""
+    flags.run(
+        main,
+        usage=USAGE,
+        name="slgr prepare",
+        sections=[PrepareConfig],
+        required=["source", "input", "out"],
+    )

@@ -1,0 +1,117 @@
+"""Turn offline LLM answers into a teacher product of a dataset: DATA/teacher/NAME.
+
+    slgr teach import --data=DATA --name=NAME --scores=FILE
+    slgr teach score --data=DATA --name=NAME
+    slgr teach embed --data=DATA --name=NAME [--embedder=MODEL | --vectors=FILE]
+    slgr teach nearest --data=DATA --name=NAME [--listed=50] [--embeddings=EMBEDDED]
+    slgr teach candidates --data=DATA --name=NAME [--run=WORKDIR]
+    slgr teach requests --data=DATA --name=NAME --model=LLM [--dry_run]
+    slgr teach ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
+    slgr teach collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
+    slgr teach combine --data=DATA --name=NAME --names=TEACHER,TEACHER[,...]
+    slgr teach inspect --data=DATA --name=NAME
+    slgr teach report --data=DATA --name=NAME [--out=FOLDER]
+
+To ask an LLM of your own: candidates, requests, ask (or a batch service), collect, report.
+With answers in a file already: import, report. Without any LLM: score or nearest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from slgr_jax.cli import flags
+from slgr_jax.cli.teach import (
+    ask,
+    candidates,
+    collect,
+    combine,
+    embed,
+    import_scores,
+    inspect,
+    nearest,
+    report,
+    requests,
+    score,
+)
+from slgr_jax.cli.teach.sub_command import SubCommand
+from slgr_jax.config import TeachConfig
+from slgr_jax.errors import listing
+
+USAGE = __doc__ or ""
+NAME = "slgr teach"
+
+COMMANDS: Mapping[str, SubCommand] = {
+    "import": import_scores.COMMAND,
+    "score": score.COMMAND,
+    "embed": embed.COMMAND,
+    "nearest": nearest.COMMAND,
+    "candidates": candidates.COMMAND,
+    "requests": requests.COMMAND,
+    "ask": ask.COMMAND,
+    "collect": collect.COMMAND,
+    "combine": combine.COMMAND,
+    "inspect": inspect.COMMAND,
+    "report": report.COMMAND,
+}
+
+
+def help_text() -> str:
+    """The sub-commands, with a line each."""
+    lines = [USAGE.strip(), "", "Commands:"]
+    lines += [f"  {name:11} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", f"{NAME} COMMAND --help shows the flags that a command uses."])
+
+
+def hints(name: str) -> dict[str, str]:
+    """Flags that others have and sub-command `name` has not -> the error when one is given."""
+    command = COMMANDS[name]
+    owners: dict[str, list[str]] = {}
+    for other, its in COMMANDS.items():
+        for flag in its.flag_names() - command.flag_names():
+            owners.setdefault(flag, []).append(other)
+
+    return {
+        flag: f"{NAME} {name} has no flag --{flag}, which is of {NAME} {listing(of)}; drop it, or "
+        f"see {NAME} {name} --help"
+        for flag, of in owners.items()
+    } | dict(command.refused)
+
+
+def _named(arguments: list[str]) -> str:
+    """The sub-command among the arguments: the first that is no flag."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if not words:
+        flags.fail(f"no command given; commands: {listing(COMMANDS)}; see {NAME} --help")
+    if words[0] not in COMMANDS:
+        flags.fail(
+            f"{words[0]!r} is not a command; commands: {listing(COMMANDS)}; see {NAME} --help"
+        )
+    return words[0]
+
+
+def run() -> None:
+    """`slgr teach`."""
+    program, *arguments = sys.argv
+    if flags.wants_help(arguments) and all(word.startswith("-") for word in arguments):
+        flags.show_help(help_text())
+    name = _named(arguments)
+    arguments.remove(name)
+    sys.argv = [program, *arguments]
+    command = COMMANDS[name]
+
+    def main(_: list[str]) -> None:
+        from slgr_jax.data import dataset
+
+        common = flags.section_from_flags(TeachConfig)
+        command.work(dataset.load(common.data), common)
+
+    flags.run(
+        main,
+        usage=command.usage,
+        name=f"{NAME} {name}",
+        sections=command.flag_sections(),
+        required=("data", "name", *command.required),
+        hints=hints(name),
+    )

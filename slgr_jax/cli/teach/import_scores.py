@@ -1,0 +1,36 @@
+"""Answers of any LLM, with the ids of the raw data, from a file of your own.
+
+    slgr teach import --data=DATA --name=my_llm --scores=answers.csv --model=some-llm
+    slgr teach import --data=DATA --name=my_lists --scores=lists.parquet --unlisted=below
+    slgr teach import --data=DATA --name=my_llm --scores=more.csv --append
+
+The file has user, item, score (an empty score: not answered) or user, preferred, other[, margin].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slgr_jax import api, config
+from slgr_jax.cli import flags
+from slgr_jax.cli.teach.sub_command import SubCommand
+
+if TYPE_CHECKING:
+    from slgr_jax.data.dataset import Dataset
+
+
+def work(dataset: Dataset, common: config.TeachConfig) -> None:
+    """Import, and say what the product is and what it assumes."""
+    from slgr_jax.teacher.products import preferences
+
+    knobs = flags.given_knobs(config.TeachConfig, config.ImportConfig)
+    print(preferences.report(api.import_teacher(**{**knobs, "data": dataset})))
+
+
+COMMAND = SubCommand(
+    usage=__doc__ or "",
+    work=work,
+    common=api.IMPORT_COMMON,
+    sections=(config.ImportConfig,),
+    required=("scores",),
+)

@@ -1,0 +1,45 @@
+"""What the teacher is worth: where it is right, and whether the data know that already.
+
+    slgr teach report --data=DATA --name=NAME
+    slgr teach report --data=DATA --name=NAME --price_in=0.15 --price_out=0.6 --out=FOLDER
+
+By slice and margin, beside popularity and item-item on the same pairs; position bias; cost.
+Writes Markdown, PNG and JSON to DATA/reports/NAME.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slgr_jax import config
+from slgr_jax.cli import flags
+from slgr_jax.cli.teach.sub_command import SubCommand
+
+if TYPE_CHECKING:
+    from slgr_jax.data.dataset import Dataset
+
+
+def work(dataset: Dataset, common: config.TeachConfig) -> None:
+    """Audit the teacher, show the findings and write the report."""
+    from slgr_jax.reports import teacher_audit
+
+    costs = flags.section_from_flags(config.RequestConfig)
+    audit = teacher_audit.make(
+        dataset,
+        common.name,
+        flags.section_from_flags(config.ReportConfig),
+        prices=(costs.price_in, costs.price_out),
+        seed=common.seed,
+    )
+    print(teacher_audit.terminal(audit))
+    out = costs.out or dataset.path / "reports" / common.name
+    print("wrote " + ", ".join(map(str, teacher_audit.write(audit, out))))
+
+
+COMMAND = SubCommand(
+    usage=__doc__ or "",
+    work=work,
+    common=("seed",),
+    sections=(config.ReportConfig,),
+    parts={config.RequestConfig: ("price_in", "price_out", "out")},
+)

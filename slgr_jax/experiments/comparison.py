@@ -1,0 +1,349 @@
+"""A comparison of guidance arms on a data set: tune, train, meet the test part, report.
+
+`make_plan` turns what a user asks for into a `ComparisonPlan`; `compare` carries it out; `write`
+leaves report.md, report.json and pictures. What is asked for is named as on the command line of
+`slgr compare`, and so are the knobs that errors name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slgr_jax import config
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.experiments import arms, pool, presets, results, tuning
+from slgr_jax.experiments.arms import ComparisonPlan
+
+LOGGER = logging.getLogger(__name__)
+DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
+# Knobs of a run that a comparison sets itself.
+SET_HERE = frozenset(
+    {"backbone", "guidance", "teacher", "gate", "alpha", "hard_negatives", "seed", "restart"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asks for; None is the preset's, or the default.
+
+    Attributes:
+      teacher: product under DATA/teacher; without one only `none` can be measured.
+      preset: shape of a published table, one of `presets.PRESETS`; empty: none.
+      backbones: recommenders; mf by default.
+      guidance: arms; `DEFAULT_ARMS` by default.
+      arm: more arms, each NAME:knob=value,knob=value.
+      controls: controls besides; all by default, none of them with a preset.
+      matched_to: arm that controls copy; empty: the first gated arm.
+      focus: arm that the verdict is about; empty: `matched_to`.
+      seeds: runs of an arm, at least 2.
+      tune_runs: tuning runs of an arm; 0: as many as the backbone's grid has points.
+      tune: lr, l2, dropout -> values tried; empty: the backbone's own.
+      tune_lambda: values of lambda tried.
+      tune_guidance_loss: also try an arm's other loss, at its best lambda.
+      knobs: of every run, by their command-line names; one that is tuned is then fixed.
+    """
+
+    teacher: str = ""
+    preset: str = ""
+    backbones: Sequence[str] | None = None
+    guidance: Sequence[str] | None = None
+    arm: Sequence[str] = ()
+    controls: Sequence[str] | None = None
+    matched_to: str = ""
+    focus: str = ""
+    seeds: int = 5
+    tune_runs: int = 0
+    tune: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    tune_lambda: Sequence[float] = arms.LAMBDAS
+    tune_guidance_loss: bool = True
+    knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.preset and self.preset not in presets.PRESETS:
+            raise ConfigError(f"--preset={self.preset} is not one of: {listing(presets.PRESETS)}")
+        if self.seeds < 2:
+            raise ConfigError(f"--seeds={self.seeds} is below its minimum 2")
+        if fixed := sorted(SET_HERE & set(self.knobs)):
+            raise ConfigError(
+                f"--{fixed[0]}={self.knobs[fixed[0]]} is set by the arms of a comparison; choose "
+                "arms with --guidance, --arm and --backbones instead"
+            )
+
+
+def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
+    """What is compared on one data set.
+
+    Raises:
+      ConfigError: an arm, a control or a knob that there is not, or nothing to tune.
+    """
+    request = _with_preset(request)
+    if not request.teacher and request.guidance and set(request.guidance) != {"none"}:
+        raise ConfigError("missing --teacher; without one only --guidance=none can be measured")
+    arms_asked = DEFAULT_ARMS if request.guidance is None else request.guidance
+    controls = arms.CONTROLS if request.controls is None else request.controls
+    more_arms = dict(map(arms.own_arm, request.arm))
+    if not request.teacher:
+        arms_asked, controls, more_arms = ("none",), (), {}
+    chosen, matched, focus = arms.choose(
+        arms_asked, controls, request.matched_to, request.focus, more_arms
+    )
+
+    knobs, backbones = request.knobs, request.backbones or ("mf",)
+    given = (knobs["lambda"],) if "lambda" in knobs else request.tune_lambda
+    tried = {name: tuple(map(float, values)) for name, values in request.tune.items()}
+    plan = ComparisonPlan(
+        data=data,
+        out=out,
+        knobs={name: value for name, value in knobs.items() if name not in arms.TUNED},
+        teacher=request.teacher,
+        backbones=tuple(dict.fromkeys(backbones)),
+        arms=chosen,
+        matched=matched,
+        focus=focus,
+        seeds=request.seeds,
+        grids=arms.grids(backbones, knobs, tried),
+        lambdas=tuple(map(float, given)),
+        tune_loss=request.tune_guidance_loss,
+        own_arms=more_arms,
+        tune_runs=request.tune_runs,
+    )
+    _check_lambdas(plan)
+    plan.check()
+    return plan
+
+
+def _with_preset(request: Request) -> Request:
+    """The request with what its preset says where it says nothing itself."""
+    if not request.preset:
+        return request
+    preset = presets.PRESETS[request.preset]
+    return dataclasses.replace(
+        request,
+        backbones=preset.backbones if request.backbones is None else request.backbones,
+        # Whether a teacher is missing depends on what the user asked for, not on the preset.
+        guidance=preset.arms if request.guidance is None and request.teacher else request.guidance,
+        controls=() if request.controls is None else request.controls,
+        knobs={**preset.knobs, **request.knobs},
+    )
+
+
+def _check_lambdas(plan: ComparisonPlan) -> None:
+    if len(plan.arms) == 1:
+        return
+    if not plan.lambdas:
+        raise ConfigError("--tune_lambda is empty; give at least one value")
+    if 0 < plan.tune_runs < len(plan.lambdas):
+        raise ConfigError(
+            f"--tune_runs={plan.tune_runs} is below the {len(plan.lambdas)} values of "
+            "--tune_lambda; raise it, or try fewer"
+        )
+
+
+# --------------------------------------------------------------------- one data set
+
+
+def compare(plan: ComparisonPlan, workers: int, command: str = "") -> dict[str, Any]:
+    """Tune, train and test everything; what report.json holds.
+
+    Args:
+      plan: what is compared.
+      workers: processes that train.
+      command: how it was called, for the report.
+    """
+    train = functools.partial(pool.train_runs, workers=workers, root=plan.out)
+    LOGGER.info("tuning %s of %s", listing(plan.arms, 99), listing(plan.backbones, 99))
+    tuned = tuning.tune(plan, train)
+    runs = {
+        (backbone, arm): [plan.run(backbone, arm, of_arms, seed) for seed in range(plan.seeds)]
+        for backbone, of_arms in tuned.items()
+        for arm in plan.arms
+    }
+
+    every = [run for seeds in runs.values() for run in seeds]
+    LOGGER.info("%d seeds of each", plan.seeds)
+    for run, outcome in zip(every, train(every), strict=True):
+        if outcome["error"]:
+            raise ConfigError(f"{run.workdir}: {outcome['error']}")
+
+    LOGGER.info("meeting the test part")
+    pool.evaluate_runs(every, workers=workers)
+    return _report(plan, tuned, runs, command)
+
+
+def _report(
+    plan: ComparisonPlan,
+    tuned: tuning.Tuned,
+    runs: Mapping[tuple[str, str], Sequence[config.RunConfig]],
+    command: str,
+) -> dict[str, Any]:
+    from slgr_jax.data import dataset
+    from slgr_jax.experiments import summary
+
+    data = dataset.load(plan.data, verify=False)
+    firsts = {backbone: seeds[0] for (backbone, arm), seeds in runs.items() if arm == "none"}
+    primary = {backbone: run.train.early_stop_metric for backbone, run in firsts.items()}
+    first = next(iter(firsts.values()))
+
+    where = {key: [pathlib.Path(run.workdir) for run in seeds] for key, seeds in runs.items()}
+    controls = [arm for arm in plan.arms if arm in arms.CONTROLS]
+    rows = summary.rows_of(where, first.evaluation.ks, primary, plan.focus, controls)
+    protocol = _protocol(plan, tuned, command)
+    protocol |= {"data": data.manifest.name, "split_hash": data.manifest.split_hash}
+    protocol |= {"primary": primary, "tests": _count_tests(rows)}
+    protocol["thresholds"] = _thresholds(data.slices(first.slices))
+    return {
+        "protocol": protocol,
+        "tuned": tuned,
+        "rows": rows,
+        "verdict": summary.verdict(rows, plan.focus),
+        "cost": summary.costs(where),
+        "gate": summary.gates(where),
+        "alpha_by_epoch": summary.alphas(where),
+        "baselines": _baselines(plan, list(firsts.values()), data, primary),
+    }
+
+
+def _protocol(plan: ComparisonPlan, tuned: tuning.Tuned, command: str) -> dict[str, Any]:
+    return {
+        "teacher": plan.teacher,
+        "command": command,
+        "backbones": list(plan.backbones),
+        "arms": list(plan.arms),
+        "matched_to": plan.matched,
+        "focus": plan.focus,
+        "seeds": plan.seeds,
+        "budget": {
+            backbone: {arm: len(its["tried"]) for arm, its in of_arms.items() if its["tried"]}
+            for backbone, of_arms in tuned.items()
+        },
+    }
+
+
+def _thresholds(slices: Any) -> dict[str, Any]:
+    return {
+        "cold_user_history": slices.cold_user_history,
+        "tail_item_popularity": slices.tail_item_popularity,
+        "cold users": int(slices.cold_users.sum()),
+        "tail items": int(slices.tail_items.sum()),
+    }
+
+
+def _count_tests(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Paired tests on primary metrics."""
+    return sum(
+        bool(value) and "p_seeds" in value
+        for row in rows
+        if row["primary"]
+        for key, value in row.items()
+        if key.startswith("vs_")
+    )
+
+
+def _baselines(
+    plan: ComparisonPlan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Most popular and, where it takes seconds, EASE, by slice; none where nothing is ranked."""
+    from slgr_jax.evaluation import baselines
+
+    ranked = [run for run in runs if run.evaluation.ranking]
+    if not ranked:
+        return []
+    metrics = dict.fromkeys(primary[run.model.backbone] for run in ranked)
+    evaluated = baselines.evaluate_baselines(config.BaselineConfig(), ranked[0], data, plan.out)
+    return [
+        {"baseline": baseline.label, "slice": name, "users": values["n"]}
+        | {metric: values.get(metric) for metric in metrics}
+        for baseline in evaluated
+        for name in results.MAIN_SLICES
+        for values in [baseline.parts["test"].slices[name]]
+    ]
+
+
+def write(report: Mapping[str, Any], out: pathlib.Path) -> str:
+    """Write report.json, pictures and report.md; the text of the last."""
+    from slgr_jax.experiments import plots, render
+
+    results.write_json(out / "report.json", report)
+    pictures = plots.draw(report, out)
+    text = render.render(report, pictures)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def make_controls(plan: ComparisonPlan) -> None:
+    """Write the control products that are not there."""
+    from slgr_jax.data import dataset
+    from slgr_jax.teacher.products import controls
+
+    wanted = [arm for arm in plan.arms if arm in controls.CONTROLS]
+    if wanted:
+        data = dataset.load(plan.data)
+        for control in wanted:
+            LOGGER.info("control %s", controls.ensure(data, plan.teacher, control))
+
+
+# --------------------------------------------------------------------- several data sets
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare_all` leaves.
+
+    Attributes:
+      reports: data set -> what its report.json holds.
+      texts: data set -> its report.md.
+      table: the preset's table over all data sets, as Markdown; empty without a preset.
+    """
+
+    reports: Mapping[str, Mapping[str, Any]]
+    texts: Mapping[str, str]
+    table: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join([*self.texts.values(), *([self.table] if self.table else [])])
+
+
+def compare_all(
+    data: Sequence[str], out: pathlib.Path, request: Request, *, workers: int = 0, command: str = ""
+) -> Comparison:
+    """Compare on each data set, in OUT or, of several, in OUT/NAME.
+
+    Args:
+      data: dataset directories.
+      out: directory of the runs and of the reports; it is held against other processes.
+      request: what to compare.
+      workers: processes on a CPU; 0: one per core; accelerators take one.
+      command: how it was called, for the reports.
+
+    Raises:
+      UserError: what is asked for cannot be compared; said before the first run.
+    """
+    from slgr_jax.data import shards
+
+    names = [pool.check_data(path) for path in data]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--data: {listing(names)}: two data sets of one name")
+    places = [out] if len(names) == 1 else [out / name for name in names]
+    plans = [make_plan(path, place, request) for path, place in zip(data, places, strict=True)]
+    processes = pool.workers(workers)
+
+    out.mkdir(parents=True, exist_ok=True)
+    reports, texts = {}, {}
+    with shards.locked(out):  # a second comparison would train over the runs of the first
+        for plan in plans:
+            make_controls(plan)
+        for name, plan in zip(names, plans, strict=True):
+            reports[name] = compare(plan, processes, command)
+            texts[name] = write(reports[name], plan.out)
+            LOGGER.info("%s", texts[name])
+
+    table = presets.table(request.preset, reports) if request.preset else ""
+    if table:
+        (out / f"{request.preset}.md").write_text(table, encoding="utf-8")
+        LOGGER.info("%s", table)
+    return Comparison(reports, texts, table)

@@ -1,0 +1,100 @@
+"""The form of an answer, as a request states it to a service: a JSON schema.
+
+    listwise   {"A": 0.35, "B": 0.8}      every label, a number in the range of scores
+    ranking    {"order": ["C", "A", "B"]} every label once, the best first
+    pairwise   {"choice": "A"}            A or B
+    pointwise  {"answer": "Yes"}          Yes or No
+    rating     {"rating": 4}              1 to 5
+
+Schemas keep to what hosted services and vLLM, llama.cpp and Ollama enforce: an object, all of its
+keys required and no others. `uniqueItems` is not among it (services refuse a request that has it),
+so an order is n labels out of n; who reads it refuses a label that stands twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slgr_jax.teacher.ask.prompts import label
+
+# The key of an answer that is one value.
+KEYS: Mapping[str, str] = {
+    "ranking": "order",
+    "pairwise": "choice",
+    "pointwise": "answer",
+    "rating": "rating",
+}
+# Tokens of an answer: all of it, and more for each candidate (`"A": 0.85, `, `"A", `).
+_JSON_TOKENS: Mapping[str, tuple[int, int]] = {
+    "listwise": (2, 7),
+    "ranking": (6, 4),
+    "pairwise": (7, 0),
+    "pointwise": (7, 0),
+    "rating": (7, 0),
+}
+_WORD_TOKENS: Mapping[str, tuple[int, int]] = {
+    "listwise": (2, 7),
+    "ranking": (0, 2),
+    "pairwise": (1, 0),
+    "pointwise": (1, 0),
+    "rating": (1, 0),
+}
+
+
+def answer_tokens(form: str, structured: str) -> tuple[int, int]:
+    """Tokens of a whole answer: (of all of it, more for each candidate)."""
+    return (_WORD_TOKENS if structured == "none" else _JSON_TOKENS)[form]
+
+
+def answer_schema(form: str, shown: int, score_range: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """The JSON schema of an answer about `shown` candidates.
+
+    Args:
+      form: one of `config.PROMPTS`.
+      shown: number of candidates of the request; their labels are A, B, ...
+      score_range: listwise: lowest and highest score.
+    """
+    labels = [label(place) for place in range(shown)]
+    properties: dict[str, dict[str, Any]]
+    if form == "listwise":
+        low, high = score_range
+        properties = {name: {"type": "number", "minimum": low, "maximum": high} for name in labels}
+    elif form == "ranking":
+        items = {"type": "string", "enum": labels}
+        properties = {
+            KEYS[form]: {
+                "type": "array",
+                "description": "every label once, the best first",
+                "items": items,
+                "minItems": shown,
+                "maxItems": shown,
+            }
+        }
+    elif form == "pairwise":
+        properties = {KEYS[form]: {"type": "string", "enum": labels}}
+    elif form == "pointwise":
+        properties = {KEYS[form]: {"type": "string", "enum": ["Yes", "No"]}}
+    else:
+        properties = {KEYS[form]: {"type": "integer", "enum": [1, 2, 3, 4, 5]}}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def response_format(
+    form: str, shown: int, structured: str, score_range: tuple[int, int] = (0, 1)
+) -> dict[str, Any] | None:
+    """The field `response_format` of a request's body; None for --structured=none."""
+    if structured == "none":
+        return None
+    if structured == "json_object":
+        return {"type": "json_object"}
+    schema = answer_schema(form, shown, score_range)
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": form, "strict": True, "schema": schema},
+    }

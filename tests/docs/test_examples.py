@@ -1,0 +1,114 @@
+"""The notebook and the scripts of docs/, run on tiny data as a reader runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import worlds
+
+import slgr_jax as sl
+from slgr_jax.guidance import gates
+
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+NOTEBOOK = DOCS / "tutorial.ipynb"
+SMALL = {"epochs": 2, "batch_size": 32, "dim": 8}
+SERVES = pathlib.Path(sl.__file__).with_name("serving").is_dir()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """A notebook configures logging, as a user's program may."""
+    root, ours = logging.getLogger(), logging.getLogger("slgr_jax")
+    before = list(root.handlers), ours.level
+    yield
+    root.handlers[:] = before[0]
+    ours.setLevel(before[1])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """ratings.csv of 20 users, and answers.csv about every item."""
+    rng = np.random.default_rng(1)
+    pairs = worlds.random_pairs(0, n_users=20, n_items=15, per_user=8)
+    when = rng.permutation(len(pairs))
+    ratings = [f"u{user},i{item},{1_000 + t}" for (user, item), t in zip(pairs, when, strict=True)]
+    answers = [f"u{user},i{item},{rng.random():.3f}" for user in range(20) for item in range(12)]
+    for name, header, rows in (
+        ("ratings", "user,item,timestamp", ratings),
+        ("answers", "user,item,score", answers),
+    ):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_notebook_is_small_and_has_no_outputs():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert NOTEBOOK.stat().st_size < 20_000
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom():
+    """Its code cells in order, in one namespace; what is printed tells what the text promises."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    namespace: dict[str, object] = {"__name__": "notebook"}
+    shown = io.StringIO()
+    for cell in notebook["cells"]:
+        serving = "serving" in cell["metadata"].get("tags", ())
+        if cell["cell_type"] != "code" or (serving and not SERVES):
+            continue
+        source = "".join(cell["source"])
+        with contextlib.redirect_stdout(shown):
+            exec(compile(source, f"{NOTEBOOK.name} {cell['id']}", "exec"), namespace)
+
+    text = shown.getvalue()
+    assert "'users': 200" in text
+    assert len(namespace["curve"]) == namespace["plain"].epoch  # type: ignore
+    assert "test: ndcg@10 user by user, each run minus plain" in text
+    gate = namespace["evaluation"].runs[1].gate  # type: ignore
+    alpha = {name: values["alpha"] for name, values in gate["slices"].items()}
+    assert alpha["cold_users"] > alpha["warm_users"]
+
+
+@pytest.mark.slow
+def test_own_data_trains_with_and_without_the_llm(files):
+    script = runpy.run_path(str(DOCS / "own_data.py"))
+    evaluation = script["main"](
+        str(files / "ratings.csv"), str(files / "answers.csv"), files / "out", **SMALL
+    )
+    assert [run.label for run in evaluation.runs[:2]] == ["plain", "guided"]
+    assert [run.config.guidance.teacher for run in evaluation.runs[:2]] == ["", "llm"]
+    assert evaluation.runs[1].config.gate.gate == "calibrated"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(gates, "register"), reason="gates have no registry yet")
+def test_own_gate_weighs_by_history(files):
+    sl.prepare(source="csv", input=files / "ratings.csv", out=files / "data")
+    sl.import_teacher(files / "data", files / "answers.csv", "llm")
+    script = runpy.run_path(str(DOCS / "own_gate.py"))
+    evaluation = script["main"](str(files / "data"), "llm", str(files / "run"), **SMALL)
+    assert evaluation.runs[0].config.gate.gate == "short_history"
+
+    inputs = gates.empty_inputs()
+    history = np.array([-1.0, 0.0, 1.0], np.float32)
+    alpha = script["ShortHistory"]().apply({}, inputs.replace(history=history))
+    np.testing.assert_allclose(alpha, 1 / (1 + np.exp(2 * history)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("script", ["own_data.py", "own_gate.py"])
+def test_a_script_without_arguments_says_how_it_is_called(script):
+    shown = subprocess.run(
+        [sys.executable, str(DOCS / script)], capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, shown.stdout) == (1, "")
+    assert f"python docs/{script}" in shown.stderr
