@@ -137,8 +137,6 @@ def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from slgr_jax.teacher.products import combine
-
     log = _only(_plain(folder / "interactions.parquet"), "dataset", config.dataset)
     log = log.filter(pc.not_equal(log["split"], "unused"))
     interactions = {
@@ -150,9 +148,22 @@ def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
         interactions |= {"timestamp": log["timestamp"], "rating": log["value"]}
     items = _only(_plain(folder / "items.parquet"), "dataset", config.dataset)
     tags = pc.replace_substring(items["tags"], "; ", "|")  # ml_small_2018 has | already
-    rankings = _only(_plain(folder / "llm_rankings.parquet"), "dataset", config.dataset)
+    return Inputs(
+        pa.table(interactions),
+        pa.table({"item": items["itemId"], "title": items["title"], "categories": tags}),
+        _sisinf_products(folder, config.dataset),
+    )
+
+
+def _sisinf_products(folder: pathlib.Path, dataset: str) -> dict[str, Product]:
+    """A product of each LLM and prompt, and the free lists of all LLMs as one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    rankings = _only(_plain(folder / "llm_rankings.parquet"), "dataset", dataset)
     rankings = rankings.filter(pc.is_in(rankings["match"], pa.array(USABLE)))
-    shown = _only(_plain(folder / "llm_candidates.parquet"), "dataset", config.dataset)
+    shown = _only(_plain(folder / "llm_candidates.parquet"), "dataset", dataset)
+
     products, free = {}, {}
     for llm in sorted(pc.unique(rankings["llm"]).to_pylist()):
         for exp in ("free_top50", "rerank_pop50", "rerank_userknn50"):
@@ -163,10 +174,21 @@ def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
             else:
                 ranked = _with_unanswered(ranked, _only(shown, "exp", exp), llm)
             user, item, rank = ranked
-            score = 1 / np.log2(rank + 1)
             products[f"{llm}_{exp}"] = Product(
-                _rows(user, item, score), "train_only", unlisted, llm, "1/log2(rank+1)"
+                rows=_rows(user, item, 1 / np.log2(rank + 1)),
+                built_from="train_only",
+                unlisted=unlisted,
+                model=llm,
+                score_kind="1/log2(rank+1)",
             )
+    products["all_free"] = _fused(free)
+    return products
+
+
+def _fused(free: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Product:
+    """The free lists of several LLMs (user, item, rank) as one, by mean reciprocal rank."""
+    from slgr_jax.teacher.products import combine
+
     users = np.arange(2 + max(int(user.max()) for user, _, _ in free.values()))
     lists = []
     for user, item, rank in free.values():
@@ -174,17 +196,12 @@ def _sisinf(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
         offsets = np.searchsorted(user, users)
         lists.append(combine.Answers(offsets, item[order], -rank[order], below=True))
     fused = combine.fuse(lists, "reciprocal")
-    products["all_free"] = Product(
-        _rows(fused.users, fused.items, fused.scores),
-        "train_only",
-        "below",
-        "mean of " + ", ".join(free),
-        "mean 1/rank, 0 where an LLM does not list the item",
-    )
-    return Inputs(
-        pa.table(interactions),
-        pa.table({"item": items["itemId"], "title": items["title"], "categories": tags}),
-        products,
+    return Product(
+        rows=_rows(fused.users, fused.items, fused.scores),
+        built_from="train_only",
+        unlisted="below",
+        model="mean of " + ", ".join(free),
+        score_kind="mean 1/rank, 0 where an LLM does not list the item",
     )
 
 

@@ -208,6 +208,7 @@ RECBOLE: dict[str, tuple[str, Callable[[Facts], Facts]]] = {
 
 
 CLICK = ("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din")
+SOFTMAX = ("sasrec", "bert4rec", "gru4rec")  # their loss draws no negatives
 
 
 def _transformer(knobs: Facts) -> Facts:
@@ -241,62 +242,22 @@ def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
     """
     import torch
 
-    # RecBole 1.2.1 reads names that NumPy 2 has dropped.
-    for name, kind in (("float_", np.float64), ("complex_", np.complex128), ("unicode_", np.str_)):
-        if not hasattr(np, name):
-            setattr(np, name, kind)
-    import pandas
-
-    # It counts each entry's items with `agg(len)`, which since pandas 3 counts the entries.
-    agg = pandas.Series.agg
-    pandas.Series.agg = lambda self, how, **more: (
-        self.map(len) if how is len else agg(self, how, **more)
-    )
-    from recbole.config import Config
+    _patch_for_recbole()
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer
 
     torch.set_num_threads(job["threads"])
     backbone = job["backbone"]
-    model_name, settings = RECBOLE[backbone]
-    softmax, click = backbone in ("sasrec", "bert4rec", "gru4rec"), backbone in CLICK
-    timed = softmax or backbone == "din"
-    negatives: Facts = {"distribution": "uniform", "sample_num": job["negatives"]}
-    negatives |= {"alpha": 1.0, "dynamic": False, "candidate_num": 0}
-    batch = job["batch_size"] or (job["own_batch_size"] if backbone == "lightgcn" else 2048)
+    model_name, _ = RECBOLE[backbone]
+    timed = backbone in SOFTMAX or backbone == "din"
     # Its trainer writes a log to the working directory.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         if timed:
             _check_rows(pairs, job)
-        _write_atomic(pairs, pathlib.Path(folder) / "pairs", moments=timed, fields=click)
-        columns = ["user_id", "item_id"] + ["timestamp"] * timed
-        config = Config(
-            model=model_name,
-            dataset="pairs",
-            config_dict={
-                "data_path": folder,
-                "checkpoint_dir": folder,
-                "load_col": {"inter": columns} | ({"item": ["item_id", "class"]} if click else {}),
-                "eval_args": {
-                    "split": {"RS": [1.0, 0.0, 0.0]},
-                    "order": "TO" if timed else "RO",
-                    "group_by": "none",
-                    "mode": "full",
-                },
-                "metrics": ["Recall"],
-                "valid_metric": "Recall@10",
-                "train_neg_sample_args": None if softmax else negatives,
-                "MAX_ITEM_LIST_LENGTH": job["knobs"]["max_history"],
-                "train_batch_size": batch,
-                "learning_rate": LR,
-                "worker": 0,
-                "show_progress": False,
-                "state": "ERROR",
-            }
-            | settings(job["knobs"]),
-        )
-        data = create_dataset(config)
-        loader, _, _ = data_preparation(config, data)
+        files = pathlib.Path(folder) / "pairs"
+        _write_atomic(pairs, files, moments=timed, fields=backbone in CLICK)
+        config = _recbole_config(folder, job, timed=timed)
+        loader, _, _ = data_preparation(config, create_dataset(config))
         kind = get_model(model_name)
         if backbone == "lightgcn":
             # Its own goes through a dictionary of edges, which SciPy 1.13 and later refuse.
@@ -326,17 +287,70 @@ def recbole(pairs: synthetic.Pairs, job: Facts) -> Contestant:
         triples = batches(count)
         return Turn(triples, time.perf_counter() - begin)
 
-    return Contestant(
-        {
-            "versions": versions("recbole", "torch"),
-            "device": str(config["device"]),
-            "optimizer": "adam",
-            "model": model_name,
-            "batch_size": batch,
-        },
-        turn,
-        lambda: {"skipped": 0.0},
+    facts = {
+        "versions": versions("recbole", "torch"),
+        "device": str(config["device"]),
+        "optimizer": "adam",
+        "model": model_name,
+        "batch_size": config["train_batch_size"],
+    }
+    return Contestant(facts, turn, lambda: {"skipped": 0.0})
+
+
+def _patch_for_recbole() -> None:
+    """What RecBole 1.2.1 needs of NumPy 1 and of pandas 2, where these are newer."""
+    # It reads names that NumPy 2 has dropped.
+    for name, kind in (("float_", np.float64), ("complex_", np.complex128), ("unicode_", np.str_)):
+        if not hasattr(np, name):
+            setattr(np, name, kind)
+    import pandas
+
+    # It counts each entry's items with `agg(len)`, which since pandas 3 counts the entries.
+    agg = pandas.Series.agg
+    pandas.Series.agg = lambda self, how, **more: (
+        self.map(len) if how is len else agg(self, how, **more)
     )
+
+
+def _recbole_config(folder: str, job: Facts, *, timed: bool) -> Any:
+    """RecBole's settings for the pairs in `folder`; `timed`: its model reads histories."""
+    from recbole.config import Config
+
+    backbone = job["backbone"]
+    model_name, settings = RECBOLE[backbone]
+    batch = job["batch_size"] or (job["own_batch_size"] if backbone == "lightgcn" else 2048)
+    columns = {"inter": ["user_id", "item_id"] + ["timestamp"] * timed}
+    if backbone in CLICK:
+        columns["item"] = ["item_id", "class"]
+    negatives = {
+        "distribution": "uniform",
+        "sample_num": job["negatives"],
+        "alpha": 1.0,
+        "dynamic": False,
+        "candidate_num": 0,
+    }
+    split = {
+        "split": {"RS": [1.0, 0.0, 0.0]},
+        "order": "TO" if timed else "RO",
+        "group_by": "none",
+        "mode": "full",
+    }
+    options = {
+        "data_path": folder,
+        "checkpoint_dir": folder,
+        "load_col": columns,
+        "eval_args": split,
+        "metrics": ["Recall"],
+        "valid_metric": "Recall@10",
+        "train_neg_sample_args": None if backbone in SOFTMAX else negatives,
+        "MAX_ITEM_LIST_LENGTH": job["knobs"]["max_history"],
+        "train_batch_size": batch,
+        "learning_rate": LR,
+        "worker": 0,
+        "show_progress": False,
+        "state": "ERROR",
+    }
+    return Config(model=model_name, dataset="pairs", config_dict=options | settings(job["knobs"]))
 
 
 def counted(backbone: str, interaction: Any, negatives: int) -> float:

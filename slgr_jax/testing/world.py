@@ -437,7 +437,7 @@ def _state(
     second: np.ndarray,
     known: np.ndarray,
 ) -> Statements:
-    """The teacher's word on pairs whose correct order is (first, second)."""
+    """What the teacher states about pairs whose correct order is (first, second)."""
     r = world.true_reliability(users, np.stack([first, second], axis=1))
     signal = world.config.margin_signal
     right = rng.random(users.size) < r

@@ -150,7 +150,7 @@ def test_tuning_sees_validation_and_nothing_of_test(dataset):
 
 
 def test_without_validation_the_middle_setting_is_kept(dataset):
-    nothing = Part(*(np.zeros(0, np.int32) for _ in range(2)), None, None)
+    nothing = Part(np.zeros(0, np.int32), np.zeros(0, np.int32), None, None)
     tuned = baselines.tune(baselines.Ease(GRID), dataclasses.replace(dataset, valid=nothing))
     assert (tuned.settings, tuned.tried) == ({"lambda": 20}, [])
 
@@ -209,7 +209,10 @@ def test_ials_gives_the_package_what_was_asked_for(dataset, monkeypatch):
     options = BaselineConfig(ials_dim=60, ials_regularizations=(1, 3), ials_alphas=(2, 10))
     tuned = baselines.tune(baselines.make_baseline("ials", options), dataset)
     assert [(row["regularization"], row["alpha"]) for row in asked] == [
-        *((1, 2), (1, 10), (3, 2), (3, 10)),
+        (1, 2),
+        (1, 10),
+        (3, 2),
+        (3, 10),
     ]
     assert all((row["factors"], row["iterations"]) == (60, 20) for row in asked)
     assert tuned.settings == {"regularization": 1, "alpha": 10}
@@ -302,7 +305,8 @@ def test_the_command_needs_no_run(dataset, tmp_path):
 def test_baselines_stand_beside_a_run(dataset, tmp_path):
     run = tmp_path / "popular"  # a run may have a baseline's name
     config = worlds.run_config(
-        *(dataset, run),
+        dataset,
+        run,
         train=TrainConfig(epochs=1, early_stop_metric="ndcg@5"),
         sampler=SamplerConfig(batch_size=64),
         evaluation=EvaluationConfig(ks=(5,)),

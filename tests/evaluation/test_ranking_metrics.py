@@ -204,8 +204,13 @@ def test_slices_equal_plain_python():
     slices = Slices(8, 20, history <= 8, popularity <= 20)
     masks = ranking_metrics.slice_masks(slices, history, popularity, (5, 10, 20), (20, 50))
     data = ranking_metrics.PartData(
-        *(Csr.from_pairs(*np.nonzero(relevant), 30), Csr.from_pairs(*np.nonzero(masked), 30)),
-        *(("train",), slices, history, popularity, masks),
+        relevant=Csr.from_pairs(*np.nonzero(relevant), 30),
+        seen=Csr.from_pairs(*np.nonzero(masked), 30),
+        masked=("train",),
+        slices=slices,
+        history=history,
+        popularity=popularity,
+        masks=masks,
     )
     result = ranking_metrics.summarize_part(ranking, data, KS)
 

@@ -81,10 +81,24 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
     )
     out = tmp_path / "out"
     given = (
-        *(f"--data={data.path}", "--teacher=llm", f"--out={out}", "--backbones=mf,dcnv2"),
-        *("--guidance=none,paper", "--controls=", "--seeds=2", "--epochs=1", "--dim=4"),
-        *("--tune_lr=0.01", "--l2=0", "--tune_dropout=0.1", "--tune_lambda=0.1", "--workers=2"),
-        *("--batch_size=64", "--mlp=4", "--history_bins=5,7", "--popularity_bins=12"),
+        f"--data={data.path}",
+        "--teacher=llm",
+        f"--out={out}",
+        "--backbones=mf,dcnv2",
+        "--guidance=none,paper",
+        "--controls=",
+        "--seeds=2",
+        "--epochs=1",
+        "--dim=4",
+        "--tune_lr=0.01",
+        "--l2=0",
+        "--tune_dropout=0.1",
+        "--tune_lambda=0.1",
+        "--workers=2",
+        "--batch_size=64",
+        "--mlp=4",
+        "--history_bins=5,7",
+        "--popularity_bins=12",
     )
     done = launch(*given)
     assert done.returncode == 0, done.stderr
