@@ -14,7 +14,7 @@ same recommender with the same settings but what is said here:
     ease               the lists of EASE in the LLM's place, as long and through the same method
     consensus          one list for everybody, of what the LLM names most often
     training_items     no teacher: a user's training items against 100 hard negatives, alpha 1
-    popular, ease itself, ease fitted on train + validation
+    popular, EASE itself, EASE fitted on train + validation (of catalogues up to 5,000 items)
 
 Where --lambdas or --constant_lambdas names several, seed 0's validation chooses one for each arm.
 Every run meets the test part once. Called again it goes on where it was; more seeds or arms may
