@@ -32,7 +32,7 @@ def main(ratings: str, answers: str, out: pathlib.Path, **knobs: Any) -> sl.api.
 
     # The calibrated gate learns from held-out interactions how far the LLM is to be believed.
     sl.train(data, out / "plain", **knobs)
-    sl.train(data, out / "guided", guidance="selective", teacher="llm", gate="calibrated", **knobs)
+    sl.train(data, out / "guided", guidance="pairwise", teacher="llm", gate="calibrated", **knobs)
     return sl.evaluate([out / "plain", out / "guided"])
 
 

@@ -45,7 +45,7 @@ def main(data: str, teacher: str, workdir: str, **knobs: Any) -> sl.api.Evaluati
       **knobs: of the run: epochs, dim, ...
     """
     sl.register_gate("short_history", lambda config: ShortHistory())
-    sl.train(data, workdir, guidance="selective", teacher=teacher, gate="short_history", **knobs)
+    sl.train(data, workdir, guidance="pairwise", teacher=teacher, gate="short_history", **knobs)
     return sl.evaluate(workdir)
 
 

@@ -4,7 +4,7 @@
 
     sl.prepare(source="csv", input="ratings.csv", out="DATA")
     sl.import_teacher("DATA", "answers.csv", "my_llm")
-    sl.train("DATA", "RUN", guidance="selective", teacher="my_llm", gate="calibrated")
+    sl.train("DATA", "RUN", guidance="pairwise", teacher="my_llm", gate="calibrated")
     print(sl.evaluate("RUN"))
 
 Importing this package imports nothing heavy: `--help` of a command must not wait for JAX.

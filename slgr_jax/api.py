@@ -5,7 +5,7 @@
     sl.prepare(source="csv", input="ratings.csv", out="DATA")
     sl.import_teacher("DATA", "answers.csv", "my_llm", model="some-llm")
     sl.train("DATA", "PLAIN")
-    sl.train("DATA", "GUIDED", guidance="selective", teacher="my_llm", lambda_=0.3)
+    sl.train("DATA", "GUIDED", guidance="pairwise", teacher="my_llm", lambda_=0.3)
     print(sl.evaluate(["PLAIN", "GUIDED"]))
 
 Keyword arguments are the knobs of `slgr ... --help` by their names there, with the same defaults
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from slgr_jax.data.schema import DatasetManifest, TeacherManifest
     from slgr_jax.experiments.comparison import Comparison
     from slgr_jax.reports.tables import EvaluatedRun
-    from slgr_jax.serving.trained_run import (  # type: ignore[import-not-found, unused-ignore]
+    from slgr_jax.serving.trained_run import (
         TrainedRun,
     )
     from slgr_jax.training.loop import Outcome
@@ -238,7 +238,7 @@ def load(workdir: PathLike, checkpoint: str = "best") -> TrainedRun:
     Raises:
       UserError: there is no such run, or its data are not what it was trained on.
     """
-    from slgr_jax.serving import trained_run  # type: ignore[import-not-found, unused-ignore]
+    from slgr_jax.serving import trained_run
 
     return trained_run.load(os.fspath(workdir), checkpoint)
 
@@ -308,8 +308,8 @@ def evaluate(
 
     from slgr_jax.data import dataset as dataset_lib
     from slgr_jax.evaluation import baselines
-    from slgr_jax.reports import tables
-    from slgr_jax.training import build, run_directory
+    from slgr_jax.reports import run_evaluation, tables
+    from slgr_jax.training import run_directory
 
     labels = tables.labels(places)
     configs = [run_directory.read_config(place) for place in places]
@@ -318,7 +318,7 @@ def evaluate(
         metric = tables.choose_metric(metric, run.evaluation)
 
     evaluated = [
-        build.evaluate_run(place, label, checkpoint)
+        run_evaluation.evaluate_run(place, label, checkpoint)
         for place, label in zip(places, labels, strict=True)
     ]
     dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
@@ -434,7 +434,7 @@ def register_gate(
     """
     from slgr_jax.guidance import gates
 
-    gates.register(name, maker, supervised=supervised)  # type: ignore[attr-defined, unused-ignore]
+    gates.register(name, maker, supervised=supervised)
 
 
 def register_guidance(name: str, maker: Callable[..., Any]) -> None:
@@ -448,7 +448,7 @@ def register_guidance(name: str, maker: Callable[..., Any]) -> None:
     Raises:
       ConfigError: the name is taken.
     """
-    from slgr_jax.guidance import base  # type: ignore[attr-defined, unused-ignore]
+    from slgr_jax.guidance import base
 
     base.register(name, maker)
 
@@ -466,4 +466,4 @@ def register_backbone(name: str, maker: Callable[..., Any], **facts: Any) -> Non
     """
     from slgr_jax.models import backbones
 
-    backbones.register(name, maker, **facts)  # type: ignore[attr-defined, unused-ignore]
+    backbones.register(name, maker, **facts)

@@ -163,7 +163,7 @@ def test_training_prints_nothing_and_leaves_the_process_as_it_was(prepared, tmp_
 
 
 def test_training_is_the_run_that_its_knobs_describe(prepared, tmp_path, caplog):
-    knobs = {**SMALL, "guidance": "selective", "teacher": "llm", "lambda_": 0.25, "ks": [5, 10]}
+    knobs = {**SMALL, "guidance": "pairwise", "teacher": "llm", "lambda_": 0.25, "ks": [5, 10]}
     heard = []
 
     def progress(event):

@@ -2,7 +2,7 @@
 
     slgr prepare --source=csv --input=ratings.csv --out=DATA
     slgr teach import --data=DATA --name=my_llm --scores=answers.csv
-    slgr train --data=DATA --workdir=RUN --guidance=selective --teacher=my_llm
+    slgr train --data=DATA --workdir=RUN --guidance=pairwise --teacher=my_llm
     slgr evaluate --workdir=RUN
 
 `slgr quickstart` does all of it on MovieLens-100K.

@@ -95,7 +95,7 @@ def main(_: list[str]) -> None:
 
     runs = [root / name for name in GATES]
     for workdir, (name, gate) in zip(runs, GATES.items(), strict=True):
-        guided = ["--guidance=selective", "--teacher=wordllama", *gate]
+        guided = ["--guidance=pairwise", "--teacher=wordllama", *gate]
         guidance = ["--guidance=none"] if name == "none" else guided
         slgr(
             "train",

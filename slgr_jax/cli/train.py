@@ -2,7 +2,7 @@
 
     slgr train --data=DATA --workdir=RUN --backbone=mf --guidance=none
     slgr train --data=DATA --workdir=RUN2 --backbone=mf \\
-        --guidance=selective --teacher=NAME --gate=rule --lambda=0.1
+        --guidance=pairwise --teacher=NAME --gate=rule --lambda=0.1
 
 Calling it again with the same flags resumes the run; SIGTERM saves and exits. Compiled programs
 are kept in ~/.cache/slgr_jax (JAX_COMPILATION_CACHE_DIR moves them): the next run starts sooner.

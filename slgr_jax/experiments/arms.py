@@ -22,20 +22,19 @@ Settings = Mapping[str, float | str]
 # What --reference_runs says in an arm that reads the run of `none` of the same seed.
 REFERENCE = "none"
 _AGAINST_HARD_NEGATIVES = {
-    "guidance": "selective",
+    "guidance": "pairwise",
     "hard_negatives": 100,
     "reference_runs": REFERENCE,
 }
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "none": {"guidance": "none"},
-    "global": {"guidance": "selective", "gate": "constant", "alpha": 1.0},
+    "global": {"guidance": "pairwise", "gate": "constant", "alpha": 1.0},
     "pointwise": {"guidance": "pointwise"},
-    "rule": {"guidance": "selective", "gate": "rule"},
-    "paper": {"guidance": "selective", "gate": "paper"},
-    "budget": {"guidance": "selective", "gate": "budget"},
-    "calibrated": {"guidance": "selective", "gate": "calibrated"},
-    "meta": {"guidance": "selective", "gate": "meta"},
+    "rule": {"guidance": "pairwise", "gate": "rule"},
+    "paper": {"guidance": "pairwise", "gate": "paper"},
+    "budget": {"guidance": "pairwise", "gate": "budget"},
+    "calibrated": {"guidance": "pairwise", "gate": "calibrated"},
     "global_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "constant", "alpha": 1.0},
     "hard_negatives": {
         **_AGAINST_HARD_NEGATIVES,
@@ -44,7 +43,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
-GATED = ("hard_negatives", "calibrated", "paper", "meta", "budget", "rule")
+GATED = ("hard_negatives", "calibrated", "paper", "budget", "rule")
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
 # too: they change one thing. The other two teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)
@@ -244,7 +243,7 @@ class ComparisonPlan:
 
 
 def own_arm(text: str) -> tuple[str, dict[str, Any]]:
-    """`wide:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=selective goes without
+    """`wide:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=pairwise goes without
     saying.
 
     Raises:
@@ -256,7 +255,7 @@ def own_arm(text: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"--arm={text}: write NAME:knob=value,knob=value")
     if name in ARMS or name in CONTROLS:
         raise ConfigError(f"--arm={text}: there is an arm {name} already; give another name")
-    return name, {"guidance": "selective"} | {key: _value(value) for key, _, value in pairs}
+    return name, {"guidance": "pairwise"} | {key: _value(value) for key, _, value in pairs}
 
 
 def _value(text: str) -> Any:

@@ -11,7 +11,7 @@ from slgr_jax.config import CandidateConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import full_ranking
-from slgr_jax.training import build
+from slgr_jax.training import restore
 
 
 def propose(dataset: Dataset, options: CandidateConfig) -> dict[str, Csr]:
@@ -23,7 +23,7 @@ def propose(dataset: Dataset, options: CandidateConfig) -> dict[str, Csr]:
     Raises:
       ConfigError: the run is of another split or id map than `dataset`.
     """
-    run = build.restore_run(options.run)
+    run = restore.restore_run(options.run)
     for name in ("id_map_hash", "split_hash"):
         of_run, of_data = getattr(run.dataset.manifest, name), getattr(dataset.manifest, name)
         if of_run != of_data:

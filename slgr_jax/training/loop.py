@@ -16,7 +16,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -35,8 +35,6 @@ from slgr_jax.training.programs import Programs, make_programs, put_number
 from slgr_jax.training.state import TrainState, abstract_serving, abstract_state
 from slgr_jax.training.step import Health, RunSteps, Trainer, make_run_steps
 from slgr_jax.training.training_log import TrainingLog
-
-OnRecord = Callable[[Mapping[str, float | int]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +135,6 @@ class SeedRun:
     progress: Progress = dataclasses.field(default_factory=Progress)
     best: ServingState | None = None
     outcome: Outcome | None = None
-    on_record: OnRecord | None = None
 
     @property
     def over(self) -> bool:
@@ -266,8 +263,6 @@ class Loop:
         if len(self._seeds) > 1:
             line = f"seed {seed.run.train.seed}  {line}"
         seed.log.record(seed.progress.step, record, line)
-        if seed.on_record is not None:
-            seed.on_record({"step": seed.progress.step, **record})
 
     def _due(self) -> bool:
         every = self._experiment.config.train.checkpoint_every_s
@@ -365,13 +360,10 @@ def outcome(status: str, progress: Progress, seconds: float) -> Outcome:
 # --------------------------------------------------------------------------------------- a run
 
 
-def train(run: config.RunConfig, *, on_record: OnRecord | None = None) -> Outcome:
+def train(run: config.RunConfig) -> Outcome:
     """Train `run` in its workdir, resuming what is there.
 
     SIGTERM and SIGINT save and return an `interrupted` outcome; the same call goes on later.
-
-    Args:
-      on_record: called with what the log records of each validation.
 
     Raises:
       UserError: bad data, teacher, config or a non-finite step, each with its fix.
@@ -381,7 +373,7 @@ def train(run: config.RunConfig, *, on_record: OnRecord | None = None) -> Outcom
         with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
             experiment = build(run, dataset)
         with run_directory.opened(run, dataset):
-            return _train_one(experiment, stop, on_record)
+            return _train_one(experiment, stop)
 
 
 def load_data(run: config.RunConfig) -> Dataset:
@@ -400,9 +392,7 @@ def load_data(run: config.RunConfig) -> Dataset:
     return dataset_lib.load(run.data, verify=run.train.verify_checksums)
 
 
-def _train_one(
-    experiment: Experiment, stop: threading.Event, on_record: OnRecord | None
-) -> Outcome:
+def _train_one(experiment: Experiment, stop: threading.Event) -> Outcome:
     run, trainer = experiment.config, experiment.trainer
     seed_number = np.int32(run.train.seed)
     with jax.transfer_guard("allow"):
@@ -424,7 +414,7 @@ def _train_one(
     with open_log(run, programs, progress) as log:
         start = f"resuming at step {progress.step}" if progress.step else "starting"
         log.say(opening(start, experiment, programs))
-        seed = SeedRun(run, saved, log, progress, best, on_record=on_record)
+        seed = SeedRun(run, saved, log, progress, best)
         Loop(experiment, programs, engine, [seed], interruptible=True, stop=stop).train()
         saved.close()
     assert seed.outcome is not None

@@ -103,7 +103,7 @@ def bytes_of_step(tmp_path, backbone, guidance="none", dtype="float32", **given)
         ("adagrad", "float32", "none", 3 * 2 * (64 + 64) * 4),
         ("sgd", "bfloat16", "none", 3 * 2 * 64 * 2),
         # As many preferences as triples, 3 rows each.
-        ("rowwise_adagrad", "float32", "selective", 2 * 3 * 2 * (64 + 1) * 4),
+        ("rowwise_adagrad", "float32", "pairwise", 2 * 3 * 2 * (64 + 1) * 4),
     ],
 )
 def test_bytes_per_triple_by_hand(tmp_path, optimizer, dtype, guidance, expected):
@@ -310,10 +310,10 @@ def test_guided_and_plain_steps_take_turns(monkeypatch):
     both = [
         cases.Case("tiny", "mf", guidance, "float32", batch)
         for batch in (32, 64)
-        for guidance in ("none", "selective")
+        for guidance in ("none", "pairwise")
     ]
     rows = cases.measure(both, {}, synthetic.make(TINY), repeats=3, seconds=0.0)
-    rounds = [[("none", batch), ("selective", batch)] * 3 for batch in (32, 64)]
+    rounds = [[("none", batch), ("pairwise", batch)] * 3 for batch in (32, 64)]
     assert FakePlayer.order == [*rounds[0], *rounds[1]]
     assert "plain_steps" not in rows[0]
     for row in (rows[1], rows[3]):
@@ -373,14 +373,14 @@ def test_the_command_measures_lists_of_knobs(tmp_path):
         "--steps=3",
         "--repeats=1",
         f"--json={out}",
-        "--guidance=none,selective",
+        "--guidance=none,pairwise",
         "--table_dtype=bfloat16",
         "--table_optimizer=sgd",
         "--backbone=mf",
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
-    assert [row["guidance"] for row in rows] == ["none", "selective"]
+    assert [row["guidance"] for row in rows] == ["none", "pairwise"]
     assert [row["bytes_per_triple"] for row in rows] == [768, 1536]
     assert rows[1]["plain_steps_min"] == rows[1]["plain_steps"] > 0  # of one round
     assert all(set(row) >= KEYS and row["peer"] is None for row in rows)
@@ -426,7 +426,7 @@ def test_without_arguments_every_backbone_is_measured_by_its_own_defaults():
     assert ("ml100k", "sasrec", "128", "float32", "lazy_adam", "none", "True") in rows
     assert ("ml100k", "deepfm", "2048", "float32", "lazy_adam", "none", "True") in rows
     assert ("large", "lightgcn", "65536", "float32", "lazy_adam", "none", "True") in rows
-    assert ("large", "mf", "8192", "bfloat16", "adagrad", "selective", "True") in rows
+    assert ("large", "mf", "8192", "bfloat16", "adagrad", "pairwise", "True") in rows
 
 
 def test_a_peer_is_compared_on_what_it_trains():

@@ -92,7 +92,7 @@ def test_the_chain_outside_a_checkout(tmp_path):
         ("prepare", "--source=csv", "--input=log.csv", "--out=DATA", "--split=leave_last"),
         ("teach", "import", "--data=DATA", "--name=llm", "--scores=llm.csv"),
         ("train", "--data=DATA", "--workdir=RUN", "--epochs=2", "--batch_size=8", "--dim=4",
-         "--guidance=selective", "--teacher=llm"),
+         "--guidance=pairwise", "--teacher=llm"),
         ("evaluate", "--workdir=RUN"),
     ):  # fmt: skip
         shown = slgr(*arguments, cwd=tmp_path)
