@@ -30,45 +30,49 @@ from slgr_jax.teacher.products.rows import Teacher
 def find(
     dataset: Dataset,
     teacher: Teacher,
-    members: Sequence[tuple[AnyBackbone, Scoring]],
+    reference_runs: Sequence[tuple[AnyBackbone, Scoring]],
     count: int,
     *,
     kernels: str = "auto",
 ) -> Csr:
-    """[U] the items that `members` rank highest for each user with a list, on the mean of scores.
+    """[U] the items that reference runs rank highest for each user with a list, on the mean of scores.
 
     Neither listed items nor training items are hard negatives; validation and test items may be,
-    as the members know nothing of them.
+    as the reference runs know nothing of them.
 
     Args:
-      members: backbones, and what they score with as of the end of training.
+      reference_runs: backbones, and what they score with as of the end of training.
       count: R; a user with fewer items left has those.
       kernels: as of `full_ranking.top_k`.
     """
     users = np.flatnonzero(np.diff(teacher.offsets))
     train = dataset.positives(("train",))
     owners = [
-        np.repeat(np.arange(dataset.n_users), np.diff(x)) for x in (teacher.offsets, train.offsets)
+        np.repeat(np.arange(dataset.n_users), np.diff(offsets))
+        for offsets in (teacher.offsets, train.offsets)
     ]
     taken = Csr.from_pairs(
         np.concatenate(owners),
         np.concatenate([teacher.items, train.indices]),
         dataset.n_users,
     )
-    score_by = [score_users(backbone) for backbone, _ in members]
+    scorers = [score_users(backbone) for backbone, _ in reference_runs]
 
     def mean(scorings: tuple[Scoring, ...], users: jax.Array) -> jax.Array:
-        each = [score(one, users) for score, one in zip(score_by, scorings, strict=True)]
-        return sum(each[1:], each[0]) / len(each)
+        scores = [score(run, users) for score, run in zip(scorers, scorings, strict=True)]
+        return sum(scores[1:], scores[0]) / len(scores)
 
-    scorings = tuple(scoring for _, scoring in members)
     top = full_ranking.top_k(
-        *(mean, scorings, users, taken, dataset.n_items), k=count, kernels=kernels
+        mean,
+        tuple(scoring for _, scoring in reference_runs),
+        users,
+        taken,
+        dataset.n_items,
+        k=count,
+        kernels=kernels,
     )
-    found = top.items >= 0
-    return Csr.from_pairs(
-        np.repeat(top.users, found.sum(axis=1)), top.items[found], dataset.n_users
-    )
+    real = top.items >= 0  # a user with fewer items left has -1 behind them
+    return Csr.from_pairs(np.repeat(top.users, real.sum(axis=1)), top.items[real], dataset.n_users)
 
 
 def complete(teacher: Teacher, hard_negatives: Csr) -> Teacher:
@@ -95,11 +99,11 @@ def complete(teacher: Teacher, hard_negatives: Csr) -> Teacher:
     offsets = np.concatenate([[0], np.cumsum(listed + more)])
     items = np.empty(offsets[-1], np.int32)
     scores = np.full(offsets[-1], floor, np.float32)
-    is_rival = np.arange(offsets[-1]) - np.repeat(offsets[:-1], listed + more) < np.repeat(
+    is_negative = np.arange(offsets[-1]) - np.repeat(offsets[:-1], listed + more) < np.repeat(
         more, listed + more
     )
-    items[is_rival], items[~is_rival] = hard_negatives.indices, teacher.items
-    scores[~is_rival] = teacher.scores
+    items[is_negative], items[~is_negative] = hard_negatives.indices, teacher.items
+    scores[~is_negative] = teacher.scores
     return dataclasses.replace(
         teacher,
         manifest=dataclasses.replace(manifest, unlisted="unknown"),

@@ -72,9 +72,9 @@ def count_not_above(
     for _ in range(steps):
         open_ = low < high
         middle = (low + high) >> 1
-        found = keys.at[middle].get(mode="clip") <= value
-        low = jnp.where(open_ & found, middle + 1, low)
-        high = jnp.where(open_ & ~found, middle, high)
+        not_above = keys.at[middle].get(mode="clip") <= value
+        low = jnp.where(open_ & not_above, middle + 1, low)
+        high = jnp.where(open_ & ~not_above, middle, high)
     return low - begin
 
 
@@ -122,7 +122,7 @@ class Generators(NamedTuple):
 
 
 def generators(keys: jax.Array) -> tuple[Generators, Generators]:
-    """Those of triples and of preferences, for S keys.
+    """Those of interactions and of a guidance, for S keys.
 
     All at once: Threefry is a loop of small operations, whatever the number of its keys.
     """
@@ -131,6 +131,9 @@ def generators(keys: jax.Array) -> tuple[Generators, Generators]:
         more = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(1, 3))
         return random_bits.generators(jnp.concatenate([key[None], more]))
 
-    found = jax.vmap(lambda key: jax.vmap(of_draw)(jax.random.split(key)))(keys)  # [S, 2, 3, 2]
-    each = [Generators(*(found[:, of, place] for place in range(3))) for of in range(2)]
-    return each[0], each[1]
+    pairs = jax.vmap(lambda key: jax.vmap(of_draw)(jax.random.split(key)))(keys)  # [S, 2, 3, 2]
+
+    def generators_of(draw: int) -> Generators:
+        return Generators(pairs[:, draw, 0], pairs[:, draw, 1], pairs[:, draw, 2])
+
+    return generators_of(0), generators_of(1)
