@@ -18,12 +18,13 @@ import numpy as np
 # Where every call, and every dataclass of arrays, is checked against its annotations.
 PACKAGES = (
     "slgr_jax.evaluation",
+    "slgr_jax.guidance",
     "slgr_jax.kernels",
     "slgr_jax.mesh",
     "slgr_jax.models",
-    "slgr_jax.sampling.context",
-    "slgr_jax.sampling.labelled_rows",
-    "slgr_jax.sampling.random_bits",
+    "slgr_jax.sampling",
+    "slgr_jax.serving",
+    "slgr_jax.training",
 )
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct, jax.core.ShapedArray)
 

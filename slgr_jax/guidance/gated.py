@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr
@@ -138,7 +138,7 @@ class Gated:
         params: Mapping[str, Any],
         pair_loss: Float[Array, "P"],
         alpha: Float[Array, "P"],
-        agrees: Float[Array, "P"],
+        agrees: Bool[Array, "P"],
         drawn: Any,
         observed: Observed,
         layout: Layout,

@@ -51,7 +51,7 @@ class PointwiseDraw:
     """
 
     pairs: Preferences
-    targets: Float[Array, "G 2"]
+    targets: Float[Array, "*G 2"]
     labelled: LabelledPreferences | None
 
 

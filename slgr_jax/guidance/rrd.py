@@ -76,8 +76,8 @@ class ListDraw:
     """
 
     queries: Queries
-    items: Int[Array, "G C"]
-    listed: Bool[Array, "G K"]
+    items: Int[Array, "*G C"]
+    listed: Bool[Array, "*G K"]
     pairs: Preferences
     labelled: LabelledPreferences | None
 

@@ -47,7 +47,7 @@ class Scoring:
     Attributes:
       serving: its parameters and tables.
       context: what it looks up of users and items.
-      until: [U] the moment of each user: how many of their events it may look at; None where it
+      as_of: [U] the moment of each user: how many of their events it may look at; None where it
         reads no history.
     """
 

@@ -66,10 +66,10 @@ class Facts:
 class PairFacts:
     """`Facts` of the user and of both items of G pairs."""
 
-    log_history: Float[Array, "G"]
-    log_popularity: Float[Array, "G 2"]
-    cold: Float[Array, "G"]
-    tail: Float[Array, "G 2"]
+    log_history: Float[Array, "*G"]
+    log_popularity: Float[Array, "*G 2"]
+    cold: Float[Array, "*G"]
+    tail: Float[Array, "*G 2"]
 
 
 @struct.dataclass
@@ -78,7 +78,7 @@ class Targets:
 
     Attributes:
       users, items: of each; a window's are those of its last event.
-      until: how many events the user has before it; None where no history is read.
+      as_of: how many events the user has before it; None where no history is read.
       labels: 1 or 0; None where every interaction is a positive.
     """
 

@@ -40,10 +40,10 @@ class Batch:
     """
 
     queries: Queries
-    items: Int[Array, "B C"]
-    weights: Float[Array, "B"]
-    labels: Float[Array, "B"] | None
-    shared: Int[Array, "N"] | None
+    items: Int[Array, "*S B C"]
+    weights: Float[Array, "*S B"]
+    labels: Float[Array, "*S B"] | None
+    shared: Int[Array, "*S N"] | None
 
 
 def draw_triples(

@@ -90,22 +90,20 @@ class LabelSource:
 
 @struct.dataclass
 class LabelledPreferences:
-    """Drawn labelled preferences of S steps; weight 0 is padding.
+    """Drawn labelled preferences, [S, K] of S steps, [K] of one; weight 0 is padding.
 
     Attributes:
-      queries: [S, K].
-      items: [S, K, 2] (preferred by the teacher, other).
-      margins: [S, K] the teacher's score difference.
-      right: [S, K] 1 where the preferred item is the chosen one.
-      weights: [S, K].
+      items: [..., 2] (preferred by the teacher, other).
+      margins: the teacher's score difference.
+      right: 1 where the preferred item is the chosen one.
       facts: what is known of each.
     """
 
     queries: Queries
-    items: Int[Array, "S K 2"]
-    margins: Float[Array, "S K"]
-    right: Float[Array, "S K"]
-    weights: Float[Array, "S K"]
+    items: Int[Array, "*K 2"]
+    margins: Float[Array, "*K"]
+    right: Float[Array, "*K"]
+    weights: Float[Array, "*K"]
     facts: PairFacts
 
 

@@ -21,18 +21,17 @@ from slgr_jax.sampling.teacher_arrays import PreferenceRule, TeacherLists, Teach
 
 @struct.dataclass
 class Preferences:
-    """Drawn preferences of S steps.
+    """Drawn preferences: [S, G] of S steps, [G] of one.
 
     Attributes:
-      queries: [S, G].
-      items: [S, G, 2] (preferred, other).
-      margins: [S, G] the teacher's score difference.
+      items: [..., 2] (preferred, other).
+      margins: the teacher's score difference.
       facts: what is known of each.
     """
 
     queries: Queries
-    items: Int[Array, "S G 2"]
-    margins: Float[Array, "S G"]
+    items: Int[Array, "*G 2"]
+    margins: Float[Array, "*G"]
     facts: PairFacts
 
 

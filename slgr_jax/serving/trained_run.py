@@ -198,8 +198,10 @@ class TrainedRun:
         Raises:
           ConfigError: they are not those that it was trained with.
         """
+        if not self.config.reference_runs:
+            return []
         other = run_directory.other_reference_runs(self.workdir, self.config)
-        if self.config.reference_runs and other:
+        if other:
             raise ConfigError(
                 f"{self.workdir} was trained with another --reference_runs ({other}); put it back "
                 "or train again"
