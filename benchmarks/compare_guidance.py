@@ -12,7 +12,7 @@
 3. Every run meets the test part, once.
 
 Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
-calibrated, meta; hard negatives (what the teacher lists against what `none` would recommend
+calibrated; hard negatives (what the teacher lists against what `none` would recommend
 instead, calibrated with the margin of `none` among its inputs) and global_hard_negatives (the same
 pairs, alpha 1); --arm for others (ensemble=none: the run of `none` of the same seed). Controls, in
 every report: constant (the matched gate's mean alpha), shuffled (another user's answers),

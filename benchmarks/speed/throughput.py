@@ -70,7 +70,7 @@ from slgr_jax.config import (
 from slgr_jax.errors import ConfigError, UserError, listing
 
 # Uses of the teacher that are measured unless --guidance asks for others.
-COMPARED = ("none", "selective")
+COMPARED = ("none", "pairwise")
 # Batch sizes by default, of a backbone (on one size); of others its own.
 BATCH_SIZES: dict[Any, list[int]] = {"mf": [2048, 8192, 65536], ("lightgcn", "large"): [65536]}
 # Of the size large, by default: what is left out, and why.

@@ -9,6 +9,7 @@ from slgr_jax.config.guidance import (
     GATE_INPUTS,
     GATES,
     GUIDANCE,
+    GUIDANCE_DEFAULTS,
     GUIDANCE_LOSSES,
     LABEL_SOURCES,
     PAIR_SELECTIONS,
@@ -16,6 +17,10 @@ from slgr_jax.config.guidance import (
     UNCERTAINTIES,
     GateConfig,
     GuidanceConfig,
+    PairwiseConfig,
+    RRDConfig,
+    register_gate,
+    register_guidance,
 )
 from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
 from slgr_jax.config.run import (
@@ -83,6 +88,7 @@ __all__ = [
     "LABEL_SOURCES",
     "SUPERVISED_GATES",
     "GUIDANCE",
+    "GUIDANCE_DEFAULTS",
     "GUIDANCE_LOSSES",
     "GateConfig",
     "GuidanceConfig",
@@ -97,9 +103,11 @@ __all__ = [
     "NearestConfig",
     "OptimizerConfig",
     "PAIR_SELECTIONS",
+    "PairwiseConfig",
     "PROMPTS",
     "PrepareConfig",
     "ROWS",
+    "RRDConfig",
     "ReportConfig",
     "RequestConfig",
     "RunConfig",
@@ -120,5 +128,7 @@ __all__ = [
     "UNLISTED",
     "differences",
     "make_run",
+    "register_gate",
+    "register_guidance",
     "sections",
 ]

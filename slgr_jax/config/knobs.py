@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from slgr_jax.errors import ConfigError, listing
@@ -21,7 +22,7 @@ class Knob:
 
     help: str
     flag: str | None = None
-    choices: tuple[str, ...] | None = None
+    choices: Sequence[str] | None = None
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
@@ -33,7 +34,7 @@ def knob(
     help: str,
     *,
     flag: str | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Sequence[str] | None = None,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,

@@ -14,6 +14,7 @@ from typing import Any
 
 from slgr_jax import config
 from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, RunConfig
+from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.teacher.products import controls
 
@@ -22,20 +23,19 @@ Settings = Mapping[str, float | str]
 # What --reference_runs says in an arm that reads the run of `none` of the same seed.
 REFERENCE = "none"
 _AGAINST_HARD_NEGATIVES = {
-    "guidance": "selective",
+    "guidance": "pairwise",
     "hard_negatives": 100,
     "reference_runs": REFERENCE,
 }
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "none": {"guidance": "none"},
-    "global": {"guidance": "selective", "gate": "constant", "alpha": 1.0},
+    "global": {"guidance": "pairwise", "gate": "constant", "alpha": 1.0},
     "pointwise": {"guidance": "pointwise"},
-    "rule": {"guidance": "selective", "gate": "rule"},
-    "paper": {"guidance": "selective", "gate": "paper"},
-    "budget": {"guidance": "selective", "gate": "budget"},
-    "calibrated": {"guidance": "selective", "gate": "calibrated"},
-    "meta": {"guidance": "selective", "gate": "meta"},
+    "rule": {"guidance": "pairwise", "gate": "rule"},
+    "paper": {"guidance": "pairwise", "gate": "paper"},
+    "budget": {"guidance": "pairwise", "gate": "budget"},
+    "calibrated": {"guidance": "pairwise", "gate": "calibrated"},
     "global_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "constant", "alpha": 1.0},
     "hard_negatives": {
         **_AGAINST_HARD_NEGATIVES,
@@ -44,7 +44,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
-GATED = ("hard_negatives", "calibrated", "paper", "meta", "budget", "rule")
+GATED = ("hard_negatives", "calibrated", "paper", "budget", "rule")
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
 # too: they change one thing. The other two teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)
@@ -150,19 +150,32 @@ class ComparisonPlan:
         """The knobs that make the arm, its teacher among them."""
         of_arm = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
         if arm == "constant":  # its alpha is a setting: the matched gate's mean
-            matched = config.make_run("", "", **{**self.knobs, **of_arm}, teacher=self.teacher)
+            knobs = {**self._shared_knobs(of_arm), **of_arm, "teacher": self.teacher}
+            matched = config.make_run("", "", **knobs)
             loss = matched.guidance_loss_name
             # `gain` compares alpha with a prior, which a constant gate has not: `confidence` is its
             # counterpart for a gate that compares with 1/2.
             of_arm |= {"gate": "constant", "guidance_loss": {"gain": "confidence"}.get(loss, loss)}
         return {**of_arm, "teacher": self.teacher_of(arm)}
 
+    def _shared_knobs(self, of_arm: Mapping[str, Any]) -> dict[str, Any]:
+        """The knobs of every run, without those of a guidance that the arm does not have: a run
+        refuses what it would not use."""
+        unused = {
+            flag_name(field)
+            for name, section in config.sections().items()
+            if name in config.GUIDANCE and name != of_arm["guidance"]
+            for field in dataclasses.fields(section)
+        }
+        return {name: value for name, value in self.knobs.items() if name not in unused}
+
     def variants(self, arm: str) -> tuple[Settings, ...]:
         """What is tried beside the arm as it is: its other guidance loss, or its gate without the
         reference."""
-        knobs = {**self.knobs, **self.knobs_of(arm)}
+        of_arm = self.knobs_of(arm)
+        knobs = {**self._shared_knobs(of_arm), **of_arm}
         copied = self.matched if arm in CONTROLS else arm
-        if not self.tune_loss or copied in ("none", *LITERAL):
+        if not self.tune_loss or copied in LITERAL or of_arm["guidance"] != "pairwise":
             return ()
         if copied == "hard_negatives":
             return (BLIND,)
@@ -170,7 +183,7 @@ class ComparisonPlan:
             return ()
 
         default = config.make_run("", "", **knobs).guidance_loss_name
-        losses = LOSSES.get(knobs["gate"], OTHER_LOSSES)
+        losses = LOSSES.get(knobs.get("gate", ""), OTHER_LOSSES)
         return tuple({"guidance_loss": loss} for loss in losses if loss != default)
 
     def config(
@@ -191,7 +204,8 @@ class ComparisonPlan:
         Raises:
           ConfigError: a knob has no such value, an arm's gate for instance.
         """
-        knobs = {**self.knobs, **self.knobs_of(arm), **settings}
+        of_arm = self.knobs_of(arm)
+        knobs = {**self._shared_knobs(of_arm), **of_arm, **settings}
         if knobs.get("reference_runs") == REFERENCE and reference is not None:
             knobs["reference_runs"] = str(reference)
         return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **knobs)
@@ -244,7 +258,7 @@ class ComparisonPlan:
 
 
 def own_arm(text: str) -> tuple[str, dict[str, Any]]:
-    """`wide:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=selective goes without
+    """`wide:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=pairwise goes without
     saying.
 
     Raises:
@@ -256,7 +270,7 @@ def own_arm(text: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"--arm={text}: write NAME:knob=value,knob=value")
     if name in ARMS or name in CONTROLS:
         raise ConfigError(f"--arm={text}: there is an arm {name} already; give another name")
-    return name, {"guidance": "selective"} | {key: _value(value) for key, _, value in pairs}
+    return name, {"guidance": "pairwise"} | {key: _value(value) for key, _, value in pairs}
 
 
 def _value(text: str) -> Any:

@@ -24,7 +24,7 @@ def test_arms_are_ordered_and_matched():
     assert choose(("paper", "rule"), ("shuffled",), "rule", "paper")[1:] == ("rule", "paper")
     # Without a gate to match there is nothing to control.
     assert choose(("none", "global"), arms.CONTROLS) == (("none", "global"), "", "global")
-    wide = {"wide": {"guidance": "selective", "gate": "paper"}}
+    wide = {"wide": {"guidance": "pairwise", "gate": "paper"}}
     assert choose(("global",), ("shuffled",), own_arms=wide)[1] == "wide"
     for bad, message in (
         ((("best",),), "--guidance: best .* none, global, pointwise"),
@@ -39,9 +39,9 @@ def test_arms_are_ordered_and_matched():
 
 def test_an_arm_of_ones_own():
     name, knobs = arms.own_arm("wide:gate=paper,margin=0.5,guidance_loss=logistic,item_bias=false")
-    assert (name, knobs["guidance"], knobs["margin"]) == ("wide", "selective", 0.5)
+    assert (name, knobs["guidance"], knobs["margin"]) == ("wide", "pairwise", 0.5)
     run = config.make_run("", "", teacher="llm", **knobs)
-    assert (run.gate.gate, run.guidance.margin, run.model.item_bias) == ("paper", 0.5, False)
+    assert (run.gate.gate, run.pairwise.margin, run.model.item_bias) == ("paper", 0.5, False)
     for text in ("wide", "wide:", "wide:gate", "a b:gate=paper", "paper:gate=rule"):
         with pytest.raises(ConfigError, match="--arm="):
             arms.own_arm(text)
@@ -55,7 +55,9 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
     for arm, run in runs.items():
         assert (run.optimizer.lr, run.guidance.weight, run.train.epochs) == (0.3, 2.0, 7)
         assert (run.train.seed, run.workdir) == (4, str(tmp_path))
-        assert run.guidance.guidance == ("none" if arm == "none" else "selective")
+        assert run.guidance.guidance == ("none" if arm == "none" else "pairwise")
+        # A knob of every run, where the arm has a use for it: `none` would refuse it.
+        assert run.pairwise.guidance_loss == ("auto" if arm == "none" else "logistic")
     teachers = {arm: run.guidance.teacher for arm, run in runs.items()}
     assert teachers == {
         **dict.fromkeys(("global", "rule", "paper", "constant"), "llm"),
@@ -71,7 +73,7 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
     assert runs["global"].gate.alpha == 1.0
     assert plan.config("mf", "constant", {"alpha": 0.25}, tmp_path).gate.alpha == 0.25
     plan.check()
-    wrong = plan_of(tmp_path, own_arms={"wide": {"guidance": "selective", "gate": "oracle"}})
+    wrong = plan_of(tmp_path, own_arms={"wide": {"guidance": "pairwise", "gate": "oracle"}})
     with pytest.raises(ConfigError, match="arm wide of mf: --gate='oracle'"):
         wrong.check()
 

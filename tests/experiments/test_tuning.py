@@ -94,7 +94,7 @@ def test_another_loss_is_within_the_budget(tmp_path):
 
 def test_which_variants_of_an_arm_are_tried(tmp_path):
     asked = ("none", "global", "pointwise", "rule", "paper", "calibrated")
-    extra = {"wide": {"guidance": "selective", "gate": "calibrated", "guidance_loss": "soft"}}
+    extra = {"wide": {"guidance": "pairwise", "gate": "calibrated", "guidance_loss": "soft"}}
     plan = plan_of(tmp_path, asked=asked, controls=arms.CONTROLS, own_arms=extra)
     expected = dict.fromkeys(("none", "pointwise", "paper", "wide"), ())
     expected |= dict.fromkeys(("global", "rule"), ({"guidance_loss": "logistic"},))
@@ -113,7 +113,7 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
     """While tuning, at the settings that `none` got; later of each seed, which train before."""
     extra = {
         "wide": {
-            "guidance": "selective",
+            "guidance": "pairwise",
             "gate": "constant",
             "hard_negatives": 7,
             "reference_runs": "none",
@@ -161,7 +161,7 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
             assert runs[arm, seed].hard_negatives == (7 if arm == "wide" else 100)
     assert runs["paper", 1].reference_runs == ()
     run = plan.config("mf", "hard_negatives", {}, tmp_path)
-    assert (run.gate.gate, run.guidance.hard_negatives, run.gate.gate_inputs) == (
+    assert (run.gate.gate, run.hard_negatives, run.gate.gate_inputs) == (
         "calibrated",
         knobs["hard_negatives"],
         knobs["gate_inputs"],
