@@ -14,6 +14,7 @@ from typing import Any
 
 from slgr_jax import config
 from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, RunConfig
+from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.teacher.products import controls
 
@@ -149,19 +150,32 @@ class ComparisonPlan:
         """The knobs that make the arm, its teacher among them."""
         of_arm = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
         if arm == "constant":  # its alpha is a setting: the matched gate's mean
-            matched = config.make_run("", "", **{**self.knobs, **of_arm}, teacher=self.teacher)
+            knobs = {**self._shared_knobs(of_arm), **of_arm, "teacher": self.teacher}
+            matched = config.make_run("", "", **knobs)
             loss = matched.guidance_loss_name
             # `gain` compares alpha with a prior, which a constant gate has not: `confidence` is its
             # counterpart for a gate that compares with 1/2.
             of_arm |= {"gate": "constant", "guidance_loss": {"gain": "confidence"}.get(loss, loss)}
         return {**of_arm, "teacher": self.teacher_of(arm)}
 
+    def _shared_knobs(self, of_arm: Mapping[str, Any]) -> dict[str, Any]:
+        """The knobs of every run, without those of a guidance that the arm does not have: a run
+        refuses what it would not use."""
+        unused = {
+            flag_name(field)
+            for name, section in config.sections().items()
+            if name in config.GUIDANCE and name != of_arm["guidance"]
+            for field in dataclasses.fields(section)
+        }
+        return {name: value for name, value in self.knobs.items() if name not in unused}
+
     def variants(self, arm: str) -> tuple[Settings, ...]:
         """What is tried beside the arm as it is: its other guidance loss, or its gate without the
         reference."""
-        knobs = {**self.knobs, **self.knobs_of(arm)}
+        of_arm = self.knobs_of(arm)
+        knobs = {**self._shared_knobs(of_arm), **of_arm}
         copied = self.matched if arm in CONTROLS else arm
-        if not self.tune_loss or copied in ("none", *LITERAL):
+        if not self.tune_loss or copied in LITERAL or of_arm["guidance"] != "pairwise":
             return ()
         if copied == "hard_negatives":
             return (BLIND,)
@@ -169,7 +183,7 @@ class ComparisonPlan:
             return ()
 
         default = config.make_run("", "", **knobs).guidance_loss_name
-        losses = LOSSES.get(knobs["gate"], OTHER_LOSSES)
+        losses = LOSSES.get(knobs.get("gate", ""), OTHER_LOSSES)
         return tuple({"guidance_loss": loss} for loss in losses if loss != default)
 
     def config(
@@ -190,7 +204,8 @@ class ComparisonPlan:
         Raises:
           ConfigError: a knob has no such value, an arm's gate for instance.
         """
-        knobs = {**self.knobs, **self.knobs_of(arm), **settings}
+        of_arm = self.knobs_of(arm)
+        knobs = {**self._shared_knobs(of_arm), **of_arm, **settings}
         if knobs.get("reference_runs") == REFERENCE and reference is not None:
             knobs["reference_runs"] = str(reference)
         return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **knobs)

@@ -82,9 +82,9 @@ def test_the_teacher_is_one_that_training_accepts(tmp_path):
     dataset = synthetic_dataset.from_pairs(synthetic.make(TINY), tmp_path)
     synthetic_dataset.write_teacher(dataset)
     run = cases.Case("tiny", "mf", "pairwise", "float32", 64)
-    trainer, resident = build.build(run.config({}, str(tmp_path)), dataset)
-    assert trainer.plan.preferences == 64
-    assert resident.teacher.items.size == 60 * 20
+    experiment = build.build(run.config({}, str(tmp_path)), dataset)
+    assert experiment.trainer.guidance.queries == 64
+    assert experiment.arrays.guidance.teacher.items.size == 60 * 20
 
 
 def test_histories_are_a_shuffle_of_each_users_pairs():

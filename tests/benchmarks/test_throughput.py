@@ -27,7 +27,7 @@ from slgr_jax.config import knobs
 from slgr_jax.models.backbones import reads_of
 from slgr_jax.sampling.context import FIELDS, HISTORY
 from slgr_jax.training import build
-from slgr_jax.training.step import init_state
+from slgr_jax.training.state import init_state
 
 SPEED = pathlib.Path(__file__).parents[2] / "benchmarks" / "speed"
 
@@ -90,9 +90,10 @@ def bytes_of_step(tmp_path, backbone, guidance="none", dtype="float32", **given)
     pairs = synthetic.make(TINY)
     dataset = synthetic_dataset.from_pairs(pairs, tmp_path, reads_of(run.model))
     synthetic_dataset.write_teacher(dataset)
-    trainer, resident = build.build(run, dataset)
+    experiment = build.build(run, dataset)
+    trainer = experiment.trainer
     size = worker.row_bytes(trainer, init_state(trainer, 0))
-    return worker.bytes_per_step(worker.rows_named(trainer, resident), size)
+    return worker.bytes_per_step(worker.rows_named(trainer, experiment.arrays), size)
 
 
 @pytest.mark.parametrize(
@@ -151,18 +152,16 @@ def even_pairs():
     ("backbone", "counted", "per_lane", "rows"),
     [("lightgcn", "triples", 1, 0), ("sasrec", "places", 5, 0), ("dcn", "triples", 1, 3)],
 )
-def test_a_turn_counts_triples_or_predicted_places(
-    tmp_path, monkeypatch, backbone, counted, per_lane, rows
-):
+def test_a_turn_counts_triples_or_predicted_places(tmp_path, backbone, counted, per_lane, rows):
     # The window of a user's last event has the 5 before it; it predicts all but the first of 6.
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
     case = cases.Case("tiny", backbone, "none", "float32", 8)
     small = {"dim": 4, "layers": 1, "hidden": 4, "mlp": (4,), "max_history": 5}
     run = case.config({**small, "negatives_per_positive": 2}, str(tmp_path))
     dataset = synthetic_dataset.from_pairs(even_pairs(), tmp_path, reads_of(run.model))
-    trainer, resident = build.build(run, dataset)
-    assert worker.Stepper(trainer, resident).turn(3).triples == 3 * 8 * per_lane
-    assert (case.counted, worker.rows_per_triple(trainer)) == (counted, rows)
+    experiment = build.build(run, dataset, worlds.one_device())
+    stepper = worker.Stepper(experiment.trainer, experiment.arrays)
+    assert stepper.turn(3).triples == 3 * 8 * per_lane
+    assert (case.counted, worker.rows_per_triple(experiment.trainer)) == (counted, rows)
 
 
 def test_what_recbole_trains_on_is_counted_alike():

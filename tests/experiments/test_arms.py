@@ -41,7 +41,7 @@ def test_an_arm_of_ones_own():
     name, knobs = arms.own_arm("wide:gate=paper,margin=0.5,guidance_loss=logistic,item_bias=false")
     assert (name, knobs["guidance"], knobs["margin"]) == ("wide", "pairwise", 0.5)
     run = config.make_run("", "", teacher="llm", **knobs)
-    assert (run.gate.gate, run.guidance.margin, run.model.item_bias) == ("paper", 0.5, False)
+    assert (run.gate.gate, run.pairwise.margin, run.model.item_bias) == ("paper", 0.5, False)
     for text in ("wide", "wide:", "wide:gate", "a b:gate=paper", "paper:gate=rule"):
         with pytest.raises(ConfigError, match="--arm="):
             arms.own_arm(text)
@@ -56,6 +56,8 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
         assert (run.optimizer.lr, run.guidance.weight, run.train.epochs) == (0.3, 2.0, 7)
         assert (run.train.seed, run.workdir) == (4, str(tmp_path))
         assert run.guidance.guidance == ("none" if arm == "none" else "pairwise")
+        # A knob of every run, where the arm has a use for it: `none` would refuse it.
+        assert run.pairwise.guidance_loss == ("auto" if arm == "none" else "logistic")
     teachers = {arm: run.guidance.teacher for arm, run in runs.items()}
     assert teachers == {
         **dict.fromkeys(("global", "rule", "paper", "constant"), "llm"),

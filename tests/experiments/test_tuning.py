@@ -161,7 +161,7 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
             assert runs[arm, seed].hard_negatives == (7 if arm == "wide" else 100)
     assert runs["paper", 1].reference_runs == ()
     run = plan.config("mf", "hard_negatives", {}, tmp_path)
-    assert (run.gate.gate, run.guidance.hard_negatives, run.gate.gate_inputs) == (
+    assert (run.gate.gate, run.hard_negatives, run.gate.gate_inputs) == (
         "calibrated",
         knobs["hard_negatives"],
         knobs["gate_inputs"],
