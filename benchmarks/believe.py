@@ -32,7 +32,7 @@ absl_flags.DEFINE_integer("users", 2000, "users of the world", lower_bound=50)
 absl_flags.DEFINE_integer("epochs", 40, "epochs of every run", lower_bound=2)
 
 _SHARED = {"batch_size": 1024, "lr": 0.1, "eval_every": 2, "patience": 0, "pooled_auc": False}
-_GUIDED = {"guidance": "selective", "teacher": "pairs"}
+_GUIDED = {"guidance": "pairwise", "teacher": "pairs"}
 LAMBDAS = (1.0, 0.3, 0.1)
 _CALIBRATED = {"gate": "calibrated", "gate_inputs": "history,popularity"}
 ARMS = {
@@ -45,7 +45,7 @@ ARMS = {
 }
 LISTED = 30
 LAMBDAS_OF_LISTS = (0.1, 1.0, 10.0)
-_LISTS = {"guidance": "selective", "teacher": "lists"}
+_LISTS = {"guidance": "pairwise", "teacher": "lists"}
 _RIVALS = {"hard_negatives": 100, "gate_inputs": "reference,history,popularity,teacher"}
 ARMS_OF_LISTS = {
     "global": _LISTS | {"gate": "constant"},
@@ -59,10 +59,10 @@ ARMS_OF_LISTS = {
 
 def main(_: list[str]) -> None:
     from slgr_jax import config, testing
-    from slgr_jax.guidance.gates import make_gate
-    from slgr_jax.reports import calibration, gate_evaluation, tables
-    from slgr_jax.sampling import arrays
-    from slgr_jax.training import build, loop
+    from slgr_jax.reports import calibration, tables
+    from slgr_jax.reports.run_evaluation import evaluate_run
+    from slgr_jax.serving import load
+    from slgr_jax.training import loop
 
     given = flags.FLAGS
     out = pathlib.Path(given.out)
@@ -74,35 +74,26 @@ def main(_: list[str]) -> None:
     lists = coin.lists(np.random.default_rng(0), LISTED)
     testing.write_lists(coin, dataset, "coin_lists", *lists)
 
-    def trained(
-        name: str, knobs: Mapping[str, Any], weight: float, workdir: str
-    ) -> tuple[config.RunConfig, dict[str, Any]]:
+    def trained(name: str, knobs: Mapping[str, Any], weight: float, workdir: str) -> dict[str, Any]:
         own = {**knobs, "lambda": weight} if knobs else {}
         run = config.make_run(str(dataset.path), workdir, epochs=given.epochs, **_SHARED, **own)
         loop.train(run)
-        found = build.evaluate_run(workdir, name).parts["test"].slices
+        found = evaluate_run(workdir, name).parts["test"].slices
         scores = {key: found[key]["ndcg@10"] for key in tables.MAIN_SLICES[:3]}
-        return run, {"run": name, "lambda": weight if knobs else None, **scores}
+        return {"run": name, "lambda": weight if knobs else None, **scores}
 
     rows, alphas, bins = [], {}, {}
     said = world.judge(np.random.default_rng(0), "test", per_positive=4)
     for name, knobs in ARMS.items():
         for weight in LAMBDAS if knobs else (0.0,):
             workdir = str(out / f"{name} {weight:g}".replace(", ", " ").replace(" ", "_"))
-            run, row = trained(name, knobs, weight, workdir)
-            rows.append(row)
+            rows.append(trained(name, knobs, weight, workdir))
         text = (pathlib.Path(workdir) / "log.jsonl").read_text(encoding="utf-8")
         log = [json.loads(line) for line in text.splitlines()]
         if knobs:
             alphas[name] = [(row["epoch"], row["train/alpha"]) for row in log]
         if name in ("paper", "calibrated"):
-            restored, slices = build.restore_run(workdir), dataset.slices(run.slices)
-            masks = slices.cold_users, slices.tail_items
-            facts = arrays.interactions(dataset, run.sampler, *masks).facts
-            alpha = gate_evaluation.alphas(
-                *(run, facts, restored.backbone, make_gate(run.gate), restored.scoring("test")),
-                *(said.users, said.items, said.margin),
-            )
+            alpha = load(workdir).believe(said.users, said.items, said.margin)
             bins[name] = calibration.reliability_bins(alpha, said.right)
             if name == "calibrated":
                 calibration.draw_alpha_against_truth(
@@ -126,7 +117,7 @@ def main(_: list[str]) -> None:
         for weight in LAMBDAS_OF_LISTS:
             workdir = str(out / f"lists {name} {weight:g}".replace(", ", " ").replace(" ", "_"))
             own = knobs | {"reference_runs": plain} if "hard_negatives" in knobs else knobs
-            rows.append(trained(name, own, weight, workdir)[1])
+            rows.append(trained(name, own, weight, workdir))
     print(tables.markdown_table(rows))
 
 

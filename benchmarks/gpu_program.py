@@ -139,7 +139,7 @@ def define_flags() -> tuple[str, ...]:
     absl_flags.DEFINE_string("target", None, "description of the GPU")
     absl_flags.DEFINE_integer("batch_size", 65_536, "triples per step", lower_bound=1)
     for name, default, known, text in (
-        ("guidance", ["none", "selective"], GUIDANCE, "uses of the teacher"),
+        ("guidance", ["none", "pairwise"], GUIDANCE, "uses of the teacher"),
         ("dtype", ["float32"], TABLE_DTYPES, "types of the tables"),
         ("optimizer", ["sgd", "adagrad"], TABLE_OPTIMIZERS, "row optimisers"),
     ):
@@ -163,6 +163,7 @@ def main(_: list[str]) -> None:
     from slgr_jax.mesh import Layout
     from slgr_jax.reports import tables as tables_lib
     from slgr_jax.training import build, step
+    from slgr_jax.training.state import init_state
 
     try:
         with open(FLAGS.target, encoding="utf-8") as file:
@@ -189,11 +190,12 @@ def main(_: list[str]) -> None:
         ):
             case = Case("large", "mf", guidance, dtype, FLAGS.batch_size)
             run = case.config({"table_optimizer": optimizer, "kernels": "xla"}, folder)
-            here, resident = build.build(run, dataset)
+            experiment = build.build(run, dataset)
+            here, resident = experiment.trainer, experiment.arrays
             mesh = here.layout.mesh
             there = Layout(Mesh(np.full(mesh.devices.shape, device), mesh.axis_names))
             trainer = dataclasses.replace(here, layout=there)
-            arguments = (step.init_state(here, 0), resident, jnp.zeros(2, jnp.uint32), jnp.int32(1))
+            arguments = (init_state(here, 0), resident, jnp.zeros(2, jnp.uint32), jnp.int32(1))
             abstract = jax.tree.map(
                 lambda x, at=there.replicated: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
                 arguments,

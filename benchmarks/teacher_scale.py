@@ -8,7 +8,7 @@ call, the memory is the most that the process held of its own or mapped.
   write      preferences.write_product: check, measure, write and hash
   append     preferences.append of 1 % more rows, of users who are in it already
   load       preferences.load: cold (files dropped from the page cache first) or warm
-  resident   resident.resident_teacher: load, and the host arrays that training draws from
+  resident   teacher_product.teacher_arrays: load, and the host arrays that training draws from
   reader     preferences.load of the second of eight processes
 """
 
@@ -106,11 +106,16 @@ def reader(job: Job) -> Callable[[], object]:
 
 
 def resident(job: Job) -> Callable[[], object]:
-    from slgr_jax.guidance import device_arrays
+    from slgr_jax.guidance import teacher_product
+    from slgr_jax.guidance.base import Sources
+    from slgr_jax.models.backbones import make_backbone
+    from slgr_jax.sampling.context import Sizes
 
     dataset = dataset_of(job)
-    run = config.RunConfig("", "", guidance=config.GuidanceConfig("selective", "big"))
-    return lambda: device_arrays.teacher_arrays(run, dataset)
+    run = config.RunConfig("", "", guidance=config.GuidanceConfig("pairwise", "big"))
+    backbone = make_backbone(run.model, Sizes(dataset.n_users, dataset.n_items))
+    sources = Sources(run, dataset, backbone)
+    return lambda: teacher_product.teacher_arrays(sources)
 
 
 STEPS: dict[str, Callable[[Job], Callable[[], object]]] = {

@@ -75,7 +75,7 @@ HERE = pathlib.Path(__file__).parent
 Row = dict[str, Any]
 # Knobs that each case states for itself.
 # Uses of the teacher that are measured unless --guidance asks for others.
-COMPARED = ("none", "selective")
+COMPARED = ("none", "pairwise")
 OF_CASE = ("backbone", "table_dtype", "batch_size", "guidance", "teacher")
 # Batch sizes by default, of a backbone (on one size); of others its own.
 BATCH_SIZES: dict[Any, list[int]] = {"mf": [2048, 8192, 65536], ("lightgcn", "large"): [65536]}

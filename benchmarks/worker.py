@@ -31,11 +31,11 @@ from slgr_jax import __version__
 from slgr_jax.config import RunConfig, knobs
 from slgr_jax.errors import UserError
 from slgr_jax.models.backbones import DotBackbone, reads_of
-from slgr_jax.models.row_access import Rows
+from slgr_jax.models.row_access import RowAccess
 from slgr_jax.sampling import arrays
-from slgr_jax.sampling import batch as batch_lib
-from slgr_jax.training import build, loop
-from slgr_jax.training.step import Sums, Trainer, TrainState, init_state, make_run_steps
+from slgr_jax.training import build, programs
+from slgr_jax.training.state import TrainState, init_state
+from slgr_jax.training.step import Sums, Trainer, draw_steps, make_run_steps
 
 GATHER_WIDTH = 64  # of float32: rows of 256 bytes
 GATHER_SECONDS = 0.5
@@ -53,7 +53,7 @@ class Stepper:
         self.state: TrainState = jax.block_until_ready(init_state(trainer, seed))
         self._key = jax.device_put(jax.random.key_data(jax.random.key(seed + 1)), everywhere)
         self._run_steps = make_run_steps(trainer)
-        self.dispatch = loop.steps_per_dispatch(trainer)
+        self.dispatch = programs.steps_per_dispatch(trainer)
 
     def run(self, steps: int) -> list[Sums]:
         """Do `steps`, wait for the state; the sums of each dispatch.
@@ -98,14 +98,17 @@ def row_bytes(trainer: Trainer, state: TrainState) -> dict[str, float]:
 def rows_named(trainer: Trainer, resident: arrays.DeviceArrays) -> dict[str, int]:
     """Rows of each table that a step names, as often as it does; of whole tables every row, once.
 
-    A step that moves no row but computes dot products (`row_access.Factors`) names the same ones.
+    A step that moves no row but computes dot products (`row_access.DotAccess`) names the same ones.
     """
-    rows = Rows(trainer.backbone, trainer.row_optimizer, trainer.layout, native=False)
+    rows = RowAccess(trainer.backbone, trainer.row_optimizer, trainer.layout, native=False)
 
     def named(key: jax.Array, resident: arrays.DeviceArrays) -> dict[str, list[jax.Array]]:
-        drawn = batch_lib.draw(key[None], resident, trainer.plan)
-        batch = jax.tree.map(lambda x: x[0], drawn)
-        return rows.named(resident.context, trainer.objective.reads(batch, resident.context))
+        drawn = draw_steps(trainer, key[None], resident)
+        batch, guided = jax.tree.map(lambda x: x[0], drawn)
+        guidance = trainer.guidance
+        candidates = None if guidance is None else guidance.candidates(guided)
+        reads = trainer.objective.reads(batch, resident.context, candidates)
+        return rows.ids_by_table(resident.context, reads)
 
     found = jax.eval_shape(named, jax.random.key_data(jax.random.key(0)), resident)
     return {name: sum(ids.size for ids in groups) for name, groups in found.items()}
@@ -235,9 +238,10 @@ def _prepare(job: Facts) -> Contestant:
     run = knobs.from_json(RunConfig, job["config"], "the job's config")
     pairs = synthetic.Pairs.load(job["pairs"])
     dataset = synthetic_dataset.from_pairs(pairs, run.data, reads_of(run.model))
-    trainer, resident = build.build(run, dataset)
+    experiment = build.build(run, dataset)
+    trainer, resident = experiment.trainer, experiment.arrays
     gather_rows = job.get("gather_rows") or dataset.n_users
-    del dataset, pairs
+    del dataset, pairs, experiment
     jax.block_until_ready(resident)
     built = Memory()
     stepper = Stepper(trainer, resident)

@@ -18,6 +18,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.kernels import build
 from slgr_jax.mesh import Layout, make_layout
+from slgr_jax.teacher.products import preferences
 
 
 def one_device(**options: int) -> Layout:
@@ -156,6 +157,25 @@ def checkerboard(path: pathlib.Path, size: int = 40) -> Dataset:
         held[1::2],
         n_users=size,
         n_items=size,
+    )
+
+
+def teach(
+    dataset: Dataset,
+    users: np.ndarray,
+    items: np.ndarray,
+    scores: np.ndarray,
+    *,
+    name: str = "t",
+    **provenance: Any,
+) -> None:
+    """A teacher product of scored items, sorted by user."""
+    table = pa.table([users, items, scores], names=["user", "item", "score"])
+    preferences.write_product(
+        dataset,
+        name,
+        table.cast(schema.TEACHER_SCORES),
+        provenance=preferences.Provenance(**provenance),
     )
 
 

@@ -25,6 +25,7 @@ from slgr_jax import config
 from slgr_jax.config import RunConfig
 from slgr_jax.config.knobs import Knob, Section, flag_name, knob_of
 from slgr_jax.errors import UserError, listing
+from slgr_jax.files import cache_directory
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR = 2
@@ -176,8 +177,7 @@ def keep_compiled() -> None:
     cache, `JAX_ENABLE_COMPILATION_CACHE=0` turns it off. Where nothing can be written there is
     none: JAX would warn of each program.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    cache = os.path.join(home, "slgr_jax", "xla")
+    cache = str(cache_directory("xla"))
     # Small programs too: all of them together take longer to compile than a large one to look up.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

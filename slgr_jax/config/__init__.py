@@ -19,6 +19,7 @@ from slgr_jax.config.guidance import (
     GATE_INPUTS,
     GATES,
     GUIDANCE,
+    GUIDANCE_DEFAULTS,
     GUIDANCE_LOSSES,
     LABEL_SOURCES,
     PAIR_SELECTIONS,
@@ -26,6 +27,10 @@ from slgr_jax.config.guidance import (
     UNCERTAINTIES,
     GateConfig,
     GuidanceConfig,
+    PairwiseConfig,
+    RRDConfig,
+    register_gate,
+    register_guidance,
 )
 from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
 from slgr_jax.config.run import (
@@ -87,6 +92,7 @@ __all__ = [
     "LABEL_SOURCES",
     "SUPERVISED_GATES",
     "GUIDANCE",
+    "GUIDANCE_DEFAULTS",
     "GUIDANCE_LOSSES",
     "GateConfig",
     "GuidanceConfig",
@@ -101,9 +107,11 @@ __all__ = [
     "NearestConfig",
     "OptimizerConfig",
     "PAIR_SELECTIONS",
+    "PairwiseConfig",
     "PROMPTS",
     "PrepareConfig",
     "ROWS",
+    "RRDConfig",
     "ReportConfig",
     "RequestConfig",
     "RunConfig",
@@ -126,5 +134,7 @@ __all__ = [
     "learns_from_sequences",
     "make_run",
     "register_backbone",
+    "register_gate",
+    "register_guidance",
     "sections",
 ]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from slgr_jax.config.knobs import Section, knob
 from slgr_jax.errors import ConfigError, listing
 
-GUIDANCE = ("none", "selective", "pointwise")
+# Lists, so that one's own can be added: `register_guidance`, `register_gate`.
+GUIDANCE = ["none", "pairwise", "pointwise", "rrd"]
 GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "confidence", "gain")
-GATES = ("paper", "constant", "rule", "budget", "calibrated", "meta")
-# Gates that are taught by interactions which the recommender does not learn from.
-SUPERVISED_GATES = ("calibrated", "meta")
+GATES = ["paper", "constant", "rule", "budget", "calibrated"]
+# Gates that learn from interactions which the recommender does not learn from.
+SUPERVISED_GATES = ["calibrated"]
+# Knobs whose default is another one for some guidances.
+GUIDANCE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "pointwise": {"gate": "constant"},
+    "rrd": {"gate": "constant"},
+}
 GATE_INPUTS = (
     *("margin", "history", "popularity", "uncertainty"),
     *("teacher", "slices", "agreement", "reference"),
@@ -22,42 +30,47 @@ UNCERTAINTIES = ("confidence", "entropy", "dropout", "ensemble")
 PAIR_SELECTIONS = ("uniform", "largest_gap")
 
 
+def register_guidance(name: str) -> None:
+    """Let --guidance=NAME be one of one's own; `slgr_jax.guidance.register` calls it."""
+    _register(name, GUIDANCE, "guidance")
+
+
+def register_gate(name: str, *, supervised: bool) -> None:
+    """Let --gate=NAME be one of one's own; `slgr_jax.guidance.gates.register` calls it."""
+    _register(name, GATES, "gate")
+    if supervised:
+        SUPERVISED_GATES.append(name)
+
+
+def _register(name: str, names: list[str], flag: str) -> None:
+    if name in names:
+        raise ConfigError(
+            f"--{flag}={name} is there already; choose another name than {listing(names)}"
+        )
+    names.append(name)
+
+
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig(Section):
-    """What the teacher's preferences do to the loss."""
+    """What the teacher's product does to the loss."""
 
     guidance: str = knob(
         "none",
-        "use of the teacher in training; selective = gated preferences; pointwise = squared error "
-        "of sigmoid(score) and the teacher's score, scaled to [0, 1], without a gate",
+        "use of the teacher in training; pairwise = its preferences; pointwise = squared error of "
+        "sigmoid(score) and its score, scaled to [0, 1]; rrd = its lists in order, above what they "
+        "leave out (relaxed ranking distillation). Each goes through --gate",
         choices=GUIDANCE,
     )
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
     weight: float = knob(0.1, "weight of the guidance loss", flag="lambda", minimum=0)
-    guidance_loss: str = knob(
-        "auto",
-        "pairwise loss on x = s_ua - s_ub: hinge max(0, margin - x), logistic log(1 + exp(-x)), "
-        "both times alpha; soft -alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x); confidence = "
-        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; gain = "
-        "|alpha - alpha_0| times soft, alpha_0 being what the reference alone believes; auto = "
-        "added for gate=calibrated with reference among its inputs, confidence without, else hinge "
-        "(the paper's)",
-        choices=GUIDANCE_LOSSES,
+    preferences_per_step: int = knob(
+        0, "pairwise, pointwise: preferences G per step; 0 = batch_size", minimum=0
     )
-    margin: float = knob(1.0, "hinge: margin m on logits", above=0)
-    preferences_per_step: int = knob(0, "preferences G per step; 0 = batch_size", minimum=0)
     min_gap: float = knob(
         0.0,
         "least difference of two teacher scores that makes a preference; ties never do",
         minimum=0,
     )
-    pair_selection: str = knob(
-        "uniform",
-        "uniform over preferences, or keep the largest score gaps among "
-        "pair_candidates times as many (the paper's rule)",
-        choices=PAIR_SELECTIONS,
-    )
-    pair_candidates: int = knob(4, "pair_selection=largest_gap: candidates per kept one", minimum=1)
     unlisted_share: float = knob(
         1.0,
         "share of preferences that put a listed item over an unlisted one, for teachers "
@@ -65,12 +78,63 @@ class GuidanceConfig(Section):
         minimum=0,
         maximum=1,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class PairwiseConfig(Section):
+    """--guidance=pairwise: a loss on s_ua - s_ub."""
+
+    guidance_loss: str = knob(
+        "auto",
+        "pairwise loss on x = s_ua - s_ub: hinge max(0, margin - x), logistic log(1 + exp(-x)), "
+        "both times alpha; soft -alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x); confidence = "
+        "(2 alpha - 1)^2 times soft: nothing where the teacher is right half the time; gain = "
+        "|alpha - prior| times soft, the prior being what the reference alone believes; auto = "
+        "gain for gate=calibrated with reference among its inputs, confidence without, else hinge "
+        "(the paper's)",
+        choices=GUIDANCE_LOSSES,
+    )
+    margin: float = knob(1.0, "hinge: margin m on logits", above=0)
+    pair_selection: str = knob(
+        "uniform",
+        "uniform over preferences, or keep the largest score gaps among "
+        "pair_candidates times as many (the paper's rule)",
+        choices=PAIR_SELECTIONS,
+    )
+    pair_candidates: int = knob(4, "pair_selection=largest_gap: candidates per kept one", minimum=1)
     hard_negatives: int = knob(
         0,
         "draw preferences among a list and the R other items that the runs of --reference_runs "
-        "rank highest for its user (hard negatives), for teachers whose manifest says that "
-        "unlisted items rank below the list; 0 = against any unlisted item. With it, add "
-        "reference to --gate_inputs",
+        "rank highest for its user, for teachers whose manifest says that unlisted items rank "
+        "below the list; 0 = against any unlisted item. With it, add reference to --gate_inputs",
+        minimum=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RRDConfig(Section):
+    """--guidance=rrd: relaxed ranking distillation."""
+
+    interesting: int = knob(
+        20, "K: items of a list that are learned in its order", flag="rrd_interesting", minimum=1
+    )
+    uninteresting: int = knob(
+        20, "L: unlisted items that these are ranked above", flag="rrd_uninteresting", minimum=1
+    )
+    sample: bool = knob(
+        True,
+        "draw the K items anew each step, with probability ~ exp(-rank / T); --norrd_sample takes "
+        "the first K",
+        flag="rrd_sample",
+    )
+    temperature: float = knob(10.0, "T of --rrd_sample", flag="rrd_temperature", above=0)
+    pool: int = knob(
+        500, "places of a list that --rrd_sample draws from", flag="rrd_pool", minimum=1
+    )
+    lists_per_step: int = knob(
+        0,
+        "lists G per step; 0 = as many candidates as the batch's triples have",
+        flag="rrd_lists_per_step",
         minimum=0,
     )
 
@@ -84,7 +148,7 @@ class GateConfig(Section):
         "paper = sigmoid(w.[cold, tail, q] + b), learned from the guidance loss; budget = the same "
         "with the mean of alpha held at --budget; constant = --alpha; rule = 1 on cold users or "
         "tail items, else 0; calibrated = P(the teacher is right), learned where the answer is "
-        "known; meta = what lowers the loss of known interactions after a look-ahead step",
+        "known. Default constant for pointwise and rrd",
         choices=GATES,
     )
     alpha: float = knob(
@@ -96,12 +160,12 @@ class GateConfig(Section):
     )
     gate_lr: float = knob(
         0.0,
-        "Adam learning rate of the gate; 0 = 0.02 for calibrated and meta, else dense_lr",
+        "Adam learning rate of the gate; 0 = 0.02 for supervised gates, else dense_lr",
         minimum=0,
     )
     gate_inputs: str = knob(
         "history,popularity,teacher",
-        "gate=calibrated, meta: what the gate reads: history and popularity (log counts), teacher "
+        "gate=calibrated: what the gate reads: history and popularity (log counts), teacher "
         "(its margin), slices (cold, tail), uncertainty (q of both items), margin (the "
         "recommender's own s_ua - s_ub), agreement (its sign), reference (the mean of s_ua - s_ub "
         "over the runs of --reference_runs). With uncertainty, margin or agreement a soft loss "
@@ -109,11 +173,11 @@ class GateConfig(Section):
         "less; a reference stands still",
     )
     gate_hidden: int = knob(
-        16, "gate=calibrated, meta: width of a hidden layer beside the linear one", minimum=0
+        16, "gate=calibrated: width of a hidden layer beside the linear one", minimum=0
     )
     labelled_preferences: str = knob(
         "auto",
-        "gate=calibrated, meta: where the right answer is known; validation = validation "
+        "gate=calibrated: where the right answer is known; validation = validation "
         "interactions, cross-fitted over two halves of the users; hidden = training items that "
         "were hidden from the teacher, and are then not trained on; auto = where the teacher has "
         "a word on more of them",

@@ -14,7 +14,13 @@ from slgr_jax.config.backbones import (
     LOSSES_OF,
     learns_from_sequences,
 )
-from slgr_jax.config.guidance import GateConfig, GuidanceConfig
+from slgr_jax.config.guidance import (
+    GUIDANCE_DEFAULTS,
+    GateConfig,
+    GuidanceConfig,
+    PairwiseConfig,
+    RRDConfig,
+)
 from slgr_jax.config.knobs import BATCH, COUNT, FLOAT, WIDTH, Section, flag_name, knob
 from slgr_jax.errors import ConfigError, listing
 
@@ -305,6 +311,8 @@ class RunConfig:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    pairwise: PairwiseConfig = dataclasses.field(default_factory=PairwiseConfig)
+    rrd: RRDConfig = dataclasses.field(default_factory=RRDConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -319,13 +327,29 @@ class RunConfig:
         if self.guidance.guidance == "none" and self.guidance.teacher:
             raise ConfigError(
                 f"--teacher={self.guidance.teacher} is not used with --guidance=none; "
-                "add --guidance=selective or drop it"
+                "add --guidance=pairwise or drop it"
             )
+        self._check_methods()
         self._check_reference_runs()
         self._check_loss()
 
+    def _check_methods(self) -> None:
+        """Refuse knobs of a guidance that this run does not have: they would do nothing."""
+        for method in ("pairwise", "rrd"):
+            section = getattr(self, method)
+            unused = [
+                f"--{flag_name(field)}={getattr(section, field.name)}"
+                for field in dataclasses.fields(section)
+                if getattr(section, field.name) != field.default
+            ]
+            if unused and method != self.guidance.guidance:
+                raise ConfigError(
+                    f"{listing(unused)} is not used with --guidance={self.guidance.guidance}; add "
+                    f"--guidance={method} or drop it"
+                )
+
     def _check_reference_runs(self) -> None:
-        gate, hard_negatives = self.gate, self.guidance.hard_negatives
+        gate, hard_negatives = self.gate, self.pairwise.hard_negatives
         if gate.reference_runs and not (gate.reads_reference_runs or hard_negatives):
             raise ConfigError(
                 f"--reference_runs={gate.reference_runs} is not read with "
@@ -340,7 +364,7 @@ class RunConfig:
                 f"was trained without "
                 "guidance, --reference_runs=RUN"
             )
-        if self.gated and self.guidance_loss_name == "gain" and not self._has_prior:
+        if self.guided and self.guidance_loss_name == "gain" and not self._has_prior:
             raise ConfigError(
                 "--guidance_loss=gain weighs by what a teacher adds to a reference: it needs "
                 "--gate=calibrated with reference among --gate_inputs"
@@ -393,7 +417,7 @@ class RunConfig:
     @property
     def guidance_loss_name(self) -> str:
         """The pairwise loss on preferences, with `auto` resolved."""
-        name = self.guidance.guidance_loss
+        name = self.pairwise.guidance_loss
         if name != "auto":
             return name
         if self.gate.gate != "calibrated":
@@ -405,20 +429,20 @@ class RunConfig:
         return self.gate.gate == "calibrated" and "reference" in self.gate.input_names
 
     @property
-    def gated(self) -> bool:
-        """Whether preferences go through a gate."""
-        return self.guidance.guidance == "selective"
+    def guided(self) -> bool:
+        """Whether there is a guidance."""
+        return self.guidance.guidance != "none"
 
     @property
     def reference_runs(self) -> tuple[str, ...]:
-        """Directories of the runs that a gate reads, or that rank hard negatives; () without a
-        gate."""
-        return self.gate.members if self.gated else ()
+        """Directories of the runs that a gate reads, or that rank hard negatives; () without
+        guidance."""
+        return self.gate.members if self.guided else ()
 
     @property
     def hard_negatives(self) -> int:
-        """R: hard negatives that complete a user's list; 0 without a gate."""
-        return self.guidance.hard_negatives if self.gated else 0
+        """R: hard negatives that complete a user's list; 0 without pairwise guidance."""
+        return self.pairwise.hard_negatives
 
     @property
     def gate_lr(self) -> float:
@@ -427,15 +451,15 @@ class RunConfig:
 
     @property
     def labelled_per_step(self) -> int:
-        """K: labelled preferences drawn per step; 0 unless the gate is calibrated."""
-        if not self.gated or self.gate.gate != "calibrated":
+        """K: labelled preferences drawn per step; 0 without a supervised gate."""
+        if not self.guided or not self.gate.supervised:
             return 0
         return self.gate.labelled_per_step or max(1, self.preferences_per_step // 2)
 
     @property
     def preferences_per_step(self) -> int:
         """G: preferences drawn per step; 0 without guidance."""
-        if self.guidance.guidance == "none":
+        if not self.guided:
             return 0
         return self.guidance.preferences_per_step or self.sampler.batch_size
 
@@ -451,13 +475,20 @@ def sections() -> dict[str, type[Section]]:
 
 
 def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
-    """A run from knobs by their command-line names; those not given have the backbone's defaults.
+    """A run from knobs by their command-line names.
+
+    Those not given have the defaults of the backbone, then of the guidance.
 
     Raises:
       ConfigError: a name that is no knob, or a value out of its range.
     """
     backbone = values.get("backbone", ModelConfig.backbone)
-    rest = {**BACKBONE_DEFAULTS.get(backbone, {}), **values}
+    guidance = values.get("guidance", GuidanceConfig.guidance)
+    rest = {
+        **BACKBONE_DEFAULTS.get(backbone, {}),
+        **GUIDANCE_DEFAULTS.get(guidance, {}),
+        **values,
+    }
     parts = {}
     for name, section in sections().items():
         fields = {flag_name(field): field.name for field in dataclasses.fields(section)}

@@ -45,6 +45,47 @@ class Csr:
         """The entries of row `r`, ascending."""
         return self.indices[self.offsets[r] : self.offsets[r + 1]]
 
+    def owners(self) -> np.ndarray:
+        """[n] int64: the row of each entry of `indices`."""
+        return np.repeat(np.arange(self.offsets.size - 1), np.diff(self.offsets))
+
+    def keys(self, n_columns: int) -> np.ndarray:
+        """[n] int64: row * `n_columns` + index of each entry; strictly ascending.
+
+        One number a pair, for set operations on pairs. `n_columns` must exceed every index.
+        """
+        keys = self.owners()
+        keys *= n_columns
+        keys += self.indices
+        return keys
+
+    def contains(self, rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """[m] bool: whether row `rows[k]` holds `indices[k]`; False for rows that are not there.
+
+        A binary search within each row, all of them at once: O(m log longest row), and no array
+        of the size of `indices`.
+
+        Args:
+          rows, indices: [m] integers of any size and order, negative ones too.
+        """
+        rows, indices = np.asarray(rows, np.int64), np.asarray(indices, np.int64)
+        inside = (rows >= 0) & (rows < self.offsets.size - 1)
+        known = np.where(inside, rows, 0)
+        low = np.where(inside, self.offsets[known], 0)
+        end = np.where(inside, self.offsets[np.minimum(known + 1, self.offsets.size - 1)], 0)
+
+        # Invariant: entries before `low` are smaller, entries from `high` on are not.
+        high = end.copy()
+        while (open_ := low < high).any():
+            middle = np.where(open_, (low + high) // 2, 0)
+            smaller = open_ & (self.indices[middle] < indices)
+            low = np.where(smaller, middle + 1, low)
+            high = np.where(open_ & ~smaller, middle, high)
+
+        hit = low < end
+        hit[hit] = self.indices[low[hit]] == indices[hit]
+        return hit
+
     def matrix(self, n_columns: int, dtype: Any = np.float32) -> scipy.sparse.csr_matrix:
         """[R, n_columns] with 1 at each entry."""
         import scipy.sparse  # not at the top: training without a teacher never needs it

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from slgr_jax import config
+from slgr_jax import config, files
 from slgr_jax.errors import ManifestError, ShardError, listing
 
 MANIFEST = "manifest.json"
@@ -356,14 +356,8 @@ def write_manifest(
 
     It appears only when it is whole, so that one which is there can be replaced.
     """
-    path = pathlib.Path(directory) / file_name
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(manifest), file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    text = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
+    files.write_atomically(pathlib.Path(directory) / file_name, text, durable=True)
 
 
 def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -24,8 +23,9 @@ import pyarrow.parquet as pq
 
 from slgr_jax.data.schema import MANIFEST, ShardFile, check_schema
 from slgr_jax.errors import InputError, ShardError
+from slgr_jax.files import LockHeldError, PathLike, hold
+from slgr_jax.files import sync as sync
 
-PathLike = str | os.PathLike[str]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -111,27 +111,13 @@ def locked(directory: PathLike) -> Iterator[None]:
     Raises:
       InputError: another process holds it.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(f"{directory} is being written by another process; wait for it") from error
-    except OSError:
-        pass  # a file system without locks
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(directory))
+        except LockHeldError as error:
+            message = f"{directory} is being written by another process; wait for it"
+            raise InputError(message) from error
         yield
-    finally:
-        os.close(descriptor)
-
-
-def sync(directory: PathLike) -> None:
-    """Flush a directory's list of files to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: PathLike) -> str:

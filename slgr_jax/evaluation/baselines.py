@@ -25,12 +25,11 @@ from scipy.linalg import lapack
 from slgr_jax.config import BaselineConfig, RunConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
-from slgr_jax.evaluation import full_ranking
+from slgr_jax.evaluation import full_ranking, results
 from slgr_jax.evaluation.device_ranking import Rows, ScoreUsers
 from slgr_jax.evaluation.ranking_metrics import per_user
+from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.mesh import make_layout
-from slgr_jax.reports import tables
-from slgr_jax.reports.tables import EvaluatedRun
 
 TUNED_ON = "ndcg@10"
 # At the peak: X^T X in float32, its inverse in float64, that in float32, the best weights so far,
@@ -101,13 +100,15 @@ def _ease_scores(state: EaseState, users: Int[Array, " B"]) -> Float[Array, "B I
     row, n_items = jnp.arange(users.size)[:, None], state.weights.shape[0]
 
     def mark(i: jax.Array, x: Float[Array, "B I"]) -> Float[Array, "B I"]:
-        at = i * _HISTORY_STEP + jnp.arange(_HISTORY_STEP)[None, :]
-        items = state.histories.indices.at[start[:, None] + at].get(mode="clip")
-        items = jnp.where(at < count[:, None], items, n_items)  # past the end: dropped
+        place = i * _HISTORY_STEP + jnp.arange(_HISTORY_STEP)[None, :]
+        items = state.histories.indices.at[start[:, None] + place].get(mode="clip")
+        # A place past the end of a history holds another user's item: moved off the matrix.
+        items = jnp.where(place < count[:, None], items, n_items)
         return x.at[row, items].set(1.0, mode="drop")
 
     x = jnp.zeros((users.size, n_items), jnp.float32)
-    x = jax.lax.fori_loop(0, -(-jnp.max(count) // _HISTORY_STEP), mark, x)
+    steps = -(-jnp.max(count) // _HISTORY_STEP)  # rounded up
+    x = jax.lax.fori_loop(0, steps, mark, x)
     return jnp.matmul(x, state.weights, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -146,14 +147,17 @@ class Ease:
                 f"EASE over {n} items needs {_EASE_BYTES * n**2 / 1e9:.1f} GB, more than "
                 f"--ease_gb={self.gb:g}; raise it, or leave ease out of --baselines"
             )
+
         positives = dataset.positives(("train",))
-        rows: tuple[Any, Any] = (positives.offsets.astype(np.int32), positives.indices)
+        offsets: Any = positives.offsets.astype(np.int32)
+        indices: Any = positives.indices
         x = positives.matrix(n)
         gram = (x.T @ x).toarray()
+
         for settings in grid:
             weights: Any = _ease_weights(gram, settings["lambda"])
-            yield Fitted(_ease_scores, EaseState(Rows(*rows), weights))
-            del weights
+            yield Fitted(_ease_scores, EaseState(Rows(offsets, indices), weights))
+            del weights  # or two settings' matrices are held at once
 
 
 def _ease_weights(gram: np.ndarray, l2: float) -> np.ndarray:
@@ -165,6 +169,7 @@ def _ease_weights(gram: np.ndarray, l2: float) -> np.ndarray:
         p, failed = lapack.dpotri(p, lower=1, overwrite_c=1)  # the inverse; its lower triangle
     if failed:
         raise ConfigError(f"EASE is singular to machine precision with lambda {l2:g}; raise it")
+
     diagonal = np.diag(p).astype(np.float32)
     weights = np.tril(p.astype(np.float32), -1)
     del p
@@ -225,6 +230,7 @@ class Ials:
                 f"the baseline ials needs a package that is not there ({error}); "
                 "pip install 'slgr_jax[ials]', or leave ials out of --baselines"
             ) from error
+
         x = dataset.positives(("train",)).matrix(dataset.n_items)
         for settings in grid:
             with threadpool_limits(1, "blas"):  # implicit has threads of its own
@@ -243,13 +249,17 @@ class Ials:
 
 
 class Tuned(NamedTuple):
-    """The best setting of a baseline."""
+    """The best setting of a baseline.
 
-    fitted: Fitted  # on the devices
+    Attributes:
+      fitted: the model, on the devices.
+      settings: what it was fitted with.
+      tried: each setting with its validation ndcg@10; empty if none was ranked.
+    """
+
+    fitted: Fitted
     settings: Settings
-    tried: list[
-        dict[str, Any]
-    ]  # each setting with its validation ndcg@10; empty if none was ranked
+    tried: list[dict[str, Any]]
 
 
 def tune(
@@ -273,17 +283,23 @@ def tune(
     grid = baseline.grid
     if not valid.indices.size:
         grid = grid[len(grid) // 2 :][:1]
+
     models = baseline.fit(dataset, grid)
     best: tuple[float, Fitted, Settings] | None = None
     tried: list[dict[str, Any]] = []
     for settings in grid:
         score_users, state = next(models)
-        found = Fitted(score_users, jax.device_put(state, everywhere))
+        fitted = Fitted(score_users, jax.device_put(state, everywhere))
         del state  # EASE: as large as everything else
         if len(grid) == 1:
-            return Tuned(found, settings, [])
+            return Tuned(fitted, settings, [])
+
         ranked = full_ranking.rank(
-            *(*found, valid, seen, dataset.n_items),
+            fitted.score_users,
+            fitted.state,
+            valid,
+            seen,
+            dataset.n_items,
             users_per_chunk=users_per_chunk,
             top_k=0,
             pooled_auc=False,
@@ -294,10 +310,12 @@ def tune(
         value = float(np.mean(values)) if values.size else 0.0  # all of validation may be masked
         tried.append({**settings, TUNED_ON: value})
         if best is None or value > best[0]:
-            best = value, found, settings
-        del found
+            best = value, fitted, settings
+        del fitted
+
     assert best is not None, "a grid has at least one setting"
-    return Tuned(best[1], best[2], tried)
+    _, fitted, settings = best
+    return Tuned(fitted, settings, tried)
 
 
 def chosen(options: BaselineConfig, n_items: int) -> tuple[str, ...]:
@@ -344,34 +362,66 @@ def evaluate_baselines(
       config: the run they stand beside: slices, cut-offs, who ranks.
       dataset: what that run was trained on.
       out: directory of results.
-      taken: labels that runs have; a baseline of the same name says that it is one.
+      taken: labels that runs have; a baseline of the same name says that it is a baseline.
     """
     if not config.evaluation.ranking:
         return []
+
     # Scores of a baseline order items; they are not logits, so labelled rows are not for them.
     evaluation = dataclasses.replace(config.evaluation, rows="none")
     config = dataclasses.replace(config, evaluation=evaluation)
     layout = make_layout()
     mesh = layout.mesh if layout.devices > 1 else None
-    who: dict[str, Any] = {"mesh": mesh, "kernels": config.train.kernels}
-    chunk = evaluation.eval_users_per_chunk
-    results = []
+
+    evaluated = []
     for name in chosen(options, dataset.n_items):
-        fitted, settings, tried = tune(
-            make_baseline(name, options), dataset, users_per_chunk=chunk, **who
-        )
-        parts = full_ranking.evaluate_dataset(*(*fitted, dataset, config.slices, evaluation), **who)
-        facts = {"name": name, "settings": settings, "tuned_on": f"valid {TUNED_ON}"}
-        result = EvaluatedRun(
-            str(pathlib.Path(out, "baselines", name)),
-            f"{name} (baseline)" if name in taken else name,
-            config,
-            dataset,
-            "none",
-            parts,
-            baseline=facts | {"tried": tried},
-        )
-        tables.write_run(result)
-        results.append(result)
-        del fitted
-    return results
+        directory = pathlib.Path(out, "baselines", name)
+        label = f"{name} (baseline)" if name in taken else name
+        baseline = make_baseline(name, options)
+        result = _evaluate(name, baseline, config, dataset, directory, label, mesh)
+        results.write_run(result)
+        evaluated.append(result)
+    return evaluated
+
+
+def _evaluate(
+    name: str,
+    baseline: Baseline,
+    config: RunConfig,
+    dataset: Dataset,
+    directory: pathlib.Path,
+    label: str,
+    mesh: Mesh | None,
+) -> EvaluatedRun:
+    """Tune one baseline and rank every part with it."""
+    kernels = config.train.kernels
+    fitted, settings, tried = tune(
+        baseline,
+        dataset,
+        mesh=mesh,
+        kernels=kernels,
+        users_per_chunk=config.evaluation.eval_users_per_chunk,
+    )
+    parts = full_ranking.evaluate_dataset(
+        fitted.score_users,
+        fitted.state,
+        dataset,
+        config.slices,
+        config.evaluation,
+        mesh=mesh,
+        kernels=kernels,
+    )
+    return EvaluatedRun(
+        workdir=str(directory),
+        label=label,
+        config=config,
+        dataset=dataset,
+        checkpoint="none",
+        parts=parts,
+        baseline={
+            "name": name,
+            "settings": settings,
+            "tuned_on": f"valid {TUNED_ON}",
+            "tried": tried,
+        },
+    )

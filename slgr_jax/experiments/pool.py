@@ -114,7 +114,7 @@ def finished(run: RunConfig) -> bool:
         "id_map_hash": now.id_map_hash,
         "teacher_hash": run_directory.teacher_hash(run),
     }
-    return same and run_directory.other_members(run.workdir, run) is None
+    return same and run_directory.other_reference_runs(run.workdir, run) is None
 
 
 def _refuse_other(run: RunConfig) -> None:
@@ -225,16 +225,17 @@ def _fit(run: RunConfig) -> None:
 def _evaluate(run: RunConfig) -> None:
     """metrics.json and per_user.parquet; of labelled rows also bins and each user's AUC."""
     from slgr_jax.evaluation import click_metrics
+    from slgr_jax.evaluation.results import write_row_users
     from slgr_jax.models.scoring import score_rows
-    from slgr_jax.reports import tables
+    from slgr_jax.reports.run_evaluation import evaluate_run
     from slgr_jax.sampling import labelled_rows
-    from slgr_jax.training import build
+    from slgr_jax.training import restore
 
     root = pathlib.Path(run.workdir)
-    build.evaluate_run(run.workdir, root.name)
+    evaluate_run(run.workdir, root.name)
     found: dict[str, Any] = {}
     if run.evaluation.rows != "none":
-        restored = build.restore_run(run.workdir)
+        restored = restore.restore_run(run.workdir)
         data, slices = restored.dataset, restored.dataset.slices(run.slices)
         rows = labelled_rows.make_rows(data, "test", run.evaluation, run.loss)
         scores = np.asarray(score_rows(restored.backbone)(restored.scoring("test"), rows))
@@ -247,7 +248,7 @@ def _evaluate(run: RunConfig) -> None:
         users = {"all": click_metrics.per_user(rows, scores)}
         for kind in ("tail", "head"):
             users[kind] = click_metrics.per_user(rows, scores, masks[f"{kind}_items"])
-        tables.write_row_users(root, data, slices, {"test": users})
+        write_row_users(root, data, slices, {"test": users})
     results.write_json(root / results.ROWS, found)
 
 

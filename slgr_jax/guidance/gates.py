@@ -6,8 +6,6 @@ is detached: a gate must not move the recommender in order to move itself. How a
   paper, budget     from the gated guidance loss itself, as S-LLMR prints it
   constant, rule    not at all
   calibrated        as P(the teacher is right), by cross-entropy on labelled preferences
-  meta              by what a look-ahead step on the guidance does to the loss of labelled
-  preferences
 
 Shape letters: G preferences; the axis of length 2 is (preferred item, other item).
 """
@@ -24,7 +22,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.config import GATE_INPUTS, SUPERVISED_GATES, GateConfig
+from slgr_jax.config import GATE_INPUTS, GateConfig, register_gate
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.random_bits import WEYL
 
@@ -41,7 +39,7 @@ class GateInputs:
       uncertainty: q of the recommender for (user, item), in [0, 1].
       score_margin: the recommender's own s_ua - s_ub.
       teacher_margin: the teacher's score difference, > 0, over a typical one.
-      reference_margin: the mean of s_ua - s_ub over the runs of an ensemble; 0 without one.
+      reference_margin: the mean of s_ua - s_ub over the reference runs; 0 without any.
       fold: 0 or 1, the half of the users that the user is in (`folds`).
     """
 
@@ -80,7 +78,7 @@ class PaperGate(nn.Module):
         # Item by item, since XLA's CPU works on vectors and not on a last axis of two; weights as
         # vectors that both share, so that their gradients are one sum each.
         w_cold, w_tail, w_uncertainty, offset = (
-            jnp.broadcast_to(one, inputs.cold.shape) for one in (*weight, bias)
+            jnp.broadcast_to(part, inputs.cold.shape) for part in (*weight, bias)
         )
 
         def alpha(item: int) -> jax.Array:
@@ -118,10 +116,10 @@ class LogisticGate(nn.Module):
     the recommender (or the reference) believes, otherwise at 1/2: a teacher adds nothing until it
     has been seen to.
 
-    With a reference it also learns alpha_0, what one would believe of two items without knowing
+    With a reference it also learns the prior, what one would believe of two items without knowing
     which of them the teacher prefers: with g of the same form, of the same inputs but the
     teacher's margin, and z' those with the items exchanged, sigmoid((g_f(z) - g_f(z')) / 2).
-    Exchanging the items exchanges alpha_0 and 1 - alpha_0, so that alpha - alpha_0 is what the
+    Exchanging the items exchanges the prior p and 1 - p, so that alpha - p is what the
     teacher adds.
     """
 
@@ -137,18 +135,20 @@ class LogisticGate(nn.Module):
 
     @nn.compact
     def logits(self, inputs: GateInputs) -> Float[Array, "P G"]:
-        """log(p / (1 - p)) of p = alpha and, with a reference, of p = alpha_0."""
+        """log(p / (1 - p)) of p = alpha and, with a reference, of p = the prior."""
         second = inputs.fold.astype(jnp.float32)
-        mine = jnp.stack([1.0 - second, second])
+        in_fold = jnp.stack([1.0 - second, second])
         alpha = _ByFold(_first_belief(self.names), self.hidden, bias=True, name="alpha")
-        found = alpha(self.features(inputs), mine)
+        alpha_logits = alpha(self.features(inputs), in_fold)
         if "reference" not in self.names:
-            return found[None]
+            return alpha_logits[None]
+
         names = tuple(name for name in self.names if name != "teacher")
         prior = _ByFold(_first_belief(names), self.hidden, name="prior")
-        turned = _features(names, exchanged(inputs))
-        either = prior(_features(names, inputs), mine) - prior(turned, mine)
-        return jnp.stack([found, 0.5 * either])
+        difference = prior(_features(names, inputs), in_fold) - prior(
+            _features(names, exchanged(inputs)), in_fold
+        )
+        return jnp.stack([alpha_logits, 0.5 * difference])
 
 
 class _ByFold(nn.Module):
@@ -159,21 +159,21 @@ class _ByFold(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, z: Float[Array, "F G"], mine: Float[Array, "2 G"]) -> Float[Array, "G"]:
+    def __call__(self, z: Float[Array, "F G"], in_fold: Float[Array, "2 G"]) -> Float[Array, "G"]:
         width = len(self.start)
         # The inputs of each fold's parameters, 0 for the other fold's users: what would be a
         # lookup of parameters is a matrix product, and its gradient another.
-        both = (mine[:, None] * z[None]).reshape(2 * width, -1)
+        both = (in_fold[:, None] * z[None]).reshape(2 * width, -1)
         weight = self.param("weight", lambda *_: jnp.tile(jnp.array(self.start), (2, 1)))
-        found = _exact(weight.reshape(-1), both)
+        logits = _exact(weight.reshape(-1), both)
         if self.bias:
-            found += _exact(self.param("bias", nn.initializers.zeros, (2,)), mine)
+            logits += _exact(self.param("bias", nn.initializers.zeros, (2,)), in_fold)
         if self.hidden:
             inner = self.param("inner", nn.initializers.lecun_normal(), (2, width, self.hidden))
             outer = self.param("outer", nn.initializers.zeros, (2, self.hidden))
             states = jnp.tanh(_exact(inner.reshape(-1, self.hidden).T, both))
-            found += jnp.sum(mine * _exact(outer, states), axis=0)
-        return found
+            logits += jnp.sum(in_fold * _exact(outer, states), axis=0)
+        return logits
 
 
 def _columns(inputs: GateInputs) -> dict[str, list[jax.Array]]:
@@ -191,15 +191,17 @@ def _columns(inputs: GateInputs) -> dict[str, list[jax.Array]]:
 
 
 def _features(names: tuple[str, ...], inputs: GateInputs) -> Float[Array, "F G"]:
-    known = _columns(inputs)
-    return jnp.stack([z for name in GATE_INPUTS if name in names for z in known[name]])
+    columns = _columns(inputs)
+    return jnp.stack([z for name in GATE_INPUTS if name in names for z in columns[name]])
 
 
 def _first_belief(names: tuple[str, ...]) -> tuple[float, ...]:
     """1 at the column of the margin, or of the reference's where it is not read; 0 elsewhere."""
-    own = "margin" if "margin" in names else "reference"
-    known = _columns(empty_inputs())
-    return tuple(float(name == own) for name in GATE_INPUTS if name in names for _ in known[name])
+    believed = "margin" if "margin" in names else "reference"
+    columns = _columns(empty_inputs())
+    return tuple(
+        float(name == believed) for name in GATE_INPUTS if name in names for _ in columns[name]
+    )
 
 
 def exchanged(inputs: GateInputs) -> GateInputs:
@@ -213,21 +215,37 @@ def exchanged(inputs: GateInputs) -> GateInputs:
     )
 
 
-Gate = PaperGate | ConstantGate | RuleGate | LogisticGate
+# A Flax module from `GateInputs` of G preferences to alpha [G]. A supervised gate also has a method
+# `logits`: [P, G] log(p / (1 - p)) of p = alpha and, where it has one, of p = the prior.
+Gate = nn.Module
+
+_MAKERS: dict[str, Callable[[GateConfig], Gate]] = {
+    "paper": lambda config: PaperGate(),
+    "budget": lambda config: PaperGate(),
+    "constant": lambda config: ConstantGate(config.alpha),
+    "rule": lambda config: RuleGate(),
+    "calibrated": lambda config: LogisticGate(config.input_names, config.gate_hidden),
+}
 
 
 def make_gate(config: GateConfig) -> Gate:
     """The gate that `config.gate` names."""
-    makers: dict[str, Callable[[], Gate]] = {
-        "paper": PaperGate,
-        "budget": PaperGate,
-        "constant": lambda: ConstantGate(config.alpha),
-        "rule": RuleGate,
-        **dict.fromkeys(
-            SUPERVISED_GATES, lambda: LogisticGate(config.input_names, config.gate_hidden)
-        ),
-    }
-    return makers[config.gate]()
+    return _MAKERS[config.gate](config)
+
+
+def register(name: str, maker: Callable[[GateConfig], Gate], *, supervised: bool = False) -> None:
+    """Let --gate=NAME be a gate of one's own.
+
+    Args:
+      maker: from the gate's section to a Flax module (see `Gate`).
+      supervised: it learns from labelled preferences, and has `logits`; otherwise it learns from
+        the guidance loss, or not at all.
+
+    Raises:
+      ConfigError: the name is taken.
+    """
+    register_gate(name, supervised=supervised)
+    _MAKERS[name] = maker
 
 
 def budget_penalty(
@@ -243,7 +261,8 @@ def budget_penalty(
 
 
 def calibration_loss(logits: Float[Array, "P K"], right: Float[Array, "K"]) -> Float[Array, "K"]:
-    """Cross-entropy of alpha with whether the teacher is right, and of alpha_0 where there is one.
+    """Cross-entropy of alpha with whether the teacher is right, and of the prior where there is
+    one.
 
     They share no parameter: each is learned as if alone.
     """
@@ -252,9 +271,16 @@ def calibration_loss(logits: Float[Array, "P K"], right: Float[Array, "K"]) -> F
 
 def empty_inputs() -> GateInputs:
     """Inputs for zero preferences, to initialise a gate's parameters."""
-    one, two = jnp.zeros((0,)), jnp.zeros((0, 2))
+    of_pair, of_item = jnp.zeros((0,)), jnp.zeros((0, 2))
     return GateInputs(
-        *(one, two, one, two, two, one, one, one),
+        history=of_pair,
+        popularity=of_item,
+        cold=of_pair,
+        tail=of_item,
+        uncertainty=of_item,
+        score_margin=of_pair,
+        teacher_margin=of_pair,
+        reference_margin=of_pair,
         fold=jnp.zeros((0,), jnp.int32),
     )
 
@@ -262,13 +288,14 @@ def empty_inputs() -> GateInputs:
 def confidence_uncertainty(scores: Float[Array, "..."]) -> Float[Array, "..."]:
     """q = 2 (1 - max(p, 1 - p)), p = sigmoid(score): 1 at p = 1/2, 0 where p is sure.
 
-    PAPER 1.3 (a), 1 - max_y p(y), scaled from [0, 1/2] to [0, 1].
+    S-LLMR section 3.3 (a), 1 - max_y p(y), scaled from [0, 1/2] to [0, 1].
     """
     return 2.0 * jax.nn.sigmoid(-jnp.abs(scores))
 
 
 def entropy_uncertainty(scores: Float[Array, "..."]) -> Float[Array, "..."]:
-    """q = H(p) / ln 2 with p = sigmoid(score) (PAPER 1.3 (b)), finite for any finite score."""
+    """q = H(p) / ln 2 with p = sigmoid(score) (S-LLMR section 3.3 (b)), finite for any finite
+    score."""
     # With e = exp(-|s|), H(p) = log(1 + e) + |s| e / (1 + e): no 0 * log 0, and one exponential.
     # Next to 1 the digits that log1p would keep do not count, and XLA's CPU computes log faster.
     size = jnp.abs(scores)
@@ -278,7 +305,7 @@ def entropy_uncertainty(scores: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def variance_uncertainty(samples: Float[Array, "T ..."]) -> Float[Array, "..."]:
-    """q = 4 Var_t(p_t), p_t = sigmoid(score t) (PAPER 1.3 (c)).
+    """q = 4 Var_t(p_t), p_t = sigmoid(score t) (S-LLMR section 3.3 (c)).
 
     Over stochastic passes (dropout), or over runs that were trained apart: a deep ensemble
     (Lakshminarayanan et al. 2017, "Simple and Scalable Predictive Uncertainty Estimation").

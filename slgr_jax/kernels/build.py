@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from slgr_jax import files
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError
 
@@ -68,8 +69,7 @@ def cache_dir() -> pathlib.Path:
     chosen = os.environ.get("SLGR_KERNEL_CACHE")
     if chosen:
         return pathlib.Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return pathlib.Path(base) / "slgr_jax" / "kernels"
+    return files.cache_directory("kernels")
 
 
 def compiler() -> str:

@@ -3,13 +3,13 @@
 The step differentiates its loss with respect to *leaves*, whatever `read` returned, and hands
 their gradient to `write`. Which of the two it is changes no result but rounding.
 
-  Rows     leaves are the rows themselves; of tables that are needed whole (a graph, a softmax
+  RowAccess  leaves are the rows themselves; of tables that are needed whole (a graph, a softmax
            over the catalogue), all of their rows. Any backbone, any device.
-  Factors  leaves are s = p . q_c and the squared norms, of backbones that are a dot product:
+  DotAccess  leaves are s = p . q_c and the squared norms, of backbones that are a dot product:
            the CPU kernels compute them and, from ds alone, the gradients of the rows, so that
            neither is ever written out.
 
-Shape letters: N lanes, C candidates of a lane, D width, R rows of a table.
+Shape letters: N queries, C candidates of a query, D width, R rows of a table.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Reads(NamedTuple):
     """What a loss needs of the tables.
 
     Attributes:
-      lanes: by name: scores of lanes.
+      candidates: by name: those to score.
       rows: by name: rows themselves.
       whole: names of tables of which it needs every row.
     """
 
-    lanes: Mapping[str, Candidates]
+    candidates: Mapping[str, Candidates]
     rows: Mapping[str, Ids]
     whole: frozenset[str] = frozenset()
 
@@ -60,7 +60,7 @@ class View(Protocol):
     """What one forward pass sees of the leaves."""
 
     def scores(self, name: str, dropout: Dropout) -> Float[Array, "N C"]:
-        """Logits of `Reads.lanes[name]`."""
+        """Logits of `Reads.candidates[name]`."""
         ...
 
     def rows(self, name: str) -> Mapping[str, Float[Array, "... D"]]:
@@ -87,11 +87,12 @@ class Access(Protocol):
         reads: Reads,
         dropout: Dropout,
     ) -> View:
-        """The leaves for one pass; `dropout` is of what all lanes share (a graph's edges)."""
+        """The leaves for one pass; `dropout` is of what all candidates share (a graph's edges)."""
         ...
 
     def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
-        """By name of lanes and rows: [N] sum of the squared entries of all rows a lane reads."""
+        """By name: [N] sum of the squared entries of all rows that a query and its candidates
+        read."""
         ...
 
     def finite(self, leaves: Leaves) -> dict[str, Bool[Array, ""]]:
@@ -111,14 +112,17 @@ class Access(Protocol):
         ...
 
 
-def candidate_ids(backbone: AnyBackbone, context: Context, lanes: Candidates) -> dict[str, Ids]:
-    """The rows that scoring lanes reads: those of the query's side, of the item's, or of both."""
+def candidate_ids(
+    backbone: AnyBackbone, context: Context, candidates: Candidates
+) -> dict[str, Ids]:
+    """The rows that scoring candidates reads: those of the query's side, of the item's, or of
+    both."""
     if isinstance(backbone, DotBackbone):
         return {
-            "query": backbone.query_ids(context, lanes.queries),
-            "item": backbone.item_ids(context, lanes.items),
+            "query": backbone.query_ids(context, candidates.queries),
+            "item": backbone.item_ids(context, candidates.items),
         }
-    return {"both": backbone.ids(context, lanes.queries, lanes.items)}
+    return {"both": backbone.ids(context, candidates.queries, candidates.items)}
 
 
 def candidate_scores(
@@ -126,22 +130,22 @@ def candidate_scores(
     params: Mapping[str, Any],
     rows: Mapping[str, Mapping[str, jax.Array]],
     context: Context,
-    lanes: Candidates,
+    candidates: Candidates,
     dropout: Dropout,
 ) -> Float[Array, "N C"]:
-    """Logits of lanes from the rows that `lane_ids` names."""
+    """Logits of candidates from the rows that `candidate_ids` names."""
     if isinstance(backbone, DotBackbone):
         states = backbone.query_vectors(
-            params, rows["query"], context, lanes.queries, dropout=dropout
+            params, rows["query"], context, candidates.queries, dropout=dropout
         )
         return dots(states, backbone.item_vectors(params, rows["item"]))
     return backbone.score(
-        params, rows["both"], context, lanes.queries, lanes.items, dropout=dropout
+        params, rows["both"], context, candidates.queries, candidates.items, dropout=dropout
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowAccess:
     """Leaves: {"rows": {(name, side): {table: rows}}, "whole": {table: all rows}}."""
 
     backbone: AnyBackbone
@@ -156,23 +160,23 @@ class Rows:
         return reads.whole
 
     def _ids(self, context: Context, reads: Reads) -> dict[str, Ids]:
-        """Every group of ids by name; sides of lanes as `name/side`."""
-        found = dict(reads.rows)
-        for name, lanes in reads.lanes.items():
-            for side, ids in candidate_ids(self.backbone, context, lanes).items():
-                found[f"{name}/{side}"] = ids
-        return found
+        """Every group of ids by name; sides of candidates as `name/side`."""
+        groups = dict(reads.rows)
+        for name, candidates in reads.candidates.items():
+            for side, ids in candidate_ids(self.backbone, context, candidates).items():
+                groups[f"{name}/{side}"] = ids
+        return groups
 
-    def named(self, context: Context, reads: Reads) -> dict[str, list[Int[Array, "..."]]]:
+    def ids_by_table(self, context: Context, reads: Reads) -> dict[str, list[Int[Array, "..."]]]:
         """By table: the ids of all rows that are read, repeats too; each row of whole tables."""
         specs = self.backbone.tables
-        found = {name: [jnp.arange(specs[name].rows)] for name in sorted(self._whole(reads))}
-        whole = frozenset(found)
-        for named in self._ids(context, reads).values():
-            for name, wanted in named.items():
+        by_table = {name: [jnp.arange(specs[name].rows)] for name in sorted(self._whole(reads))}
+        whole = frozenset(by_table)
+        for group in self._ids(context, reads).values():
+            for name, ids in group.items():
                 if name not in whole:
-                    found.setdefault(name, []).append(wanted)
-        return found
+                    by_table.setdefault(name, []).append(ids)
+        return by_table
 
     def read(self, state: Tables, context: Context, reads: Reads) -> Leaves:
         whole, specs = self._whole(reads), self.backbone.tables
@@ -187,10 +191,10 @@ class Rows:
                     name: embedding_table.lookup(
                         state[name], wanted, specs[name].width, self.layout
                     )
-                    for name, wanted in named.items()
+                    for name, wanted in by_table.items()
                     if name not in whole
                 }
-                for group, named in ids.items()
+                for group, by_table in ids.items()
             },
         }
 
@@ -205,19 +209,6 @@ class Rows:
         values = self._propagated(params, leaves, context, dropout)
         rows = self._gathered(leaves["rows"], values, self._ids(context, reads))
         return _RowsView(self.backbone, params, context, reads, rows, values)
-
-    def sides(
-        self,
-        params: Mapping[str, Any],
-        leaves: Leaves,
-        context: Context,
-        reads: Reads,
-        dropout: Dropout,
-    ) -> dict[str, dict[str, dict[str, jax.Array]]]:
-        """By name of lanes: the rows of each side, as `lane_scores` takes them."""
-        values = self._propagated(params, leaves, context, dropout)
-        groups = self._gathered(leaves["rows"], values, self._ids(context, reads))
-        return {name: _sides(groups, name) for name in reads.lanes}
 
     def _propagated(
         self, params: Mapping[str, Any], leaves: Leaves, context: Context, dropout: Dropout
@@ -241,29 +232,29 @@ class Rows:
         return {
             group: {
                 name: gather(name, wanted) if name in values else rows[group][name]
-                for name, wanted in named.items()
+                for name, wanted in by_table.items()
             }
-            for group, named in ids.items()
+            for group, by_table in ids.items()
         }
 
     def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
         rows = self._gathered(leaves["rows"], leaves["whole"], self._ids(context, reads))
-        found: dict[str, jax.Array] = {}
-        for group, named in rows.items():
+        totals: dict[str, jax.Array] = {}
+        for group, by_table in rows.items():
             name = group.split("/")[0]
-            for part in named.values():
+            for part in by_table.values():
                 squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
-                found[name] = found[name] + squares if name in found else squares
-        return found
+                totals[name] = totals[name] + squares if name in totals else squares
+        return totals
 
     def finite(self, leaves: Leaves) -> dict[str, jax.Array]:
         squares: dict[str, list[jax.Array]] = {name: [] for name in self.backbone.tables}
-        for named in (leaves["whole"], *leaves["rows"].values()):
-            for name, rows in named.items():
+        for by_table in (leaves["whole"], *leaves["rows"].values()):
+            for name, rows in by_table.items():
                 squares[name].append(jnp.sum(jnp.square(rows)))
         return {
-            name: jnp.isfinite(jnp.sum(jnp.stack(found))) if found else jnp.bool_(True)
-            for name, found in squares.items()
+            name: jnp.isfinite(jnp.sum(jnp.stack(sums))) if sums else jnp.bool_(True)
+            for name, sums in squares.items()
         }
 
     def write(
@@ -285,7 +276,7 @@ class Rows:
                     state[name], whole, self.optimizer, self.layout, rounding[name]
                 )
                 continue
-            groups = [group for group, named in ids.items() if name in named]
+            groups = [group for group, by_table in ids.items() if name in by_table]
             if not groups:
                 continue
             flat = [ids[group][name].reshape(-1) for group in groups]
@@ -323,8 +314,10 @@ class _RowsView:
     values: Mapping[str, jax.Array]
 
     def scores(self, name: str, dropout: Dropout) -> jax.Array:
-        sides, lanes = _sides(self.groups, name), self.reads.lanes[name]
-        return candidate_scores(self.backbone, self.params, sides, self.context, lanes, dropout)
+        sides, candidates = _sides(self.groups, name), self.reads.candidates[name]
+        return candidate_scores(
+            self.backbone, self.params, sides, self.context, candidates, dropout
+        )
 
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         return self.groups[name]
@@ -335,9 +328,10 @@ class _RowsView:
 
 @dataclasses.dataclass(frozen=True)
 class DotAccess:
-    """Leaves: `scores` and `squares` = (|p|^2, |q_0|^2 + |q_1|^2) of one group of lanes, [N, 2].
+    """Leaves: `scores` and `squares` = (|p|^2, |q_0|^2 + |q_1|^2) of one group of candidates, [N,
+    2].
 
-    And `totals`, the sum of the squares over lanes, [2]: no loss reads them.
+    And `totals`, the sum of the squares over queries, [2]: no loss reads them.
     """
 
     model: FactorModel
@@ -345,21 +339,21 @@ class DotAccess:
     optimizer: embedding_table.RowOptimizer
 
     def read(self, state: Tables, context: Context, reads: Reads) -> Leaves:
-        model, lanes = self.model, self._lanes(reads)
+        model, candidates = self.model, self._candidates(reads)
         scores, squares, totals = cpu.factor_scores(
             state[model.user_table],
             state[model.item_table],
-            lanes.queries.users,
-            lanes.items,
+            candidates.queries.users,
+            candidates.items,
             width=self.width,
             unit=model.unit,
         )
         return {"scores": scores, "squares": squares, "totals": totals}
 
     @staticmethod
-    def _lanes(reads: Reads) -> Candidates:
-        (lanes,) = reads.lanes.values()
-        return lanes
+    def _candidates(reads: Reads) -> Candidates:
+        (candidates,) = reads.candidates.values()
+        return candidates
 
     def view(
         self,
@@ -369,15 +363,15 @@ class DotAccess:
         reads: Reads,
         dropout: Dropout,
     ) -> View:
-        return _FactorsView(leaves["scores"])
+        return _DotView(leaves["scores"])
 
     def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
-        (name,) = reads.lanes
+        (name,) = reads.candidates
         return {name: leaves["squares"][:, 0] + leaves["squares"][:, 1]}
 
     def finite(self, leaves: Leaves) -> dict[str, jax.Array]:
-        fine = jnp.isfinite(leaves["totals"])
-        return {self.model.user_table: fine[0], self.model.item_table: fine[1]}
+        finite = jnp.isfinite(leaves["totals"])
+        return {self.model.user_table: finite[0], self.model.item_table: finite[1]}
 
     def write(
         self,
@@ -388,7 +382,11 @@ class DotAccess:
         gradient: Leaves,
         key: jax.Array,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        user, item, lanes = self.model.user_table, self.model.item_table, self._lanes(reads)
+        user, item, candidates = (
+            self.model.user_table,
+            self.model.item_table,
+            self._candidates(reads),
+        )
         words = None
         if state[user].dtype == jnp.uint16:
             rounding = embedding_table.rounding(key, (user, item))
@@ -398,8 +396,8 @@ class DotAccess:
             state[item],
             slots[user],
             slots[item],
-            lanes.queries.users,
-            lanes.items,
+            candidates.queries.users,
+            candidates.items,
             gradient["scores"],
             gradient["squares"],
             words,
@@ -411,7 +409,7 @@ class DotAccess:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FactorsView:
+class _DotView:
     candidate_scores: jax.Array
 
     def scores(self, name: str, dropout: Dropout) -> jax.Array:

@@ -32,12 +32,12 @@ class ServingState:
     """What scoring needs: values without optimiser slots, and the backbone's parameters.
 
     The values of a backbone that propagates whole tables are what they become on the graph. The
-    gate's parameters serve nothing: they say, in reports, how far the teacher was believed.
+    guidance's parameters serve nothing: they say, in reports, how far the teacher was believed.
     """
 
     params: dict[str, Any]
     values: dict[str, jax.Array]
-    gate: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -72,15 +72,15 @@ def moments(context: Context, part: str) -> Any:
 
 
 def pair_scores(
-    backbone: AnyBackbone, scoring: Scoring, lanes: Candidates, dropout: Dropout = None
+    backbone: AnyBackbone, scoring: Scoring, candidates: Candidates, dropout: Dropout = None
 ) -> Float[Array, "B C"]:
     """Logits of candidates, from whole tables; of a stochastic pass with `dropout`."""
     serving, context = scoring.serving, scoring.context
     rows = {
-        side: _rows(serving.values, ids)
-        for side, ids in candidate_ids(backbone, context, lanes).items()
+        side: rows_of(serving.values, ids)
+        for side, ids in candidate_ids(backbone, context, candidates).items()
     }
-    return candidate_scores(backbone, serving.params, rows, context, lanes, dropout)
+    return candidate_scores(backbone, serving.params, rows, context, candidates, dropout)
 
 
 def reference_scores(
@@ -122,21 +122,23 @@ def score_rows(
         return pair_scores(backbone, scoring, Candidates(queries, items[:, None]))[:, 0]
 
     def score(scoring: Scoring, rows: LabelledRows) -> np.ndarray:
+        # Whole on every device that the tables are whole on.
+        where = jax.tree.leaves(scoring.serving)[0].sharding
         out = []
         for begin in range(0, len(rows), _ROWS):
-            mine = [x[begin : begin + _ROWS] for x in (rows.users, rows.as_of, rows.items)]
-            users, as_of, items = jax.device_put(
-                [np.pad(x, (0, _ROWS - x.size), mode="edge") for x in mine]
-            )
+            piece = [x[begin : begin + _ROWS] for x in (rows.users, rows.as_of, rows.items)]
+            padded = [np.pad(x, (0, _ROWS - x.size), mode="edge") for x in piece]
+            users, as_of, items = jax.device_put(padded, where)
             queries = Queries(users, None if scoring.as_of is None else as_of)
-            out.append((chunk(scoring, queries, items), mine[0].size))
-        found = [np.asarray(jax.device_get(scores))[:size] for scores, size in out]
-        return np.concatenate([np.zeros(0, np.float32), *found])
+            out.append((chunk(scoring, queries, items), piece[0].size))
+        scores = [np.asarray(jax.device_get(part))[:size] for part, size in out]
+        return np.concatenate([np.zeros(0, np.float32), *scores])
 
     return score
 
 
-def _rows(values: Mapping[str, jax.Array], ids: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def rows_of(values: Mapping[str, jax.Array], ids: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The rows that ids name, by table, from whole tables."""
     return {name: values[name].at[wanted].get(mode="clip") for name, wanted in ids.items()}
 
 
@@ -148,7 +150,7 @@ def score_users(backbone: AnyBackbone) -> Callable[[Scoring, Int[Array, "B"]], F
 def _dot_catalogue(backbone: DotBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:
     def score(scoring: Scoring, users: jax.Array) -> jax.Array:
         serving, context, queries = scoring.serving, scoring.context, scoring.queries(users)
-        rows = _rows(serving.values, backbone.query_ids(context, queries))
+        rows = rows_of(serving.values, backbone.query_ids(context, queries))
         states = backbone.query_vectors(serving.params, rows, context, queries, dropout=None)
         items = {name: serving.values[name] for name in item_tables(backbone, context)}
         return states @ backbone.item_vectors(serving.params, items).T

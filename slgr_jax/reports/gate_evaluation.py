@@ -1,90 +1,67 @@
-"""Is a run's gate right about its teacher? alpha against labelled preferences that nothing learned
-from.
+"""Is a run's gate right about its teacher? alpha against labels that nothing learned from.
 
 Labelled preferences of the test part (sampling/labelled_preferences.py): pairs of a test item and
 an item that the user never chose, on which the teacher has a word. Nothing in training has seen
-them, and they are drawn as preferences are, so that the mean of `right` is how often the teacher
-is to be believed.
+them, and they are drawn as preferences are, so that the mean of `right` is how often the teacher is
+to be believed.
+
+Shape letters: n labelled preferences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from slgr_jax.config import RunConfig
+from slgr_jax.config import SliceConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.evaluation import ranking_metrics
-from slgr_jax.guidance import gates, pairwise
-from slgr_jax.guidance.supervision import believed
-from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Candidates
-from slgr_jax.models.scoring import Scoring, pair_scores, reference_scores
+from slgr_jax.guidance import teacher_product
+from slgr_jax.guidance.base import Sources
 from slgr_jax.reports import calibration
-from slgr_jax.sampling import arrays, labelled_preferences, negatives, preferences, random_bits
-from slgr_jax.sampling.context import Queries
+from slgr_jax.sampling import arrays, random_bits
+from slgr_jax.sampling import labelled_preferences as labels
+from slgr_jax.sampling.context import Histories
+from slgr_jax.sampling.teacher_arrays import TeacherLists, TeacherPairs
+from slgr_jax.serving import TrainedRun
+from slgr_jax.training import restore
 
 # Labelled preferences that are looked at, and how many are drawn for each.
-_ANSWERS, _DRAWN = 20_000, 4
+_LABELLED, _DRAWN = 20_000, 4
 
 
-def judge(
-    run: RunConfig,
-    dataset: Dataset,
-    backbone: AnyBackbone,
-    gate: gates.Gate,
-    scoring: Scoring,
-    teacher: arrays.TeacherLists | arrays.TeacherPairs,
-    *,
-    part: str = "test",
-    reference_runs: Sequence[tuple[AnyBackbone, Scoring]] = (),
-) -> dict[str, Any] | None:
-    """alpha of labelled preferences of `part`; None where the teacher has no word on any.
-
-    Args:
-      scoring: the trained backbone; its serving state has the gate's parameters.
-      teacher: its preferences (host arrays).
-      ensemble: the runs whose spread the gate reads, as of the moment before `part`.
+def evaluate_gate(run: TrainedRun, *, part: str = "test") -> dict[str, Any] | None:
+    """alpha of labelled preferences of `part`.
 
     Returns:
-      auc, calibration_error: of alpha as a prediction of `right` (reliability.py).
+      auc, calibration_error: of alpha as a prediction of `right` (calibration.py).
       slices: name -> {alpha: its mean, right: share on which the teacher is right, n}.
       reliability: bins of alpha of equal size: {low, high, alpha, right, n}.
+      None: no guidance, or the teacher has no word on any such pair.
+
+    Raises:
+      ConfigError: the run's reference runs are not those that it was trained with.
     """
-    chosen = labelled_preferences.make_chosen(dataset, part)
-    found = labelled_preferences.make_known(dataset, teacher, chosen)
-    if not found.count:
+    # Hard negatives are those of training: histories cut before validation.
+    references = restore.as_of(run.reference_runs, "valid")
+    if run.guidance is None:
         return None
-    slices = dataset.slices(run.slices)
-    masks = (slices.cold_users, slices.tail_items)
-    made = arrays.interactions(dataset, run.sampler, *masks)
-    longest = arrays.longest_row(arrays.DeviceArrays(made, teacher, scoring.context, found))
-    plan = negatives.Plan(
-        *(dataset.n_items, 1, 1, 0, run.sampler, run.guidance),
-        search_steps=longest.bit_length(),
-        known=_ANSWERS * _DRAWN,
-    )
-    own = random_bits.generators(jax.random.split(jax.random.key(0), 1))
-    placed, resident = jax.device_put((found, teacher))
-    drawn = jax.tree.map(
-        lambda x: np.asarray(x)[0], preferences.draw_answers(own, placed, resident, plan)
-    )
-    # Equally many for everything that follows: by weight, with replacement.
-    mass = np.asarray(drawn.weights, np.float64)
-    if not mass.sum():
+    sources = Sources(run.config, run.dataset, run.restored.backbone, references)
+    teacher = teacher_product.teacher_arrays(sources)
+    drawn = draw(run, teacher, part)
+    if drawn is None:
         return None
-    taken = np.random.default_rng(0).choice(mass.size, size=_ANSWERS, p=mass / mass.sum())
-    users, items = drawn.queries.users[taken], drawn.items[taken]
-    margins = drawn.margins[taken] / arrays.margin_scale(teacher)
-    as_of = drawn.queries.as_of[taken]
-    asked = (users, items, margins, as_of)
-    alpha = alphas(run, made.facts, backbone, gate, scoring, *asked, reference_runs=reference_runs)
-    right = drawn.right[taken] > 0.5
-    groups = _groups(run, dataset, users, items)
+
+    users, items = np.asarray(drawn.queries.users), np.asarray(drawn.items)
+    margins = np.asarray(drawn.margins) / teacher.margin_scale
+    as_of = None if drawn.queries.as_of is None else np.asarray(drawn.queries.as_of)
+    alpha = run.believe(users, items, margins, part=part, as_of=as_of)
+    right = np.asarray(drawn.right) > 0.5
+    groups = _groups(run.config.slices, run.dataset, users, items)
     return {
         "auc": None if right.all() or not right.any() else calibration.auc(alpha, right),
         "calibration_error": calibration.calibration_error(alpha, right),
@@ -98,86 +75,67 @@ def judge(
             if mask.any()
         },
         "reliability": [
-            {"low": b.low, "high": b.high, "alpha": b.alpha, "right": b.right, "n": b.n}
-            for b in calibration.reliability_bins(alpha, right)
+            dataclasses.asdict(group) for group in calibration.reliability_bins(alpha, right)
         ],
     }
 
 
-def alphas(
-    run: RunConfig,
-    facts: arrays.Facts,
-    backbone: AnyBackbone,
-    gate: gates.Gate,
-    scoring: Scoring,
-    users: np.ndarray,
-    items: np.ndarray,
-    margins: np.ndarray,
-    as_of: np.ndarray | None = None,
-    *,
-    reference_runs: Sequence[tuple[AnyBackbone, Scoring]] = (),
-) -> np.ndarray:
-    """[n] alpha of preferences, as a trained run believes them.
+def draw(
+    run: TrainedRun, teacher: TeacherLists | TeacherPairs, part: str
+) -> labels.LabelledPreferences | None:
+    """Labelled preferences [n] of a part, all of equal weight (host arrays); None: there are none.
 
     Args:
-      facts: of the training data (`arrays.interactions`).
-      scoring: the trained backbone; its serving state has the gate's parameters.
-      users, items: [n], [n, 2] (preferred, other).
-      margins: [n] the teacher's, over a typical one.
-      until: [n] the moment of each, for backbones that read histories.
-      ensemble: the runs whose spread the gate reads, each at its own moment of the users.
+      teacher: its preferences (host arrays).
     """
-    moments = None if scoring.as_of is None else jnp.asarray(as_of)
-    asked = Candidates(Queries(jnp.asarray(users), moments), jnp.asarray(items))
+    dataset, config = run.dataset, run.config
+    source = labels.label_source(dataset, teacher, labels.chosen_items(dataset, part))
+    if not source.count:
+        return None
+    slices = dataset.slices(config.slices)
+    facts = arrays.make_facts(dataset, slices.cold_users, slices.tail_items)
+    rule = dataclasses.replace(
+        teacher_product.preference_rule(config, native=False), count=_LABELLED * _DRAWN
+    )
+    generators = random_bits.generators(jax.random.split(jax.random.key(0), 1))
+    histories: Histories | None = run.restored.context.histories
+    placed_source, placed_teacher, placed_facts = jax.device_put((source, teacher, facts))
+    drawn = labels.draw_labelled(
+        generators,
+        placed_source,
+        placed_teacher,
+        placed_facts,
+        rule,
+        histories=histories is not None,
+    )
+    host = jax.tree.map(lambda x: np.asarray(x)[0], drawn)
 
-    backbones, members = [b for b, _ in reference_runs], [member for _, member in reference_runs]
-
-    @jax.jit
-    def believe(
-        scoring: Scoring,
-        members: Sequence[Scoring],
-        lanes: Candidates,
-        margins: jax.Array,
-        facts: arrays.Facts,
-    ) -> Any:
-        def scores(dropout: tuple[float, jax.Array] | None) -> jax.Array:
-            return pair_scores(backbone, scoring, lanes, dropout)
-
-        inputs = pairwise.gate_inputs(
-            run.gate,
-            scores(None),
-            lambda key, rate: scores((rate, key)),
-            lanes.queries.users,
-            margins,
-            preferences.pair_facts(facts, lanes.queries.users, lanes.items),
-            jax.random.key(1),
-            reference_scores(backbones, members, lanes.queries.users, lanes.items)
-            if members
-            else None,
-        )
-        return believed(gate, scoring.serving.gate, inputs)[0]
-
-    found = believe(scoring, members, asked, jnp.asarray(margins), jax.device_put(facts))
-    return np.asarray(found, np.float64)
+    # Equally many for everything that follows: by weight, with replacement.
+    mass = np.asarray(host.weights, np.float64)
+    if not mass.sum():
+        return None
+    taken = np.random.default_rng(0).choice(mass.size, size=_LABELLED, p=mass / mass.sum())
+    chosen: labels.LabelledPreferences = jax.tree.map(lambda x: x[taken], host)
+    return chosen
 
 
 def _groups(
-    run: RunConfig, dataset: Dataset, users: np.ndarray, items: np.ndarray
+    config: SliceConfig, dataset: Dataset, users: np.ndarray, items: np.ndarray
 ) -> Mapping[str, np.ndarray]:
     """Masks over pairs: by the user, by either item being tail, by the preferred item's count."""
-    slices = dataset.slices(run.slices)
+    slices = dataset.slices(config)
     cold, tail = slices.cold_users[users], slices.tail_items[items].any(axis=1)
-    found = {
+    groups = {
         "overall": np.ones(users.size, bool),
         "cold_users": cold,
         "warm_users": ~cold,
         "tail_items": tail,
         "head_items": ~tail,
     }
-    for what, values, edges in (
-        ("history", dataset.history[users], run.slices.history_bins),
-        ("popularity", dataset.popularity[items[:, 0]], run.slices.popularity_bins),
+    for axis, values, edges in (
+        ("history", dataset.history[users], config.history_bins),
+        ("popularity", dataset.popularity[items[:, 0]], config.popularity_bins),
     ):
-        for name, low, high in ranking_metrics.bins(what, edges):
-            found[name] = (values >= low) & (values <= high)
-    return found
+        for name, low, high in ranking_metrics.bins(axis, edges):
+            groups[name] = (values >= low) & (values <= high)
+    return groups

@@ -11,7 +11,7 @@ import numpy as np
 
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation.ranking_metrics import Values
-from slgr_jax.reports.tables import MAIN_SLICES, EvaluatedRun, atomically
+from slgr_jax.evaluation.results import MAIN_SLICES, EvaluatedRun, atomically
 
 # Okabe and Ito's palette: distinct with colour-blindness and in grey.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -23,16 +23,17 @@ def drawn_slices(run: EvaluatedRun, part: str) -> Mapping[str, Values]:
         return run.parts[part].slices
     slices = run.rows.get(part, {})
     return {
-        name: {f"rows_{k}": v for k, v in found.items()} | {"n": found["n"]}
-        for name, found in slices.items()
+        name: {f"rows_{metric}": value for metric, value in values.items()} | {"n": values["n"]}
+        for name, values in slices.items()
     }
 
 
 def panels(runs: Sequence[EvaluatedRun], part: str) -> list[tuple[str, list[str]]]:
     """(title, slice names) of each panel of the picture, without slices that no user is in."""
-    found = [drawn_slices(run, part) for run in runs]
-    names = list(dict.fromkeys(name for slices in found for name in slices))
-    names = [name for name in names if any(s.get(name, {}).get("n") for s in found)]
+    of_runs = [drawn_slices(run, part) for run in runs]
+    names = list(dict.fromkeys(name for slices in of_runs for name in slices))
+    names = [name for name in names if any(slices.get(name, {}).get("n") for slices in of_runs)]
+
     groups = (
         ("users and items", lambda name: name in MAIN_SLICES),
         ("users by training history", lambda name: name.startswith("history")),
@@ -63,6 +64,7 @@ def draw(runs: Sequence[EvaluatedRun], metric: str, path: str | os.PathLike[str]
     if not parts:
         raise ConfigError("nothing to draw: no user has relevant items in valid or test")
     layout = [panels(runs, part) for part in parts]
+
     bars = len(runs)
     width = min(0.85, 0.25 + 0.2 * bars) / bars  # of one bar, in groups
     per_group = max(0.85, 0.24 * bars)  # inches
@@ -71,10 +73,12 @@ def draw(runs: Sequence[EvaluatedRun], metric: str, path: str | os.PathLike[str]
     height = 3.3 * len(parts) + 0.6 + 0.25 * legend_rows
     figure = Figure(figsize=(max(7.0, 1.2 + per_group * groups), height), layout="constrained")
     FigureCanvasAgg(figure)
+
     rows = figure.subfigures(len(parts), 1, squeeze=False)[:, 0]
     for part, row, subfigure in zip(parts, layout, rows, strict=True):
         axes = subfigure.subplots(
-            *(1, len(row)),
+            1,
+            len(row),
             sharey=True,
             squeeze=False,
             gridspec_kw={"width_ratios": [len(names) for _, names in row]},
@@ -84,6 +88,7 @@ def draw(runs: Sequence[EvaluatedRun], metric: str, path: str | os.PathLike[str]
             if subfigure is rows[0]:
                 axis.set_title(title, fontsize=10)
         axes[0].set_ylabel(f"{part} {metric}")
+
     name = runs[0].dataset.manifest.name
     title = f"{metric} by slice, {name}" + (f": {runs[0].label}" if bars == 1 else "")
     figure.suptitle(title, fontsize=12)
@@ -104,14 +109,15 @@ def _draw_panel(
     places = np.arange(len(names))
     for i, run in enumerate(runs):
         slices = drawn_slices(run, part)
-        found = [slices.get(name, {}).get(metric) for name in names]
-        heights = np.array([np.nan if value is None else value for value in found], float)
-        at = places + (i - (len(runs) - 1) / 2) * width
+        values = [slices.get(name, {}).get(metric) for name in names]
+        heights = np.array([np.nan if value is None else value for value in values], float)
+        centres = places + (i - (len(runs) - 1) / 2) * width
         color = COLORS[i % len(COLORS)]
-        drawn = axis.bar(at, heights, 0.92 * width, color=color, label=run.label, zorder=2)
+        drawn = axis.bar(centres, heights, 0.92 * width, color=color, label=run.label, zorder=2)
         if len(runs) <= 2:
             text = ["" if np.isnan(value) else f"{value:.3f}" for value in heights]
             axis.bar_label(drawn, text, fontsize=7 if len(runs) == 1 else 6, padding=2)
+
     every = [drawn_slices(run, part) for run in runs]
     counts = [{int(slices[name]["n"] or 0) for slices in every if name in slices} for name in names]
     ticks = [_tick(name, n) for name, n in zip(names, counts, strict=True)]

@@ -1,55 +1,35 @@
-"""Numbers on paper: tables, a picture, JSON and Parquet of evaluated runs.
-
-Needs no device. matplotlib is imported when a picture is drawn.
-"""
+"""Evaluated runs as tables for a terminal and for Markdown. Needs no device."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import pathlib
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from slgr_jax.config import EvaluationConfig, RunConfig
-from slgr_jax.data.dataset import Dataset, Slices
+from slgr_jax.config import EvaluationConfig
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation import click_metrics
-from slgr_jax.evaluation.ranking_metrics import (
-    DEFINITIONS,
-    PartResult,
-    UserValues,
-    Values,
-    check_metric,
-)
+from slgr_jax.evaluation.ranking_metrics import DEFINITIONS, check_metric
+
+# The names `as` themselves are also read from here.
+from slgr_jax.evaluation.results import MAIN_SLICES as MAIN_SLICES
+from slgr_jax.evaluation.results import METRICS as METRICS
+from slgr_jax.evaluation.results import PER_USER as PER_USER
+from slgr_jax.evaluation.results import PICTURE as PICTURE
+from slgr_jax.evaluation.results import EvaluatedRun as EvaluatedRun
+from slgr_jax.evaluation.results import atomically as atomically
+from slgr_jax.evaluation.results import thresholds
+from slgr_jax.evaluation.results import write_run as write_run
 from slgr_jax.evaluation.significance import compare, holm
 
-METRICS, PER_USER, PICTURE = "metrics.json", "per_user.parquet", "metrics.png"
-ROWS_PER_USER = "rows_per_user.parquet"
-MAIN_SLICES = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluatedRun:
-    """A run, or a baseline on a run's data, and its results by part."""
-
-    workdir: str
-    label: str
-    config: RunConfig
-    dataset: Dataset
-    checkpoint: str  # best | last; none of a baseline
-    parts: Mapping[str, PartResult]  # full ranking; {} with --noranking
-    rows: Mapping[str, Mapping[str, Values]] = dataclasses.field(default_factory=dict)
-    """part -> slice -> metrics of labelled rows; {} with --rows=none"""
-    baseline: Mapping[str, Any] | None = None  # name, settings, tuned_on, tried
-    gate: Mapping[str, Any] | None = None  # judging.judge; None without a gate
-
+_PAIRED_NOTE = (
+    "p: paired t-test; p_flip: sign-flip permutation test; p_holm: p corrected for the rows above "
+    "(Holm)\n"
+)
 
 # ------------------------------------------------------------------------ tables
 
@@ -65,7 +45,9 @@ def _cell(value: Any) -> str:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) -> list[str]:
-    return list(columns) if columns is not None else list(dict.fromkeys(k for r in rows for k in r))
+    if columns is not None:
+        return list(columns)
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
@@ -83,6 +65,8 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | N
     names = _columns(rows, columns)
     cells = [[_cell(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
     lines = _aligned(names, cells, [_numeric(rows, name) for name in names], "|")
+
+    # The rule says how each column is aligned: `---:` of numbers.
     lengths = [len(part) for part in lines[0].strip("|").split("|")]
     rule = "|".join(
         "-" * (n - 1) + (":" if _numeric(rows, name) else "-")
@@ -127,10 +111,10 @@ def click_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
             values = run.rows[part][name]
             row = {"slice": name, "run": run.label, **values}
             if len(scored) > 1:
-                mine, first = values["auc"], base["auc"]
+                auc, base_auc = values["auc"], base["auc"]
                 row["rela_impr"] = None
-                if run is not scored[0] and mine is not None and first is not None:
-                    row["rela_impr"] = click_metrics.rela_impr(mine, first)
+                if run is not scored[0] and auc is not None and base_auc is not None:
+                    row["rela_impr"] = click_metrics.rela_impr(auc, base_auc)
             if values["n"]:
                 out.append(row)
     return out
@@ -218,15 +202,28 @@ def paired_rows(
     rows: list[dict[str, Any]] = []
     for run in runs[1:]:
         for name in MAIN_SLICES:
-            pair = [_user_values(one, part, name, metric) for one in (run, first)]
-            users, at, at_first = np.intersect1d(pair[0][0], pair[1][0], return_indices=True)
-            if not users.size:
+            users, values = _user_values(run, part, name, metric)
+            users_first, values_first = _user_values(first, part, name, metric)
+            # Users of both, and where they are in each.
+            shared, places, places_first = np.intersect1d(users, users_first, return_indices=True)
+            if not shared.size:
                 continue
-            found = compare(pair[0][1][at], pair[1][1][at_first], resamples=resamples)
-            row = {"slice": name, "run": run.label, "n": found.n, "first": found.mean_b}
-            row |= {"this": found.mean_a, "difference": found.difference}
-            row |= {"95% low": found.low, "95% high": found.high, "p": found.p_t}
-            rows.append(row | {"p_flip": found.p_sign_flip})
+            test = compare(values[places], values_first[places_first], resamples=resamples)
+            rows.append(
+                {
+                    "slice": name,
+                    "run": run.label,
+                    "n": test.n,
+                    "first": test.mean_b,
+                    "this": test.mean_a,
+                    "difference": test.difference,
+                    "95% low": test.low,
+                    "95% high": test.high,
+                    "p": test.p_t,
+                    "p_flip": test.p_sign_flip,
+                }
+            )
+
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
     return rows
@@ -274,130 +271,11 @@ def footer(run: EvaluatedRun) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------ files
-
-
-def thresholds(run: EvaluatedRun) -> dict[str, Any]:
-    """The slices as resolved numbers, and what was masked."""
-    slices = run.dataset.slices(run.config.slices)
-    config = run.config.slices
-    return {
-        "cold_user_history": slices.cold_user_history,
-        "tail_item_popularity": slices.tail_item_popularity,
-        "tail_item_fraction": config.tail_item_fraction,
-        "n_cold_users": int(slices.cold_users.sum()),
-        "n_tail_items": int(slices.tail_items.sum()),
-        "history_bins": list(config.history_bins),
-        "popularity_bins": list(config.popularity_bins),
-        "masked": {part: list(result.data.masked) for part, result in run.parts.items()},
-        "dropped_relevant": {part: result.n_dropped for part, result in run.parts.items()},
-        "checkpoint": run.checkpoint,
-    }
-
-
-def metrics_json(run: EvaluatedRun) -> dict[str, Any]:
-    """`metrics.json`: part -> slice -> metric -> value (null where undefined); what it means.
-
-    A baseline's also says which settings were tried and chosen.
-    """
-    out: dict[str, Any] = {part: dict(result.slices) for part, result in run.parts.items()}
-    if run.rows:
-        out["rows"] = {part: dict(slices) for part, slices in run.rows.items()}
-        out["rows_definitions"] = dict(click_metrics.DEFINITIONS)
-    if run.baseline is not None:
-        out["baseline"] = dict(run.baseline)
-    if run.gate is not None:
-        out["gate"] = dict(run.gate)
-    return out | {"thresholds": thresholds(run), "definitions": dict(DEFINITIONS)}
-
-
-def user_table(run: EvaluatedRun) -> pa.Table:
-    """A row per part, user and kind of relevant items: what paired tests need.
-
-    Columns: part, items (all, tail, head: which relevant items count), user (external id),
-    n_relevant, history (training items), cold, then the metrics (null where undefined).
-    """
-    pieces = [
-        _user_rows(run.dataset, result.data.slices, part, kind, table)
-        for part, result in run.parts.items()
-        for kind, table in result.users.items()
-    ]
-    return pa.concat_tables(pieces) if pieces else pa.table({})
-
-
-def _user_rows(
-    dataset: Dataset, slices: Slices, part: str, kind: str, found: UserValues
-) -> pa.Table:
-    n = found.users.size
-    columns: dict[str, Any] = {
-        "part": pa.array([part] * n, pa.string()),
-        "items": pa.array([kind] * n, pa.string()),
-        "user": dataset.user_ids.take(pa.array(found.users)),
-        "n_relevant": pa.array(found.n_relevant, pa.int64()),
-        "history": pa.array(dataset.history[found.users], pa.int32()),
-        "cold": pa.array(slices.cold_users[found.users], pa.bool_()),
-    }
-    for name, values in found.values.items():
-        columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
-    return pa.table(columns)
-
-
-def write_row_users(
-    workdir: str | os.PathLike[str],
-    dataset: Dataset,
-    slices: Slices,
-    found: Mapping[str, Mapping[str, UserValues]],
-) -> pathlib.Path:
-    """Write `rows_per_user.parquet`: the columns of `user_table`, of labelled rows.
-
-    Args:
-      workdir: the run's directory.
-      dataset, slices: what the rows are of.
-      found: part -> items (all; tail, head: only rows of such items) -> values.
-    """
-    table = pa.concat_tables(
-        [
-            _user_rows(dataset, slices, part, kind, values)
-            for part, kinds in found.items()
-            for kind, values in kinds.items()
-        ]
-    )
-    path = pathlib.Path(workdir) / ROWS_PER_USER
-    return atomically(path, lambda partial: pq.write_table(table, partial))
-
-
-def atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """`write` to a file beside `path`, then put it in place: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def write_run(run: EvaluatedRun) -> list[pathlib.Path]:
-    """Write `metrics.json` and `per_user.parquet` into the run's directory."""
-    root = pathlib.Path(run.workdir)
-    text = json.dumps(metrics_json(run), indent=2, allow_nan=False) + "\n"
-    table = user_table(run)
-    return [
-        atomically(root / METRICS, lambda path: _write_text(path, text)),
-        atomically(root / PER_USER, lambda path: pq.write_table(table, path)),
-    ]
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def labels(workdirs: Sequence[str]) -> list[str]:
     """Short distinct names of runs: as few trailing path components as tell them apart."""
-    parts = [pathlib.Path(os.path.abspath(one)).parts for one in workdirs]
+    parts = [pathlib.Path(os.path.abspath(workdir)).parts for workdir in workdirs]
     for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(one[-depth:]) for one in parts]
+        names = ["/".join(path[-depth:]) for path in parts]
         if len(set(names)) == len(names):
             return names
     raise ConfigError(f"--workdir names the same run twice: {listing(workdirs)}")
@@ -414,8 +292,8 @@ def choose_metric(asked: str, config: EvaluationConfig) -> str:
       ConfigError: there is no such metric.
     """
     ks, rows = config.ks, config.rows != "none"
-    own = f"ndcg@{10 if 10 in ks else ks[0]}" if config.ranking else "rows_auc"
-    return check_metric(asked or own, ks, ranking=config.ranking, rows=rows)
+    default = f"ndcg@{10 if 10 in ks else ks[0]}" if config.ranking else "rows_auc"
+    return check_metric(asked or default, ks, ranking=config.ranking, rows=rows)
 
 
 def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> str:
@@ -430,31 +308,32 @@ def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> s
         "baseline": [run for run in runs[1:] if run.baseline is not None],
     }
     splits = {run.dataset.manifest.split_hash for run in runs}
+    comparable = len(splits) == 1
+
     out = []
     for part in first.parts:
         out += [
             f"{part}: full ranking, mean over users",
             text_table(metric_rows(runs, part, bins=bins)),
+            f"{part}: the lists of all users",
+            text_table(list_rows(runs, part)),
         ]
-        out += [f"{part}: the lists of all users", text_table(list_rows(runs, part))]
-        for what, others in families.items():
-            rows = paired_rows([first, *others], part, metric) if len(splits) == 1 else []
-            if not rows:
-                continue
-            out += [
-                f"{part}: {metric} user by user, each {what} minus {first.label}",
-                text_table(rows)
-                + "p: paired t-test; p_flip: sign-flip permutation test; p_holm: p corrected for "
-                "the rows above (Holm)\n",
-            ]
+        for family, others in families.items():
+            rows = paired_rows([first, *others], part, metric) if comparable else []
+            if rows:
+                out += [
+                    f"{part}: {metric} user by user, each {family} minus {first.label}",
+                    text_table(rows) + _PAIRED_NOTE,
+                ]
     for part in first.rows:
         out += [f"{part}: labelled rows", text_table(click_rows(runs, part))]
+
     if rows := gate_rows(runs, bins=bins):
         out += [
             "test: how far the gate believed the teacher, and how often it was right",
             text_table(rows) + _gate_note(runs),
         ]
-    if len(splits) > 1:
+    if not comparable:
         out.append("no paired tests: the runs were trained on different splits\n")
     out += [_settings_line(run) for run in runs if run.baseline is not None]
     return "\n".join([*out, footer(first)])

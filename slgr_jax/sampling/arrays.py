@@ -1,10 +1,9 @@
-"""Resident arrays: what drawing batches needs, built on the host, kept on the devices.
+"""Device arrays: what drawing batches needs, built on the host, kept on the devices.
 
 For each user the set of items that must not be drawn is cut out of the distribution over items
 (`Excluded`), so that a draw is one binary search and never a rejection (`negatives.draw_outside`).
 
-Shape letters: U users, I items, n training pairs, E entries of the teacher's lists, m entries
-that can start a preference.
+Shape letters: U users, I items, n training pairs.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.data.dataset import Csr, Dataset, beaten
+from slgr_jax.config import SamplerConfig
+from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError
-from slgr_jax.sampling.context import Context, Queries, host32
+from slgr_jax.sampling.context import Context, host32
 
 # Keys from one of `Excluded.marks` to the next: a cache line of them (kLine of draws.cc).
 MARKED = 16
@@ -36,6 +35,7 @@ class Excluded:
       shifts: [n] mass of the row's items up to and with the k-th; None where every mass is 1,
         when it is k + 1.
       free: [U] mass that is left.
+      search_steps: halvings that cover the longest row.
     """
 
     offsets: Int[Array, "U1"]
@@ -43,6 +43,7 @@ class Excluded:
     marks: Int[Array, "m"]
     shifts: Int[Array, "n"] | None
     free: Int[Array, "U"]
+    search_steps: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -100,135 +101,18 @@ class Interactions:
 
 
 @struct.dataclass
-class TeacherLists:
-    """Scored lists: a preference is two entries of one user with scores that differ enough.
-
-    Entries of a user are sorted by score. A row of `starts` is (entry, its user, low, high):
-    low:high (positions in the user's row) are the entries too close to it to make a preference
-    with it. One array, as the four are looked up together at random places.
-    """
-
-    offsets: Int[Array, "U1"]
-    items: Int[Array, "E"]
-    scores: Float[Array, "E"]
-    starts: Int[Array, "m 4"]  # entries that can start a preference
-    unlisted: Excluded | None  # list and positives cut out; None: unlisted means unknown
-    floor: float = struct.field(pytree_node=False)  # score that an unlisted item counts with
-    ceiling: float = struct.field(pytree_node=False)  # the greatest score
-
-    @property
-    def stated(self) -> int:
-        """How many entries there are to start a preference with."""
-        return int(self.starts.shape[0])
-
-
-@struct.dataclass
-class TeacherPairs:
-    """Preferences as the teacher stated them, one by one."""
-
-    users: Int[Array, "E"]
-    items: Int[Array, "E 2"]
-    margins: Float[Array, "E"]
-
-    @property
-    def stated(self) -> int:
-        """How many preferences there are to draw from."""
-        return int(self.users.shape[0])
-
-
-@struct.dataclass
-class Chosen:
-    """Items that users chose and the recommender does not learn from, by user.
-
-    Attributes:
-      offsets: [U + 1]; users, items: [m].
-      until: [m] how many training events of the user lie before.
-      negatives: each user's chosen items of all parts looked at, cut out.
-    """
-
-    offsets: Int[Array, "U1"]
-    users: Int[Array, "m"]
-    items: Int[Array, "m"]
-    as_of: Int[Array, "m"]
-    negatives: Excluded
-
-
-@struct.dataclass
-class KnownLists:
-    """What the teacher's lists say about chosen items.
-
-    Attributes:
-      chosen: [n] places in `Chosen` on which the lists have a word.
-      entry: [n] entry of the item in the teacher's lists; -1: not listed.
-      other_offsets, others: [U + 1], [E'] entries of each user that are not chosen items.
-      outside: lists and chosen items cut out; None where unlisted means unknown.
-    """
-
-    chosen: Int[Array, "n"]
-    entry: Int[Array, "n"]
-    other_offsets: Int[Array, "U1"]
-    others: Int[Array, "E"]
-    outside: Excluded | None
-
-
-@struct.dataclass
-class KnownPairs:
-    """Stated preferences of which exactly one item is chosen: places among the teacher's pairs."""
-
-    pairs: Int[Array, "n"]
-    right: Bool[Array, "n"]
-    as_of: Int[Array, "n"]
-
-
-@struct.dataclass
-class Known:
-    """All that labelled preferences are drawn from; `answers` is None where only `chosen` is
-    needed."""
-
-    chosen: Chosen
-    answers: KnownLists | KnownPairs | None
-
-    @property
-    def count(self) -> int:
-        """How many places there are to draw from."""
-        if isinstance(self.answers, KnownPairs):
-            return int(self.answers.pairs.shape[0])
-        return int((self.chosen.items if self.answers is None else self.answers.chosen).shape[0])
-
-
-@struct.dataclass
-class Answers:
-    """K pairs on which the teacher has a word, and whether it is right; weight 0: none drawn.
-
-    `items` is (preferred by the teacher, other); `facts` are there once a step has drawn them.
-    """
-
-    queries: Queries
-    items: Int[Array, "K 2"]
-    margins: Float[Array, "K"]
-    right: Float[Array, "K"]
-    weights: Float[Array, "K"]
-    facts: PairFacts | None = None
-
-
-@struct.dataclass
-class HeldOut:
-    """For each preference an item that its user chose, and one not; weight 0: there is none."""
-
-    items: Int[Array, "G 2"]
-    weights: Float[Array, "G"]
-
-
-@struct.dataclass
 class DeviceArrays:
-    """All device-resident data of a run."""
+    """All that stays on the devices for the whole run.
+
+    Attributes:
+      interactions: what batches are drawn from.
+      context: what a backbone looks up of users and items.
+      guidance: what the guidance draws from and looks up, as it made it; None without one.
+    """
 
     interactions: Interactions
-    teacher: TeacherLists | TeacherPairs | None
     context: Context = dataclasses.field(default_factory=Context)
-    known: Known | None = None  # what a supervised gate learns from
-    # The frozen runs whose spread a gate reads, as `scoring.Scoring`, a room further down.
-    reference_runs: tuple[Any, ...] = ()
+    guidance: Any = None
 
     @property
     def drawn(self) -> int:
@@ -269,7 +153,10 @@ def excluded(sets: Csr, masses: np.ndarray | None, n_items: int) -> Excluded:
     keys = below[sets.indices] - (own[:-1] - start)  # without it
     free = below[-1] - (own[sets.offsets[1:]] - own[sets.offsets[:-1]])
     marks = keys[::MARKED]
-    return Excluded(host32(sets.offsets), host32(keys), host32(marks), shifts, host32(free))
+    search_steps = int(sets.counts.max(initial=0)).bit_length()
+    return Excluded(
+        host32(sets.offsets), host32(keys), host32(marks), shifts, host32(free), search_steps
+    )
 
 
 def targets(
@@ -346,12 +233,17 @@ def interactions(
         items=host32(pairs.indices),
         negatives=excluded(pairs, masses, dataset.n_items),
         cumulative=None if masses is None else host32(np.concatenate([[0], np.cumsum(masses)])),
-        facts=Facts(
-            log_history=_standardised(dataset.history),
-            log_popularity=_standardised(dataset.popularity),
-            cold=host_array(cold, np.float32),
-            tail=host_array(tail, np.float32),
-        ),
+        facts=make_facts(dataset, cold, tail),
+    )
+
+
+def make_facts(dataset: Dataset, cold: np.ndarray, tail: np.ndarray) -> Facts:
+    """The facts of `dataset` (host arrays)."""
+    return Facts(
+        log_history=_standardised(dataset.history),
+        log_popularity=_standardised(dataset.popularity),
+        cold=host_array(cold, np.float32),
+        tail=host_array(tail, np.float32),
     )
 
 
@@ -360,85 +252,10 @@ def _standardised(counts: np.ndarray) -> Any:
     return host_array((logs - logs.mean()) / max(float(logs.std()), 1e-6), np.float32)
 
 
-def every_lane_drawn(resident: DeviceArrays, sampler: SamplerConfig) -> bool:
+def every_negative_drawn(interactions: Interactions, sampler: SamplerConfig) -> bool:
     """Whether each user has a negative to draw, so that no lane is ever left out."""
     if sampler.negatives == "in_batch":
         return False
     if sampler.allow_positive_negatives:
         return True
-    return bool(np.all(np.asarray(resident.interactions.negatives.free) > 0))
-
-
-def margin_scale(teacher: TeacherLists | TeacherPairs | None) -> float:
-    """The size of a typical teacher margin: the spread of its scores, or the mean margin."""
-    if teacher is None:
-        return 1.0
-    if isinstance(teacher, TeacherPairs):
-        size = float(np.mean(teacher.margins)) if teacher.margins.size else 0.0
-    else:
-        size = float(np.std(teacher.scores)) if teacher.scores.size else 0.0
-    return size or 1.0
-
-
-def teacher_lists(
-    offsets: np.ndarray,
-    items: np.ndarray,
-    scores: np.ndarray,
-    guidance: GuidanceConfig,
-    *,
-    unlisted_below: bool,
-    positives: Csr,
-    n_items: int,
-) -> TeacherLists:
-    """Per-user score lists, ready to be drawn from (host arrays).
-
-    Args:
-      offsets: [U + 1]; items, scores: [E], each user's entries sorted by score.
-      unlisted_below: an item outside a user's list ranks below it.
-      positives: training pairs, never the unlisted side of a preference.
-    """
-    counts = np.diff(offsets)
-    users = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
-    # Scores ascend within a row: what an entry beats comes first, what beats it comes last.
-    low = beaten(offsets, scores, guidance.min_gap)
-    beaten_by = beaten(offsets[-1] - offsets[::-1], -scores[::-1], guidance.min_gap)[::-1]
-    high = counts[users] - beaten_by
-    partners = counts[users] - (high - low)
-    use_unlisted = unlisted_below and guidance.unlisted_share > 0
-    able = np.ones(items.size, bool) if use_unlisted else partners > 0
-    cut = None
-    if use_unlisted:
-        pair_users = np.repeat(np.arange(counts.size), positives.counts)
-        both = Csr.from_pairs(
-            np.concatenate([users, pair_users]),
-            np.concatenate([items, positives.indices]),
-            counts.size,
-        )
-        cut = excluded(both, None, n_items)
-        able &= cut.free[users] > 0
-    chosen = np.flatnonzero(able)
-    starts = np.empty((chosen.size, 4), np.int32)  # filled by column: lists can be large
-    for column, values in enumerate((chosen, users[chosen], low[chosen], high[chosen])):
-        starts[:, column] = values
-    return TeacherLists(
-        offsets=host32(offsets),
-        items=host32(items),
-        scores=host_array(scores, np.float32),
-        starts=host32(starts),
-        unlisted=cut,
-        floor=float(scores.min()) if scores.size else 0.0,
-        ceiling=float(scores.max()) if scores.size else 0.0,
-    )
-
-
-def longest_row(resident: DeviceArrays) -> int:
-    """The longest excluded row, which bounds the binary search."""
-    rows = [resident.interactions.negatives]
-    if isinstance(resident.teacher, TeacherLists) and resident.teacher.unlisted is not None:
-        rows.append(resident.teacher.unlisted)
-    if resident.known is not None:
-        rows.append(resident.known.chosen.negatives)
-        answers = resident.known.answers
-        if isinstance(answers, KnownLists) and answers.outside is not None:
-            rows.append(answers.outside)
-    return max(int(np.diff(np.asarray(row.offsets)).max(initial=0)) for row in rows)
+    return bool(np.all(np.asarray(interactions.negatives.free) > 0))

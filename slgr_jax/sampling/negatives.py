@@ -1,4 +1,4 @@
-"""What every draw on the device is made of: a plan, words, and an item outside a user's set.
+"""What every draw on the device is made of: a plan, random words, an item outside a user's set.
 
 Items are drawn by inverting a distribution with the user's positives cut out, so no draw is ever
 rejected and no positive is ever returned. For a user with sorted positives p_0 < p_1 < ... and
@@ -18,30 +18,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from slgr_jax.config import GuidanceConfig, SamplerConfig
+from slgr_jax.config import SamplerConfig
 from slgr_jax.kernels import cpu
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.arrays import Excluded
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static numbers of a draw: they are compiled in."""
+class SamplingPlan:
+    """The static numbers of drawing interactions: they are compiled in.
+
+    Attributes:
+      drawn: interactions (or windows) that triples are drawn from.
+      triples: B.
+      native: whether the CPU kernels draw.
+      every_negative: whether every triple has its negatives, so that all weights are 1.
+      negatives: of each triple, C - 1.
+      shared: negatives that the triples of a step share.
+    """
 
     n_items: int
-    drawn: int  # interactions (or windows) that triples are drawn from
+    drawn: int
     triples: int
-    preferences: int
     sampler: SamplerConfig
-    guidance: GuidanceConfig
-    search_steps: int  # halvings that cover the longest excluded row
-    native: bool = False  # whether the CPU kernels search
-    certain: bool = False  # whether every lane has its negatives: weights are 1
-    negatives: int = 1  # of each lane: C - 1
-    shared: int = 0  # negatives that the lanes of a step share
-    known: int = 0  # answers that the gate is calibrated on
-    held_out: bool = False  # whether each preference comes with held-out items of its user
-    margin_scale: float = 1.0  # a typical teacher margin, in which gates read them
+    native: bool = False
+    every_negative: bool = False
+    negatives: int = 1
+    shared: int = 0
 
 
 def below(bits: UInt32[Array, "..."], bound: Int[Array, "..."] | int) -> Int[Array, "..."]:
@@ -80,17 +83,18 @@ def draw_outside(
     users: Int[Array, "*B"],
     cut: Excluded,
     cumulative: Int[Array, "I1"] | None,
-    plan: Plan,
+    *,
+    native: bool,
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
     """An item outside each user's excluded set, by mass; weight 0 where nothing is left."""
-    if plan.native:
+    if native:
         place, weight = cpu.draw_outside(bits.reshape(-1), users.reshape(-1), cut)
         place, weight = place.reshape(users.shape), weight.reshape(users.shape)
     else:
         free = cut.free[users]
         mass = below(bits, free)
         low, high = cut.offsets[users], cut.offsets[users + 1]
-        passed = count_not_above(cut.keys, low, high, mass, plan.search_steps)
+        passed = count_not_above(cut.keys, low, high, mass, cut.search_steps)
         shift = passed
         if cut.shifts is not None:
             shift = cut.shifts.at[low + passed - 1].get(mode="clip")

@@ -23,13 +23,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from slgr_jax.errors import ManifestError, UserError
 from slgr_jax.models.scoring import ServingState
-from slgr_jax.sampling.context import Context
-from slgr_jax.training.step import Trainer, TrainState, init_state, make_serving_state
+from slgr_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
 _STATE, _BEST = "state", "best"
@@ -53,33 +49,6 @@ class Progress:
     best_metric: float | None = None
     best_epoch: int = 0
     stale: int = 0
-
-
-def _abstract(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
-
-
-def abstract_state(trainer: Trainer) -> TrainState:
-    """Shapes, types and shardings of a train state on the trainer's own devices."""
-    shapes = jax.eval_shape(lambda: init_state(trainer, 0))
-    everywhere = jax.tree.map(lambda _: trainer.layout.replicated, shapes)
-    rows = dict.fromkeys(shapes.tables, trainer.layout.table_sharding)
-    return _abstract(shapes, everywhere.replace(tables=rows))
-
-
-def abstract_serving(trainer: Trainer) -> ServingState:
-    """Shapes, types and shardings of a serving state."""
-    state = abstract_state(trainer)
-    values = {
-        name: jax.ShapeDtypeStruct((spec.rows, spec.width), jnp.float32)
-        for name, spec in trainer.backbone.tables.items()
-    }
-    shapes = ServingState(state.params["backbone"], values, state.params["gate"])  # type: ignore[arg-type]
-    return _abstract(shapes, jax.tree.map(lambda _: trainer.layout.replicated, shapes))
 
 
 @contextlib.contextmanager
@@ -132,12 +101,10 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      trainer: what is saved and restored, and where it lives.
       writable: also removes what an interrupted save left behind.
     """
 
-    def __init__(self, workdir: str, trainer: Trainer, *, writable: bool) -> None:
-        self._trainer = trainer
+    def __init__(self, workdir: str, *, writable: bool) -> None:
         self._workdir = workdir
         self._root = root = pathlib.Path(workdir).absolute() / DIRECTORY
         if root.exists() and not root.is_dir():
@@ -198,24 +165,22 @@ class Checkpoints:
             metadata = self._checkpointer.checkpointables_metadata(latest.step).custom_metadata
             return Progress(**json.loads(metadata["progress"]))
 
-    def restore(self) -> tuple[TrainState, ServingState]:
-        """The newest checkpoint, laid out for the trainer's own devices."""
-        found = self._load({_STATE: abstract_state(self._trainer), _BEST: self._serving()})
-        return found[_STATE], found[_BEST]
+    def restore(self, state: TrainState, serving: ServingState) -> tuple[TrainState, ServingState]:
+        """The newest checkpoint, laid out as its abstract states say."""
+        restored = self._load({_STATE: state, _BEST: serving})
+        return restored[_STATE], restored[_BEST]
 
-    def restore_best(self) -> ServingState:
+    def restore_best(self, serving: ServingState) -> ServingState:
         """Only the best serving state of the newest checkpoint."""
-        best = self._load({_BEST: self._serving()})[_BEST]
+        best = self._load({_BEST: serving})[_BEST]
         assert isinstance(best, ServingState)
         return best
 
-    def restore_last(self, context: Context) -> ServingState:
-        """The serving state of the newest checkpoint's train state."""
-        state = self._load({_STATE: abstract_state(self._trainer)})[_STATE]
-        return make_serving_state(self._trainer)(state, context)
-
-    def _serving(self) -> ServingState:
-        return abstract_serving(self._trainer)
+    def restore_state(self, state: TrainState) -> TrainState:
+        """Only the train state of the newest checkpoint."""
+        restored = self._load({_STATE: state})[_STATE]
+        assert isinstance(restored, TrainState)
+        return restored
 
     def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
         latest = self._checkpointer.latest
@@ -224,9 +189,9 @@ class Checkpoints:
                 f"{self._workdir} holds no finished checkpoint; train first (slgr train)"
             )
         with _damage(self._root / str(latest.step)):
-            found = self._checkpointer.load_checkpointables(latest.step, targets)
-        assert isinstance(found, dict)
-        return found
+            restored = self._checkpointer.load_checkpointables(latest.step, targets)
+        assert isinstance(restored, dict)
+        return restored
 
     def close(self) -> None:
         """Wait for the save under way and release the background threads."""

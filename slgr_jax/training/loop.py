@@ -3,51 +3,40 @@
 The host never waits between two validations: a dispatch runs K steps, and its sums are read
 while the next one runs. Everything the loop needs to go on is in one checkpoint, so a resumed
 run is bit-identical to an uninterrupted one.
+
+One loop serves one seed and many: what advances their states is an `Engine`, here that of one seed;
+`multi_seed.py` has that of a vmapped program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slgr_jax import config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import NonFiniteError, listing
-from slgr_jax.evaluation import click_metrics, full_ranking, ranking_metrics
-from slgr_jax.models import embedding_table
-from slgr_jax.models.backbones import DotBackbone, JointBackbone, SequenceBackbone
-from slgr_jax.models.scoring import Scoring, ServingState, moments, score_rows, score_users
-from slgr_jax.sampling import arrays, labelled_rows
-from slgr_jax.sampling.context import Context
-from slgr_jax.training import build, checkpoint, run_directory
-from slgr_jax.training.step import (
-    Health,
-    Sums,
-    Trainer,
-    TrainState,
-    init_state,
-    make_run_steps,
-    make_serving_state,
-)
+from slgr_jax.evaluation import ranking_metrics
+from slgr_jax.models.scoring import ServingState
+from slgr_jax.training import checkpoint, run_directory
+from slgr_jax.training.build import Experiment, build
+from slgr_jax.training.checkpoint import Checkpoints, Progress
+from slgr_jax.training.programs import Programs, make_programs, put_number
+from slgr_jax.training.state import TrainState, abstract_serving, abstract_state
+from slgr_jax.training.step import Health, RunSteps, Trainer, make_run_steps
 from slgr_jax.training.training_log import TrainingLog
 
-LANES_PER_DISPATCH = 1 << 21  # steps_per_dispatch=0: work in one dispatch, in triples of mf
-# What else costs as much as a triple of matrix factorisation, on a CPU, to a factor of a few: a
-# place of a window, a triple of a click model, 16 logits of a softmax, 8 rows that a graph reads.
-# (The last two count how many go into one triple.)
-_PLACE, _CLICK, _LOGITS, _GRAPH_ROWS = 64, 64, 16, 8
+OnRecord = Callable[[Mapping[str, float | int]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +58,7 @@ class Outcome:
     seconds: float
 
 
-def steps_per_dispatch(trainer: Trainer) -> int:
-    """K: what --steps_per_dispatch says, or as many steps as take a second, roughly."""
-    backbone, plan = trainer.backbone, trainer.plan
-    lanes = plan.triples + plan.preferences
-    work = lanes
-    if isinstance(backbone, SequenceBackbone):
-        work = lanes * backbone.length * _PLACE
-    elif isinstance(backbone, JointBackbone):
-        work = lanes * _CLICK
-    elif trainer.config.loss_name == "softmax":
-        work += lanes * plan.n_items // _LOGITS
-    if isinstance(backbone, DotBackbone) and backbone.whole:
-        work += 12 * plan.drawn // _GRAPH_ROWS  # a few layers, both ways, forward and back
-    return trainer.config.train.steps_per_dispatch or max(1, LANES_PER_DISPATCH // work)
-
-
-@contextmanager
+@contextlib.contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, once; a second SIGINT interrupts as usual."""
     stop = threading.Event()
@@ -107,146 +80,239 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class _Validation:
-    """The overall validation metrics of a state: train items masked, full ranking; rows."""
+# -------------------------------------------------------------------------------------- engine
 
-    def __init__(self, trainer: Trainer, dataset: Dataset, context: Context) -> None:
-        config = trainer.config
-        self._config, self._kernels = config.evaluation, config.train.kernels
-        self._context = context
-        self._score = score_users(trainer.backbone)
-        self._score_rows = score_rows(trainer.backbone)
-        self._relevant = dataset.positives(("valid",))
-        self._seen = dataset.positives(("train",))
-        self._n_items = dataset.n_items
-        self._mesh = trainer.layout.mesh if trainer.layout.devices > 1 else None
-        self._rows, self._slices = None, dataset.slices(config.slices)
-        if self.possible and self._config.rows != "none":
-            self._rows = labelled_rows.make_rows(dataset, "valid", self._config, config.loss)
+SeedSums = tuple[Mapping[str, np.ndarray], Health]
+
+
+class Engine(Protocol):
+    """What advances the states of N seeds, which all stand at the same step."""
+
+    def advance(self, count: int) -> Any:
+        """Dispatch `count` steps; what `read` takes, still on the device."""
+        ...
+
+    def read(self, sums: Any) -> list[SeedSums]:
+        """The sums and the health of a dispatch, by seed."""
+        ...
+
+    def state(self, seed: int) -> TrainState:
+        """The state of one of them."""
+        ...
+
+
+class OneSeed:
+    """The engine of one seed: the program of `step.make_run_steps`."""
+
+    def __init__(
+        self, experiment: Experiment, run_steps: RunSteps, state: TrainState, key: jax.Array
+    ) -> None:
+        self._arrays, self._run_steps = experiment.arrays, run_steps
+        self._put = functools.partial(put_number, experiment.trainer)
+        self._state, self._key = state, key
+
+    def advance(self, count: int) -> Any:
+        self._state, sums, health = self._run_steps(
+            self._state, self._arrays, self._key, self._put(count)
+        )
+        return sums, health
+
+    def read(self, sums: Any) -> list[SeedSums]:
+        return [jax.device_get(sums)]
+
+    def state(self, seed: int) -> TrainState:
+        return self._state
+
+
+# ---------------------------------------------------------------------------------------- loop
+
+
+@dataclasses.dataclass
+class SeedRun:
+    """One of a loop's runs: where it stands and what it writes to."""
+
+    run: config.RunConfig
+    saved: Checkpoints
+    log: TrainingLog
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    best: ServingState | None = None
+    outcome: Outcome | None = None
+    on_record: OnRecord | None = None
 
     @property
-    def possible(self) -> bool:
-        return self._relevant.indices.size > 0
+    def over(self) -> bool:
+        """Epochs or patience are used up."""
+        return over(self.run.train, self.progress)
 
-    def __call__(self, serving: ServingState) -> dict[str, float]:
-        scoring = Scoring(serving, self._context, moments(self._context, "valid"))
-        found: ranking_metrics.Values = {}
-        if self._config.ranking:
-            ranking = full_ranking.rank(
-                self._score,
-                scoring,
-                self._relevant,
-                self._seen,
-                self._n_items,
-                users_per_chunk=self._config.eval_users_per_chunk,
-                top_k=0,
-                pooled_auc=False,
-                mesh=self._mesh,
-                kernels=self._kernels,
-            )
-            found = ranking_metrics.summarize(ranking_metrics.per_user(ranking, self._config.ks))
-        if self._rows is not None:
-            scores = self._score_rows(scoring, self._rows)
-            overall = click_metrics.summarize_rows(self._rows, scores, self._slices)["overall"]
-            found |= {f"rows_{name}": value for name, value in overall.items()}
-        return {name: float(value) for name, value in found.items() if value is not None}
+    def fail(self, what: str) -> NonFiniteError:
+        """The error of a run that is not finite any more."""
+        kept = self.saved.progress()
+        good = (
+            f"the checkpoint of step {kept.step} is kept" if kept else "there is no checkpoint yet"
+        )
+        return NonFiniteError(
+            f"seed {self.run.train.seed} ({self.run.workdir}): {what} not finite; {good}; lower "
+            "--lr or --lambda, or raise --l2"
+        )
 
 
-# What runs once at the start is a program each, with the seed as an argument: run line by line it
-# would be ten, and to look one up in the compilation cache takes longer than to run it.
-
-
-def _draw_key(seed: jax.Array) -> jax.Array:
-    """Key data of a run's draws; the seed itself is the initialisation's."""
-    return jax.random.key_data(jax.random.key(seed + 1))
-
-
-def _make_init(trainer: Trainer) -> Callable[[np.int32], TrainState]:
-    """Jitted `init_state`: seed -> a fresh state, laid out as the steps want it."""
-    everywhere = trainer.layout.replicated
-    layout = TrainState(everywhere, trainer.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
-    return jax.jit(functools.partial(init_state, trainer), out_shardings=layout)
-
-
-def _finite(trainer: Trainer, state: TrainState) -> dict[str, jax.Array]:
-    """Which of the state's parts hold only finite numbers."""
-    found = {
-        f"tables/{name}": embedding_table.all_finite(state.tables[name], spec.width)
-        for name, spec in trainer.backbone.tables.items()
-    }
-    for name, part in (("params", state.params), ("opt_state", state.opt_state)):
-        fine = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(part)]
-        found[name] = jnp.all(jnp.array(fine))
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """What a loop runs besides its steps; each is compiled once, whatever the number of seeds.
-
-    Attributes:
-      init: seed -> a fresh state.
-      key: seed -> key data of its draws.
-      serving: (state, context) -> what validation and export score with.
-      finite: state -> which of its parts hold only finite numbers.
-      validate: the metrics of a serving state.
-      per_epoch: steps of an epoch.
-      dispatch: K, steps of a dispatch.
-    """
-
-    init: Callable[[np.int32], TrainState]
-    key: Callable[[np.int32], jax.Array]
-    serving: Callable[[TrainState, Context], ServingState]
-    finite: Callable[[TrainState], dict[str, jax.Array]]
-    validate: _Validation
-    per_epoch: int
-    dispatch: int
-
-
-def make_programs(trainer: Trainer, dataset: Dataset, context: Context) -> Programs:
-    """The programs of runs that `trainer` trains on `dataset`."""
-    return Programs(
-        init=_make_init(trainer),
-        key=jax.jit(_draw_key, out_shardings=trainer.layout.replicated),
-        serving=make_serving_state(trainer),
-        finite=jax.jit(functools.partial(_finite, trainer)),
-        validate=_Validation(trainer, dataset, context),
-        per_epoch=-(-trainer.plan.drawn // trainer.plan.triples),
-        dispatch=steps_per_dispatch(trainer),
-    )
-
-
-def next_epoch(train: config.TrainConfig, progress: checkpoint.Progress) -> int:
+def next_epoch(train: config.TrainConfig, progress: Progress) -> int:
     """The epoch after which the next validation comes."""
     return min((progress.epoch // train.eval_every + 1) * train.eval_every, train.epochs)
 
 
-def over(train: config.TrainConfig, progress: checkpoint.Progress) -> bool:
+def over(train: config.TrainConfig, progress: Progress) -> bool:
     """Epochs or patience are used up."""
     return progress.epoch >= train.epochs or 0 < train.patience <= progress.stale
 
 
-def add_sums(
-    progress: checkpoint.Progress, values: Mapping[str, np.ndarray]
-) -> checkpoint.Progress:
+class Loop:
+    """The epochs of N seeds; every one that is not over stands at the same step.
+
+    Args:
+      seeds: the runs, in the engine's order.
+      interruptible: whether they are saved between validations and when a stop is asked for.
+      stop: set by whoever wants the loop to save and leave.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        programs: Programs,
+        engine: Engine,
+        seeds: Sequence[SeedRun],
+        *,
+        interruptible: bool = False,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self._experiment, self._programs, self._engine = experiment, programs, engine
+        self._seeds = seeds
+        self._interruptible, self._stop = interruptible, stop or threading.Event()
+        self._in_flight: list[Any] = []
+        self._begin = self._last_save = time.monotonic()
+
+    @property
+    def _live(self) -> list[tuple[int, SeedRun]]:
+        """The runs that are not over, with their place in the engine."""
+        return [(at, seed) for at, seed in enumerate(self._seeds) if seed.outcome is None]
+
+    def train(self) -> None:
+        """Train until every run is over, or a stop is asked for: each has its outcome then."""
+        for at, seed in self._live:
+            if seed.over:
+                self._finish(at, seed, "finished")
+        while self._live:
+            begin = time.monotonic()
+            whole = self._round()
+            seconds = time.monotonic() - begin
+            for at, seed in self._live:
+                if whole:
+                    self._validate(at, seed, seconds)
+                if whole and seed.over and not self._stop.is_set():
+                    self._finish(at, seed, "finished")
+                elif self._stop.is_set():
+                    self._finish(at, seed, "interrupted")
+                elif whole and self._due():
+                    self._save(at, seed)
+
+    def _round(self) -> bool:
+        """Run up to the next validation; False if a stop was asked for first."""
+        programs = self._programs
+        progress, train = self._live[0][1].progress, self._live[0][1].run.train
+        start = progress.epoch * programs.per_epoch
+        step, end = progress.step, next_epoch(train, progress) * programs.per_epoch
+        while step < end:
+            done = step - start
+            count = min(programs.dispatch - done % programs.dispatch, end - step)
+            self._in_flight.append(self._engine.advance(count))
+            step += count
+            for _, seed in self._live:
+                seed.progress = dataclasses.replace(seed.progress, step=step)
+            if len(self._in_flight) > 1:
+                self._read()
+            if step < end and self._interruptible:  # that of `end` comes after its validation
+                if self._stop.is_set():
+                    return False
+                if self._due():
+                    for at, seed in self._live:
+                        self._save(at, seed)
+        self._drain()
+        return True
+
+    def _drain(self) -> None:
+        """Read everything in flight."""
+        while self._in_flight:
+            self._read()
+
+    def _read(self) -> None:
+        by_seed = self._engine.read(self._in_flight.pop(0))
+        for at, seed in self._live:
+            sums, health = by_seed[at]
+            if health.step >= 0:
+                raise seed.fail(_leaves_at_fault(self._experiment.trainer, health))
+            seed.progress = _add_sums(seed.progress, sums)
+            seed.log.advance(seed.progress.step)
+
+    def _validate(self, at: int, seed: SeedRun, seconds: float) -> None:
+        """Validate a run, keep its best state, count towards its patience."""
+        programs = self._programs
+        serving = programs.serving(self._engine.state(at), self._experiment.arrays.context)
+        metrics = programs.validate(serving) if programs.validate.possible else None
+        seed.progress, record, line = close_epoch(
+            self._experiment.trainer, seed.progress, metrics, seconds
+        )
+        if seed.progress.best_epoch == seed.progress.epoch:
+            seed.best = serving
+        if len(self._seeds) > 1:
+            line = f"seed {seed.run.train.seed}  {line}"
+        seed.log.record(seed.progress.step, record, line)
+        if seed.on_record is not None:
+            seed.on_record({"step": seed.progress.step, **record})
+
+    def _due(self) -> bool:
+        every = self._experiment.config.train.checkpoint_every_s
+        return self._interruptible and time.monotonic() - self._last_save >= every
+
+    def _save(self, at: int, seed: SeedRun) -> None:
+        """Write a checkpoint, of a state in which every number is finite."""
+        self._drain()
+        state = self._engine.state(at)
+        finite = jax.device_get(self._programs.finite(state))
+        bad = [name for name, fine in finite.items() if not fine]
+        if bad:
+            raise seed.fail(f"after step {seed.progress.step - 1}: {listing(bad)}")
+        assert seed.best is not None, "the first validation is the best so far"
+        seed.saved.save(state, seed.best, seed.progress)
+        self._last_save = time.monotonic()
+
+    def _finish(self, at: int, seed: SeedRun, status: str) -> None:
+        self._save(at, seed)
+        seed.outcome = outcome(status, seed.progress, time.monotonic() - self._begin)
+
+
+def _leaves_at_fault(trainer: Trainer, health: Health) -> str:
+    """`step S: names` of what was not finite first."""
+    names = trainer.leaf_names
+    bad = [name for bit, name in enumerate(names) if int(health.leaves) >> bit & 1]
+    return f"step {int(health.step)}: {listing(bad)}"
+
+
+def _add_sums(progress: Progress, sums: Mapping[str, np.ndarray]) -> Progress:
     """The progress with a dispatch's sums added to those since the last validation."""
     total = dict(progress.sums)
-    for name, value in values.items():
+    for name, value in sums.items():
         total[name] = total.get(name, 0.0) + float(value)
     return dataclasses.replace(progress, sums=total)
 
 
 def close_epoch(
-    trainer: Trainer,
-    progress: checkpoint.Progress,
-    found: Mapping[str, float] | None,
-    seconds: float,
-) -> tuple[checkpoint.Progress, dict[str, float | int], str]:
+    trainer: Trainer, progress: Progress, metrics: Mapping[str, float] | None, seconds: float
+) -> tuple[Progress, dict[str, float | int], str]:
     """Keep the best validation, count towards the patience.
 
     Args:
       progress: with the sums of all steps since the last validation.
-      found: the metrics of this validation; None: there is nothing to validate on.
+      metrics: of this validation; None: there is nothing to validate on.
       seconds: that those steps took.
 
     Returns:
@@ -257,23 +323,24 @@ def close_epoch(
     means = {
         name: value / sums["steps"]
         for name, value in sums.items()
-        if name not in ("steps", "triples", "preferences")
+        if name not in ("steps", "triples")
     }
-    if not trainer.guided:
-        means = {k: v for k, v in means.items() if k not in ("alpha", "agreement")}
     epoch = next_epoch(train, progress)
     rate = sums["triples"] / max(seconds, 1e-9)
     record: dict[str, float | int] = {"epoch": epoch}
     record |= {f"train/{name}": value for name, value in means.items()}
     record["triples_per_s"] = round(rate)
+
     text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
-    if trainer.guided:
-        text += f"  guidance {means['guidance_loss']:.4f}  alpha {means['alpha']:.3f}"
+    if trainer.guidance is not None:
+        text += f"  guidance {means['guidance_loss']:.4f}"
+        text += "".join(f"  {name} {means[name]:.3f}" for name in trainer.guidance.metrics[:1])
     value, best = None, progress.best_metric
-    if found is not None:
-        record |= {f"valid/{name}": one for name, one in found.items()}
-        value = found[train.early_stop_metric]
+    if metrics is not None:
+        record |= {f"valid/{name}": metric for name, metric in metrics.items()}
+        value = metrics[train.early_stop_metric]
         text += f"  valid {train.early_stop_metric} {value:.4f}"
+
     progress = dataclasses.replace(progress, epoch=epoch, sums={})
     if value is None or best is None or value > best:
         progress = dataclasses.replace(progress, best_metric=value, best_epoch=epoch, stale=0)
@@ -283,155 +350,38 @@ def close_epoch(
     return progress, record, f"{text}  {rate / 1e6:.2f} M triples/s"
 
 
-def leaves_at_fault(trainer: Trainer, health: Health) -> str:
-    """`step S: names` of what was not finite first."""
-    names = trainer.leaf_names
-    bad = [name for bit, name in enumerate(names) if int(health.leaves) >> bit & 1]
-    return f"step {int(health.step)}: {listing(bad)}"
-
-
-def not_finite(programs: Programs, state: TrainState) -> list[str]:
-    """The parts of a state that hold a NaN or an infinity."""
-    return [name for name, fine in jax.device_get(programs.finite(state)).items() if not fine]
-
-
-def open_journal(
-    run: config.RunConfig, programs: Programs, progress: checkpoint.Progress
-) -> TrainingLog:
-    """The log of a run that stands at `progress`."""
-    return TrainingLog(
-        run.workdir,
-        step=progress.step,
-        epoch=progress.epoch,
-        total=run.train.epochs * programs.per_epoch,
-        tensorboard=run.train.tensorboard,
+def outcome(status: str, progress: Progress, seconds: float) -> Outcome:
+    """How a run that stands at `progress` ended."""
+    return Outcome(
+        status,
+        progress.epoch,
+        progress.step,
+        progress.best_epoch,
+        progress.best_metric,
+        seconds,
     )
 
 
-def write_record(
-    run: config.RunConfig, dataset: Dataset, trainer: Trainer, programs: Programs
-) -> None:
-    """Write `run.json`."""
-    resolved = {
-        "steps_per_epoch": programs.per_epoch,
-        "steps_per_dispatch": programs.dispatch,
-    }
-    text = run_directory.record(run, dataset, trainer, **resolved)
-    run_directory.write_text(pathlib.Path(run.workdir) / run_directory.RECORD, text)
+# --------------------------------------------------------------------------------------- a run
 
 
-class _Loop:
-    """One call of `train`: the state, where it stands, and what is still in flight."""
-
-    def __init__(
-        self,
-        run: config.RunConfig,
-        trainer: Trainer,
-        resident: arrays.DeviceArrays,
-        dataset: Dataset,
-    ) -> None:
-        self.run, self.trainer, self.resident = run, trainer, resident
-        self.programs = make_programs(trainer, dataset, resident.context)
-        self.key = self.programs.key(np.int32(run.train.seed))
-        self.run_steps = make_run_steps(trainer)
-        self.saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
-        progress = self.saved.progress()
-        if progress is None:
-            self.progress = checkpoint.Progress()
-            self.state = self.programs.init(np.int32(run.train.seed))
-            self.best = self.programs.serving(self.state, self.resident.context)
-        else:
-            self.progress = progress
-            self.state, self.best = self.saved.restore()
-        self.last_save = time.monotonic()
-        self._in_flight: list[tuple[Sums, Health]] = []
-
-    # -- steps --
-
-    def round(self, journal: TrainingLog, stop: threading.Event) -> bool:
-        """Run up to the next validation; False if a signal came first."""
-        per_epoch, dispatch = self.programs.per_epoch, self.programs.dispatch
-        start = self.progress.epoch * per_epoch
-        end = next_epoch(self.run.train, self.progress) * per_epoch
-        while self.progress.step < end:
-            at = self.progress.step - start
-            count = min(dispatch - at % dispatch, end - self.progress.step)
-            steps = jax.device_put(np.int32(count), self.trainer.layout.replicated)
-            self.state, sums, health = self.run_steps(self.state, self.resident, self.key, steps)
-            self.progress = dataclasses.replace(self.progress, step=self.progress.step + count)
-            self._in_flight.append((sums, health))
-            if len(self._in_flight) > 1:
-                self._read(journal)
-            if self.progress.step < end:  # the checkpoint of `end` comes after its validation
-                if stop.is_set():
-                    return False
-                if self.due():
-                    self.save(journal)
-        self.drain(journal)
-        return True
-
-    def drain(self, journal: TrainingLog) -> None:
-        """Read everything in flight."""
-        while self._in_flight:
-            self._read(journal)
-
-    def _read(self, journal: TrainingLog) -> None:
-        values, where = jax.device_get(self._in_flight.pop(0))
-        if where.step >= 0:
-            raise self._non_finite(leaves_at_fault(self.trainer, where))
-        self.progress = add_sums(self.progress, values)
-        journal.advance(self.progress.step)
-
-    def _non_finite(self, what: str) -> NonFiniteError:
-        kept = self.saved.progress()
-        good = (
-            f"the checkpoint of step {kept.step} is kept" if kept else "there is no checkpoint yet"
-        )
-        return NonFiniteError(f"{what} not finite; {good}; lower --lr or --lambda, or raise --l2")
-
-    # -- epochs --
-
-    def close_round(self, journal: TrainingLog, seconds: float) -> None:
-        """Validate, keep the best state, count towards the patience."""
-        serving = self.programs.serving(self.state, self.resident.context)
-        validate = self.programs.validate
-        found = validate(serving) if validate.possible else None
-        self.progress, record, text = close_epoch(self.trainer, self.progress, found, seconds)
-        if self.progress.best_epoch == self.progress.epoch:
-            self.best = serving
-        journal.record(self.progress.step, record, text)
-
-    @property
-    def over(self) -> bool:
-        """Epochs or patience are used up."""
-        return over(self.run.train, self.progress)
-
-    # -- checkpoints --
-
-    def due(self) -> bool:
-        return time.monotonic() - self.last_save >= self.run.train.checkpoint_every_s
-
-    def save(self, journal: TrainingLog) -> None:
-        """Write a checkpoint, of a state in which every number is finite."""
-        self.drain(journal)
-        bad = not_finite(self.programs, self.state)
-        if bad:
-            raise self._non_finite(f"after step {self.progress.step - 1}: {listing(bad)}")
-        self.saved.save(self.state, self.best, self.progress)
-        self.last_save = time.monotonic()
-
-
-def train(run: config.RunConfig) -> Outcome:
+def train(run: config.RunConfig, *, on_record: OnRecord | None = None) -> Outcome:
     """Train `run` in its workdir, resuming what is there.
 
     SIGTERM and SIGINT save and return an `interrupted` outcome; the same call goes on later.
+
+    Args:
+      on_record: called with what the log records of each validation.
 
     Raises:
       UserError: bad data, teacher, config or a non-finite step, each with its fix.
     """
     dataset = load_data(run)
     with _stop_on_signal() as stop, jax.transfer_guard("disallow"):
-        return _train(run, dataset, stop)
+        with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
+            experiment = build(run, dataset)
+        with run_directory.opened(run, dataset):
+            return _train_one(experiment, stop, on_record)
 
 
 def load_data(run: config.RunConfig) -> Dataset:
@@ -442,64 +392,76 @@ def load_data(run: config.RunConfig) -> Dataset:
       ManifestError, ShardError: the dataset is damaged.
     """
     ranking_metrics.check_metric(
-        *(run.train.early_stop_metric, run.evaluation.ks),
+        run.train.early_stop_metric,
+        run.evaluation.ks,
         ranking=run.evaluation.ranking,
         rows=run.evaluation.rows != "none",
     )
     return dataset_lib.load(run.data, verify=run.train.verify_checksums)
 
 
-def _train(run: config.RunConfig, dataset: Dataset, stop: threading.Event) -> Outcome:
-    with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
-        trainer, resident = build.build(run, dataset)
-    with run_directory.opened(run, dataset):
-        return _train_in_workdir(run, dataset, trainer, resident, stop)
-
-
-def _train_in_workdir(
-    run: config.RunConfig,
-    dataset: Dataset,
-    trainer: Trainer,
-    resident: arrays.DeviceArrays,
-    stop: threading.Event,
+def _train_one(
+    experiment: Experiment, stop: threading.Event, on_record: OnRecord | None
 ) -> Outcome:
+    run, trainer = experiment.config, experiment.trainer
+    seed_number = np.int32(run.train.seed)
     with jax.transfer_guard("allow"):
-        loop = _Loop(run, trainer, resident, dataset)
-    write_record(run, dataset, trainer, loop.programs)
-    begin = time.monotonic()
-    with open_journal(run, loop.programs, loop.progress) as journal:
-        at = loop.progress.step
-        start = f"resuming at step {at}" if at else "starting"
-        journal.say(opening(start, dataset, trainer, loop.programs))
-        status = "finished"
-        while not loop.over:
-            round_begin = time.monotonic()
-            whole = loop.round(journal, stop)
-            if whole:
-                loop.close_round(journal, time.monotonic() - round_begin)
-            if stop.is_set():
-                status = "interrupted"
-                break
-            if whole and loop.due():
-                loop.save(journal)
-        loop.save(journal)
-        loop.saved.close()
-    return outcome(status, loop.progress, time.monotonic() - begin)
+        programs = make_programs(experiment)
+        key = programs.key(seed_number)
+        run_steps = make_run_steps(trainer)
+        saved = checkpoint.Checkpoints(run.workdir, writable=True)
+        progress = saved.progress()
+        if progress is None:
+            progress = Progress()
+            state = programs.init(seed_number)
+            best = programs.serving(state, experiment.arrays.context)
+        else:
+            state, best = saved.restore(abstract_state(trainer), abstract_serving(trainer))
+
+    write_record(experiment, run, programs)
+    engine = OneSeed(experiment, run_steps, state, key)
+    del state  # the first dispatch takes its memory
+    with open_log(run, programs, progress) as log:
+        start = f"resuming at step {progress.step}" if progress.step else "starting"
+        log.say(opening(start, experiment, programs))
+        seed = SeedRun(run, saved, log, progress, best, on_record=on_record)
+        Loop(experiment, programs, engine, [seed], interruptible=True, stop=stop).train()
+        saved.close()
+    assert seed.outcome is not None
+    return seed.outcome
 
 
-def outcome(status: str, progress: checkpoint.Progress, seconds: float) -> Outcome:
-    """How a run that stands at `progress` ended."""
-    best = (progress.best_epoch, progress.best_metric)
-    return Outcome(status, progress.epoch, progress.step, *best, seconds)
+def open_log(run: config.RunConfig, programs: Programs, progress: Progress) -> TrainingLog:
+    """The log of a run that stands at `progress`."""
+    return TrainingLog(
+        run.workdir,
+        step=progress.step,
+        epoch=progress.epoch,
+        total=run.train.epochs * programs.per_epoch,
+        tensorboard=run.train.tensorboard,
+    )
 
 
-def opening(start: str, dataset: Dataset, trainer: Trainer, programs: Programs) -> str:
+def write_record(experiment: Experiment, run: config.RunConfig, programs: Programs) -> None:
+    """Write `run.json`."""
+    run_directory.write_record(
+        run,
+        experiment.dataset,
+        experiment.trainer,
+        steps_per_epoch=programs.per_epoch,
+        steps_per_dispatch=programs.dispatch,
+    )
+
+
+def opening(start: str, experiment: Experiment, programs: Programs) -> str:
     """The line before the first epoch."""
-    run, layout = trainer.config, trainer.layout
+    run, dataset, layout = experiment.config, experiment.dataset, experiment.trainer.layout
     kind = layout.mesh.devices.ravel()[0].device_kind
-    guided = f"{run.guidance.teacher} through gate {run.gate.gate}" if trainer.guided else "none"
+    guidance = "none"
+    if run.guided:
+        guidance = f"{run.guidance.guidance} of {run.guidance.teacher} through gate {run.gate.gate}"
     return (
         f"{start}: {run.model.backbone} on {dataset.manifest.name}, {dataset.n_users} users x "
         f"{dataset.n_items} items, {len(dataset.train)} training interactions, "
-        f"{programs.per_epoch} steps an epoch, {layout.devices} x {kind}, guidance: {guided}"
+        f"{programs.per_epoch} steps an epoch, {layout.devices} x {kind}, guidance: {guidance}"
     )

@@ -1,25 +1,25 @@
 """What a step learns from interactions: which rows that needs, and the loss.
 
 An objective is chosen once, by the backbone and --loss (`make_objective`). It states its `reads`,
-and from a view of them gives the recommendation loss of the batch and the scores of the
-preferences, which guidance takes from there.
+those of a guidance among them, and from a view of them gives the recommendation loss of the batch
+and the scores of the guidance's candidates.
 
-  Pairs           a positive and its negatives as candidates of one query; BPR or binary
+  Triples         a positive and its negatives as candidates of one query; BPR or binary
                   cross-entropy. Any backbone that scores candidates.
-  LabelledRows    one item with a label; binary cross-entropy.
+  LabelledItems   one item with a label; binary cross-entropy.
   Softmax         the positive against the whole catalogue, or a drawn part of it that the batch
                   shares. Backbones that are a dot product.
   Windows         every place of a history predicts the next event (or a masked one), by any of
                   these losses. Sequence backbones.
 
-Shape letters: B lanes (triples, rows or windows), C items of a lane, G preferences, L places of a
+Shape letters: B triples, rows or windows, C items of one, G queries of a guidance, L places of a
 window, T predicted places of a window, N shared negatives, E width of a state.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.config import RunConfig
+from slgr_jax.guidance.base import Guidance
 from slgr_jax.models import losses
 from slgr_jax.models.backbones.base import (
     AnyBackbone,
     DotBackbone,
     Dropout,
+    FactorModel,
     Ids,
     Params,
     SequenceBackbone,
@@ -40,12 +42,12 @@ from slgr_jax.models.backbones.base import (
 )
 from slgr_jax.models.row_access import Candidates, Reads, View
 from slgr_jax.sampling import batch as batch_lib
-from slgr_jax.sampling import negatives as negatives_lib
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.batch import Batch
 from slgr_jax.sampling.context import Context, recent
+from slgr_jax.sampling.negatives import SamplingPlan
 
-PREFERENCES, BOTH = "preferences", "triples and preferences"
+GUIDANCE, BOTH, TRIPLES = "guidance", "triples and guidance", "triples"
 
 
 @struct.dataclass
@@ -63,17 +65,16 @@ class Learned:
     count: Float[Array, ""]
 
 
-@struct.dataclass
-class Preferred:
-    """What a step's pass says of its preferences.
+class Guided(NamedTuple):
+    """What a step's pass says of a guidance's candidates.
 
     Attributes:
-      scores: [G, 2] logits of (preferred, other).
-      differences: [G] s_ua - s_ub.
+      scores: [G, C] logits.
+      differences: [G] s_0 - s_1 where C is 2; None otherwise.
     """
 
-    scores: Float[Array, "G 2"]
-    differences: Float[Array, "G"]
+    scores: Float[Array, "G C"]
+    differences: Float[Array, "G"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Inputs:
     dropout: float
     negatives: int  # of each positive
     key: jax.Array
+    candidates: Candidates | None = None  # of a guidance
 
     def pass_(self, number: int) -> Dropout:
         """Dropout of the step's pass `number`; None where the backbone has none."""
@@ -96,8 +98,8 @@ class Inputs:
 class Objective(Protocol):
     """One way to learn from interactions; see the module's docstring."""
 
-    def reads(self, batch: Batch, context: Context) -> Reads:
-        """What `learn` and `preferences` need of the tables."""
+    def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
+        """What `learn` needs of the tables, and what scoring a guidance's candidates does."""
         ...
 
     @property
@@ -109,27 +111,35 @@ class Objective(Protocol):
         """The recommendation loss."""
         ...
 
-    def preferences(self, view: View, inputs: Inputs) -> Preferred:
-        """The preferences in the training pass."""
+    def guided(self, view: View, inputs: Inputs) -> Guided:
+        """A guidance's candidates in the training pass."""
         ...
 
 
-def _preferred(scores: Float[Array, "G 2"]) -> Preferred:
-    return Preferred(scores, losses.difference(scores))
+def _guided(scores: Float[Array, "G C"]) -> Guided:
+    return Guided(scores, losses.difference(scores) if scores.shape[1] == 2 else None)
 
 
-def _preference_lanes(batch: Batch) -> dict[str, Candidates]:
-    if batch.pref_items.shape[0] == 0:
-        return {}
-    return {PREFERENCES: Candidates(batch.pref_queries, batch.pref_items)}
+def _apart(candidates: Candidates | None) -> dict[str, Candidates]:
+    """A guidance's candidates as a group of their own."""
+    return {} if candidates is None else {GUIDANCE: candidates}
+
+
+def _as_pairs(candidates: Candidates) -> Candidates:
+    """[G, C] candidates as [G * C / 2, 2]: queries are repeated, one after the other."""
+    pairs = candidates.items.shape[1] // 2
+    if pairs == 1:
+        return candidates
+    queries = jax.tree.map(lambda x: jnp.repeat(x, pairs, axis=0), candidates.queries)
+    return Candidates(queries, candidates.items.reshape(-1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class Triples:
     """-log sigmoid(s_ui - s_uj), or binary cross-entropy of positive and negatives as rows.
 
-    With one negative, triples and preferences have the same shape and are scored in one pass
-    (`merged`).
+    With one negative, triples and a guidance's pairs of candidates have the same shape and are
+    scored in one pass (`merged`).
     """
 
     pair_loss: str  # bpr | bce
@@ -137,34 +147,39 @@ class Pairs:
 
     @property
     def penalised(self) -> tuple[str, ...]:
-        return (BOTH,) if self.merged else ("lanes",)
+        return (BOTH,) if self.merged else (TRIPLES,)
 
-    def reads(self, batch: Batch, context: Context) -> Reads:
+    def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
+        triples = Candidates(batch.queries, batch.items)
         if not self.merged:
-            own = {"lanes": Candidates(batch.queries, batch.items)}
-            return Reads({**own, **_preference_lanes(batch)}, {})
-        if batch.pref_items.shape[0] == 0:
-            return Reads({BOTH: Candidates(batch.queries, batch.items)}, {})
-        queries = jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b]), batch.queries, batch.pref_queries
-        )
-        items = jnp.concatenate([batch.items, batch.pref_items])
-        return Reads({BOTH: Candidates(queries, items)}, {})
+            return Reads({TRIPLES: triples, **_apart(candidates)}, {})
+        if candidates is None:
+            return Reads({BOTH: triples}, {})
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), triples, _as_pairs(candidates))
+        return Reads({BOTH: both}, {})
 
-    def _merged(self, view: View, inputs: Inputs) -> tuple[Preferred, Preferred]:
-        """Of triples and of preferences. Split last, so that gradients meet by concatenation."""
+    def _merged(self, view: View, inputs: Inputs) -> tuple[Guided, Guided]:
+        """Of triples and of a guidance. Split last, so that gradients meet by concatenation."""
         scores = view.scores(BOTH, inputs.pass_(0))
-        sizes = (inputs.batch.items.shape[0], inputs.batch.pref_items.shape[0])
-        each, differences = (jax.lax.split(x, sizes) for x in (scores, losses.difference(scores)))
-        return Preferred(each[0], differences[0]), Preferred(each[1], differences[1])
+        differences = losses.difference(scores)
+        triples = inputs.batch.items.shape[0]
+        sizes = (triples, scores.shape[0] - triples)
+        (of_triples, others), (triple_differences, other_differences) = (
+            jax.lax.split(x, sizes) for x in (scores, differences)
+        )
+        if inputs.candidates is None or inputs.candidates.items.shape[1] == 2:
+            return Guided(of_triples, triple_differences), Guided(others, other_differences)
+        others = others.reshape(inputs.candidates.items.shape)
+        return Guided(of_triples, triple_differences), Guided(others, None)
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
         weights = inputs.batch.weights
         if self.merged:
             triples, _ = self._merged(view, inputs)
+            assert triples.differences is not None
             scores, differences = triples.scores, triples.differences[:, None]
         else:
-            scores = view.scores("lanes", inputs.pass_(0))
+            scores = view.scores(TRIPLES, inputs.pass_(0))
             differences = scores[:, :1] - scores[:, 1:]
         right = jnp.mean((differences > 0).astype(jnp.float32), axis=1)
         if self.pair_loss == "bpr":
@@ -176,25 +191,24 @@ class Pairs:
             losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Preferred:
+    def guided(self, view: View, inputs: Inputs) -> Guided:
         if not self.merged:
-            return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
+            return _guided(view.scores(GUIDANCE, inputs.pass_(1)))
         return self._merged(view, inputs)[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledRows:
-    """Binary cross-entropy of one item a lane with its label."""
+class LabelledItems:
+    """Binary cross-entropy of one item with its label."""
 
-    penalised = ("lanes",)
+    penalised = (TRIPLES,)
 
-    def reads(self, batch: Batch, context: Context) -> Reads:
-        return Reads(
-            {"lanes": Candidates(batch.queries, batch.items), **_preference_lanes(batch)}, {}
-        )
+    def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
+        rows = Candidates(batch.queries, batch.items)
+        return Reads({TRIPLES: rows, **_apart(candidates)}, {})
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
-        scores, batch = view.scores("lanes", inputs.pass_(0))[:, 0], inputs.batch
+        scores, batch = view.scores(TRIPLES, inputs.pass_(0))[:, 0], inputs.batch
         assert batch.labels is not None
         right = ((scores > 0) == (batch.labels > 0.5)).astype(jnp.float32)
         loss = losses.binary_cross_entropy(scores, batch.labels)
@@ -204,8 +218,8 @@ class LabelledRows:
             jnp.sum(batch.weights),
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Preferred:
-        return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
+    def guided(self, view: View, inputs: Inputs) -> Guided:
+        return _guided(view.scores(GUIDANCE, inputs.pass_(1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +227,7 @@ class _Catalogue:
     """Softmax over every item, or over the negatives that a step shares."""
 
     backbone: DotBackbone
-    plan: negatives_lib.Plan
+    plan: SamplingPlan
 
     def reads(self, batch: Batch, context: Context) -> tuple[dict[str, Ids], frozenset[str]]:
         """Rows by name, and whole tables."""
@@ -256,16 +270,19 @@ class Softmax:
     catalogue: _Catalogue
     penalised = ("query", "item")
 
-    def reads(self, batch: Batch, context: Context) -> Reads:
+    def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
         rows, whole = self.catalogue.reads(batch, context)
         rows["query"] = self.backbone.query_ids(context, batch.queries)
         rows["item"] = self.backbone.item_ids(context, batch.items[:, 0])
-        return Reads(_preference_lanes(batch), rows, whole)
+        return Reads(_apart(candidates), rows, whole)
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
         backbone, batch = self.backbone, inputs.batch
         states = backbone.query_vectors(
-            *(inputs.params, view.rows("query"), inputs.context, batch.queries),
+            inputs.params,
+            view.rows("query"),
+            inputs.context,
+            batch.queries,
             dropout=inputs.pass_(0),
         )
         positives = backbone.item_vectors(inputs.params, view.rows("item"))
@@ -273,8 +290,8 @@ class Softmax:
             view, inputs, states, positives, batch.items[:, 0], batch.weights
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Preferred:
-        return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
+    def guided(self, view: View, inputs: Inputs) -> Guided:
+        return _guided(view.scores(GUIDANCE, inputs.pass_(1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,14 +303,14 @@ class Windows:
     catalogue: _Catalogue
     penalised = ("window", "candidates")
 
-    def reads(self, batch: Batch, context: Context) -> Reads:
+    def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
         rows: dict[str, Ids] = {}
         whole: frozenset[str] = frozenset()
         if self.loss in ("softmax", "sampled_softmax"):
             rows, whole = self.catalogue.reads(batch, context)
         rows["window"] = {"item": self._events(batch, context)[0]}
         rows["candidates"] = {"item": batch.items}
-        return Reads(_preference_lanes(batch), rows, whole)
+        return Reads(_apart(candidates), rows, whole)
 
     def _events(
         self, batch: Batch, context: Context
@@ -303,38 +320,41 @@ class Windows:
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
         backbone, batch = self.backbone, inputs.batch
-        ids, there = self._events(batch, inputs.context)
+        ids, is_event = self._events(batch, inputs.context)
         last, candidates = batch.items[:, :1], view.rows("candidates")["item"]
         ids = jnp.concatenate([ids, last], axis=1)
         events = jnp.concatenate([view.rows("window")["item"], candidates[:, :1]], axis=1)
-        there = jnp.concatenate([there, jnp.ones_like(last, dtype=bool)], axis=1)
-        found = backbone.window(inputs.params, events, there, key=inputs.key)
-        place = jnp.broadcast_to(found.place, found.weights.shape)
+        is_event = jnp.concatenate([is_event, jnp.ones_like(last, dtype=bool)], axis=1)
+
+        predicted = backbone.window(inputs.params, events, is_event, key=inputs.key)
+        place = jnp.broadcast_to(predicted.place, predicted.weights.shape)
         targets = jnp.take_along_axis(ids, place, axis=1)
-        weights = found.weights * batch.weights[:, None]
+        weights = predicted.weights * batch.weights[:, None]
         rows = {"item": jnp.take_along_axis(events, place[:, :, None], axis=1)}
         positives = backbone.item_vectors(inputs.params, rows)
         if self.loss in ("softmax", "sampled_softmax"):
-            joined = map(_joined, (found.states, positives, targets, weights))
+            joined = map(_joined, (predicted.states, positives, targets, weights))
             return self.catalogue.learn(view, inputs, *joined)
+
         windows, places = weights.shape
         drawn = candidates[:, 1:].reshape(windows, -1, inputs.negatives, candidates.shape[-1])
         negatives = backbone.item_vectors(inputs.params, {"item": drawn[:, :places]})
-        own = jnp.sum(found.states * positives, axis=-1)[..., None]
-        others = dots(found.states, negatives)
+        positive_scores = jnp.sum(predicted.states * positives, axis=-1)[..., None]
+        negative_scores = dots(predicted.states, negatives)
         if self.loss == "bpr":
-            each = jnp.mean(losses.bpr(own - others), axis=-1)
+            terms = jnp.mean(losses.bpr(positive_scores - negative_scores), axis=-1)
         else:
-            scores = jnp.concatenate([own, others], axis=-1)
+            scores = jnp.concatenate([positive_scores, negative_scores], axis=-1)
             labels = jnp.zeros_like(scores).at[..., 0].set(1.0)
-            each = jnp.mean(losses.binary_cross_entropy(scores, labels), axis=-1)
-        right = jnp.mean((own > others).astype(jnp.float32), axis=-1)
+            terms = jnp.mean(losses.binary_cross_entropy(scores, labels), axis=-1)
+
+        right = jnp.mean((positive_scores > negative_scores).astype(jnp.float32), axis=-1)
         return Learned(
-            losses.masked_sum(each, weights), losses.masked_sum(right, weights), jnp.sum(weights)
+            losses.masked_sum(terms, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
 
-    def preferences(self, view: View, inputs: Inputs) -> Preferred:
-        return _preferred(view.scores(PREFERENCES, inputs.pass_(1)))
+    def guided(self, view: View, inputs: Inputs) -> Guided:
+        return _guided(view.scores(GUIDANCE, inputs.pass_(1)))
 
 
 def _joined(x: jax.Array) -> jax.Array:
@@ -342,7 +362,17 @@ def _joined(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def make_objective(run: RunConfig, backbone: AnyBackbone, plan: negatives_lib.Plan) -> Objective:
+def dot_model(backbone: AnyBackbone, *, native: bool) -> FactorModel | None:
+    """How the CPU kernels can serve every row that scoring a backbone's pairs reads, if they
+    can."""
+    if not native or not isinstance(backbone, DotBackbone) or backbone.dropout > 0:
+        return None
+    return backbone.factor_model
+
+
+def make_objective(
+    run: RunConfig, backbone: AnyBackbone, guidance: Guidance | None, plan: SamplingPlan
+) -> Objective:
     """The objective that --loss names for `backbone`."""
     loss = run.loss_name
     if isinstance(backbone, SequenceBackbone):
@@ -351,14 +381,20 @@ def make_objective(run: RunConfig, backbone: AnyBackbone, plan: negatives_lib.Pl
         assert isinstance(backbone, DotBackbone)  # config.LOSSES_OF
         return Softmax(backbone, _Catalogue(backbone, plan))
     if plan.negatives == 0:
-        return LabelledRows()
-    # Dropout as the gate's uncertainty needs passes over the preferences alone.
-    stochastic = plan.preferences > 0 and run.gate.uncertainty == "dropout"
-    return Pairs(loss, merged=plan.negatives == 1 and not stochastic)
+        return LabelledItems()
+    # Lists as pairs read a query's rows once a pair: worth it only where these stay in a cache.
+    as_pairs = (
+        guidance is None
+        or guidance.width == 2
+        or (guidance.width % 2 == 0 and dot_model(backbone, native=plan.native) is not None)
+    )
+    # A stochastic pass scores a guidance's candidates alone.
+    stochastic = guidance is not None and guidance.reads_stochastic
+    return Triples(loss, merged=plan.negatives == 1 and as_pairs and not stochastic)
 
 
-def negatives_of_lane(run: RunConfig, length: int) -> int:
-    """C - 1: negatives drawn for a lane.
+def negatives_of_triple(run: RunConfig, length: int) -> int:
+    """C - 1: negatives drawn for a positive, or for a window.
 
     Args:
       length: L of a sequence backbone; 0 for others.

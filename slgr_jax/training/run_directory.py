@@ -2,7 +2,7 @@
 
 config.json    every knob (config.RunConfig)
 run.json       versions, devices, hashes, sizes and thresholds that the knobs resolved to
-log.jsonl      one object a validation (journal.py)
+log.jsonl      one object a validation (training_log.py)
 .lock          held while a process trains; names it
 checkpoints/   state, best state, progress (checkpoint.py)
 metrics.json, per_user.parquet, metrics.png    slgr evaluate
@@ -11,24 +11,23 @@ metrics.json, per_user.parquet, metrics.png    slgr evaluate
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import platform
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 
-from slgr_jax import __version__, config
+from slgr_jax import __version__, config, files
 from slgr_jax.config import knobs
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.reports import tables
+from slgr_jax.evaluation.results import METRICS, PER_USER, PICTURE
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import checkpoint
 from slgr_jax.training.step import Trainer
@@ -38,10 +37,19 @@ _RECORDED = ("split_hash", "id_map_hash", "teacher_hash")
 # Knobs that may change when a run is resumed: none of them changes what a step computes.
 RESUMABLE = frozenset(
     {
-        *("epochs", "patience", "tensorboard", "verify_checksums", "checkpoint_every_s"),
-        *("steps_per_dispatch", "table_shards", "min_devices", "eval_users_per_chunk", "restart"),
-        # The ensemble's runs may have moved: what they hold is compared (`members`).
-        *("kernels", "reference_runs"),
+        "epochs",
+        "patience",
+        "tensorboard",
+        "verify_checksums",
+        "checkpoint_every_s",
+        "steps_per_dispatch",
+        "table_shards",
+        "min_devices",
+        "eval_users_per_chunk",
+        "restart",
+        "kernels",
+        # Reference runs may have moved: what they hold is compared (`reference_checkpoints`).
+        "reference_runs",
     }
 )
 
@@ -58,29 +66,31 @@ def read_config(workdir: str) -> config.RunConfig:
         raise ConfigError(f"{error}; restore it, or train anew with --restart") from error
 
 
-def members(run: config.RunConfig) -> list[dict[str, Any]]:
-    """What the record says of the ensemble's runs: where each lies, and which checkpoint it holds.
+def reference_checkpoints(run: config.RunConfig) -> list[dict[str, Any]]:
+    """Where each reference run lies, and which checkpoint it holds.
 
     `checkpoint` is the SHA-256 of Orbax's notes: how far the loop was, its best metric, and when it
     was written, to the nanosecond. A copy of a run has the same.
     """
-    found = []
-    for member in run.reference_runs:
-        root = pathlib.Path(member) / checkpoint.DIRECTORY
+    checkpoints = []
+    for workdir in run.reference_runs:
+        root = pathlib.Path(workdir) / checkpoint.DIRECTORY
         steps = [int(path.name) for path in root.glob("*") if path.name.isdigit()]
         if not steps:
             raise ConfigError(
-                f"--reference_runs: {member} holds no finished checkpoint; train it first"
+                f"--reference_runs: {workdir} holds no finished checkpoint; train it first"
             )
         notes = root / str(max(steps)) / "_CHECKPOINT_METADATA"
         sha256 = hashlib.sha256(notes.read_bytes()).hexdigest()
-        found.append({"run": os.path.abspath(member), "step": max(steps), "checkpoint": sha256})
-    return found
+        checkpoints.append(
+            {"run": os.path.abspath(workdir), "step": max(steps), "checkpoint": sha256}
+        )
+    return checkpoints
 
 
-def other_members(workdir: str, run: config.RunConfig) -> str | None:
-    """How the ensemble of `run` differs from what the run in `workdir` was trained with, if so."""
-    record, now = _record(workdir), members(run)
+def other_reference_runs(workdir: str, run: config.RunConfig) -> str | None:
+    """How the reference runs of `run` differ from those that the run in `workdir` had, if so."""
+    record, now = _record(workdir), reference_checkpoints(run)
     if record is None:
         names = [read_config(workdir).gate.reference_runs, run.gate.reference_runs]
         return None if names[0] == names[1] else " -> ".join(names)
@@ -140,38 +150,33 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
         raise ConfigError(f"{root} is a dataset or a teacher product; choose another --workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
-    with lock:
-        _hold(lock, root)
+    with contextlib.ExitStack() as stack:
+        _hold(stack, root)
         if run.train.restart:
             checkpoint.clear(run.workdir)
-            for name in (CONFIG, RECORD, tables.METRICS, tables.PER_USER, tables.PICTURE):
+            for name in (CONFIG, RECORD, METRICS, PER_USER, PICTURE):
                 (root / name).unlink(missing_ok=True)
         elif (root / CONFIG).is_file():
             _refuse_changes(read_config(run.workdir), run, trained_on(run.workdir, dataset))
-        write_text(root / CONFIG, knobs.to_json(run))
+        files.write_atomically(root / CONFIG, knobs.to_json(run))
         yield
 
 
-def _hold(lock: TextIO, root: pathlib.Path) -> None:
-    """Lock the file until it is closed; the system unlocks it however the process ends."""
+def _hold(stack: contextlib.ExitStack, root: pathlib.Path) -> None:
+    """Lock the run until the stack is closed."""
     if jax.process_index():
         return  # the processes of one job share the run; the first speaks for all
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
+        stack.enter_context(files.hold(root / LOCK))
+    except files.LockHeldError as error:
         raise ConfigError(
-            f"{root} is being trained by another process ({lock.read().strip()}); stop that one "
+            f"{root} is being trained by another process ({error.holder}); stop that one "
             "or choose another --workdir"
         ) from error
-    except OSError:
-        return  # a file system without locks
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node()}")
-    lock.flush()
+    except OSError as error:
+        raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
 
 
 def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | None) -> None:
@@ -184,7 +189,7 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
     was = recorded(run.workdir)
     if was is not None and was["teacher_hash"] != teacher_hash(run) and not changed:
         changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
-    if not changed and (other := other_members(run.workdir, run)):
+    if not changed and (other := other_reference_runs(run.workdir, run)):
         changed.append(f"--reference_runs: {other}")
     if changed:
         raise ConfigError(
@@ -193,14 +198,10 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
         )
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved: int) -> str:
-    """`run.json`: what the config resolved to on this machine."""
+def write_record(
+    run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved: int
+) -> None:
+    """Write `run.json`: what the config resolved to on this machine."""
     slices = dataset.slices(run.slices)
     devices = trainer.layout.mesh.devices.ravel()
     facts = {
@@ -216,12 +217,12 @@ def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved
         "split_hash": dataset.manifest.split_hash,
         "id_map_hash": dataset.manifest.id_map_hash,
         "teacher_hash": teacher_hash(run),
-        "reference_runs": members(run),
+        "reference_runs": reference_checkpoints(run),
         "users": dataset.n_users,
         "items": dataset.n_items,
         "train_pairs": int(dataset.history.sum()),
         "drawn_an_epoch": trainer.plan.drawn,
-        "preferences_per_step": trainer.plan.preferences,
+        "guidance_queries_per_step": trainer.guidance.queries if trainer.guidance else 0,
         "cold_user_history": slices.cold_user_history,
         "tail_item_popularity": slices.tail_item_popularity,
         "cold_users": int(slices.cold_users.sum()),
@@ -231,4 +232,5 @@ def record(run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved
             for name, spec in trainer.backbone.tables.items()
         },
     }
-    return json.dumps(facts | resolved, indent=2) + "\n"
+    text = json.dumps(facts | resolved, indent=2) + "\n"
+    files.write_atomically(pathlib.Path(run.workdir) / RECORD, text)

@@ -1,17 +1,19 @@
 """The one fused train step: draw, look up, score, differentiate rows, update rows.
 
     key     = fold_in(seed, step)
-    batch   = draw(key)                        B triples (u, i, j), G preferences (u, a, b)
-    rows    = lookup(tables, ids(batch))
+    batch   = draw(key)                        B triples (u, i, j)
+    drawn   = guidance.draw(key)               G queries with C candidates
+    rows    = lookup(tables, ids(batch, drawn))
     loss    = mean_B rec(s_ui, s_uj) + l2/2 mean_B |rows of the triple|^2
-              + lambda mean_G pair(s_ua - s_ub, alpha) + what teaches the gate (supervision.py)
+              + lambda guidance.loss + what supervises its gate
     params  = optax Adam on the mean loss
     tables  = row optimiser on B times the mean loss, i.e. on the sum over the batch
 
 What is learned from interactions, and from which rows, is the objective's (objectives.py): a
 triple for matrix factorisation and graphs, labelled rows for click prediction, whole windows of a
-history for sequence models. The row gradients are those of the *sum* over the batch, so a row's
-learning rate does not depend on how many other triples share its batch. Everything is a function of
+history for sequence models. What is learned from an LLM product is the guidance's
+(guidance/base.py). The row gradients are those of the *sum* over the batch, so a row's learning
+rate does not depend on how many other triples share its batch. Everything is a function of
 (state, seed): resuming needs no iterator state.
 """
 
@@ -24,63 +26,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.config import RunConfig
-from slgr_jax.guidance import gates
-from slgr_jax.guidance.supervision import Seen, Supervision
+from slgr_jax.guidance.base import Frozen, Scored
 from slgr_jax.mesh import Layout
-from slgr_jax.models import embedding_table, losses
-from slgr_jax.models.backbones import AnyBackbone, DotBackbone
-from slgr_jax.models.row_access import Access, DotAccess, Leaves, Reads, Rows
-from slgr_jax.models.scoring import Scoring, ServingState
-from slgr_jax.sampling import arrays, negatives
-from slgr_jax.sampling import batch as batch_lib
-from slgr_jax.sampling.context import Context
+from slgr_jax.models import losses
+from slgr_jax.models.row_access import Access, Candidates, DotAccess, Leaves, Reads, RowAccess
+from slgr_jax.sampling.arrays import DeviceArrays
+from slgr_jax.sampling.batch import Batch, draw
+from slgr_jax.sampling.negatives import SamplingPlan, generators
 from slgr_jax.training import objectives
+from slgr_jax.training.state import Learner, TrainState
 
 Sums = dict[str, jax.Array]
-# What is folded into a step's key for what teaches a gate; far above any device's number.
-_FOR_ANSWERS = (1 << 31) + 1
-# The number of the pass whose dropout all lanes share (a graph's edges).
+# Salt of the key of what supervises a gate; above any device's index, so streams never collide.
+_FOR_OBSERVING = (1 << 31) + 1
+# The number of the pass whose dropout all candidates share (a graph's edges).
 _SHARED_PASS = 2
-# Lanes (triples and preferences) drawn at once: enough that XLA's overhead per operation is small,
+# Triples and guidance's pairs drawn at once: enough that XLA's overhead per operation is small,
 # few enough that what was drawn is still in a CPU's cache when it is used.
-LANES_DRAWN = 1 << 16
+DRAWN_AT_ONCE = 1 << 16
 # Sums over the steps of a dispatch; the host divides by `steps` (means over steps).
-SUM_NAMES = (
-    "steps",
-    "loss",
-    "rec_loss",
-    "guidance_loss",
-    "gate_loss",
-    "accuracy",
-    "alpha",
-    "agreement",
-    "triples",
-    "preferences",
-)
-
-
-@struct.dataclass
-class TrainState:
-    """Everything that training changes.
-
-    Attributes:
-      step: [] int32, steps done.
-      tables: name -> [R', W] rows of values and optimiser slots (`embedding_table.RowFormat`).
-      params: {"backbone": ..., "gate": ...} dense parameters.
-      opt_state: optax state of `params`.
-    """
-
-    step: Int[Array, ""]
-    tables: dict[str, jax.Array]
-    params: dict[str, Any]
-    opt_state: Any
+SUM_NAMES = ("steps", "loss", "rec_loss", "accuracy", "triples")
 
 
 @struct.dataclass
@@ -89,7 +59,7 @@ class Health:
 
     Attributes:
       step: [] int32, the first step whose rows, parameters or loss were not finite; -1: none.
-      leaves: [] int32, bit k set if leaf k of `leaf_names` was not finite at that step.
+      leaves: [] int32, bit k set if leaf k of `Learner.leaf_names` was not finite at that step.
     """
 
     step: Int[Array, ""]
@@ -97,114 +67,55 @@ class Health:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainer:
-    """The compiled-in parts of a run: what is trained, how, and on which devices.
+class Trainer(Learner):
+    """The compiled-in parts of a run: a `Learner`, and what its steps draw."""
 
-    `ensemble` holds the backbones of `Resident.ensemble`.
-    """
-
-    config: RunConfig
-    backbone: AnyBackbone
-    gate: gates.Gate
-    plan: negatives.Plan
-    layout: Layout
-    reference_runs: tuple[AnyBackbone, ...] = ()
-
-    @property
-    def guided(self) -> bool:
-        return self.plan.preferences > 0
-
-    @property
-    def gated(self) -> bool:
-        return self.guided and self.config.gated
-
-    @property
-    def supervision(self) -> Supervision:
-        """What guidance adds to the loss."""
-        return Supervision(
-            *(self.config, self.gate, self.access, self.layout, self.plan.margin_scale),
-            *(self.reference_runs, self.plan.native),
-        )
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam for dense parameters; no weight decay, the gate least of all."""
-        dense = optax.adam(self.config.optimizer.dense_lr)
-        if not self.gated:
-            return dense
-        each = {"backbone": dense, "gate": optax.adam(self.config.gate_lr)}
-        return optax.multi_transform(each, {name: name for name in each})
-
-    @property
-    def row_optimizer(self) -> embedding_table.RowOptimizer:
-        return embedding_table.make_row_optimizer(self.config.optimizer)
+    plan: SamplingPlan
 
     @functools.cached_property
     def objective(self) -> objectives.Objective:
         """What is learned from interactions."""
-        return objectives.make_objective(self.config, self.backbone, self.plan)
+        return objectives.make_objective(self.config, self.backbone, self.guidance, self.plan)
 
     @property
     def access(self) -> Access:
         """Dot products where the CPU kernels can serve them all, rows otherwise."""
-        backbone, objective, plan = self.backbone, self.objective, self.plan
-        simple = isinstance(objective, objectives.Pairs) and objective.merged
-        if (
-            plan.native
-            and simple
-            and isinstance(backbone, DotBackbone)
-            and backbone.factor_model is not None
-            and backbone.dropout == 0
-            and not plan.held_out  # a look-ahead step needs the rows
-        ):
-            width = backbone.tables[backbone.factor_model.user_table].width
-            return DotAccess(backbone.factor_model, width, self.row_optimizer)
-        return Rows(backbone, self.row_optimizer, self.layout, plan.native)
+        objective, native = self.objective, self.plan.native
+        merged = isinstance(objective, objectives.Triples) and objective.merged
+        model = objectives.dot_model(self.backbone, native=native)
+        if merged and model is not None:
+            width = self.backbone.tables[model.user_table].width
+            return DotAccess(model, width, self.row_optimizer)
+        return RowAccess(self.backbone, self.row_optimizer, self.layout, native)
+
+    @property
+    def guidance_pairs(self) -> int:
+        """Pairs of candidates that a step scores for its guidance."""
+        guidance = self.guidance
+        return 0 if guidance is None else guidance.queries * -(-guidance.width // 2)
 
     @property
     def drawn_together(self) -> int:
         """S: steps whose batches are drawn at once, by programs over long vectors."""
         plan = self.plan
-        return max(1, LANES_DRAWN // (plan.triples * max(plan.negatives, 1) + plan.preferences))
+        drawn = plan.triples * max(plan.negatives, 1) + self.guidance_pairs
+        return max(1, DRAWN_AT_ONCE // drawn)
 
     @property
-    def leaf_names(self) -> list[str]:
-        """What `Health.leaves` refers to, bit by bit."""
-        return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
-
-
-def init_state(trainer: Trainer, seed: int) -> TrainState:
-    """A fresh state on the devices of the layout; the same values on any number of devices."""
-    key = jax.random.key(seed)
-    names = sorted(trainer.backbone.tables)
-    keys = dict(zip(["", *names], jax.random.split(key, len(names) + 1), strict=True))
-    optimizer, dtype = trainer.row_optimizer, trainer.config.optimizer.table_dtype
-    made = {
-        name: embedding_table.init_table(
-            keys[name], trainer.backbone.tables[name], optimizer, trainer.layout, dtype
-        )
-        for name in names
-    }
-
-    def dense(key: jax.Array) -> tuple[dict[str, Any], Any]:
-        for_backbone, for_gate = jax.random.split(key)
-        params: dict[str, Any] = {"backbone": trainer.backbone.init(for_backbone), "gate": {}}
-        if trainer.gated:
-            params["gate"] = trainer.gate.init(for_gate, gates.empty_inputs()).get("params", {})
-        return params, trainer.optimizer.init(params)
-
-    params, opt_state = jax.jit(dense, out_shardings=trainer.layout.replicated)(keys[""])
-    zero = jax.device_put(np.int32(0), trainer.layout.replicated)
-    return TrainState(zero, made, params, opt_state)
+    def sum_names(self) -> tuple[str, ...]:
+        """What a step reports."""
+        if self.guidance is None:
+            return SUM_NAMES
+        return (*SUM_NAMES, "guidance_loss", "gate_loss", *self.guidance.metrics)
 
 
 RunSteps = Callable[
-    [TrainState, arrays.DeviceArrays, jax.Array, jax.Array], tuple[TrainState, Sums, Health]
+    [TrainState, DeviceArrays, jax.Array, jax.Array], tuple[TrainState, Sums, Health]
 ]
 
 
 def make_run_steps(trainer: Trainer) -> RunSteps:
-    """The jitted train program: (state, resident, seed key, K) -> (state', sums, health).
+    """The jitted train program: (state, device arrays, seed key, K) -> (state', sums, health).
 
     K is a traced number, so one compilation serves every dispatch length. The state is donated.
     """
@@ -221,26 +132,30 @@ def make_run_steps(trainer: Trainer) -> RunSteps:
 
 
 def make_program(trainer: Trainer) -> RunSteps:
-    """What `make_run_steps` compiles, un-jitted: `many.py` maps it over seeds."""
+    """What `make_run_steps` compiles, un-jitted: `multi_seed.py` maps it over seeds."""
 
     def program(
-        state: TrainState, resident: arrays.DeviceArrays, key: jax.Array, count: jax.Array
+        state: TrainState, arrays: DeviceArrays, key: jax.Array, count: jax.Array
     ) -> tuple[TrainState, Sums, Health]:
         slots = {
             name: jnp.zeros(trainer.layout.padded_rows(spec.rows), jnp.int32)
             for name, spec in trainer.backbone.tables.items()
         }
         slots = jax.lax.with_sharding_constraint(slots, trainer.layout.table_sharding)
-        sums = {name: jnp.zeros((), jnp.float32) for name in SUM_NAMES}
+        sums = {name: jnp.zeros((), jnp.float32) for name in trainer.sum_names}
         health = Health(jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
-        def body(batch: batch_lib.Batch, keys: jax.Array, at: jax.Array, carry: Any) -> Any:
+        def body(drawn: Any, keys: jax.Array, at: jax.Array, carry: Any) -> Any:
             state, slots, sums, health = carry
-            mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, False), batch)
-            if trainer.plan.certain:  # a constant, so that nothing is masked or counted
-                mine = mine.replace(weights=jnp.ones_like(mine.weights))
-            state, slots, new, bad = train_step(trainer, state, slots, mine, resident, keys[at])
-            sums = {name: sums[name] + new[name] for name in SUM_NAMES}
+            batch, guided = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, False), drawn
+            )
+            if trainer.plan.every_negative:  # a constant, so that nothing is masked or counted
+                batch = batch.replace(weights=jnp.ones_like(batch.weights))
+            state, slots, new, bad = train_step(
+                trainer, state, slots, batch, guided, arrays, keys[at]
+            )
+            sums = {name: sums[name] + new[name] for name in sums}
             first = (health.step < 0) & (bad > 0)
             health = Health(
                 jnp.where(first, state.step - 1, health.step),
@@ -250,29 +165,40 @@ def make_program(trainer: Trainer) -> RunSteps:
 
         together = trainer.drawn_together
 
-        def some(number: jax.Array, carry: Any) -> Any:
+        def some_steps(number: jax.Array, carry: Any) -> Any:
             steps = carry[0].step + jnp.arange(together)
             keys = jax.vmap(lambda step: jax.random.split(jax.random.fold_in(key, step)))(steps)
-            batch = batch_lib.draw(keys[:, 0], resident, trainer.plan)
+            drawn = draw_steps(trainer, keys[:, 0], arrays)
             if trainer.layout.devices > 1:
-                batch = jax.lax.with_sharding_constraint(batch, trainer.layout.batches_sharding)
+                drawn = jax.lax.with_sharding_constraint(drawn, trainer.layout.batches_sharding)
             left = jnp.minimum(together, count - number * together)
-            return jax.lax.fori_loop(0, left, functools.partial(body, batch, keys[:, 1]), carry)
+            return jax.lax.fori_loop(0, left, functools.partial(body, drawn, keys[:, 1]), carry)
 
         state, _, sums, health = jax.lax.fori_loop(
-            0, -(-count // together), some, (state, slots, sums, health)
+            0, -(-count // together), some_steps, (state, slots, sums, health)
         )
         return state, sums, health
 
     return program
 
 
+def draw_steps(trainer: Trainer, keys: jax.Array, arrays: DeviceArrays) -> tuple[Batch, Any]:
+    """The batches of S steps, and what the guidance draws for them; each step by its own key."""
+    of_triples, of_guidance = generators(keys)
+    batch = draw(of_triples, arrays, trainer.plan)
+    if trainer.guidance is None:
+        return batch, None
+    facts, histories = arrays.interactions.facts, arrays.context.histories
+    return batch, trainer.guidance.draw(of_guidance, arrays.guidance, facts, histories)
+
+
 def train_step(
     trainer: Trainer,
     state: TrainState,
     slots: dict[str, jax.Array],
-    batch: batch_lib.Batch,
-    resident: arrays.DeviceArrays,
+    batch: Batch,
+    guided: Any,
+    arrays: DeviceArrays,
     key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array], Sums, Int[Array, ""]]:
     """One step on one batch, pure and un-jitted; see the module's docstring."""
@@ -282,18 +208,16 @@ def train_step(
         return _local_step(trainer, *args)
 
     if layout.devices > 1:
-        whole = PartitionSpec()
-        rows = layout.table_spec
+        whole, rows, lanes = PartitionSpec(), layout.table_spec, layout.batch_spec
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, whole, whole, layout.batch_spec, whole, whole, whole, whole),
+            in_specs=(rows, rows, whole, whole, lanes, lanes, whole, whole),
             out_specs=(rows, rows, whole, whole, whole, whole),
             check_vma=False,  # replicas of a table see the same gathered updates
         )
     new_tables, slots, params, opt_state, sums, bad = local(
-        *(state.tables, slots, state.params, state.opt_state),
-        *(batch, resident.interactions, resident.context, resident.reference_runs, key),
+        state.tables, slots, state.params, state.opt_state, batch, guided, arrays, key
     )
     return TrainState(state.step + 1, new_tables, params, opt_state), slots, sums, bad
 
@@ -304,51 +228,52 @@ def _local_step(
     slots: dict[str, jax.Array],
     params: dict[str, Any],
     opt_state: Any,
-    batch: batch_lib.Batch,
-    interactions: arrays.Interactions,
-    context: Context,
-    reference_runs: tuple[Scoring, ...],
+    batch: Batch,
+    guided: Any,
+    arrays: DeviceArrays,
     key: jax.Array,
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
-    layout, access = trainer.layout, trainer.access
+    layout, access, context = trainer.layout, trainer.access, arrays.context
+    guidance = trainer.guidance
     for_rounding = key
     if layout.devices > 1:
         key = jax.random.fold_in(key, layout.device_index())
     if batch.shared is not None:
         batch = batch.replace(shared=layout.gather_over_all(batch.shared))  # type: ignore[attr-defined]
-    reads = trainer.objective.reads(batch, context)
+
+    candidates = None if guidance is None else guidance.candidates(guided)
+    reads = trainer.objective.reads(batch, context, candidates)
     leaves = access.read(state_tables, context, reads)
-    for_pass, for_gate = jax.random.split(key)
-    for_answers = jax.random.fold_in(key, _FOR_ANSWERS)
-    seen = Seen()
-    if trainer.gated:
+
+    for_pass, for_guidance = jax.random.split(key)
+    observed = None
+    if guidance is not None:
+        for_observing = jax.random.fold_in(key, _FOR_OBSERVING)
         rate = trainer.backbone.dropout
-        dropout = (rate, jax.random.fold_in(for_answers, 1)) if rate > 0 else None
-        seen = trainer.supervision.see(
-            *(state_tables, params["backbone"], batch, context),
-            *(dropout, for_answers, reference_runs),
-        )
-    part = _Part(batch, reads, interactions, context, seen, for_pass, for_gate)
+        dropout = (rate, jax.random.fold_in(for_observing, 1)) if rate > 0 else None
+        frozen = Frozen(access, state_tables, params["backbone"], context, dropout)
+        observed = guidance.observe(frozen, guided, arrays.guidance, for_observing)
+    part = _Part(batch, guided, candidates, observed, reads, arrays, for_pass, for_guidance)
 
-    def objective(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Sums]:
-        return _objective(trainer, params, leaves, part)
+    def loss_of(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Sums]:
+        return _loss(trainer, params, leaves, part)
 
-    grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
     (loss, sums), (params_grad, leaves_grad) = grad(params, leaves)
-    counts = {name: sums.pop(name) for name in ("triples", "preferences")}
+    triples = sums.pop("triples")  # over all devices already
     loss, sums, params_grad = layout.sum_over_all((loss, sums, params_grad))
-    found = access.finite(leaves)
-    finite = [_everywhere(layout, found[name]) for name in trainer.backbone.tables]
-    finite.append(_all_finite(params))
-    finite.append(jnp.isfinite(loss))
+
+    rows_finite = access.finite(leaves)
+    finite = [_everywhere(layout, rows_finite[name]) for name in trainer.backbone.tables]
+    finite += [_all_finite(params), jnp.isfinite(loss)]
     bad = sum(jnp.where(flag, 0, 1 << bit) for bit, flag in enumerate(finite))
 
-    summed = jax.tree.map(lambda g: g * jnp.maximum(counts["triples"], 1.0), leaves_grad)
+    summed = jax.tree.map(lambda g: g * jnp.maximum(triples, 1.0), leaves_grad)
     new_tables, new_slots = access.write(state_tables, slots, context, reads, summed, for_rounding)
     updates, opt_state = trainer.optimizer.update(params_grad, opt_state, params)
     params = optax.apply_updates(params, updates)
-    sums = {"steps": jnp.float32(1.0), "loss": loss, **counts, **sums}
+    sums = {"steps": jnp.float32(1.0), "loss": loss, "triples": triples, **sums}
     return new_tables, new_slots, params, opt_state, sums, bad
 
 
@@ -365,77 +290,65 @@ def _all_finite(tree: Any) -> jax.Array:
 class _Part:
     """What the loss of one device's part of a batch is computed from, besides what is trained."""
 
-    batch: batch_lib.Batch
+    batch: Batch
+    guided: Any
+    candidates: Candidates | None
+    observed: Any
     reads: Reads
-    interactions: arrays.Interactions
-    context: Context
-    seen: Seen
+    arrays: DeviceArrays
     for_pass: jax.Array
-    for_gate: jax.Array
+    for_guidance: jax.Array
 
 
-def _objective(
+def _loss(
     trainer: Trainer, params: dict[str, Any], leaves: Leaves, part: _Part
 ) -> tuple[Float[Array, ""], Sums]:
     """This device's share of the loss: the sum over devices is the loss of the batch.
 
-    The sums also hold `triples` and `preferences`, over all devices.
+    The sums also hold `triples`, over all devices.
     """
     config, access, objective = trainer.config, trainer.access, trainer.objective
-    batch, rate, layout = part.batch, trainer.backbone.dropout, trainer.layout
-    own = params["backbone"]
+    batch, context = part.batch, part.arrays.context
+    backbone_params = params["backbone"]
     inputs = objectives.Inputs(
-        *(batch, part.context, part.interactions, own),
-        *(rate, config.loss.negatives_per_positive, part.for_pass),
+        batch,
+        context,
+        part.arrays.interactions,
+        backbone_params,
+        trainer.backbone.dropout,
+        config.loss.negatives_per_positive,
+        part.for_pass,
+        part.candidates,
     )
-    view = access.view(own, leaves, part.context, part.reads, inputs.pass_(_SHARED_PASS))
+    view = access.view(backbone_params, leaves, context, part.reads, inputs.pass_(_SHARED_PASS))
     learned = objective.learn(view, inputs)
-    preferences = jnp.float32(batch.pref_items.shape[0])
-    counts = {"triples": learned.count, "preferences": preferences}
-    counts = layout.sum_over_all(jax.lax.stop_gradient(counts))
-    per_triple = 1.0 / jnp.maximum(counts["triples"], 1.0)
+
+    triples = trainer.layout.sum_over_all(jax.lax.stop_gradient(learned.count))
+    per_triple = 1.0 / jnp.maximum(triples, 1.0)
     rec = learned.loss * per_triple
     penalty = jnp.float32(0.0)
     if config.optimizer.l2 > 0:
-        squares = access.squares(leaves, part.context, part.reads)
+        squares = access.squares(leaves, context, part.reads)
         for name in objective.penalised:
-            lanes = squares[name][: batch.weights.shape[0]]
-            penalty += losses.masked_sum(lanes, batch.weights) * per_triple
+            of_triples = squares[name][: batch.weights.shape[0]]
+            penalty += losses.masked_sum(of_triples, batch.weights) * per_triple
         penalty = 0.5 * config.optimizer.l2 * penalty
-    sums = {
-        **counts,
-        "rec_loss": rec,
-        "accuracy": learned.right * per_triple,
-        **dict.fromkeys(("guidance_loss", "gate_loss", "alpha", "agreement"), jnp.float32(0.0)),
-    }
-    if not trainer.guided:
+    sums = {"triples": triples, "rec_loss": rec, "accuracy": learned.right * per_triple}
+    if trainer.guidance is None:
         return rec + penalty, sums
-    preferred = objective.preferences(view, inputs)
 
     def stochastic(key: jax.Array, rate: float) -> jax.Array:
-        again = access.view(own, leaves, part.context, part.reads, (rate, key))
-        return again.scores(objectives.PREFERENCES, (rate, key))
+        again = access.view(backbone_params, leaves, context, part.reads, (rate, key))
+        return again.scores(objectives.GUIDANCE, (rate, key))
 
-    added = trainer.supervision.add(
-        *(params["gate"], preferred, stochastic, batch, part.seen, part.for_gate),
+    scores, differences = objective.guided(view, inputs)
+    added = trainer.guidance.loss(
+        params["guidance"],
+        Scored(scores, differences, stochastic),
+        part.guided,
+        part.observed,
+        trainer.layout,
+        part.for_guidance,
     )
-    sums |= {"guidance_loss": added.guidance, "gate_loss": added.gate}
-    sums |= {"alpha": added.alpha, "agreement": added.agreement}
-    return rec + penalty + config.guidance.weight * added.guidance + added.gate, sums
-
-
-def make_serving_state(trainer: Trainer) -> Callable[[TrainState, Context], ServingState]:
-    """Jitted: what serving needs out of a train state."""
-    backbone = trainer.backbone
-
-    def pick(state: TrainState, context: Context) -> ServingState:
-        params = state.params["backbone"]
-        values = {
-            name: embedding_table.values_of(state.tables[name], spec)
-            for name, spec in backbone.tables.items()
-        }
-        if isinstance(backbone, DotBackbone) and backbone.whole:
-            values = backbone.propagate(params, values, context)
-        return ServingState(params, values, state.params["gate"])
-
-    return jax.jit(pick)
+    sums |= {"guidance_loss": added.loss, "gate_loss": added.gate, **added.metrics}
+    return rec + penalty + config.guidance.weight * added.loss + added.gate, sums

@@ -16,7 +16,7 @@ from slgr_jax import config
 from slgr_jax.models.backbones import reads_of
 from slgr_jax.sampling.context import FIELDS, HISTORY
 from slgr_jax.training import build
-from slgr_jax.training.step import init_state
+from slgr_jax.training.state import init_state
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts there import one another by plain name
@@ -117,10 +117,10 @@ def test_both_ways_to_draw_without_replacement_are_that():
 def test_the_teacher_is_one_that_training_accepts(tmp_path):
     dataset = synthetic_dataset.from_pairs(synthetic.make(TINY), tmp_path)
     synthetic_dataset.write_teacher(dataset)
-    run = throughput.Case("tiny", "mf", "selective", "float32", 64)
-    trainer, resident = build.build(run.config({}, str(tmp_path)), dataset)
-    assert trainer.plan.preferences == 64
-    assert resident.teacher.items.size == 60 * 20
+    run = throughput.Case("tiny", "mf", "pairwise", "float32", 64)
+    experiment = build.build(run.config({}, str(tmp_path)), dataset)
+    assert experiment.trainer.guidance.queries == 64
+    assert experiment.arrays.guidance.teacher.items.size == 60 * 20
 
 
 def test_histories_are_a_shuffle_of_each_users_pairs():
@@ -155,9 +155,10 @@ def bytes_of_step(tmp_path, backbone, guidance="none", dtype="float32", **given)
     pairs = synthetic.make(TINY)
     dataset = synthetic_dataset.from_pairs(pairs, tmp_path, reads_of(run.model))
     synthetic_dataset.write_teacher(dataset)
-    trainer, resident = build.build(run, dataset)
+    experiment = build.build(run, dataset)
+    trainer = experiment.trainer
     size = worker.row_bytes(trainer, init_state(trainer, 0))
-    return worker.bytes_per_step(worker.rows_named(trainer, resident), size)
+    return worker.bytes_per_step(worker.rows_named(trainer, experiment.arrays), size)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def bytes_of_step(tmp_path, backbone, guidance="none", dtype="float32", **given)
         ("adagrad", "float32", "none", 3 * 2 * (64 + 64) * 4),
         ("sgd", "bfloat16", "none", 3 * 2 * 64 * 2),
         # As many preferences as triples, 3 rows each.
-        ("rowwise_adagrad", "float32", "selective", 2 * 3 * 2 * (64 + 1) * 4),
+        ("rowwise_adagrad", "float32", "pairwise", 2 * 3 * 2 * (64 + 1) * 4),
     ],
 )
 def test_bytes_per_triple_by_hand(tmp_path, optimizer, dtype, guidance, expected):
@@ -216,18 +217,16 @@ def even_pairs():
     ("backbone", "counted", "per_lane", "rows"),
     [("lightgcn", "triples", 1, 0), ("sasrec", "places", 5, 0), ("dcn", "triples", 1, 3)],
 )
-def test_a_turn_counts_triples_or_predicted_places(
-    tmp_path, monkeypatch, backbone, counted, per_lane, rows
-):
+def test_a_turn_counts_triples_or_predicted_places(tmp_path, backbone, counted, per_lane, rows):
     # The window of a user's last event has the 5 before it; it predicts all but the first of 6.
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
     case = throughput.Case("tiny", backbone, "none", "float32", 8)
     small = {"dim": 4, "layers": 1, "hidden": 4, "mlp": (4,), "max_history": 5}
     run = case.config({**small, "negatives_per_positive": 2}, str(tmp_path))
     dataset = synthetic_dataset.from_pairs(even_pairs(), tmp_path, reads_of(run.model))
-    trainer, resident = build.build(run, dataset)
-    assert worker.Stepper(trainer, resident).turn(3).triples == 3 * 8 * per_lane
-    assert (case.counted, worker.rows_per_triple(trainer)) == (counted, rows)
+    experiment = build.build(run, dataset, worlds.one_device())
+    stepper = worker.Stepper(experiment.trainer, experiment.arrays)
+    assert stepper.turn(3).triples == 3 * 8 * per_lane
+    assert (case.counted, worker.rows_per_triple(experiment.trainer)) == (counted, rows)
 
 
 def test_what_recbole_trains_on_is_counted_alike():
@@ -448,7 +447,7 @@ def test_a_peer_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     [
         ("--peer=nobody", "--peer: nobody is not one of: implicit"),
         ("--sizes=huge", "--sizes: huge is not one of: ml100k, large"),
-        ("--guidance=none,maybe", "--guidance: maybe is not one of: none, selective"),
+        ("--guidance=none,maybe", "--guidance: maybe is not one of: none, pairwise"),
         ("--batch_sizes=2k", "--batch_sizes: 2k: expected integers"),
         ("--loss=softmax", "--loss=softmax makes no sense for --backbone=deepfm"),
     ],
@@ -472,12 +471,12 @@ def test_the_command_measures_lists_of_knobs(tmp_path):
     done = command(
         "throughput.py",
         *("--sizes=ml100k", "--batch_size=64", "--steps=3", "--repeats=1", f"--json={out}"),
-        *("--guidance=none,selective", "--table_dtype=bfloat16", "--table_optimizer=sgd"),
+        *("--guidance=none,pairwise", "--table_dtype=bfloat16", "--table_optimizer=sgd"),
         "--backbone=mf",
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
-    assert [row["guidance"] for row in rows] == ["none", "selective"]
+    assert [row["guidance"] for row in rows] == ["none", "pairwise"]
     assert [row["bytes_per_triple"] for row in rows] == [768, 1536]
     assert all(set(row) >= KEYS and row["peer"] is None for row in rows)
 
@@ -521,7 +520,7 @@ def test_without_arguments_every_backbone_is_measured_by_its_own_defaults():
     assert ("ml100k", "sasrec", "128", "float32", "lazy_adam", "none", "True") in rows
     assert ("ml100k", "deepfm", "2048", "float32", "lazy_adam", "none", "True") in rows
     assert ("large", "lightgcn", "65536", "float32", "lazy_adam", "none", "True") in rows
-    assert ("large", "mf", "8192", "bfloat16", "adagrad", "selective", "True") in rows
+    assert ("large", "mf", "8192", "bfloat16", "adagrad", "pairwise", "True") in rows
 
 
 def test_a_peer_is_compared_on_what_it_trains():

@@ -74,12 +74,12 @@ def test_help_mentions_each_flag_its_default_and_its_choices(sections):
 
 
 def test_flags_make_the_run_that_they_describe(run_flags):
-    _parse("--lambda=0.5", "--ks=5,50", "--noitem_bias", "--guidance=selective", "--teacher=t")
+    _parse("--lambda=0.5", "--ks=5,50", "--noitem_bias", "--guidance=pairwise", "--teacher=t")
     run = flags.run_config_from_flags("d", "w")
     plain = RunConfig("d", "w")
     assert config.differences(plain, run) == [
         "--item_bias: True -> False",
-        "--guidance: none -> selective",
+        "--guidance: none -> pairwise",
         "--teacher:  -> t",
         "--lambda: 0.1 -> 0.5",
         "--ks: (10, 20) -> (5, 50)",
@@ -115,7 +115,8 @@ def test_two_knobs_of_one_name_are_a_defect(run_flags):
 
 SCRIPT = """
 import sys
-from slgr_jax import errors, flags
+from slgr_jax import errors
+from slgr_jax.cli import flags
 
 def main(rest):
     if rest == ["user"]:

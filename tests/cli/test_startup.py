@@ -18,7 +18,8 @@ from jax import monitoring
 
 from slgr_jax.cli import flags
 from slgr_jax.config import ModelConfig, SamplerConfig, TrainConfig
-from slgr_jax.training import build, loop, step
+from slgr_jax.training import build, loop, programs
+from slgr_jax.training import state as state_lib
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in (REPO / "launch").glob("*.py"))
@@ -157,13 +158,13 @@ def test_an_epoch_compiles_few_programs(tmp_path):
 
 def test_one_program_makes_the_state_that_its_parts_make(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
-    trainer, _ = build.build(worlds.run_config(dataset, tmp_path / "run", **SMALL), dataset)
+    trainer = build.build(worlds.run_config(dataset, tmp_path / "run", **SMALL), dataset).trainer
     for seed in (0, 2_000_000_000):
-        whole = loop._make_init(trainer)(np.int32(seed))
-        parts = step.init_state(trainer, seed)
+        whole = programs._make_init(trainer)(np.int32(seed))
+        parts = state_lib.init_state(trainer, seed)
         assert jax.tree.structure(whole) == jax.tree.structure(parts)
         for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
             assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
             np.testing.assert_array_equal(one, other)
-        key = jax.jit(loop._draw_key)(np.int32(seed))
+        key = jax.jit(programs._draw_key)(np.int32(seed))
         np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(seed + 1)))

@@ -21,6 +21,7 @@ from slgr_jax.config import (
     knobs,
 )
 from slgr_jax.errors import ConfigError
+from slgr_jax.guidance import make_guidance
 from slgr_jax.guidance.gates import make_gate
 from slgr_jax.models.backbones import make_backbone
 from slgr_jax.models.embedding_table import make_row_optimizer
@@ -54,14 +55,17 @@ def test_every_knob_is_described_and_keeps_its_range(section, field):
             section(**{field.name: "nonsense"})
 
 
-_BOUNDED = (*RUN_SECTIONS, config.BaselineConfig)
+# The sections of guidance have no upper bounds so far.
+_BOUNDED = tuple(
+    section
+    for section in (*RUN_SECTIONS, config.BaselineConfig)
+    if section.__module__ != "slgr_jax.config.guidance"
+)
 
 
 @pytest.mark.parametrize("section", _BOUNDED, ids=lambda section: section.__name__)
 def test_no_number_is_without_an_end(section):
     """What is past it would end in an abort or an overflow that names no knob."""
-    if section in (GuidanceConfig, GateConfig):
-        pytest.skip("its knobs have no upper bounds so far")
     for field in dataclasses.fields(section):
         kind = field.default[0] if isinstance(field.default, tuple) else field.default
         meta = knobs.knob_of(field)
@@ -100,7 +104,7 @@ def test_a_message_names_the_ends_of_a_range():
         (lambda: EvaluationConfig(ks=(10, 0)), "--ks=0 is below its minimum 1"),
         (lambda: EvaluationConfig(ks=()), "--ks is empty; .*--ks=10,20"),
         (lambda: TrainConfig(seed=2**31), "--seed=2147483648 is over its maximum"),
-        (lambda: GuidanceConfig(guidance="x"), "--guidance='x' is not one of: none, selective"),
+        (lambda: GuidanceConfig(guidance="x"), "--guidance='x' is not one of: none, pairwise"),
         (lambda: config.PrepareConfig(source="x"), "--source='x' is not one of: movielens"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -114,6 +118,9 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
         assert make_backbone(ModelConfig(backbone=name), sizes).tables
     for name in config.GATES:
         assert callable(make_gate(GateConfig(gate=name)))
+    for name in config.GUIDANCE:
+        guided = config.make_run("d", "w", guidance=name, teacher="" if name == "none" else "t")
+        assert (make_guidance(guided) is None) == (name == "none")
     for name in config.TABLE_OPTIMIZERS:
         assert make_row_optimizer(OptimizerConfig(table_optimizer=name)).initial(2).ndim == 1
     unknown = object.__new__(OptimizerConfig)
@@ -127,7 +134,7 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
 
 # Where not every value goes with those that the other knobs are changed to.
 _FITTING = {
-    **{"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,slices"},
+    **{"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,reference"},
     **{"uncertainty": "ensemble", "reference_runs": "a,b"},
 }
 
@@ -154,18 +161,39 @@ def _changed(section: type) -> object:
     return section(**values)
 
 
-def test_json_gives_back_every_knob():
-    sections = {name: _changed(section) for name, section in config.sections().items()}
+@pytest.mark.parametrize("method", ["pairwise", "rrd"])
+def test_json_gives_back_every_knob(method):
+    """A guidance's own knobs go with that guidance alone."""
+    others = {"pairwise", "rrd"} - {method}
+    kept = {name: section for name, section in config.sections().items() if name not in others}
+    sections = {name: _changed(section) for name, section in kept.items()}
+    sections["guidance"] = dataclasses.replace(sections["guidance"], guidance=method)
     run = RunConfig(data="a b", workdir="ü", **sections)
     again = knobs.from_json(RunConfig, knobs.to_json(run), "config")
     assert again == run
     assert type(again.evaluation.ks) is tuple
     plain = RunConfig(data="d", workdir="w")
     changed = {text[2:].split(":")[0] for text in config.differences(plain, run)}
-    fields = [field for section in RUN_SECTIONS for field in dataclasses.fields(section)]
+    fields = [field for section in kept.values() for field in dataclasses.fields(section)]
     only = {"backbone"} if len(config.BACKBONES) == 1 else set()
     assert changed == {knobs.flag_name(field) for field in fields} - only
     assert config.differences(run, again) == []
+
+
+@pytest.mark.parametrize("guidance", ["none", "pairwise", "pointwise", "rrd"])
+def test_knobs_of_another_guidance_are_refused(guidance):
+    """They would do nothing."""
+    teacher = "" if guidance == "none" else "t"
+    for method, values, text in (
+        ("pairwise", {"margin": 2.0}, "--margin=2.0"),
+        ("rrd", {"rrd_pool": 9, "rrd_temperature": 2.0}, "--rrd_temperature=2.0, --rrd_pool=9"),
+    ):
+        if method == guidance:
+            config.make_run("d", "w", guidance=guidance, teacher=teacher, **values)
+            continue
+        said = f"{text} is not used with --guidance={guidance}; add --guidance={method}"
+        with pytest.raises(ConfigError, match=said):
+            config.make_run("d", "w", guidance=guidance, teacher=teacher, **values)
 
 
 def test_a_knob_newer_than_the_run_has_its_default():
@@ -206,14 +234,14 @@ def test_damaged_json_is_named(text, message):
 
 
 def test_guidance_and_teacher_come_together():
-    with pytest.raises(ConfigError, match=r"--guidance=selective needs --teacher=NAME"):
-        RunConfig("d", "w", guidance=GuidanceConfig(guidance="selective"))
+    with pytest.raises(ConfigError, match=r"--guidance=pairwise needs --teacher=NAME"):
+        RunConfig("d", "w", guidance=GuidanceConfig(guidance="pairwise"))
     with pytest.raises(ConfigError, match=r"--teacher=x is not used with --guidance=none"):
         RunConfig("d", "w", guidance=GuidanceConfig(teacher="x"))
 
 
 def test_preferences_follow_the_batch_unless_told():
-    guided = GuidanceConfig(guidance="selective", teacher="x")
+    guided = GuidanceConfig(guidance="pairwise", teacher="x")
     assert RunConfig("d", "w").preferences_per_step == 0
     assert RunConfig("d", "w", guidance=guided).preferences_per_step == 2048
     told = dataclasses.replace(guided, preferences_per_step=7)
@@ -227,20 +255,20 @@ def test_sections_are_frozen():
 
 def test_what_a_gate_resolves_its_knobs_to():
     def run(**values):
-        return config.make_run("d", "w", guidance="selective", teacher="t", **values)
+        return config.make_run("d", "w", **{"guidance": "pairwise", "teacher": "t"} | values)
 
     calibrated = run(gate="calibrated", batch_size=300)
     assert calibrated.guidance_loss_name == "confidence"
     assert (calibrated.gate_lr, calibrated.labelled_per_step) == (0.02, 150)
     reads = {"gate_inputs": "reference,teacher", "reference_runs": "base"}
     assert run(gate="calibrated", **reads).guidance_loss_name == "gain"
-    assert run(gate="meta", **reads).guidance_loss_name == "hinge"
-    for wrong in ({"gate": "calibrated"}, {"gate": "paper"}, {"gate": "meta"} | reads):
+    assert run(gate="budget").guidance_loss_name == "hinge"
+    for wrong in ({"gate": "calibrated"}, {"gate": "paper"}, {"gate": "rule"}):
         with pytest.raises(ConfigError, match=r"gain weighs by what a teacher adds to a ref"):
             run(guidance_loss="gain", **wrong)
     paper = run(gate="paper", dense_lr=0.003)
     assert (paper.guidance_loss_name, paper.gate_lr, paper.labelled_per_step) == ("hinge", 0.003, 0)
-    given = run(gate="meta", guidance_loss="logistic", gate_lr=0.5)
+    given = run(gate="budget", guidance_loss="logistic", gate_lr=0.5)
     assert (given.guidance_loss_name, given.gate_lr, given.labelled_per_step) == (
         "logistic",
         0.5,
@@ -249,5 +277,8 @@ def test_what_a_gate_resolves_its_knobs_to():
     assert config.make_run("d", "w").labelled_per_step == 0
     with pytest.raises(ConfigError, match=r"--gate_inputs=history,fame: choose from margin"):
         run(gate="calibrated", gate_inputs="history,fame")
-    with pytest.raises(ConfigError, match="--guidance=pointwise needs --teacher"):
-        config.make_run("d", "w", guidance="pointwise")
+    for method in ("pointwise", "rrd"):  # what their authors believe, unless told
+        assert run(guidance=method).gate.gate == "constant"
+        assert run(guidance=method, gate="rule").gate.gate == "rule"
+        with pytest.raises(ConfigError, match=f"--guidance={method} needs --teacher"):
+            config.make_run("d", "w", guidance=method)

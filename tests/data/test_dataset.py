@@ -27,6 +27,31 @@ def test_csr_groups_sorts_and_drops_repeats(pairs: list[tuple[int, int]]) -> Non
     assert (csr.offsets.dtype, csr.indices.dtype) == (np.int64, np.int32)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=40),
+    st.lists(st.tuples(st.integers(-2, 7), st.integers(-2, 8)), max_size=40),
+)
+def test_csr_says_whose_entries_are_whose(
+    pairs: list[tuple[int, int]], asked: list[tuple[int, int]]
+) -> None:
+    table = np.array(pairs, np.int32).reshape(-1, 2)
+    csr = dataset.Csr.from_pairs(table[:, 0], table[:, 1], 5)
+    distinct = sorted(set(pairs))
+    assert csr.owners().tolist() == [row for row, _ in distinct]
+    assert csr.keys(10).tolist() == [10 * row + index for row, index in distinct]
+    assert (csr.owners().dtype, csr.keys(10).dtype) == (np.int64, np.int64)
+
+    queries = np.array(asked, np.int32).reshape(-1, 2)
+    expected = [query in distinct for query in asked]
+    assert csr.contains(queries[:, 0], queries[:, 1]).tolist() == expected
+
+
+def test_csr_without_rows() -> None:
+    csr = dataset.Csr.from_pairs(np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
+    assert csr.contains(np.array([0, -1]), np.array([0, 0])).tolist() == [False, False]
+    assert csr.keys(3).size == csr.owners().size == 0
+
+
 @pytest.fixture
 def directory(tmp_path: pathlib.Path) -> pathlib.Path:
     """Users a..d with 1, 2, 3, 4 training items (k0 most popular), one valid and one test row."""

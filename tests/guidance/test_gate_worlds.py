@@ -7,16 +7,16 @@ import pytest
 import worlds
 
 from slgr_jax import config, testing
-from slgr_jax.reports import calibration, gate_evaluation
-from slgr_jax.sampling import arrays
-from slgr_jax.training import build, loop
-from slgr_jax.training.build import make_gate
+from slgr_jax.reports import calibration
+from slgr_jax.reports.run_evaluation import evaluate_run
+from slgr_jax.serving import load
+from slgr_jax.training import loop, restore
 
 pytestmark = pytest.mark.slow
 
 WORLD = {"n_users": 1200, "n_items": 400, "history_max": 100, "known_per_valid": 4, "seed": 3}
 RUN = {
-    "guidance": "selective",
+    "guidance": "pairwise",
     "teacher": "pairs",
     "gate": "calibrated",
     "gate_inputs": "history,popularity",
@@ -33,7 +33,7 @@ RUN = {
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
 
 
 def _world(tmp_path, teacher, **more):
@@ -49,15 +49,9 @@ def _run(dataset, workdir, **knobs):
     return run
 
 
-def _alpha(run, dataset, said):
+def _alpha(run, said):
     """The trained gate's alpha of statements."""
-    restored = build.restore_run(run.workdir, "last")
-    slices = dataset.slices(run.slices)
-    made = arrays.interactions(dataset, run.sampler, slices.cold_users, slices.tail_items)
-    return gate_evaluation.alphas(
-        *(run, made.facts, restored.backbone, make_gate(run.gate), restored.scoring("test")),
-        *(said.users, said.items, said.margin),
-    )
+    return load(run.workdir, "last").believe(said.users, said.items, said.margin)
 
 
 @pytest.mark.parametrize("teacher", ["smooth", "region"])
@@ -67,12 +61,12 @@ def test_a_calibrated_gate_finds_where_the_teacher_is_right(tmp_path, teacher):
     world, dataset = _world(tmp_path, teacher)
     run = _run(dataset, tmp_path / "run")
     said = world.judge(np.random.default_rng(0), "test", per_positive=4)
-    alpha = _alpha(run, dataset, said)
+    alpha = _alpha(run, said)
     bayes = calibration.auc(said.reliability, said.right)
-    found = calibration.auc(alpha, said.right)
+    auc = calibration.auc(alpha, said.right)
     assert bayes > 0.6
-    assert found - 0.5 > 0.9 * (bayes - 0.5) - 0.01
-    assert found > 0.9 * bayes
+    assert auc - 0.5 > 0.9 * (bayes - 0.5) - 0.01
+    assert auc > 0.9 * bayes
     assert calibration.calibration_error(alpha, said.reliability) < 0.05
     # a constant alpha would be calibrated on the whole, and select nothing
     assert np.corrcoef(alpha, said.reliability)[0, 1] > 0.8
@@ -80,8 +74,8 @@ def test_a_calibrated_gate_finds_where_the_teacher_is_right(tmp_path, teacher):
 
 def _ndcg(dataset, workdir, **knobs):
     run = _run(dataset, workdir, **knobs)
-    found = build.evaluate_run(run.workdir, "x").parts["test"]
-    return found.users["all"].values["ndcg@10"]
+    ranking = evaluate_run(run.workdir, "x").parts["test"]
+    return ranking.users["all"].values["ndcg@10"]
 
 
 NONE = {"guidance": "none", "teacher": "", "gate": "paper"}

@@ -9,8 +9,9 @@ import pytest
 from scipy import stats as sps
 from scipy.special import expit
 
-from slgr_jax.config import GATE_INPUTS, GateConfig
-from slgr_jax.guidance import gates, pairwise, supervision
+from slgr_jax.config import GATE_INPUTS, GateConfig, RunConfig
+from slgr_jax.guidance import gates
+from slgr_jax.guidance.gating import Gating
 from slgr_jax.models import losses
 
 
@@ -60,7 +61,7 @@ def test_paper_gate_can_only_fall():
 
     def loss(params, inputs, difference):
         alpha = gate.apply({"params": params}, inputs)
-        return jnp.sum(pairwise.guided(alpha, alpha, difference, pair_loss).loss)
+        return jnp.sum(pair_loss(difference, alpha, alpha))
 
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -142,7 +143,7 @@ def test_logistic_gate_is_a_sigmoid_of_its_inputs_by_fold(names, hidden):
     np.testing.assert_allclose(found, expit(logit), rtol=1e-4)
 
 
-def test_a_taught_gate_starts_at_the_recommenders_own_belief():
+def test_a_supervised_gate_starts_at_the_recommenders_own_belief():
     inputs = _inputs()
     for names, expected in (
         (("margin", "history"), expit(np.asarray(inputs.score_margin))),
@@ -155,38 +156,45 @@ def test_a_taught_gate_starts_at_the_recommenders_own_belief():
         np.testing.assert_allclose(gate.apply(variables, inputs), expected, rtol=1e-5)
 
 
+def _gating(**knobs):
+    return Gating(RunConfig("d", "w", gate=GateConfig(**knobs)))
+
+
 def test_what_is_believed_without_the_teacher_does_not_know_whom_it_prefers():
-    """alpha_0 by hand, of the other half's parameters; exchanging the items exchanges it too; it
+    """The prior by hand, of the other half's parameters; exchanging the items exchanges it too; it
     starts at what the reference believes, and is 1/2 without one."""
     inputs = _inputs()
     names = ("margin", "history", "popularity", "teacher", "slices", "reference")
-    gate = gates.LogisticGate(names, 4)
-    params = gate.init(jax.random.key(0), gates.empty_inputs())["params"]
-    start = supervision.believed(gate, params, inputs)[1]
+    gating = _gating(
+        gate="calibrated", gate_inputs=",".join(names), gate_hidden=4, reference_runs="a"
+    )
+    params = gating.init(jax.random.key(0))
+    start = gating.alpha_and_prior(params, inputs)[1]
     np.testing.assert_allclose(start, expit(np.asarray(inputs.score_margin)), rtol=1e-5)
+
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-    alpha, prior = supervision.believed(gate, params, inputs)
+    alpha, prior = gating.alpha_and_prior(params, inputs)
     turned = inputs.replace(
         popularity=inputs.popularity[:, ::-1], tail=inputs.tail[:, ::-1],
         score_margin=-inputs.score_margin, reference_margin=-inputs.reference_margin,
     )  # fmt: skip
-    known = tuple(name for name in names if name != "teacher")
-    rows, others = (
-        _columns(jax.tree.map(lambda x: np.asarray(x, np.float64), one), known)
-        for one in (inputs, turned)
+    without_teacher = tuple(name for name in names if name != "teacher")
+    rows, turned_rows = (
+        _columns(jax.tree.map(lambda x: np.asarray(x, np.float64), each), without_teacher)
+        for each in (inputs, turned)
     )
     logit = [
         0.5 * (_logit(params["prior"], 1 - fold, z) - _logit(params["prior"], 1 - fold, other))
-        for z, other, fold in zip(rows, others, np.asarray(inputs.fold), strict=True)
+        for z, other, fold in zip(rows, turned_rows, np.asarray(inputs.fold), strict=True)
     ]
     np.testing.assert_allclose(prior, expit(logit), rtol=1e-3)
-    other, against = supervision.believed(gate, params, turned)
-    np.testing.assert_allclose(against, 1 - prior, rtol=1e-4, atol=1e-6)
-    assert np.abs(other - (1 - alpha)).max() > 0.1
-    for blind in (gates.LogisticGate(("history",), 4), gates.RuleGate()):
-        params = blind.init(jax.random.key(0), gates.empty_inputs()).get("params", {})
-        np.testing.assert_array_equal(supervision.believed(blind, params, inputs)[1], 0.5)
+    turned_alpha, turned_prior = gating.alpha_and_prior(params, turned)
+    np.testing.assert_allclose(turned_prior, 1 - prior, rtol=1e-4, atol=1e-6)
+    assert np.abs(turned_alpha - (1 - alpha)).max() > 0.1
+    for blind in (_gating(gate="calibrated", gate_inputs="history"), _gating(gate="rule")):
+        params = blind.init(jax.random.key(0))
+        np.testing.assert_array_equal(blind.alpha_and_prior(params, inputs)[1], 0.5)
 
 
 def test_folds_are_two_halves_that_do_not_follow_the_index():
@@ -217,6 +225,6 @@ def test_calibration_loss_is_cross_entropy():
     p = expit(logit)
     expected = -right * np.log(p) - (1 - right) * np.log(1 - p)
     np.testing.assert_allclose(gates.calibration_loss(logit[None], right), expected, rtol=1e-5)
-    both = np.stack([logit, np.zeros(3)])  # of alpha, and of an alpha_0 of 1/2
+    both = np.stack([logit, np.zeros(3)])  # of alpha, and of a prior of 1/2
     expected += np.log(2)
     np.testing.assert_allclose(gates.calibration_loss(both, right), expected, rtol=1e-5)

@@ -12,21 +12,23 @@ import worlds
 
 from slgr_jax import config
 from slgr_jax.errors import ConfigError
-from slgr_jax.guidance import device_arrays, hard_negatives
+from slgr_jax.guidance import hard_negatives, teacher_product
+from slgr_jax.guidance.base import Sources
+from slgr_jax.reports.run_evaluation import evaluate_run
 from slgr_jax.sampling import labelled_preferences
-from slgr_jax.sampling import preferences as preferences_lib
 from slgr_jax.sampling.negatives import generators
+from slgr_jax.sampling.preferences import draw_pairs
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import build, loop
+from slgr_jax.training import build, loop, restore
 
 N_USERS, N_ITEMS = 24, 30
 MF = {"dim": 4, "init_std": 2.0, "batch_size": 32, "epochs": 2, "kernels": "xla"}
-GUIDED = MF | {"guidance": "selective", "teacher": "t", "gate": "constant", "hard_negatives": 5}
+GUIDED = MF | {"guidance": "pairwise", "teacher": "t", "gate": "constant", "hard_negatives": 5}
 
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def world(tmp_path_factory):
         provenance = preferences.Provenance(unlisted=unlisted)
         preferences.import_scores(dataset, path, name, provenance=provenance)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+        patch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
         for name, seed in (("a", 0), ("b", 1)):
             loop.train(config.make_run(str(dataset.path), str(root / name), seed=seed, **MF))
     return dataset, root / "a", root / "b"
@@ -56,15 +58,14 @@ def _scores(dataset, *members):
     """[U, I] mean scores of runs of matrix factorisation, from their tables."""
     found = []
     for member in members:
-        values = jax.device_get(build.restore_run(str(member)).serving.values)
+        values = jax.device_get(restore.restore_run(str(member)).serving.values)
         user, item = (values[name].astype(np.float64) for name in ("user", "item"))
         found.append(user[:, :-1] @ item[:, :-1].T + item[:, -1])
     return np.mean(found, axis=0)
 
 
 def _members(dataset, *members):
-    restored = [build.restore_run(str(member)) for member in members]
-    return [(one.backbone, one.scoring("valid")) for one in restored]
+    return restore.as_of([restore.restore_run(str(member)) for member in members], "valid")
 
 
 def _taken(dataset, teacher):
@@ -127,18 +128,14 @@ def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
     """Uniformly over the entries of both; never against another item, never hard negative over
     listed."""
     dataset, one, _ = world
-    run = config.make_run(
-        *(str(dataset.path), str(tmp_path / "r")),
-        **GUIDED,
-        reference_runs=str(one),
-        **{"lambda": 1.0},
-    )
-    trainer, placed = build.build(run, dataset)
+    run = config.make_run(str(dataset.path), str(tmp_path / "r"), **GUIDED, reference_runs=str(one))
+    experiment = build.build(run, dataset)
+    guidance, arrays = experiment.trainer.guidance, experiment.arrays.guidance
     teacher = preferences.load(dataset, "t")
     found = hard_negatives.find(dataset, teacher, _members(dataset, one), 5, kernels="xla")
-    plan = dataclasses.replace(trainer.plan, preferences=40_000)
+    rule = dataclasses.replace(guidance.rule, count=40_000)
     _, words_of = generators(jax.random.split(jax.random.key(0), 1))
-    drawn = preferences_lib.draw_preferences(words_of, placed.teacher, plan)
+    drawn = draw_pairs(words_of, arrays.teacher, rule)
     users, items, _ = (np.asarray(x)[0] for x in drawn)
     listed = np.zeros((N_USERS, N_ITEMS), bool)
     listed[np.repeat(np.arange(N_USERS), np.diff(teacher.offsets)), teacher.items] = True
@@ -149,23 +146,19 @@ def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
     # By hand for 4 listed (no ties) and 5 hard negatives: 5 of 9 begin with a hard negative, which
     # has 4 listed partners; of the others 5 of 8 partners are hard negatives.
     assert rival[users, items[:, 1]].mean() == pytest.approx(5 / 9 + 4 / 9 * 5 / 8, abs=0.01)
-    assert trainer.reference_runs == ()  # a gate without a reference does not score it again
-    assert placed.reference_runs == ()
+    # a gate without a reference does not score it again
+    assert guidance.gating.reference_backbones == ()
+    assert arrays.gate.reference_runs == ()
 
 
-def test_a_chosen_rival_is_a_known_answer_against_the_teacher(world, tmp_path):
-    """Each chosen item is known that is listed or a hard negative, and no other."""
+def test_a_chosen_rival_is_labelled_against_the_teacher(world, tmp_path):
+    """Each chosen item is labelled that is listed or a hard negative, and no other."""
     dataset, one, _ = world
-    run = config.make_run(
-        *(str(dataset.path), str(tmp_path / "r")),
-        **GUIDED,
-        reference_runs=str(one),
-        **{"lambda": 1.0},
-    )
+    run = config.make_run(str(dataset.path), str(tmp_path / "r"), **GUIDED, reference_runs=str(one))
     members = _members(dataset, one)
-    found = device_arrays.teacher_arrays(run, dataset, members)
-    chosen = labelled_preferences.make_chosen(dataset, "valid")
-    made = labelled_preferences.make_known(dataset, found, chosen)
+    arrays = teacher_product.teacher_arrays(Sources(run, dataset, members[0][0], members))
+    chosen = labelled_preferences.chosen_items(dataset, "valid")
+    source = labelled_preferences.label_source(dataset, arrays, chosen)
     teacher = preferences.load(dataset, "t")
     completed = hard_negatives.complete(
         teacher, hard_negatives.find(dataset, teacher, members, 5, kernels="xla")
@@ -175,7 +168,7 @@ def test_a_chosen_rival_is_a_known_answer_against_the_teacher(world, tmp_path):
     inside[owners, completed.items] = True
     wanted = inside[chosen.users, chosen.items]
     assert 0 < wanted.sum() < wanted.size
-    np.testing.assert_array_equal(made.answers.chosen, np.flatnonzero(wanted))
+    np.testing.assert_array_equal(source.labels.chosen, np.flatnonzero(wanted))
 
 
 def test_rivals_need_runs_that_rank_them(world, tmp_path):
@@ -185,21 +178,23 @@ def test_rivals_need_runs_that_rank_them(world, tmp_path):
         ConfigError, match=r"--hard_negatives=5 are ranked by trained runs.*--reference_runs=RUN"
     ):
         config.make_run(*where, **GUIDED)
-    config.make_run(*where, **MF, hard_negatives=5)  # unused without guidance
+    with pytest.raises(ConfigError, match=r"--hard_negatives=5 is not used with --guidance=none"):
+        config.make_run(*where, **MF, hard_negatives=5)
     with pytest.raises(ConfigError, match="is not read with"):
         config.make_run(*where, **GUIDED | {"hard_negatives": 0}, reference_runs=str(one))
 
 
-def test_a_run_with_rivals_trains_resumes_and_is_judged(world, tmp_path):
-    """Its known test answers are on lists with hard negatives; another ensemble is refused."""
+def test_a_run_with_rivals_trains_resumes_and_is_evaluated(world, tmp_path):
+    """Its labelled test preferences are on lists with hard negatives; other reference runs
+    are refused."""
     dataset, one, two = world
     knobs = GUIDED | {"gate": "calibrated", "gate_inputs": "reference,history,popularity,teacher"}
     where = (str(dataset.path), str(tmp_path / "r"))
     run = config.make_run(*where, **knobs, reference_runs=str(one))
     loop.train(run)
-    found = build.evaluate_run(run.workdir, "r")
-    assert found.gate is not None
-    assert 0 < found.gate["slices"]["overall"]["right"] < 1
+    gate = evaluate_run(run.workdir, "r").gate
+    assert gate is not None
+    assert 0 < gate["slices"]["overall"]["right"] < 1
     loop.train(config.make_run(*where, **knobs | {"epochs": 3}, reference_runs=str(one)))
     with pytest.raises(ConfigError, match="--reference_runs"):
         loop.train(config.make_run(*where, **knobs | {"epochs": 4}, reference_runs=str(two)))

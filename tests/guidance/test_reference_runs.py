@@ -17,20 +17,21 @@ from scipy.special import expit, logit
 
 from slgr_jax import config
 from slgr_jax.errors import ConfigError, ManifestError
-from slgr_jax.guidance import gates, supervision
+from slgr_jax.guidance import gates
+from slgr_jax.guidance.base import Frozen, Scored
+from slgr_jax.guidance.gating import Observed
 from slgr_jax.mesh import make_layout
-from slgr_jax.reports import gate_evaluation
-from slgr_jax.sampling import arrays
-from slgr_jax.sampling import batch as batch_lib
+from slgr_jax.reports.run_evaluation import evaluate_run
+from slgr_jax.serving import TrainedRun, load
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import build, loop, multi_seed, run_directory, step
-from slgr_jax.training.objectives import Preferred
+from slgr_jax.training import build, loop, multi_seed, restore, run_directory, step
+from slgr_jax.training import state as state_lib
 
 N_USERS, N_ITEMS = 24, 30
 MF = {"dim": 4, "init_std": 2.0, "batch_size": 32, "epochs": 2}
 SASREC = MF | {"backbone": "sasrec", "max_history": 5, "layers": 1, "hidden": 4, "dropout": 0.0}
 GUIDED = MF | {
-    "guidance": "selective",
+    "guidance": "pairwise",
     "teacher": "t",
     "uncertainty": "ensemble",
     "lambda": 0.5,
@@ -47,8 +48,8 @@ def _one_device(monkeypatch):
 
 
 def _use_devices(monkeypatch, count):
-    made = make_layout(devices=jax.devices()[:count])
-    monkeypatch.setattr(build, "make_layout", lambda **_: made)
+    layout = make_layout(devices=jax.devices()[:count])
+    monkeypatch.setattr(restore, "make_layout", lambda **_: layout)
 
 
 def _teach(dataset):
@@ -85,7 +86,7 @@ def _run(world, workdir, **knobs):
 
 def _believed(member, users, items, part="valid"):
     """[n, C] probabilities: of matrix factorisation by hand, of others off their ranking."""
-    run = build.restore_run(str(member))
+    run = restore.restore_run(str(member))
     if run.config.model.backbone == "mf":
         values = jax.device_get(run.serving.values)
         user, item = (values[name].astype(np.float64) for name in ("user", "item"))
@@ -107,25 +108,39 @@ def _paper_alpha(dataset, q, users, items):
     return expit(logit).mean(axis=1)
 
 
+def _built(run, dataset):
+    """The trainer of a run, and its device arrays."""
+    experiment = build.build(run, dataset)
+    return experiment.trainer, experiment.arrays
+
+
 def _initial(trainer):
-    return jax.jit(lambda: step.init_state(trainer, 0))()
+    return jax.jit(lambda: state_lib.init_state(trainer, 0))()
 
 
-def _batch(trainer, resident):
-    """The batch of the first step with key 1."""
+def _draw(trainer, arrays):
+    """What the first step with key 1 draws: its batch, and that of its guidance."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))[:1]
-    drawn = jax.jit(batch_lib.draw, static_argnums=2)(keys, resident, trainer.plan)
+    drawn = jax.jit(lambda keys, arrays: step.draw_steps(trainer, keys, arrays))(keys, arrays)
     return jax.tree.map(lambda x: x[0], jax.device_get(drawn))
 
 
-def _one_step(trainer, resident, gate=GATE):
-    """A step with these parameters of the gate: the batch, the state after it, its sums."""
+def _one_step(trainer, arrays, gate=GATE):
+    """A step with these parameters of the gate: its guidance's draw, the state after it, sums."""
     state = _initial(trainer)
     gate = jax.device_put(gate, trainer.layout.replicated)
-    state = state.replace(params=state.params | {"gate": gate})
+    state = state.replace(params=state.params | {"guidance": gate})
     key = jax.random.key_data(jax.random.key(1))
-    state, sums, _ = step.make_run_steps(trainer)(state, resident, key, jnp.int32(1))
-    return _batch(trainer, resident), jax.device_get(state), jax.device_get(sums)
+    state, sums, _ = step.make_run_steps(trainer)(state, arrays, key, jnp.int32(1))
+    _, guided = _draw(trainer, arrays)
+    return guided, jax.device_get(state), jax.device_get(sums)
+
+
+def _observe(trainer, arrays, state, guided):
+    """What the gate is told of a step."""
+    params = state.params["backbone"]
+    frozen = Frozen(trainer.access, state.tables, params, arrays.context, None)
+    return trainer.guidance.observe(frozen, guided, arrays.guidance, jax.random.key(0))
 
 
 def _files(*roots):
@@ -157,9 +172,9 @@ def test_alpha_of_a_step_equals_numpy(world, tmp_path, monkeypatch, devices, ker
     if kernels == "native":
         worlds.need_native_kernels()
     _use_devices(monkeypatch, devices)
-    trainer, resident = build.build(_run(world, tmp_path / "r", kernels=kernels), world[0])
-    batch, _, sums = _one_step(trainer, resident)
-    users, items = batch.pref_queries.users, batch.pref_items
+    trainer, arrays = _built(_run(world, tmp_path / "r", kernels=kernels), world[0])
+    guided, _, sums = _one_step(trainer, arrays)
+    users, items = guided.pairs.queries.users, guided.pairs.items
     q = _q(*(_believed(member, users, items) for member in world[1:3]))
     assert q.std() > 0.05
     expected = _paper_alpha(world[0], q, users, items)
@@ -173,10 +188,10 @@ def test_a_member_that_reads_histories_is_asked_as_of_all_of_training(world, tmp
         worlds.need_native_kernels()
     _, mf, _, sasrec = world
     knobs = {"reference_runs": f"{mf},{sasrec}", "kernels": kernels}
-    trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
-    assert resident.context.histories is None
-    batch, _, sums = _one_step(trainer, resident)
-    users, items = batch.pref_queries.users, batch.pref_items
+    trainer, arrays = _built(_run(world, tmp_path / "r", **knobs), world[0])
+    assert arrays.context.histories is None
+    guided, _, sums = _one_step(trainer, arrays)
+    users, items = guided.pairs.queries.users, guided.pairs.items
     expected, seen = (
         _paper_alpha(
             *(world[0], _q(_believed(mf, users, items), _believed(sasrec, users, items, part))),
@@ -188,26 +203,23 @@ def test_a_member_that_reads_histories_is_asked_as_of_all_of_training(world, tmp
     assert abs(expected - seen) > 1e-4  # validation is not among what it looked at
 
 
-def test_known_answers_are_asked_of_the_ensemble_too(world, tmp_path):
+def test_reference_runs_are_asked_about_labelled_preferences_too(world, tmp_path):
     knobs = {"gate": "calibrated", "gate_inputs": "uncertainty", "labelled_per_step": 24}
-    trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
-    assert resident.interactions.targets is None  # validation's, though the teacher hid items
-    state, batch = _initial(trainer), _batch(trainer, resident)
+    trainer, arrays = _built(_run(world, tmp_path / "r", **knobs), world[0])
+    assert arrays.interactions.targets is None  # validation's, though the teacher hid items
+    state, (_, guided) = _initial(trainer), _draw(trainer, arrays)
 
     @jax.jit
-    def see(resident, batch):
-        return trainer.supervision.see(
-            *(state.tables, state.params["backbone"], batch, resident.context),
-            *(None, jax.random.key(0), resident.reference_runs),
-        )
+    def observe(arrays, guided):
+        return _observe(trainer, arrays, state, guided)
 
-    seen, known = see(resident, batch), batch.known
-    believed = [_believed(member, known.queries.users, known.items) for member in world[1:3]]
-    np.testing.assert_allclose(seen.answers.uncertainty, _q(*believed), rtol=1e-4, atol=1e-6)
-    believed = [
-        _believed(member, batch.pref_queries.users, batch.pref_items) for member in world[1:3]
-    ]
-    np.testing.assert_allclose(expit(np.asarray(seen.members)), believed, rtol=1e-4, atol=1e-6)
+    observed, labelled = observe(arrays, guided), guided.labelled
+    believed = [_believed(member, labelled.queries.users, labelled.items) for member in world[1:3]]
+    np.testing.assert_allclose(observed.labelled.uncertainty, _q(*believed), rtol=1e-4, atol=1e-6)
+    pairs = guided.pairs
+    believed = [_believed(member, pairs.queries.users, pairs.items) for member in world[1:3]]
+    probabilities = expit(np.asarray(observed.reference_scores))
+    np.testing.assert_allclose(probabilities, believed, rtol=1e-4, atol=1e-6)
 
 
 def test_a_reference_is_the_mean_margin_of_the_runs(world, tmp_path):
@@ -217,34 +229,34 @@ def test_a_reference_is_the_mean_margin_of_the_runs(world, tmp_path):
     weight, bias = rng.normal(size=(2, 2)), rng.normal(size=2)
     for members in (world[1:3], world[1:2]):
         named = {"reference_runs": ",".join(map(str, members))}
-        trainer, resident = build.build(_run(world, tmp_path / "r", **knobs, **named), world[0])
+        trainer, arrays = _built(_run(world, tmp_path / "r", **knobs, **named), world[0])
         gate = {"alpha": {"weight": np.float32(weight), "bias": np.float32(bias)}}
         gate["prior"] = {"weight": np.ones((2, 2), np.float32)}
-        batch, _, sums = _one_step(trainer, resident, gate)
-        users, items = batch.pref_queries.users, batch.pref_items
-        logits = np.mean([logit(_believed(one, users, items)) for one in members], axis=0)
-        history = np.asarray(resident.interactions.facts.log_history)[users]
+        guided, _, sums = _one_step(trainer, arrays, gate)
+        users, items = guided.pairs.queries.users, guided.pairs.items
+        logits = np.mean([logit(_believed(member, users, items)) for member in members], axis=0)
+        history = np.asarray(arrays.interactions.facts.log_history)[users]
         z = np.stack([history, logits[:, 0] - logits[:, 1]], axis=1)
         other = 1 - np.asarray(gates.folds(jnp.asarray(users)))
         expected = expit(np.sum(weight[other] * z, axis=1) + bias[other])
         assert float(sums["alpha"]) == pytest.approx(expected.mean(), rel=1e-4)
 
 
-def test_hidden_items_which_the_ensemble_has_learned_teach_no_gate(world, tmp_path):
+def test_hidden_items_which_the_reference_runs_have_learned_supervise_no_gate(world, tmp_path):
     """What two runs were trained on they agree about: a gate would read the answer off it."""
     run = _run(world, tmp_path / "r", gate="calibrated", labelled_preferences="hidden")
     with pytest.raises(ConfigError, match=r"runs of --reference_runs were trained on.*=validation"):
         build.build(run, world[0])
 
 
-def test_a_gate_that_looks_ahead_reads_the_ensemble(world, tmp_path):
+def test_a_supervised_gate_reads_the_spread(world, tmp_path):
     """Alpha of a step is the gate's, of the numpy q, with the other fold's parameters."""
-    knobs = {"gate": "meta", "gate_inputs": "uncertainty", "gate_hidden": 0}
-    trainer, resident = build.build(_run(world, tmp_path / "r", **knobs), world[0])
+    knobs = {"gate": "calibrated", "gate_inputs": "uncertainty", "gate_hidden": 0}
+    trainer, arrays = _built(_run(world, tmp_path / "r", **knobs), world[0])
     weight, bias = np.array([[2.0, -1.0], [-3.0, 1.5]]), np.array([0.3, -0.2])
     gate = {"alpha": {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}}
-    batch, _, sums = _one_step(trainer, resident, gate)
-    users, items = batch.pref_queries.users, batch.pref_items
+    guided, _, sums = _one_step(trainer, arrays, gate)
+    users, items = guided.pairs.queries.users, guided.pairs.items
     q = _q(*(_believed(member, users, items) for member in world[1:3]))
     other = 1 - np.asarray(gates.folds(jnp.asarray(users)))
     alpha = expit((weight[other] * q).sum(1) + bias[other])
@@ -254,58 +266,63 @@ def test_a_gate_that_looks_ahead_reads_the_ensemble(world, tmp_path):
 # --- what it may not touch ------------------------------------------------------------------------
 
 
-def _other_members(resident):
+def _with_reference_runs(arrays, reference_runs):
+    gate = arrays.guidance.gate.replace(reference_runs=reference_runs)
+    return arrays.replace(guidance=arrays.guidance.replace(gate=gate))
+
+
+def _other_members(arrays):
     """The same arrays, but for the first member's item vectors."""
-    first, *rest = resident.reference_runs
+    first, *rest = arrays.guidance.gate.reference_runs
     values = first.serving.values
     values = values | {"item": values["item"] + jnp.float32(1.0)}
     first = first.replace(serving=first.serving.replace(values=values))
-    return resident.replace(reference_runs=(first, *rest))
+    return _with_reference_runs(arrays, (first, *rest))
 
 
 def test_members_move_alpha_and_nothing_that_is_learned_from_interactions(world, tmp_path):
-    trainer, resident = build.build(_run(world, tmp_path / "r", **{"lambda": 0.0}), world[0])
-    _, before, sums = _one_step(trainer, resident)
-    _, after, others = _one_step(trainer, _other_members(resident))
+    trainer, arrays = _built(_run(world, tmp_path / "r", **{"lambda": 0.0}), world[0])
+    _, before, sums = _one_step(trainer, arrays)
+    _, after, others = _one_step(trainer, _other_members(arrays))
     assert abs(float(sums["alpha"] - others["alpha"])) > 1e-3
     assert float(sums["rec_loss"]) == float(others["rec_loss"])
     jax.tree.map(np.testing.assert_array_equal, before.tables, after.tables)
     # ... and with a weight, what alpha is multiplied with.
-    trainer, resident = build.build(_run(world, tmp_path / "r"), world[0])
-    _, before, _ = _one_step(trainer, resident)
-    _, after, _ = _one_step(trainer, _other_members(resident))
+    trainer, arrays = _built(_run(world, tmp_path / "r"), world[0])
+    _, before, _ = _one_step(trainer, arrays)
+    _, after, _ = _one_step(trainer, _other_members(arrays))
     assert np.abs(before.tables["item"] - after.tables["item"]).max() > 1e-5
 
 
-def test_the_ensemble_gets_no_gradient(world, tmp_path):
-    trainer, resident = build.build(_run(world, tmp_path / "r"), world[0])
-    state, batch = _initial(trainer), _batch(trainer, resident)
-    key = jax.random.key(0)
+def test_reference_runs_get_no_gradient(world, tmp_path):
+    trainer, arrays = _built(_run(world, tmp_path / "r"), world[0])
+    state, (_, guided) = _initial(trainer), _draw(trainer, arrays)
+    first, *rest = arrays.guidance.gate.reference_runs
 
     @jax.jit
-    def guidance(values):
-        first, *rest = resident.reference_runs
-        first = first.replace(serving=first.serving.replace(values=values))
-        seen = trainer.supervision.see(
-            *(state.tables, {}, batch, resident.context, None, key, (first, *rest))
+    def loss(values):
+        moved = first.replace(serving=first.serving.replace(values=values))
+        observed = _observe(trainer, _with_reference_runs(arrays, (moved, *rest)), state, guided)
+        scores = jnp.zeros(guided.pairs.items.shape)
+        scored = Scored(scores, scores[:, 0], lambda key, rate: scores)
+        added = trainer.guidance.loss(
+            GATE, scored, guided, observed, trainer.layout, jax.random.key(0)
         )
-        scores = jnp.zeros(batch.pref_items.shape)
-        preferred = Preferred(scores, scores[:, 0])
-        return trainer.supervision.add(GATE, preferred, None, batch, seen, key).guidance
+        return added.loss
 
-    values = resident.reference_runs[0].serving.values
+    values = first.serving.values
     moved = {name: 2.0 * value for name, value in values.items()}
-    assert abs(float(guidance(values)) - float(guidance(moved))) > 1e-4
-    for leaf in jax.tree.leaves(jax.jit(jax.grad(guidance))(values)):
+    assert abs(float(loss(values)) - float(loss(moved))) > 1e-4
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(values)):
         np.testing.assert_array_equal(leaf, 0.0)
 
 
 def test_what_members_look_up_is_on_the_device_once(world, tmp_path):
     shutil.copytree(world[3], tmp_path / "again")
     members = f"{world[3]},{tmp_path / 'again'},{world[1]}"
-    _, resident = build.build(_run(world, tmp_path / "r", reference_runs=members), world[0])
-    one, two, mf = resident.reference_runs
-    for leaf, same in zip(*map(jax.tree.leaves, (one.context, two.context)), strict=True):
+    _, arrays = _built(_run(world, tmp_path / "r", reference_runs=members), world[0])
+    first, again, mf = arrays.guidance.gate.reference_runs
+    for leaf, same in zip(*map(jax.tree.leaves, (first.context, again.context)), strict=True):
         assert leaf.unsafe_buffer_pointer() == same.unsafe_buffer_pointer()
     assert jax.tree.leaves((mf.context, mf.as_of)) == []
 
@@ -313,58 +330,45 @@ def test_what_members_look_up_is_on_the_device_once(world, tmp_path):
 # --- after training -------------------------------------------------------------------------------
 
 
-def _trained_gate(world, workdir):
-    """A finished run, its best state with `GATE` as its gate, and the facts it was trained on."""
-    run = _run(world, workdir)
-    loop.train(run)
-    restored = build.restore_run(run.workdir)
-    slices = world[0].slices(run.slices)
-    made = arrays.interactions(world[0], run.sampler, slices.cold_users, slices.tail_items)
-    scoring = restored.scoring("test")
-    return restored, scoring.replace(serving=scoring.serving.replace(gate=GATE)), made.facts
-
-
 def test_a_finished_runs_alpha_is_as_of_the_moment_before_test(world, tmp_path):
-    restored, scoring, facts = _trained_gate(world, tmp_path / "r")
-    run = restored.config
+    """Of a run whose best state has `GATE` as its gate."""
+    run = _run(world, tmp_path / "r", reference_runs=f"{world[1]},{world[3]}")
+    loop.train(run)
+    trained = load(run.workdir).restored
+    serving = trained.serving.replace(guidance=GATE)
+    finished = TrainedRun(run.workdir, dataclasses.replace(trained, serving=serving))
     rng = np.random.default_rng(1)
     users, items = rng.integers(0, N_USERS, 50), rng.integers(0, N_ITEMS, (50, 2))
-    mixed = _run(world, tmp_path / "r", reference_runs=f"{world[1]},{world[3]}")
-    found = gate_evaluation.alphas(
-        *(run, facts, restored.backbone, gates.make_gate(run.gate), scoring),
-        *(users, items, np.ones(50, np.float32)),
-        reference_runs=[
-            (m.backbone, m.scoring("test")) for m in build.restore_reference_runs(mixed, world[0])
-        ],
-    )
+    alpha = finished.believe(users, items, np.ones(50, np.float32))
     q = _q(*(_believed(member, users, items, "test") for member in (world[1], world[3])))
-    np.testing.assert_allclose(found, _paper_alpha(world[0], q, users, items), rtol=1e-4)
+    np.testing.assert_allclose(alpha, _paper_alpha(world[0], q, users, items), rtol=1e-4)
 
 
-def test_evaluation_judges_the_gate_and_refuses_other_members(world, tmp_path, monkeypatch):
-    """The members as of the moment before test; training and judging leave them as they were."""
+def test_evaluation_asks_the_gate_and_refuses_other_members(world, tmp_path, monkeypatch):
+    """The members as of the moment before test; training and evaluation leave them as they
+    were."""
     other = pathlib.Path(shutil.copytree(world[1], tmp_path / "other"))
     run = _run(world, tmp_path / "r", reference_runs=f"{other},{world[3]}")
-    before, judge, asked = _files(other, world[3]), gate_evaluation.judge, []
+    before, believe, asked = _files(other, world[3]), TrainedRun._alpha, []
 
-    def spy(*args, reference_runs, **options):
-        asked.extend(member for _, member in reference_runs)
-        return judge(*args, reference_runs=reference_runs, **options)
+    def spy(self, gating, scoring, references, *args):
+        asked.extend(references)
+        return believe(self, gating, scoring, references, *args)
 
-    monkeypatch.setattr(gate_evaluation, "judge", spy)
+    monkeypatch.setattr(TrainedRun, "_alpha", spy)
     loop.train(run)
-    judged = build.evaluate_run(run.workdir, "a").gate
+    gate = evaluate_run(run.workdir, "a").gate
     assert _files(other, world[3]) == before
     events = np.concatenate([world[0].train.users, world[0].valid.users])
     np.testing.assert_array_equal(asked[1].as_of, np.bincount(events, minlength=N_USERS))
-    assert judged["slices"]["overall"]["n"] == 20_000
-    spread = [b["alpha"] for b in judged["reliability"]]
+    assert gate["slices"]["overall"]["n"] == 20_000
+    spread = [group["alpha"] for group in gate["reliability"]]
     assert max(spread) > min(spread)
     loop.train(config.make_run(str(world[0].path), str(other), **MF | {"epochs": 3}))
     with pytest.raises(
         ConfigError, match=r"/r was trained with another --reference_runs \(.*other at"
     ):
-        build.evaluate_run(run.workdir, "a")
+        evaluate_run(run.workdir, "a")
 
 
 def _log(run):
@@ -393,7 +397,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path):
     for epochs in (1, 3):
         loop.train(_run(world, tmp_path / "parts", epochs=epochs))
     whole, parts = (
-        build.restore_run(str(tmp_path / name), "last").serving for name in ("whole", "parts")
+        restore.restore_run(str(tmp_path / name), "last").serving for name in ("whole", "parts")
     )
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
 
@@ -487,9 +491,10 @@ def test_runs_that_cannot_be_members_are_named(world, tmp_path):
 
 
 def test_without_a_gate_nobody_is_asked(world, tmp_path):
-    """Pointwise guidance, or none, has no gate: the members need not even be there."""
+    """Without guidance the members need not even be there."""
     run = _run(world, tmp_path / "r", reference_runs="no,where", guidance="none", teacher="")
-    _, resident = build.build(run, world[0])
-    assert resident.reference_runs == ()
-    assert run_directory.members(run) == []
-    assert supervision.Seen().members is None
+    trainer, arrays = _built(run, world[0])
+    assert trainer.guidance is None
+    assert arrays.guidance is None
+    assert run_directory.reference_checkpoints(run) == []
+    assert Observed(1.0).reference_scores is None

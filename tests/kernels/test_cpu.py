@@ -12,7 +12,6 @@ import worlds
 from slgr_jax.config import (
     TABLE_DTYPES,
     TABLE_OPTIMIZERS,
-    GuidanceConfig,
     OptimizerConfig,
     SamplerConfig,
 )
@@ -20,6 +19,7 @@ from slgr_jax.data.dataset import Csr
 from slgr_jax.kernels import cpu
 from slgr_jax.models import embedding_table
 from slgr_jax.sampling import arrays, batch, negatives, preferences
+from slgr_jax.sampling.teacher_arrays import PreferenceRule, teacher_lists
 
 WIDTHS = (1, 64, 77)  # a part of a block, two blocks, two and a part
 
@@ -254,13 +254,7 @@ def test_draws_outside_are_those_of_xla_to_the_bit(popularity, n_items, sizes):
     bits = jax.random.bits(jax.random.key(0), (4, 5000), jnp.uint32)
     who = jnp.asarray(rng.integers(0, n_users, (4, 5000)), jnp.int32)
     found = [
-        negatives.draw_outside(
-            bits,
-            who,
-            cut,
-            cumulative,
-            negatives.Plan(n_items, 1, 1, 0, SamplerConfig(), GuidanceConfig(), 12, native),
-        )
+        negatives.draw_outside(bits, who, cut, cumulative, native=native)
         for native in (False, True)
     ]
     for by_xla, by_kernel in zip(*found, strict=True):
@@ -287,7 +281,7 @@ def test_triples_are_those_of_xla_to_the_bit(tmp_path, sampler, size, together):
     words_of, _ = negatives.generators(jax.random.split(jax.random.key(1), 37))
     found = []
     for native in (False, True):
-        plan = negatives.Plan(n_items, len(users), size, 0, config, GuidanceConfig(), 6, native)
+        plan = negatives.SamplingPlan(n_items, len(users), size, config, native)
         found.append(jax.jit(batch.draw_triples, static_argnums=2)(words_of, data, plan))
     for by_xla, by_kernel in zip(*found, strict=True):
         np.testing.assert_array_equal(by_xla, by_kernel)
@@ -315,29 +309,34 @@ def test_preferences_are_those_of_xla_to_the_bit(size, together, share, selectio
     bought = Csr.from_pairs(
         np.repeat(np.arange(n_users), 20), rng.integers(0, n_items, 20 * n_users), n_users
     )
-    guidance = GuidanceConfig(
-        min_gap=0.25, unlisted_share=share, pair_selection=selection, pair_candidates=3
-    )
     teacher = jax.device_put(
-        arrays.teacher_lists(
-            *(offsets, np.concatenate(rows), scores, guidance),
+        teacher_lists(
+            offsets,
+            np.concatenate(rows),
+            scores,
+            min_gap=0.25,
+            unlisted_share=share,
             unlisted_below=True,
             positives=bought,
             n_items=n_items,
         )
     )
     assert (teacher.unlisted is None) == (share == 0.0)
-    config = SamplerConfig(batch_size=8, triples_per_user=together)
     _, words_of = negatives.generators(jax.random.split(jax.random.key(1), 29))
-    found = []
+    pairs = []
     for native in (False, True):
-        plan = negatives.Plan(n_items, 1, 8, size, config, guidance, 6, native)
-        found.append(
-            jax.jit(preferences.draw_preferences, static_argnums=2)(words_of, teacher, plan)
+        rule = PreferenceRule(
+            count=size,
+            min_gap=0.25,
+            unlisted_share=share,
+            candidates=3 if selection == "largest_gap" else 1,
+            together=together,
+            native=native,
         )
-    for by_xla, by_kernel in zip(*found, strict=True):
+        pairs.append(jax.jit(preferences.draw_pairs, static_argnums=2)(words_of, teacher, rule))
+    for by_xla, by_kernel in zip(*pairs, strict=True):
         np.testing.assert_array_equal(by_xla, by_kernel)
-    users, items, margins = map(np.asarray, found[1])
+    users, items, margins = map(np.asarray, pairs[1])
     assert users.shape == (29, size)
     listed = np.zeros((n_users, n_items), bool)
     listed[np.repeat(np.arange(n_users), counts), np.concatenate(rows)] = True

@@ -1,4 +1,4 @@
-"""Tables, files and the picture; the command itself."""
+"""Tables and the picture; the command itself."""
 
 from __future__ import annotations
 
@@ -10,141 +10,21 @@ import subprocess
 import sys
 import time
 
-import jax
 import matplotlib.image
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import worlds
+from evaluated import random_runs
 
-from slgr_jax.config import EvaluationConfig, SamplerConfig, SliceConfig, TrainConfig
+from slgr_jax.config import EvaluationConfig, SamplerConfig, TrainConfig
 from slgr_jax.errors import ConfigError
-from slgr_jax.evaluation import full_ranking
-from slgr_jax.evaluation.ranking_metrics import UserValues
+from slgr_jax.evaluation import results
 from slgr_jax.reports import plots
 from slgr_jax.reports import tables as tables_lib
 from slgr_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch" / "evaluate.py"
-
-
-def _score(state: jax.Array, users: jax.Array) -> jax.Array:
-    return state[users]
-
-
-def _runs(path: pathlib.Path, names: tuple[str, ...], **options) -> list[tables_lib.EvaluatedRun]:
-    """Runs of random scores on one world; a later run is closer to the truth."""
-    dataset = worlds.random_dataset(path / "data", n_users=60, n_items=40, per_user=15)
-    config = worlds.run_config(
-        dataset,
-        path,
-        slices=SliceConfig(history_bins=(5, 10), popularity_bins=(10, 20)),
-        evaluation=EvaluationConfig(ks=(5, 10), **options),
-    )
-    truth = np.zeros((60, 40), np.float32)
-    truth[dataset.test.users, dataset.test.items] = 1
-    truth[dataset.valid.users, dataset.valid.items] = 1
-    out = []
-    for i, name in enumerate(names):
-        noise = np.random.default_rng(i).normal(size=truth.shape).astype(np.float32)
-        state = jax.device_put(noise + i * truth)
-        parts = full_ranking.evaluate_dataset(
-            _score, state, dataset, config.slices, config.evaluation
-        )
-        workdir = str(path / name)
-        out.append(tables_lib.EvaluatedRun(workdir, name, config, dataset, "best", parts))
-    return out
-
-
-def test_metrics_json_is_valid_and_holds_the_contract(tmp_path):
-    (run,) = _runs(tmp_path, ("a",))
-    tables_lib.write_run(run)
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    text = (tmp_path / "a" / "metrics.json").read_text()
-    found = json.loads(text, parse_constant=refuse)
-    assert set(found) == {"valid", "test", "thresholds", "definitions"}
-    for part in ("valid", "test"):
-        assert {"overall", "cold_users", "tail_items"} <= set(found[part])
-        for values in found[part].values():
-            names = {"recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr", "auc", "n"}
-            assert names <= set(values)
-        assert found[part]["overall"]["n"] == run.parts[part].slices["overall"]["n"] > 0
-    assert found["thresholds"]["masked"] == {"valid": ["train"], "test": ["train", "valid"]}
-    assert found["thresholds"]["n_tail_items"] == 8
-    # A slice without users: the metrics are null, n is 0.
-    assert found["test"]["history<=5"]["n"] == 0
-    assert found["test"]["history<=5"]["ndcg@10"] is None
-    assert sorted(os.listdir(tmp_path / "a")) == ["metrics.json", "per_user.parquet"]
-
-
-def test_per_user_table_has_external_ids_and_reproduces_the_means(tmp_path):
-    (run,) = _runs(tmp_path, ("a",))
-    tables_lib.write_run(run)
-    table = pq.read_table(tmp_path / "a" / "per_user.parquet").to_pylist()
-    slices = run.parts["test"].slices
-    for kind, name in (("all", "overall"), ("tail", "tail_items"), ("head", "head_items")):
-        rows = [row for row in table if row["part"] == "test" and row["items"] == kind]
-        assert len(rows) == slices[name]["n"] > 0
-        assert np.mean([row["ndcg@10"] for row in rows]) == pytest.approx(slices[name]["ndcg@10"])
-        assert sum(row["n_relevant"] for row in rows) == slices[name]["n_relevant"]
-    cold = [row for row in table if row["part"] == "test" and row["items"] == "all" and row["cold"]]
-    assert np.mean([row["mrr"] for row in cold]) == pytest.approx(slices["cold_users"]["mrr"])
-    history = {f"u{u}": int(n) for u, n in enumerate(run.dataset.history)}
-    assert all(history[row["user"]] == row["history"] for row in table)
-
-
-def test_an_undefined_value_is_null_in_the_table(tmp_path):
-    (run,) = _runs(tmp_path, ("a",))
-    found = run.parts["test"].users["all"]
-    values = found.values | {"auc": np.where(np.arange(found.users.size) == 2, np.nan, 0.5)}
-    result = dataclasses.replace(
-        run.parts["test"], users={"all": dataclasses.replace(found, values=values)}
-    )
-    table = tables_lib.user_table(dataclasses.replace(run, parts={"test": result}))
-    assert table["auc"].null_count == 1
-    assert table["auc"][2].as_py() is None
-
-
-def test_users_of_labelled_rows_are_written_like_users_of_a_ranking(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "data")
-    slices = dataset.slices(SliceConfig())
-    users = np.array([3, 0, 7], np.int32)
-    some = UserValues(users, np.array([1, 2, 1]), {"auc": np.array([0.5, np.nan, 1.0])})
-    one = UserValues(users[:1], np.array([1]), {"auc": np.array([0.25])})
-    path = tables_lib.write_row_users(
-        tmp_path / "run", dataset, slices, {"test": {"all": some, "tail": one}}
-    )
-    assert path == tmp_path / "run" / "rows_per_user.parquet"
-    found = pq.read_table(path).to_pylist()
-    assert [(row["items"], row["user"], row["auc"]) for row in found] == [
-        *(("all", "u3", 0.5), ("all", "u0", None), ("all", "u7", 1.0), ("tail", "u3", 0.25)),
-    ]
-    assert {row["part"] for row in found} == {"test"}
-    assert [row["n_relevant"] for row in found] == [1, 2, 1, 1]
-    assert [row["cold"] for row in found[:3]] == slices.cold_users[users].tolist()
-    assert [row["history"] for row in found[:3]] == dataset.history[users].tolist()
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    target = tmp_path / "x.json"
-    target.write_text("old")
-
-    def fail(path: pathlib.Path) -> None:
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        tables_lib.atomically(target, fail)
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["x.json"]
-    with target.open() as reader:
-        tables_lib.atomically(target, lambda path: path.write_text("new"))
-        assert reader.read() == "old"  # a reader keeps the file it opened, whole
-    assert target.read_text() == "new"
 
 
 def test_tables():
@@ -163,7 +43,7 @@ def test_tables():
 
 
 def test_render_states_values_tests_and_definitions(tmp_path):
-    runs = _runs(tmp_path, ("base", "better"))
+    runs = random_runs(tmp_path, ("base", "better"))
     text = tables_lib.render(runs, "ndcg@10")
     slices = runs[1].parts["test"].slices
     line = next(
@@ -174,9 +54,9 @@ def test_render_states_values_tests_and_definitions(tmp_path):
     assert line.split()[2] == str(slices["cold_users"]["n"])
     assert f"{slices['cold_users']['ndcg@10']:.4f}" in line
     table = text.split("\n\n")[0].splitlines()[1:]
-    assert len({len(one) for one in table}) == 1  # every row ends where the last column does
+    assert len({len(row) for row in table}) == 1  # every row ends where the last column does
     assert "test: ndcg@10 user by user, each run minus base" in text
-    facts = tables_lib.thresholds(runs[0])
+    facts = results.thresholds(runs[0])
     assert f"at most {facts['cold_user_history']} training items" in text
     assert "test: masks each user's train and valid items" in text
     assert "1 / log2(rank + 1)" in text
@@ -184,7 +64,7 @@ def test_render_states_values_tests_and_definitions(tmp_path):
 
 
 def test_paired_rows_see_the_better_run_and_only_shared_users(tmp_path):
-    runs = _runs(tmp_path, ("base", "same", "best"))
+    runs = random_runs(tmp_path, ("base", "same", "best"))
     runs[1] = dataclasses.replace(runs[0], label="same")
     rows = tables_lib.paired_rows(runs, "test", "ndcg@10")
     by_key = {(row["run"], row["slice"]): row for row in rows}
@@ -205,7 +85,7 @@ def test_paired_rows_see_the_better_run_and_only_shared_users(tmp_path):
 
 
 def test_runs_of_different_splits_are_not_tested(tmp_path):
-    runs = _runs(tmp_path, ("base", "other"))
+    runs = random_runs(tmp_path, ("base", "other"))
     manifest = dataclasses.replace(runs[1].dataset.manifest, split_hash="0" * 64)
     runs[1] = dataclasses.replace(
         runs[1], dataset=dataclasses.replace(runs[1].dataset, manifest=manifest)
@@ -216,7 +96,7 @@ def test_runs_of_different_splits_are_not_tested(tmp_path):
 
 
 def test_baselines_are_tested_apart_and_say_what_was_chosen(tmp_path):
-    runs = _runs(tmp_path, ("base", "better", "simple"))
+    runs = random_runs(tmp_path, ("base", "better", "simple"))
     facts = {"name": "simple", "settings": {"lambda": 50}, "tuned_on": "valid ndcg@10"}
     simple = dataclasses.replace(runs[2], baseline=facts | {"tried": [{"lambda": 50}, {}]})
     alone = tables_lib.render(runs[:2], "ndcg@10").split("\n\n")
@@ -227,32 +107,32 @@ def test_baselines_are_tested_apart_and_say_what_was_chosen(tmp_path):
         assert tables[0] == tables[1]  # p_holm too
         begin = f"{part}: ndcg@10 user by user, each baseline minus base"
         table = next(block for block in beside if block.startswith(begin)).splitlines()
-        assert sum("simple" in line for line in table) == len(tables_lib.MAIN_SLICES)
+        assert sum("simple" in line for line in table) == len(results.MAIN_SLICES)
         assert not any("better" in line for line in table)
         main = next(block for block in beside if block.startswith(f"{part}: full ranking"))
-        assert sum("simple" in line for line in main.splitlines()) >= len(tables_lib.MAIN_SLICES)
+        assert sum("simple" in line for line in main.splitlines()) >= len(results.MAIN_SLICES)
     assert "baseline simple: lambda 50, the best of 2 by valid ndcg@10\n" in "\n".join(beside)
-    assert tables_lib.metrics_json(simple)["baseline"]["settings"] == {"lambda": 50}
-    assert "baseline" not in tables_lib.metrics_json(runs[0])
+    assert results.metrics_json(simple)["baseline"]["settings"] == {"lambda": 50}
+    assert "baseline" not in results.metrics_json(runs[0])
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_picture_shows_every_run(tmp_path, count):
-    runs = _runs(tmp_path, ("base", "better", "best")[:count])
+    runs = random_runs(tmp_path, ("base", "better", "best")[:count])
     path = plots.draw(runs, "ndcg@10", tmp_path / "out" / "metrics.png")
     assert os.listdir(tmp_path / "out") == ["metrics.png"]
     pixels = matplotlib.image.imread(path)[:, :, :3]
     assert pixels.shape[1] > 1000
-    for i, color in enumerate(plots.COLORS):
-        wanted = np.array([int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    for place, color in enumerate(plots.COLORS):
+        wanted = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         drawn = np.sum(np.all(np.abs(pixels - wanted) < 0.01, axis=2))
         if color != "#000000":  # the axes are black
-            assert (drawn > 2000) == (i < count), color
+            assert (drawn > 2000) == (place < count), color
 
 
 def test_the_panels_leave_out_empty_slices(tmp_path):
-    panels = dict(plots.panels(_runs(tmp_path, ("a",)), "test"))
-    assert panels["users and items"] == list(tables_lib.MAIN_SLICES)
+    panels = dict(plots.panels(random_runs(tmp_path, ("a",)), "test"))
+    assert panels["users and items"] == list(results.MAIN_SLICES)
     assert "history<=5" not in panels["users by training history"]
     assert "history 6-10" in panels["users by training history"]
     assert plots._tick("popularity 11-20", {1200}) == "11–20\nn = 1,200"
@@ -284,10 +164,10 @@ def _launch(*flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_is_quick_and_needs_no_jax():
     begin = time.monotonic()
-    found = _launch("--help")
+    shown = _launch("--help")
     assert time.monotonic() - begin < 3.0  # 0.2 s on an idle machine
-    assert found.returncode == 0
-    assert all(flag in found.stdout for flag in ("--workdir", "--metric", "--out", "--checkpoint"))
+    assert shown.returncode == 0
+    assert all(flag in shown.stdout for flag in ("--workdir", "--metric", "--out", "--checkpoint"))
     blocked = "import sys; sys.modules['jax'] = None; sys.argv = ['x', '--help']\nimport runpy\n"
     code = blocked + f"runpy.run_path({str(LAUNCH)!r}, run_name='__main__')"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -308,14 +188,14 @@ def test_help_is_quick_and_needs_no_jax():
     ],
 )
 def test_mistakes_are_one_line(flags, message):
-    found = _launch(*flags)
-    assert found.returncode == 2
-    assert message in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+    refused = _launch(*flags)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_the_command_evaluates_trained_runs(tmp_path):
+def test_the_command_evaluates_trainedrandom_runs(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "data")
     runs = [str(tmp_path / name) for name in ("one", "two")]
     for seed, workdir in enumerate(runs):
@@ -325,9 +205,9 @@ def test_the_command_evaluates_trained_runs(tmp_path):
             dataset, workdir, train=settings, sampler=sampler, evaluation=EvaluationConfig(ks=(5,))
         )
         loop.train(config)
-    found = _launch(*(f"--workdir={one}" for one in runs), f"--out={tmp_path}/compared")
-    assert found.returncode == 0, found.stderr
-    assert "test: ndcg@5 user by user, each run minus one" in found.stdout
+    finished = _launch(*[f"--workdir={workdir}" for workdir in runs], f"--out={tmp_path}/compared")
+    assert finished.returncode == 0, finished.stderr
+    assert "test: ndcg@5 user by user, each run minus one" in finished.stdout
     assert (tmp_path / "compared" / "metrics.png").stat().st_size > 10_000
     for workdir in runs:
         metrics = json.loads(pathlib.Path(workdir, "metrics.json").read_text())
@@ -335,5 +215,5 @@ def test_the_command_evaluates_trained_runs(tmp_path):
         assert pathlib.Path(workdir, "per_user.parquet").is_file()
         lines = pathlib.Path(workdir, "log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
-        best = max(one["valid/ndcg@5"] for one in log if "valid/ndcg@5" in one)
+        best = max(row["valid/ndcg@5"] for row in log if "valid/ndcg@5" in row)
         assert metrics["valid"]["overall"]["ndcg@5"] == pytest.approx(best, abs=1e-6)

@@ -11,36 +11,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from slgr_jax.config import GuidanceConfig, SamplerConfig
+from slgr_jax.config import SamplerConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.sampling import arrays as arrays_lib
 from slgr_jax.sampling import batch as batch_lib
-from slgr_jax.sampling import negatives
+from slgr_jax.sampling import negatives, preferences
+from slgr_jax.sampling.teacher_arrays import PreferenceRule, teacher_lists
 
 
-def _plan(resident, *, triples=0, preferences=0, n_items, sampler=None, guidance=None):
-    return negatives.Plan(
+def _plan(arrays, *, triples, n_items, sampler=None):
+    return negatives.SamplingPlan(
         n_items=n_items,
-        drawn=int(np.asarray(resident.interactions.items).size),
+        drawn=int(np.asarray(arrays.interactions.items).size),
         triples=triples,
-        preferences=preferences,
         sampler=sampler or SamplerConfig(),
-        guidance=guidance or GuidanceConfig(),
-        search_steps=arrays_lib.longest_row(resident).bit_length(),
     )
 
 
-def _resident(dataset, sampler=None, teacher=None):
+def _arrays(dataset, sampler=None):
     cold, tail = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
-    found = arrays_lib.interactions(dataset, sampler or SamplerConfig(), cold, tail)
-    return arrays_lib.DeviceArrays(found, teacher)
+    return arrays_lib.DeviceArrays(
+        arrays_lib.interactions(dataset, sampler or SamplerConfig(), cold, tail)
+    )
 
 
-def _draw(resident, plan, steps=1, seed=0):
-    arrays = jax.device_put(resident)
-    every = jax.jit(lambda keys: batch_lib.draw(keys, arrays, plan))
-    keys = jax.random.split(jax.random.key(seed), steps)
-    return jax.device_get(every(keys))
+def _draw(arrays, plan, steps=1, seed=0):
+    placed = jax.device_put(arrays)
+    draw = jax.jit(lambda keys: batch_lib.draw(negatives.generators(keys)[0], placed, plan))
+    return jax.device_get(draw(jax.random.split(jax.random.key(seed), steps)))
 
 
 @given(bits=st.integers(0, 2**32 - 1), bound=st.integers(0, 2**31 - 1))
@@ -61,7 +59,7 @@ def test_below_is_the_high_word_of_the_product(bits, bound):
     ],
     ids=["uniform", "popularity", "in_batch", "anything"],
 )
-def test_lanes_are_certain_where_each_user_has_a_negative(tmp_path, sampler, everything):
+def test_every_negative_is_drawn_where_each_user_has_one(tmp_path, sampler, everything):
     """One user has every item, or lacks one of them."""
     items = [list(range(12 if everything else 11)), [0, 11], [3, 4, 5]]
     pairs = [(user, item) for user, row in enumerate(items) for item in row]
@@ -69,12 +67,12 @@ def test_lanes_are_certain_where_each_user_has_a_negative(tmp_path, sampler, eve
     dataset = worlds.write_dataset(
         tmp_path / "d", np.array(pairs), none, none, n_users=3, n_items=12
     )
-    resident = _resident(dataset, sampler)
-    certain = arrays_lib.every_lane_drawn(resident, sampler)
+    arrays = _arrays(dataset, sampler)
+    certain = arrays_lib.every_negative_drawn(arrays.interactions, sampler)
     free = sampler.negatives != "in_batch"
     assert certain == (free and (sampler.allow_positive_negatives or not everything))
-    plan = _plan(resident, triples=512, n_items=12, sampler=sampler)
-    weights = _draw(resident, plan, steps=4).weights
+    plan = _plan(arrays, triples=512, n_items=12, sampler=sampler)
+    weights = _draw(arrays, plan, steps=4).weights
     always = certain or (free and not everything)
     assert set(np.unique(weights)) == ({1.0} if always else {0.0, 1.0})
 
@@ -82,10 +80,10 @@ def test_lanes_are_certain_where_each_user_has_a_negative(tmp_path, sampler, eve
 @pytest.mark.parametrize("together", [1, 8, 5])
 def test_triples_are_training_pairs_and_negatives_never_positives(tmp_path, together):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=7, n_items=12, per_user=9)
-    resident = _resident(dataset)
+    arrays = _arrays(dataset)
     sampler = SamplerConfig(triples_per_user=together)
-    plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
-    batch = _draw(resident, plan, steps=8)
+    plan = _plan(arrays, triples=4096, n_items=12, sampler=sampler)
+    batch = _draw(arrays, plan, steps=8)
     positives = worlds.pairs_of(dataset.train.users, dataset.train.items)
     users, items = batch.queries.users.ravel(), batch.items.reshape(-1, 2)
     assert worlds.pairs_of(users, items[:, 0]) == positives
@@ -109,9 +107,9 @@ def test_triples_are_training_pairs_and_negatives_never_positives(tmp_path, toge
 def test_popularity_negatives_follow_the_masses_outside_the_positives(tmp_path, power):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=9, n_items=15, per_user=8)
     sampler = SamplerConfig(negatives="popularity", popularity_power=power)
-    resident = _resident(dataset, sampler)
-    plan = _plan(resident, triples=4096, n_items=15, sampler=sampler)
-    batch = _draw(resident, plan, steps=16)
+    arrays = _arrays(dataset, sampler)
+    plan = _plan(arrays, triples=4096, n_items=15, sampler=sampler)
+    batch = _draw(arrays, plan, steps=16)
     users, negative = batch.queries.users.ravel(), batch.items.reshape(-1, 2)[:, 1]
     positives = dataset.positives(("train",))
     for user in range(9):
@@ -126,9 +124,9 @@ def test_popularity_negatives_follow_the_masses_outside_the_positives(tmp_path, 
 def test_in_batch_negatives_are_other_rows_positives(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=9, n_items=15, per_user=8)
     sampler = SamplerConfig(negatives="in_batch", triples_per_user=1)
-    resident = _resident(dataset, sampler)
-    plan = _plan(resident, triples=256, n_items=15, sampler=sampler)
-    batch = jax.tree.map(lambda x: x[0], _draw(resident, plan))
+    arrays = _arrays(dataset, sampler)
+    plan = _plan(arrays, triples=256, n_items=15, sampler=sampler)
+    batch = jax.tree.map(lambda x: x[0], _draw(arrays, plan))
     positives = worlds.pairs_of(dataset.train.users, dataset.train.items)
     kept = batch.weights > 0
     assert kept.mean() > 0.95
@@ -139,9 +137,9 @@ def test_in_batch_negatives_are_other_rows_positives(tmp_path):
 def test_positives_as_negatives_only_on_request(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=7, n_items=12, per_user=9)
     sampler = SamplerConfig(allow_positive_negatives=True)
-    resident = _resident(dataset, sampler)
-    plan = _plan(resident, triples=4096, n_items=12, sampler=sampler)
-    batch = _draw(resident, plan, steps=4)
+    arrays = _arrays(dataset, sampler)
+    plan = _plan(arrays, triples=4096, n_items=12, sampler=sampler)
+    batch = _draw(arrays, plan, steps=4)
     codes = batch.queries.users.ravel() * 12 + batch.items.reshape(-1, 2)[:, 1]
     counts = np.bincount(codes, minlength=84).reshape(7, 12)
     for row in counts:
@@ -152,8 +150,8 @@ def test_a_user_who_has_everything_gets_weight_zero(tmp_path):
     full = np.array([(0, i) for i in range(5)] + [(1, 0)])
     one = np.array([(1, 1)])
     dataset = worlds.write_dataset(tmp_path / "d", full, one, one, n_users=2, n_items=5)
-    resident = _resident(dataset)
-    batch = _draw(resident, _plan(resident, triples=512, n_items=5))
+    arrays = _arrays(dataset)
+    batch = _draw(arrays, _plan(arrays, triples=512, n_items=5))
     np.testing.assert_array_equal(batch.weights, (batch.queries.users == 1).astype(np.float32))
     assert (batch.items >= 0).all()
     assert (batch.items < 5).all()
@@ -180,33 +178,32 @@ ROWS = [
 ]
 
 
-def _preferences(guidance, rows=ROWS, *, unlisted=False, positives=None, size=4096, steps=4):
+def _preferences(
+    *, rows=ROWS, unlisted=False, positives=None, size=4096, steps=4, **rule
+) -> preferences.Preferences:
     offsets, items, scores = _lists(rows)
-    teacher = arrays_lib.teacher_lists(
+    chosen = PreferenceRule(count=size, together=SamplerConfig().triples_per_user, **rule)
+    teacher = teacher_lists(
         offsets,
         items,
         scores,
-        guidance,
+        min_gap=chosen.min_gap,
+        unlisted_share=chosen.unlisted_share,
         unlisted_below=unlisted,
         positives=positives or _no_positives(len(rows)),
         n_items=10,
     )
-    one = Csr.from_pairs(np.zeros(1, int), np.zeros(1, int), len(rows))
-    resident = arrays_lib.DeviceArrays(
-        arrays_lib.Interactions(
-            users=np.zeros(1, np.int32),
-            items=np.zeros(1, np.int32),
-            negatives=arrays_lib.excluded(one, None, 10),
-            cumulative=None,
-            facts=arrays_lib.Facts(
-                *(np.zeros(size, np.float32) for size in (len(rows), 10, len(rows), 10))
-            ),
-        ),
-        teacher,
-    )
-    plan = _plan(resident, triples=1, preferences=size, n_items=10, guidance=guidance)
-    batch = _draw(resident, plan, steps=steps)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    users, catalogue = np.zeros(len(rows), np.float32), np.zeros(10, np.float32)
+    facts = arrays_lib.Facts(users, catalogue, users, catalogue)
+    placed, placed_facts = jax.device_put((teacher, facts))
+
+    @jax.jit
+    def draw(keys):
+        _, words_of = negatives.generators(keys)
+        return preferences.draw_preferences(words_of, placed, placed_facts, None, chosen)
+
+    drawn = jax.device_get(draw(jax.random.split(jax.random.key(0), steps)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
 
 
 def _stated(rows=ROWS, min_gap=0.0):
@@ -221,31 +218,28 @@ def _stated(rows=ROWS, min_gap=0.0):
 
 @pytest.mark.parametrize("min_gap", [0.0, 0.45])
 def test_preferences_are_exactly_the_stated_ones(min_gap):
-    batch = _preferences(GuidanceConfig(min_gap=min_gap))
-    got = set(zip(batch.pref_queries.users.tolist(), *batch.pref_items.T.tolist(), strict=True))
+    drawn = _preferences(min_gap=min_gap)
+    got = set(zip(drawn.queries.users.tolist(), *drawn.items.T.tolist(), strict=True))
     assert got == _stated(min_gap=min_gap)
     score = {(u, i): x for u, row in enumerate(ROWS) for i, x in row}
     expected = [
         score[u, a] - score[u, b]
-        for u, (a, b) in zip(
-            batch.pref_queries.users.tolist(), batch.pref_items.tolist(), strict=True
-        )
+        for u, (a, b) in zip(drawn.queries.users.tolist(), drawn.items.tolist(), strict=True)
     ]
-    np.testing.assert_allclose(batch.pref_margins, expected, rtol=1e-5)
+    np.testing.assert_allclose(drawn.margins, expected, rtol=1e-5)
 
 
 def test_largest_gap_keeps_the_greatest_margins():
-    guidance = GuidanceConfig(pair_selection="largest_gap", pair_candidates=8)
-    greedy = _preferences(guidance, size=64)
-    plain = _preferences(GuidanceConfig(), size=64)
-    assert greedy.pref_margins.mean() > plain.pref_margins.mean() + 0.2
-    assert set(np.round(greedy.pref_margins, 4)) <= set(np.round(plain.pref_margins, 4))
+    greedy = _preferences(candidates=8, size=64)
+    plain = _preferences(size=64)
+    assert greedy.margins.mean() > plain.margins.mean() + 0.2
+    assert set(np.round(greedy.margins, 4)) <= set(np.round(plain.margins, 4))
 
 
 def test_unlisted_items_rank_below_and_are_neither_listed_nor_positives():
     positives = Csr.from_pairs(np.array([0, 1, 1]), np.array([7, 8, 9]), len(ROWS))
-    batch = _preferences(GuidanceConfig(), unlisted=True, positives=positives)
-    got = set(zip(batch.pref_queries.users.tolist(), *batch.pref_items.T.tolist(), strict=True))
+    drawn = _preferences(unlisted=True, positives=positives)
+    got = set(zip(drawn.queries.users.tolist(), *drawn.items.T.tolist(), strict=True))
     expected = {
         (user, a, b)
         for user, row in enumerate(ROWS)
@@ -256,17 +250,17 @@ def test_unlisted_items_rank_below_and_are_neither_listed_nor_positives():
 
 
 def test_unlisted_share_mixes_both_kinds():
-    batch = _preferences(GuidanceConfig(unlisted_share=0.25), unlisted=True, size=8192)
+    drawn = _preferences(unlisted_share=0.25, unlisted=True, size=8192)
     listed = [{i for i, _ in row} for row in ROWS]
-    pairs = zip(batch.pref_queries.users.tolist(), batch.pref_items[:, 1].tolist(), strict=True)
+    pairs = zip(drawn.queries.users.tolist(), drawn.items[:, 1].tolist(), strict=True)
     outside = np.array([b not in listed[u] for u, b in pairs])
-    able = np.isin(batch.pref_queries.users, [0, 3])  # users with a stated pair of their own
+    able = np.isin(drawn.queries.users, [0, 3])  # users with a stated pair of their own
     assert outside[~able].all()
     assert outside[able].mean() == pytest.approx(0.25, abs=0.02)
     inside = set(
         zip(
-            batch.pref_queries.users[~outside].tolist(),
-            *batch.pref_items[~outside].T.tolist(),
+            drawn.queries.users[~outside].tolist(),
+            *drawn.items[~outside].T.tolist(),
             strict=True,
         )
     )
@@ -275,11 +269,11 @@ def test_unlisted_share_mixes_both_kinds():
 
 def test_the_draw_is_a_function_of_the_key(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
-    resident = _resident(dataset)
-    plan = _plan(resident, triples=64, n_items=30)
-    first, again = _draw(resident, plan, seed=3), _draw(resident, plan, seed=3)
+    arrays = _arrays(dataset)
+    plan = _plan(arrays, triples=64, n_items=30)
+    first, again = _draw(arrays, plan, seed=3), _draw(arrays, plan, seed=3)
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    other = _draw(resident, plan, seed=4)
+    other = _draw(arrays, plan, seed=4)
     assert (first.items != other.items).any()
 
 
@@ -295,11 +289,12 @@ def test_the_draw_is_a_function_of_the_key(tmp_path):
 def test_tie_runs_match_a_plain_count(rows, min_gap):
     listed = [list(enumerate(row)) for row in rows]
     offsets, items, scores = _lists(listed)
-    teacher = arrays_lib.teacher_lists(
+    teacher = teacher_lists(
         offsets,
         items,
         scores,
-        GuidanceConfig(min_gap=min_gap),
+        min_gap=min_gap,
+        unlisted_share=1.0,
         unlisted_below=False,
         positives=_no_positives(len(rows)),
         n_items=8,

@@ -9,40 +9,36 @@ import numpy as np
 import pytest
 import worlds
 
-from slgr_jax.config import GuidanceConfig, SamplerConfig
-from slgr_jax.sampling import arrays, labelled_preferences, negatives, preferences, random_bits
+from slgr_jax.sampling import arrays, labelled_preferences, random_bits
+from slgr_jax.sampling.teacher_arrays import PreferenceRule, teacher_lists, teacher_pairs
 
 
-def _lists(dataset, guidance, below, seed=0, length=8):
+def _lists(dataset, below, min_gap=0.0, seed=0, length=8):
     """Some users have no list; a list may hold training items."""
     rng = np.random.default_rng(seed)
     counts = np.where(np.arange(dataset.n_users) % 4 == 3, 0, length)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
     items = [rng.choice(dataset.n_items, n, replace=False) for n in counts]
     scores = [np.sort(rng.integers(0, 5, n)).astype(np.float32) for n in counts]  # with ties
-    return arrays.teacher_lists(
-        *(offsets, np.concatenate(items).astype(np.int32), np.concatenate(scores), guidance),
+    return teacher_lists(
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.concatenate(items).astype(np.int32),
+        np.concatenate(scores),
+        min_gap=min_gap,
+        unlisted_share=1.0,
         unlisted_below=below,
         positives=dataset.positives(("train",)),
         n_items=dataset.n_items,
     )
 
 
-def _plan(dataset, found, teacher, guidance, size):
-    masks = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
-    made = arrays.interactions(dataset, SamplerConfig(), *masks)
-    longest = arrays.longest_row(arrays.DeviceArrays(made, teacher, known=found))
-    return negatives.Plan(
-        *(dataset.n_items, 1, 1, 1, SamplerConfig(), guidance),
-        search_steps=longest.bit_length(),
-        known=size,
+def _drawn(dataset, source, teacher, size=200_000, min_gap=0.0):
+    facts = arrays.make_facts(
+        dataset, np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
     )
-
-
-def _drawn(dataset, found, teacher, guidance, size=200_000):
-    plan = _plan(dataset, found, teacher, guidance, size)
-    own = random_bits.generators(jax.random.split(jax.random.key(0), 1))
-    drawn = preferences.draw_answers(own, *jax.device_put((found, teacher)), plan)
+    words_of = random_bits.generators(jax.random.split(jax.random.key(0), 1))
+    placed = jax.device_put((source, teacher, facts))
+    rule = PreferenceRule(count=size, min_gap=min_gap)
+    drawn = labelled_preferences.draw_labelled(words_of, *placed, rule, histories=False)
     return jax.tree.map(lambda x: np.asarray(x)[0], drawn)
 
 
@@ -54,7 +50,7 @@ def _sets(dataset, parts):
 @pytest.mark.parametrize("part", ["valid", "test"])
 def test_chosen_are_the_new_items_of_a_part_at_their_moments(tmp_path, part):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=9, n_items=14)
-    chosen = labelled_preferences.make_chosen(dataset, part)
+    chosen = labelled_preferences.chosen_items(dataset, part)
     before = ("train",) if part == "valid" else ("train", "valid")
     seen, own = _sets(dataset, before), _sets(dataset, (part,))
     expected = {(u, i) for u in range(9) for i in own[u] - seen[u]}
@@ -76,7 +72,7 @@ def test_hidden_items_are_the_training_items_that_were_asked_about(tmp_path):
     expected = train & set(map(tuple, asked.tolist()))
     owners = np.repeat(np.arange(9), hidden.counts)
     assert worlds.pairs_of(owners, hidden.indices) == expected
-    chosen = labelled_preferences.make_chosen(dataset, "hidden", hidden)
+    chosen = labelled_preferences.chosen_items(dataset, "hidden", hidden)
     for user, item, as_of in zip(chosen.users, chosen.items, chosen.as_of, strict=True):
         events = dataset.train.items[dataset.train.users == user]
         assert events[as_of] == item
@@ -86,14 +82,13 @@ def test_hidden_items_are_the_training_items_that_were_asked_about(tmp_path):
     assert worlds.pairs_of(left.users, left.items) == train - expected
 
 
-def test_answers_of_free_lists_are_preferences_with_one_chosen_item(tmp_path):
+def test_labels_of_free_lists_are_preferences_with_one_chosen_item(tmp_path):
     """Each (listed, unlisted) pair with exactly one chosen item has the same weight in its user:
     1 / N_u of the unlisted items, over all chosen items."""
-    guidance = GuidanceConfig(unlisted_share=1.0)
     dataset = worlds.random_dataset(tmp_path / "d", n_users=8, n_items=20, per_user=10)
-    teacher = _lists(dataset, guidance, below=True)
-    chosen = labelled_preferences.make_chosen(dataset, "valid")
-    found = labelled_preferences.make_known(dataset, teacher, chosen)
+    teacher = _lists(dataset, below=True)
+    chosen = labelled_preferences.chosen_items(dataset, "valid")
+    source = labelled_preferences.label_source(dataset, teacher, chosen)
     seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
     expected = {}
     for u in range(8):
@@ -108,7 +103,7 @@ def test_answers_of_free_lists_are_preferences_with_one_chosen_item(tmp_path):
                     expected[u, a, b, 1.0] = 1 / len(outside)
                 if b in positive and a not in everything and outside:
                     expected[u, a, b, 0.0] = 1 / len(outside)
-    drawn = _drawn(dataset, found, teacher, guidance)
+    drawn = _drawn(dataset, source, teacher)
     got = collections.Counter()
     rows = zip(drawn.queries.users, *drawn.items.T, drawn.right, drawn.weights, strict=True)
     for u, a, b, right, weight in rows:
@@ -120,7 +115,7 @@ def test_answers_of_free_lists_are_preferences_with_one_chosen_item(tmp_path):
     size = drawn.weights.size
     for pair, mass in expected.items():
         # A pair's weight is at most L / N, hence the variance.
-        share, error = mass / found.count, 5 * np.sqrt(2.0 * mass / found.count / size)
+        share, error = mass / source.count, 5 * np.sqrt(2.0 * mass / source.count / size)
         assert abs(got[pair] / size - share) < error, (pair, total)
     own_items = {
         (u, i): s
@@ -143,12 +138,11 @@ def test_answers_of_free_lists_are_preferences_with_one_chosen_item(tmp_path):
 
 
 @pytest.mark.parametrize("min_gap", [0.0, 2.0])
-def test_answers_of_asked_lists_compare_listed_items_only(tmp_path, min_gap):
-    guidance = GuidanceConfig(min_gap=min_gap)
+def test_labels_of_asked_lists_compare_listed_items_only(tmp_path, min_gap):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=8, n_items=20, per_user=10)
-    teacher = _lists(dataset, guidance, below=False)
-    chosen = labelled_preferences.make_chosen(dataset, "valid")
-    found = labelled_preferences.make_known(dataset, teacher, chosen)
+    teacher = _lists(dataset, below=False, min_gap=min_gap)
+    chosen = labelled_preferences.chosen_items(dataset, "valid")
+    source = labelled_preferences.label_source(dataset, teacher, chosen)
     seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
     expected = set()
     for u in range(8):
@@ -161,7 +155,7 @@ def test_answers_of_asked_lists_compare_listed_items_only(tmp_path, min_gap):
                 gap = score[a] - score[b]
                 if one and other not in own[u] | seen[u] and gap > 0 and gap >= min_gap:
                     expected.add((u, a, b, float(a in own[u] - seen[u]), gap))
-    drawn = _drawn(dataset, found, teacher, guidance, size=20_000)
+    drawn = _drawn(dataset, source, teacher, size=20_000, min_gap=min_gap)
     keep = drawn.weights > 0
     got = {
         (int(u), int(a), int(b), float(r), float(m))
@@ -175,14 +169,14 @@ def test_answers_of_asked_lists_compare_listed_items_only(tmp_path, min_gap):
     assert len(expected) > 5
 
 
-def test_answers_of_stated_preferences_are_those_with_one_chosen_item(tmp_path):
+def test_labels_of_stated_preferences_are_those_with_one_chosen_item(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=8, n_items=20, per_user=10)
     rng = np.random.default_rng(0)
     users = np.sort(rng.integers(0, 8, 400)).astype(np.int32)
     items = np.stack([rng.choice(20, 2, replace=False) for _ in users]).astype(np.int32)
-    teacher = arrays.TeacherPairs(users, items, rng.random(400).astype(np.float32))
-    found = labelled_preferences.make_known(
-        dataset, teacher, labelled_preferences.make_chosen(dataset, "valid")
+    teacher = teacher_pairs(users, items, rng.random(400).astype(np.float32))
+    source = labelled_preferences.label_source(
+        dataset, teacher, labelled_preferences.chosen_items(dataset, "valid")
     )
     seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
     expected = {}
@@ -190,30 +184,12 @@ def test_answers_of_stated_preferences_are_those_with_one_chosen_item(tmp_path):
         new = own[u] - seen[u]
         if (a in new) != (b in new) and (b if a in new else a) not in own[u] | seen[u]:
             expected[row] = bool(a in new)
-    places = found.answers.pairs.tolist()
-    assert dict(zip(places, found.answers.right.tolist(), strict=True)) == expected
-    drawn = _drawn(dataset, found, teacher, GuidanceConfig(), size=2_000)
+    places = source.labels.pairs.tolist()
+    assert dict(zip(places, source.labels.right.tolist(), strict=True)) == expected
+    drawn = _drawn(dataset, source, teacher, size=2_000)
     rows = {(int(u), int(a), int(b)) for u, (a, b) in zip(users, items, strict=True)}
     got = {
         (int(u), int(a), int(b)) for u, (a, b) in zip(drawn.queries.users, drawn.items, strict=True)
     }
     assert got <= rows
     assert {bool(r) for r in drawn.right} == {True, False}
-
-
-def test_held_out_items_are_of_the_preferences_users(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d", n_users=8, n_items=20, per_user=10)
-    chosen = labelled_preferences.make_chosen(dataset, "valid")
-    found = arrays.Known(chosen, None)
-    plan = _plan(dataset, found, None, GuidanceConfig(), 1)
-    users = np.tile(np.arange(8, dtype=np.int32), 500)[None, :]
-    own = random_bits.generators(jax.random.split(jax.random.key(0), 1))
-    held = jax.device_get(preferences.draw_held_out(own, users, jax.device_put(chosen), plan))
-    seen, own = _sets(dataset, ("train",)), _sets(dataset, ("valid",))
-    got = [set() for _ in range(8)]
-    for u, (a, b), weight in zip(users[0], held.items[0], held.weights[0], strict=True):
-        assert weight == (1.0 if own[u] - seen[u] else 0.0)
-        if weight:
-            got[u].add(int(a))
-            assert b not in own[u] | seen[u]
-    assert got == [own[u] - seen[u] for u in range(8)]

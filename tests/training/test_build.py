@@ -25,8 +25,9 @@ from slgr_jax.config import (
 )
 from slgr_jax.data.dataset import Dataset, load
 from slgr_jax.errors import ConfigError, InputError, ManifestError, UserError
+from slgr_jax.reports.run_evaluation import evaluate_run
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import build, checkpoint, loop, run_directory
+from slgr_jax.training import checkpoint, loop, restore, run_directory
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -101,9 +102,9 @@ def test_moved_data_are_found_again(dataset, workdir, tmp_path):
     values["data"] = str(tmp_path / "gone")
     (workdir / run_directory.CONFIG).write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"gone, which is not there; .*--data=NEW"):
-        build.restore_run(str(workdir))
+        restore.restore_run(str(workdir))
     _open(_run(moved, workdir), moved)
-    assert build.restore_run(str(workdir)).dataset.path == moved.path
+    assert restore.restore_run(str(workdir)).dataset.path == moved.path
 
 
 def test_resuming_on_a_dataset_that_was_replaced_is_refused(workdir, dataset, tmp_path):
@@ -116,22 +117,22 @@ def test_resuming_on_a_dataset_that_was_replaced_is_refused(workdir, dataset, tm
     with pytest.raises(ConfigError, match=r"--data: .*/d holds another split.*--restart"):
         _open(_run(replaced, workdir), replaced)
     with pytest.raises(ConfigError, match="was trained on another split or id map"):
-        build.restore_run(str(workdir))
+        restore.restore_run(str(workdir))
 
 
 def test_a_record_without_its_hashes_is_named(dataset, workdir):
     for text in ('{"split_ha', "{}", "[]", '"x"'):
         (workdir / run_directory.RECORD).write_text(text)
         with pytest.raises(ConfigError, match=r"run\.json is damaged; restore it, or remove it"):
-            build.restore_run(str(workdir))
+            restore.restore_run(str(workdir))
     (workdir / run_directory.RECORD).unlink()
-    assert build.restore_run(str(workdir)).dataset.n_users == 16
+    assert restore.restore_run(str(workdir)).dataset.n_users == 16
     loop.train(_run(dataset, workdir))
     assert run_directory.trained_on(str(workdir), dataset)
 
 
 def test_restart_leaves_no_numbers_of_the_run_before(dataset, workdir):
-    build.evaluate_run(str(workdir), "a")
+    evaluate_run(str(workdir), "a")
     assert (workdir / "metrics.json").is_file()
     _open(_run(dataset, workdir, restart=True), dataset)
     assert sorted(path.name for path in workdir.iterdir()) == [".lock", "config.json", "log.jsonl"]
@@ -144,7 +145,7 @@ def test_restart_leaves_no_numbers_of_the_run_before(dataset, workdir):
 def test_a_damaged_config_is_named_and_restart_mends_it(dataset, workdir, content):
     (workdir / run_directory.CONFIG).write_bytes(content)
     for attempt in (
-        lambda: build.restore_run(str(workdir)),
+        lambda: restore.restore_run(str(workdir)),
         lambda: _open(_run(dataset, workdir), dataset),
     ):
         with pytest.raises(ConfigError, match=r"config\.json is .*; restore it, or .*--restart"):
@@ -215,7 +216,7 @@ def test_a_file_in_place_of_the_checkpoints(dataset, workdir):
 
 
 def _guided(**knobs: object) -> GuidanceConfig:
-    return GuidanceConfig(guidance="selective", teacher="t", **knobs)
+    return GuidanceConfig(guidance="pairwise", teacher="t", **knobs)
 
 
 def _teach(dataset: Dataset, tmp_path: pathlib.Path, rows: str) -> None:
@@ -251,7 +252,7 @@ def test_without_validation_the_last_state_is_the_best(tmp_path):
     )
     outcome = loop.train(_run(dataset, tmp_path / "run", epochs=3))
     assert (outcome.epoch, outcome.best_epoch, outcome.best_metric) == (3, 3, None)
-    found = build.evaluate_run(str(tmp_path / "run"), "a")
+    found = evaluate_run(str(tmp_path / "run"), "a")
     assert found.parts["test"].slices["overall"]["n"] == len(set(pairs[1::2, 0].tolist()))
 
 
@@ -269,7 +270,7 @@ def test_one_user_or_one_item(tmp_path, n_users, n_items):
     )
     run = _run(dataset, tmp_path / "run")
     assert loop.train(run).status == "finished"
-    assert build.evaluate_run(run.workdir, "a").parts["test"].slices["overall"]["n"] == 1
+    assert evaluate_run(run.workdir, "a").parts["test"].slices["overall"]["n"] == 1
 
 
 def test_a_metric_that_is_not_computed_is_refused_before_the_work(dataset, tmp_path):

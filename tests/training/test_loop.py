@@ -28,7 +28,8 @@ from slgr_jax.config import (
     knobs,
 )
 from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
-from slgr_jax.training import build, checkpoint, loop, run_directory
+from slgr_jax.training import build, checkpoint, loop, restore, run_directory
+from slgr_jax.training import state as state_lib
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -46,7 +47,7 @@ def _log(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 def _values(workdir: pathlib.Path, which: str = "last") -> dict[str, np.ndarray]:
-    state = build.restore_run(str(workdir), which).serving
+    state = restore.restore_run(str(workdir), which).serving
     return {name: np.asarray(value) for name, value in state.values.items()}
 
 
@@ -127,9 +128,11 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
     run = worlds.run_config(dataset, tmp_path / "run", **good)
     loop.train(run)
     before = _values(tmp_path / "run")
-    trainer, resident = build.build(run, dataset)
-    saved = checkpoint.Checkpoints(run.workdir, trainer, writable=True)
-    state, best = saved.restore()
+    trainer = build.build(run, dataset).trainer
+    saved = checkpoint.Checkpoints(run.workdir, writable=True)
+    state, best = saved.restore(
+        state_lib.abstract_state(trainer), state_lib.abstract_serving(trainer)
+    )
     progress = saved.progress()
     poisoned = jax.tree.map(lambda x: x, state)
     poisoned = poisoned.replace(
@@ -137,7 +140,6 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
     )
     saved.save(poisoned, best, dataclasses.replace(progress, step=progress.step + 1))
     saved.close()
-    del resident
     more = worlds.run_config(dataset, tmp_path / "run", **SMALL)
     with pytest.raises(NonFiniteError, match=r"tables/user.* is kept; lower --lr"):
         loop.train(more)
@@ -173,18 +175,18 @@ def test_dataset_swapped_under_a_run_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "d")
     other = worlds.random_dataset(tmp_path / "d", seed=9)
     with pytest.raises(ConfigError, match=other.manifest.split_hash[:8]):
-        build.restore_run(run.workdir)
+        restore.restore_run(run.workdir)
 
 
 def test_restoring_what_never_trained(tmp_path):
     with pytest.raises(ConfigError, match=r"not a run.*slgr train"):
-        build.restore_run(str(tmp_path))
+        restore.restore_run(str(tmp_path))
     dataset = worlds.random_dataset(tmp_path / "d")
     run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(knobs.to_json(run))
     with pytest.raises(ManifestError, match="no checkpoints"):
-        build.restore_run(run.workdir)
+        restore.restore_run(run.workdir)
 
 
 def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
@@ -329,7 +331,7 @@ def test_kill_9_while_saving_loses_nothing(tmp_path):
 BAD = {
     "--lambda=-1": "--lambda=-1.0 is below its minimum 0",
     "--backbone=bert": "--backbone='bert' is not one of: mf",
-    "--guidance=selective": "--guidance=selective needs --teacher=NAME",
+    "--guidance=pairwise": "--guidance=pairwise needs --teacher=NAME",
     "--gate=magic": "--gate='magic' is not one of: paper, constant, rule",
     "--batch_size=abc": "flag --batch_size=abc",
     "--no_such_flag=1": "Unknown command line flag 'no_such_flag'",
@@ -377,6 +379,6 @@ def test_help_teaches_without_importing_jax():
 
 def test_guidance_needs_a_product_of_this_dataset(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
-    sections = SMALL | {"guidance": GuidanceConfig(guidance="selective", teacher="nobody")}
+    sections = SMALL | {"guidance": GuidanceConfig(guidance="pairwise", teacher="nobody")}
     with pytest.raises(ManifestError, match="nobody"):
         loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))

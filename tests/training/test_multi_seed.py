@@ -8,15 +8,21 @@ import pathlib
 
 import jax
 import numpy as np
-import pyarrow as pa
 import pytest
 import worlds
 
 from slgr_jax import config
-from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, NonFiniteError
-from slgr_jax.teacher.products import preferences
-from slgr_jax.training import build, checkpoint, loop, multi_seed, run_directory, step
+from slgr_jax.training import (
+    build,
+    checkpoint,
+    loop,
+    multi_seed,
+    programs,
+    restore,
+    run_directory,
+)
+from slgr_jax.training import state as state_lib
 
 SMALL = {
     "dim": 8,
@@ -28,7 +34,7 @@ SMALL = {
     "checkpoint_every_s": 1e9,
 }
 GUIDED = {
-    "guidance": "selective",
+    "guidance": "pairwise",
     "teacher": "llm",
     "gate": "calibrated",
     "gate_inputs": "history,popularity",
@@ -49,7 +55,7 @@ SASREC = {
 
 @pytest.fixture
 def one_device(monkeypatch):
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
 
 
 def _dataset(path: pathlib.Path):
@@ -58,9 +64,7 @@ def _dataset(path: pathlib.Path):
     rng = np.random.default_rng(5)
     users = np.repeat(np.arange(40), 10)
     items = np.concatenate([rng.choice(30, 10, replace=False) for _ in range(40)])
-    rows = [users, items, rng.random(400)]
-    table = pa.table(rows, names=["user", "item", "score"]).cast(schema.TEACHER_SCORES)
-    preferences.write_product(dataset, "llm", table, provenance=preferences.Provenance())
+    worlds.teach(dataset, users, items, rng.random(400), name="llm")
     return dataset
 
 
@@ -95,7 +99,7 @@ def _assert_as_alone(alone: list[config.RunConfig], group: list[config.RunConfig
         for left, right in zip(*logs, strict=True):
             assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
         for which in ("best", "last"):
-            left, right = (build.restore_run(run.workdir, which).serving for run in (one, other))
+            left, right = (restore.restore_run(run.workdir, which).serving for run in (one, other))
             _assert_close(left, right)
         files = [pathlib.Path(run.workdir) / "run.json" for run in (one, other)]
         records = [json.loads(file.read_text()) for file in files]
@@ -125,11 +129,11 @@ def test_initial_states_are_those_of_the_seeds_to_the_bit(tmp_path, one_device):
     group = _runs(dataset, tmp_path, (3, 8), **still)
     multi_seed.train_seeds(group)
     for run in group:
-        trainer, _ = build.build(run, dataset)
-        saved = checkpoint.Checkpoints(run.workdir, trainer, writable=False)
-        last, _ = saved.restore()
+        trainer = build.build(run, dataset).trainer
+        saved = checkpoint.Checkpoints(run.workdir, writable=False)
+        last = saved.restore_state(state_lib.abstract_state(trainer))
         saved.close()
-        expected = step.init_state(trainer, run.train.seed)
+        expected = state_lib.init_state(trainer, run.train.seed)
         for name, table in expected.tables.items():
             np.testing.assert_array_equal(last.tables[name], table)
 
@@ -155,10 +159,10 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(
 
     group, real = _runs(dataset, tmp_path / "killed", **knobs), loop.close_epoch
 
-    def kill(trainer, progress, found, seconds):
+    def kill(trainer, progress, metrics, seconds):
         if progress.epoch == first:  # the round after the first one ended
             raise KeyboardInterrupt
-        return real(trainer, progress, found, seconds)
+        return real(trainer, progress, metrics, seconds)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "close_epoch", kill)
@@ -183,7 +187,7 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(
 
 
 def test_a_nan_names_its_seed(tmp_path, one_device, monkeypatch):
-    real = loop._make_init
+    real = programs._make_init
 
     def poisoned(trainer):
         init = real(trainer)
@@ -197,7 +201,7 @@ def test_a_nan_names_its_seed(tmp_path, one_device, monkeypatch):
 
         return make
 
-    monkeypatch.setattr(loop, "_make_init", poisoned)
+    monkeypatch.setattr(programs, "_make_init", poisoned)
     group = _runs(_dataset(tmp_path / "d"), tmp_path, (3, 8, 1))
     with pytest.raises(NonFiniteError, match=r"^seed 8 \(.*s8\): step 0: tables/user.* not finite"):
         multi_seed.train_seeds(group)
@@ -207,7 +211,7 @@ def test_seeds_that_fit_halves_until_they_do(tmp_path, monkeypatch):
     """A program of n seeds that takes 1000 + 100 n, and the best states: 4 bytes a number."""
     dataset = _dataset(tmp_path / "d")
     (run,) = _runs(dataset, tmp_path, (0,))
-    trainer, resident = build.build(run, dataset)
+    experiment = build.build(run, dataset)
     best = 4 * (40 + 30) * 8
     tried = []
 
@@ -224,7 +228,7 @@ def test_seeds_that_fit_halves_until_they_do(tmp_path, monkeypatch):
 
         argument_size_in_bytes, output_size_in_bytes, alias_size_in_bytes = 1000, 600, 600
 
-    def compiled(trainer, resident, seeds):
+    def compiled(trainer, arrays, seeds):
         tried.append(seeds)
         return Compiled(seeds)
 
@@ -232,7 +236,8 @@ def test_seeds_that_fit_halves_until_they_do(tmp_path, monkeypatch):
 
     def fit(most, limit):
         tried.clear()
-        return multi_seed.seeds_that_fit(trainer, resident, most, limit)[0], list(tried)
+        seeds, _ = multi_seed.seeds_that_fit(experiment.trainer, experiment.arrays, most, limit)
+        return seeds, list(tried)
 
     assert fit(7, None) == (7, [7])
     assert fit(7, 1000 + 7 * (100 + best)) == (7, [7])

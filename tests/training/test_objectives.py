@@ -10,11 +10,12 @@ import worlds
 from numpy.testing import assert_allclose
 
 from slgr_jax.config import make_run
+from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.mesh import make_layout
 from slgr_jax.models import losses
-from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling.context import recent
 from slgr_jax.training import build, step
+from slgr_jax.training import state as state_lib
 
 COMMON = {
     "dim": 8,
@@ -27,43 +28,41 @@ COMMON = {
 
 
 def _built(tmp_path, layout=None, **knobs):
-    """A trainer, its resident arrays, its first batch and its first state."""
+    """A trainer, its device arrays, its first batch and its first state."""
     path = tmp_path / "d"
     dataset = (
-        build.dataset_lib.load(path)
+        dataset_lib.load(path)
         if path.exists()
         else worlds.random_dataset(path, categories=4, ratings=True)
     )
     run = make_run(str(path), "run", **{**COMMON, **knobs})
-    layout = layout or worlds.one_device()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_layout", lambda **_: layout)
-        trainer, resident = build.build(run, dataset)
+    experiment = build.build(run, dataset, layout or worlds.one_device())
+    trainer, arrays = experiment.trainer, experiment.arrays
     keys = jax.random.split(jax.random.fold_in(jax.random.key_data(jax.random.key(1)), 0))
-    drawn = batch_lib.draw(keys[:1], resident, trainer.plan)
+    drawn, _ = step.draw_steps(trainer, keys[:1], arrays)
     batch = jax.tree.map(lambda x: x[0], drawn)
-    return trainer, resident, batch, step.init_state(trainer, 0)
+    return trainer, arrays, batch, state_lib.init_state(trainer, 0)
 
 
-def _stepped(trainer, resident, state, steps=1):
+def _stepped(trainer, arrays, state, steps=1):
     key = jax.random.key_data(jax.random.key(1))
-    return step.make_run_steps(trainer)(state, resident, key, jnp.int32(steps))
+    return step.make_run_steps(trainer)(state, arrays, key, jnp.int32(steps))
 
 
 def _values(trainer, state, context):
-    return step.make_serving_state(trainer)(state, context).values
+    return state_lib.make_serving_state(trainer)(state, context).values
 
 
 def _check(tmp_path, plain_loss, count, **knobs):
     """One SGD step moves every table by lr times the gradient of the summed plain loss."""
-    trainer, resident, batch, state = _built(tmp_path, **knobs)
+    trainer, arrays, batch, state = _built(tmp_path, **knobs)
     start = {n: state.tables[n][: s.rows, : s.width] for n, s in trainer.backbone.tables.items()}
     start, params = jax.device_get((start, state.params["backbone"]))
     value, grads = jax.jit(
-        jax.value_and_grad(lambda t: plain_loss(trainer, resident, batch, params, t))
+        jax.value_and_grad(lambda t: plain_loss(trainer, arrays, batch, params, t))
     )(start)
-    after, sums, _ = _stepped(trainer, resident, state)
-    n = count(trainer, resident, batch)
+    after, sums, _ = _stepped(trainer, arrays, state)
+    n = count(trainer, arrays, batch)
     assert float(sums["loss"]) == pytest.approx(float(value) / n, rel=1e-4)
     assert float(sums["triples"]) == n
     for name, spec in trainer.backbone.tables.items():
@@ -82,13 +81,13 @@ def _l2(*rows):
     return 0.05 * sum(jnp.sum(part**2) for part in rows)
 
 
-def _triples(trainer, resident, batch):
+def _triples(trainer, arrays, batch):
     return float(batch.weights.sum())
 
 
 @pytest.mark.parametrize("kernels", ["auto", "xla"])
 def test_bce_of_triples_is_two_labelled_rows(tmp_path, kernels):
-    def loss(trainer, resident, batch, params, t):
+    def loss(trainer, arrays, batch, params, t):
         s = _mf(t, batch.queries.users, batch.items)
         rows = -jnp.log(jax.nn.sigmoid(s[:, 0])) - jnp.log(jax.nn.sigmoid(-s[:, 1]))
         return jnp.sum(rows) / 2 + _l2(t["user"][batch.queries.users], t["item"][batch.items])
@@ -98,7 +97,7 @@ def test_bce_of_triples_is_two_labelled_rows(tmp_path, kernels):
 
 @pytest.mark.parametrize("name", ["bpr", "bce"])
 def test_several_negatives_are_averaged(tmp_path, name):
-    def loss(trainer, resident, batch, params, t):
+    def loss(trainer, arrays, batch, params, t):
         assert batch.items.shape == (16, 4)
         s = _mf(t, batch.queries.users, batch.items)
         if name == "bpr":
@@ -111,7 +110,7 @@ def test_several_negatives_are_averaged(tmp_path, name):
 
 
 def test_bce_on_rated_rows(tmp_path):
-    def loss(trainer, resident, batch, params, t):
+    def loss(trainer, arrays, batch, params, t):
         users, items = batch.queries.users, batch.items[:, 0]
         p = jax.nn.sigmoid(_mf(t, users, items))
         each = -batch.labels * jnp.log(p) - (1 - batch.labels) * jnp.log(1 - p)
@@ -121,7 +120,7 @@ def test_bce_on_rated_rows(tmp_path):
 
 
 def test_softmax_over_the_catalogue(tmp_path):
-    def loss(trainer, resident, batch, params, t):
+    def loss(trainer, arrays, batch, params, t):
         users, items = batch.queries.users, batch.items[:, 0]
         everything = jnp.tile(jnp.arange(30), (16, 1))
         log_p = jax.nn.log_softmax(_mf(t, users, everything))
@@ -133,11 +132,11 @@ def test_softmax_over_the_catalogue(tmp_path):
 
 @pytest.mark.parametrize("negatives", ["uniform", "popularity"])
 def test_sampled_softmax_takes_the_drawing_out(tmp_path, negatives):
-    def loss(trainer, resident, batch, params, t):
+    def loss(trainer, arrays, batch, params, t):
         users, items, shared = batch.queries.users, batch.items[:, 0], batch.shared
         mass = np.ones(30)
         if negatives == "popularity":
-            mass = np.bincount(np.asarray(resident.interactions.items), minlength=30) * 1.0
+            mass = np.bincount(np.asarray(arrays.interactions.items), minlength=30) * 1.0
         expected = jnp.asarray(40 * mass / mass.sum(), jnp.float32)
         own = _mf(t, users, items)
         others = _mf(t, users, jnp.tile(shared, (16, 1)))
@@ -148,16 +147,18 @@ def test_sampled_softmax_takes_the_drawing_out(tmp_path, negatives):
         )
 
     _check(
-        *(tmp_path, loss, _triples),
+        tmp_path,
+        loss,
+        _triples,
         loss="sampled_softmax",
         shared_negatives=40,
         negatives=negatives,
     )
 
 
-def _window(trainer, resident, batch, params, t, key):
+def _window(trainer, arrays, batch, params, t, key):
     backbone = trainer.backbone
-    ids, there = recent(resident.context.histories, batch.queries, backbone.length)
+    ids, there = recent(arrays.context.histories, batch.queries, backbone.length)
     ids = jnp.concatenate([ids, batch.items[:, :1]], axis=1)
     there = jnp.pad(there, ((0, 0), (0, 1)), constant_values=True)
     found = backbone.window(params, t["item"][ids], there, key=key)
@@ -171,8 +172,8 @@ def test_windows_learn_at_every_place(tmp_path, name):
         keys = jax.random.split(jax.random.fold_in(jax.random.key_data(jax.random.key(1)), 0))
         return jax.random.split(keys[1])[0]
 
-    def loss(trainer, resident, batch, params, t):
-        ids, found, targets = _window(trainer, resident, batch, params, t, key())
+    def loss(trainer, arrays, batch, params, t):
+        ids, found, targets = _window(trainer, arrays, batch, params, t, key())
         penalty = _l2(t["item"][ids[:, :-1]], t["item"][batch.items])
         if name == "softmax":
             log_p = jax.nn.log_softmax(found.states @ t["item"].T)
@@ -188,7 +189,7 @@ def test_windows_learn_at_every_place(tmp_path, name):
                 each = total / 3
         return jnp.sum(found.weights * each) + penalty
 
-    def places(trainer, resident, batch):
+    def places(trainer, arrays, batch):
         # A window's places are the events before its last one, at most L of them.
         return float(np.minimum(np.asarray(batch.queries.as_of), trainer.backbone.length).sum())
 
@@ -262,10 +263,10 @@ def test_sampled_softmax_of_every_item_once_is_the_softmax():
     ids=lambda knobs: "-".join(map(str, list(knobs.values())[:1])),
 )
 def test_eight_devices_equal_one(tmp_path, knobs):
-    alone, resident, _, state = _built(tmp_path, **knobs)
-    expected, sums, _ = _stepped(alone, resident, state, steps=3)
-    many, resident, _, state = _built(tmp_path, make_layout(table_shards=2), **knobs)
-    got, many_sums, _ = _stepped(many, resident, state, steps=3)
+    alone, arrays, _, state = _built(tmp_path, **knobs)
+    expected, sums, _ = _stepped(alone, arrays, state, steps=3)
+    many, arrays, _, state = _built(tmp_path, make_layout(table_shards=2), **knobs)
+    got, many_sums, _ = _stepped(many, arrays, state, steps=3)
     for name, spec in alone.backbone.tables.items():
         size = (slice(spec.rows), slice(spec.width))
         assert_allclose(got.tables[name][size], expected.tables[name][size], rtol=1e-3, atol=1e-4)

@@ -20,68 +20,53 @@ from slgr_jax.config import (
     GuidanceConfig,
     ModelConfig,
     OptimizerConfig,
-    RunConfig,
     SamplerConfig,
     TrainConfig,
 )
 from slgr_jax.evaluation import full_ranking, ranking_metrics
 from slgr_jax.mesh import make_layout
-from slgr_jax.sampling import arrays
-from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling.context import Context
-from slgr_jax.training import build, checkpoint, loop, step
+from slgr_jax.teacher.products import preferences
+from slgr_jax.training import build, checkpoint, loop, programs, restore, step
+from slgr_jax.training import state as state_lib
 
 
-def _teacher(dataset, seed=0):
-    """Eight scored items a user, as import would leave them."""
+def _teach(dataset, seed=0):
+    """A teacher with eight scored items a user."""
     rng = np.random.default_rng(seed)
-    offsets = np.arange(dataset.n_users + 1) * 8
-    items = np.concatenate(
-        [rng.choice(dataset.n_items, 8, replace=False) for _ in range(dataset.n_users)]
-    )
+    items = [rng.choice(dataset.n_items, 8, replace=False) for _ in range(dataset.n_users)]
     scores = np.sort(rng.uniform(size=(dataset.n_users, 8)).astype(np.float32), axis=1)
-    return offsets, items.astype(np.int32), scores.ravel()
+    users = np.repeat(np.arange(dataset.n_users), 8)
+    worlds.teach(dataset, users, np.concatenate(items), scores.ravel())
 
 
-def _trainer(dataset, layout, **sections):
-    config = RunConfig("data", "run", **sections)
-    slices = dataset.slices(config.slices)
-    teacher = None
-    if config.guidance.guidance != "none":
-        teacher = arrays.teacher_lists(
-            *_teacher(dataset),
-            config.guidance,
-            unlisted_below=False,
-            positives=dataset.positives(("train",)),
-            n_items=dataset.n_items,
-        )
-    resident = arrays.DeviceArrays(
-        arrays.interactions(dataset, config.sampler, slices.cold_users, slices.tail_items),
-        teacher,
-    )
-    return build.make_trainer(config, dataset, resident, layout), jax.device_put(
-        resident, layout.replicated
-    )
+def _built(dataset, layout, **sections):
+    """The trainer of a run, and its device arrays."""
+    config = worlds.run_config(dataset, "run", **sections)
+    if config.guided and config.guidance.teacher not in preferences.products(dataset.path):
+        _teach(dataset)
+    experiment = build.build(config, dataset, layout)
+    return experiment.trainer, experiment.arrays
 
 
 GUIDED = {
     "model": ModelConfig(dim=8, init_std=1.0),
     "optimizer": OptimizerConfig(table_optimizer="sgd", lr=0.1, l2=0.05),
     "sampler": SamplerConfig(batch_size=16),
-    "guidance": GuidanceConfig(guidance="selective", teacher="t", weight=0.5, margin=1.0),
+    "guidance": GuidanceConfig(guidance="pairwise", teacher="t", weight=0.5),
 }
 
 
-def _run(trainer, resident, steps, seed=0):
-    state = step.init_state(trainer, seed)
+def _run(trainer, arrays, steps, seed=0):
+    state = state_lib.init_state(trainer, seed)
     key = jax.random.key_data(jax.random.key(seed + 1))
-    return step.make_run_steps(trainer)(state, resident, key, jnp.int32(steps))
+    return step.make_run_steps(trainer)(state, arrays, key, jnp.int32(steps))
 
 
 def _values(trainer, state):
     return {
         k: np.asarray(v)
-        for k, v in step.make_serving_state(trainer)(state, Context()).values.items()
+        for k, v in state_lib.make_serving_state(trainer)(state, Context()).values.items()
     }
 
 
@@ -91,15 +76,15 @@ def test_one_step_equals_dense_numpy(tmp_path, gate):
     dataset = worlds.random_dataset(tmp_path / "d")
     layout = worlds.one_device()
     gate_config = GateConfig(gate=gate, alpha=0.7)
-    trainer, resident = _trainer(dataset, layout, gate=gate_config, **GUIDED)
-    before = _values(trainer, step.init_state(trainer, 0))
-    state, sums, health = _run(trainer, resident, 1)
+    trainer, arrays = _built(dataset, layout, gate=gate_config, **GUIDED)
+    before = _values(trainer, state_lib.init_state(trainer, 0))
+    state, sums, health = _run(trainer, arrays, 1)
     after = _values(trainer, state)
 
     key = jax.random.fold_in(jax.random.key_data(jax.random.key(1)), 0)
     keys = jax.random.split(key)[:1]
-    drawn = jax.device_get(batch_lib.draw(keys, resident, trainer.plan))
-    batch = jax.tree.map(lambda x: x[0], drawn)
+    drawn = jax.device_get(step.draw_steps(trainer, keys, arrays))
+    batch, guided = jax.tree.map(lambda x: x[0], drawn)
     p, q = before["user"].astype(np.float64), before["item"].astype(np.float64)
     slices = dataset.slices(trainer.config.slices)
     cold, tail = slices.cold_users.astype(float), slices.tail_items.astype(float)
@@ -122,7 +107,7 @@ def test_one_step_equals_dense_numpy(tmp_path, gate):
         add(u, j, expit(-x))
         for table, row, grad in ((p, u, grad_p), (q, i, grad_q), (q, j, grad_q)):
             grad[row] += 0.05 * table[row]
-    for u, (a, b) in zip(batch.pref_queries.users, batch.pref_items, strict=True):
+    for u, (a, b) in zip(guided.pairs.queries.users, guided.pairs.items, strict=True):
         x = score(u, a) - score(u, b)
         alpha = {"constant": 0.7, "rule": max(cold[u], tail[a], tail[b]), "paper": 0.5}[gate]
         guidance += alpha * max(0.0, 1.0 - x) / 16
@@ -141,8 +126,8 @@ def test_golden_first_steps(tmp_path):
     is meant, print the new numbers with this test's own `sums` and say why in the commit."""
     dataset = worlds.random_dataset(tmp_path / "d")
     sections = GUIDED | {"optimizer": OptimizerConfig(), "model": ModelConfig(dim=8)}
-    trainer, resident = _trainer(dataset, worlds.one_device(), **sections)
-    _, sums, _ = _run(trainer, resident, 3)
+    trainer, arrays = _built(dataset, worlds.one_device(), **sections)
+    _, sums, _ = _run(trainer, arrays, 3)
     got = [float(sums[name]) / 3 for name in ("loss", "rec_loss", "guidance_loss", "alpha")]
     assert got == pytest.approx(GOLDEN, rel=1e-4)
 
@@ -153,24 +138,24 @@ GOLDEN = [0.96081710, 0.70151689, 0.51807225, 0.49939530]
 def test_guidance_off_ignores_the_gate_and_draws_no_preferences(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
     sections = {k: v for k, v in GUIDED.items() if k != "guidance"}
-    trainer, resident = _trainer(dataset, worlds.one_device(), **sections)
-    state, sums, _ = _run(trainer, resident, 2)
-    assert state.params["gate"] == {}
-    assert float(sums["preferences"]) == 0.0
-    assert float(sums["guidance_loss"]) == 0.0
+    trainer, arrays = _built(dataset, worlds.one_device(), **sections)
+    state, sums, _ = _run(trainer, arrays, 2)
+    assert trainer.guidance is None
+    assert trainer.guidance_pairs == 0
+    assert arrays.guidance is None
+    assert state.params["guidance"] == {}
+    assert set(sums) == {"steps", "loss", "rec_loss", "accuracy", "triples"}
 
 
 def test_zero_alpha_trains_as_without_guidance(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
     layout = worlds.one_device()
-    plain, resident = _trainer(
-        dataset, layout, **{k: v for k, v in GUIDED.items() if k != "guidance"}
-    )
-    gated, guided_resident = _trainer(
+    plain, arrays = _built(dataset, layout, **{k: v for k, v in GUIDED.items() if k != "guidance"})
+    gated, arrays_of_gated = _built(
         dataset, layout, gate=GateConfig(gate="constant", alpha=0.0), **GUIDED
     )
-    alone = _values(plain, _run(plain, resident, 5)[0])
-    silent = _values(gated, _run(gated, guided_resident, 5)[0])
+    alone = _values(plain, _run(plain, arrays, 5)[0])
+    silent = _values(gated, _run(gated, arrays_of_gated, 5)[0])
     for name in alone:
         np.testing.assert_allclose(silent[name], alone[name], rtol=1e-6, atol=1e-7)
 
@@ -179,24 +164,26 @@ def test_zero_alpha_trains_as_without_guidance(tmp_path):
 def test_k_steps_in_one_dispatch_equal_k_dispatches(tmp_path, dtype):
     dataset = worlds.random_dataset(tmp_path / "d")
     optimizer = dataclasses.replace(GUIDED["optimizer"], table_dtype=dtype)
-    trainer, resident = _trainer(dataset, worlds.one_device(), **GUIDED | {"optimizer": optimizer})
-    at_once, _, _ = _run(trainer, resident, 6)
-    run, state = step.make_run_steps(trainer), step.init_state(trainer, 0)
+    trainer, arrays = _built(dataset, worlds.one_device(), **GUIDED | {"optimizer": optimizer})
+    at_once, _, _ = _run(trainer, arrays, 6)
+    run, state = step.make_run_steps(trainer), state_lib.init_state(trainer, 0)
     key = jax.random.key_data(jax.random.key(1))
     for count in (1, 2, 3):
-        state, _, _ = run(state, resident, key, jnp.int32(count))
+        state, _, _ = run(state, arrays, key, jnp.int32(count))
     jax.tree.map(np.testing.assert_array_equal, state, at_once)
     assert run._cache_size() == 1  # one trace serves every K
 
 
-def test_lanes_that_are_certain_are_those_that_are_drawn(tmp_path):
+def test_weights_known_to_be_one_are_those_that_are_drawn(tmp_path):
     """Weights that are compiled in change no bit."""
     dataset = worlds.random_dataset(tmp_path / "d")
-    trainer, resident = _trainer(dataset, worlds.one_device(), **GUIDED)
-    assert trainer.plan.certain
-    drawn = dataclasses.replace(trainer, plan=dataclasses.replace(trainer.plan, certain=False))
-    found = [_run(one, resident, 12) for one in (trainer, drawn)]
-    for compiled, weighed in zip(*map(jax.tree.leaves, found), strict=True):
+    trainer, arrays = _built(dataset, worlds.one_device(), **GUIDED)
+    assert trainer.plan.every_negative
+    drawn = dataclasses.replace(
+        trainer, plan=dataclasses.replace(trainer.plan, every_negative=False)
+    )
+    ends = [_run(version, arrays, 12) for version in (trainer, drawn)]
+    for compiled, weighed in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_array_equal(compiled, weighed)
 
 
@@ -204,9 +191,9 @@ def test_lanes_that_are_certain_are_those_that_are_drawn(tmp_path):
 def test_eight_devices_equal_one(tmp_path, table_shards):
     dataset = worlds.random_dataset(tmp_path / "d")
     sections = GUIDED | {"optimizer": OptimizerConfig(table_optimizer="adagrad", lr=0.1)}
-    alone, resident = _trainer(dataset, worlds.one_device(), **sections)
-    many, shared = _trainer(dataset, make_layout(table_shards=table_shards), **sections)
-    one_state, one_sums, _ = _run(alone, resident, 10)
+    alone, arrays = _built(dataset, worlds.one_device(), **sections)
+    many, shared = _built(dataset, make_layout(table_shards=table_shards), **sections)
+    one_state, one_sums, _ = _run(alone, arrays, 10)
     many_state, many_sums, _ = _run(many, shared, 10)
     expected, got = _values(alone, one_state), _values(many, many_state)
     for name in expected:
@@ -231,22 +218,22 @@ def test_state_is_donated_and_step_cost_is_free_of_the_table(
         "optimizer": OptimizerConfig(table_dtype=dtype),
         "train": TrainConfig(kernels=kernels),
     }
-    trainer, resident = _trainer(dataset, layout, **sections)
+    trainer, arrays = _built(dataset, layout, **sections)
     rows = 500_000
     big = {
         name: dataclasses.replace(spec, rows=rows) for name, spec in trainer.backbone.tables.items()
     }
     trainer.backbone.tables = big
-    state = jax.eval_shape(lambda: step.init_state(trainer, 0))
+    state = jax.eval_shape(lambda: state_lib.init_state(trainer, 0))
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = step.make_run_steps(trainer).lower(state, resident, key, count)
+    lowered = step.make_run_steps(trainer).lower(state, arrays, key, count)
     compiled = lowered.compile(compiler_options=users_compiler)
     memory = compiled.memory_analysis()
     table_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state.tables.values())
     assert memory.alias_size_in_bytes >= table_bytes
     slots = 2 * rows * 4
-    drawn = step.LANES_DRAWN * 64  # batches of many steps are drawn at once
+    drawn = step.DRAWN_AT_ONCE * 64  # batches of many steps are drawn at once
     assert memory.temp_size_in_bytes < slots * 1.1 + drawn
     (padded, lanes), text = state.tables["item"].shape, compiled.as_text()
     table = rf"\w+\[{padded},{lanes}\]\S*"
@@ -266,9 +253,9 @@ def test_state_is_donated_and_step_cost_is_free_of_the_table(
 def test_bad_numbers_name_the_first_step_and_leaf(tmp_path, dtype):
     dataset = worlds.random_dataset(tmp_path / "d")
     optimizer = dataclasses.replace(GUIDED["optimizer"], table_dtype=dtype)
-    trainer, resident = _trainer(dataset, worlds.one_device(), **GUIDED | {"optimizer": optimizer})
-    state = step.init_state(trainer, 0)
-    finite = jax.jit(functools.partial(loop._finite, trainer))
+    trainer, arrays = _built(dataset, worlds.one_device(), **GUIDED | {"optimizer": optimizer})
+    state = state_lib.init_state(trainer, 0)
+    finite = jax.jit(functools.partial(programs._finite, trainer))
     assert all(finite(state).values())
     infinite = {"float32": np.inf, "bfloat16": 0x7F80}[dtype]
     state = state.replace(
@@ -276,7 +263,7 @@ def test_bad_numbers_name_the_first_step_and_leaf(tmp_path, dtype):
     )
     assert [name for name, fine in finite(state).items() if not fine] == ["tables/item"]
     key = jax.random.key_data(jax.random.key(1))
-    _, _, health = step.make_run_steps(trainer)(state, resident, key, jnp.int32(4))
+    _, _, health = step.make_run_steps(trainer)(state, arrays, key, jnp.int32(4))
     assert int(health.step) == 0
     bad = [n for k, n in enumerate(trainer.leaf_names) if int(health.leaves) >> k & 1]
     assert bad == ["tables/item", "loss"]
@@ -285,21 +272,21 @@ def test_bad_numbers_name_the_first_step_and_leaf(tmp_path, dtype):
 def test_dropout_uncertainty_runs_and_stays_in_range(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
     gate = GateConfig(gate="paper", uncertainty="dropout")
-    trainer, resident = _trainer(dataset, worlds.one_device(), gate=gate, **GUIDED)
-    state, sums, _ = _run(trainer, resident, 20)
+    trainer, arrays = _built(dataset, worlds.one_device(), gate=gate, **GUIDED)
+    state, sums, _ = _run(trainer, arrays, 20)
     assert float(sums["alpha"]) / 20 < 0.5  # fell from one half, as it must
-    assert np.isfinite(float(state.params["gate"]["weight"][2]))
+    assert np.isfinite(float(state.params["guidance"]["weight"][2]))
 
 
 def test_paper_gate_collapses_in_training(tmp_path):
     """PAPER 4.3 reproduced: alpha only falls, whatever the teacher is worth."""
     dataset = worlds.random_dataset(tmp_path / "d")
     sections = GUIDED | {"train": TrainConfig(), "optimizer": OptimizerConfig(dense_lr=0.01)}
-    trainer, resident = _trainer(dataset, worlds.one_device(), **sections)
-    state, run = step.init_state(trainer, 0), step.make_run_steps(trainer)
+    trainer, arrays = _built(dataset, worlds.one_device(), **sections)
+    state, run = state_lib.init_state(trainer, 0), step.make_run_steps(trainer)
     key, alphas = jax.random.key_data(jax.random.key(1)), []
     for _ in range(6):
-        state, sums, _ = run(state, resident, key, jnp.int32(50))
+        state, sums, _ = run(state, arrays, key, jnp.int32(50))
         alphas.append(float(sums["alpha"]) / 50)
     assert alphas[0] < 0.5
     assert all(later < earlier for earlier, later in itertools.pairwise(alphas))
@@ -313,9 +300,9 @@ def test_bfloat16_on_eight_devices_equals_one(tmp_path):
     in their last bit, an entry falls to the other neighbour."""
     dataset = worlds.random_dataset(tmp_path / "d")
     sections = GUIDED | {"optimizer": OptimizerConfig(lr=0.1, table_dtype="bfloat16")}
-    alone, resident = _trainer(dataset, worlds.one_device(), **sections)
-    many, shared = _trainer(dataset, make_layout(table_shards=4), **sections)
-    expected = _values(alone, _run(alone, resident, 10)[0])
+    alone, arrays = _built(dataset, worlds.one_device(), **sections)
+    many, shared = _built(dataset, make_layout(table_shards=4), **sections)
+    expected = _values(alone, _run(alone, arrays, 10)[0])
     got = _values(many, _run(many, shared, 10)[0])
     for name in expected:
         np.testing.assert_allclose(got[name], expected[name], rtol=2**-6, atol=1e-3)
@@ -326,21 +313,22 @@ def test_a_checkpoint_keeps_every_bit_of_a_bfloat16_table(tmp_path):
     """Random bits, NaN patterns among them, written from two shards and read on one device."""
     dataset = worlds.random_dataset(tmp_path / "d")
     sections = GUIDED | {"optimizer": OptimizerConfig(table_dtype="bfloat16")}
-    trainer, _ = _trainer(dataset, make_layout(table_shards=2), **sections)
-    state = step.init_state(trainer, 0)
+    trainer, _ = _built(dataset, make_layout(table_shards=2), **sections)
+    state = state_lib.init_state(trainer, 0)
     rng = np.random.default_rng(0)
     bits = {
         name: rng.integers(0, 1 << 16, table.shape, dtype=np.uint16)
         for name, table in state.tables.items()
     }
     state = state.replace(tables=jax.device_put(bits, trainer.layout.table_sharding))
-    best = step.make_serving_state(trainer)(state, Context())
-    saved = checkpoint.Checkpoints(str(tmp_path / "run"), trainer, writable=True)
+    best = state_lib.make_serving_state(trainer)(state, Context())
+    saved = checkpoint.Checkpoints(str(tmp_path / "run"), writable=True)
     saved.save(state, best, checkpoint.Progress(step=1))
     saved.close()
-    alone, _ = _trainer(dataset, worlds.one_device(), **sections)
-    saved = checkpoint.Checkpoints(str(tmp_path / "run"), alone, writable=False)
-    restored, serving = saved.restore()
+    alone, _ = _built(dataset, worlds.one_device(), **sections)
+    saved = checkpoint.Checkpoints(str(tmp_path / "run"), writable=False)
+    abstract = state_lib.abstract_state(alone), state_lib.abstract_serving(alone)
+    restored, serving = saved.restore(*abstract)
     saved.close()
     for name, spec in alone.backbone.tables.items():
         assert restored.tables[name].sharding.is_fully_replicated
@@ -360,7 +348,7 @@ def test_checkerboard_is_solved_in_bfloat16(tmp_path):
         train=TrainConfig(epochs=60, patience=0, eval_every=60),
     )
     loop.train(run)
-    restored = build.restore_run(run.workdir)
+    restored = restore.restore_run(run.workdir)
     ranking = full_ranking.rank(
         restored.score_users,
         restored.scoring("test"),

@@ -168,9 +168,9 @@ def _hard_sets(
     import jax.numpy as jnp  # only this set needs a trained run
 
     from slgr_jax.evaluation import full_ranking
-    from slgr_jax.training import build
+    from slgr_jax.training import restore
 
-    run = build.restore_run(options.run)
+    run = restore.restore_run(options.run)
     for what in ("id_map_hash", "split_hash"):
         theirs, ours = getattr(run.dataset.manifest, what), getattr(dataset.manifest, what)
         if theirs != ours:

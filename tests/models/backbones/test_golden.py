@@ -9,8 +9,8 @@ import pytest
 import worlds
 
 from slgr_jax.config import BACKBONES, make_run
-from slgr_jax.sampling import arrays
 from slgr_jax.training import build, step
+from slgr_jax.training import state as state_lib
 
 NAMES = ("rec_loss", "accuracy", "guidance_loss", "alpha")
 # If a change of drawing, initialisation or arithmetic is meant, print `got` of the test below for
@@ -30,33 +30,27 @@ GOLDEN = {
 }
 
 
-def _first_steps(tmp_path, monkeypatch, **knobs):
+def _first_steps(tmp_path, **knobs):
     dataset = worlds.random_dataset(tmp_path / "d", categories=4)
     rng = np.random.default_rng(0)
-    listed = np.concatenate([rng.choice(30, 8, replace=False) for _ in range(40)]).astype(np.int32)
-    teacher = arrays.teacher_lists(
-        *(np.arange(41) * 8, listed, np.sort(rng.random((40, 8)), axis=1).ravel()),
-        make_run("d", "w").guidance,
-        unlisted_below=False,
-        positives=dataset.positives(("train",)),
-        n_items=30,
-    )
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
-    monkeypatch.setattr(build, "teacher_arrays", lambda *_: teacher)
+    items = np.concatenate([rng.choice(30, 8, replace=False) for _ in range(40)])
+    scores = np.sort(rng.random((40, 8)), axis=1).ravel()
+    worlds.teach(dataset, np.repeat(np.arange(40), 8), items, scores)
     common = {"dim": 8, "batch_size": 16, "preferences_per_step": 16, "init_std": 1.0, "hidden": 8}
     common |= {"max_history": 4, "mlp": (8,), "cin": (4, 4), "attention_width": 4}
-    guided = {"guidance": "selective", "teacher": "t", "gate": "paper"}
+    guided = {"guidance": "pairwise", "teacher": "t", "gate": "paper"}
     run = make_run(str(dataset.path), "w", **{**common, **guided, **knobs})
-    trainer, resident = build.build(run, dataset)
+    experiment = build.build(run, dataset, worlds.one_device())
     key = jax.random.key_data(jax.random.key(1))
-    state = step.init_state(trainer, 0)
-    state, sums, health = step.make_run_steps(trainer)(state, resident, key, jnp.int32(2))
+    state = state_lib.init_state(experiment.trainer, 0)
+    run_steps = step.make_run_steps(experiment.trainer)
+    state, sums, health = run_steps(state, experiment.arrays, key, jnp.int32(2))
     assert int(health.step) == -1
     assert int(state.step) == 2
     return [float(sums[name]) / 2 for name in NAMES]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_golden_first_steps(tmp_path, monkeypatch, backbone):
-    got = _first_steps(tmp_path, monkeypatch, backbone=backbone)
+def test_golden_first_steps(tmp_path, backbone):
+    got = _first_steps(tmp_path, backbone=backbone)
     assert got == pytest.approx(GOLDEN[backbone], rel=5e-4)

@@ -7,7 +7,7 @@ import worlds
 
 from slgr_jax.config import BACKBONES, CLICK_BACKBONES, SEQUENCE_BACKBONES, make_run
 from slgr_jax.evaluation import full_ranking, ranking_metrics
-from slgr_jax.training import build, loop
+from slgr_jax.training import loop, restore
 
 _SEQUENCE = {"lr": 0.03, "dense_lr": 0.01, "hidden": 16, "epochs": 80, "batch_size": 24}
 _CLICK = {"lr": 0.02, "dense_lr": 0.02, "mlp": (16,), "cin": (8,)}
@@ -22,11 +22,11 @@ _EACH = {
 def _recall_at_1(tmp_path, monkeypatch, **knobs):
     """Training on one device (compiling for eight takes most of the time), then full ranking."""
     dataset = worlds.checkerboard(tmp_path / "d", size=24)
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
     common = {"dim": 8, "epochs": 60, "patience": 0, "dropout": 0.0, "batch_size": 128}
     run = make_run(str(dataset.path), str(tmp_path / "run"), **{**common, **knobs})
     loop.train(run)
-    restored = build.restore_run(run.workdir)
+    restored = restore.restore_run(run.workdir)
     ranking = full_ranking.rank(
         restored.score_users,
         restored.scoring("test"),

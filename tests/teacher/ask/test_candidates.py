@@ -152,7 +152,7 @@ def test_hard_pairs_are_the_runs_best_and_its_least_sure(world, monkeypatch):
     import jax.numpy as jnp
 
     from slgr_jax.config import EvaluationConfig, TrainConfig
-    from slgr_jax.training import build
+    from slgr_jax.training import restore
 
     scores = np.random.default_rng(2).normal(size=(U, I)).astype(np.float32)
     fake = types.SimpleNamespace(
@@ -162,7 +162,7 @@ def test_hard_pairs_are_the_runs_best_and_its_least_sure(world, monkeypatch):
         mesh=None,
         config=types.SimpleNamespace(evaluation=EvaluationConfig(), train=TrainConfig()),
     )
-    monkeypatch.setattr(build, "restore_run", lambda path: fake)
+    monkeypatch.setattr(restore, "restore_run", lambda path: fake)
     options = dataclasses.replace(NOTHING, run="somewhere", hard_top=4, hard_uncertain=3)
     drawn = candidates.draw(world, LINES, options, seed=0)
     top, unsure = of_reason(drawn, "hard_top"), of_reason(drawn, "hard_uncertain")

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from slgr_jax import config
 from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
-from slgr_jax.guidance import device_arrays
-from slgr_jax.sampling import arrays
+from slgr_jax.guidance import teacher_product
+from slgr_jax.guidance.base import Sources
+from slgr_jax.models.backbones import make_backbone
+from slgr_jax.sampling.context import Sizes
+from slgr_jax.sampling.teacher_arrays import TeacherLists
 from slgr_jax.teacher.products import combine, preferences, rows
 
 REPO = pathlib.Path(__file__).parents[3]
@@ -322,11 +325,11 @@ def test_the_command_writes_what_training_reads(tmp_path):
     assert "by combined: x (llm-x, answers " in result.stdout
     expected = by_dicts([(one, True) for one in found.values()], "borda", 60)
     assert len(preferences.load(data, "both").manifest.files) == -(-len(expected) // 50) > 1
-    guidance = config.GuidanceConfig("selective", "both")
-    read = device_arrays.teacher_arrays(
-        config.RunConfig(str(data.path), "w", guidance=guidance), data
-    )
-    assert isinstance(read, arrays.TeacherLists)
+    guidance = config.GuidanceConfig("pairwise", "both")
+    run = config.RunConfig(str(data.path), "w", guidance=guidance)
+    backbone = make_backbone(run.model, Sizes(data.n_users, data.n_items))
+    read = teacher_product.teacher_arrays(Sources(run, data, backbone))
+    assert isinstance(read, TeacherLists)
     users = np.repeat(np.arange(20), np.diff(read.offsets)).tolist()
     trained_on = zip(
         zip(users, read.items.tolist(), strict=True), read.scores.tolist(), strict=True

@@ -1,99 +1,105 @@
-"""The teacher's side of a run's resident arrays: its preferences, and what teaches a gate."""
+"""A teacher product as arrays to draw from: its preferences, and what supervises a gate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from slgr_jax import config
+from slgr_jax.config import RunConfig
 from slgr_jax.data import schema
-from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.guidance import hard_negatives
-from slgr_jax.models.backbones import AnyBackbone, SequenceBackbone
-from slgr_jax.models.scoring import Scoring
-from slgr_jax.sampling import arrays, labelled_preferences
+from slgr_jax.guidance.base import Sources
+from slgr_jax.models.backbones import SequenceBackbone
+from slgr_jax.sampling import labelled_preferences as labels
 from slgr_jax.sampling.context import GRAPH
+from slgr_jax.sampling.teacher_arrays import (
+    PreferenceRule,
+    TeacherLists,
+    TeacherPairs,
+    teacher_lists,
+    teacher_pairs,
+)
 from slgr_jax.teacher.products import preferences
 
 
-def teacher_arrays(
-    run: config.RunConfig,
-    dataset: Dataset,
-    members: Sequence[tuple[AnyBackbone, Scoring]] = (),
-) -> arrays.TeacherLists | arrays.TeacherPairs | None:
-    """The teacher's preferences as host arrays to draw from; None without guidance.
+def preference_rule(run: RunConfig, *, native: bool) -> PreferenceRule:
+    """How a run draws preferences."""
+    guidance, pairwise = run.guidance, run.pairwise
+    return PreferenceRule(
+        count=run.preferences_per_step,
+        min_gap=guidance.min_gap,
+        unlisted_share=guidance.unlisted_share,
+        candidates=pairwise.pair_candidates if pairwise.pair_selection == "largest_gap" else 1,
+        together=run.sampler.triples_per_user,
+        native=native,
+    )
 
-    Args:
-      members: the runs of --reference_runs, as of the end of training.
+
+def teacher_arrays(sources: Sources) -> TeacherLists | TeacherPairs:
+    """The teacher's preferences as host arrays to draw from.
 
     Raises:
       ManifestError, ShardError: the product does not fit or is damaged.
       ConfigError: lists that hard negatives cannot complete.
       InputError: it states no preference at all.
     """
-    guidance = run.guidance
-    if guidance.guidance == "none":
-        return None
+    run, dataset, guidance = sources.run, sources.dataset, sources.run.guidance
     teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
     if run.hard_negatives:
-        kernels = run.train.kernels
         ranked_highest = hard_negatives.find(
-            dataset, teacher, members, run.hard_negatives, kernels=kernels
+            dataset,
+            teacher,
+            sources.reference_runs,
+            run.hard_negatives,
+            kernels=run.train.kernels,
         )
         teacher = hard_negatives.complete(teacher, ranked_highest)
-    found: arrays.TeacherLists | arrays.TeacherPairs
+
+    arrays: TeacherLists | TeacherPairs
     if teacher.manifest.kind == "preferences":
         # Margins are above 0; a slice of everything is no copy.
         keep = teacher.margin >= guidance.min_gap if guidance.min_gap > 0 else slice(None)
-        found = arrays.TeacherPairs(
-            users=arrays.host_array(teacher.users[keep], np.int32),
-            items=arrays.host_array(
-                np.stack([teacher.preferred[keep], teacher.other[keep]], axis=1), np.int32
-            ),
-            margins=arrays.host_array(teacher.margin[keep], np.float32),
-        )
+        items = np.stack([teacher.preferred[keep], teacher.other[keep]], axis=1)
+        arrays = teacher_pairs(teacher.users[keep], items, teacher.margin[keep])
     else:
-        found = arrays.teacher_lists(
+        arrays = teacher_lists(
             teacher.offsets,
             teacher.items,
             teacher.scores,
-            guidance,
+            min_gap=guidance.min_gap,
+            unlisted_share=guidance.unlisted_share,
             unlisted_below=teacher.manifest.unlisted == "below",
             positives=dataset.positives(("train",)),
             n_items=dataset.n_items,
         )
-    if not found.stated:
+    if not arrays.stated:
         gap = guidance.min_gap
         why = f" of --min_gap={gap:g} or more" if gap else ": no user has two different scores"
         raise InputError(
             f"teacher {guidance.teacher} states no preference{why}; "
             f"{'lower it, or ' if gap else ''}give more answers"
         )
-    return found
+    return arrays
 
 
 def labelled_arrays(
-    run: config.RunConfig,
-    dataset: Dataset,
-    teacher: arrays.TeacherLists | arrays.TeacherPairs | None,
-    backbone: AnyBackbone,
-) -> tuple[arrays.Known | None, Csr | None]:
+    sources: Sources, teacher: TeacherLists | TeacherPairs
+) -> tuple[labels.LabelSource | None, Csr | None]:
     """What a supervised gate learns from, as host arrays, and the interactions left out for it.
 
     Raises:
       ConfigError: hidden training items that there are not, or that this backbone would see.
       InputError: there is no labelled preference.
     """
-    gate = run.gate
-    if not run.gated or not gate.supervised or teacher is None:
+    run, dataset, backbone, gate = sources.run, sources.dataset, sources.backbone, sources.run.gate
+    if not gate.supervised:
         return None, None
     path = preferences.product_path(run.data, run.guidance.teacher)
     manifest = schema.read_teacher_manifest(path)
     hides = manifest.training_items == "hidden"
-    # A window of a history, or a graph, shows the recommender what it should not learn from. Runs
-    # of an ensemble have learned from it: they agree on what a user chose, and a gate would see it.
+    # A window of a history, or a graph, shows the recommender what it should not learn from.
+    # Reference runs have learned from it: they agree on what a user chose, and a gate would see it.
     blind = not isinstance(backbone, SequenceBackbone) and GRAPH not in backbone.reads
     able = blind and not run.reference_runs
     if gate.labelled_preferences == "hidden" and not (hides and able):
@@ -109,34 +115,29 @@ def labelled_arrays(
             f"--labelled_preferences=hidden: {why}; use --labelled_preferences=validation"
         )
 
-    def answers(source: str, hidden: Csr | None) -> arrays.Known:
-        chosen = labelled_preferences.make_chosen(dataset, source, hidden)
-        if gate.gate == "meta":
-            return arrays.Known(chosen, None)
-        return labelled_preferences.make_known(dataset, teacher, chosen)
-
-    source, left_out, found = "valid", None, answers("valid", None)
+    source, left_out = "valid", None
+    arrays = labels.label_source(dataset, teacher, labels.chosen_items(dataset, source))
     if hides and able and gate.labelled_preferences != "validation":
-        hidden = labelled_preferences.hidden_positives(dataset, *_asked(teacher))
-        asked = answers("hidden", hidden)
-        if gate.labelled_preferences == "hidden" or asked.count > found.count:
-            source, left_out, found = "hidden", hidden, asked
-    if not found.count:
-        what = "hidden training items" if source == "hidden" else "validation interactions"
+        hidden = labels.hidden_positives(dataset, *_asked(teacher))
+        of_hidden = labels.label_source(
+            dataset, teacher, labels.chosen_items(dataset, "hidden", hidden)
+        )
+        if gate.labelled_preferences == "hidden" or of_hidden.count > arrays.count:
+            source, left_out, arrays = "hidden", hidden, of_hidden
+    if not arrays.count:
+        where = "hidden training items" if source == "hidden" else "validation interactions"
         raise InputError(
             f"--gate={gate.gate} learns where the answer is known, and the teacher "
-            f"{run.guidance.teacher} has no word on any of the {found.chosen.items.shape[0]} "
-            f"{what}; use another --gate, or have the teacher asked about them (slgr teach "
+            f"{run.guidance.teacher} has no word on any of the {arrays.chosen.items.shape[0]} "
+            f"{where}; use another --gate, or have the teacher asked about them (slgr teach "
             "candidates)"
         )
-    return found, left_out
+    return arrays, left_out
 
 
-def _asked(
-    teacher: arrays.TeacherLists | arrays.TeacherPairs,
-) -> tuple[np.ndarray, np.ndarray]:
+def _asked(teacher: TeacherLists | TeacherPairs) -> tuple[np.ndarray, np.ndarray]:
     """Users and items that a teacher (host arrays) answered."""
-    if isinstance(teacher, arrays.TeacherPairs):
+    if isinstance(teacher, TeacherPairs):
         return np.repeat(teacher.users, 2), np.asarray(teacher.items).ravel()
     counts = np.diff(np.asarray(teacher.offsets))
     return np.repeat(np.arange(counts.size), counts), np.asarray(teacher.items)

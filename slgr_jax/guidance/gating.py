@@ -1,0 +1,280 @@
+"""A gate at work in a step: what it reads of preferences, how far it believes, what supervises it.
+
+Any guidance whose loss is a sum over (preferred, other) pairs weighs them by `Gating.believe`.
+
+    budget        + budget_weight (mean alpha - rho)^2, times lambda
+    supervised    + mean_K cross-entropy(alpha, the teacher is right) over labelled preferences, and
+                  of the prior likewise (`gates.LogisticGate`); lambda does not weigh it
+
+Supervised gates use the parameters of the other half of the users (`gates.LogisticGate`) and get no
+gradient from the gated loss, which would only teach them to fall.
+
+Shape letters: G preferences, K labelled preferences, M reference runs, N queries; the axis of
+length 2 is (preferred, other).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt32
+
+from slgr_jax.config import RunConfig
+from slgr_jax.data.dataset import Csr
+from slgr_jax.guidance import gates, teacher_product
+from slgr_jax.guidance.base import Frozen, Sources, mean_over_queries
+from slgr_jax.mesh import Layout
+from slgr_jax.models import losses
+from slgr_jax.models.backbones import AnyBackbone
+from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.scoring import Scoring, reference_scores
+from slgr_jax.sampling.arrays import Facts, PairFacts
+from slgr_jax.sampling.context import Histories, Queries
+from slgr_jax.sampling.labelled_preferences import LabelledPreferences, LabelSource, draw_labelled
+from slgr_jax.sampling.preferences import Preferences
+from slgr_jax.sampling.teacher_arrays import PreferenceRule, TeacherLists, TeacherPairs
+
+Stochastic = Callable[[jax.Array, float], Float[Array, "G 2"]]
+
+
+@struct.dataclass
+class GateArrays:
+    """What a gate learns from and looks up.
+
+    Attributes:
+      labels: what supervises it; None where nothing does.
+      reference_runs: what the runs that it reads score with, as of the end of training.
+    """
+
+    labels: LabelSource | None
+    reference_runs: tuple[Scoring, ...]
+
+
+@struct.dataclass
+class Observed:
+    """What a gate is told that carries no gradient.
+
+    Attributes:
+      margin_scale: a typical teacher margin, in which gates read them.
+      labelled: a gate's inputs for the labelled preferences; None without any.
+      reference_scores: [M, G, 2] logits of the preferences by the reference runs; None without any.
+    """
+
+    margin_scale: float = struct.field(pytree_node=False)
+    labelled: gates.GateInputs | None = None
+    reference_scores: Float[Array, "M G 2"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gating:
+    """The gate of a run; see the module's docstring.
+
+    Attributes:
+      labelled: K, labelled preferences drawn a step; 0 without a supervised gate.
+      reference_backbones: of the runs whose scores the gate reads.
+      native: whether the CPU kernels draw and read rows.
+    """
+
+    run: RunConfig
+    reference_backbones: tuple[AnyBackbone, ...] = ()
+    native: bool = False
+
+    @property
+    def gate(self) -> gates.Gate:
+        return gates.make_gate(self.run.gate)
+
+    @property
+    def labelled(self) -> int:
+        return self.run.labelled_per_step
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """The gate's parameters."""
+        return dict(self.gate.init(key, gates.empty_inputs()).get("params", {}))
+
+    def arrays(
+        self, sources: Sources, teacher: TeacherLists | TeacherPairs
+    ) -> tuple[GateArrays, Csr | None]:
+        """Host arrays, and the training interactions that the gate is supervised by."""
+        labels, left_out = teacher_product.labelled_arrays(sources, teacher)
+        reads = sources.run.gate.reads_reference_runs
+        runs = tuple(scoring for _, scoring in sources.reference_runs) if reads else ()
+        return GateArrays(labels, runs), left_out
+
+    def draw(
+        self,
+        words_of: UInt32[Array, "S 2"],
+        arrays: GateArrays,
+        teacher: TeacherLists | TeacherPairs,
+        facts: Facts,
+        histories: Histories | None,
+        rule: PreferenceRule,
+    ) -> LabelledPreferences | None:
+        """The labelled preferences of S steps; None without any."""
+        if arrays.labels is None:
+            return None
+        return draw_labelled(
+            words_of,
+            arrays.labels,
+            teacher,
+            facts,
+            dataclasses.replace(rule, count=self.labelled),
+            histories=histories is not None,
+        )
+
+    def observe(
+        self,
+        frozen: Frozen,
+        queries: Queries,
+        items: Int[Array, "G 2"],
+        labelled: LabelledPreferences | None,
+        margin_scale: float,
+        arrays: GateArrays,
+        key: jax.Array,
+    ) -> Observed:
+        """Score labelled preferences, and ask the reference runs; no gradient, nothing updated.
+
+        Args:
+          queries, items: of the preferences that the gate will weigh.
+        """
+        inputs = None
+        if labelled is not None:
+            scores = frozen.scorer(Candidates(labelled.queries, labelled.items))
+            inputs = gate_inputs(
+                self.run,
+                scores(frozen.dropout),
+                lambda key, rate: scores((rate, key)),
+                labelled.queries.users,
+                labelled.margins / margin_scale,
+                labelled.facts,
+                key,
+                self.ask_reference_runs(arrays.reference_runs, labelled.queries, labelled.items),
+            )
+        reference = self.ask_reference_runs(arrays.reference_runs, queries, items)
+        return Observed(margin_scale, inputs, reference)
+
+    def ask_reference_runs(
+        self, reference_runs: tuple[Scoring, ...], queries: Queries, items: Int[Array, "N 2"]
+    ) -> Float[Array, "M N 2"] | None:
+        """Logits of both items by each reference run; None without any."""
+        if not self.reference_backbones:
+            return None
+        return reference_scores(
+            self.reference_backbones, reference_runs, queries.users, items, native=self.native
+        )
+
+    def believe(
+        self,
+        params: Mapping[str, Any],
+        preferences: Preferences,
+        scores: Float[Array, "G 2"],
+        stochastic: Stochastic,
+        observed: Observed,
+        key: jax.Array,
+    ) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
+        """alpha and the prior of preferences; 1/2 where a gate has no prior.
+
+        Args:
+          scores: the recommender's logits of both items.
+          stochastic: (key, dropout rate) -> the logits of one stochastic pass.
+        """
+        inputs = gate_inputs(
+            self.run,
+            scores,
+            stochastic,
+            preferences.queries.users,
+            preferences.margins / observed.margin_scale,
+            preferences.facts,
+            key,
+            observed.reference_scores,
+        )
+        return self.alpha_and_prior(params, inputs)
+
+    def alpha_and_prior(
+        self, params: Mapping[str, Any], inputs: gates.GateInputs
+    ) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
+        """Of a supervised gate by the parameters of the other half of the users, and detached."""
+        variables = {"params": params}
+        if self.run.gate.supervised:
+            other_fold = inputs.replace(fold=1 - inputs.fold)  # type: ignore[attr-defined]
+            logits = jnp.asarray(self.gate.apply(variables, other_fold, method="logits"))
+            beliefs = jax.lax.stop_gradient(jax.nn.sigmoid(logits))
+        else:
+            beliefs = jnp.asarray(self.gate.apply(variables, inputs))[None]
+        prior = beliefs[1] if beliefs.shape[0] > 1 else jnp.full_like(beliefs[0], 0.5)
+        return beliefs[0], prior
+
+    def penalty(self, alpha: Float[Array, "G"], layout: Layout) -> Float[Array, ""] | None:
+        """This device's share of what holds the mean of alpha at its budget; None without one."""
+        if self.run.gate.gate != "budget":
+            return None
+        detached = jax.lax.stop_gradient(alpha)
+        mean = layout.sum_over_all(mean_over_queries(detached, layout))
+        return mean_over_queries(gates.budget_penalty(alpha, mean, self.run.gate), layout)
+
+    def supervise(
+        self,
+        params: Mapping[str, Any],
+        labelled: LabelledPreferences | None,
+        observed: Observed,
+        layout: Layout,
+    ) -> Float[Array, ""]:
+        """This device's share of the cross-entropy over the labelled preferences of a step."""
+        if labelled is None or observed.labelled is None:
+            return jnp.float32(0.0)
+        logits = self.gate.apply({"params": params}, observed.labelled, method="logits")
+        total = layout.sum_over_all(jnp.sum(labelled.weights))
+        each = gates.calibration_loss(jnp.asarray(logits), labelled.right)
+        return losses.masked_sum(each, labelled.weights) / jnp.maximum(total, 1e-12)
+
+
+def gate_inputs(
+    run: RunConfig,
+    scores: Float[Array, "G 2"],
+    stochastic: Stochastic,
+    users: Int[Array, "G"],
+    margins: Float[Array, "G"],
+    facts: PairFacts,
+    key: jax.Array,
+    reference_scores: Float[Array, "M G 2"] | None = None,
+) -> gates.GateInputs:
+    """What a gate may see of preferences, detached from the recommender.
+
+    Args:
+      scores: logits of both items.
+      stochastic: (key, dropout rate) -> the logits of one stochastic pass.
+      margins: the teacher's, over a typical one.
+      reference_scores: logits of both items by each reference run, where there are any.
+    """
+    config = run.gate
+    if config.uncertainty == "ensemble":
+        assert reference_scores is not None, "the spread is that of the reference runs"
+        uncertainty = gates.variance_uncertainty(reference_scores)
+    elif config.uncertainty == "dropout":
+        keys = jax.random.split(key, config.dropout_samples)
+        samples = jax.vmap(lambda sample: stochastic(sample, config.dropout_rate))(keys)
+        uncertainty = gates.variance_uncertainty(samples)
+    elif config.uncertainty == "entropy":
+        uncertainty = gates.entropy_uncertainty(scores)
+    else:
+        uncertainty = gates.confidence_uncertainty(scores)
+
+    reference_margin = jnp.zeros_like(margins)
+    if reference_scores is not None:
+        reference_margin = jnp.mean(reference_scores[..., 0] - reference_scores[..., 1], axis=0)
+    inputs = gates.GateInputs(
+        history=facts.log_history,
+        popularity=facts.log_popularity,
+        cold=facts.cold,
+        tail=facts.tail,
+        uncertainty=uncertainty,
+        score_margin=scores[:, 0] - scores[:, 1],
+        teacher_margin=margins,
+        reference_margin=reference_margin,
+        fold=gates.folds(users),
+    )
+    return jax.tree.map(jax.lax.stop_gradient, inputs)

@@ -1,0 +1,34 @@
+"""The evaluation of a run: validation and test, its gate, and the files that hold them."""
+
+from __future__ import annotations
+
+from slgr_jax.evaluation import results
+from slgr_jax.evaluation.ranking_metrics import PartResult, Values
+from slgr_jax.evaluation.results import EvaluatedRun
+from slgr_jax.reports import gate_evaluation
+from slgr_jax.serving import load
+
+
+def evaluate_run(
+    workdir: str, label: str, which: str = "best", *, data: str | None = None
+) -> EvaluatedRun:
+    """Rank validation and test with a run's state; writes metrics.json and per_user.parquet.
+
+    Args:
+      label: its name in tables.
+      which: best or last.
+      data: where its dataset is now; None: where it was trained.
+    """
+    run = load(workdir, which, data=data)
+    gate = gate_evaluation.evaluate_gate(run)
+    parts: dict[str, PartResult] = {}
+    rows: dict[str, dict[str, Values]] = {}
+    for part in ("valid", "test"):
+        ranking, by_slice = run.evaluate(part)
+        if ranking is not None:
+            parts[part] = ranking
+        if by_slice:
+            rows[part] = by_slice
+    evaluated = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts, rows, gate=gate)
+    results.write_run(evaluated)
+    return evaluated

@@ -1,0 +1,402 @@
+"""A trained run as an object.
+
+    run = load("RUN")
+    run.scores(["u1", "u1"], ["i7", "i9"])
+    run.recommend(["u1", "u2"], k=10)
+    run.vectors()                 # whose inner product is the score
+    run.alpha(users, preferred, other, margins)
+    run.evaluate("test")
+
+Users and items are named by their external ids, as in the raw data. Everything is as of the end of
+validation, which is what there is to serve with, unless a part says otherwise.
+
+Shape letters: U users, I items, n rows of a request, K cut-off, E width of the vectors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
+
+from slgr_jax.config import RunConfig
+from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.evaluation import click_metrics, full_ranking
+from slgr_jax.evaluation.ranking_metrics import PartResult, Values
+from slgr_jax.guidance import make_guidance
+from slgr_jax.guidance.base import Guidance
+from slgr_jax.guidance.gating import Gating, gate_inputs
+from slgr_jax.models.backbones import DotBackbone
+from slgr_jax.models.backbones.base import item_tables
+from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.scoring import Scoring, pair_scores, rows_of, score_rows
+from slgr_jax.sampling import arrays, labelled_rows
+from slgr_jax.sampling.context import Queries
+from slgr_jax.sampling.preferences import pair_facts
+from slgr_jax.training import restore, run_directory
+from slgr_jax.training.restore import RestoredRun
+
+# Rows that one call of `scores` puts on the device.
+_CHUNK = 8192
+
+
+class Recommendations(NamedTuple):
+    """The best items of each user, best first.
+
+    Attributes:
+      users: [n] ids, as asked.
+      items: [n, K] ids; None where a user has fewer items left.
+      scores: [n, K] logits; -inf where there is no item.
+    """
+
+    users: list[str]
+    items: list[list[str | None]]
+    scores: Float[np.ndarray, "n K"]
+
+
+class Vectors(NamedTuple):
+    """Vectors whose inner product is the score, biases folded in."""
+
+    users: Float[np.ndarray, "U E"]
+    items: Float[np.ndarray, "I E"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """See the module's docstring; `load` makes it."""
+
+    workdir: str
+    restored: RestoredRun
+
+    @property
+    def config(self) -> RunConfig:
+        """As the run was started."""
+        return self.restored.config
+
+    @property
+    def dataset(self) -> Dataset:
+        """What it was trained on."""
+        return self.restored.dataset
+
+    def __repr__(self) -> str:
+        run, data = self.config, self.dataset
+        guidance = run.guidance.guidance
+        return (
+            f"TrainedRun({self.workdir!r}: {run.model.backbone} on {data.manifest.name}, "
+            f"{data.n_users} users x {data.n_items} items, guidance {guidance})"
+        )
+
+    # ------------------------------------------------------------------------------ scores
+
+    def scores(self, users: Sequence[str], items: Sequence[str]) -> Float[np.ndarray, "n"]:
+        """[n] logits of pairs.
+
+        Raises:
+          InputError: an unknown id, or two lengths.
+        """
+        if len(users) != len(items):
+            raise InputError(f"{len(users)} users and {len(items)} items; give pairs")
+        user_index, item_index = self.user_index(users), self.item_index(items)
+        scoring = self.restored.scoring("test")
+        chunks = [
+            np.asarray(self._pair_scores(scoring, user_chunk, item_chunk[:, None]))[:, 0]
+            for user_chunk, item_chunk in _chunks(user_index, item_index)
+        ]
+        return np.concatenate([np.zeros(0, np.float32), *chunks])[: len(users)]
+
+    @functools.cached_property
+    def _pair_scores(self) -> Callable[[Scoring, Any, Any], jax.Array]:
+        backbone = self.restored.backbone
+
+        @jax.jit
+        def scores(scoring: Scoring, users: jax.Array, items: jax.Array) -> jax.Array:
+            return pair_scores(backbone, scoring, Candidates(scoring.queries(users), items))
+
+        return scores
+
+    def recommend(
+        self, users: Sequence[str] | None = None, k: int = 10, *, mask_seen: bool = True
+    ) -> Recommendations:
+        """The k best items of each user; by the same ranking that evaluation measures.
+
+        Args:
+          users: ids; None: every user.
+          mask_seen: leave out what a user has in training and validation.
+        """
+        names = self.dataset.user_ids.to_pylist() if users is None else [str(u) for u in users]
+        index = self.user_index(names)
+        n_users, n_items = self.dataset.n_users, self.dataset.n_items
+        nothing = Csr(np.zeros(n_users + 1, np.int64), np.zeros(0, np.int32))
+        top = full_ranking.top_k(
+            self._score_users,
+            self.restored.scoring("test"),
+            index,
+            self.dataset.positives(("train", "valid")) if mask_seen else nothing,
+            n_items,
+            k=k,
+            mesh=self.restored.mesh,
+            kernels=self.config.train.kernels,
+        )
+        ids = [*self.item_ids, None]  # -1: no item left
+        items = [[ids[item] for item in row] for row in top.items]
+        scores = np.where(top.items >= 0, top.scores, -np.inf)
+        return Recommendations(names, items, scores)
+
+    @functools.cached_property
+    def _score_users(self) -> Callable[[Any, jax.Array], jax.Array]:
+        return self.restored.score_users
+
+    def vectors(self) -> Vectors:
+        """Vectors of all users and items whose inner product is `scores`.
+
+        Raises:
+          ConfigError: a backbone whose score is no inner product.
+        """
+        backbone, scoring = self.restored.backbone, self.restored.scoring("test")
+        if not isinstance(backbone, DotBackbone):
+            raise ConfigError(
+                f"--backbone={self.config.model.backbone} scores a user and an item together: it "
+                "has no vectors; use scores() or recommend()"
+            )
+        n_users, chunk = self.dataset.n_users, 1024
+
+        @jax.jit
+        def query_vectors(scoring: Scoring, users: jax.Array) -> jax.Array:
+            queries = scoring.queries(users)
+            ids = backbone.query_ids(scoring.context, queries)
+            rows = rows_of(scoring.serving.values, ids)
+            return backbone.query_vectors(
+                scoring.serving.params, rows, scoring.context, queries, dropout=None
+            )
+
+        parts = []
+        for begin in range(0, n_users, chunk):
+            users = np.minimum(np.arange(begin, begin + chunk, dtype=np.int32), n_users - 1)
+            parts.append(np.asarray(query_vectors(scoring, users)))
+        values = scoring.serving.values
+        items = backbone.item_vectors(
+            scoring.serving.params,
+            {name: values[name] for name in item_tables(backbone, scoring.context)},
+        )
+        return Vectors(np.concatenate(parts)[:n_users], np.asarray(items))
+
+    # ---------------------------------------------------------------------------- the gate
+
+    @functools.cached_property
+    def reference_runs(self) -> list[RestoredRun]:
+        """The runs that its gate reads or that ranked its hard negatives.
+
+        Raises:
+          ConfigError: they are not those that it was trained with.
+        """
+        other = run_directory.other_reference_runs(self.workdir, self.config)
+        if self.config.reference_runs and other:
+            raise ConfigError(
+                f"{self.workdir} was trained with another --reference_runs ({other}); put it back "
+                "or train again"
+            )
+        return restore.restore_reference_runs(self.config, self.dataset)
+
+    @functools.cached_property
+    def guidance(self) -> Guidance | None:
+        """Its guidance, with the reference runs that the gate reads."""
+        reads = self.config.guided and self.config.gate.reads_reference_runs
+        backbones = tuple(run.backbone for run in self.reference_runs) if reads else ()
+        return make_guidance(self.config, backbones)
+
+    def alpha(
+        self,
+        users: Sequence[str],
+        preferred: Sequence[str],
+        other: Sequence[str],
+        margins: Sequence[float] | np.ndarray,
+        *,
+        margin_scale: float = 1.0,
+    ) -> Float[np.ndarray, "n"]:
+        """[n] how far its gate believes that users prefer one item to another.
+
+        Args:
+          margins: the teacher's score differences, > 0.
+          margin_scale: a typical one, in which the gate reads them (`TeacherLists.margin_scale`).
+
+        Raises:
+          ConfigError: a run without guidance.
+        """
+        items = np.stack([self.item_index(preferred), self.item_index(other)], axis=1)
+        scaled = np.asarray(margins, np.float32) / np.float32(margin_scale)
+        return self.believe(self.user_index(users), items, scaled)
+
+    def believe(
+        self,
+        users: Int[np.ndarray, "n"],
+        items: Int[np.ndarray, "n 2"],
+        margins: Float[np.ndarray, "n"],
+        *,
+        part: str = "test",
+        as_of: np.ndarray | None = None,
+    ) -> Float[np.ndarray, "n"]:
+        """[n] alpha of (preferred, other), by index.
+
+        Args:
+          margins: the teacher's, over a typical one.
+          part: the moment: before validation or before test.
+          as_of: the moment of each, for backbones that read histories; None: of its user.
+        """
+        if self.guidance is None:
+            raise ConfigError(f"{self.workdir} was trained with --guidance=none: it has no gate")
+        gating = self.guidance.gating
+        scoring = self.restored.scoring(part)
+        references = tuple(run.scoring(part) for run in self.reference_runs)
+        if not gating.reference_backbones:
+            references = ()
+        slices = self.dataset.slices(self.config.slices)
+        facts = arrays.make_facts(self.dataset, slices.cold_users, slices.tail_items)
+        queries = scoring.queries(jnp.asarray(users))
+        if as_of is not None and scoring.as_of is not None:
+            queries = Queries(jnp.asarray(users), jnp.asarray(as_of))
+        alpha = self._alpha(
+            gating,
+            scoring,
+            references,
+            Candidates(queries, jnp.asarray(items)),
+            jnp.asarray(margins),
+            jax.device_put(facts),
+        )
+        return np.asarray(alpha, np.float64)
+
+    def _alpha(
+        self,
+        gating: Gating,
+        scoring: Scoring,
+        references: tuple[Scoring, ...],
+        candidates: Candidates,
+        margins: jax.Array,
+        facts: arrays.Facts,
+    ) -> jax.Array:
+        run, backbone = self.config, self.restored.backbone
+
+        @jax.jit
+        def believe(
+            scoring: Scoring,
+            references: tuple[Scoring, ...],
+            candidates: Candidates,
+            margins: jax.Array,
+            facts: arrays.Facts,
+        ) -> Any:
+            def scores(dropout: tuple[float, jax.Array] | None) -> jax.Array:
+                return pair_scores(backbone, scoring, candidates, dropout)
+
+            users = candidates.queries.users
+            inputs = gate_inputs(
+                run,
+                scores(None),
+                lambda key, rate: scores((rate, key)),
+                users,
+                margins,
+                pair_facts(facts, users, candidates.items),
+                jax.random.key(1),
+                gating.ask_reference_runs(references, candidates.queries, candidates.items),
+            )
+            return gating.alpha_and_prior(scoring.serving.guidance, inputs)[0]
+
+        return jnp.asarray(believe(scoring, references, candidates, margins, facts))
+
+    # -------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, part: str = "test") -> tuple[PartResult | None, dict[str, Values]]:
+        """(full ranking, labelled rows by slice) of a part; None or {} where it is not asked for.
+
+        Raises:
+          ConfigError: no such part.
+        """
+        if part not in ("valid", "test"):
+            raise ConfigError(f"part={part!r} is not one of: valid, test")
+        evaluation, run = self.config.evaluation, self.restored
+        scoring, ranking = run.scoring(part), None
+        if evaluation.ranking:
+            ranking = full_ranking.evaluate_dataset(
+                self._score_users,
+                scoring,
+                run.dataset,
+                self.config.slices,
+                evaluation,
+                parts=(part,),
+                mesh=run.mesh,
+                kernels=self.config.train.kernels,
+            ).get(part)
+        by_slice: dict[str, Values] = {}
+        if evaluation.rows != "none" and len(run.dataset.part(part)):
+            rows = labelled_rows.make_rows(run.dataset, part, evaluation, self.config.loss)
+            slices = run.dataset.slices(self.config.slices)
+            by_slice = click_metrics.summarize_rows(rows, self._score_rows(scoring, rows), slices)
+        return ranking, by_slice
+
+    @functools.cached_property
+    def _score_rows(self) -> Callable[[Scoring, labelled_rows.LabelledRows], np.ndarray]:
+        return score_rows(self.restored.backbone)
+
+    # ---------------------------------------------------------------------------------- ids
+
+    @functools.cached_property
+    def item_ids(self) -> list[str]:
+        """[I] external ids."""
+        ids: list[str] = self.dataset.items.column("item_id").to_pylist()
+        return ids
+
+    def user_index(self, users: Sequence[str]) -> Int[np.ndarray, "n"]:
+        """[n] int32 of external ids."""
+        return _index(self.dataset.user_ids, users, "user")
+
+    def item_index(self, items: Sequence[str]) -> Int[np.ndarray, "n"]:
+        """[n] int32 of external ids."""
+        return _index(self.dataset.items.column("item_id"), items, "item")
+
+
+def load(workdir: str, which: str = "best", *, data: str | None = None) -> TrainedRun:
+    """A trained run from its directory.
+
+    Args:
+      which: its `best` state by validation, or its `last`.
+      data: where its dataset is now; None: where it was trained.
+
+    Raises:
+      ConfigError: not a run, or its dataset is another one now.
+      ManifestError: no checkpoint, or a damaged one.
+    """
+    if which not in ("best", "last"):
+        raise ConfigError(f"which={which!r} is not one of: best, last")
+    return TrainedRun(workdir, restore.restore_run(workdir, which, data=data))
+
+
+def _index(known: Any, names: Sequence[str], kind: str) -> np.ndarray:
+    asked = pa.array([str(name) for name in names], pa.string())
+    if isinstance(known, pa.ChunkedArray):
+        known = known.combine_chunks()
+    index = pc.index_in(asked, value_set=known)
+    if index.null_count:
+        unknown = asked.filter(pc.is_null(index)).to_pylist()
+        raise InputError(
+            f"unknown {kind} id {listing(map(repr, unknown), limit=3)} ({len(unknown)} of "
+            f"{len(names)}); the data has {len(known)} ids such as {known[0].as_py()!r}"
+        )
+    return np.asarray(index.to_numpy(zero_copy_only=False), np.int32)
+
+
+def _chunks(users: np.ndarray, items: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pieces of equal length, the last one filled up, so that one program serves all."""
+    size = min(_CHUNK, 1 << max(users.size - 1, 0).bit_length())
+    pieces = []
+    for begin in range(0, users.size, size):
+        piece = (users[begin : begin + size], items[begin : begin + size])
+        short = size - piece[0].size
+        pieces.append(tuple(np.pad(x, (0, short), mode="edge") for x in piece))
+    return pieces  # type: ignore[return-value]

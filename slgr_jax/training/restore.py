@@ -1,0 +1,174 @@
+"""Trained runs read back: to be served, to be evaluated, to be another run's reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from slgr_jax import config
+from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError
+from slgr_jax.guidance import make_guidance
+from slgr_jax.guidance.base import ReferenceRun
+from slgr_jax.mesh import Layout, make_layout
+from slgr_jax.models.backbones import AnyBackbone, make_backbone, reads_of
+from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
+from slgr_jax.sampling import context as context_lib
+from slgr_jax.sampling.context import HISTORY, Context
+from slgr_jax.training import checkpoint, run_directory
+from slgr_jax.training.state import Learner, abstract_serving, abstract_state, make_serving_state
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoredRun:
+    """A trained run, ready to score.
+
+    Attributes:
+      learner: its config, backbone and guidance, and the devices it is on.
+      dataset: what it was trained on.
+      serving, context: what `scoring` puts together.
+    """
+
+    learner: Learner
+    dataset: Dataset
+    serving: ServingState
+    context: Context
+
+    @property
+    def config(self) -> config.RunConfig:
+        """As the run was started."""
+        return self.learner.config
+
+    @property
+    def backbone(self) -> AnyBackbone:
+        """What was trained."""
+        return self.learner.backbone
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Devices to split users over; None on one device."""
+        layout = self.learner.layout
+        return layout.mesh if layout.devices > 1 else None
+
+    @property
+    def score_users(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """(scoring, users [B]) -> scores [B, I]."""
+        return score_users(self.backbone)
+
+    def scoring(self, part: str) -> Scoring:
+        """The argument of `score_users` as of the moment before `part` (valid or test)."""
+        return Scoring(self.serving, self.context, moments(self.context, part))
+
+
+def backbone_and_context(
+    run: config.RunConfig, dataset: Dataset, *, native: bool
+) -> tuple[AnyBackbone, Context]:
+    """The run's backbone, and the host arrays that it looks up.
+
+    Raises:
+      ConfigError: a history is wanted of a dataset without times.
+    """
+    reads, most = reads_of(run.model), run.model.most_categories
+    if HISTORY in reads and dataset.train.timestamps is None:
+        fix = "give them (--time_column of slgr prepare; any increasing number will do)"
+        if run.model.backbone in config.CLICK_BACKBONES:
+            fix += ", or train without history fields: --nohistory_fields"
+        raise ConfigError(
+            f"--backbone={run.model.backbone} reads histories, and {dataset.path} has no times; "
+            f"{fix}"
+        )
+    looked_up = context_lib.make_context(dataset, reads, most_categories=most)
+    sizes = context_lib.sizes(dataset, reads, most_categories=most)
+    return make_backbone(run.model, sizes, native=native), looked_up
+
+
+def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -> RestoredRun:
+    """A run's dataset and its `best` or `last` state, for evaluation and export.
+
+    Args:
+      data: where its dataset is now; None: where it was trained.
+
+    Raises:
+      ConfigError: the dataset is not there, or is another one than the run was trained on.
+      ManifestError: no checkpoint, or a damaged one.
+    """
+    run = run_directory.read_config(workdir)
+    if data is not None:
+        run = dataclasses.replace(run, data=data)
+    if not os.path.isdir(run.data):
+        raise ConfigError(
+            f"{workdir} was trained on {run.data}, which is not there; put it back, or give the "
+            "run its new place: slgr train with the same flags and --data=NEW"
+        )
+    dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
+    if run_directory.trained_on(workdir, dataset) is False:
+        raise ConfigError(
+            f"{workdir} was trained on another split or id map than {dataset.path} now holds "
+            f"(split {dataset.manifest.split_hash[:8]}); point --data back or train again"
+        )
+    return _restored(workdir, run, dataset, which)
+
+
+def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str) -> RestoredRun:
+    """A state of the run in `workdir`, which was trained on `dataset`."""
+    backbone, looked_up = backbone_and_context(run, dataset, native=False)
+    # One table shard, whatever the run had: a serving state is the same on any layout.
+    layout = make_layout()
+    learner = Learner(run, backbone, make_guidance(run), layout)
+    placed = jax.device_put(looked_up, layout.replicated)
+    saved = checkpoint.Checkpoints(workdir, writable=False)
+    try:
+        if which == "best":
+            serving = saved.restore_best(abstract_serving(learner))
+        else:
+            state = saved.restore_state(abstract_state(learner))
+            serving = make_serving_state(learner)(state, placed)
+    finally:
+        saved.close()
+    return RestoredRun(learner, dataset, serving, placed)
+
+
+def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[RestoredRun]:
+    """The best states of the runs that --reference_runs names; [] where it names none.
+
+    Raises:
+      ConfigError: one is not there, or was trained on another dataset than `dataset`.
+      ManifestError: one has no checkpoint yet, or a damaged one.
+    """
+    restored: list[RestoredRun] = []
+    shared: dict[Any, Context] = {}  # what runs of a kind look up is there once
+    for workdir in run.reference_runs:
+        trained, recorded = run_directory.read_config(workdir), run_directory.recorded(workdir)
+        if recorded is None:
+            raise ConfigError(
+                f"--reference_runs: {workdir} holds no {run_directory.RECORD}; train it first"
+            )
+        for name, what in (("split_hash", "split"), ("id_map_hash", "id map")):
+            here = getattr(dataset.manifest, name)
+            if recorded[name] != here:
+                raise ConfigError(
+                    f"--reference_runs: {workdir} was trained on {what} {recorded[name][:8]}, "
+                    f"{dataset.path} has {what} {here[:8]}; name runs that were trained on this "
+                    "dataset"
+                )
+        reference = _restored(workdir, trained, dataset, "best")
+        kind = (reference.backbone.reads, trained.model.most_categories)
+        looked_up = shared.setdefault(kind, dataclasses.replace(reference.context, graph=None))
+        restored.append(dataclasses.replace(reference, context=looked_up))
+    return restored
+
+
+def as_of(reference_runs: Sequence[RestoredRun], part: str) -> list[ReferenceRun]:
+    """(backbone, what it scores with) of reference runs, histories cut before `part`."""
+    return [(reference.backbone, reference.scoring(part)) for reference in reference_runs]
+
+
+def layout_of(run: config.RunConfig) -> Layout:
+    """The devices that a run asks for."""
+    return make_layout(table_shards=run.train.table_shards, min_devices=run.train.min_devices)

@@ -1,0 +1,144 @@
+"""What training changes, and what it takes to make or restore it: no batch, no draw.
+
+A `Learner` is everything about a run that its state depends on; `step.Trainer` adds what a step
+draws. Restoring needs a `Learner` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Int
+
+from slgr_jax.config import RunConfig
+from slgr_jax.guidance.base import Guidance
+from slgr_jax.mesh import Layout
+from slgr_jax.models import embedding_table
+from slgr_jax.models.backbones import AnyBackbone, DotBackbone
+from slgr_jax.models.scoring import ServingState
+from slgr_jax.sampling.context import Context
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+      step: [] int32, steps done.
+      tables: name -> [R', W] rows of values and optimiser slots (`embedding_table.RowFormat`).
+      params: {"backbone": ..., "guidance": ...} dense parameters.
+      opt_state: optax state of `params`.
+    """
+
+    step: Int[Array, ""]
+    tables: dict[str, jax.Array]
+    params: dict[str, Any]
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What is trained, how, and on which devices.
+
+    Attributes:
+      guidance: the use of an LLM product; None without one.
+    """
+
+    config: RunConfig
+    backbone: AnyBackbone
+    guidance: Guidance | None
+    layout: Layout
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam for dense parameters; no weight decay, a gate least of all."""
+        dense = optax.adam(self.config.optimizer.dense_lr)
+        if self.guidance is None:
+            return dense
+        by_part = {"backbone": dense, "guidance": optax.adam(self.guidance.learning_rate)}
+        return optax.multi_transform(by_part, {name: name for name in by_part})
+
+    @property
+    def row_optimizer(self) -> embedding_table.RowOptimizer:
+        return embedding_table.make_row_optimizer(self.config.optimizer)
+
+    @property
+    def leaf_names(self) -> list[str]:
+        """What `step.Health.leaves` refers to, bit by bit."""
+        return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
+
+
+def init_state(learner: Learner, seed: int) -> TrainState:
+    """A fresh state on the devices of the layout; the same values on any number of devices."""
+    key = jax.random.key(seed)
+    names = sorted(learner.backbone.tables)
+    keys = dict(zip(["", *names], jax.random.split(key, len(names) + 1), strict=True))
+    optimizer, dtype = learner.row_optimizer, learner.config.optimizer.table_dtype
+    tables = {
+        name: embedding_table.init_table(
+            keys[name], learner.backbone.tables[name], optimizer, learner.layout, dtype
+        )
+        for name in names
+    }
+
+    def dense(key: jax.Array) -> tuple[dict[str, Any], Any]:
+        for_backbone, for_guidance = jax.random.split(key)
+        params: dict[str, Any] = {"backbone": learner.backbone.init(for_backbone), "guidance": {}}
+        if learner.guidance is not None:
+            params["guidance"] = learner.guidance.init(for_guidance)
+        return params, learner.optimizer.init(params)
+
+    params, opt_state = jax.jit(dense, out_shardings=learner.layout.replicated)(keys[""])
+    zero = jax.device_put(np.int32(0), learner.layout.replicated)
+    return TrainState(zero, tables, params, opt_state)
+
+
+def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], ServingState]:
+    """Jitted: what serving needs out of a train state."""
+    backbone = learner.backbone
+
+    def pick(state: TrainState, context: Context) -> ServingState:
+        params = state.params["backbone"]
+        values = {
+            name: embedding_table.values_of(state.tables[name], spec)
+            for name, spec in backbone.tables.items()
+        }
+        if isinstance(backbone, DotBackbone) and backbone.whole:
+            values = backbone.propagate(params, values, context)
+        return ServingState(params, values, state.params["guidance"])
+
+    return jax.jit(pick)
+
+
+def abstract_state(learner: Learner) -> TrainState:
+    """Shapes, types and shardings of a train state on the learner's devices."""
+    shapes = jax.eval_shape(lambda: init_state(learner, 0))
+    everywhere = jax.tree.map(lambda _: learner.layout.replicated, shapes)
+    rows = dict.fromkeys(shapes.tables, learner.layout.table_sharding)
+    return _abstract(shapes, everywhere.replace(tables=rows))
+
+
+def abstract_serving(learner: Learner) -> ServingState:
+    """Shapes, types and shardings of a serving state."""
+    state = abstract_state(learner)
+    values = {
+        name: jax.ShapeDtypeStruct((spec.rows, spec.width), jnp.float32)
+        for name, spec in learner.backbone.tables.items()
+    }
+    shapes = ServingState(state.params["backbone"], values, state.params["guidance"])  # type: ignore[arg-type]
+    return _abstract(shapes, jax.tree.map(lambda _: learner.layout.replicated, shapes))
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

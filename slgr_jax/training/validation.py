@@ -1,0 +1,58 @@
+"""The validation of a state while it trains: full ranking, labelled rows."""
+
+from __future__ import annotations
+
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.evaluation import click_metrics, full_ranking, ranking_metrics
+from slgr_jax.models.scoring import Scoring, ServingState, moments, score_rows, score_users
+from slgr_jax.sampling import labelled_rows
+from slgr_jax.sampling.context import Context
+from slgr_jax.training.state import Learner
+
+
+class Validation:
+    """The overall validation metrics of a state: train items masked, full ranking; rows."""
+
+    def __init__(self, learner: Learner, dataset: Dataset, context: Context) -> None:
+        config = learner.config
+        self._config, self._kernels = config.evaluation, config.train.kernels
+        self._context = context
+        self._score = score_users(learner.backbone)
+        self._score_rows = score_rows(learner.backbone)
+        self._relevant = dataset.positives(("valid",))
+        self._seen = dataset.positives(("train",))
+        self._n_items = dataset.n_items
+        self._mesh = learner.layout.mesh if learner.layout.devices > 1 else None
+        self._rows, self._slices = None, dataset.slices(config.slices)
+        if self.possible and self._config.rows != "none":
+            self._rows = labelled_rows.make_rows(dataset, "valid", self._config, config.loss)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self._relevant.indices.size > 0
+
+    def __call__(self, serving: ServingState) -> dict[str, float]:
+        """Metrics by name; those that are not defined on this data are left out."""
+        scoring = Scoring(serving, self._context, moments(self._context, "valid"))
+        metrics: ranking_metrics.Values = {}
+        if self._config.ranking:
+            ranking = full_ranking.rank(
+                self._score,
+                scoring,
+                self._relevant,
+                self._seen,
+                self._n_items,
+                users_per_chunk=self._config.eval_users_per_chunk,
+                top_k=0,
+                pooled_auc=False,
+                mesh=self._mesh,
+                kernels=self._kernels,
+            )
+            per_user = ranking_metrics.per_user(ranking, self._config.ks)
+            metrics = ranking_metrics.summarize(per_user)
+        if self._rows is not None:
+            scores = self._score_rows(scoring, self._rows)
+            by_slice = click_metrics.summarize_rows(self._rows, scores, self._slices)
+            metrics |= {f"rows_{name}": value for name, value in by_slice["overall"].items()}
+        return {name: float(value) for name, value in metrics.items() if value is not None}
