@@ -139,8 +139,8 @@ __all__ = [
     "differences",
     "learns_from_sequences",
     "make_run",
+    "register_backbone",
     "register_gate",
     "register_guidance",
-    "register_backbone",
     "sections",
 ]

@@ -417,9 +417,9 @@ class RunConfig:
     @property
     def guidance_loss_name(self) -> str:
         """The pairwise loss on preferences, with `auto` resolved."""
-        chosen = self.pairwise.guidance_loss
-        if chosen != "auto":
-            return chosen
+        name = self.pairwise.guidance_loss
+        if name != "auto":
+            return name
         if self.gate.gate != "calibrated":
             return "hinge"
         return "gain" if self._has_prior else "confidence"

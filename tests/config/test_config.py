@@ -55,14 +55,17 @@ def test_every_knob_is_described_and_keeps_its_range(section, field):
             section(**{field.name: "nonsense"})
 
 
-_BOUNDED = (*RUN_SECTIONS, config.BaselineConfig)
+# The sections of guidance have no upper bounds so far.
+_BOUNDED = tuple(
+    section
+    for section in (*RUN_SECTIONS, config.BaselineConfig)
+    if section.__module__ != "slgr_jax.config.guidance"
+)
 
 
 @pytest.mark.parametrize("section", _BOUNDED, ids=lambda section: section.__name__)
 def test_no_number_is_without_an_end(section):
     """What is past it would end in an abort or an overflow that names no knob."""
-    if section in (GuidanceConfig, GateConfig):
-        pytest.skip("its knobs have no upper bounds so far")
     for field in dataclasses.fields(section):
         kind = field.default[0] if isinstance(field.default, tuple) else field.default
         meta = knobs.knob_of(field)

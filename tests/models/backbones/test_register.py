@@ -17,6 +17,7 @@ from slgr_jax.models.backbones.base import DotBackbone, ItemTableBackbone
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import GRAPH, HISTORY, Sizes
 from slgr_jax.training import build, step
+from slgr_jax.training import state as state_lib
 
 
 class Toy(ItemTableBackbone):
@@ -59,16 +60,16 @@ def _two_steps(tmp_path, **knobs):
     dataset = worlds.random_dataset(tmp_path / str(knobs["backbone"]))
     common = {"dim": 8, "batch_size": 16, "init_std": 1.0, "kernels": "xla"}
     run = make_run(str(dataset.path), "w", **common, **knobs)
-    trainer, arrays = build.build(run, dataset)
+    experiment = build.build(run, dataset, worlds.one_device())
     key = jax.random.key_data(jax.random.key(1))
-    state = step.init_state(trainer, 0)
-    state, sums, _ = step.make_run_steps(trainer)(state, arrays, key, jnp.int32(2))
+    state = state_lib.init_state(experiment.trainer, 0)
+    run_steps = step.make_run_steps(experiment.trainer)
+    state, sums, _ = run_steps(state, experiment.arrays, key, jnp.int32(2))
     assert int(state.step) == 2
     return jax.device_get(state.tables), float(sums["rec_loss"]) / 2
 
 
-def test_a_registered_backbone_trains_like_the_one_it_equals(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "make_layout", lambda **_: worlds.one_device())
+def test_a_registered_backbone_trains_like_the_one_it_equals(tmp_path):
     backbones.register("toy", _make_toy, losses=("bce", "bpr"), defaults={"lr": 0.1})
     run = make_run("d", "w", backbone="toy")
     assert (run.loss_name, run.optimizer.lr) == ("bce", 0.1)
