@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import tqdm
 
@@ -19,13 +19,23 @@ from slgr_jax.config import CollectConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
-from slgr_jax.teacher.ask import candidates, requests
-from slgr_jax.teacher.collect import answer_log, derive, quarantine, results
+from slgr_jax.teacher.ask import candidates, prompts, requests
+from slgr_jax.teacher.collect import (
+    answer_log,
+    derive,
+    envelopes,
+    quarantine,
+    result_files,
+    results,
+)
 from slgr_jax.teacher.collect.answer_log import AcceptedAnswer, Log
+from slgr_jax.teacher.collect.completions import Completion
 from slgr_jax.teacher.collect.quarantine import QUARANTINE
 from slgr_jax.teacher.collect.refusals import KINDS, Refused
 from slgr_jax.teacher.collect.request_index import RequestIndex
-from slgr_jax.teacher.collect.results import Completion
+from slgr_jax.teacher.collect.result_files import Record, ResultFiles
+from slgr_jax.teacher.collect.scales import ScaleTally
+from slgr_jax.teacher.collect.shown import Shown
 from slgr_jax.teacher.products import preferences
 
 
@@ -40,10 +50,12 @@ class Tally:
     quarantined: int = 0
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     details: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+    scales: ScaleTally = dataclasses.field(default_factory=ScaleTally)
 
     def refuse(self, refused: Refused) -> None:
         """Count one that cannot be used."""
         self.quarantined += 1
+        self.scales.refuse(refused)
         self.reasons[refused.kind] += 1
         details = self.details.setdefault(refused.kind, collections.Counter())
         if refused.detail in details or len(details) < 1000:
@@ -97,7 +109,7 @@ def collect(
     asked = requests.directory(dataset.path, common.name, options.requests)
     source = schema.read_request_manifest(asked)
     candidates.refuse_other_split(dataset, source, f"{asked}")
-    files = result_files(options.results, asked)
+    files = result_files.choose(options.results, asked)
     product = preferences.product_path(dataset.path, common.name)
     if not (root / schema.MANIFEST).is_file():
         shards.check_target(product, overwrite=common.overwrite)
@@ -108,8 +120,9 @@ def collect(
         manifest = _manifest(dataset, common, root, source)
         index.remember(shards.read_shards(root, manifest.files["answered"], schema.ANSWERED))
         log = Log(root, manifest, common.rows_per_shard)
+        collector = Collector(index, log, item_titles(dataset), source.prompt, score_range)
         try:
-            tally = _read(files, index, log, source.prompt, score_range)
+            collector.read(files)
         finally:
             log.close()
         manifest = log.manifest
@@ -120,16 +133,18 @@ def collect(
 
     refusals = quarantine.states(quarantine.read(root, manifest.files["quarantine"]))
     states = answer_log.request_counts(manifest, answered, refusals)
+    tally = collector.tally
     used = tally.accepted + tally.replaced + tally.repeated
     if not manifest.files["answers"] or (tally.read and not used):
+        commonest = [f"{kind}: {KINDS[kind].advice}" for kind, _ in tally.reasons.most_common(1)]
         raise InputError(
-            f"none of the {tally.read} results in {listing(map(str, files), 3)} can be used: "
+            f"none of the {tally.read} results in {listing(map(str, files.paths), 3)} can be used: "
             f"{listing(f'{kind} {count}' for kind, count in tally.reasons.most_common())}; "
-            f"see {root / QUARANTINE}"
+            f"see {root / QUARANTINE}" + "".join(f". {advice}" for advice in commonest)
         )
     rows, manifest = answer_log.load_log(dataset, common.name)
     written = derive.write(dataset, common, options, rows, manifest, ledger, states)
-    return written, tally.report(root, states)
+    return written, "\n".join(filter(None, (tally.report(root, states), files.report())))
 
 
 def _score_range(options: CollectConfig) -> tuple[float, float]:
@@ -181,109 +196,110 @@ def _manifest(
 # --- reading results into the log --------------------------------------------------------------
 
 
-def result_files(given: str, asked: pathlib.Path) -> list[pathlib.Path]:
-    """Files named by `--results`: each a file, or a folder of .jsonl files at any depth.
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """Reads results into a log.
 
-    Request files and quarantines in a folder are passed over.
-
-    Raises:
-      InputError: a path does not exist, or there is no file.
+    Attributes:
+      index: the requests that were asked; log: where answers go.
+      titles: [I] the texts that stand for each item (`item_titles`).
+      form: of the answers, one of `config.PROMPTS`; score_range: lowest and highest score.
+      tally: what became of what was read.
     """
-    chosen: list[pathlib.Path] = []
-    requested = {path.resolve() for path in asked.glob("requests-*.jsonl")}
-    for part in filter(None, map(str.strip, given.split(","))):
-        path = pathlib.Path(part)
-        if not path.exists():
-            raise InputError(f"--results={part} does not exist")
-        inside = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        chosen += [
-            file for file in inside if file.resolve() not in requested and file.name != QUARANTINE
-        ]
-    if not chosen:
-        raise InputError(f"--results={given} names no .jsonl file of results")
-    return chosen
 
+    index: RequestIndex
+    log: Log
+    titles: Sequence[tuple[str, ...]]
+    form: str
+    score_range: tuple[float, float]
+    tally: Tally = dataclasses.field(default_factory=Tally)
 
-def _read(
-    files: list[pathlib.Path],
-    index: RequestIndex,
-    log: Log,
-    form: str,
-    score_range: tuple[float, float],
-) -> Tally:
-    tally = Tally()
-    total = sum(path.stat().st_size for path in files)
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for path, number, line in _lines(files):
-            bar.update(len(line))
-            if not line.strip():
+    def read(self, files: ResultFiles) -> None:
+        """Take in every record of every file; the log is whole on disk afterwards.
+
+        Raises:
+          InputError: a file cannot be read, or most scores are on another scale.
+        """
+        total = sum(path.stat().st_size for path in files.paths)
+        with tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+            for path in files.paths:
+                for record in result_files.records(path):
+                    self._take_record(record)
+                bar.update(path.stat().st_size)
+        self._flush()
+
+    def _flush(self) -> None:
+        self.tally.scales.refuse_other_scale(self.score_range)
+        self.log.flush()
+
+    def _take_record(self, record: Record) -> None:
+        for sample, told in enumerate(envelopes.read_line(record.line)):
+            self.tally.read += 1
+            refused = told if isinstance(told, Refused) else self._take(told)
+            if refused is None:
                 continue
-            tally.read += 1
-            told = results.read_line(line)
-            refused = told if isinstance(told, Refused) else None
-            if isinstance(told, Completion):
-                refused = _take(told, index, log, form, score_range, tally)
-            if refused is not None:
-                tally.refuse(refused)
-                row = index.find(refused.custom_id)
-                log.quarantine.add(
-                    line,
-                    refused,
-                    source=f"{path.name}:{number}",
-                    request=None if row is None else int(index.requests[row]),
-                    sample=0,
-                    paid=told.usage if isinstance(told, Completion) else {},
-                )
-    log.flush()
-    return tally
+            self.tally.refuse(refused)
+            row = self.index.find(refused.custom_id)
+            self.log.quarantine.add(
+                record.line,
+                refused,
+                source=record.source,
+                request=None if row is None else int(self.index.requests[row]),
+                sample=sample,
+                paid=told.usage if isinstance(told, Completion) else {},
+            )
+
+    def _take(self, told: Completion) -> Refused | None:
+        """Accept an answer, or say why not."""
+        index, tally = self.index, self.tally
+        row = index.find(told.custom_id)
+        if row is None:
+            return Refused(told.custom_id, "foreign custom_id", "no request of these has it")
+        items = index.shown(row)
+        shown = Shown(items.size, [self.titles[item] for item in items])
+        answer = results.parse(self.form, told, shown, self.score_range)
+        if isinstance(answer, Refused):
+            return answer
+
+        digest = _digest(answer)
+        known = index.known(row, told.sample)
+        replaces = known is not None and known[1] and not answer.cut
+        if known is not None and not replaces:
+            if known[0] == digest or answer.cut:  # what is held says the same, or more
+                tally.repeated += 1
+                return None
+            return Refused(
+                told.custom_id, "another answer", "the request has an answer that differs"
+            )
+        index.accept(row, told.sample, digest, cut=answer.cut)
+        accepted = AcceptedAnswer(
+            row=row,
+            sample=told.sample,
+            scores=answer.scores,
+            digest=digest,
+            cut=answer.cut,
+            prompt_tokens=told.prompt_tokens,
+            completion_tokens=told.completion_tokens,
+        )
+        self.log.add(index, accepted)
+        tally.replaced += replaces
+        tally.accepted += not replaces
+        if self.form == "listwise":
+            tally.scales.add(answer.scores)
+        if self.log.full:
+            self._flush()
+        return None
 
 
-def _lines(files: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, int, bytes]]:
-    for path in files:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield path, number, line
-
-
-def _take(
-    told: Completion,
-    index: RequestIndex,
-    log: Log,
-    form: str,
-    score_range: tuple[float, float],
-    tally: Tally,
-) -> Refused | None:
-    """Accept an answer, or say why not."""
-    row = index.find(told.custom_id)
-    if row is None:
-        return Refused(told.custom_id, "foreign custom_id", "no request of these has it")
-    answer = results.parse(form, told, index.shown(row).size, score_range)
-    if isinstance(answer, Refused):
-        return answer
-
+def _digest(answer: results.Answer) -> int:
     data = answer.scores.tobytes() + bytes([answer.cut])
-    digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-    known = index.known(row, told.sample)
-    replaces = known is not None and known[1] and not answer.cut
-    if known is not None and not replaces:
-        if known[0] == digest or answer.cut:  # what is held says the same, or more
-            tally.repeated += 1
-            return None
-        return Refused(told.custom_id, "another answer", "the request has an answer that differs")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
-    index.accept(row, told.sample, digest, cut=answer.cut)
-    accepted = AcceptedAnswer(
-        row,
-        told.sample,
-        answer.scores,
-        digest,
-        answer.cut,
-        told.prompt_tokens,
-        told.completion_tokens,
-    )
-    log.add(index, accepted)
-    tally.replaced += replaces
-    tally.accepted += not replaces
-    if log.full:
-        log.flush()
-    return None
+
+def item_titles(dataset: Dataset) -> list[tuple[str, ...]]:
+    """[I] the line that prompts show of each item, and its title alone."""
+    titles = dataset.items.column("title").to_pylist()
+    lines = prompts.item_lines(dataset)
+    return [
+        (line, " ".join((title or "").split())) for line, title in zip(lines, titles, strict=True)
+    ]

@@ -52,6 +52,14 @@ KINDS: Mapping[str, Kind] = {
     "refusal": Kind("refused", "change the prompt (--template) or the model, then ask again"),
     "cut off": Kind("refused", f"raise --answer_tokens, then {_ASK_AGAIN}"),
     "no scores by label": Kind("refused", _LOOK),
+    "two readings": Kind("refused", _LOOK),
+    "outside the score range": Kind(
+        "refused", "name the scale of your prompt with --score_range=LOWEST,HIGHEST, or ask again"
+    ),
+    "scale in doubt": Kind(
+        "refused", "name the scale of your prompt with --score_range=LOWEST,HIGHEST; else ask "
+        "again for scores in that range, or for labels only where an order is asked for"
+    ),
     "no single choice": Kind("refused", _LOOK),
     "neither yes nor no": Kind("refused", _LOOK),
     "no rating from 1 to 5": Kind("refused", _LOOK),
