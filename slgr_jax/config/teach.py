@@ -265,9 +265,15 @@ class CollectConfig(Section):
     """collect: batch-API results to an answer log and a product."""
 
     requests: str = knob("", "directory that `requests` wrote; empty: DATA/requests/NAME")
-    results: str = knob("", "result files or folders of them (.jsonl), separated by commas")
+    results: str = knob(
+        "",
+        "result files or folders of them, separated by commas: JSON lines or arrays (also .gz, "
+        ".zst), Parquet with custom_id and text; of OpenAI, vLLM, Anthropic, Gemini, Bedrock",
+    )
     score_range: tuple[int, ...] = knob(
-        (0, 1), "listwise: lowest and highest score of the prompt; scores outside are clipped"
+        (0, 1),
+        "listwise: lowest and highest score that the prompt asks for; an answer with scores "
+        "outside of it is refused",
     )
     aggregate: str = knob(
         "raw",

@@ -95,7 +95,7 @@ AMOUNT = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 # Any number that stands alone, to see whether a text holds one.
-STANDALONE = re.compile(rf"(?<![\w.,/])[-+]?{NUMBER}(?!\w)")
+STANDALONE = re.compile(rf"(?<![\w./])[-+]?{NUMBER}(?!\w)")
 
 
 def amount_of(match: re.Match[str]) -> Amount | None:
@@ -107,9 +107,9 @@ def amount_of(match: re.Match[str]) -> Amount | None:
         value = -value
     if match["ordinal"] or match["place"]:
         return Amount(value, "place") if value == int(value) and value >= 0 else None
+    if match["number"].startswith(".") and (match["percent"] or match["most"]):
+        return None  # .83% is more often .83 or 83% than 0.0083
     if match["percent"]:
-        if match["number"].startswith("."):
-            return None  # .83% is more often .83 or 83% than 0.0083
         return Amount(value / 100, "share")
     if match["most"]:
         most = float(match["most"])
@@ -175,16 +175,6 @@ def word_share(text: str) -> float | None:
         if phrase in phrases
     }
     return shares.pop() if len(shares) == 1 else None
-
-
-def word_scale(text: str) -> frozenset[int]:
-    """Which rating scales a phrase is of: those of one answer must have one in common."""
-    phrase = _NOUNS.sub("", " ".join(text.lower().replace("-", " ").split()))
-    return frozenset(
-        number
-        for number, scale in enumerate(_WORD_SCALES)
-        if any(phrase in phrases for phrases in scale)
-    )
 
 
 DIGIT_WORDS: Mapping[str, int] = {word: value for value, word in enumerate(_DIGIT_WORDS)}

@@ -72,10 +72,10 @@ def read_manifest(dataset: Dataset, name: str) -> schema.AnswerManifest:
     try:
         manifest = schema.read_answer_manifest(root)
         matches = manifest.checksum == checksum(manifest)
-    except UserError:
-        raise
     except _DAMAGE as error:
-        raise ManifestError(_damaged(path, str(error)[:80])) from error
+        if isinstance(error, UserError) and not path.is_file():
+            raise
+        raise ManifestError(_damaged(path, str(error)[:200])) from error
     if not matches:
         raise ManifestError(_damaged(path, f"no match for its checksum {manifest.checksum[:12]}"))
     candidates.refuse_other_split(dataset, manifest, f"answer log {name!r}")

@@ -43,20 +43,21 @@ def write(
     }
     paired = log.sources[0]["prompt"] == "pairwise"
     if paired:
-        probabilities = _pair_probabilities(rows, dataset.n_items)
+        users, low, high, p = _pair_probabilities(rows, dataset.n_items)
         if options.pairs_to == "preferences":
-            table, counts["dropped_undecided_pairs"] = _preferences(*probabilities)
+            table, counts["dropped_undecided_pairs"] = _preferences(users, low, high, p)
         else:
-            table = _win_rates(*probabilities, dataset.n_items)
+            table = _win_rates(users, low, high, p, dataset.n_items)
     else:
         table = _mean_scores(rows, dataset.n_items, by_rank=options.aggregate == "rank")
 
-    def named(key: str) -> str:
-        return "+".join(dict.fromkeys(str(one[key]) for one in log.sources))
+    def joined(key: str) -> str:
+        return "+".join(dict.fromkeys(str(source[key]) for source in log.sources))
 
-    words = all(one["prompt"] in ("pairwise", "pointwise") for one in log.sources)
-    ranked = options.aggregate == "rank" or all(one["prompt"] == "ranking" for one in log.sources)
-    hidden = any(one["training_items"] == "hidden" for one in log.sources)
+    prompts = {source["prompt"] for source in log.sources}
+    words = prompts <= {"pairwise", "pointwise"}
+    ranked = options.aggregate == "rank" or prompts == {"ranking"}
+    hidden = any(source["training_items"] == "hidden" for source in log.sources)
     return preferences.write_product(
         dataset,
         common.name,
@@ -64,8 +65,8 @@ def write(
         provenance=preferences.Provenance(
             built_from="train_only",
             unlisted="unknown",
-            model=named("model"),
-            prompt_hash=named("template_hash"),
+            model=joined("model"),
+            prompt_hash=joined("template_hash"),
             score_kind="prob" if words else "rank" if ranked else "score",
             training_items="hidden" if hidden else "none",
         ),
@@ -93,11 +94,11 @@ def _mean_scores(rows: pa.Table, n_items: int, *, by_rank: bool) -> pa.Table:
 def _ranks(groups: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """[n] place of each score among those of its group, 0 worst to 1 best; ties share their mean
     place, and a score alone is .5; NaN where there is no score."""
-    found = np.full(scores.size, np.nan)
+    ranks = np.full(scores.size, np.nan)
     order = np.lexsort((scores, groups))
     order = order[~np.isnan(scores[order])]
     if not order.size:
-        return found
+        return ranks
     group, score = groups[order], scores[order]
     first = np.concatenate([[True], group[1:] != group[:-1]])
     starts = np.flatnonzero(first)
@@ -106,8 +107,8 @@ def _ranks(groups: np.ndarray, scores: np.ndarray) -> np.ndarray:
     widths = np.diff(np.append(ties, order.size))
     within = np.repeat(ties + (widths - 1) / 2, widths) - np.repeat(starts, sizes)
     most = np.repeat(sizes - 1, sizes)
-    found[order] = np.where(most > 0, within / np.maximum(most, 1), 0.5)
-    return found
+    ranks[order] = np.where(most > 0, within / np.maximum(most, 1), 0.5)
+    return ranks
 
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -131,9 +132,9 @@ def _pair_probabilities(rows: pa.Table, n_items: int) -> Pairs:
     sums = np.zeros(keys.size)
     orders = np.zeros(keys.size)
     for which in (False, True):
-        mine = swapped == which
-        count = np.bincount(place[mine], minlength=keys.size)
-        total = np.bincount(place[mine], share[mine], keys.size)
+        rows_of_order = swapped == which
+        count = np.bincount(place[rows_of_order], minlength=keys.size)
+        total = np.bincount(place[rows_of_order], share[rows_of_order], keys.size)
         sums += total / np.maximum(count, 1)
         orders += count > 0
     owner, which_pair = np.divmod(keys, pairs.size)

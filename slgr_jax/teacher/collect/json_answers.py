@@ -6,7 +6,6 @@ order where a key or the prompt says so. What is under `reasoning` and the like 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -127,7 +126,6 @@ def _read_object(value: JsonObject, shown: Shown, ordered: bool, depth: int) -> 
             inside = list(_read(held, shown, says_order, depth + 1))
         for reading in inside:
             if reading:
-                reading = dataclasses.replace(reading, named=reading.named or is_score_key(key))
                 yield reading.marked(mark if mark and reading.mark == "plain" else None)
 
 
@@ -156,8 +154,7 @@ def _by_label(value: JsonObject, shown: Shown) -> Reading:
     amounts = agreed([(place, amount) for place, amount, _ in known if amount is not None])
     if all(rank for _, _, rank in known):
         amounts = {place: Amount(amount.value, "place") for place, amount in amounts.items()}
-    named = any(isinstance(held, JsonObject) for _, held in value)
-    return Reading(amounts, named=named)
+    return Reading(amounts)
 
 
 def _parallel(value: JsonObject, shown: Shown) -> Reading:
@@ -181,7 +178,7 @@ def _parallel(value: JsonObject, shown: Shown) -> Reading:
         amount = _amount(number)
         if place is not None and amount is not None:
             pairs.append((place, Amount(amount.value, "place") if rank else amount))
-    return Reading(agreed(pairs), named=True)
+    return Reading(agreed(pairs))
 
 
 def _by_place(value: JsonObject, shown: Shown) -> Reading:
@@ -232,7 +229,7 @@ def _from_rows(rows: list[Any], shown: Shown, ordered: bool) -> Reading:
     chosen = ranked if (ordered and ranked) or not scored else scored
     if 2 * len(chosen) < len(rows):
         return Reading()
-    return Reading(agreed(chosen), named=chosen is scored)
+    return Reading(agreed(chosen))
 
 
 def _row_names(row: Any) -> list[str]:

@@ -16,7 +16,6 @@ class Reading:
       amounts: place -> amount.
       order: places; empty where there are amounts.
       mark: what the answer calls it: final, draft, example, or plain.
-      named: something says that the amounts are scores (a key, a heading, a unit).
       said: how many labels had something beside them that may have been a number.
       section: which part of the answer, between two marks, it is of.
     """
@@ -24,7 +23,6 @@ class Reading:
     amounts: Mapping[int, Amount] = dataclasses.field(default_factory=dict)
     order: tuple[int, ...] = ()
     mark: str = "plain"
-    named: bool = False
     said: int = 0
     section: int = 0
 
@@ -104,7 +102,6 @@ def _join(first: Reading, second: Reading) -> Reading | None:
     return dataclasses.replace(
         first,
         amounts={**first.amounts, **second.amounts},
-        named=first.named or second.named,
         said=first.said + second.said,
     )
 

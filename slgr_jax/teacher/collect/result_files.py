@@ -89,10 +89,10 @@ def choose(given: str, asked: pathlib.Path) -> ResultFiles:
             elif file not in paths:
                 paths.append(file)
     if not paths:
-        found = ResultFiles((), tuple(passed)).report().strip()
+        others = ResultFiles((), tuple(passed)).report().strip()
         raise InputError(
             f"--results={given} names no file of results ({', '.join(SUFFIXES)}, also with "
-            f"{' or '.join(PACKED[:2])})" + (f"; {found}" if found else "")
+            f"{' or '.join(PACKED[:2])})" + (f"; {others}" if others else "")
         )
     return ResultFiles(tuple(paths), tuple(passed))
 
@@ -183,23 +183,28 @@ def _begins_document(line: bytes) -> bool:
 def _document(
     path: pathlib.Path, number: int, line: bytes, lines: Iterator[bytes]
 ) -> Iterator[Record]:
-    """An array of records, or indented objects one after the other."""
-    text = (line + b"".join(lines)).decode("utf-8-sig", "replace")
-    decoder = json.JSONDecoder()
-    position, count = 0, 0
-    while position < len(text):
-        if text[position].isspace():
-            position += 1
-            continue
-        try:
+    """An array of records, or indented objects one after the other; lines where it is neither."""
+    data = line + b"".join(lines)
+    text = data.decode("utf-8-sig", "replace")
+    values = []
+    position, decoder = 0, json.JSONDecoder()
+    try:
+        while (position := _next_value(text, position)) < len(text):
             value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            rest = text[position : position + 100_000]
-            yield Record(f"{path.name}:{number + text.count(chr(10), 0, position)}", rest.encode())
-            return
-        for held in value if isinstance(value, list) else [value]:
-            count += 1
-            yield Record(f"{path.name}#{count}", json.dumps(held).encode())
+            values += value if isinstance(value, list) else [value]
+    except (ValueError, RecursionError):
+        for offset, held in enumerate(data.splitlines(keepends=True)):
+            if held.strip():
+                yield Record(f"{path.name}:{number + offset}", held)
+        return
+    for count, value in enumerate(values, start=1):
+        yield Record(f"{path.name}#{count}", json.dumps(value).encode())
+
+
+def _next_value(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
 
 
 def _parquet(path: pathlib.Path) -> Iterator[Record]:

@@ -87,6 +87,8 @@ def _ascending(amounts: Mapping[int, Amount]) -> tuple[int, ...]:
 def _ranked(reading: Reading, shown: int) -> np.ndarray:
     """Scores where an order was asked for: their places, ties share the mean."""
     unit = (0.0, 1.0)
+    if len(reading.amounts) < min(shown, 2):
+        raise ScaleError(DOUBT, "an order was asked for, and a single candidate has a number")
     fractions = any(held.value != int(held.value) for held in reading.amounts.values())
     plain = {held.scale for held in reading.amounts.values()} == {"asked"}
     if plain and not fractions:

@@ -24,6 +24,7 @@ _KEYED = re.compile(
 )
 _NUMBERED = re.compile(r"\s*(?:[*_#]+\s*)?\(?#?(?P<number>[0-9]{1,3})[.)\]:]\s+(?P<text>.*\S)")
 _BROKEN = re.compile(r"\W*[.,]?[0-9]+(?:\W*|\s*[,;].*)")
+_HEADING = re.compile(r"\s*#|[^:]{1,60}:\s*\Z")
 _BULLET = re.compile(r"\A\s*[-*•·+]\s+")
 _TABLE_RULE = re.compile(r"[\s|:+=-]+")
 _TIE = re.compile(r"[=≈~≥]|\bties?d?\b", re.IGNORECASE)
@@ -37,7 +38,6 @@ class _Section:
     unclear: set[int] = dataclasses.field(default_factory=set)
     conflict: str = ""
     told_in: int = -2
-    named: bool = False
     labels: list[tuple[int, Line]] = dataclasses.field(default_factory=list)
     current: Line | None = None
 
@@ -86,7 +86,10 @@ def _read_lines(text: str, shown: Shown) -> _Section:
         if keyed and is_score_key(keyed["key"]) and shown.by_label(keyed["key"]) is None:
             _add_keyed(section, keyed)
             continue
-        for part in read_line(line, shown):
+        parts = read_line(line, shown)
+        if not parts and _HEADING.match(line):
+            section.current = None
+        for part in parts:
             _add_line(section, number, part)
             if part.amount is not None:
                 section.told_in = number
@@ -103,7 +106,6 @@ def _add_keyed(section: _Section, keyed: re.Match[str]) -> None:
         section.unclear.add(section.current.place)
     else:
         section.add(section.current.place, amount)
-        section.named = True
 
 
 def _add_line(section: _Section, number: int, part: Line) -> None:
@@ -111,7 +113,6 @@ def _add_line(section: _Section, number: int, part: Line) -> None:
         section.conflict = "a label and the title beside it are of two candidates"
     if part.amount is not None:
         section.add(part.place, part.amount)
-        section.named |= bool(re.search(r"score|rating|probability", part.rest, re.IGNORECASE))
     elif part.unclear:
         section.unclear.add(part.place)
     elif part.bare or part.titled or re.match(r"\s*[.:)\]|,(-]", part.rest):
@@ -126,7 +127,7 @@ def _scores(section: _Section) -> list[Reading]:
     if not readable or len(unclear) > len(readable):
         return []
     said = len(readable) + len(unclear)
-    return [Reading(held, named=section.named, said=said) for held in section.passes if held]
+    return [Reading(held, said=said) for held in section.passes if held]
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def _table(rows: Sequence[Sequence[str]], shown: Shown, *, ordered: bool) -> Rea
         return Reading()
 
     pairs = []
-    names = next((found for k in labels if (found := _column(body, k, shown))), None)
+    names = next((places for k in labels if (places := _column(body, k, shown))), None)
     if names is None:
         return Reading()
     for place, row in zip(names, body, strict=True):
@@ -167,7 +168,7 @@ def _table(rows: Sequence[Sequence[str]], shown: Shown, *, ordered: bool) -> Rea
             pairs.append((place, Amount(amount.value, "place") if wanted is ranks else amount))
     if 2 * len(pairs) < len(body):
         return Reading()
-    return Reading(agreed(pairs), named=True, said=len(body))
+    return Reading(agreed(pairs), said=len(body))
 
 
 def _column(body: Sequence[Sequence[str]], number: int, shown: Shown) -> list[int | None] | None:

@@ -33,7 +33,7 @@ _NOUN = (
     rf"{_SCORE_WORD}\s*(?:for|of)?)\b[\s:=#-]*)?"
 )
 _HEAD = re.compile(
-    rf"{_BULLET}[\"'(\[{{|]*\s*(?P<noun>{_NOUN})[\"'(\[]*(?P<label>[A-Za-z]{{1,3}})(?![A-Za-z0-9])"
+    rf"{_BULLET}[^\w\n]{{0,4}}(?P<noun>{_NOUN})[\"'(\[]*(?P<label>[A-Za-z]{{1,3}})(?![A-Za-z0-9])"
     r"(?P<close>[\"')\]}]*)",
     re.IGNORECASE,
 )
@@ -181,11 +181,11 @@ def _amount(
         return (Amount(share, "share") if share is not None else None), False
     last = _ENDS.search(_YEAR.sub(" ", rest))
     if last and len(numbers) == 1 and not lower:
-        return read_end(last), False
+        return _read_end(last), False
     return None, True
 
 
-def read_end(match: re.Match[str]) -> Amount | None:
+def _read_end(match: re.Match[str]) -> Amount | None:
     """The amount at the end of a line."""
     whole = AMOUNT.fullmatch(match["amount"])
     return amount_of(whole) if whole else None

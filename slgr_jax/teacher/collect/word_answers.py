@@ -66,7 +66,8 @@ _CHOICE = re.compile(
     rf"|\b(?i:prefers?|chooses?|picks?|selects?|go(?:es)? (?:with|for))\b)\s*{_LABEL}"
 )
 _NEGATED = re.compile(
-    r"(?:\bnot|n['’]t|\bnever|\bcannot|\bavoid|\bhardly|\bunlikely)\b[^.;\n]{0,30}\Z", re.IGNORECASE
+    r"(?:\bnot|n['’]t|\bnever|\bcannot|\bavoid|\bhardly|\bunlikely)\b[^.;,\n]{0,30}\Z",
+    re.IGNORECASE,
 )
 
 
@@ -194,7 +195,8 @@ _OTHER_SCALE = re.compile(
 )
 _OUT_OF = re.compile(r"\s*\(?(?:out of|of)\s+(?:five|5)\)?(?:\s+stars)?\.?\Z", re.IGNORECASE)
 _LINE = re.compile(
-    r"\W*(?:(?:my|the|overall|final)\s+)*(?:(?:rating|score|answer|stars)\W*(?:is|of)?\W*)?"
+    r"[^\w-]*(?:-\s+)?(?:(?:my|the|overall|final)\s+)*"
+    r"(?:(?:rating|score|answer|stars)[^\w-]*(?:is|of)?[^\w-]*(?:-\s+)?)?"
     rf"(?P<amount>{AMOUNT.pattern})[\s\"'*_.)\]}}]*",
     re.VERBOSE | re.IGNORECASE,
 )

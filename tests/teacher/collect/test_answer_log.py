@@ -161,7 +161,7 @@ def test_nothing_usable_is_an_error_that_says_so(world, tmp_path):
         gather(world, bad)
     with pytest.raises(InputError, match=r"--results=nowhere does not exist"):
         gather(world, "nowhere")
-    with pytest.raises(InputError, match=r"names no .jsonl file of results"):
+    with pytest.raises(InputError, match=r"names no file of results"):
         gather(world, root)  # request files are no results
     with pytest.raises(ConfigError, match="missing --results"):
         gather(world)

@@ -8,10 +8,13 @@ for scores, `ORDERS` of those that ask for an order; each is also tried on the o
 from __future__ import annotations
 
 import json
+import pathlib
+import random
 import re
 
 import hypothesis
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 from teacher.collect.reading import parse
@@ -23,8 +26,9 @@ many = hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 TITLES = (
     "Heat (1995) (Action, Crime)", "M (1931)", "2001: A Space Odyssey (1968)", "I, Robot (2004)",
     "Up (2009)", "Seven > Eight", "Mission: 2", "10", "Final Destination 3 (2006)", "B (2010)",
-    "Plan A: 0.1", "Se7en - The Return, Part 2", "Sorry, Wrong Number (1948)", "No. 1 (First Draft)",
-    "½ a Life", "Borat 5/10", "Actually, Love", "A", "Low", "99% Perfect", "The Worst to Best | Movie",
+    "Plan A: 0.1", "Se7en - The Return, Part 2", "Sorry, Wrong Number (1948)", "Borat 5/10",
+    "No. 1 (First Draft)", "½ a Life", "Actually, Love", "A", "Low", "99% Perfect",
+    "The Worst to Best | Movie",
 )  # fmt: skip
 
 
@@ -132,7 +136,7 @@ SCORES = {
     "answer tag": lambda s, t: f"{json.dumps(halved(s))}\n<answer>{json.dumps(s)}</answer>",
 }
 # Understood whatever the scores are. The others may be refused, by doubt or for what they hold.
-CLEAR = frozenset(SCORES) - {"table of titles"}
+CLEAR = frozenset(SCORES) - {"table of titles", "order beside"}
 ORDERS = {
     "chain": lambda s, t: " > ".join(best_first(s)),
     "arrows": lambda s, t: " → ".join(best_first(s)),
@@ -263,3 +267,37 @@ def test_damaged_scores_never_become_another_order(dress, drawn, changes):
     scores, titles = drawn
     text = edited(SCORES[dress](scores, titles), changes)
     check(text, "listwise", scores, titles, clear=False)
+
+
+def real_lists():
+    """Real lists of titles of one LLM, the best first; a checkout may have them beside it."""
+    for parent in pathlib.Path(__file__).parents:
+        path = parent / "shared/data/ml100k_lusifer/nir_gpt3_reranks_170.parquet"
+        if path.is_file():
+            rows = pq.read_table(path, columns=["gpt3_ranked_titles"]).to_pylist()
+            texts = [row["gpt3_ranked_titles"].split(" | ") for row in rows]
+            return [titles for titles in texts if len(titles) > 2]
+    return []
+
+
+def test_real_lists_of_titles_are_read_and_damaged_ones_never_become_another_order():
+    lists = real_lists()
+    if not lists:
+        pytest.skip("shared/data/ml100k_lusifer is not beside the checkout")
+    rng = random.Random(1)
+    refused = 0
+    for titles in lists:
+        shown = sorted(set(titles))
+        scores = {title: 1 - titles.index(title) / len(titles) for title in shown}
+        for text in (
+            "\n".join(f"{k}. {title}" for k, title in enumerate(titles, 1)),
+            "\n".join(titles),
+            json.dumps(titles),
+        ):
+            whole = check(text, "ranking", scores, dict(enumerate(shown)), clear=False)
+            refused += whole is None
+            for _ in range(3):
+                changes = [(rng.random(), rng.choice(EDITS)) for _ in range(rng.randint(1, 3))]
+                check(edited(text, changes), "ranking", scores, dict(enumerate(shown)), clear=False)
+    # A title may occur twice in a list, or hold what takes back an answer.
+    assert refused <= len(lists) / 10, (refused, len(lists))

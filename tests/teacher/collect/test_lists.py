@@ -145,3 +145,49 @@ def test_an_answer_that_was_cut_off_keeps_its_whole_scores():
 )
 def test_a_list_without_scores_by_label_is_refused(text):
     assert read(text, "listwise") == "no scores by label"
+
+
+WORDS = (
+    ("A: very high\nB: low\nC: medium", [1, 0.25, 0.5]),
+    ("A - Excellent match\nB - Poor\nC - Good", [1, 0.25, 0.75]),
+    ("A: ★★★★☆\nB: ★★☆☆☆\nC: ★★★★★", [0.8, 0.4, 1]),
+    ("A: 4 stars\nB: 2.5 stars\nC: 5 stars", [0.8, 0.5, 1]),
+    ("Candidate A has a score of 0.9\nCandidate B gets 0.4\nScore for C: 0.2", [0.9, 0.4, 0.2]),
+    ("A: 0.9 > C: 0.5 > B: 0.1", [0.9, 0.1, 0.5]),
+)
+
+
+@pytest.mark.parametrize(("text", "scores"), WORDS)
+def test_words_stars_and_sentences_are_scores_where_they_are_clear(text, scores):
+    assert read(text, "listwise", 3) == approx(scores)
+
+
+IN_DOUBT = (
+    ("listwise", (0, 5), "A: 1\nB: 2\nC: 3", "scale in doubt"),  # places or scores
+    ("listwise", (0, 100), "A: 0.4\nB: 0.8\nC: 1.0", "scale in doubt"),
+    ("listwise", (1, 5), "A: 7/10\nB: 6/10\nC: 2/10", "scale in doubt"),
+    ("listwise", (0, 1), "A: 1\nB: 90%\nC: 20%", "scale in doubt"),
+    ("listwise", (0, 1), "A: 0.9\nB: 0.5\nC: 0.1 (lower is better)", "scale in doubt"),
+    ("listwise", (0, 1), "A: 0.8\nB: 0.3\n\nA: 0.8\nB: 0.6", "two readings"),
+    ("listwise", (0, 1), "A: 0.8\nB: 0.3\nC: 0.5\nActually swap A and B.", "two readings"),
+    ("listwise", (0, 1), "A 0.9 B 0.5 C 0.3", "no scores by label"),
+    ("ranking", (0, 1), "C > A = B", "no scores by label"),
+    ("ranking", (0, 1), "C > A > B\n\nA > C > B", "two readings"),
+    ("ranking", (0, 1), "From worst to best: C > A > B", "scale in doubt"),
+    ("ranking", (0, 1), "1. A\n2. B (0.4)\n3. C", "scale in doubt"),
+    ("ranking", (0, 1), '{"A": 9, "B": 3, "C": 5}', "scale in doubt"),
+)
+
+
+@pytest.mark.parametrize(("form", "score_range", "text", "kind"), IN_DOUBT)
+def test_doubt_is_a_refusal(form, score_range, text, kind):
+    assert read(text, form, 3, score_range=score_range) == kind
+
+
+def test_a_label_with_the_title_of_another_candidate_is_refused():
+    titles = ["Heat (1995)", "Jaws (1975)", "Alien (1979)"]
+    renamed = "A. Alien (1979): 0.9\nB. Heat (1995): 0.5\nC. Jaws (1975): 0.1"
+    assert read(renamed, "listwise", 3, titles=titles) == "no scores by label"
+    assert read("A. Heat (1995): 0.9\nB: 0.5", "listwise", 3, titles=titles)[:2] == approx(
+        [0.9, 0.5]
+    )

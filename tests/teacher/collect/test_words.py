@@ -95,3 +95,96 @@ def test_probabilities_of_another_word_than_the_text_says_are_not_believed():
     tops = {"A": math.log(0.9), "B": math.log(0.1)}
     article = chat(("A", tops), (" person", {" person": 0.0}))
     assert read("A person would choose B.", "pairwise", logprobs=article) == [0]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("No doubt about it: yes", 1),
+        ("No doubt. Yes.", 1),
+        ("Without question, no.", 0),
+        ("I see no reason to think otherwise, so yes.", 1),
+        ("Yes, they would. There is no better match.", 1),
+        ("No, they would not say yes to this.", 0),
+        ("Would they choose it? Yes or no? No.", 0),
+        ("At first I thought yes. Final answer: no", 0),
+        ("Yes. Wait, it is a musical: no.", 0),
+        ('{"answer": "no", "reason": "yes would be too much"}', 0),
+        ('{"would_choose": true}', 1),
+        ("<answer>Yes</answer>", 1),
+        ("Nope", "neither yes nor no"),
+        ("Yes and no.", "neither yes nor no"),
+        ("I would not say yes.", "neither yes nor no"),
+        ("Yes. No.", "neither yes nor no"),
+        ('{"not_interested": "yes"}', "neither yes nor no"),
+        ("No doubt", "neither yes nor no"),
+    ],
+)
+def test_yes_and_no_in_sentences(text, score):
+    assert read(text, "pointwise", 1) == (score if isinstance(score, str) else [score])
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("**4**", 0.75),
+        ("4.0", 0.75),
+        ("4 stars", 0.75),
+        ("★★★★☆", 0.75),
+        ("⭐⭐⭐", 0.5),
+        ("four", 0.75),
+        ("Four out of five.", 0.75),
+        ("perfectly", 1),
+        ("Not at all.", 0),
+        ("On a scale of 1 to 5, I'd say 4.", 0.75),
+        ("From 1 (not at all) to 5 (perfectly): 2", 0.25),
+        ("4\nThey liked 3 films like it.", 0.75),
+        ("2, Se7en 3 is not for them", 0.25),
+        ("\\boxed{5}", 1),
+        ("First guess: 2. Final rating: 4", 0.75),
+        *((text, "no rating from 1 to 5") for text in (
+            "5/10", "4/10", "3 out of 10", "80%", "On a scale from 1 to 10: 4", "3-4", "4 or 5",
+            "4 of 7", "0.8", "-3", "★★★★★★", "1 of 3 films fits",
+        )),
+    ],
+)  # fmt: skip
+def test_ratings_on_the_scale_that_was_asked_for(text, score):
+    expected = score if isinstance(score, str) else [score]
+    assert read(text, "rating", 1, titles=["Se7en 3"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("B > A", 0),
+        ("Heat (1995)", 1),
+        ("up (2009)", 0),
+        ("A. Heat (1995)", 1),
+        ("I first thought A. Final answer: B", 0),
+        ('{"choice": "B", "rejected": "A"}', 0),
+        ('{"A": false, "B": true}', 0),
+        ("They would not choose A, they would pick B.", 0),
+        *((text, "no single choice") for text in (
+            "A: 0.3, B: 0.7", "A: 0.3", '{"A": 0.3, "B": 0.7}', "A. Up (2009)", '{"rejected": "A"}',
+            "They would choose B or A", "don't choose A", "A = B", "Heat",
+        )),
+    ],
+)  # fmt: skip
+def test_choices_in_sentences_titles_and_json(text, score):
+    expected = score if isinstance(score, str) else [score]
+    assert read(text, "pairwise", titles=["Heat (1995)", "Up (2009)"]) == expected
+
+
+@pytest.mark.parametrize("form", ["pairwise", "pointwise", "rating"])
+def test_a_sentence_that_was_cut_off_is_refused_and_a_word_is_not(form):
+    word = {"pairwise": "B", "pointwise": "No", "rating": "1"}[form]
+    shown = 2 if form == "pairwise" else 1
+    assert read(word, form, shown, finish="length") == [0]
+    assert read(f"Answer: {word}, or", form, shown, finish="length") == "cut off"
+
+
+def test_the_tokens_of_a_thought_are_not_those_of_the_answer():
+    thought, answer = {"A": math.log(0.9), "B": math.log(0.1)}, {"A": -2.0, "B": math.log(0.6)}
+    told = chat(("<think>", {}), ("B", thought), ("</think>", {}), ("B", answer))
+    share = math.exp(-2.0) / (math.exp(-2.0) + 0.6)
+    assert read("<think>B</think>B", "pairwise", logprobs=told) == approx([share])
