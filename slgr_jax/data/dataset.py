@@ -70,9 +70,9 @@ class Csr:
         """
         rows, indices = np.asarray(rows, np.int64), np.asarray(indices, np.int64)
         inside = (rows >= 0) & (rows < self.offsets.size - 1)
-        known = np.where(inside, rows, 0)
-        low = np.where(inside, self.offsets[known], 0)
-        end = np.where(inside, self.offsets[np.minimum(known + 1, self.offsets.size - 1)], 0)
+        clipped = np.where(inside, rows, 0)
+        low = np.where(inside, self.offsets[clipped], 0)
+        end = np.where(inside, self.offsets[np.minimum(clipped + 1, self.offsets.size - 1)], 0)
 
         # Invariant: entries before `low` are smaller, entries from `high` on are not.
         high = end.copy()
@@ -118,9 +118,9 @@ def beaten(offsets: np.ndarray, scores: np.ndarray, min_gap: float = 0.0) -> np.
     lengths = np.diff(offsets)
     low = np.repeat(offsets[:-1], lengths)
     if min_gap <= 0:  # all before the first equal one
-        place = np.arange(scores.size, dtype=np.int64)
-        tied = (place > low) & (scores == np.roll(scores, 1))
-        return np.maximum.accumulate(np.where(tied, 0, place)) - low
+        position = np.arange(scores.size, dtype=np.int64)
+        tied = (position > low) & (scores == np.roll(scores, 1))
+        return np.maximum.accumulate(np.where(tied, 0, position)) - low
     exact = scores.astype(np.float64)
     first, high = low.copy(), np.arange(scores.size, dtype=np.int64)
     unsettled = low < high
@@ -236,8 +236,8 @@ class Dataset:
         """
         threshold = config.cold_user_history
         if threshold < 0:
-            known = self.history[self.history > 0]
-            threshold = int(np.quantile(known, 0.25, method="lower")) if known.size else 0
+            histories = self.history[self.history > 0]
+            threshold = int(np.quantile(histories, 0.25, method="lower")) if histories.size else 0
         order = np.lexsort((np.arange(self.n_items), self.popularity))
         tail = np.zeros(self.n_items, bool)
         chosen = order[: int(round(config.tail_item_fraction * self.n_items))]

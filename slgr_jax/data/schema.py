@@ -444,17 +444,17 @@ def _read_json(
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
     if not isinstance(raw, dict) or raw.get("format") != expected:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ManifestError(f"{path} describes {found!r}, expected {expected!r}")
+        stored = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise ManifestError(f"{path} describes {stored!r}, expected {expected!r}")
     if raw.get("version") != VERSION:
         raise ManifestError(
             f"{path} has version {raw.get('version')}, this code reads {VERSION}; "
             f"make it again with {maker}"
         )
     fields = dataclasses.fields(_CLASSES[expected])
-    known = {field.name for field in fields}
+    names = {field.name for field in fields}
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    missing, unknown = sorted(needed - set(raw)), sorted(set(raw) - known)
+    missing, unknown = sorted(needed - set(raw)), sorted(set(raw) - names)
     if missing or unknown:
         raise ManifestError(
             f"{path}: missing {listing(missing)}; unknown {listing(unknown)}; "
@@ -471,15 +471,15 @@ def _read_json(
     return raw
 
 
-def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
-    """Raise `ShardError` unless `found` has exactly the columns and types of `expected`."""
-    if found.names != expected.names:
+def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Raise `ShardError` unless `actual` has exactly the columns and types of `expected`."""
+    if actual.names != expected.names:
         raise ShardError(
-            f"{where} has columns {listing(found.names)}; expected {listing(expected.names)}"
+            f"{where} has columns {listing(actual.names)}; expected {listing(expected.names)}"
         )
     for name in expected.names:
-        if found.field(name).type != expected.field(name).type:
+        if actual.field(name).type != expected.field(name).type:
             raise ShardError(
-                f"{where}: column {name} is {found.field(name).type}, "
+                f"{where}: column {name} is {actual.field(name).type}, "
                 f"expected {expected.field(name).type}"
             )

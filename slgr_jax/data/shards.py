@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import glob
 import hashlib
 import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -26,6 +28,8 @@ from slgr_jax.errors import InputError, ShardError, printable
 from slgr_jax.files import LockHeldError, PathLike, hold
 from slgr_jax.files import sync as sync
 
+# Temporary directories that were not touched for so long, and that nobody holds, are leftovers.
+_LEFTOVER_S = 60.0
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -49,6 +53,7 @@ def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[path
     Yields a temporary directory beside `out`; on success it is renamed to `out`, on failure
     it is removed, with any parent that was made for it. An existing `out` is an `InputError`
     unless `overwrite` (see `check_target`), and is removed only once the new one is in place.
+    What a process that was killed left beside `out` is removed by the next that writes there.
     """
     target = pathlib.Path(out).absolute()
     check_target(target, overwrite=overwrite)
@@ -57,11 +62,13 @@ def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[path
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            name = tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
+            _remove_leftovers(target)
+            name = tempfile.mkdtemp(prefix=_staging_prefix(target), dir=target.parent)
         except OSError as error:
             raise InputError(f"{out} cannot be made: {error.strerror}") from error
         staging = pathlib.Path(name)
-        yield staging
+        with hold(staging):
+            yield staging
         staging.chmod(0o755)
         if target.exists():
             retired = staging.with_name(staging.name + "-old")
@@ -82,6 +89,26 @@ def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[path
         raise
     if retired is not None:
         shutil.rmtree(retired)
+
+
+def _staging_prefix(target: pathlib.Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _remove_leftovers(target: pathlib.Path) -> None:
+    """Remove temporary directories of `target` that no process holds any more.
+
+    A process that is about to take its lock could lose its empty directory: only old ones go.
+    """
+    for path in target.parent.glob(f"{glob.escape(_staging_prefix(target))}*"):
+        with contextlib.suppress(OSError, LockHeldError):
+            if time.time() - path.stat().st_mtime < _LEFTOVER_S:
+                continue
+            if path.name.endswith("-old") and not target.exists():
+                continue  # what `target` held until the process that replaced it was killed
+            with hold(path) as is_locked:
+                if is_locked:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(out: PathLike, *, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pathlib
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
+from slgr_jax import files
 from slgr_jax.data import schema, shards
 from slgr_jax.errors import InputError, ShardError
 
@@ -204,6 +206,32 @@ def test_overwrite_spares_a_foreign_folder(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="leaves it alone"):
         finished(tmp_path / "home", "new")
     assert (tmp_path / "home" / "thesis").read_text() == "only copy"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: pathlib.Path) -> None:
+    ages = {"killed": 3600, "held": 3600, "new": 0, "before-old": 3600}
+    paths = {name: tmp_path / f".d.partial-{name}" for name in ages}
+    for name, path in paths.items():
+        path.mkdir()
+        (path / "part.arrow").write_text("half")
+        os.utime(path, (time.time() - ages[name],) * 2)
+    others = tmp_path / ".e.partial-killed"
+    others.mkdir()
+    with files.hold(paths["held"]), shards.atomic_directory(tmp_path / "d"):
+        left = sorted(name for name, path in paths.items() if path.exists())
+        assert left == [
+            "before-old",
+            "held",
+            "new",
+        ]  # with no target, the old is all
+        (staging,) = set(tmp_path.glob(".d.partial-*")) - set(paths.values())
+        os.utime(staging, (0, 0))
+        with shards.atomic_directory(tmp_path / "d"):
+            assert staging.exists()  # a second process leaves one that is being written
+        (tmp_path / "d").rmdir()
+    with shards.atomic_directory(tmp_path / "d", overwrite=True):
+        assert sorted(name for name, path in paths.items() if path.exists()) == ["new"]
+    assert others.exists()
 
 
 def test_a_parent_that_is_a_file(tmp_path: pathlib.Path) -> None:

@@ -114,9 +114,9 @@ def _items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Files]:
     metadata = Files(config.items_input)
     name = metadata.choose(lambda n: "meta" in n, "metadata jsonl (meta...)", config.name)
     if not json_lines.is_json(metadata.head(name, 64)):
-        named = tables.named_items(config)
-        assert named is not None  # there is an --items_input
-        return named
+        item_reader = tables.named_items(config)
+        assert item_reader is not None  # there is an --items_input
+        return item_reader
     return _metadata_reader(metadata, name, config), metadata
 
 

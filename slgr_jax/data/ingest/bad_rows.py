@@ -47,11 +47,11 @@ class LineCount:
 
     def check(self) -> None:
         """Raise `InputError` unless every line is accounted for."""
-        known = self.header + self.blank + self.continued + self.rows + self.dropped
-        if known != self.lines:
+        accounted = self.header + self.blank + self.continued + self.rows + self.dropped
+        if accounted != self.lines:
             raise InputError(
-                f"{self.where} has {self.lines} lines, but {known} were understood: its quotes, "
-                "escapes or line ends are read in two ways; state --quote and --escape"
+                f"{self.where} has {self.lines} lines, but {accounted} were understood: its "
+                "quotes, escapes or line ends are read in two ways; state --quote and --escape"
             )
 
     def drop(self, message: str, count: int = 1) -> None:

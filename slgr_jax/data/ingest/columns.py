@@ -72,12 +72,22 @@ def check_ids(column: pa.ChunkedArray, label: str, sieve: Sieve) -> None:
             "astype('int64') in pandas"
         )
     _reject_nulls(column, label, sieve, "the id is missing")
-    if not pa.types.is_integer(kind):
+    if not pa.types.is_integer(kind) and _may_be_empty(column):
         values = decoded(column)
         if pa.types.is_string_view(kind):
             values = values.cast(pa.large_string())
         empty = pc.fill_null(pc.equal(pc.binary_length(values), 0), False)
         sieve.reject(_mask(empty), label, lambda row: "the id is empty")
+
+
+def _may_be_empty(column: pa.ChunkedArray) -> bool:
+    """False where no row can hold an empty text: none of its dictionaries has one."""
+    kind = column.type
+    if not pa.types.is_dictionary(kind) or pa.types.is_string_view(kind.value_type):
+        return True
+    return any(
+        pc.any(pc.equal(pc.binary_length(chunk.dictionary), 0)).as_py() for chunk in column.chunks
+    )
 
 
 def _dictionary(column: pa.ChunkedArray, label: str) -> tuple[np.ndarray, pa.Array]:
@@ -170,7 +180,9 @@ def numbers(
         return None
 
     reject_missing(column, label, sieve)
-    text = pc.fill_null(column.cast(pa.large_string()), "0")
+    text = column.cast(pa.large_string()) if pa.types.is_string_view(stored) else column
+    if text.null_count:
+        text = pc.fill_null(text, "0")
     if decimal != ".":
         text = pc.replace_substring(text, pattern=decimal, replacement=".")
     try:
@@ -243,7 +255,9 @@ def reject_missing(column: pa.ChunkedArray, label: str, sieve: Sieve) -> None:
 
 def _reject_nulls(column: pa.ChunkedArray, label: str, sieve: Sieve, reason: str) -> None:
     # A dictionary may hold null as one of its values: that is a null too.
-    if column.null_count or pa.types.is_dictionary(column.type):
+    is_dictionary = pa.types.is_dictionary(column.type)
+    hidden = is_dictionary and any(chunk.dictionary.null_count for chunk in column.chunks)
+    if column.null_count or hidden:
         sieve.reject(_mask(decoded(column).is_null()), label, lambda row: reason)
 
 

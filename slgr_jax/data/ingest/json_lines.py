@@ -19,8 +19,6 @@ from slgr_jax.data.ingest.text_lines import CheckedLines, Dialect
 from slgr_jax.errors import InputError, printable
 
 _BLOCK = 1 << 25  # over the longest review
-# A literal nested deeper than this is no record, and could exhaust the parser's stack.
-_DEEPEST = 100
 _LOOKED_AT = 100
 
 
@@ -120,7 +118,7 @@ def parse(line: str) -> Mapping[str, object]:
 def _literal(line: str, error: ValueError) -> object:
     """A Python literal, where a line is one: keys in single quotes, None and True."""
     reason = " ".join(str(error).split())[:200]
-    if line[1:].lstrip()[:1] not in ("'", "u") or _depth(line) > _DEEPEST:
+    if line[1:].lstrip()[:1] not in ("'", "u"):
         raise ValueError(f"not one JSON object a line: {reason}") from error
     try:
         record = ast.literal_eval(line)
@@ -129,13 +127,6 @@ def _literal(line: str, error: ValueError) -> object:
     if not isinstance(record, dict):
         raise ValueError("it is not one object")
     return {str(key): value for key, value in record.items()}
-
-
-def _depth(line: str) -> int:
-    """How many brackets are open at most, those inside texts among them."""
-    data = np.frombuffer(line.encode("utf-8"), np.uint8)
-    steps = np.isin(data, list(b"[{(")).astype(np.int64) - np.isin(data, list(b"]})"))
-    return int(np.cumsum(steps).max(initial=0))
 
 
 # --- columns ------------------------------------------------------------------------------

@@ -201,6 +201,6 @@ def _people_100k(lines: Fields) -> Rows:
 def _people_1m(lines: Fields) -> Rows:
     for fields in lines:
         age = _AGES_1M.get(fields[2], fields[2])
-        known = fields[3].isdecimal() and len(fields[3]) < 3 and int(fields[3]) < len(_JOBS_1M)
-        job = _JOBS_1M[int(fields[3])] if known else fields[3]
+        is_job = fields[3].isdecimal() and len(fields[3]) < 3 and int(fields[3]) < len(_JOBS_1M)
+        job = _JOBS_1M[int(fields[3])] if is_job else fields[3]
         yield {"user_id": fields[0], "text": f"age: {age}; gender: {fields[1]}; occupation: {job}"}

@@ -65,8 +65,8 @@ def _rule(config: PrepareConfig) -> str:
     if config.test_input and config.split_column:
         raise ConfigError("--test_input and --split_column both say what is test; give one")
     if premade and config.split not in ("auto", "premade"):
-        given = "--test_input" if config.test_input else "--split_column"
-        raise ConfigError(f"{given} is a pre-made split; drop it or --split={config.split}")
+        flag = "--test_input" if config.test_input else "--split_column"
+        raise ConfigError(f"{flag} is a pre-made split; drop it or --split={config.split}")
     in_folders = config.source in ("recbole", "parquet")  # parts may be files of their own
     if config.split == "premade" and not premade and not in_folders:
         raise ConfigError("--split=premade needs --test_input or --split_column")

@@ -166,9 +166,9 @@ def _items(files: Files, name: str, config: PrepareConfig) -> Texts | None:
 
 def _with_year(titles: pa.ChunkedArray, years: pa.ChunkedArray) -> pa.ChunkedArray:
     """`Title (1995)`, as MovieLens itself writes it: text models read the decade off it."""
-    known = pc.match_substring_regex(years, r"^[12][0-9]{3}$")
+    is_year = pc.match_substring_regex(years, r"^[12][0-9]{3}$")
     both = pc.binary_join_element_wise(titles, " (", years, ")", "")
-    return pc.if_else(pc.fill_null(known, False), both, titles)
+    return pc.if_else(pc.fill_null(is_year, False), both, titles)
 
 
 def _users(files: Files, name: str, config: PrepareConfig) -> Texts | None:

@@ -56,17 +56,17 @@ def sequences(config: PrepareConfig) -> Raw:
         raise InputError(f"{files.where(name)} holds sampled negatives; give NAME.txt itself")
     stem = name.removesuffix(".txt").rsplit("/", 1)[-1]
     attributes = files.beside(name, f"{stem}{_ATTRIBUTES}")
-    named = tables.named_items(config)
+    item_reader = tables.named_items(config)
 
     def items(wanted: pa.Array) -> Texts | None:
         by_attributes = None if attributes is None else _items(files, attributes)
-        if named is None:
+        if item_reader is None:
             return by_attributes
-        return _with_categories(named[0](wanted), by_attributes)
+        return _with_categories(item_reader[0](wanted), by_attributes)
 
     return Raw(
         (_read(files, name, config),),
-        (files,) if named is None else (files, named[1]),
+        (files,) if item_reader is None else (files, item_reader[1]),
         items,
         tables.nothing,
         name=stem,
@@ -147,10 +147,10 @@ def _items(files: Files, name: str) -> Texts | None:
         raise InputError(f"{count.where} is not an object of item id -> list of attribute ids")
     rows = []
     for item, attributes in attributes_of.items():
-        known = isinstance(attributes, list) and all(
+        is_valid = isinstance(attributes, list) and all(
             isinstance(a, int | str) and not isinstance(a, bool) for a in attributes
         )
-        if not known:
+        if not is_valid:
             shown = json.dumps(attributes)[:80]
             raise InputError(
                 f"{count.where}: item {item!r} has {shown}, not a list of attribute ids"

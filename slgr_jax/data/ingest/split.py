@@ -159,12 +159,13 @@ def carve_by_time(times: np.ndarray, valid_fraction: float) -> tuple[np.ndarray,
     return (times >= cut.valid_from).astype(np.int8), cut
 
 
-def _moments(times: np.ndarray, least: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+def _moments(times: np.ndarray, least: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
     """Distinct times and the number of rows before each."""
     unique, counts = np.unique(times, return_counts=True)
     if unique.size < least:
         raise InputError(
-            f"{what} needs {least} distinct times, the data have {unique.size}; use --split=ratio"
+            f"{purpose} needs {least} distinct times, the data have {unique.size}; use "
+            "--split=ratio"
         )
     return unique, np.cumsum(counts) - counts
 

@@ -153,8 +153,8 @@ def _named_rows(
 
     endings = (".jsonl", ".json", ".ndjson") if config.source == "jsonl" else (".csv", ".tsv")
     endings = (*endings, *(f"{ending}.gz" for ending in endings))
-    what = " or ".join(ending.lstrip(".") for ending in endings[: len(endings) // 2])
-    name = files.choose(lambda n: n.endswith(endings), f"{what} file", config.name)
+    kinds = " or ".join(ending.lstrip(".") for ending in endings[: len(endings) // 2])
+    name = files.choose(lambda n: n.endswith(endings), f"{kinds} file", config.name)
     head = files.head(name)
     if arrow_files.is_arrow(head):
         raise InputError(f"{files.where(name)} is Parquet or Arrow: add --source=parquet")

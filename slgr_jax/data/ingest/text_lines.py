@@ -73,8 +73,8 @@ def dialect_of(config: PrepareConfig) -> Dialect:
 def _character(value: str, knob: str, words: dict[str, str]) -> str:
     text = words.get(value, value)
     if (text and len(text) != 1) or not text.isascii() or text in ("\n", "\r", "\0"):
-        known = " or ".join(repr(word) for word in words if word)
-        raise ConfigError(f"--{knob}={value!r} must be one ASCII character, or {known}")
+        choices = " or ".join(repr(word) for word in words if word)
+        raise ConfigError(f"--{knob}={value!r} must be one ASCII character, or {choices}")
     if not text and value not in words:
         raise ConfigError(f"--{knob} is empty; give one ASCII character")
     return text
@@ -163,7 +163,7 @@ class CheckedLines:
         self._pending: list[bytes] = []  # lines of a row whose quote is open
         self._row = 0
         self._is_utf8 = dialect.encoding == "utf-8-sig"
-        self._at_start = self._ended = False
+        self._is_past_mark = self._ended = False
         self._quote = dialect.quote.encode()
         self._delimiter = dialect.delimiter.encode()
         self._scan = _Scan(dialect)
@@ -222,8 +222,8 @@ class CheckedLines:
 
     def _utf8(self, raw: bytes, last: bool) -> bytes:
         if self._is_utf8:
-            if not self._at_start:
-                self._at_start = True
+            if not self._is_past_mark:
+                self._is_past_mark = True
                 return raw.removeprefix(codecs.BOM_UTF8)
             return raw
         try:
@@ -395,37 +395,37 @@ class _Scan:
 
     def line(self, line: bytes, is_open: bool) -> str:
         """`closed`, `open` or `text after quote`; the last only for a field over several lines."""
-        place = 0
+        position = 0
         if is_open:
-            place = self._closing(line, 0)
-            if place >= len(line):
+            position = self._closing(line, 0)
+            if position >= len(line):
                 return "open"
-            place += 1
-            if place < len(line) and line[place : place + 1] != self._delimiter:
+            position += 1
+            if position < len(line) and line[position : position + 1] != self._delimiter:
                 return "text after quote"
-            if place == len(line):
+            if position == len(line):
                 return "closed"
-            place += 1
+            position += 1
 
         while True:
-            if self._quote and line[place : place + 1] == self._quote:
-                place = self._closing(line, place + 1)
-                if place >= len(line):
+            if self._quote and line[position : position + 1] == self._quote:
+                position = self._closing(line, position + 1)
+                if position >= len(line):
                     return "open"
-                place += 1
-            place = _end(self._outside, line, place)
-            if place >= len(line) or line[place : place + 1] != self._delimiter:
+                position += 1
+            position = _end(self._outside, line, position)
+            if position >= len(line) or line[position : position + 1] != self._delimiter:
                 return "closed"  # or an escape before the line end: `LineCount.check` tells
-            place += 1
+            position += 1
 
-    def _closing(self, line: bytes, place: int) -> int:
-        """The place of the quote that closes a field; the line's length if none does."""
+    def _closing(self, line: bytes, position: int) -> int:
+        """The position of the quote that closes a field; the line's length if none does."""
         assert self._inside is not None
-        place = _end(self._inside, line, place)
-        return place if line[place : place + 1] == self._quote else len(line)
+        position = _end(self._inside, line, position)
+        return position if line[position : position + 1] == self._quote else len(line)
 
 
-def _end(pattern: re.Pattern[bytes], line: bytes, place: int) -> int:
-    match = pattern.match(line, place)
+def _end(pattern: re.Pattern[bytes], line: bytes, position: int) -> int:
+    match = pattern.match(line, position)
     assert match is not None  # the patterns match the empty text
     return match.end()

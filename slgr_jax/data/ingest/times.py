@@ -130,8 +130,8 @@ def _hint(texts: Iterable[str]) -> str:
         except (ValueError, OverflowError):
             return False
 
-    known = [f"--time_format='{time_format}'" for time_format in _FORMATS if fits(time_format)]
-    return f"; it reads as {' or '.join(known)}" if known else ""
+    fitting = [f"--time_format='{time_format}'" for time_format in _FORMATS if fits(time_format)]
+    return f"; it reads as {' or '.join(fitting)}" if fitting else ""
 
 
 def _from_iso(text: pa.ChunkedArray, label: str, sieve: Sieve) -> np.ndarray:

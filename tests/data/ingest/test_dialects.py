@@ -115,6 +115,22 @@ def test_a_quote_that_ends_rows_later_at_a_field_is_seen_by_its_rows(
     assert [row[0] for row in log(path, bad_rows="drop")] == ["v", "w", "x"]
 
 
+def test_an_open_quote_among_texts(tmp_path: pathlib.Path) -> None:
+    path, items = tmp_path / "log.csv", tmp_path / "items.tsv"
+    path.write_text("user,item\nu,1\n")
+    items.write_text('item\ttitle\n1\t"Heroes\n2\t"Weird Al" Y\n3\t"Two\nlines"\n4\t"end\n')
+    more = {"items_input": str(items), "delimiter": "\\t", "columns": "user", "user_column": "user"}
+    chosen = config(path, **more, quote='"', item_column="item", bad_rows="drop")
+    with pytest.raises(InputError, match="has no column item"):  # one column between tabs
+        sources.read(chosen)
+    path.write_text("user\titem\nu\t1\n")
+    raw = sources.read(config(path, **{**more, "columns": ""}, quote='"', bad_rows="drop"))
+    table = raw.items(pa.array([]))
+    assert table is not None
+    assert table.table["title"].to_pylist() == ["Weird Al Y", "Two\nlines"]
+    assert (table.count.lines, table.count.dropped, table.count.continued) == (6, 2, 1)
+
+
 def test_escapes(tmp_path: pathlib.Path) -> None:
     path, items = tmp_path / "log.csv", tmp_path / "items.csv"
     path.write_text('"user";"item"\r\n"u";"1"\r\n"u";"2"\r\n')
