@@ -11,7 +11,8 @@ import slgr_jax
 ROOT = pathlib.Path(slgr_jax.__file__).parent
 # Highest first; rooms of one line are side by side and do not import each other.
 ROOMS = (
-    ("cli", "api"),
+    ("cli",),
+    ("api",),
     ("experiments",),
     ("reports",),
     ("serving",),
