@@ -59,6 +59,7 @@ def import_(data: Dataset, common: config.TeachConfig) -> None:
         ),
         unknown=options.unknown,
         duplicates=options.duplicates,
+        keep_training_items=options.keep_training_items,
         delimiter=common.delimiter,
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,
