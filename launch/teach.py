@@ -135,7 +135,6 @@ def candidates(data: Dataset, common: config.TeachConfig) -> None:
 
 
 def requests(data: Dataset, common: config.TeachConfig) -> None:
-    from slgr_jax.data import schema
     from slgr_jax.teacher.ask import asking, prompts
     from slgr_jax.teacher.ask import candidates as sets
     from slgr_jax.teacher.ask import requests as files
@@ -144,7 +143,7 @@ def requests(data: Dataset, common: config.TeachConfig) -> None:
     if options.open:
         root = files.directory(data.path, common.name, options.out)
         factors = _open_requests(data, common, options)
-        written = files.write_open(root, schema.read_request_manifest(root), factors)
+        written = files.write_open(root, files.read_manifest(root), factors)
         print(files.report_open(written, len(factors)))
         return
     drawn, source = sets.load(data, options.candidate_set or common.name)
