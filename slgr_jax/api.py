@@ -139,8 +139,8 @@ def import_teacher(
 
     Args:
       data: dataset directory, or a loaded `slgr_jax.data.dataset.Dataset`.
-      scores: Parquet, Arrow or CSV file with user, item, score (empty: not answered) or user,
-        preferred, other[, margin]; ids as in the raw data.
+      scores: Parquet, Arrow or CSV file with user, item, score (empty: not answered), or user,
+        item, rank (1 the best), or user, preferred, other[, margin]; ids as in the raw data.
       name: what training calls the product: `teacher=NAME`.
       **knobs: of `slgr_jax.config.ImportConfig` (built_from, unlisted, unknown, append, ...), and
         model, delimiter, rows_per_shard, overwrite.
@@ -174,6 +174,7 @@ def import_teacher(
         provenance=provenance,
         unknown=options.unknown,
         duplicates=options.duplicates,
+        keep_training_items=options.keep_training_items,
         delimiter=common.delimiter,
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,

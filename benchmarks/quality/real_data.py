@@ -103,6 +103,7 @@ def build(config: RealDataConfig) -> tuple[Any, dict[str, Any]]:
                 score_kind=product.score_kind,
             ),
             unknown="drop",  # titles that an LLM named and that nobody interacted with
+            keep_training_items=True,  # some of these teachers were asked about nothing else
         )
     return prepared, manifests
 

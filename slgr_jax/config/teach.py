@@ -52,8 +52,8 @@ class ImportConfig(Section):
 
     scores: str = knob(
         "",
-        "Parquet, Arrow or CSV file with user, item, score (empty score: not answered) or "
-        "user, preferred, other[, margin]; ids as in the raw data",
+        "Parquet, Arrow or CSV file with user, item, score (empty score: not answered), or user, "
+        "item, rank (1 the best), or user, preferred, other[, margin]; ids as in the raw data",
     )
     built_from: str = knob(
         "train_only",
@@ -76,7 +76,16 @@ class ImportConfig(Section):
         choices=TRAINING_ITEMS,
     )
     prompt_hash: str = knob("", "hash or name of the prompt, for reports")
-    score_kind: str = knob("score", "logit, prob, rating, rank, ..., for reports")
+    keep_training_items: bool = knob(
+        False,
+        "keep answers on a user's own training items, which echo the prompt; by default they are "
+        "dropped and counted, unless --training_items=hidden",
+    )
+    score_kind: str = knob(
+        "score",
+        "rank = the scores are ranks, 1 the best, and are turned; logit, prob, rating, ...: for "
+        "reports",
+    )
     unknown: str = knob(
         "error",
         "rows with an id that DATA does not have; drop counts them",

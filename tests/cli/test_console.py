@@ -40,6 +40,17 @@ def test_lines_go_to_standard_output_once_and_warnings_to_standard_error(capsys)
     assert capsys.readouterr() == ("a line of 5 words\n", "warning: look out\n")
 
 
+def test_a_handler_of_the_root_logger_does_not_show_the_lines_again():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    try:
+        LOGGER.warning("once")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert stream.getvalue() == ""
+
+
 def test_no_bar_in_a_file(capsys):
     with console.progress_bar() as progress:
         progress(TrainingProgress("run", 10, 100))

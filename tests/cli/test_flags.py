@@ -132,7 +132,7 @@ flags.run(main, usage="Usage.", positional=("user", "disk", "bug", "fine"))
 
 
 def _call(*args: str, number: int = errno.ENOSPC) -> tuple[int, str, str]:
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(errno=number), *args],
         capture_output=True,
         text=True,
@@ -140,7 +140,7 @@ def _call(*args: str, number: int = errno.ENOSPC) -> tuple[int, str, str]:
         check=False,
         cwd=REPO,
     )
-    return found.returncode, found.stdout, found.stderr
+    return completed.returncode, completed.stdout, completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_reader_that_goes_away_is_no_defect(command, usage):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        found = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", SCRIPT.format(errno=0).replace("Usage.", usage), command],
             stdout=writer,
             stderr=subprocess.PIPE,
@@ -204,4 +204,4 @@ def test_a_reader_that_goes_away_is_no_defect(command, usage):
         )
     finally:
         os.close(writer)
-    assert (found.returncode, found.stderr) == (1, "")
+    assert (completed.returncode, completed.stderr) == (1, "")

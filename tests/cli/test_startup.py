@@ -36,14 +36,14 @@ SMALL = {
 
 def _imported(*command: str) -> set[str]:
     """The top-level names that a Python process imports."""
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-X", "importtime", *command],
         cwd=REPO,
         capture_output=True,
         text=True,
         check=True,
     )
-    lines = [line for line in found.stderr.splitlines() if line.startswith("import time:")]
+    lines = [line for line in completed.stderr.splitlines() if line.startswith("import time:")]
     return {line.split("|")[2].strip().split(".")[0] for line in lines}
 
 
@@ -152,9 +152,9 @@ def test_an_epoch_compiles_few_programs(tmp_path):
     finally:
         listening = False
     # To save from several devices, Orbax takes the arrays apart, with a program a piece.
-    own = [name for name in compiled if name != "jit(slice)"]
-    assert own.count("jit(program)") == 1
-    assert len(own) <= PROGRAMS, own
+    ours = [name for name in compiled if name != "jit(slice)"]
+    assert ours.count("jit(program)") == 1
+    assert len(ours) <= PROGRAMS, ours
 
 
 def test_one_program_makes_the_state_that_its_parts_make(tmp_path):
@@ -164,8 +164,8 @@ def test_one_program_makes_the_state_that_its_parts_make(tmp_path):
         whole = programs._make_init(trainer)(np.int32(seed))
         parts = state_lib.init_state(trainer, seed)
         assert jax.tree.structure(whole) == jax.tree.structure(parts)
-        for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
-            np.testing.assert_array_equal(one, other)
+        for leaf, part in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+            assert leaf.sharding.is_equivalent_to(part.sharding, leaf.ndim)
+            np.testing.assert_array_equal(leaf, part)
         key = jax.jit(programs._draw_key)(np.int32(seed))
         np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(seed + 1)))

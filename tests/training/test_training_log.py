@@ -80,15 +80,16 @@ def test_lines_are_logged_and_nothing_is_printed(tmp_path, capfd, caplog):
 
 def test_lines_go_to_one_stream_for_a_while(tmp_path, caplog):
     logger = logging.getLogger("slgr_jax")
-    before = (list(logger.handlers), logger.level, logger.propagate)
     stream = io.StringIO()
-    with caplog.at_level(logging.INFO, logger="slgr_jax"):
+    with caplog.at_level(logging.DEBUG, logger="slgr_jax"):
+        before = (list(logger.handlers), logger.level, logger.propagate)
         with training_log.lines_to(stream):
             _write(tmp_path, range(1, 3))
+            logger.debug("too much")
+        assert (list(logger.handlers), logger.level, logger.propagate) == before
         logger.info("again")
     assert stream.getvalue() == "step 1\nstep 2\n"
     assert [record.getMessage() for record in caplog.records] == ["again"]
-    assert (list(logger.handlers), logger.level, logger.propagate) == before
 
 
 def test_a_listener_hears_of_steps_and_of_validations(tmp_path):

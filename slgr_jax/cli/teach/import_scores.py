@@ -4,7 +4,8 @@
     slgr teach import --data=DATA --name=my_lists --scores=lists.parquet --unlisted=below
     slgr teach import --data=DATA --name=my_llm --scores=more.csv --append
 
-The file has user, item, score (an empty score: not answered) or user, preferred, other[, margin].
+The file has user, item, score (an empty score: not answered), or user, item, rank (1 the best), or
+user, preferred, other[, margin].
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def ask(
         raise ConfigError("missing --base_url: the server, e.g. http://localhost:8000/v1")
     if limits.max_cost and not (limits.price_in or limits.price_out):
         raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
-    manifest = schema.read_request_manifest(root)
+    manifest = requests.read_manifest(root)
     if not manifest.complete:
         raise InputError(f"{root} is not finished: run slgr teach requests again first")
     path = results_path(root, manifest)

@@ -28,12 +28,13 @@ from slgr_jax.data.schema import ShardFile
 from slgr_jax.errors import ConfigError, InputError, ShardError
 from slgr_jax.teacher.ask import candidates, prompts
 from slgr_jax.teacher.ask.asking import Asker, AskingPlan, shown_history
-from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products import preferences, sealed
 
 PathLike = str | os.PathLike[str]
 Row = tuple[int, str, int, int, np.ndarray]  # of schema.REQUESTS
 
 OPEN = "requests-open-"  # what `write_open` names its files with
+_CHECKSUM = "checksum"  # the key of `plan` that holds the manifest's
 URL = "/v1/chat/completions"
 # Options that change nothing in a request; what the budget cuts is in the planned users.
 _NOT_ASKED = frozenset(
@@ -110,6 +111,32 @@ def write(
         return manifest if manifest.complete else _write_rest(asker, planned, manifest, root)
 
 
+def read_manifest(root: pathlib.Path) -> schema.RequestManifest:
+    """What the requests at `root` ask, and how far they are written.
+
+    Raises:
+      ManifestError: there is none, or it is damaged.
+    """
+    path = root / schema.REQUESTS_MANIFEST
+    fix = "put back a copy, or write the requests again with slgr teach requests --overwrite"
+    return sealed.read(path, schema.read_request_manifest, _unsealed, fix)
+
+
+def _unsealed(manifest: schema.RequestManifest) -> tuple[schema.RequestManifest, str]:
+    plan = dict(manifest.plan)
+    stated = str(plan.pop(_CHECKSUM, "nothing"))
+    return dataclasses.replace(manifest, plan=plan), stated
+
+
+def _write_manifest(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.RequestManifest:
+    """Write it with its checksum; returns what was written."""
+    plain, _ = _unsealed(manifest)
+    checksum = sealed.checksum(plain)
+    manifest = dataclasses.replace(plain, plan={**plain.plan, _CHECKSUM: checksum})
+    schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
+    return manifest
+
+
 def _write_rest(
     asker: Asker, planned: AskingPlan, manifest: schema.RequestManifest, root: pathlib.Path
 ) -> schema.RequestManifest:
@@ -127,16 +154,14 @@ def _write_rest(
                     "index": (*files["index"], index),
                 },
             )
-            schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
+            manifest = _write_manifest(root, manifest)
             bar.update(index.rows)
-    manifest = dataclasses.replace(manifest, complete=True)
-    schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
-    return manifest
+    return _write_manifest(root, dataclasses.replace(manifest, complete=True))
 
 
 def _refuse_foreign(root: pathlib.Path, fingerprint: str, *, overwrite: bool) -> None:
     if (root / schema.REQUESTS_MANIFEST).is_file():
-        written = schema.read_request_manifest(root)
+        written = read_manifest(root)
         if written.fingerprint != fingerprint and not overwrite:
             raise InputError(
                 f"{root} holds other requests ({written.model}, {written.prompt}, "
@@ -151,7 +176,7 @@ def _resume(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.Requ
     """`manifest` with the whole files that `root` already holds; what is of other requests goes."""
     same = False
     if (root / schema.REQUESTS_MANIFEST).is_file():
-        written = schema.read_request_manifest(root)
+        written = read_manifest(root)
         same = written.fingerprint == manifest.fingerprint
         if same:
             whole = 0
@@ -162,7 +187,7 @@ def _resume(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.Requ
             files = {key: listed[:whole] for key, listed in written.files.items()}
             complete = written.complete and whole == len(written.files["index"])
             manifest = dataclasses.replace(manifest, files=files, complete=complete)
-    schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
+    manifest = _write_manifest(root, manifest)
 
     listed = {file.path for key in manifest.files for file in manifest.files[key]}
     for pattern in ("requests-*.jsonl*", "index-*.arrow*"):

@@ -7,9 +7,11 @@ refusal names the file, a row (counted from 1, a CSV header not counted) and the
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,31 +29,49 @@ _ITEM_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "scores": ("item",),
     "preferences": ("preferred", "other"),
 }
-_NUMBER: Mapping[str, str] = {"scores": "score", "preferences": "margin"}
+_NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "scores": ("score", "rank"),
+    "preferences": ("margin",),
+}
+RANK = "rank"  # the score_kind, and the column, of numbers of which 1 is the best
 _BINARY_HEADS = (b"PAR1", b"ARRO", b"\xff\xff\xff\xff")
+
+
+class AnswerTable(NamedTuple):
+    """What a file of answers holds.
+
+    Attributes:
+      rows: of `schema.TEACHER_SCHEMAS`, by user, then item(s), without repeats.
+      counts: what was left out, for the manifest.
+      score_kind: rank where ranks were turned into scores, else as given.
+    """
+
+    rows: pa.Table
+    counts: dict[str, int]
+    score_kind: str
 
 
 def read(
     path: PathLike,
     dataset: Dataset,
     *,
+    score_kind: str = "score",
     unknown: str = "error",
     duplicates: str = "error",
     delimiter: str = ",",
-) -> tuple[pa.Table, dict[str, int]]:
-    """The answers in `path` as a table of `schema.TEACHER_SCHEMAS`, and what was left out.
+) -> AnswerTable:
+    """The answers in `path` as a table of indices, and what was left out.
 
     Args:
-      path: columns user, item, score (an empty score: not answered), or user, preferred,
-        other and optionally margin (1 where there is no such column).
+      path: columns user, item, score (an empty score: not answered), or user, item, rank (1 the
+        best; the score is then -rank), or user, preferred, other and optionally margin (1 where
+        there is no such column).
       dataset: whose ids they are; compared as exact text, integers as decimal digits.
+      score_kind: rank: the column score holds ranks, too.
       unknown: rows with an id that `dataset` does not have: error, or drop.
       duplicates: rows that disagree about one pair: error, or mean. For preferences the mean
         is over signed margins, so opposite rows of equal margin cancel and are dropped.
       delimiter: CSV column separator.
-
-    Returns:
-      Rows sorted by user, then item(s), without repeats; counts for the manifest.
 
     Raises:
       InputError, ShardError: the file cannot be used.
@@ -68,11 +88,15 @@ def read(
     kind = _kind(raw.column_names, path)
     if raw.num_rows == 0:
         raise InputError(f"{path} has no rows: a teacher needs at least one answer")
-    numbers = _numbers(raw, kind, path)
+    column = _number_column(raw.column_names, kind, score_kind)
+    numbers = _numbers(raw, kind, column, path)
+    ranked = kind == "scores" and RANK in (column, score_kind)
+    if ranked:
+        numbers = _turned(numbers, column, path)
     item_ids = dataset.items.column("item_id").combine_chunks()
     ids = {"user": dataset.user_ids, **dict.fromkeys(_ITEM_COLUMNS[kind], item_ids)}
     texts = {name: _text(raw.column(name), name, path) for name in ids}
-    found = {
+    indices = {
         name: pc.fill_null(pc.index_in(text, value_set=ids[name]), -1).to_numpy()
         for name, text in texts.items()
     }
@@ -84,13 +108,32 @@ def read(
                 f"{path}: row {row} prefers item {texts['other'][row - 1].as_py()!r} over itself"
             )
     counts = {"file_rows": raw.num_rows}
-    keep = _known(texts, found, dataset, path, unknown, counts)
+    keep = _known(texts, indices, dataset, path, unknown, counts)
     rows = np.flatnonzero(keep)
-    columns = {name: found[name][rows] for name in found}
+    columns = {name: values[rows] for name, values in indices.items()}
     merge = _merge_scores if kind == "scores" else _merge_preferences
     table = merge(columns, numbers[rows], rows + 1, dataset.n_items, duplicates == "mean", path)
     counts["merged_rows"] = int(rows.size - table.num_rows)
-    return table, counts
+    return AnswerTable(table, counts, RANK if ranked else score_kind)
+
+
+def _number_column(columns: Sequence[str], kind: str, score_kind: str) -> str:
+    """The column of numbers: score before rank, unless ranks are meant."""
+    choices = [name for name in _NUMBERS[kind] if name in columns]
+    if score_kind == RANK and RANK in choices:
+        return RANK
+    return choices[0] if choices else _NUMBERS[kind][0]
+
+
+def _turned(ranks: np.ndarray, column: str, path: pathlib.Path) -> np.ndarray:
+    """[rows] scores of which more is better: -rank; NaN stays."""
+    if (negative := ranks < 0).any():
+        row = _first(negative)
+        raise InputError(
+            f"{path}: row {row} has {column} {ranks[row - 1]:g}; ranks count up from 1, the best. "
+            "If more is better, name the column score and leave --score_kind=rank out"
+        )
+    return -ranks
 
 
 def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
@@ -103,7 +146,7 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
     if head in _BINARY_HEADS:
         return shards.read_table(path)
     separator = {"\\t": "\t"}.get(delimiter, delimiter)
-    wanted = {"user", *_NUMBER.values(), *(name for c in _ITEM_COLUMNS.values() for name in c)}
+    wanted = {"user", *itertools.chain(*_NUMBERS.values(), *_ITEM_COLUMNS.values())}
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
             header = next(csv.reader(text, delimiter=separator), [])
@@ -127,13 +170,13 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
 
 def _kind(columns: Sequence[str], path: pathlib.Path) -> str:
     names = set(columns)
-    if {"user", "item", "score"} <= names:
+    if {"user", "item"} <= names and names & set(_NUMBERS["scores"]):
         return "scores"
     if {"user", "preferred", "other"} <= names:
         return "preferences"
     raise InputError(
-        f"{path} has columns {listing(columns)}; expected user, item, score or "
-        "user, preferred, other and optionally margin"
+        f"{path} has columns {listing(columns)}; expected user, item, score, or "
+        "user, item, rank (1 the best), or user, preferred, other and optionally margin"
     )
 
 
@@ -152,9 +195,8 @@ def _text(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedA
     return column
 
 
-def _numbers(table: pa.Table, kind: str, path: pathlib.Path) -> np.ndarray:
-    """[rows] float32; NaN where there is no score."""
-    name = _NUMBER[kind]
+def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.ndarray:
+    """[rows] float32 of the column `name`; NaN where there is no score."""
     if name not in table.column_names:
         return np.ones(table.num_rows, np.float32)
     column = table.column(name)
@@ -184,7 +226,7 @@ def _numbers(table: pa.Table, kind: str, path: pathlib.Path) -> np.ndarray:
             "and empty (null) where the teacher did not answer"
         )
     if kind == "scores" and not answered.any():
-        raise InputError(f"{path}: all {values.size} scores are empty: nothing was answered")
+        raise InputError(f"{path}: all {values.size} {name}s are empty: nothing was answered")
     if kind == "preferences" and not (values > 0).all():  # a missing margin is NaN here
         row = _first(~(values > 0))
         shown = column[row - 1].as_py()
@@ -210,22 +252,23 @@ def _first_unparsable(column: pa.ChunkedArray) -> int:
 
 def _known(
     texts: Mapping[str, pa.ChunkedArray],
-    found: Mapping[str, np.ndarray],
+    indices: Mapping[str, np.ndarray],
     dataset: Dataset,
     path: pathlib.Path,
     unknown: str,
     counts: dict[str, int],
 ) -> np.ndarray:
     """[rows] bool: rows whose ids the dataset has; the others are counted or refused."""
-    no_user = found["user"] < 0
+    no_user = indices["user"] < 0
     no_item = np.zeros_like(no_user)
     strangers: dict[str, None] = {}
-    for name, indices in found.items():
+    for name, known in indices.items():
         if name != "user":
-            no_item |= indices < 0
-            strangers.update(dict.fromkeys(_distinct(texts[name], indices < 0)))
+            no_item |= known < 0
+            strangers.update(dict.fromkeys(_distinct(texts[name], known < 0)))
     users, items = _distinct(texts["user"], no_user), list(strangers)
     keep = ~(no_user | no_item)
+
     if unknown == "error" and not keep.all():
         parts = [
             f"{len(ids)} {noun}{'s' if len(ids) > 1 else ''} ({listing(map(repr, ids), 3)})"
@@ -234,17 +277,37 @@ def _known(
         ]
         raise InputError(
             f"{path}: {int((~keep).sum())} of {keep.size} rows name ids that {dataset.path} does "
-            f"not have: {' and '.join(parts)}; correct the file or add --unknown=drop"
+            f"not have: {' and '.join(parts)}; "
+            f"{_title_hint(items, dataset) or 'correct the file or add --unknown=drop'}"
         )
     if not keep.any():
         raise InputError(
             f"{path}: none of the {keep.size} rows names a user and an item of {dataset.path}; "
-            "the ids are external ids, not indices"
+            f"{_title_hint(items, dataset) or 'the ids are external ids, not indices'}"
         )
     counts["dropped_unknown_user_rows"] = int(no_user.sum())
     counts["dropped_unknown_item_rows"] = int((no_item & ~no_user).sum())
     counts["unknown_users"], counts["unknown_items"] = len(users), len(items)
     return keep
+
+
+def _title_hint(strangers: Sequence[str], dataset: Dataset) -> str:
+    """What to do where texts that are no ids are titles; empty where none of them is."""
+    ids = dataset.items.column("item_id").to_pylist()
+    titles = dataset.items.column("title").to_pylist()
+    item_of = {
+        " ".join(title.split()).casefold(): item
+        for item, title in zip(ids, titles, strict=True)
+        if title
+    }
+    meant = {text: item_of.get(" ".join(text.split()).casefold()) for text in strangers}
+    matches = [text for text, item in meant.items() if item is not None]
+    if not matches:
+        return ""
+    return (
+        f"{len(matches)} of these are titles ({matches[0]!r} is item {meant[matches[0]]!r}): give "
+        "the ids of the raw data in their place, or prepare the data with titles as ids"
+    )
 
 
 def _distinct(texts: pa.ChunkedArray, mask: np.ndarray) -> list[str]:

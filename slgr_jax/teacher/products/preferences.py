@@ -20,7 +20,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.dataset import load as load_dataset
 from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
-from slgr_jax.teacher.products import answers, rows
+from slgr_jax.teacher.products import answers, rows, training_items
 from slgr_jax.teacher.products.coverage import measure
 from slgr_jax.teacher.products.rows import Teacher, usable_pairs
 
@@ -196,6 +196,7 @@ def import_scores(
     provenance: Provenance | None = None,
     unknown: str = "error",
     duplicates: str = "error",
+    keep_training_items: bool = False,
     delimiter: str = ",",
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
@@ -203,10 +204,10 @@ def import_scores(
 ) -> schema.TeacherManifest:
     """Turn a file of teacher answers with external ids into the product DATA/teacher/NAME.
 
-    Columns user, item, score make a product of kind scores; user, preferred, other and
-    optionally margin (default 1) one of kind preferences. Ids are compared as exact text,
-    integers as their decimal digits. An empty score is an item the teacher did not answer.
-    Scores are stored as float32; scores that agree in float32 are a tie.
+    Columns user, item, score (or rank, 1 the best) make a product of kind scores; user,
+    preferred, other and optionally margin (default 1) one of kind preferences. Ids are compared as
+    exact text, integers as their decimal digits. An empty score is an item the teacher did not
+    answer. Scores are stored as float32; scores that agree in float32 are a tie.
 
     Args:
       data: dataset directory, or the loaded dataset.
@@ -214,6 +215,9 @@ def import_scores(
       name: directory under DATA/teacher.
       provenance: what the teacher had seen, and facts for reports.
       unknown: rows with an id that the dataset does not have: error, or drop (and count).
+      keep_training_items: keep answers on a user's own training items. By default they are
+        dropped and counted: they echo the prompt, and teach nothing that interactions do not.
+        Where the prompts hid them (`training_items="hidden"`) they test the teacher and stay.
       duplicates: rows that contradict each other about one pair: error, or mean. Opposite
         preferences are such rows; their mean has the sign of the stronger, none if equal.
       delimiter: CSV column separator.
@@ -223,24 +227,37 @@ def import_scores(
 
     Raises:
       InputError: the file cannot be used; the message names the row.
+      ConfigError: --append and --overwrite at once.
     """
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     if to_existing and overwrite:
         raise ConfigError("--append adds to a product and --overwrite replaces it: drop one")
+    provenance = provenance or Provenance()
+    hidden = provenance.training_items == "hidden"
     if to_existing:
-        _find(dataset, name)
+        _, product = _find(dataset, name)
+        hidden = product.training_items == "hidden"
     else:
         shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
-    table, counts = answers.read(
-        scores_file, dataset, unknown=unknown, duplicates=duplicates, delimiter=delimiter
+
+    table, counts, score_kind = answers.read(
+        scores_file,
+        dataset,
+        score_kind=provenance.score_kind,
+        unknown=unknown,
+        duplicates=duplicates,
+        delimiter=delimiter,
     )
+    if not (keep_training_items or hidden):
+        table, dropped = training_items.drop(table, dataset, str(scores_file))
+        counts |= dropped
     if to_existing:
         return append(dataset, name, table, counts=counts, rows_per_shard=rows_per_shard)
     return write_product(
         dataset,
         name,
         table,
-        provenance=provenance or Provenance(),
+        provenance=dataclasses.replace(provenance, score_kind=score_kind),
         counts=counts,
         rows_per_shard=rows_per_shard,
         overwrite=overwrite,
@@ -381,7 +398,9 @@ def report(manifest: schema.TeacherManifest) -> str:
     extra = {
         key: value
         for key, value in counts.items()
-        if value and key.startswith(("dropped_", "merged_", "unanswered"))
+        if value
+        and key.startswith(("dropped_", "merged_", "unanswered"))
+        and key != training_items.DROPPED
     }
     lines = [
         f"teacher {manifest.name}: {manifest.kind} ({manifest.score_kind})"
@@ -396,6 +415,11 @@ def report(manifest: schema.TeacherManifest) -> str:
         f"{counts['valid_pairs']:,} valid, {counts['test_pairs']:,} test",
         f"  assumed: built_from={manifest.built_from}: {stated}; {unlisted}",
     ]
+    if echoed := counts.get(training_items.DROPPED, 0):
+        lines.append(
+            f"  {echoed:,} answers of {counts[training_items.USERS]:,} users on their own training "
+            "items were dropped: they echo the prompt (--keep_training_items keeps them)"
+        )
     if extra:
         lines.append("  " + ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in extra.items()))
     if not share["users"]:

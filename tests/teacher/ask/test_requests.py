@@ -13,7 +13,7 @@ import pytest
 
 from slgr_jax.config import CandidateConfig, RequestConfig, SliceConfig
 from slgr_jax.data import schema, shards
-from slgr_jax.errors import ConfigError, InputError, ShardError
+from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
 from slgr_jax.teacher.ask import answer_form, asking, candidates, prompts, requests
 
 U, I = 24, 50  # noqa: E741 - the letters of the code
@@ -284,7 +284,7 @@ def damage_by_a_kill(root):
     found = schema.read_request_manifest(root)
     files = {key: listed[:3] for key, listed in found.files.items()}
     partly = dataclasses.replace(found, complete=False, files=files)
-    schema.write_manifest(root, partly, schema.REQUESTS_MANIFEST)
+    requests._write_manifest(root, partly)
     (root / "requests-00003.jsonl.partial").write_bytes(b"{half")
 
 
@@ -433,3 +433,28 @@ def test_the_range_of_scores_is_asked_for_recorded_and_checked(world, drawn, tmp
         write(world, tmp_path / "r")
     with pytest.raises(ConfigError, match="--score_range=1,1 is not a lowest and a highest"):
         asking.asker(world, found, lines, RequestConfig(), 0, score_range=(1, 1))
+
+
+def test_a_damaged_manifest_is_named_and_never_believed(world, drawn, tmp_path):
+    manifest = write(world, tmp_path / "r", max_requests=20)
+    path = tmp_path / "r" / schema.REQUESTS_MANIFEST
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[:size] for size in rng.integers(0, len(whole), 20)]
+    for place, value in zip(
+        rng.integers(0, len(whole), 300), rng.integers(0, 256, 300), strict=True
+    ):
+        damaged.append(whole[:place] + bytes([value]) + whole[place + 1 :])
+    damaged += [b"[" * 100_000, b"{}", b"null", whole.replace(b"true", b"1" * 5000)]
+    damaged += [whole.replace(b'"rows": ', b'"rows": 1'), whole.replace(b'"m"', b'"n"')]
+    messages = []
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            read = requests.read_manifest(tmp_path / "r")
+        except ManifestError as error:
+            messages.append(str(error))
+        else:
+            assert read == manifest  # what changed was white space, or nothing
+    assert len(messages) > 250
+    assert all(str(tmp_path / "r") in message for message in messages)

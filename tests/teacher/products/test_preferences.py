@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -21,6 +22,9 @@ from slgr_jax.data.dataset import beaten
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
 from slgr_jax.teacher.products import preferences
 from slgr_jax.teacher.products.preferences import Provenance
+
+# Most answers here are on training items, so that their indices are easy to follow.
+import_scores = functools.partial(preferences.import_scores, keep_training_items=True)
 
 
 def csv_file(tmp_path, text, name="answers.csv"):
@@ -48,7 +52,7 @@ def lists(teacher):
 
 
 def test_scores_come_back_masked_and_sorted(tiny, tmp_path):
-    manifest = preferences.import_scores(tiny.path, csv_file(tmp_path, SCORES), "t")
+    manifest = import_scores(tiny.path, csv_file(tmp_path, SCORES), "t")
     teacher = preferences.load(tiny, "t")
     assert lists(teacher) == {0: [(0.25, 1), (0.5, 0)], 1: [(2.0, 3), (2.0, 5)]}
     assert teacher.offsets.tolist() == [0, 2, 4, 4, 4, 4]
@@ -79,7 +83,7 @@ def test_coverage_of_cold_users_and_tail_items(tiny, tmp_path):
     assert slices.cold_users.tolist() == [False, True, False, True, False]
     assert np.flatnonzero(slices.tail_items).tolist() == [5]
     text = "user,item,score\n7,01,1\n7,电影,2\n007,01,1\n007,1,2\n"
-    coverage = preferences.import_scores(tiny, csv_file(tmp_path, text), "t").coverage
+    coverage = import_scores(tiny, csv_file(tmp_path, text), "t").coverage
     assert coverage == pytest.approx(
         {"users": 2 / 5, "items": 3 / 6, "cold_users": 1 / 2, "tail_items": 1.0}
     )
@@ -88,7 +92,7 @@ def test_coverage_of_cold_users_and_tail_items(tiny, tmp_path):
 def test_unlisted_below_makes_single_and_tied_answers_useful(tiny, tmp_path):
     text = "user,item,score\n007,01,1\n7,1,3\n7,10,3\n"
     for unlisted, users, items in (("unknown", 0.0, 0.0), ("below", 2 / 5, 3 / 6)):
-        manifest = preferences.import_scores(
+        manifest = import_scores(
             tiny, csv_file(tmp_path, text), unlisted, provenance=Provenance(unlisted=unlisted)
         )
         assert manifest.coverage["users"] == pytest.approx(users)
@@ -98,7 +102,7 @@ def test_unlisted_below_makes_single_and_tied_answers_useful(tiny, tmp_path):
 def test_answered_interactions_are_counted_per_part(tiny, tmp_path):
     # (007, 01) is train, (007, café) valid, (007, 10) test; (7, 电影) is none.
     text = "user,item,score\n007,01,1\n007,café,2\n007,10,3\n7,电影,1\n"
-    counts = preferences.import_scores(tiny, csv_file(tmp_path, text), "t").counts
+    counts = import_scores(tiny, csv_file(tmp_path, text), "t").counts
     assert (counts["train_pairs"], counts["valid_pairs"], counts["test_pairs"]) == (1, 1, 1)
 
 
@@ -134,7 +138,7 @@ def test_every_encoding_gives_the_same_product(tiny, tmp_path, encoding):
         make = pa.ipc.new_file if encoding == "file" else pa.ipc.new_stream
         with make(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
-    preferences.import_scores(tiny, path, "t", delimiter=delimiter)
+    import_scores(tiny, path, "t", delimiter=delimiter)
     teacher = preferences.load(tiny, "t")
     assert lists(teacher) == {2: [(-1.0, 3)], 3: [(3.0, 5)], 4: [(0.5, 2)]}
     assert teacher.manifest.counts["unanswered"] == 1
@@ -143,13 +147,13 @@ def test_every_encoding_gives_the_same_product(tiny, tmp_path, encoding):
 def test_integer_ids_are_decimal_text(tiny, tmp_path):
     # 7 is the user "7", not "007"; 1 and 10 are items "1" and "10", not "01".
     columns = {"user": pa.array([7, 7], pa.int16()), "item": [1, 10], "score": [1, 2]}
-    preferences.import_scores(tiny, parquet_file(tmp_path, columns), "t")
+    import_scores(tiny, parquet_file(tmp_path, columns), "t")
     assert lists(preferences.load(tiny, "t")) == {1: [(1.0, 1), (2.0, 4)]}
 
 
 def test_preferences_come_back_with_margins(tiny, tmp_path):
     text = "user,preferred,other,margin\nann lee,10,01,2.5\n007,1,01,0.5\n007,1,10,1\n"
-    manifest = preferences.import_scores(tiny, csv_file(tmp_path, text), "p")
+    manifest = import_scores(tiny, csv_file(tmp_path, text), "p")
     teacher = preferences.load(tiny, "p")
     assert teacher.users.tolist() == [0, 0, 2]
     assert teacher.preferred.tolist() == [1, 1, 4]
@@ -164,7 +168,7 @@ def test_preferences_come_back_with_margins(tiny, tmp_path):
 
 def test_margin_defaults_to_one(tiny, tmp_path):
     text = "user,preferred,other\n007,1,01\n"
-    preferences.import_scores(tiny, csv_file(tmp_path, text), "p")
+    import_scores(tiny, csv_file(tmp_path, text), "p")
     assert preferences.load(tiny, "p").margin.tolist() == [1.0]
 
 
@@ -213,7 +217,7 @@ def test_bad_files_are_refused_by_name(tiny, tmp_path, case):
     path = tmp_path / "answers.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
-        preferences.import_scores(tiny, path, "t")
+        import_scores(tiny, path, "t")
     assert preferences.products(tiny.path) == []
     assert not list((tiny.path).glob("teacher/*"))
 
@@ -221,13 +225,13 @@ def test_bad_files_are_refused_by_name(tiny, tmp_path, case):
 def test_bad_parquet_columns_are_refused(tiny, tmp_path):
     floats = parquet_file(tmp_path, {"user": [7.0], "item": ["1"], "score": [1.0]})
     with pytest.raises(InputError, match=r"column user is double; ids must be text or integers"):
-        preferences.import_scores(tiny, floats, "t")
+        import_scores(tiny, floats, "t")
     nan = parquet_file(tmp_path, {"user": ["7"], "item": ["1"], "score": [float("nan")]})
     with pytest.raises(InputError, match=r"row 1 has score nan"):
-        preferences.import_scores(tiny, nan, "t")
+        import_scores(tiny, nan, "t")
     lists_ = parquet_file(tmp_path, {"user": ["7"], "item": ["1"], "score": [[1.0]]})
     with pytest.raises(InputError, match=r"column score is list<.*, not a number"):
-        preferences.import_scores(tiny, lists_, "t")
+        import_scores(tiny, lists_, "t")
 
 
 @pytest.mark.parametrize("encoding", ["parquet", "file", "stream"])
@@ -240,46 +244,44 @@ def test_a_file_short_of_one_byte_is_refused(tiny, tmp_path, encoding):
         make = pa.ipc.new_file if encoding == "file" else pa.ipc.new_stream
         with make(path, table.schema) as writer:
             writer.write_table(table)
-    preferences.import_scores(tiny, path, "whole")
+    import_scores(tiny, path, "whole")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ShardError, match=r"answers"):
-        preferences.import_scores(tiny, path, "cut")
+        import_scores(tiny, path, "cut")
 
 
 def test_a_missing_file_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match=r"nowhere.csv is not a file"):
-        preferences.import_scores(tiny, tmp_path / "nowhere.csv", "t")
+        import_scores(tiny, tmp_path / "nowhere.csv", "t")
 
 
 def test_unknown_ids_can_be_dropped_and_are_counted(tiny, tmp_path):
     text = "user,item,score\n07,01,1\n007,x,1\n007,y,1\n08,x,1\n7,1,1\n7,01,2\n"
-    counts = preferences.import_scores(tiny, csv_file(tmp_path, text), "t", unknown="drop").counts
+    counts = import_scores(tiny, csv_file(tmp_path, text), "t", unknown="drop").counts
     assert counts["file_rows"] == 6
     assert counts["rows"] == 2
     assert counts["dropped_unknown_user_rows"] == 2
     assert counts["dropped_unknown_item_rows"] == 2
     assert (counts["unknown_users"], counts["unknown_items"]) == (2, 2)
     with pytest.raises(InputError, match=r"none of the 1 rows"):
-        preferences.import_scores(
-            tiny, csv_file(tmp_path, "user,item,score\n0,0,1\n"), "none", unknown="drop"
-        )
+        import_scores(tiny, csv_file(tmp_path, "user,item,score\n0,0,1\n"), "none", unknown="drop")
 
 
 def test_equal_rows_count_once_and_conflicts_can_be_averaged(tiny, tmp_path):
     equal = csv_file(tmp_path, "user,item,score\n007,01,0.1\n7,1,\n007,01,0.1\n7,1,\n")
-    manifest = preferences.import_scores(tiny, equal, "equal")
+    manifest = import_scores(tiny, equal, "equal")
     assert manifest.counts["rows"] == 2
     assert manifest.counts["merged_rows"] == 2
     assert lists(preferences.load(tiny, "equal")) == {0: [(float(np.float32(0.1)), 0)]}
     conflict = csv_file(tmp_path, "user,item,score\n007,01,1\n7,1,3\n007,01,2\n7,1,\n007,01,6\n")
-    preferences.import_scores(tiny, conflict, "mean", duplicates="mean")
+    import_scores(tiny, conflict, "mean", duplicates="mean")
     assert lists(preferences.load(tiny, "mean")) == {0: [(3.0, 0)], 1: [(3.0, 1)]}
 
 
 def test_opposite_preferences_net_out(tiny, tmp_path):
     rows = ["007,1,01,1", "007,01,1,4", "7,1,01,2", "7,01,1,2", "7,10,01,1", "7,10,01,1"]
     text = "user,preferred,other,margin\n" + "\n".join(rows)
-    preferences.import_scores(tiny, csv_file(tmp_path, text), "net", duplicates="mean")
+    import_scores(tiny, csv_file(tmp_path, text), "net", duplicates="mean")
     teacher = preferences.load(tiny, "net")
     found = zip(teacher.users, teacher.preferred, teacher.other, teacher.margin, strict=True)
     assert [tuple(map(float, row)) for row in found] == [(0, 0, 1, 1.5), (1, 4, 0, 1.0)]
@@ -290,12 +292,12 @@ def test_bad_choices_and_names(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"--built_from='all' is not one of: train_only"):
         Provenance(built_from="all")
     with pytest.raises(ConfigError, match=r"--unknown='skip'"):
-        preferences.import_scores(tiny, path, "t", unknown="skip")
+        import_scores(tiny, path, "t", unknown="skip")
     with pytest.raises(ConfigError, match=r"--duplicates='last'"):
-        preferences.import_scores(tiny, path, "t", duplicates="last")
+        import_scores(tiny, path, "t", duplicates="last")
     for name in ("", "../other", ".hidden", "a/b"):
         with pytest.raises(ConfigError, match=r"cannot name a teacher product"):
-            preferences.import_scores(tiny, path, name)
+            import_scores(tiny, path, name)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,7 @@ def test_bad_choices_and_names(tiny, tmp_path):
     ],
 )
 def test_a_damaged_manifest_is_named(tiny, tmp_path, damage, message):
-    preferences.import_scores(tiny, csv_file(tmp_path, SCORES), "t")
+    import_scores(tiny, csv_file(tmp_path, SCORES), "t")
     path = tiny.path / "teacher" / "t" / schema.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(ManifestError, match=message):
@@ -317,11 +319,11 @@ def test_a_damaged_manifest_is_named(tiny, tmp_path, damage, message):
 
 def test_existing_product_is_kept_unless_overwritten(tiny, tmp_path):
     path = csv_file(tmp_path, SCORES)
-    preferences.import_scores(tiny, path, "t")
+    import_scores(tiny, path, "t")
     with pytest.raises(InputError, match=r"exists; .*--overwrite"):
-        preferences.import_scores(tiny, path, "t")
+        import_scores(tiny, path, "t")
     other = csv_file(tmp_path, "user,item,score\n007,01,9\n", "other.csv")
-    preferences.import_scores(tiny, other, "t", overwrite=True)
+    import_scores(tiny, other, "t", overwrite=True)
     assert lists(preferences.load(tiny, "t")) == {0: [(9.0, 0)]}
 
 
@@ -330,7 +332,7 @@ def test_shards_are_sorted_and_sized(tiny, tmp_path):
         f"{u},{i},{k}" for k, (u, i) in enumerate(itertools.product(["7", "007"], ["10", "01"]))
     ]
     path = csv_file(tmp_path, "user,item,score\n" + "\n".join(rows))
-    manifest = preferences.import_scores(tiny, path, "t", rows_per_shard=3)
+    manifest = import_scores(tiny, path, "t", rows_per_shard=3)
     assert [file.rows for file in manifest.files] == [3, 1]
     root = preferences.product_path(tiny.path, "t")
     table = shards.read_shards(root, manifest.files, schema.TEACHER_SCORES)
@@ -347,11 +349,11 @@ def rewrite(dataset, name, **changes):
 
 def test_refused_manifests(tiny, make_dataset, tmp_path):
     path = csv_file(tmp_path, SCORES)
-    preferences.import_scores(tiny, path, "good")
+    import_scores(tiny, path, "good")
     with pytest.raises(ManifestError, match=r"no teacher 'gone'; it has: good$"):
         preferences.load(tiny, "gone")
     seen = Provenance(built_from="includes_eval")
-    manifest = preferences.import_scores(tiny, path, "seen", provenance=seen)
+    manifest = import_scores(tiny, path, "seen", provenance=seen)
     assert manifest.built_from == "includes_eval"
     assert "will refuse" in preferences.report(manifest)
     with pytest.raises(ManifestError, match=r"built_from=includes_eval.*leak"):
@@ -376,14 +378,14 @@ def test_refused_manifests(tiny, make_dataset, tmp_path):
         ({"built_from": "anything"}, r"built_from=anything"),
     ):
         shutil.rmtree(tiny.path / "teacher" / "good")
-        preferences.import_scores(tiny, path, "good")
+        import_scores(tiny, path, "good")
         rewrite(tiny, "good", **change)
         with pytest.raises(ManifestError, match=message):
             preferences.load(tiny, "good")
 
 
 def test_a_directory_without_manifest_is_no_product(tiny, tmp_path):
-    preferences.import_scores(tiny, csv_file(tmp_path, SCORES), "t")
+    import_scores(tiny, csv_file(tmp_path, SCORES), "t")
     (tiny.path / "teacher" / "t" / schema.MANIFEST).unlink()
     with pytest.raises(ManifestError, match=r"no teacher 't'; it has: \(none\)"):
         preferences.load(tiny, "t")
@@ -391,7 +393,7 @@ def test_a_directory_without_manifest_is_no_product(tiny, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "gone"])
 def test_damaged_shards_are_refused(tiny, tmp_path, damage):
-    manifest = preferences.import_scores(tiny, csv_file(tmp_path, SCORES), "t")
+    manifest = import_scores(tiny, csv_file(tmp_path, SCORES), "t")
     shard = tiny.path / "teacher" / "t" / manifest.files[0].path
     whole = shard.read_bytes()
     if damage == "gone":
@@ -429,7 +431,7 @@ def test_usable_pairs_equal_brute_force(rows, min_gap):
 def test_report_states_the_assumption(tiny, tmp_path):
     made = Provenance(built_from="includes_label", model="some-llm", score_kind="rating")
     path = csv_file(tmp_path, "user,item,score\n007,01,1\n0,01,1\n")
-    manifest = preferences.import_scores(tiny, path, "t", provenance=made, unknown="drop")
+    manifest = import_scores(tiny, path, "t", provenance=made, unknown="drop")
     text = preferences.report(manifest)
     assert "built_from=includes_label: the teacher may have seen the answers" in text
     assert "scores (rating) by some-llm" in text
