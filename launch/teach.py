@@ -23,7 +23,7 @@ ask: the same requests to a server that answers now; killed, it goes on.
 collect: what came back to an answer log and a product; again over more results, it only adds.
 combine: several teachers as one, by ranks or scores; --min_votes: only what so many answered.
 inspect: check a product's shards and show what it is.
-report: what the teacher is worth: where it is right, and whether the data know that already.
+report: an audit of the teacher: where it is right, and whether the data know that already.
 """
 
 from __future__ import annotations
