@@ -120,8 +120,8 @@ class ScoreConfig(Section):
     max_users: int = knob(0, "score only that many users, drawn at random; 0 = all", minimum=0)
     held_in: int = knob(
         200,
-        "language models: training items that are hidden and asked for to see what the teacher "
-        "is worth; 0 = not checked",
+        "language models: training items that are hidden and asked for to see how often the "
+        "teacher is right; 0 = not checked",
         minimum=0,
     )
 
@@ -357,7 +357,7 @@ class CombineConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig(Section):
-    """report: what the teacher is worth."""
+    """report: where the teacher is right."""
 
     known_negatives: int = knob(
         50, "most pairs with each item whose user is known to have chosen it", minimum=1

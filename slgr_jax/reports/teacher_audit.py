@@ -19,7 +19,7 @@ from slgr_jax.reports.plots import COLORS
 from slgr_jax.reports.tables import atomically, markdown_table, text_table
 from slgr_jax.teacher.audit import accuracy as accuracy_lib
 from slgr_jax.teacher.audit import consistency
-from slgr_jax.teacher.audit.accuracy import FEWEST_USERS, Agreement, Worth
+from slgr_jax.teacher.audit.accuracy import FEWEST_USERS, Agreement, TeacherAudit
 from slgr_jax.teacher.collect import answer_log
 from slgr_jax.teacher.products import preferences
 
@@ -46,7 +46,7 @@ like: accuracies compare, they do not certify."""
 
 def make(
     dataset: Dataset, name: str, options: ReportConfig, *, prices: tuple[float, float], seed: int
-) -> Worth:
+) -> TeacherAudit:
     """Measure the product `name`, with its answer log DATA/answers/NAME where there is one.
 
     Args:
@@ -97,18 +97,18 @@ def _cost(path: pathlib.Path, prices: tuple[float, float]) -> accuracy_lib.Cost 
 _TOKENS = ("prompt", "completion")
 
 
-def write(found: Worth, out: str | pathlib.Path) -> list[pathlib.Path]:
+def write(audit: TeacherAudit, out: str | pathlib.Path) -> list[pathlib.Path]:
     """Write the three files into the folder `out`; returns their paths."""
     root = pathlib.Path(out)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out={root} cannot be made: {error.strerror}") from error
-    text, data = markdown(found), json.dumps(as_json(found), indent=2, allow_nan=False) + "\n"
+    text, data = markdown(audit), json.dumps(as_json(audit), indent=2, allow_nan=False) + "\n"
     return [
         atomically(root / MARKDOWN, lambda path: _text(path, text)),
         atomically(root / JSON, lambda path: _text(path, data)),
-        atomically(root / PICTURE, lambda path: draw(found, path)),
+        atomically(root / PICTURE, lambda path: draw(audit, path)),
     ]
 
 
@@ -119,15 +119,15 @@ def _text(path: pathlib.Path, text: str) -> None:
 # --- words and tables ----------------------------------------------------------------------------
 
 
-def verdict(found: Worth) -> list[str]:
+def verdict(audit: TeacherAudit) -> list[str]:
     """What the numbers say, in sentences; the first says whether to believe the teacher at all."""
-    rows = [row for row in found.agreement if row.known == found.deciding]
+    rows = [row for row in audit.agreement if row.known == audit.deciding]
     if not rows:
         return [
             "Nothing is known about its correctness: it orders no pair of a validation item (or a "
             "hidden training item) and another item. Ask it about calibration candidates "
             "(slgr teach candidates).",
-            *_rest(found),
+            *_rest(audit),
         ]
     believed = [row for row in rows if row.believed]
     lines = []
@@ -140,7 +140,7 @@ def verdict(found: Worth) -> list[str]:
         )
     total = rows[0]
     lines.append(
-        f"Tested on {_KNOWN[found.deciding]}: {total.accuracy:.1%} of {total.pairs:,} known "
+        f"Tested on {_KNOWN[audit.deciding]}: {total.accuracy:.1%} of {total.pairs:,} known "
         f"pairs of {total.users:,} users are right [{total.low:.1%}, {total.high:.1%}]; "
         f"popularity gets {total.popularity:.1%}, item-item {total.item_item:.1%}."
     )
@@ -148,27 +148,27 @@ def verdict(found: Worth) -> list[str]:
     if wrong:
         where = "overall" if "all" in wrong else f"on: {'; '.join(wrong)}"
         lines.append(f"It is wrong more often than right {where}.")
-    if found.deciding == "validation":
+    if audit.deciding == "validation":
         lines.append(
             "These answers may be easier or harder than those it was asked for; calibration "
             "candidates (slgr teach candidates) test it on hidden training items."
         )
-    return [*lines, *_rest(found)]
+    return [*lines, *_rest(audit)]
 
 
 def _gain(row: Agreement) -> str:
     return f"{row.gain:+.1%} [{row.gain_low:+.1%}, {row.gain_high:+.1%}] over item-item"
 
 
-def _rest(found: Worth) -> list[str]:
-    share = {row.slice: row.covered / row.total for row in found.coverage}
+def _rest(audit: TeacherAudit) -> list[str]:
+    share = {row.slice: row.covered / row.total for row in audit.coverage}
     named = ("users", "cold users", "items", "tail items")
     lines = [
         "It has something to say on "
         + ", ".join(f"{share[name]:.0%} of {name}" for name in named if name in share)
         + "."
     ]
-    answers, cost = found.answers, found.cost
+    answers, cost = audit.answers, audit.cost
     if answers is not None and answers.both_orders:
         lines.append(
             f"Of {answers.both_orders:,} pairs asked both ways round, "
@@ -190,7 +190,7 @@ def _rest(found: Worth) -> list[str]:
     return lines
 
 
-def agreement_table(found: Worth, known: str) -> list[dict[str, Any]]:
+def agreement_table(audit: TeacherAudit, known: str) -> list[dict[str, Any]]:
     """Rows for `text_table` and `markdown_table`."""
     return [
         {
@@ -207,45 +207,45 @@ def agreement_table(found: Worth, known: str) -> list[dict[str, Any]]:
             "gain high": row.gain_high,
             "believe": "yes" if row.believed else "",
         }
-        for row in found.agreement
+        for row in audit.agreement
         if row.known == known
     ]
 
 
-def coverage_table(found: Worth) -> list[dict[str, Any]]:
+def coverage_table(audit: TeacherAudit) -> list[dict[str, Any]]:
     """Rows for `text_table` and `markdown_table`."""
     return [
         {"slice": r.slice, "of": r.total, "covered": r.covered, "share": r.covered / r.total}
-        for r in found.coverage
+        for r in audit.coverage
     ]
 
 
-def terminal(found: Worth) -> str:
+def terminal(audit: TeacherAudit) -> str:
     """The verdict and the main table."""
-    lines = [*verdict(found)]
-    if found.deciding:
-        lines += ["", f"known pairs of {_KNOWN[found.deciding]}:"]
-        lines.append(text_table(agreement_table(found, found.deciding)))
+    lines = [*verdict(audit)]
+    if audit.deciding:
+        lines += ["", f"known pairs of {_KNOWN[audit.deciding]}:"]
+        lines.append(text_table(agreement_table(audit, audit.deciding)))
     return "\n".join(lines)
 
 
-def markdown(found: Worth) -> str:
+def markdown(audit: TeacherAudit) -> str:
     """The whole report."""
-    manifest = found.manifest
-    parts = [f"# What is the teacher {manifest.name} worth?"]
-    parts.append("\n".join(f"- {line}" for line in verdict(found)))
+    manifest = audit.manifest
+    parts = [f"# How accurate is the teacher {manifest.name}?"]
+    parts.append("\n".join(f"- {line}" for line in verdict(audit)))
     parts.append(f"![accuracy and coverage by slice]({PICTURE})")
-    for known in dict.fromkeys(row.known for row in found.agreement):
+    for known in dict.fromkeys(row.known for row in audit.agreement):
         parts.append(f"## Agreement with {_KNOWN[known]}")
         parts.append(
-            f"It orders {found.ordered[known]:.1%} of the known pairs that were looked at."
+            f"It orders {audit.ordered[known]:.1%} of the known pairs that were looked at."
         )
-        parts.append(markdown_table(agreement_table(found, known)).rstrip())
-    parts += ["## Coverage", markdown_table(coverage_table(found)).rstrip()]
-    if found.answers is not None and (found.answers.pairs or found.answers.twice_listed):
+        parts.append(markdown_table(agreement_table(audit, known)).rstrip())
+    parts += ["## Coverage", markdown_table(coverage_table(audit)).rstrip()]
+    if audit.answers is not None and (audit.answers.pairs or audit.answers.twice_listed):
         rows = [
             {"fact": name.replace("_", " "), "value": value}
-            for name, value in dataclasses.asdict(found.answers).items()
+            for name, value in dataclasses.asdict(audit.answers).items()
         ]
         parts += ["## Asked twice", markdown_table(rows).rstrip()]
     counts = [{"count": name.replace("_", " "), "": n} for name, n in manifest.counts.items() if n]
@@ -255,7 +255,7 @@ def markdown(found: Worth) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(found: Worth) -> dict[str, Any]:
+def as_json(audit: TeacherAudit) -> dict[str, Any]:
     """Everything in the report; null where there is no value."""
 
     def plain(value: Any) -> Any:
@@ -265,47 +265,47 @@ def as_json(found: Worth) -> dict[str, Any]:
             return [plain(inner) for inner in value]
         return None if isinstance(value, float) and math.isnan(value) else value
 
-    data = dataclasses.asdict(found)
+    data = dataclasses.asdict(audit)
     del data["manifest"]["files"]
-    for row, one in zip(data["agreement"], found.agreement, strict=True):
+    for row, one in zip(data["agreement"], audit.agreement, strict=True):
         row["believed"] = one.believed
-    verdicts = {"verdict": verdict(found), "deciding": found.deciding}
+    verdicts = {"verdict": verdict(audit), "deciding": audit.deciding}
     return verdicts | {key: plain(value) for key, value in data.items()}
 
 
 # --- the picture ---------------------------------------------------------------------------------
 
 
-def draw(found: Worth, path: str | pathlib.Path) -> None:
+def draw(audit: TeacherAudit, path: str | pathlib.Path) -> None:
     """Accuracy by slice with its interval, beside both baselines; coverage by slice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in found.agreement if row.known == found.deciding]
-    height = 1.6 + 0.27 * max(len(rows), len(found.coverage))
+    rows = [row for row in audit.agreement if row.known == audit.deciding]
+    height = 1.6 + 0.27 * max(len(rows), len(audit.coverage))
     figure = Figure(figsize=(12, height), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     if rows:
         _draw_agreement(left, rows)
-        left.set_title(f"known pairs of {_KNOWN[found.deciding]}: share ordered right", fontsize=10)
+        left.set_title(f"known pairs of {_KNOWN[audit.deciding]}: share ordered right", fontsize=10)
     else:
         left.set_axis_off()
         left.text(0.5, 0.5, "no pair whose right order is known", ha="center")
-    shares = [row.covered / row.total for row in found.coverage]
+    shares = [row.covered / row.total for row in audit.coverage]
     places = np.arange(len(shares))
     right.barh(places, shares, 0.7, color=COLORS[4], zorder=2)
-    _finish(right, [f"{row.slice} (n = {row.total:,})" for row in found.coverage])
+    _finish(right, [f"{row.slice} (n = {row.total:,})" for row in audit.coverage])
     right.set_title("covered: the teacher has something to say", fontsize=10)
     right.set_xlim(0, 1)
-    figure.suptitle(f"{found.manifest.name} on {found.manifest.dataset}: {_short(found)}")
+    figure.suptitle(f"{audit.manifest.name} on {audit.manifest.dataset}: {_short(audit)}")
     figure.savefig(path, dpi=150)
 
 
-def _short(found: Worth) -> str:
-    if not found.deciding:
+def _short(audit: TeacherAudit) -> str:
+    if not audit.deciding:
         return "nothing is known about its correctness"
-    count = sum(row.believed for row in found.agreement if row.known == found.deciding)
+    count = sum(row.believed for row in audit.agreement if row.known == audit.deciding)
     return (
         f"beats item-item on {count} slice{'s' * (count > 1)}"
         if count

@@ -27,6 +27,9 @@ from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError, ManifestError, listing
 from slgr_jax.teacher.products import preferences
 
+# `collect` asks for it here.
+from slgr_jax.teacher.products.same_split import refuse_other_split as refuse_other_split
+
 PathLike = str | os.PathLike[str]
 
 _CHUNK = 8192
@@ -359,21 +362,6 @@ def load(dataset: Dataset, name: str) -> tuple[CandidateSet, schema.CandidateMan
     owners, hidden = (left_out.column(k).to_numpy() for k in schema.HIDDEN.names)
     rows = Csr.from_pairs(owners, hidden, dataset.n_users)
     return CandidateSet(users, items, reasons, rows), manifest
-
-
-def refuse_other_split(
-    dataset: Dataset,
-    manifest: schema.CandidateManifest | schema.RequestManifest | schema.AnswerManifest,
-    what: str,
-) -> None:
-    """Raise `ManifestError` where a manifest is of another split or id map than the dataset."""
-    for name, thing in (("id_map_hash", "id map"), ("split_hash", "split")):
-        built, found = getattr(manifest, name), getattr(dataset.manifest, name)
-        if built != found:
-            raise ManifestError(
-                f"{what} was made for {thing} {built[:8]}, {dataset.path} has {thing} "
-                f"{found[:8]}; make it again"
-            )
 
 
 def content_hash(manifest: schema.CandidateManifest) -> str:

@@ -1,6 +1,6 @@
-"""What is a teacher worth? Coverage, agreement with labelled preferences, consistency, cost.
+"""How accurate is a teacher? Coverage, agreement with labelled preferences, consistency, cost.
 
-All numbers of `slgr teach report`; `worth_report` writes them. Accuracy is that of pairs
+All numbers of `slgr teach report` (reports/teacher_audit.py). Accuracy is that of pairs
 (known_pairs.py): the share of them that is ordered right, first within each user, then over users,
 so that users count alike and a 95 % interval over users is one over independent values.
 
@@ -20,8 +20,8 @@ from slgr_jax.config import SliceConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset, Slices
 from slgr_jax.teacher.audit import known_pairs
-from slgr_jax.teacher.audit.consistency import Answers
-from slgr_jax.teacher.audit.known_pairs import HELD_IN, VALIDATION, Pairs
+from slgr_jax.teacher.audit.consistency import Consistency
+from slgr_jax.teacher.audit.known_pairs import HELD_IN, VALIDATION, AuditPairs
 from slgr_jax.teacher.products.coverage import useful
 from slgr_jax.teacher.products.rows import Teacher
 
@@ -104,7 +104,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Worth:
+class TeacherAudit:
     """Everything that the report says.
 
     Attributes:
@@ -116,7 +116,7 @@ class Worth:
     coverage: tuple[Coverage, ...]
     agreement: tuple[Agreement, ...]
     ordered: Mapping[str, float]
-    answers: Answers | None
+    answers: Consistency | None
     cost: Cost | None
 
     @property
@@ -135,9 +135,9 @@ def measure(
     most_pairs: int = 50,
     most_users: int = 20_000,
     seed: int = 0,
-    answers: Answers | None = None,
+    answers: Consistency | None = None,
     cost: Cost | None = None,
-) -> Worth:
+) -> TeacherAudit:
     """Measure the teacher of `dataset`.
 
     Args:
@@ -161,7 +161,7 @@ def measure(
     for source in sources:
         for near in (False, True):
             pairs = known_pairs.find(
-                *(dataset, teacher, source), among=among, most=most_pairs, matched=near, seed=seed
+                dataset, teacher, source, among=among, most=most_pairs, matched=near, seed=seed
             )
             of_users = user_slices(dataset, slices, pairs.users, history_bins)
             of_items = item_slices(dataset, slices, pairs.positives, popularity_bins)
@@ -171,7 +171,7 @@ def measure(
             else:
                 ordered[source] = len(pairs.users) / pairs.asked if pairs.asked else float("nan")
             rows += _agreement(dataset, source, pairs, cuts, cosines, near, set(of_items))
-    return Worth(
+    return TeacherAudit(
         manifest=teacher.manifest,
         coverage=tuple(_coverage(dataset, teacher, slices, history_bins, popularity_bins)),
         agreement=tuple(rows),
@@ -218,7 +218,7 @@ def margin_slices(margin: np.ndarray) -> dict[str, np.ndarray]:
 def _agreement(
     dataset: Dataset,
     source: str,
-    pairs: Pairs,
+    pairs: AuditPairs,
     cuts: Mapping[str, np.ndarray],
     cosines: known_pairs.Cosines,
     matched: bool,

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class Consistency:
     """Position bias and self-consistency; NaN where nothing was asked twice.
 
     Attributes:
@@ -44,7 +44,7 @@ class Answers:
     same_in_lists: float
 
 
-def measure(log: pa.Table) -> Answers:
+def measure(log: pa.Table) -> Consistency:
     """Measure the rows of an answer log (`schema.ANSWERS`)."""
     compared = log.column("other").is_valid().to_numpy()
     columns = {
@@ -60,7 +60,7 @@ def measure(log: pa.Table) -> Answers:
 
     pairs, first_preferred, both_orders, bias, same = _pairwise(*rows(compared & given))
     twice_listed, place_slope, list_pairs, same_in_lists = _listwise(*rows(~compared & given))
-    return Answers(
+    return Consistency(
         pairs=pairs,
         first_preferred=first_preferred,
         both_orders=both_orders,
@@ -100,7 +100,7 @@ def _group_means(group: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 def _pairwise(
     columns: dict[str, np.ndarray], p: np.ndarray
 ) -> tuple[int, float, int, float, float]:
-    """The first five of `Answers`; `p` [n]: that what was shown first is preferred."""
+    """The first five of `Consistency`; `p` [n]: that what was shown first is preferred."""
     item, other = columns["item"], columns["other"]
     group, n = _groups(columns["user"], np.minimum(item, other), np.maximum(item, other))
     low_first = item < other
@@ -113,7 +113,7 @@ def _pairwise(
 
 
 def _listwise(columns: dict[str, np.ndarray], scores: np.ndarray) -> tuple[int, float, int, float]:
-    """The last four of `Answers`."""
+    """The last four of `Consistency`."""
     user, item, request = columns["user"], columns["item"], columns["request"]
     asked, lists = _groups(request)
     longest = np.zeros(lists, np.int64)

@@ -26,7 +26,7 @@ Cosines = Any  # a sparse matrix or an array; scipy has no types
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class AuditPairs:
     """Known pairs that the teacher orders, by user.
 
     Attributes:
@@ -43,9 +43,9 @@ class Pairs:
     margin: np.ndarray
     asked: int
 
-    def take(self, chosen: np.ndarray) -> Pairs:
+    def take(self, chosen: np.ndarray) -> AuditPairs:
         """The pairs where `chosen` [n] bool; all of them count as asked."""
-        return Pairs(
+        return AuditPairs(
             users=self.users[chosen],
             positives=self.positives[chosen],
             negatives=self.negatives[chosen],
@@ -64,7 +64,7 @@ def find(
     most: int,
     matched: bool = False,
     seed: int = 0,
-) -> Pairs:
+) -> AuditPairs:
     """Known pairs of `source` (HELD_IN or VALIDATION).
 
     A teacher of preferences: every row with a positive and a negative. Lists: each listed positive
@@ -88,7 +88,7 @@ def find(
     return pairs.take(near(dataset.popularity, pairs)) if matched else pairs
 
 
-def near(popularity: np.ndarray, pairs: Pairs) -> np.ndarray:
+def near(popularity: np.ndarray, pairs: AuditPairs) -> np.ndarray:
     """[n] bool: neither item of the pair is more popular than MATCHED times the other."""
     one, two = popularity[pairs.positives], popularity[pairs.negatives]
     return np.maximum(one, two) <= MATCHED * np.minimum(one, two)
@@ -114,7 +114,7 @@ def _found(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _stated(
     dataset: Dataset, teacher: Teacher, chosen: Csr, taken: Csr, among: np.ndarray
-) -> Pairs:
+) -> AuditPairs:
     users, n_items = teacher.users, dataset.n_items
     first, second = (
         (contains(chosen, users, items, n_items), contains(taken, users, items, n_items))
@@ -124,7 +124,9 @@ def _stated(
     known = (right | wrong) & among[users]
     right, preferred, other = right[known], teacher.preferred[known], teacher.other[known]
     positives, negatives = np.where(right, preferred, other), np.where(right, other, preferred)
-    return Pairs(users[known], positives, negatives, right, teacher.margin[known], int(known.sum()))
+    return AuditPairs(
+        users[known], positives, negatives, right, teacher.margin[known], int(known.sum())
+    )
 
 
 def _listed(
@@ -135,7 +137,7 @@ def _listed(
     among: np.ndarray,
     most: int,
     rng: np.random.Generator,
-) -> Pairs:
+) -> AuditPairs:
     users = np.repeat(np.arange(dataset.n_users, dtype=np.int32), np.diff(teacher.offsets))
     asked = among[users]
     is_positive = asked & contains(chosen, users, teacher.items, dataset.n_items)
@@ -154,7 +156,7 @@ def _listed(
     worse = negatives[start[owner][of_pair] + spot]
     better = positives[of_pair]
     gap = teacher.scores[better] - teacher.scores[worse]
-    pairs = Pairs(
+    pairs = AuditPairs(
         users[better], teacher.items[better], teacher.items[worse], gap > 0, np.abs(gap), gap.size
     )
     return dataclasses.replace(pairs.take(gap != 0), asked=gap.size)
@@ -169,7 +171,7 @@ def _in_catalogue(
     most: int,
     matched: bool,
     rng: np.random.Generator,
-) -> Pairs:
+) -> AuditPairs:
     n_items, popularity = dataset.n_items, dataset.popularity
     owners = _owners(chosen)
     answered = among & (np.diff(teacher.offsets) > 0)
@@ -197,14 +199,14 @@ def _in_catalogue(
     with np.errstate(invalid="ignore"):  # two unlisted items
         gap = found[0] - found[1]
     margin = np.where(np.isfinite(gap), np.abs(gap), np.nan).astype(np.float32)
-    pairs = Pairs(users, positives, negatives, gap > 0, margin, gap.size)
+    pairs = AuditPairs(users, positives, negatives, gap > 0, margin, gap.size)
     return dataclasses.replace(pairs.take((gap != 0) & ~np.isnan(gap)), asked=gap.size)
 
 
 # --- what the data know --------------------------------------------------------------------------
 
 
-def by_popularity(dataset: Dataset, pairs: Pairs, *, held_in: bool) -> np.ndarray:
+def by_popularity(dataset: Dataset, pairs: AuditPairs, *, held_in: bool) -> np.ndarray:
     """[n] 1, 1/2 or 0: whether the positive has more training users than the negative.
 
     The pair's user does not count: the positive of a held-in pair is a training item of hers.
@@ -230,7 +232,7 @@ def _roots(dataset: Dataset) -> np.ndarray:
     return np.sqrt(np.maximum(dataset.popularity, 1)).astype(np.float32)
 
 
-def by_items(dataset: Dataset, pairs: Pairs, cosines: Cosines, *, held_in: bool) -> np.ndarray:
+def by_items(dataset: Dataset, pairs: AuditPairs, cosines: Cosines, *, held_in: bool) -> np.ndarray:
     """[n] 1, 1/2 or 0: whether item-item neighbours put the positive above the negative.
 
     An item's score is the sum of its cosines with the user's training items (Sarwar et al., 2001);

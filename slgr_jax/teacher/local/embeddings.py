@@ -31,6 +31,7 @@ from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError, 
 from slgr_jax.teacher.local import likelihood, scorers
 from slgr_jax.teacher.local.vectors import profiles
 from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products.same_split import refuse_other_split
 
 PathLike = str | os.PathLike[str]
 
@@ -413,13 +414,8 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         found = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
         raise ManifestError(f"{dataset.path} has no embeddings {name!r}; it has: {listing(found)}")
     manifest = schema.read_embedding_manifest(root)
-    for what, thing in (("id_map_hash", "id map"), ("split_hash", "split")):
-        built, ours = getattr(manifest, what), getattr(dataset.manifest, what)
-        if built != ours:
-            raise ManifestError(
-                f"embeddings {name!r} were made for {thing} {built[:8]}, {dataset.path} has "
-                f"{thing} {ours[:8]}; make them again with slgr teach embed --overwrite"
-            )
+    fix = "make it again with slgr teach embed --overwrite"
+    refuse_other_split(dataset, manifest, f"the embedding product {name!r}", fix)
     if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
         raise ManifestError(
             f"embeddings {name!r} say built_from={manifest.built_from}: training on them would "

@@ -43,7 +43,7 @@ _SAYS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class TeacherScores:
     """What one teacher answered.
 
     Attributes:
@@ -75,7 +75,7 @@ class Fused:
     votes: np.ndarray
 
 
-def fuse(teachers: Sequence[Answers], method: str, *, rrf_k: int = 60) -> Fused:
+def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> Fused:
     """The fused scores of what `teachers` (one or more, of the same U users) answered.
 
     Args:
@@ -167,7 +167,7 @@ def combine(
     parts = [_load(dataset, name) for name in names]
     manifests = [part.manifest for part in parts]
     answers = [
-        Answers(part.offsets, part.items, part.scores, part.manifest.unlisted == "below")
+        TeacherScores(part.offsets, part.items, part.scores, part.manifest.unlisted == "below")
         for part in parts
     ]
     fused = fuse(answers, options.method, rrf_k=options.rrf_k)

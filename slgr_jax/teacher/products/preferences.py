@@ -23,6 +23,7 @@ from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
 from slgr_jax.teacher.products import answers, rows, training_items
 from slgr_jax.teacher.products.coverage import measure
 from slgr_jax.teacher.products.rows import Teacher, usable_pairs
+from slgr_jax.teacher.products.same_split import refuse_other_split
 
 __all__ = [
     "Provenance",
@@ -119,14 +120,7 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
         known = listing(schema.TEACHER_SCHEMAS)
         raise ManifestError(f"{root}: kind {manifest.kind!r} is not one of: {known}")
     again = _MADE_BY.format(data=dataset.path, name=name)
-    for what in ("id_map_hash", "split_hash"):
-        built, found = getattr(manifest, what), getattr(dataset.manifest, what)
-        if built != found:
-            thing = {"id_map_hash": "id map", "split_hash": "split"}[what]
-            raise ManifestError(
-                f"teacher {name!r} was built for {thing} {built[:8]}, {dataset.path} has {thing} "
-                f"{found[:8]}; rebuild it: {again}"
-            )
+    refuse_other_split(dataset, manifest, f"teacher {name!r}", fix=f"rebuild it: {again}")
     if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
         raise ManifestError(
             f"teacher {name!r} says built_from={manifest.built_from}: training on it would leak "

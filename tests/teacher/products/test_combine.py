@@ -32,7 +32,7 @@ def answers(found, *, below=False):
     """{(user, item): score} -> `Answers`."""
     ordered = sorted(found, key=lambda pair: (pair[0], found[pair]))
     counts = np.bincount(np.array([u for u, _ in ordered], np.int64), minlength=N_USERS)
-    return combine.Answers(
+    return combine.TeacherScores(
         np.concatenate([[0], np.cumsum(counts)]),
         np.array([i for _, i in ordered], np.int32),
         np.array([found[pair] for pair in ordered], np.float32),
@@ -286,7 +286,7 @@ def test_mistakes_are_named(tiny, make_dataset):
     other = make_dataset("other", train={0: [0]})
     product(other, "a", {(0, 3): 2.0})
     preferences.product_path(other.path, "a").rename(preferences.product_path(tiny.path, "moved"))
-    with pytest.raises(ManifestError, match="'moved' was built for split"):
+    with pytest.raises(ManifestError, match="'moved' was made for split"):
         made(tiny, "a,moved")
     before = set(preferences.products(tiny.path))
     made(tiny, "a,b")

@@ -370,7 +370,7 @@ def test_refused_manifests(tiny, make_dataset, tmp_path):
         preferences.load(other, "good")
     renamed = make_dataset("renamed", users=("7", "007", "ann lee", "Ωμέγα", "u,5"))
     shutil.copytree(tiny.path / "teacher", renamed.path / "teacher")
-    with pytest.raises(ManifestError, match=r"was built for id map"):
+    with pytest.raises(ManifestError, match=r"was made for id map"):
         preferences.load(renamed, "good")
     for change, message in (
         ({"kind": "ranks"}, r"kind 'ranks' is not one of: scores, preferences"),
