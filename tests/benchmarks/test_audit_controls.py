@@ -27,6 +27,19 @@ import audit_teachers  # noqa: E402
 TRAIN = {0: (0, 1), 1: (1, 2), 2: (0, 3), 3: (4,)}
 LISTS = {0: (1, 5, 6), 1: (5, 0), 2: (5, 6, 3)}
 
+# Rows of the table in README and BELIEVE.
+PRINTED = (
+    "none",
+    "EASE itself",
+    "none_train_valid",
+    "EASE, train + validation",
+    "training_items",
+    "ease",
+    "consensus",
+    "global",
+    "llm",
+)
+
 
 @pytest.fixture(name="dataset")
 def _dataset(tmp_path):
@@ -146,6 +159,32 @@ def test_differences_are_paired_over_seeds_and_over_users():
 def test_an_unknown_arm_is_named():
     with pytest.raises(ConfigError, match=r"--arms: nothing is not one of: none"):
         _ = audit_controls.AuditConfig(arms="none,nothing").asked
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/BELIEVE.md"])
+def test_the_printed_table_is_that_of_the_results(page):
+    """Row by row, in the order of `PRINTED`: overall / cold / tail to four digits."""
+    root = QUALITY.parents[1]
+    lines = (root / page).read_text().splitlines()
+    start = next(at for at, line in enumerate(lines) if "Last.fm, 27" in line)
+    columns = ("lastfm", "books", "ml")
+    means = [
+        {
+            row["arm"]: row["mean"]
+            for row in json.loads((root / f"benchmarks/results/audit_{name}.json").read_text())[
+                "rows"
+            ]
+        }
+        for name in columns
+    ]
+    for arm, line in zip(PRINTED, lines[start + 2 :], strict=False):
+        printed = [cell.strip() for cell in line.split("|")[2:-1]]
+        for cell, by_arm in zip(printed, means, strict=True):
+            if arm not in by_arm:
+                assert cell == "not run"
+                continue
+            slices = ("overall", "cold_users", "tail_items")
+            assert cell == " / ".join(f"{by_arm[arm][part]:.4f}"[1:] for part in slices), arm
 
 
 @pytest.mark.slow
