@@ -4,9 +4,13 @@
     slgr prepare --source=recbole --input=recbole-1.2.1-py3-none-any.whl --out=DATA
     slgr prepare --source=csv --input=train.csv --test_input=test.csv --out=DATA
     slgr prepare --source=parquet --input=log.parquet --items_input=items.csv --out=DATA
+    slgr prepare --source=jsonl --input=reviews.json --item_column=business_id --out=DATA
+    slgr prepare --source=csv --input=a.tsv --delimiter=tab --columns=user,item --out=DATA
 
 The default split is by one moment for all users, so that no training interaction is later than
-an evaluated one. Of a pair that occurs twice the earliest is kept. Ids are exact text.
+an evaluated one; a folder that Hugging Face `datasets` saved with its splits keeps them. Of a
+pair that occurs twice the earliest row is kept (--keep). Ids are exact text. Every line of every
+file is accounted for; a bad row is refused, or dropped and counted (--bad_rows=drop).
 """
 
 from __future__ import annotations

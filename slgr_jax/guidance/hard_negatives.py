@@ -35,7 +35,7 @@ def find(
     *,
     kernels: str = "auto",
 ) -> Csr:
-    """[U] the items that reference runs rank highest for each user with a list, on the mean of scores.
+    """[U] the items that reference runs rank highest for each user with a list, by mean score.
 
     Neither listed items nor training items are hard negatives; validation and test items may be,
     as the reference runs know nothing of them.

@@ -41,6 +41,8 @@ def read(config: PrepareConfig) -> Raw:
             f"--columns is not used with --source={config.source}: it names the columns of a csv "
             "file without a header line"
         )
+    if len(config.decimal) != 1:
+        raise ConfigError(f"--decimal={config.decimal!r} must be one character, as . or ,")
     text_lines.check_encoding(config.encoding)
     raw = _READERS[config.source](config)
     for piece in raw.pieces:

@@ -181,6 +181,7 @@ def test_the_delimiter_is_advised(tmp_path: pathlib.Path) -> None:
         ({"escape": "ab"}, "--escape='ab' must be one"),
         ({"escape": '"'}, "must differ; --quote=none turns quotes off"),
         ({"delimiter": ""}, "--delimiter is empty"),
+        ({"decimal": ""}, "--decimal='' must be one character"),
         ({"delimiter": "\n"}, "must be one ASCII character"),
     ],
 )
