@@ -172,7 +172,16 @@ def help_text(usage: str, sections: Sequence[type[Section]], own: Sequence[str])
         head = f"  --{name}={shown}" if shown not in (None, "") else f"  --{name}=..."
         body = f"{text} ({valid})" if valid else text
         lines.append(head)
-        lines.extend(textwrap.wrap(body, 92, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        indent = " " * 6
+        lines.extend(
+            textwrap.wrap(
+                body,
+                92,
+                initial_indent=indent,
+                subsequent_indent=indent,
+                break_on_hyphens=False,  # a name that is cut cannot be copied
+            )
+        )
 
     if own:
         lines.append("This command:")

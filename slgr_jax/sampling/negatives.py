@@ -62,11 +62,11 @@ def below(bits: UInt32[Array, "..."], bound: Int[Array, "..."] | int) -> Int[Arr
 
 def count_not_above(
     keys: Int[Array, "n"],
-    low: Int[Array, "B"],
-    high: Int[Array, "B"],
-    value: Int[Array, "B"],
+    low: Int[Array, "*B"],
+    high: Int[Array, "*B"],
+    value: Int[Array, "*B"],
     steps: int,
-) -> Int[Array, "B"]:
+) -> Int[Array, "*B"]:
     """#{k in [low, high): keys[k] <= value} for rows in which `keys` ascends."""
     begin = low
     for _ in range(steps):

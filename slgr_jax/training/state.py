@@ -75,7 +75,7 @@ class Learner:
         return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
 
 
-def init_state(learner: Learner, seed: int) -> TrainState:
+def init_state(learner: Learner, seed: int | Int[Array, ""]) -> TrainState:
     """A fresh state on the devices of the layout; the same values on any number of devices."""
     key = jax.random.key(seed)
     names = sorted(learner.backbone.tables)

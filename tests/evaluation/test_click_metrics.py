@@ -138,7 +138,8 @@ def test_slices_by_hand():
         [1, 0, 3, 0],
         [1, 2, 9, 0],
     ])  # fmt: skip
-    rows = LabelledRows(*table.T)
+    users, items, as_of, labels = table.T
+    rows = LabelledRows(users, items, as_of, labels.astype(float))
     slices = Slices(2, 2, np.array([True, False]), np.array([True, True, False, False]))
     by_slice = {
         name: np.flatnonzero(chosen).tolist()
@@ -206,7 +207,7 @@ def test_an_empty_slice_has_none():
 def test_bins_by_hand():
     # Users 0, 1, 2 have 2, 5, 9 training items; items 0, 1 have 4, 20 training users.
     users, items = np.array([0, 1, 2, 2]), np.array([1, 0, 0, 1])
-    rows = LabelledRows(users, items, np.ones(4), np.array([1.0, 0, 1, 0]))
+    rows = LabelledRows(users, items, np.ones(4, int), np.array([1.0, 0, 1, 0]))
     by_slice = click_metrics.bin_slices(rows, np.array([2, 5, 9]), np.array([4, 20]), (5, 8), (4,))
     assert {name: np.flatnonzero(chosen).tolist() for name, chosen in by_slice.items()} == {
         "history<=5": [0, 1],

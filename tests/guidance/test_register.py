@@ -23,6 +23,7 @@ from slgr_jax.guidance.base import GuidanceLoss, mean_over_queries
 from slgr_jax.guidance.gating import Gating
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.sampling import random_bits
+from slgr_jax.sampling.context import Queries
 from slgr_jax.sampling.negatives import below
 from slgr_jax.sampling.preferences import at_the_end_of_training
 from slgr_jax.teacher.products import preferences
@@ -38,6 +39,14 @@ class Liked:
     """Items that the teacher scored 1, by user."""
 
     users: jax.Array
+    items: jax.Array
+
+
+@struct.dataclass
+class Drawn:
+    """One liked item of each user: [S, G] of S steps, [G] of one."""
+
+    queries: Queries
     items: jax.Array
 
 
@@ -71,10 +80,10 @@ class PullUp:
         words = random_bits.words(words_of.own, 1, self.queries)[0]
         at = below(words, arrays.users.shape[0])
         queries = at_the_end_of_training(arrays.users[at], histories)
-        return Candidates(queries, arrays.items[at][..., None])
+        return Drawn(queries, arrays.items[at])
 
     def candidates(self, drawn):
-        return drawn
+        return Candidates(drawn.queries, drawn.items[:, None])
 
     def observe(self, frozen, drawn, arrays, key):
         return None

@@ -12,7 +12,7 @@ import pytest
 from slgr_jax.config import CandidateConfig, EvaluationConfig, TrainConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError
-from slgr_jax.training import build, hard_candidates
+from slgr_jax.training import hard_candidates, restore
 
 U, I = 12, 30  # noqa: E741 - the letters of the code
 
@@ -37,7 +37,7 @@ def test_a_run_proposes_its_best_items_and_its_least_sure(monkeypatch, tmp_path)
         mesh=None,
         config=types.SimpleNamespace(evaluation=EvaluationConfig(), train=TrainConfig()),
     )
-    monkeypatch.setattr(build, "restore_run", lambda path: run)
+    monkeypatch.setattr(restore, "restore_run", lambda path: run)
     options = CandidateConfig(run="somewhere", hard_top=4, hard_uncertain=3)
     proposed = hard_candidates.propose(dataset, options)
     for user in range(U - 1):

@@ -11,6 +11,7 @@ import pytest
 from slgr_jax.errors import ConfigError
 from slgr_jax.teacher.ask import answer_form, prompts
 from slgr_jax.teacher.collect import results
+from slgr_jax.teacher.collect.shown import Shown
 
 FORMS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
 # Keywords that hosted services and open servers enforce; `uniqueItems` makes them refuse a request.
@@ -111,7 +112,7 @@ def test_the_example_in_a_prompt_is_of_the_form_and_is_read(form, structured):
 def test_every_answer_that_a_schema_admits_is_read_as_what_it_says():
     def read(form, value, shown, score_range=(0, 1)):
         completion = results.Completion("x", json.dumps(value), (), False, None, None)
-        answer = results.parse(form, completion, shown, score_range)
+        answer = results.parse(form, completion, Shown(shown), score_range)
         assert isinstance(answer, results.Answer), answer
         return answer.scores.tolist()
 
