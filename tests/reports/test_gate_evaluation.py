@@ -26,6 +26,7 @@ def _dataset(path):
     preferences.import_scores(
         *(dataset, path / "scores.csv", "t"),
         provenance=preferences.Provenance(unlisted="below"),
+        keep_training_items=True,
     )
     return dataset, lists
 
