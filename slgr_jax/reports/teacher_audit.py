@@ -162,10 +162,10 @@ def _gain(row: Agreement) -> str:
 
 def _rest(audit: TeacherAudit) -> list[str]:
     share = {row.slice: row.covered / row.total for row in audit.coverage}
-    named = ("users", "cold users", "items", "tail items")
+    rest = ("users", "cold users", "items", "tail items")
     lines = [
         "It has something to say on "
-        + ", ".join(f"{share[name]:.0%} of {name}" for name in named if name in share)
+        + ", ".join(f"{share[name]:.0%} of {name}" for name in rest if name in share)
         + "."
     ]
     answers, cost = audit.answers, audit.cost

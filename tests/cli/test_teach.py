@@ -145,7 +145,7 @@ def test_import_writes_a_product_and_says_what_it_assumes(tiny, tmp_path, encodi
 def test_inspect_refuses_a_damaged_product(tiny, tmp_path):
     path = tmp_path / "answers.csv"
     path.write_text(GOOD, encoding="utf-8")
-    manifest = preferences.import_scores(tiny, path, "gpt")
+    manifest = preferences.import_scores(tiny, path, "gpt", keep_training_items=True)
     shard = tiny.path / schema.TEACHER_DIR / "gpt" / manifest.files[0].path
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(teach("inspect", f"--data={tiny.path}", "--name=gpt"), shard.name, "truncated")

@@ -46,7 +46,9 @@ def world(tmp_path_factory):
     path.write_text("user,item,score\n" + "\n".join(rows) + "\n")
     for name, unlisted in (("t", "below"), ("asked", "unknown")):
         provenance = preferences.Provenance(unlisted=unlisted)
-        preferences.import_scores(dataset, path, name, provenance=provenance)
+        preferences.import_scores(
+            dataset, path, name, provenance=provenance, keep_training_items=True
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
         for name, seed in (("a", 0), ("b", 1)):

@@ -62,7 +62,7 @@ def _teach(dataset):
     path = dataset.path / "scores.csv"
     path.write_text("user,item,score\n" + "\n".join(rows) + "\n")
     provenance = preferences.Provenance(unlisted="below", training_items="hidden")
-    preferences.import_scores(dataset, path, "t", provenance=provenance)
+    preferences.import_scores(dataset, path, "t", provenance=provenance, keep_training_items=True)
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,9 @@ def _guided(**knobs: object) -> GuidanceConfig:
 
 def _teach(dataset: Dataset, tmp_path: pathlib.Path, rows: str) -> None:
     (tmp_path / "answers.csv").write_text(rows)
-    preferences.import_scores(dataset, tmp_path / "answers.csv", "t", overwrite=True)
+    preferences.import_scores(
+        dataset, tmp_path / "answers.csv", "t", overwrite=True, keep_training_items=True
+    )
 
 
 @pytest.mark.parametrize(

@@ -152,13 +152,13 @@ def _calibration(
     picked: list[np.ndarray] = [np.zeros(0, np.int64)]
     beside: list[np.ndarray] = [np.zeros(0, np.int64)]
     for user in chosen:
-        mine = items[end[user] - counts[user] : end[user]]
-        size = min(options.calibration_positives, mine.size - 1)
-        taken = rng.permutation(mine)[:size] if random else mine[-size:]
-        own = history.row(user)
-        wanted = min(pool.size, options.calibration_negatives + own.size)
+        of_user = items[end[user] - counts[user] : end[user]]
+        size = min(options.calibration_positives, of_user.size - 1)
+        taken = rng.permutation(of_user)[:size] if random else of_user[-size:]
+        trained = history.row(user)
+        wanted = min(pool.size, options.calibration_negatives + trained.size)
         lot = rng.choice(pool, size=wanted, replace=False)
-        others = lot[~np.isin(lot, own)][: options.calibration_negatives]
+        others = lot[~np.isin(lot, trained)][: options.calibration_negatives]
         picked.append(int(user) * dataset.n_items + taken.astype(np.int64))
         beside.append(int(user) * dataset.n_items + others.astype(np.int64))
     rows, hidden = np.divmod(np.concatenate(picked), dataset.n_items)
@@ -215,8 +215,8 @@ def paper_sets(
         "cold": _from_cells(cold, space, described, options.cold_candidates, dataset.n_items, rng),
         "tail": _random_users(tail, able, options.tail_users, dataset.n_items, rng),
     }
-    own = _keys(history, dataset.n_items)
-    return {name: keys[~np.isin(keys, own)] for name, keys in asked.items()}
+    trained = _keys(history, dataset.n_items)
+    return {name: keys[~np.isin(keys, trained)] for name, keys in asked.items()}
 
 
 def _keys(pairs: Csr, n_items: int) -> np.ndarray:
@@ -349,10 +349,10 @@ def load(dataset: Dataset, name: str) -> tuple[CandidateSet, schema.CandidateMan
     """
     root = set_path(dataset.path, name)
     if not (root / schema.MANIFEST).is_file():
-        found = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
+        available = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
         raise ManifestError(
-            f"{dataset.path} has no candidate set {name!r}; it has: {listing(found)}; draw one: "
-            f"slgr teach candidates --data={dataset.path} --name={name}"
+            f"{dataset.path} has no candidate set {name!r}; it has: {listing(available)}; draw "
+            f"one: slgr teach candidates --data={dataset.path} --name={name}"
         )
     manifest = schema.read_candidate_manifest(root)
     refuse_other_split(dataset, manifest, f"candidate set {name!r}")

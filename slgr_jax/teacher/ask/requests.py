@@ -217,12 +217,12 @@ def _stream(
     number = (int(manifest.fingerprint[:16], 16) >> (1 + _INDEX_BITS)) << _INDEX_BITS
     at = 0
     for user in np.flatnonzero(planned.users):
-        made = asker.of_user(int(user))
-        if at + len(made) <= skip:
-            at += len(made)
+        lists = asker.of_user(int(user))
+        if at + len(lists) <= skip:
+            at += len(lists)
             continue
         past = [asker.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
-        for permutation, items in made:
+        for permutation, items in lists:
             if at >= skip:
                 custom_id = f"{number + at:016x}"
                 shown = [asker.lines[item] for item in items]
@@ -294,12 +294,12 @@ def _shards(
         os.replace(partial, path)
         columns = [list(column) for column in zip(*rows, strict=True)]
         index = f"index-{number:05d}.arrow"
-        made = shards.write_shard(
+        shard = shards.write_shard(
             root, index + ".partial", pa.table(columns, schema=schema.REQUESTS)
         )
         os.replace(root / (index + ".partial"), root / index)
         lines = ShardFile(path.name, len(rows), size, shards.sha256_of(path))
-        yield lines, dataclasses.replace(made, path=index)
+        yield lines, dataclasses.replace(shard, path=index)
         number += 1
 
 

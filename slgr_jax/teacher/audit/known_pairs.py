@@ -175,8 +175,8 @@ def _in_catalogue(
     n_items, popularity = dataset.n_items, dataset.popularity
     owners = _owners(chosen)
     answered = among & (np.diff(teacher.offsets) > 0)
-    mine = answered[owners]
-    users, positives = np.repeat(owners[mine], most), np.repeat(chosen.indices[mine], most)
+    usable = answered[owners]
+    users, positives = np.repeat(owners[usable], most), np.repeat(chosen.indices[usable], most)
     if matched:  # from the stretch of the catalogue, in order of popularity, that is near
         order = np.argsort(popularity, kind="stable").astype(np.int32)
         sizes, of_positive = popularity[order], popularity[positives]
@@ -211,8 +211,10 @@ def by_popularity(dataset: Dataset, pairs: AuditPairs, *, held_in: bool) -> np.n
 
     The pair's user does not count: the positive of a held-in pair is a training item of hers.
     """
-    own = int(held_in)
-    return _better(dataset.popularity[pairs.positives] - own, dataset.popularity[pairs.negatives])
+    own_interaction = int(held_in)
+    return _better(
+        dataset.popularity[pairs.positives] - own_interaction, dataset.popularity[pairs.negatives]
+    )
 
 
 def cosines(dataset: Dataset) -> Cosines:

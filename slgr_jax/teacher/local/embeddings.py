@@ -266,7 +266,7 @@ def _read_npz(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
 
 def _read_results(path: pathlib.Path, prefix: str) -> tuple[list[str], np.ndarray, dict[str, int]]:
     """Ids and vectors of batch-API results whose custom_id begins with `prefix`."""
-    found: dict[str, np.ndarray] = {}
+    vectors: dict[str, np.ndarray] = {}
     counts = {"dropped_lines": 0, "repeated_lines": 0}
     with open(path, "rb") as file:
         for line in file:
@@ -276,15 +276,15 @@ def _read_results(path: pathlib.Path, prefix: str) -> tuple[list[str], np.ndarra
             if vector is None:
                 counts["dropped_lines"] += 1
             elif custom_id.startswith(prefix):
-                counts["repeated_lines"] += custom_id in found
-                found[custom_id] = vector
-    widths = sorted({vector.size for vector in found.values()})
+                counts["repeated_lines"] += custom_id in vectors
+                vectors[custom_id] = vector
+    widths = sorted({vector.size for vector in vectors.values()})
     if len(widths) != 1:
         raise InputError(
-            f"{path} has {len(found)} vectors with a custom_id {prefix}ID, of widths: "
+            f"{path} has {len(vectors)} vectors with a custom_id {prefix}ID, of widths: "
             f"{listing(map(str, widths))}; {counts['dropped_lines']} lines hold no vector"
         )
-    return [key[len(prefix) :] for key in found], np.stack(list(found.values())), counts
+    return [key[len(prefix) :] for key in vectors], np.stack(list(vectors.values())), counts
 
 
 def _result(line: bytes) -> tuple[str, np.ndarray | None]:
@@ -411,8 +411,10 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
     """
     root = product_path(dataset.path, name)
     if not (root / schema.MANIFEST).is_file():
-        found = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
-        raise ManifestError(f"{dataset.path} has no embeddings {name!r}; it has: {listing(found)}")
+        available = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
+        raise ManifestError(
+            f"{dataset.path} has no embeddings {name!r}; it has: {listing(available)}"
+        )
     manifest = schema.read_embedding_manifest(root)
     fix = "make it again with slgr teach embed --overwrite"
     refuse_other_split(dataset, manifest, f"the embedding product {name!r}", fix)

@@ -151,10 +151,10 @@ class Likelihood:
         able = [k for k, prompt in enumerate(prompts) if prompt]
         for begin in range(0, len(able), self._model.batch):
             some = able[begin : begin + self._model.batch]
-            found = self._model.log_probs(
+            values_of_prompts = self._model.log_probs(
                 [prompts[k] for k in some], [[self._titles[i] for i in asked[k]] for k in some]
             )
-            for k, values in zip(some, found, strict=True):
+            for k, values in zip(some, values_of_prompts, strict=True):
                 lengths = np.array([len(self._titles[i]) for i in asked[k]])
                 out[k] = (values - self._prior[asked[k]]) / np.sqrt(lengths)
             bar.update(len(some))

@@ -79,9 +79,9 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
     )
     seen = dataset.positives(("train",))
     if options.embeddings:
-        made = embeddings.load(dataset, options.embeddings)
-        items, users = made.items, made.users
-        told = made.manifest
+        product = embeddings.load(dataset, options.embeddings)
+        items, users = product.items, product.users
+        told = product.manifest
         model, prompt_hash, built_from = told.model, told.prompt_hash, told.built_from
     else:
         cosine = scorers.Cosine(dataset, scorers.WordLlama())

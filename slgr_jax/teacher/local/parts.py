@@ -25,8 +25,8 @@ class Parts:
     def __init__(self, directory: pathlib.Path, job: str, *, restart: bool = False) -> None:
         self._root = directory
         plan = directory / _PLAN
-        found = json.loads(plan.read_text())["job"] if plan.is_file() else None
-        if found not in (None, job):
+        job_there = json.loads(plan.read_text())["job"] if plan.is_file() else None
+        if job_there not in (None, job):
             if not restart:
                 raise InputError(
                     f"{directory} holds parts of a job with other settings or data; finish it with "

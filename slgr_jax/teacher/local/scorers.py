@@ -73,15 +73,15 @@ class WordLlama:
     name = "wordllama-l2_supercat-256"
 
     def __init__(self) -> None:
-        found = importlib.util.find_spec("wordllama")
-        if found is None or not found.submodule_search_locations:
+        package = importlib.util.find_spec("wordllama")
+        if package is None or not package.submodule_search_locations:
             raise UserError(f"--scorer=wordllama needs the package wordllama: {_INSTALL}")
         try:
             import safetensors.numpy
             import tokenizers
         except ImportError as error:
             raise UserError(f"--scorer=wordllama needs {error.name}: {_INSTALL}") from error
-        root = pathlib.Path(next(iter(found.submodule_search_locations)))
+        root = pathlib.Path(next(iter(package.submodule_search_locations)))
         weights = root / "weights" / "l2_supercat_256.safetensors"
         vocabulary = root / "tokenizers" / "l2_supercat_tokenizer_config.json"
         for path in (weights, vocabulary):
@@ -100,8 +100,8 @@ class WordLlama:
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        ids = [np.asarray(one.ids, np.int32) for one in encoded]
-        starts = np.concatenate([[0], np.cumsum([one.size for one in ids])])
+        ids = [np.asarray(encoding.ids, np.int32) for encoding in encoded]
+        starts = np.concatenate([[0], np.cumsum([row.size for row in ids])])
         tokens = np.concatenate(ids)
         bags = scipy.sparse.csr_matrix(
             (np.ones(tokens.size, np.float32), tokens, starts),
@@ -247,8 +247,8 @@ def language_lines(dataset: Dataset) -> list[str]:
     lines = []
     for title, text, names in zip(fields["title"], fields["text"], categories, strict=True):
         line = _ARTICLE.sub(r"\2 \1", " ".join((title or text).split()))
-        named = ", ".join([name for name in names or () if name][:_CATEGORIES])
-        lines.append(f"{line} ({named})" if line and named else line)
+        kinds = ", ".join([name for name in names or () if name][:_CATEGORIES])
+        lines.append(f"{line} ({kinds})" if line and kinds else line)
     if not any(lines):
         raise InputError(_NO_TEXTS.format(data=dataset.path))
     return lines
@@ -404,7 +404,7 @@ def held_in_accuracy(
     chosen = np.flatnonzero(out & has_history[owners] & described[history.indices])
     chosen = np.sort(rng.permutation(chosen)[:limit])
     u, i = owners[chosen], history.indices[chosen].astype(np.int64)
-    own = owners * dataset.n_items + history.indices
+    trained = owners * dataset.n_items + history.indices
     masses = {"uniform": described.astype(float), "popular": dataset.popularity * described}
     drawn = {
         name: rng.choice(dataset.n_items, size=(u.size, negatives), p=mass / mass.sum())
@@ -421,7 +421,7 @@ def held_in_accuracy(
     result = {}
     for name, j in drawn.items():
         asked = base[:, None] + j
-        valid = ~np.isin(asked, own)
+        valid = ~np.isin(asked, trained)
         wrong = scores[np.searchsorted(keys, asked)]
         wins = ((right > wrong) + 0.5 * (right == wrong)) * valid
         trials = np.bincount(u, valid.sum(1), dataset.n_users)

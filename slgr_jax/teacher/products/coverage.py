@@ -42,7 +42,7 @@ def measure(dataset: Dataset, teacher: Teacher) -> tuple[dict[str, int], dict[st
     useful_users, useful_items = useful(dataset, teacher)
     held = {part: dataset.positives((part,)) for part in schema.PARTS}
     named_items = np.zeros(dataset.n_items, bool)
-    found = {part: np.zeros(dataset.n_users, np.int64) for part in schema.PARTS}
+    interactions_named = {part: np.zeros(dataset.n_users, np.int64) for part in schema.PARTS}
 
     def look(first: int, last: int) -> None:
         rows = slice(teacher.offsets[first], teacher.offsets[last])
@@ -60,7 +60,7 @@ def measure(dataset: Dataset, teacher: Teacher) -> tuple[dict[str, int], dict[st
             if owners.size:
                 keys = owners * dataset.n_items + csr.indices[inside]
                 place = np.minimum(np.searchsorted(named, keys), named.size - 1)
-                found[part][first] = int((named[place] == keys).sum())
+                interactions_named[part][first] = int((named[place] == keys).sum())
 
     over_users(teacher.offsets, look)
     slices = dataset.slices(SliceConfig())
@@ -69,7 +69,7 @@ def measure(dataset: Dataset, teacher: Teacher) -> tuple[dict[str, int], dict[st
         "users": int((lengths > 0).sum()),
         "items": int(named_items.sum()),
         "preferences": int(usable_pairs(teacher).sum()),
-        **{f"{part}_pairs": int(found[part].sum()) for part in schema.PARTS},
+        **{f"{part}_pairs": int(interactions_named[part].sum()) for part in schema.PARTS},
     }
     coverage = {
         "users": _share(useful_users, None),

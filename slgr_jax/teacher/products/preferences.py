@@ -105,8 +105,8 @@ def load(
     """
     root, manifest = _find(dataset, name)
     tables = _tables(root, manifest, dataset.n_users, verify=verify, reader=reader)
-    found = rows.gather(manifest.kind, tables, dataset.n_users, dataset.n_items, str(root))
-    return rows.make(manifest, *found)
+    gathered = rows.gather(manifest.kind, tables, dataset.n_users, dataset.n_items, str(root))
+    return rows.make(manifest, *gathered)
 
 
 def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherManifest]:
@@ -159,8 +159,8 @@ def _tables(
         return [rows.only_users(table, first, last) for table in opened]
     tables = [rows.slice_users(table, first, last) for table in opened]
     if verify:
-        mine = [f for f, table in zip(files, tables, strict=True) if table.num_rows]
-        shards.on_all_cores(lambda file: shards.check_bytes(root, file), mine)
+        in_range = [f for f, table in zip(files, tables, strict=True) if table.num_rows]
+        shards.on_all_cores(lambda file: shards.check_bytes(root, file), in_range)
     return tables
 
 
@@ -175,8 +175,8 @@ def product_path(data: PathLike, name: str) -> pathlib.Path:
 
 def products(data: PathLike) -> list[str]:
     """Names of the finished products under DATA/teacher, sorted."""
-    found = (pathlib.Path(data) / schema.TEACHER_DIR).glob(f"*/{schema.MANIFEST}")
-    return sorted(path.parent.name for path in found if not path.parent.name.startswith("."))
+    manifests = (pathlib.Path(data) / schema.TEACHER_DIR).glob(f"*/{schema.MANIFEST}")
+    return sorted(path.parent.name for path in manifests if not path.parent.name.startswith("."))
 
 
 # --- writing a product -------------------------------------------------------------------------
@@ -339,11 +339,11 @@ def append(
         for path in root.glob(f"{_ADDED}*"):
             if path.name not in listed:
                 path.unlink()
-        there = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
+        tables = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
         added, _ = rows.gather(kind, [table], *sizes, f"what is added to {root}")
-        rows.refuse_known(there, added, dataset.n_items, str(root))
+        rows.refuse_known(tables, added, dataset.n_items, str(root))
         table = rows.table_of(kind, added)
-        everything = rows.make(manifest, *rows.gather(kind, [*there, table], *sizes, str(root)))
+        everything = rows.make(manifest, *rows.gather(kind, [*tables, table], *sizes, str(root)))
         n_rows = sum(file.rows for file in manifest.files) + table.num_rows
         manifest = _measured(dataset, everything, n_rows, counts)
         numbers = [path.split("-")[1] for path in listed if path.startswith(_ADDED)]

@@ -146,8 +146,8 @@ def make(
     """A `Teacher` of what `gather` returned; rows without an answer are left out."""
     none, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
     if manifest.kind == "preferences":
-        named = [arrays[name] for name in schema.TEACHER_PREFERENCES.names]
-        return Teacher(manifest, offsets, none, floats, *named)
+        columns = [arrays[name] for name in schema.TEACHER_PREFERENCES.names]
+        return Teacher(manifest, offsets, none, floats, *columns)
     items, scores = arrays["item"], arrays["score"]
     answered = ~np.isnan(scores)
     if not answered.all():
@@ -202,12 +202,12 @@ def refuse_known(
         known, number = np.unique(pairs, return_inverse=True)
         wanted = np.sort((asked - users.min()).astype(np.int64) * known.size + number)
         columns = {name: batch.column(name).to_numpy() for name in batch.schema.names[:-1]}
-        found = _pairs(columns, n_items)
-        place = np.minimum(np.searchsorted(known, found), known.size - 1)
+        pairs_of_rows = _pairs(columns, n_items)
+        place = np.minimum(np.searchsorted(known, pairs_of_rows), known.size - 1)
         keys = (users - users.min()).astype(np.int64) * known.size + place
         again = wanted[np.minimum(np.searchsorted(wanted, keys), wanted.size - 1)] == keys
-        if (again := again & (known[place] == found)).any():
-            low, high = divmod(int(found[again][0]), n_items)
+        if (again := again & (known[place] == pairs_of_rows)).any():
+            low, high = divmod(int(pairs_of_rows[again][0]), n_items)
             what = f"item {low}" if low == high else f"items {low} and {high}"
             raise InputError(
                 f"{where} has user {users[again][0]}, {what} already, answered or not; leave it "
