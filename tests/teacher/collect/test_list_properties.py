@@ -280,6 +280,7 @@ def real_lists():
     return []
 
 
+@pytest.mark.slow
 def test_real_lists_of_titles_are_read_and_damaged_ones_never_become_another_order():
     lists = real_lists()
     if not lists:
