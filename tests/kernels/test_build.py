@@ -201,7 +201,7 @@ def test_steps_and_ranking_name_what_they_call():
     assert build.step_units(run) == ("draws", "rows_float32")
     run = make_run("d", "w", backbone="lightgcn", table_dtype="bfloat16")
     assert build.units_of(run) == ("draws", "rows_bfloat16", "graph", "ranks")
-    guided = {"guidance": "selective", "teacher": "t", "gate": "calibrated"}
+    guided = {"guidance": "pairwise", "teacher": "t", "gate": "calibrated"}
     guided |= {"gate_inputs": "reference", "reference_runs": "r", "table_dtype": "bfloat16"}
     assert build.step_units(make_run("d", "w", **guided)) == (
         "draws",
