@@ -121,6 +121,7 @@ def test_import_writes_a_product_and_says_what_it_assumes(tiny, tmp_path, encodi
         "--score_kind=prob",
         "--unlisted=below",
         "--built_from=prefix",
+        "--keep_training_items",
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
