@@ -134,7 +134,12 @@ def prepared(tmp_path_factory):
     ]
     (root / "llm.csv").write_text("user,item,score\n" + "\n".join(scores), "utf-8")
     teacher = sl.import_teacher(
-        root / "data", root / "llm.csv", "llm", model="some-llm", training_items="none"
+        root / "data",
+        root / "llm.csv",
+        "llm",
+        model="some-llm",
+        training_items="none",
+        keep_training_items=True,
     )
     assert (teacher.model, teacher.training_items) == ("some-llm", "none")
     return root

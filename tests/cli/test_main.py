@@ -90,7 +90,8 @@ def test_the_chain_outside_a_checkout(tmp_path):
     outputs = []
     for arguments in (
         ("prepare", "--source=csv", "--input=log.csv", "--out=DATA", "--split=leave_last"),
-        ("teach", "import", "--data=DATA", "--name=llm", "--scores=llm.csv"),
+        ("teach", "import", "--data=DATA", "--name=llm", "--scores=llm.csv",
+         "--keep_training_items"),
         ("train", "--data=DATA", "--workdir=RUN", "--epochs=2", "--batch_size=8", "--dim=4",
          "--guidance=pairwise", "--teacher=llm"),
         ("evaluate", "--workdir=RUN"),
