@@ -5,7 +5,7 @@
   python launch/prepare.py --source=csv --input=train.csv --test_input=test.csv --out=DATA
   python launch/prepare.py --source=parquet --input=log.parquet --items_input=items.csv --out=DATA
   python launch/prepare.py --source=jsonl --input=reviews.json --item_column=business_id --out=DATA
-  python launch/prepare.py --source=csv --input=log.tsv --delimiter=tab --columns=user,item --out=DATA
+  python launch/prepare.py --source=csv --input=a.tsv --delimiter=tab --columns=user,item --out=DATA
 
 The default split is by one moment for all users, so that no training interaction is later than
 an evaluated one; a folder that Hugging Face `datasets` saved with its splits keeps them. Of a
