@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from slgr_jax.config.knobs import Section, knob
+from slgr_jax.config.knobs import BATCH, FLOAT, WIDTH, Section, knob
 from slgr_jax.errors import ConfigError, listing
 
 # Lists, so that one's own can be added: `register_guidance`, `register_gate`.
@@ -62,14 +62,17 @@ class GuidanceConfig(Section):
         choices=GUIDANCE,
     )
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
-    weight: float = knob(0.1, "weight of the guidance loss", flag="lambda", minimum=0)
+    weight: float = knob(
+        0.1, "weight of the guidance loss", flag="lambda", minimum=0, maximum=FLOAT
+    )
     preferences_per_step: int = knob(
-        0, "pairwise, pointwise: preferences G per step; 0 = batch_size", minimum=0
+        0, "pairwise, pointwise: preferences G per step; 0 = batch_size", minimum=0, maximum=BATCH
     )
     min_gap: float = knob(
         0.0,
         "least difference of two teacher scores that makes a preference; ties never do",
         minimum=0,
+        maximum=FLOAT,
     )
     unlisted_share: float = knob(
         1.0,
@@ -94,20 +97,23 @@ class PairwiseConfig(Section):
         "(the paper's)",
         choices=GUIDANCE_LOSSES,
     )
-    margin: float = knob(1.0, "hinge: margin m on logits", above=0)
+    margin: float = knob(1.0, "hinge: margin m on logits", above=0, maximum=FLOAT)
     pair_selection: str = knob(
         "uniform",
         "uniform over preferences, or keep the largest score gaps among "
         "pair_candidates times as many (the paper's rule)",
         choices=PAIR_SELECTIONS,
     )
-    pair_candidates: int = knob(4, "pair_selection=largest_gap: candidates per kept one", minimum=1)
+    pair_candidates: int = knob(
+        4, "pair_selection=largest_gap: candidates per kept one", minimum=1, maximum=1024
+    )
     hard_negatives: int = knob(
         0,
         "draw preferences among a list and the R other items that the runs of --reference_runs "
         "rank highest for its user, for teachers whose manifest says that unlisted items rank "
         "below the list; 0 = against any unlisted item. With it, add reference to --gate_inputs",
         minimum=0,
+        maximum=BATCH,
     )
 
 
@@ -116,10 +122,18 @@ class RRDConfig(Section):
     """--guidance=rrd: relaxed ranking distillation."""
 
     interesting: int = knob(
-        20, "K: items of a list that are learned in its order", flag="rrd_interesting", minimum=1
+        20,
+        "K: items of a list that are learned in its order",
+        flag="rrd_interesting",
+        minimum=1,
+        maximum=WIDTH,
     )
     uninteresting: int = knob(
-        20, "L: unlisted items that these are ranked above", flag="rrd_uninteresting", minimum=1
+        20,
+        "L: unlisted items that these are ranked above",
+        flag="rrd_uninteresting",
+        minimum=1,
+        maximum=WIDTH,
     )
     sample: bool = knob(
         True,
@@ -127,15 +141,22 @@ class RRDConfig(Section):
         "the first K",
         flag="rrd_sample",
     )
-    temperature: float = knob(10.0, "T of --rrd_sample", flag="rrd_temperature", above=0)
+    temperature: float = knob(
+        10.0, "T of --rrd_sample", flag="rrd_temperature", above=0, maximum=FLOAT
+    )
     pool: int = knob(
-        500, "places of a list that --rrd_sample draws from", flag="rrd_pool", minimum=1
+        500,
+        "places of a list that --rrd_sample draws from",
+        flag="rrd_pool",
+        minimum=1,
+        maximum=WIDTH,
     )
     lists_per_step: int = knob(
         0,
         "lists G per step; 0 = as many candidates as the batch's triples have",
         flag="rrd_lists_per_step",
         minimum=0,
+        maximum=BATCH,
     )
 
 
@@ -156,12 +177,16 @@ class GateConfig(Section):
     )
     budget: float = knob(0.3, "gate=budget: rho, the mean of alpha", minimum=0, maximum=1)
     budget_weight: float = knob(
-        10.0, "gate=budget: weight of (mean alpha - rho)^2 beside the gated loss", minimum=0
+        10.0,
+        "gate=budget: weight of (mean alpha - rho)^2 beside the gated loss",
+        minimum=0,
+        maximum=FLOAT,
     )
     gate_lr: float = knob(
         0.0,
         "Adam learning rate of the gate; 0 = 0.02 for supervised gates, else dense_lr",
         minimum=0,
+        maximum=FLOAT,
     )
     gate_inputs: str = knob(
         "history,popularity,teacher",
@@ -173,7 +198,10 @@ class GateConfig(Section):
         "less; a reference stands still",
     )
     gate_hidden: int = knob(
-        16, "gate=calibrated: width of a hidden layer beside the linear one", minimum=0
+        16,
+        "gate=calibrated: width of a hidden layer beside the linear one",
+        minimum=0,
+        maximum=WIDTH,
     )
     labelled_preferences: str = knob(
         "auto",
@@ -187,6 +215,7 @@ class GateConfig(Section):
         0,
         "gate=calibrated: labelled preferences drawn per step; 0 = half the preferences",
         minimum=0,
+        maximum=BATCH,
     )
     uncertainty: str = knob(
         "entropy",
@@ -201,7 +230,9 @@ class GateConfig(Section):
         "RUN,... of runs trained on this dataset, of any backbone, each with its own seed or "
         "settings (two or more for an uncertainty); their best states are read, never changed",
     )
-    dropout_samples: int = knob(5, "uncertainty=dropout: stochastic passes", minimum=2)
+    dropout_samples: int = knob(
+        5, "uncertainty=dropout: stochastic passes", minimum=2, maximum=1024
+    )
     dropout_rate: float = knob(0.2, "uncertainty=dropout: dropout rate", above=0, below=1)
 
     def __post_init__(self) -> None:

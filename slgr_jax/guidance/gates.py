@@ -54,8 +54,8 @@ class GateInputs:
     fold: Int[Array, "G"]
 
 
-def folds(users: Int[Array, "G"]) -> Int[Array, "G"]:
-    """[G] 0 or 1: which half of the users each is in, by a hash of the index."""
+def folds(users: Int[Array, "*G"]) -> Int[Array, "*G"]:
+    """0 or 1: which half of the users each is in, by a hash of the index."""
     return (random_bits.mixed(users.astype(jnp.uint32) + np.uint32(WEYL)) & 1).astype(jnp.int32)
 
 

@@ -33,8 +33,8 @@ from slgr_jax.config import RRDConfig, RunConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
-from slgr_jax.guidance.gated import Gated
-from slgr_jax.guidance.gating import GateArrays, Gating, Observed
+from slgr_jax.guidance.gated import Gated, GatedArrays
+from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
@@ -51,16 +51,14 @@ _NO_SCORE = np.float32(-1e30)
 
 
 @struct.dataclass
-class ListArrays:
-    """The teacher's lists, and what the gate learns from.
+class ListArrays(GatedArrays):
+    """The teacher's lists, what the gate learns from, and whose lists there are.
 
     Attributes:
       users: [m] those with a list and an item outside it.
       places: P, places of a list that are drawn from, at most.
     """
 
-    teacher: TeacherLists
-    gate: GateArrays
     users: Int[Array, "m"]
     places: int = struct.field(pytree_node=False)
 
@@ -128,7 +126,7 @@ class RelaxedRanking(Gated):
             )
         return teacher
 
-    def arrays(self, sources: Sources) -> tuple[ListArrays, Csr | None]:  # type: ignore[override]
+    def arrays(self, sources: Sources) -> tuple[ListArrays, Csr | None]:
         teacher = self.teacher_arrays(sources)
         gate, left_out = self.gating.arrays(sources, teacher)
         longest = int(np.diff(np.asarray(teacher.offsets)).max())
@@ -144,6 +142,7 @@ class RelaxedRanking(Gated):
         histories: Histories | None,
     ) -> ListDraw:
         teacher, count = arrays.teacher, self.queries
+        assert isinstance(teacher, TeacherLists)
         words = random_bits.words(words_of.other, 1, count)[0]
         users = arrays.users[below(words, arrays.users.shape[0])]
         places = self._places(words_of, arrays, users)
@@ -170,7 +169,7 @@ class RelaxedRanking(Gated):
             jnp.concatenate([interesting, uninteresting], axis=-1),
             listed,
             pairs,
-            self.draw_labelled(words_of, arrays, facts, histories),  # type: ignore[arg-type]
+            self.draw_labelled(words_of, arrays, facts, histories),
         )
 
     def _places(
@@ -186,6 +185,7 @@ class RelaxedRanking(Gated):
         uniform = (words.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
         noise = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-9, 1.0 - 1e-7)))
         place = jnp.broadcast_to(jnp.arange(arrays.places, dtype=jnp.int32), noise.shape)
+        assert isinstance(arrays.teacher, TeacherLists)
         lengths = arrays.teacher.offsets[users + 1] - arrays.teacher.offsets[users]
         weight = -place.astype(jnp.float32) / self.knobs.temperature
         keys = jnp.where(place < lengths[..., None], weight + noise, _NO_SCORE)

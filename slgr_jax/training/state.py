@@ -31,13 +31,13 @@ class TrainState:
     """Everything that training changes.
 
     Attributes:
-      step: [] int32, steps done.
+      step: [] int32, steps done; [N] of N stacked seeds, as the leaves of everything else.
       tables: name -> [R', W] rows of values and optimiser slots (`embedding_table.RowFormat`).
       params: {"backbone": ..., "guidance": ...} dense parameters.
       opt_state: optax state of `params`.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, "*N"]
     tables: dict[str, jax.Array]
     params: dict[str, Any]
     opt_state: Any

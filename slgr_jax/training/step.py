@@ -62,8 +62,8 @@ class Health:
       leaves: [] int32, bit k set if leaf k of `Learner.leaf_names` was not finite at that step.
     """
 
-    step: Int[Array, ""]
-    leaves: Int[Array, ""]
+    step: Int[Array, "*N"]
+    leaves: Int[Array, "*N"]
 
 
 @dataclasses.dataclass(frozen=True)

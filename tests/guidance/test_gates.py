@@ -118,6 +118,12 @@ def _columns(inputs, names):
     return np.stack([column for name in names for column in found[name]], axis=1)
 
 
+def _as_float64(inputs):
+    """The numbers in float64; the folds as they are."""
+    numbers = jax.tree.map(lambda x: np.asarray(x, np.float64), vars(inputs))
+    return gates.GateInputs(**numbers | {"fold": np.asarray(inputs.fold)})
+
+
 def _logit(params, fold, row):
     """w . z [+ v . tanh(V z)] of one row."""
     value = params["weight"][fold] @ row
@@ -135,7 +141,7 @@ def test_logistic_gate_is_a_sigmoid_of_its_inputs_by_fold(names, hidden):
     params = gate.init(jax.random.key(0), gates.empty_inputs())["params"]
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-    z = _columns(jax.tree.map(lambda x: np.asarray(x, np.float64), inputs), names)
+    z = _columns(_as_float64(inputs), names)
     logit = []
     for row, fold in zip(z, inputs.fold, strict=True):
         logit.append(_logit(params["alpha"], fold, row) + float(params["alpha"]["bias"][fold]))
@@ -180,10 +186,7 @@ def test_what_is_believed_without_the_teacher_does_not_know_whom_it_prefers():
         score_margin=-inputs.score_margin, reference_margin=-inputs.reference_margin,
     )  # fmt: skip
     without_teacher = tuple(name for name in names if name != "teacher")
-    rows, turned_rows = (
-        _columns(jax.tree.map(lambda x: np.asarray(x, np.float64), each), without_teacher)
-        for each in (inputs, turned)
-    )
+    rows, turned_rows = (_columns(_as_float64(each), without_teacher) for each in (inputs, turned))
     logit = [
         0.5 * (_logit(params["prior"], 1 - fold, z) - _logit(params["prior"], 1 - fold, other))
         for z, other, fold in zip(rows, turned_rows, np.asarray(inputs.fold), strict=True)

@@ -40,7 +40,9 @@ def _dataset(path, **more):
     text = "user,item,score\n" + "".join(f"{u},{i},{s}\n" for u, i, s in rows)
     (path / "scores.csv").write_text(text)
     provenance = preferences.Provenance(**{"unlisted": "below", **more})
-    preferences.import_scores(dataset, path / "scores.csv", "t", provenance=provenance)
+    preferences.import_scores(
+        dataset, path / "scores.csv", "t", provenance=provenance, keep_training_items=True
+    )
     return dataset
 
 
@@ -154,7 +156,7 @@ def test_labelled_preferences_that_there_are_not_are_named(tmp_path):
     alone = worlds.write_dataset(tmp_path / "e", pairs, empty, empty, n_users=24, n_items=30)
     text = (tmp_path / "d" / "scores.csv").read_text()
     (tmp_path / "e" / "scores.csv").write_text(text)
-    preferences.import_scores(alone, tmp_path / "e" / "scores.csv", "t")
+    preferences.import_scores(alone, tmp_path / "e" / "scores.csv", "t", keep_training_items=True)
     with pytest.raises(InputError, match="no word on any of the 0 validation interactions"):
         _built(_config(alone, tmp_path / "r", GateConfig(gate="calibrated")), alone)
 

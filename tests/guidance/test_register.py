@@ -116,7 +116,7 @@ def _dataset(path):
     dataset = worlds.random_dataset(path, n_users=24, n_items=30)
     lines = [f"u{u},i{i},{int(i % 2 == 0)}" for u in range(24) for i in range(10)]
     (path / "scores.csv").write_text("\n".join(["user,item,score", *lines]) + "\n")
-    preferences.import_scores(dataset, path / "scores.csv", "t")
+    preferences.import_scores(dataset, path / "scores.csv", "t", keep_training_items=True)
     return dataset
 
 

@@ -35,7 +35,9 @@ def _dataset(path, *, unlisted="below", lengths=(6, 3, 0)):
         lines += [f"u{user},i{item},{1.0 - 0.1 * rank}" for rank, item in enumerate(items)]
     (path / "scores.csv").write_text("\n".join(lines) + "\n")
     provenance = preferences.Provenance(unlisted=unlisted)
-    preferences.import_scores(dataset, path / "scores.csv", "t", provenance=provenance)
+    preferences.import_scores(
+        dataset, path / "scores.csv", "t", provenance=provenance, keep_training_items=True
+    )
     return dataset
 
 

@@ -25,7 +25,7 @@ def dataset(tmp_path_factory):
         "user,item,score\n"
         + "".join(f"u{u},i{i},{(u * i) % 7}\n" for u in range(N_USERS) for i in range(0, 30, 3))
     )
-    preferences.import_scores(made, path / "scores.csv", "t")
+    preferences.import_scores(made, path / "scores.csv", "t", keep_training_items=True)
     return made
 
 

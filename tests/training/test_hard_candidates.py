@@ -8,9 +8,9 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import worlds
 
 from slgr_jax.config import CandidateConfig, EvaluationConfig, TrainConfig
-from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError
 from slgr_jax.training import hard_candidates, restore
 
@@ -22,14 +22,11 @@ def test_a_run_proposes_its_best_items_and_its_least_sure(monkeypatch, tmp_path)
     scores = rng.normal(size=(U, I)).astype(np.float32)
     owners = np.repeat(np.arange(U - 1), 5)  # the last user has no history
     items = np.concatenate([rng.permutation(I)[:5] for _ in range(U - 1)])
-    trained = Csr.from_pairs(owners, items, U)
-    dataset = types.SimpleNamespace(
-        n_users=U,
-        n_items=I,
-        path=tmp_path,
-        positives=lambda parts: {("train",): trained}[parts],
-        manifest=types.SimpleNamespace(id_map_hash="1" * 64, split_hash="2" * 64),
+    pairs = np.stack([owners, items], axis=1)
+    dataset = worlds.write_dataset(
+        tmp_path / "d", pairs, pairs[:0], pairs[:0], n_users=U, n_items=I
     )
+    trained = dataset.positives(("train",))
     run = types.SimpleNamespace(
         dataset=dataset,
         score_users=lambda state, users: state[jnp.maximum(users, 0)],
@@ -51,7 +48,7 @@ def test_a_run_proposes_its_best_items_and_its_least_sure(monkeypatch, tmp_path)
         "hard_uncertain"
     }
 
-    other = types.SimpleNamespace(id_map_hash="1" * 64, split_hash="0" * 64)
-    run.dataset = types.SimpleNamespace(**{**vars(dataset), "manifest": other})
+    other = dataclasses.replace(dataset.manifest, split_hash="0" * 64)
+    run.dataset = dataclasses.replace(dataset, manifest=other)
     with pytest.raises(ConfigError, match=r"--run=somewhere was trained on .*split_hash 00000000"):
         hard_candidates.propose(dataset, options)

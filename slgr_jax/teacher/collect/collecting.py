@@ -103,11 +103,11 @@ def collect(
       ShardError: a file of theirs is damaged.
     """
     if not options.results:
-        raise ConfigError("missing --results; see --help")
+        raise ConfigError("missing --results; see slgr teach collect --help")
     score_range = _score_range(options)
     root = answer_log.log_path(dataset.path, common.name)
     asked = requests.directory(dataset.path, common.name, options.requests)
-    source = schema.read_request_manifest(asked)
+    source = requests.read_manifest(asked)
     candidates.refuse_other_split(dataset, source, f"{asked}")
     files = result_files.choose(options.results, asked)
     product = preferences.product_path(dataset.path, common.name)
