@@ -6,7 +6,7 @@ import dataclasses
 
 from slgr_jax.config.knobs import Section, knob
 
-# What a teacher product was built from (DESIGN section 6); the loader refuses `includes_eval`.
+# What a teacher product was built from; the loader refuses `includes_eval`.
 BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
 # What an item outside a user's list means: never asked about, or ranked below the list (a list
 # that the teacher wrote freely over the whole catalogue).

@@ -232,7 +232,7 @@ class Dataset:
 
         Cold: at most `cold_user_history` training items; -1 takes the 25 % quantile (lower) over
         users with any training item. Tail: the first `tail_item_fraction` of the catalogue in
-        order of (training count, item index), so that ties have one answer (PAPER 4.1).
+        order of (training count, item index), so that ties have one answer.
         """
         threshold = config.cold_user_history
         if threshold < 0:

@@ -46,7 +46,8 @@ def sampled_rows(
     """Each positive of a part, directly followed by items that its user has in no part.
 
     The rows of the S-LLMR and LLM-CF click benchmarks with `negatives` = `min_history` = 1, under
-    --split=leave_last (PAPER 4.1: their number is 2 (interactions - 3 users) in training).
+    --split=leave_last (arXiv 2512.21526, table 1: their number is 2 (interactions - 3 users) in
+    training).
 
     A negative is uniform over the items that the user has in none of train, valid and test, drawn
     with replacement, and has the moment of its positive. A user who has every item has no rows.

@@ -56,7 +56,7 @@ def test_paper_gate_starts_at_one_half_with_four_parameters():
 
 
 def test_paper_gate_can_only_fall():
-    """PAPER 4.3: each term of its gradient is >= 0, so descent never raises w or b."""
+    """Each term of its gradient is >= 0, so descent never raises w or b."""
     gate, pair_loss = gates.PaperGate(), losses.guidance_pair_loss("hinge", 1.0)
 
     def loss(params, inputs, difference):

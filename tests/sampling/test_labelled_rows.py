@@ -208,7 +208,7 @@ def test_the_rows_of_the_paper(
     prepare.prepare(PrepareConfig(name=name, out=out, **options))
     data = dataset.load(out)
     train = labelled_rows.sampled_rows(data, "train", seed=0)
-    # Table 1 of S-LLMR: "reviews" and "cold-start interactions" (PAPER 4.1).
+    # Table 1 of S-LLMR: "reviews" and "cold-start interactions" (arXiv 2512.21526).
     assert len(train) == train_rows
     assert np.count_nonzero(train.as_of <= 3) == cold_rows
     assert int(train.labels.sum()) == train_rows // 2
@@ -216,6 +216,6 @@ def test_the_rows_of_the_paper(
         rows = labelled_rows.sampled_rows(data, part, seed=0)
         assert len(rows) == 2 * users
         assert rows.as_of.min() == (3 if part == "valid" else 4)
-    # What popularity alone gives on the test rows, measured without this code (PAPER 4.1).
+    # What popularity alone gives on the test rows, measured without this code.
     found = roc_auc_score(rows.labels, data.popularity[rows.items])
     assert found == pytest.approx(popularity_auc, abs=0.005)

@@ -279,7 +279,7 @@ def test_dropout_uncertainty_runs_and_stays_in_range(tmp_path):
 
 
 def test_paper_gate_collapses_in_training(tmp_path):
-    """PAPER 4.3 reproduced: alpha only falls, whatever the teacher is worth."""
+    """benchmarks/BELIEVE.md reproduced: alpha only falls, whatever the teacher is worth."""
     dataset = worlds.random_dataset(tmp_path / "d")
     sections = GUIDED | {"train": TrainConfig(), "optimizer": OptimizerConfig(dense_lr=0.01)}
     trainer, arrays = _built(dataset, worlds.one_device(), **sections)

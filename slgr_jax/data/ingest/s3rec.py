@@ -1,7 +1,8 @@
 """S3-Rec sequences: NAME.txt, one user a line, and NAME_item2attributes.json. See `tables.Raw`.
 
 The files of Zhou et al. (CIKM 2020), on which the S-LLMR and LLM-CF click benchmarks are built
-(PAPER 4.1): a line is a user id and that user's item ids, oldest first, separated by spaces.
+(arXiv 2512.21526, table 1): a line is a user id and that user's item ids, oldest first,
+separated by spaces.
 """
 
 from __future__ import annotations

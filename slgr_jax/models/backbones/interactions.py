@@ -89,7 +89,7 @@ class DeepFm(nn.Module):
 
 
 # Numbers of the fields (rows times fields times width) of which a CPU makes the products at once:
-# a hundred for each. All rows' would be written to memory and read back (LOG.md).
+# a hundred for each. All rows' would be written to memory and read back.
 _AT_ONCE = 1 << 14
 
 
