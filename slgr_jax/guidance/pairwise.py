@@ -18,11 +18,11 @@ from typing import Any
 import jax
 
 from slgr_jax.config import RunConfig
+from slgr_jax.guidance import pair_losses
 from slgr_jax.guidance.base import GuidanceLoss, Scored
 from slgr_jax.guidance.gated import Gated, GatedArrays, GatedDraw
 from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
-from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.sampling.arrays import Facts
@@ -64,7 +64,7 @@ class Pairwise(Gated):
     ) -> GuidanceLoss:
         alpha, prior = self.believe(params, scored.scores, scored.stochastic, drawn, observed, key)
         assert scored.differences is not None
-        pair_loss = losses.guidance_pair_loss(self.run.guidance_loss_name, self.run.pairwise.margin)
+        pair_loss = pair_losses.pair_loss(self.run.guidance_loss_name, self.run.pairwise.margin)
         terms = pair_loss(scored.differences, alpha, prior)
         agrees = jax.lax.stop_gradient(scored.differences) > 0
         return self.added(params, terms, alpha, agrees, drawn, observed, layout)

@@ -8,7 +8,6 @@ Shape letters: M places with a state each, E width, I items, N negatives that pl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,52 +43,6 @@ def binary_cross_entropy(
 ) -> Float[Array, "..."]:
     """-y log sigmoid(s) - (1 - y) log(1 - sigmoid(s)), finite for any finite s."""
     return jax.nn.softplus(logits) - labels * logits
-
-
-def pairwise_hinge(x: Float[Array, "..."], margin: float) -> Float[Array, "..."]:
-    """max(0, margin - x) (S-LLMR, arXiv 2512.21526, section 3.2)."""
-    return jnp.maximum(0.0, margin - x)
-
-
-def pairwise_logistic(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log(1 + exp(-x)): the same loss as BPR, on a preference of the teacher."""
-    return bpr(x)
-
-
-def pairwise_soft(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Array, "..."]:
-    """-alpha log sigmoid(x) - (1 - alpha) log sigmoid(-x): least where sigmoid(x) = alpha."""
-    return jax.nn.softplus(x) - alpha * x
-
-
-def pairwise_confidence(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Array, "..."]:
-    """(2 alpha - 1)^2 times the soft loss: 0 where the teacher is right half the time.
-
-    The soft loss alone pulls sigmoid(x) to 1/2 there, and so unlearns what interactions taught.
-    """
-    return jnp.square(2.0 * alpha - 1.0) * pairwise_soft(x, alpha)
-
-
-def pairwise_gain(
-    x: Float[Array, "..."], alpha: Float[Array, "..."], prior: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """|alpha - prior| times the soft loss: 0 where the teacher adds nothing to a reference run."""
-    return jnp.abs(alpha - prior) * pairwise_soft(x, alpha)
-
-
-# (x, alpha, prior) -> the loss of a preference.
-PairLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def guidance_pair_loss(name: str, margin: float) -> PairLoss:
-    """The loss of a preference that is believed by alpha, as --guidance_loss names it."""
-    losses: dict[str, PairLoss] = {
-        "hinge": lambda x, alpha, _: alpha * pairwise_hinge(x, margin),
-        "logistic": lambda x, alpha, _: alpha * pairwise_logistic(x),
-        "soft": lambda x, alpha, _: pairwise_soft(x, alpha),
-        "confidence": lambda x, alpha, _: pairwise_confidence(x, alpha),
-        "gain": pairwise_gain,
-    }
-    return losses[name]
 
 
 def masked_sum(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:

@@ -10,9 +10,8 @@ from scipy import stats as sps
 from scipy.special import expit
 
 from slgr_jax.config import GATE_INPUTS, GateConfig, RunConfig
-from slgr_jax.guidance import gates
+from slgr_jax.guidance import gates, pair_losses
 from slgr_jax.guidance.gating import Gating
-from slgr_jax.models import losses
 
 
 def _inputs(count: int = 64, seed: int = 0) -> gates.GateInputs:
@@ -57,7 +56,7 @@ def test_paper_gate_starts_at_one_half_with_four_parameters():
 
 def test_paper_gate_can_only_fall():
     """Each term of its gradient is >= 0, so descent never raises w or b."""
-    gate, pair_loss = gates.PaperGate(), losses.guidance_pair_loss("hinge", 1.0)
+    gate, pair_loss = gates.PaperGate(), pair_losses.pair_loss("hinge", 1.0)
 
     def loss(params, inputs, difference):
         alpha = gate.apply({"params": params}, inputs)

@@ -10,13 +10,12 @@ import worlds
 from scipy.special import expit
 
 from slgr_jax.config import GateConfig, GuidanceConfig, PairwiseConfig, RunConfig
-from slgr_jax.guidance import gates, pointwise
+from slgr_jax.guidance import gates, pair_losses, pointwise
 from slgr_jax.guidance.base import Scored
 from slgr_jax.guidance.gated import GatedDraw
 from slgr_jax.guidance.gating import Gating, Observed, gate_inputs
 from slgr_jax.guidance.pairwise import Pairwise
 from slgr_jax.guidance.pointwise import Pointwise, PointwiseDraw
-from slgr_jax.models import losses
 from slgr_jax.sampling.arrays import Facts
 from slgr_jax.sampling.context import Queries
 from slgr_jax.sampling.preferences import Preferences, pair_facts
@@ -94,7 +93,7 @@ def test_dropout_uncertainty_is_the_variance_over_passes():
 
 def test_gated_hinge_golden_value():
     """alpha = (.62 + .5) / 2, m = 1, s = (.3, -.1): .56 * .6 = .336."""
-    loss = 0.56 * losses.pairwise_hinge(jnp.float32(0.3 + 0.1), 1.0)
+    loss = 0.56 * pair_losses.hinge(jnp.float32(0.3 + 0.1), 1.0)
     assert float(loss) == pytest.approx(0.336, abs=1e-6)
 
 
@@ -109,7 +108,7 @@ def test_guidance_losses_match_their_formulas():
         ("confidence", (2 * alpha - 1) ** 2 * soft),
         ("gain", np.abs(alpha - prior) * soft),
     ):
-        pair_loss = losses.guidance_pair_loss(name, 1.5)
+        pair_loss = pair_losses.pair_loss(name, 1.5)
         terms = pair_loss(*map(jnp.asarray, (x, alpha, prior)))
         np.testing.assert_allclose(terms, expected, rtol=1e-5, atol=1e-6)
 
@@ -162,7 +161,7 @@ def test_a_step_adds_the_mean_of_its_pairs_and_says_how_often_they_agree(name):
 
 def test_the_soft_loss_is_least_where_the_recommender_believes_as_the_gate_does():
     alpha = jnp.array([0.1, 0.5, 0.9])
-    slope = jax.vmap(jax.grad(losses.pairwise_soft))(jnp.log(alpha / (1 - alpha)), alpha)
+    slope = jax.vmap(jax.grad(pair_losses.soft))(jnp.log(alpha / (1 - alpha)), alpha)
     np.testing.assert_allclose(slope, 0.0, atol=1e-6)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from slgr_jax.guidance import pair_losses
 from slgr_jax.models import losses
 
 
@@ -20,11 +21,11 @@ def test_bpr_is_minus_log_sigmoid_and_never_overflows():
 
 def test_hinge_is_zero_past_the_margin():
     x = jnp.array([-1.0, 0.0, 0.4, 0.5, 2.0])
-    np.testing.assert_allclose(losses.pairwise_hinge(x, 0.5), [1.5, 0.5, 0.1, 0.0, 0.0], atol=1e-7)
+    np.testing.assert_allclose(pair_losses.hinge(x, 0.5), [1.5, 0.5, 0.1, 0.0, 0.0], atol=1e-7)
 
 
 @pytest.mark.parametrize(
-    "loss", [losses.bpr, losses.pairwise_logistic, lambda x: losses.pairwise_hinge(x, 1.0)]
+    "loss", [losses.bpr, pair_losses.logistic, lambda x: pair_losses.hinge(x, 1.0)]
 )
 def test_gradients(loss):
     check_grads(loss, (jnp.array([-1.3, 0.2, 0.7]),), order=1, modes=("rev",), eps=1e-3)
