@@ -200,8 +200,8 @@ def train(
         one that is not given has the backbone's own default.
 
     Returns:
-      How it ended: status (finished, or interrupted by SIGINT or SIGTERM, which save first), epoch,
-      best metric. The same call goes on with what was interrupted.
+      How it ended: status (finished, or interrupted by a signal of `loop.STOPS`, which saves
+      first), epoch, best metric. The same call goes on with what was interrupted.
 
     Raises:
       UserError: bad data, teacher or knobs, or a step that was not finite, each with its fix.

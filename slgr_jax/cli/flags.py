@@ -30,6 +30,7 @@ from slgr_jax.files import cache_directory
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command goes on later
 _HELP = frozenset({"-h", "-help", "--help", "--helpfull", "--helpshort"})
 # What the system says of a path that a user gave; anything else is a defect.
 _PATH_ERRORS = frozenset(

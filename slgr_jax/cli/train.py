@@ -4,8 +4,10 @@
     slgr train --data=DATA --workdir=RUN2 --backbone=mf \\
         --guidance=pairwise --teacher=NAME --gate=rule --lambda=0.1
 
-Calling it again with the same flags resumes the run; SIGTERM saves and exits. Compiled programs
-are kept in ~/.cache/slgr_jax (JAX_COMPILATION_CACHE_DIR moves them): the next run starts sooner.
+Calling it again with the same flags resumes the run. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2
+save and exit. Exit status: 0 finished, 2 an error to mend, 75 interrupted: the same command goes on,
+so that a scheduler may requeue it. Compiled programs are kept in ~/.cache/slgr_jax
+(JAX_COMPILATION_CACHE_DIR moves them): the next run starts sooner.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ def main(_: list[str]) -> None:
         f"{outcome.seconds:.1f} s; best {metric} at epoch {outcome.best_epoch}{best}; "
         f"run: {given.workdir}"
     )
+    if outcome.status == "interrupted":
+        raise SystemExit(flags.EXIT_INTERRUPTED)
 
 
 def run() -> None:

@@ -36,6 +36,9 @@ from slgr_jax.training.state import TrainState, abstract_serving, abstract_state
 from slgr_jax.training.step import Health, RunSteps, Trainer, make_run_steps
 from slgr_jax.training.training_log import TrainingLog
 
+# Signals that mean: save and leave. Schedulers send some of them before a job's time is over.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -58,16 +61,18 @@ class Outcome:
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, once; a second SIGINT interrupts as usual."""
+    """An event that any of `STOPS` sets; a second SIGINT interrupts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {number: signal.getsignal(number) for number in STOPS}
+    # What is ignored stays so: nohup means that a closed terminal is no reason to stop.
+    old = {number: handler for number, handler in old.items() if handler != signal.SIG_IGN}
 
     def handle(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, old[signal.SIGINT])
+        signal.signal(signal.SIGINT, old.get(signal.SIGINT, signal.SIG_IGN))
 
     for number in old:
         signal.signal(number, handle)
@@ -363,7 +368,7 @@ def outcome(status: str, progress: Progress, seconds: float) -> Outcome:
 def train(run: config.RunConfig) -> Outcome:
     """Train `run` in its workdir, resuming what is there.
 
-    SIGTERM and SIGINT save and return an `interrupted` outcome; the same call goes on later.
+    `STOPS` save and return an `interrupted` outcome; the same call goes on later.
 
     Raises:
       UserError: bad data, teacher, config or a non-finite step, each with its fix.

@@ -284,13 +284,14 @@ def _wait_for_epochs(process: subprocess.Popen[str], workdir: pathlib.Path, coun
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_cleanly(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_saves_and_exits_as_interrupted(tmp_path, name):
     dataset = worlds.random_dataset(tmp_path / "d")
     process = _start(dataset, tmp_path / "run", "--epochs=100000")
     _wait_for_epochs(process, tmp_path / "run", 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == 75, output
     assert "interrupted after epoch" in output
     done = len(_log(tmp_path / "run"))
     again = _launch(
