@@ -207,7 +207,8 @@ def train(
       UserError: bad data, teacher or knobs, or a step that was not finite, each with its fix.
     """
     values = _values(tuple(config.sections().values()), knobs)
-    run = config.make_run(os.fspath(data), os.fspath(workdir), **values)
+    # Absolute: a run is found from wherever it is evaluated.
+    run = config.make_run(os.path.abspath(data), os.path.abspath(workdir), **values)
     if run.train.kernels != "xla":
         from slgr_jax.kernels import build
 
@@ -291,7 +292,8 @@ def evaluate(
 
     Args:
       workdirs: a run, or several: each is tested against the first, user by user.
-      data: without a run: dataset directory to fit baselines on.
+      data: with a run: where its dataset is now, if it was moved (checked by its hashes); without
+        one: dataset directory to fit baselines on.
       out: directory of the picture and of baselines; the first run's unless given.
       metric: metric to test and to draw; ndcg@10 unless given.
       checkpoint: state to evaluate, best or last.
@@ -319,7 +321,7 @@ def evaluate(
         metric = tables.choose_metric(metric, run.evaluation)
 
     evaluated = [
-        run_evaluation.evaluate_run(place, label, checkpoint)
+        run_evaluation.evaluate_run(place, label, checkpoint, data=data or None)
         for place, label in zip(places, labels, strict=True)
     ]
     dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
@@ -333,8 +335,6 @@ def evaluate(
 def _check_evaluated(workdirs: Sequence[str], data: str, out: str, checkpoint: str) -> None:
     if checkpoint not in ("best", "last"):
         raise ConfigError(f"--checkpoint={checkpoint!r} is not one of: best, last")
-    if workdirs and data:
-        raise ConfigError("--data is for baselines without a run; drop it, or --workdir")
     if not workdirs and not (data and out):
         raise ConfigError(
             "missing --workdir, or --data and --out in its place; see slgr evaluate --help"

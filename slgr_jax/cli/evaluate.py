@@ -24,7 +24,12 @@ USAGE = __doc__ or ""
 def define() -> None:
     """Define the flags that are no knobs of baselines."""
     absl_flags.DEFINE_multi_string("workdir", [], "directory of a run")
-    absl_flags.DEFINE_string("data", "", "without a run: dataset directory to fit baselines on")
+    absl_flags.DEFINE_string(
+        "data",
+        "",
+        "where the dataset of the runs is now, if it was moved; without a run: dataset directory "
+        "to fit baselines on",
+    )
     absl_flags.DEFINE_string("metric", "", "metric to draw and to test; ndcg@10 unless given")
     absl_flags.DEFINE_string(
         "out", "", "directory of metrics.png and of baselines; the first workdir unless given"

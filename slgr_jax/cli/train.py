@@ -5,8 +5,8 @@
         --guidance=pairwise --teacher=NAME --gate=rule --lambda=0.1
 
 Calling it again with the same flags resumes the run. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2
-save and exit. Exit status: 0 finished, 2 an error to mend, 75 interrupted: the same command goes on,
-so that a scheduler may requeue it. Compiled programs are kept in ~/.cache/slgr_jax
+save and exit. Exit status: 0 finished, 2 an error to mend, 75 interrupted: the same command
+goes on, so that a scheduler may requeue it. Compiled programs are kept in ~/.cache/slgr_jax
 (JAX_COMPILATION_CACHE_DIR moves them): the next run starts sooner.
 """
 

@@ -103,8 +103,8 @@ def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -
         run = dataclasses.replace(run, data=data)
     if not os.path.isdir(run.data):
         raise ConfigError(
-            f"{workdir} was trained on {run.data}, which is not there; put it back, or give the "
-            "run its new place: slgr train with the same flags and --data=NEW"
+            f"{workdir} was trained on {run.data}, which is not there; put it back, or say where "
+            f"it is now: slgr evaluate --workdir={workdir} --data=NEW"
         )
     dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
     if run_directory.trained_on(workdir, dataset) is False:

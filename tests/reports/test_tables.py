@@ -181,7 +181,7 @@ def test_help_is_quick_and_needs_no_jax():
     [
         ((), "missing --workdir"),
         (("--data=/nowhere",), "missing --workdir, or --data and --out"),
-        (("--data=/nowhere", "--workdir=/nowhere"), "--data is for baselines without a run"),
+        (("--data=/nowhere", "--workdir=/nowhere"), "/nowhere is not a run"),
         (("--workdir=/nowhere", "--baselines=ease,knn"), "--baselines=ease,knn: choose from"),
         (("--workdir=/nowhere", "--checkpoint=first"), "is not one of: best, last"),
         (("--workdir=/nowhere",), "/nowhere is not a run"),

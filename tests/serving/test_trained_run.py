@@ -134,3 +134,8 @@ def test_a_moved_dataset_is_found_where_it_is_said_to_be(dataset, tmp_path):
     assert here.dataset.path == moved
     with pytest.raises(ConfigError, match=r"which is not there"):
         serving.load(str(tmp_path / "r"), data=str(tmp_path / "nowhere"))
+    other = worlds.random_dataset(tmp_path / "other", seed=9, n_users=N_USERS, n_items=N_ITEMS)
+    with pytest.raises(ConfigError, match=r"trained on another split or id map than .*other"):
+        evaluate_run(str(tmp_path / "r"), "r", data=str(other.path))
+    moved_run = evaluate_run(str(tmp_path / "r"), "r", data=str(moved))
+    assert moved_run.dataset.path == moved
