@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from slgr_jax.config.backbones import (
@@ -265,7 +266,11 @@ class TrainConfig(Section):
         minimum=0,
         maximum=COUNT,
     )
-    early_stop_metric: str = knob("ndcg@10", "overall validation metric to maximise")
+    early_stop_metric: str = knob(
+        "ndcg@10",
+        "overall validation metric to maximise; unless given, at the first of --ks where 10 is not "
+        "among them, and rows_auc with --noranking",
+    )
     steps_per_dispatch: int = knob(
         0,
         "steps K per device program, between which signals and errors are seen; 0 = about two "
@@ -477,7 +482,8 @@ def sections() -> dict[str, type[Section]]:
 def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
     """A run from knobs by their command-line names.
 
-    Those not given have the defaults of the backbone, then of the guidance.
+    Those not given have the defaults of the backbone, then of the guidance; the metric to stop by
+    is one that --ks and --ranking leave.
 
     Raises:
       ConfigError: a name that is no knob, or a value out of its range.
@@ -487,6 +493,7 @@ def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
     rest = {
         **BACKBONE_DEFAULTS.get(backbone, {}),
         **GUIDANCE_DEFAULTS.get(guidance, {}),
+        "early_stop_metric": _first_metric(values),
         **values,
     }
     parts = {}
@@ -496,6 +503,14 @@ def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
     if rest:
         raise ConfigError(f"no knob is called {listing(map(repr, rest))}")
     return RunConfig(data, workdir, **parts)  # type: ignore[arg-type]
+
+
+def _first_metric(values: Mapping[str, Any]) -> str:
+    """ndcg@10, or at the first cut-off without 10; rows_auc where nothing is ranked."""
+    if not values.get("ranking", True):
+        return "rows_auc"
+    cutoffs = tuple(values.get("ks", ())) or (10,)
+    return f"ndcg@{10 if 10 in cutoffs else cutoffs[0]}"
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

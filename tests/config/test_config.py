@@ -69,6 +69,18 @@ def test_no_number_is_without_an_end(section):
             assert meta.maximum is not None or meta.below is not None, field.name
 
 
+def test_the_metric_to_stop_by_is_one_that_there_is():
+    for values, metric in (
+        ({}, "ndcg@10"),
+        ({"ks": (5,)}, "ndcg@5"),
+        ({"ks": (20, 10)}, "ndcg@10"),
+        ({"ranking": False, "rows": "sampled"}, "rows_auc"),
+        ({"ks": (5,), "early_stop_metric": "recall@5"}, "recall@5"),
+    ):
+        run = config.make_run("d", "w", **values)
+        assert run.train.early_stop_metric == metric
+
+
 def test_sizes_beyond_memory_are_refused_by_name():
     huge = 2**31
     for values, text in (
