@@ -188,15 +188,32 @@ class Checkpoints:
             raise ManifestError(
                 f"{self._workdir} holds no finished checkpoint; train first (slgr train)"
             )
-        with _damage(self._root / str(latest.step)):
-            restored = self._checkpointer.load_checkpointables(latest.step, targets)
+        try:
+            with _damage(self._root / str(latest.step)):
+                restored = self._checkpointer.load_checkpointables(latest.step, targets)
+        except ManifestError:
+            # A run that still trains replaces its checkpoint: take the one after it.
+            if self._writable or self._newest_step() <= latest.step:
+                raise
+            self._checkpointer.close()
+            del self._checkpointer
+            return self._load(targets)
         assert isinstance(restored, dict)
         return restored
+
+    def _newest_step(self) -> int:
+        """The step of the newest finished checkpoint on disk; -1 without one."""
+        return max(steps_in(self._root), default=-1)
 
     def close(self) -> None:
         """Wait for the save under way and release the background threads."""
         self.wait()
         self._checkpointer.close()
+
+
+def steps_in(root: pathlib.Path) -> list[int]:
+    """The steps of the finished checkpoints under RUN/checkpoints."""
+    return [int(path.name) for path in root.glob("*") if path.name.isdigit()]
 
 
 def clear(workdir: str) -> None:

@@ -74,18 +74,23 @@ def reference_checkpoints(run: config.RunConfig) -> list[dict[str, Any]]:
     """
     checkpoints = []
     for workdir in run.reference_runs:
-        root = pathlib.Path(workdir) / checkpoint.DIRECTORY
-        steps = [int(path.name) for path in root.glob("*") if path.name.isdigit()]
-        if not steps:
-            raise ConfigError(
-                f"--reference_runs: {workdir} holds no finished checkpoint; train it first"
-            )
-        notes = root / str(max(steps)) / "_CHECKPOINT_METADATA"
-        sha256 = hashlib.sha256(notes.read_bytes()).hexdigest()
-        checkpoints.append(
-            {"run": os.path.abspath(workdir), "step": max(steps), "checkpoint": sha256}
-        )
+        step, notes = _newest_notes(workdir)
+        sha256 = hashlib.sha256(notes).hexdigest()
+        checkpoints.append({"run": os.path.abspath(workdir), "step": step, "checkpoint": sha256})
     return checkpoints
+
+
+def _newest_notes(workdir: str) -> tuple[int, bytes]:
+    """The step of a run's newest checkpoint, and Orbax's notes on it."""
+    root = pathlib.Path(workdir) / checkpoint.DIRECTORY
+    while steps := checkpoint.steps_in(root):
+        try:
+            return max(steps), (root / str(max(steps)) / "_CHECKPOINT_METADATA").read_bytes()
+        except FileNotFoundError:
+            # A run that still trains has just replaced it.
+            if max(checkpoint.steps_in(root), default=-1) <= max(steps):
+                raise
+    raise ConfigError(f"--reference_runs: {workdir} holds no finished checkpoint; train it first")
 
 
 def other_reference_runs(workdir: str, run: config.RunConfig) -> str | None:
