@@ -30,6 +30,7 @@ from slgr_jax.files import cache_directory
 
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR = 2
+EXIT_KILLED = 130  # 128 + SIGINT, as a shell says it
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command goes on later
 _HELP = frozenset({"-h", "-help", "--help", "--helpfull", "--helpshort"})
 # What the system says of a path that a user gave; anything else is a defect.
@@ -338,6 +339,9 @@ def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
                 main(rest)
         except UserError as error:
             fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on or begins anew", file=sys.stderr)
+            raise SystemExit(EXIT_KILLED) from None
         except OSError as error:
             if error.errno not in _PATH_ERRORS:
                 raise

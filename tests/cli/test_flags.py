@@ -125,9 +125,11 @@ def main(rest):
         raise OSError({errno}, "text of the system", "some/file")
     if rest == ["bug"]:
         raise ValueError("a defect")
+    if rest == ["key"]:
+        raise KeyboardInterrupt
     print("did", rest)
 
-flags.run(main, usage="Usage.", positional=("user", "disk", "bug", "fine"))
+flags.run(main, usage="Usage.", positional=("user", "disk", "bug", "key", "fine"))
 """
 
 
@@ -147,7 +149,7 @@ def _call(*args: str, number: int = errno.ENOSPC) -> tuple[int, str, str]:
     ("args", "text"),
     [
         (("user",), "error: a long story"),
-        (("nonsense",), "error: 'nonsense' is not a command; commands: user, disk, bug, fine"),
+        (("nonsense",), "error: 'nonsense' is not a command; commands: user, disk, bug, key, fine"),
         ((), "error: no command given"),
         (("fine", "more"), "error: unexpected argument more; flags look like --name=value"),
         (("fine", "--foo=1"), "error: Unknown command line flag 'foo'"),
@@ -173,6 +175,12 @@ def test_a_defect_keeps_its_traceback():
         code, _, err = _call(*args, number=number)
         assert code == 1
         assert "Traceback" in err
+
+
+def test_ctrl_c_is_one_line_without_a_traceback():
+    code, out, err = _call("key")
+    assert (code, out) == (130, "")
+    assert err == "interrupted; the same command goes on or begins anew\n"
 
 
 def test_the_work_is_done():
