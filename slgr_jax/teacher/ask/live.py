@@ -108,10 +108,12 @@ def ask(
         raise ConfigError("missing --base_url: the server, e.g. http://localhost:8000/v1")
     if limits.max_cost and not (limits.price_in or limits.price_out):
         raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
+
     manifest = requests.read_manifest(root)
     if not manifest.complete:
         raise InputError(f"{root} is not finished: run slgr teach requests again first")
     path = results_path(root, manifest)
+
     with shards.locked(root):
         history = History.read(path, limits)
         with _Results(path, history.whole_bytes) as results:
@@ -145,6 +147,7 @@ class History:
         history = cls()
         if not path.exists():
             return history
+
         prices = Budget(limits, Spent())
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -289,6 +292,7 @@ class _Run:
             except BaseException:
                 self._stop.set()
                 raise
+
         if self._fatal is not None:
             raise self._fatal
         cut = sum(custom_id not in self._history.whole for custom_id in self._history.cuts)

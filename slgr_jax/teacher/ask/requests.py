@@ -70,6 +70,7 @@ def write(
     _body(asker, "", "", 1, 0)  # a bad --body is refused before anything is done
     if not model:
         raise ConfigError("missing --model: the LLM that is to answer, as its server calls it")
+
     options = dataclasses.asdict(asker.options)
     decides: dict[str, Any] = {
         "options": {name: value for name, value in options.items() if name not in _NOT_ASKED},
@@ -104,6 +105,7 @@ def write(
         },
         files={"requests": (), "index": ()},
     )
+
     _refuse_foreign(root, fingerprint, overwrite=overwrite)
     root.mkdir(parents=True, exist_ok=True)
     with shards.locked(root):
@@ -216,6 +218,7 @@ def _stream(
     offsets, history = shown_history(asker)
     number = (int(manifest.fingerprint[:16], 16) >> (1 + _INDEX_BITS)) << _INDEX_BITS
     at = 0
+
     for user in np.flatnonzero(planned.users):
         lists = asker.of_user(int(user))
         if at + len(lists) <= skip:
@@ -248,6 +251,7 @@ def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[s
         options.token_limit: limit,
         "response_format": asker.response_format(shown),
     }
+
     if options.logprobs:
         if options.prompt not in ("pairwise", "pointwise", "rating"):
             raise ConfigError(
@@ -255,6 +259,7 @@ def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[s
                 "pairwise, pointwise or rating"
             )
         body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+
     if options.body:
         try:
             more = json.loads(options.body)
@@ -263,6 +268,7 @@ def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[s
         if not isinstance(more, dict):
             raise ConfigError(f"--body={options.body!r} is not a JSON object")
         body |= more
+
     return {key: value for key, value in body.items() if value is not None}
 
 
@@ -292,6 +298,7 @@ def _shards(
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+
         columns = [list(column) for column in zip(*rows, strict=True)]
         index = f"index-{number:05d}.arrow"
         shard = shards.write_shard(
@@ -349,6 +356,7 @@ def write_open(
     with shards.locked(root):
         for path in root.glob(f"{OPEN}*"):
             path.unlink()
+
         files: list[pathlib.Path] = []
         lines: list[bytes] = []
         size = 0

@@ -152,9 +152,11 @@ def measure(
     rng = np.random.default_rng(seed)
     listed = np.flatnonzero(np.diff(teacher.offsets))
     among[rng.permutation(listed)[:most_users]] = True
+
     sources = [VALIDATION]
     if teacher.manifest.training_items == "hidden":
         sources.insert(0, HELD_IN)
+
     rows: list[Agreement] = []
     ordered = {}
     cosines = known_pairs.cosines(dataset)
@@ -171,6 +173,7 @@ def measure(
             else:
                 ordered[source] = len(pairs.users) / pairs.asked if pairs.asked else float("nan")
             rows += _agreement(dataset, source, pairs, cuts, cosines, near, set(of_items))
+
     return TeacherAudit(
         manifest=teacher.manifest,
         coverage=tuple(_coverage(dataset, teacher, slices, history_bins, popularity_bins)),
@@ -230,6 +233,7 @@ def _agreement(
     popularity = known_pairs.by_popularity(dataset, pairs, held_in=held_in)
     items = known_pairs.by_items(dataset, pairs, cosines, held_in=held_in)
     right = pairs.right.astype(np.float64)
+
     rows = []
     for name, cut in cuts.items():
         if not cut.any():

@@ -60,6 +60,7 @@ def measure(log: pa.Table) -> Consistency:
 
     pairs, first_preferred, both_orders, bias, same = _pairwise(*rows(compared & given))
     twice_listed, place_slope, list_pairs, same_in_lists = _listwise(*rows(~compared & given))
+
     return Consistency(
         pairs=pairs,
         first_preferred=first_preferred,
@@ -147,14 +148,17 @@ def _same_order(
     again = (user[1:] == user[:-1]) & (item[1:] == item[:-1])
     before = np.flatnonzero(again)
     one, two = scores[before], scores[before + 1]
+
     group, n = _groups(request[before], request[before + 1])  # items that share both requests
     by_group = np.argsort(group, kind="stable")
     one, two = one[by_group], two[by_group]
+
     sizes = np.bincount(group, minlength=n)
     ends = np.repeat(np.cumsum(sizes), sizes)
     later = ends - np.arange(one.size) - 1  # partners of each row: those after it in its group
     left = np.repeat(np.arange(one.size), later)
     right = left + 1 + np.arange(left.size) - np.repeat(np.cumsum(later) - later, later)
+
     signs = np.sign(one[left] - one[right]) * np.sign(two[left] - two[right])
     ordered = signs[signs != 0]
     return int(ordered.size), _mean(ordered > 0)

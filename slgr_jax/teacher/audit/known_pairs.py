@@ -79,12 +79,14 @@ def find(
     rng = np.random.default_rng(seed)
     chosen = dataset.positives(("train" if source == HELD_IN else "valid",))
     taken = dataset.positives(("train", "valid"))
+
     if teacher.manifest.kind == "preferences":
         pairs = _stated(dataset, teacher, chosen, taken, among)
     elif teacher.manifest.unlisted == "below" and source == VALIDATION:
         return _in_catalogue(dataset, teacher, chosen, taken, among, most, matched, rng)
     else:
         pairs = _listed(dataset, teacher, chosen, taken, among, most, rng)
+
     return pairs.take(near(dataset.popularity, pairs)) if matched else pairs
 
 
@@ -144,10 +146,12 @@ def _listed(
     is_negative = asked & ~contains(taken, users, teacher.items, dataset.n_items)
     positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(is_negative)
     negatives = negatives[np.lexsort((rng.random(negatives.size), users[negatives]))]
+
     there = np.bincount(users[negatives], minlength=dataset.n_users)
     start = np.cumsum(there) - there
     owner = users[positives]
     each = np.minimum(there[owner], most)
+
     # A user's positives take turns around its shuffled negatives: no pair comes twice.
     rank = np.arange(positives.size) - np.searchsorted(owner, owner)
     of_pair = np.repeat(np.arange(positives.size), each)
@@ -155,6 +159,7 @@ def _listed(
     spot = (rank[of_pair] * most + step) % np.maximum(there[owner][of_pair], 1)
     worse = negatives[start[owner][of_pair] + spot]
     better = positives[of_pair]
+
     gap = teacher.scores[better] - teacher.scores[worse]
     pairs = AuditPairs(
         users[better], teacher.items[better], teacher.items[worse], gap > 0, np.abs(gap), gap.size
@@ -177,6 +182,7 @@ def _in_catalogue(
     answered = among & (np.diff(teacher.offsets) > 0)
     usable = answered[owners]
     users, positives = np.repeat(owners[usable], most), np.repeat(chosen.indices[usable], most)
+
     if matched:  # from the stretch of the catalogue, in order of popularity, that is near
         order = np.argsort(popularity, kind="stable").astype(np.int32)
         sizes, of_positive = popularity[order], popularity[positives]
@@ -187,10 +193,12 @@ def _in_catalogue(
         negatives = rng.integers(0, n_items, users.size, np.int32)
     real = ~contains(taken, users, negatives, n_items)
     users, positives, negatives = users[real], positives[real], negatives[real]
+
     entry_users = np.repeat(np.arange(dataset.n_users), np.diff(teacher.offsets))
     keys = entry_users * n_items + teacher.items
     by_key = np.argsort(keys)
     keys, scores = keys[by_key], teacher.scores[by_key]
+
     floor = np.float32(-np.inf)
     found = []
     for items in (positives, negatives):
@@ -248,6 +256,7 @@ def by_items(dataset: Dataset, pairs: AuditPairs, cosines: Cosines, *, held_in: 
         hidden = sparse.csr_matrix(marks, shape=history.shape).sign()
         history = (history - hidden).tocsr()
         history.eliminate_zeros()
+
     who, row = np.unique(pairs.users, return_inverse=True)
     positive, negative = (np.zeros(row.size, np.float32) for _ in range(2))
     step = max(1, _CELLS // dataset.n_items)
@@ -257,6 +266,7 @@ def by_items(dataset: Dataset, pairs: AuditPairs, cosines: Cosines, *, held_in: 
         inside = slice(*np.searchsorted(row, [begin, begin + step]))  # pairs are sorted by user
         positive[inside] = block[row[inside] - begin, pairs.positives[inside]]
         negative[inside] = block[row[inside] - begin, pairs.negatives[inside]]
+
     if held_in:
         others = np.maximum(dataset.popularity[pairs.positives] - 1, 1)
         own = np.asarray(history @ (1 / roots)).ravel()[pairs.users]

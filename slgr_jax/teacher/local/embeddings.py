@@ -278,12 +278,14 @@ def _read_results(path: pathlib.Path, prefix: str) -> tuple[list[str], np.ndarra
             elif custom_id.startswith(prefix):
                 counts["repeated_lines"] += custom_id in vectors
                 vectors[custom_id] = vector
+
     widths = sorted({vector.size for vector in vectors.values()})
     if len(widths) != 1:
         raise InputError(
             f"{path} has {len(vectors)} vectors with a custom_id {prefix}ID, of widths: "
             f"{listing(map(str, widths))}; {counts['dropped_lines']} lines hold no vector"
         )
+
     return [key[len(prefix) :] for key in vectors], np.stack(list(vectors.values())), counts
 
 
@@ -354,11 +356,13 @@ def write(
     dim = items.values.shape[1]
     if users.values.shape[1] != dim:
         raise InputError(f"item vectors have width {dim}, user vectors {users.values.shape[1]}")
+
     tables = {
         what: _table(vectors, dtype, what) for what, vectors in (("items", items), ("users", users))
     }
     rows = max(1, min(rows_per_shard, _SHARD_BYTES // (dim * np.dtype(dtype).itemsize)))
     facts = {"items": int(items.has.sum()), "users": int(users.has.sum())}
+
     root = product_path(dataset.path, name)
     with shards.atomic_directory(root, overwrite=overwrite) as staging:
         manifest = schema.EmbeddingManifest(
@@ -415,6 +419,7 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         raise ManifestError(
             f"{dataset.path} has no embeddings {name!r}; it has: {listing(available)}"
         )
+
     manifest = schema.read_embedding_manifest(root)
     fix = "make it again with slgr teach embed --overwrite"
     refuse_other_split(dataset, manifest, f"the embedding product {name!r}", fix)
@@ -425,6 +430,7 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         )
     if manifest.dtype not in ("float32", "float16"):
         raise ManifestError(f"{root}: dtype {manifest.dtype!r} is not one of: float32, float16")
+
     sizes = {"items": dataset.n_items, "users": dataset.n_users}
     read = {what: _read(root, manifest, what, rows, verify) for what, rows in sizes.items()}
     return Embeddings(manifest, **read)

@@ -109,11 +109,13 @@ class Likelihood:
         asked, starts = np.unique(users[order], return_index=True)
         ends = np.append(starts[1:], users.size)
         rows = [order[a:b] for a, b in zip(starts, ends, strict=True)]
+
         prompts = self._prompts(history, asked)
         parts = Parts(keep, self._job(prompts, users, items), restart=restart) if keep else None
         self._learn_prior(np.unique(items), parts)
         if keep:
             print(self._estimate(prompts, [items[row] for row in rows]), flush=True)
+
         size = max(_USERS_PER_PART, self._model.batch, -(-len(rows) // _MOST_PARTS))
         out = np.full(users.size, np.nan, np.float32)
         with tqdm(total=len(rows), unit=" users", disable=None if keep else True) as bar:
@@ -128,6 +130,7 @@ class Likelihood:
                     bar.update(len(rows[chunk]) if parts.has(name) else 0)
                     values = parts.get(name, make)
                 out[np.concatenate(rows[chunk])] = values
+
         if parts is not None:
             parts.drop()
         return out
@@ -187,6 +190,7 @@ class Likelihood:
             len(prompt) + sum(len(self._titles[i]) for i in items)
             for prompt, items in zip(prompts, asked, strict=True)
         ]
+
         able = [k for k, prompt in enumerate(prompts) if prompt][: self._model.batch]
         seconds = float("nan")
         if able:
@@ -196,6 +200,7 @@ class Likelihood:
                     [prompts[k] for k in able], [[self._titles[i] for i in asked[k]] for k in able]
                 )
                 seconds = time.perf_counter() - began
+
         speed = sum(sizes[k] for k in able) / seconds
         return (
             f"{self.name}: {len(prompts):,} users, {sum(map(len, asked)):,} pairs, "
@@ -265,6 +270,7 @@ class Transformers:
         longest = max(map(len, many), default=1)
         rows = max(1, self._batch_tokens // (len(prompt) + longest))
         head = torch.tensor([prompt], device=device)
+
         out = []
         for begin in range(0, len(many), rows):
             some = many[begin : begin + rows]
@@ -282,4 +288,5 @@ class Transformers:
             picked = said.gather(2, tokens[:, :, None])[:, :, 0]
             inside = torch.arange(longest, device=device)[None] < lengths[:, None]
             out.append((picked * inside).sum(1).cpu().numpy())
+
         return np.concatenate(out) if out else np.zeros(0, np.float32)

@@ -41,10 +41,12 @@ def nearest(
     length = min(length, usable.size)
     column = np.full(items.has.size, -1, np.int64)
     column[usable] = np.arange(usable.size)
+
     catalogue = unit(items.values[usable]).T
     able = np.flatnonzero(users.has) if usable.size else np.zeros(0, np.int64)
     histories = seen.matrix(items.has.size, np.int8)
     chunk = max(1, _SCORED_BYTES // (4 * max(usable.size, 1)))
+
     found = []
     for begin in range(0, able.size, chunk):
         owners = able[begin : begin + chunk]
@@ -59,6 +61,7 @@ def nearest(
         best, values = (np.take_along_axis(x, order, axis=1) for x in (best, values))
         kept = np.isfinite(values)
         found.append((np.repeat(owners, kept.sum(axis=1)), usable[best[kept]], values[kept]))
+
     kinds = (np.int32, np.int32, np.float32)
     if not found:
         return tuple(np.zeros(0, kind) for kind in kinds)  # type: ignore[return-value]
@@ -77,6 +80,7 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
     shards.check_target(
         preferences.product_path(dataset.path, common.name), overwrite=common.overwrite
     )
+
     seen = dataset.positives(("train",))
     if options.embeddings:
         product = embeddings.load(dataset, options.embeddings)
@@ -89,12 +93,14 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
         users = embeddings.mean_of_history(seen, items)
         model, prompt_hash, built_from = cosine.name, cosine.prompt_hash, "train_only"
     columns = nearest(items, users, seen, options.listed)
+
     if not columns[0].size:
         raise InputError(
             f"{dataset.path}: no user has an item to list: {int(users.has.sum())} of "
             f"{dataset.n_users} users and {int(items.has.sum())} of {dataset.n_items} items have "
             "vectors"
         )
+
     provenance = preferences.Provenance(
         built_from=built_from,
         unlisted="below",

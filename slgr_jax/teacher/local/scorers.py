@@ -143,6 +143,7 @@ def item_vectors(dataset: Dataset, embedder: Embedder) -> np.ndarray:
         values, axes = np.linalg.eigh(covariance)
         scale = np.sqrt(np.maximum(values, 0) + SHRINKAGE * values.mean())
         blocks.append((centred @ axes / scale).astype(np.float32))
+
     if not blocks:
         raise InputError(_NO_TEXTS.format(data=dataset.path))
     return unit(np.concatenate(blocks, axis=1))
@@ -274,15 +275,18 @@ def draw_pairs(
     asked = candidates.paper_sets(
         dataset, able, scorer.described, _space(dataset, scorer), options, rng
     )
+
     if max_users:
         chosen = rng.permutation(able)[:max_users]
         asked = {k: keys[np.isin(keys // dataset.n_items, chosen)] for k, keys in asked.items()}
+
     keys = np.unique(np.concatenate(list(asked.values())))
     if not keys.size:
         raise InputError(
             f"{dataset.path}: no item is left to score that has a text and that a user has not "
             "seen; raise --candidates, --cold_candidates or --tail_users"
         )
+
     counts = {f"{name}_candidates": int(np.unique(keys).size) for name, keys in asked.items()}
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
     none = np.zeros(0, np.int32)
@@ -320,6 +324,7 @@ def score(
     """
     target = preferences.product_path(dataset.path, common.name)
     shards.check_target(target, overwrite=common.overwrite)
+
     if candidate_set:
         pairs, _ = candidates.load(dataset, candidate_set)
         pairs, counts = _able_pairs(dataset, scorer, pairs, options.max_users, common.seed)
@@ -327,9 +332,11 @@ def score(
         pairs, counts = draw_pairs(
             dataset, scorer, asked, max_users=options.max_users, seed=common.seed
         )
+
     history = candidates.described_history(dataset, scorer.described, pairs.hidden)
     keep = target.with_name(f".{target.name}.scoring")
     scores = scorer.score(history, pairs.users, pairs.items, keep=keep, restart=common.overwrite)
+
     provenance = preferences.Provenance(
         built_from="train_only",
         unlisted="unknown",
@@ -362,6 +369,7 @@ def _able_pairs(
     able = np.intersect1d(shown, pairs.users)
     if max_users:
         able = np.random.default_rng(seed).permutation(able)[:max_users]
+
     chosen = np.zeros(dataset.n_users, bool)
     chosen[able] = True
     kept = pairs.of_users(chosen)
@@ -372,6 +380,7 @@ def _able_pairs(
         items=kept.items[described],
         reasons=kept.reasons[described],
     )
+
     if not kept.users.size:
         raise InputError(f"{dataset.path}: no pair of the candidate set has texts to score")
     return kept, {"dropped_pairs": int(pairs.users.size - kept.users.size)}
@@ -401,6 +410,7 @@ def held_in_accuracy(
     hidden = Csr.from_pairs(owners[out], history.indices[out], dataset.n_users)
     shown = candidates.described_history(dataset, described, hidden)
     has_history = np.bincount(shown[0], minlength=dataset.n_users) > 0
+
     chosen = np.flatnonzero(out & has_history[owners] & described[history.indices])
     chosen = np.sort(rng.permutation(chosen)[:limit])
     u, i = owners[chosen], history.indices[chosen].astype(np.int64)
@@ -410,6 +420,7 @@ def held_in_accuracy(
         name: rng.choice(dataset.n_items, size=(u.size, negatives), p=mass / mass.sum())
         for name, mass in masses.items()
     }
+
     base = u * dataset.n_items
     keys = np.unique(
         np.concatenate([base + i, *((base[:, None] + j).ravel() for j in drawn.values())])
@@ -417,6 +428,7 @@ def held_in_accuracy(
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
     scores = scorer.score(shown, users, items)
     right = scores[np.searchsorted(keys, base + i)][:, None]
+
     cold = dataset.slices(SliceConfig()).cold_users
     result = {}
     for name, j in drawn.items():

@@ -139,12 +139,14 @@ def _turned(ranks: np.ndarray, column: str, path: pathlib.Path) -> np.ndarray:
 def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a Parquet, Arrow or CSV file with answers")
+
     with open(path, "rb") as file:
         head = file.read(4)
     if not head:
         raise InputError(f"{path} is empty: a teacher needs at least one answer")
     if head in _BINARY_HEADS:
         return shards.read_table(path)
+
     separator = {"\\t": "\t"}.get(delimiter, delimiter)
     wanted = {"user", *itertools.chain(*_NUMBERS.values(), *_ITEM_COLUMNS.values())}
     try:
@@ -205,6 +207,7 @@ def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.nd
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = pc.utf8_trim_whitespace(column)
         column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+
     try:
         doubles = column.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -215,6 +218,7 @@ def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.nd
             f"{path}: row {row} has {name} {column[row - 1].as_py()!r}, not a number; leave it "
             "empty where the teacher did not answer"
         ) from error
+
     with np.errstate(over="ignore"):
         values = doubles.to_numpy().astype(np.float32)  # Arrow's null becomes NaN
     answered = doubles.is_valid().to_numpy()
@@ -225,6 +229,7 @@ def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.nd
             f"{path}: row {row} has {name} {column[row - 1].as_py()}; it must be a finite float32, "
             "and empty (null) where the teacher did not answer"
         )
+
     if kind == "scores" and not answered.any():
         raise InputError(f"{path}: all {values.size} {name}s are empty: nothing was answered")
     if kind == "preferences" and not (values > 0).all():  # a missing margin is NaN here
@@ -285,6 +290,7 @@ def _known(
             f"{path}: none of the {keep.size} rows names a user and an item of {dataset.path}; "
             f"{_title_hint(items, dataset) or 'the ids are external ids, not indices'}"
         )
+
     counts["dropped_unknown_user_rows"] = int(no_user.sum())
     counts["dropped_unknown_item_rows"] = int((no_item & ~no_user).sum())
     counts["unknown_users"], counts["unknown_items"] = len(users), len(items)
@@ -349,10 +355,12 @@ def _merge_preferences(
     pairs, pair_of_row = np.unique(low * n_items + high, return_inverse=True)
     keys = columns["user"].astype(np.int64) * pairs.size + pair_of_row
     keys, signed = _merge(keys, signed, rows, mean, path, "contradicting preferences")
+
     stated = signed != 0
     keys, signed = keys[stated], signed[stated]
     if not keys.size:
         raise InputError(f"{path}: every preference is contradicted by an equal opposite one")
+
     users, pair = keys // pairs.size, pairs[keys % pairs.size]
     preferred = np.where(signed > 0, pair // n_items, pair % n_items)
     other = np.where(signed > 0, pair % n_items, pair // n_items)
@@ -376,6 +384,7 @@ def _merge(
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
     if starts.size == keys.size:
         return keys, values
+
     absent = np.isnan(values)
     differs = np.zeros(keys.size, bool)
     differs[1:] = (values[1:] != values[:-1]) & ~(absent[1:] & absent[:-1])
@@ -386,6 +395,7 @@ def _merge(
             f"{path}: rows {rows[order[second - 1]]} and {rows[order[second]]} are {conflict} of "
             "one user on the same items; correct the file or add --duplicates=mean"
         )
+
     sums = np.add.reduceat(np.where(absent, 0, values).astype(np.float64), starts)
     answers = np.add.reduceat((~absent).astype(np.int64), starts)
     with np.errstate(invalid="ignore"):

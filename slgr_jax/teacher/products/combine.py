@@ -109,10 +109,12 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
                 said.append(1 - (ranks - 1) / np.repeat(lengths, lengths))
             else:
                 said.append(1 / (ranks + (rrf_k if method == "rrf" else 0)))
+
         pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
         owners, items = np.divmod(pairs, bound)
         total = np.bincount(place, np.concatenate(said))
         votes = np.bincount(place)
+
         if method == "mean":
             speakers = votes
         elif all_below:
@@ -122,6 +124,7 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
         fused = total / speakers
         if method == "rrf":
             fused = total * (len(teachers) / speakers)  # to the bit the sum where all speak
+
         found[first] = (
             *(x.astype(np.int32) for x in (owners + first, items)),
             fused.astype(np.float32),
@@ -164,12 +167,14 @@ def combine(
     names = _names(dataset, common.name, options)
     root = preferences.product_path(dataset.path, common.name)
     shards.check_target(root, overwrite=common.overwrite)
+
     parts = [_load(dataset, name) for name in names]
     manifests = [part.manifest for part in parts]
     answers = [
         TeacherScores(part.offsets, part.items, part.scores, part.manifest.unlisted == "below")
         for part in parts
     ]
+
     fused = fuse(answers, options.method, rrf_k=options.rrf_k)
     kept = fused.votes >= options.min_votes
     if not kept.any():
@@ -178,6 +183,7 @@ def combine(
             f"no item of a user has an answer of {options.min_votes} of {listing(names)}, the most "
             f"is {most}: " + ("lower --min_votes" if most else "combine others")
         )
+
     columns = [x if kept.all() else x[kept] for x in (fused.users, fused.items, fused.scores)]
     below = all(one.below for one in answers)
     return preferences.write_product(

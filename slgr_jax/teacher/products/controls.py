@@ -58,6 +58,7 @@ def ensure(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> str:
     if not (root / schema.MANIFEST).is_file():
         write(dataset, name, control, seed=seed)
         return made
+
     there = preferences.load(dataset, made, verify=False).manifest.model
     product = preferences.load(dataset, name, verify=False).manifest
     if there != _model(product, control, seed):
@@ -76,6 +77,7 @@ def write(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> schema
     root = preferences.product_path(dataset.path, name)
     expected = schema.TEACHER_SCHEMAS[manifest.kind]
     table = shards.read_shards(root, manifest.files, expected, verify=False).combine_chunks()
+
     told, kind = manifest.training_items, manifest.score_kind
     if control == "shuffled":
         made = _shuffled(table, manifest, seed)
@@ -88,6 +90,7 @@ def write(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> schema
             told = "none" if told == "hidden" else told
         else:
             made = _rescored(table, score)
+
     provenance = preferences.Provenance(
         built_from=manifest.built_from if control == "shuffled" else "train_only",
         unlisted=manifest.unlisted,
@@ -119,11 +122,13 @@ def _shuffled(table: pa.Table, manifest: schema.TeacherManifest, seed: int) -> p
     answered = np.ones(users.size, np.int64)
     if manifest.kind == "scores":
         answered = table.column("score").is_valid().to_numpy().astype(np.int64)
+
     asked, rows = np.unique(users, return_inverse=True)
     if asked.size < 2:
         raise InputError(
             f"teacher {manifest.name} answers for {asked.size} user; a shuffled one needs two"
         )
+
     counts = np.bincount(rows, weights=answered)
     order = np.lexsort((np.random.default_rng(seed).permutation(asked.size), counts))
     takers = order.copy()  # the rows of asked[order[k]] go to asked[takers[k]]
@@ -133,6 +138,7 @@ def _shuffled(table: pa.Table, manifest: schema.TeacherManifest, seed: int) -> p
         takers[-3:] = np.roll(order[-3:], 1)
     taker_of = np.empty(asked.size, np.int64)
     taker_of[order] = takers
+
     new = asked[taker_of[rows]].astype(np.int32)
     moved = table.set_column(
         table.schema.get_field_index("user"), table.schema.field("user"), pa.array(new)

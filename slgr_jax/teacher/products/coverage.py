@@ -77,6 +77,7 @@ def measure(dataset: Dataset, teacher: Teacher) -> tuple[dict[str, int], dict[st
         "cold_users": _share(useful_users, slices.cold_users),
         "tail_items": _share(useful_items, slices.tail_items),
     }
+
     return counts, coverage
 
 

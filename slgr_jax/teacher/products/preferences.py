@@ -115,10 +115,12 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
         raise ManifestError(
             f"{dataset.path} has no teacher {name!r}; it has: {listing(products(dataset.path))}"
         )
+
     manifest = schema.read_teacher_manifest(root)
     if manifest.kind not in schema.TEACHER_SCHEMAS:
         known = listing(schema.TEACHER_SCHEMAS)
         raise ManifestError(f"{root}: kind {manifest.kind!r} is not one of: {known}")
+
     again = _MADE_BY.format(data=dataset.path, name=name)
     refuse_other_split(dataset, manifest, f"teacher {name!r}", fix=f"rebuild it: {again}")
     if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
@@ -127,6 +129,7 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
             "evaluation data; have the LLM answer from training interactions only, then rebuild "
             f"it: {again}"
         )
+
     if manifest.unlisted not in schema.UNLISTED:
         known = listing(schema.UNLISTED)
         raise ManifestError(f"{root}: unlisted {manifest.unlisted!r} is not one of: {known}")
@@ -150,8 +153,10 @@ def _tables(
     if not 0 <= index < count:
         raise ConfigError(f"reader {index} of {count}: readers count from 0 to {count - 1}")
     files, columns = manifest.files, schema.TEACHER_SCHEMAS[manifest.kind]
+
     if count == 1:
         return shards.open_shards(root, files, columns, verify=verify)
+
     first, last = index * n_users // count, (index + 1) * n_users // count
     ordered = manifest.order == "user"
     opened = shards.open_shards(root, files, columns, verify=verify and not ordered)
@@ -290,9 +295,11 @@ def write_product(
         files=(),
         order="user",
     )
+
     root = product_path(dataset.path, name)
     arrays, offsets = rows.gather(kind, [table], dataset.n_users, dataset.n_items, str(root))
     manifest = _measured(dataset, rows.make(manifest, arrays, offsets), table.num_rows, counts)
+
     with shards.atomic_directory(root, overwrite=overwrite) as staging:
         files = shards.write_shards(
             staging, "part", rows.table_of(kind, arrays), rows_per_shard=rows_per_shard
@@ -335,15 +342,18 @@ def append(
                 "means; add them to one of these, or import them under a name of their own, and "
                 "combine anew"
             )
+
         listed = {file.path for file in manifest.files}
         for path in root.glob(f"{_ADDED}*"):
             if path.name not in listed:
                 path.unlink()
+
         tables = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
         added, _ = rows.gather(kind, [table], *sizes, f"what is added to {root}")
         rows.refuse_known(tables, added, dataset.n_items, str(root))
         table = rows.table_of(kind, added)
         everything = rows.make(manifest, *rows.gather(kind, [*tables, table], *sizes, str(root)))
+
         n_rows = sum(file.rows for file in manifest.files) + table.num_rows
         manifest = _measured(dataset, everything, n_rows, counts)
         numbers = [path.split("-")[1] for path in listed if path.startswith(_ADDED)]
@@ -354,6 +364,7 @@ def append(
         manifest = dataclasses.replace(manifest, files=(*manifest.files, *files))
         schema.write_manifest(root, manifest)
         shards.sync(root)
+
     return manifest
 
 
@@ -396,6 +407,7 @@ def report(manifest: schema.TeacherManifest) -> str:
         and key.startswith(("dropped_", "merged_", "unanswered"))
         and key != training_items.DROPPED
     }
+
     lines = [
         f"teacher {manifest.name}: {manifest.kind} ({manifest.score_kind})"
         + (f" by {manifest.model}" if manifest.model else "")
@@ -409,6 +421,7 @@ def report(manifest: schema.TeacherManifest) -> str:
         f"{counts['valid_pairs']:,} valid, {counts['test_pairs']:,} test",
         f"  assumed: built_from={manifest.built_from}: {stated}; {unlisted}",
     ]
+
     if echoed := counts.get(training_items.DROPPED, 0):
         lines.append(
             f"  {echoed:,} answers of {counts[training_items.USERS]:,} users on their own training "

@@ -197,10 +197,12 @@ def refuse_known(
         asked = added["user"][between]
         if not asked.size:
             return
+
         pairs = _pairs({name: column[between] for name, column in added.items()}, n_items)
         # A short number for each pair that is asked about, then for each with its user.
         known, number = np.unique(pairs, return_inverse=True)
         wanted = np.sort((asked - users.min()).astype(np.int64) * known.size + number)
+
         columns = {name: batch.column(name).to_numpy() for name in batch.schema.names[:-1]}
         pairs_of_rows = _pairs(columns, n_items)
         place = np.minimum(np.searchsorted(known, pairs_of_rows), known.size - 1)
@@ -283,6 +285,7 @@ def _checker(kind: str, n_users: int, n_items: int, where: str) -> Callable[[Arr
             if low < 0 or high >= max(bound, 1):
                 bad = low if low < 0 else high
                 raise ShardError(f"{where}: {name} index {bad} is outside the id map of {bound}")
+
         if kind == "scores":
             return
         if (lowest := piece["margin"].min(initial=np.inf)) <= 0:
@@ -321,6 +324,7 @@ def _settle_preferences(piece: Arrays, n_items: int, where: str) -> None:
     pairs = preferred.astype(np.int64) * n_items + other
     if ((pairs[1:] > pairs[:-1]) | (users[1:] > users[:-1])).all():
         return
+
     columns = ((users - users[0], int(users[-1] - users[0]) + 1), (pairs, n_items**2))
     keys = _packed(*columns)
     if keys is None:
@@ -331,6 +335,7 @@ def _settle_preferences(piece: Arrays, n_items: int, where: str) -> None:
         ordered = np.sort(keys)  # a third of the time of argsort
         same = ordered[1:] == ordered[:-1]
         twice = np.flatnonzero(keys == ordered[1:][same][0]) if same.any() else np.zeros(0, int)
+
     if twice.size:
         k = twice[0]
         raise ShardError(
