@@ -82,7 +82,7 @@ def _cost(path: pathlib.Path, prices: tuple[float, float]) -> accuracy_lib.Cost 
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
         paid = [ledger["accepted"], ledger["quarantined"]]
-        tokens = [sum(int(one[f"{kind}_tokens"]) for one in paid) for kind in _TOKENS]
+        tokens = [sum(int(usage[f"{kind}_tokens"]) for usage in paid) for kind in _TOKENS]
         return accuracy_lib.Cost(
             answers=int(paid[0]["answers"]),
             unusable=int(paid[1]["answers"]),
@@ -276,8 +276,8 @@ def as_json(audit: TeacherAudit) -> dict[str, Any]:
 
     data = dataclasses.asdict(audit)
     del data["manifest"]["files"]
-    for row, one in zip(data["agreement"], audit.agreement, strict=True):
-        row["believed"] = one.believed
+    for row, agreement in zip(data["agreement"], audit.agreement, strict=True):
+        row["believed"] = agreement.believed
     verdicts = {"verdict": verdict(audit), "deciding": audit.deciding}
     return verdicts | {key: plain(value) for key, value in data.items()}
 

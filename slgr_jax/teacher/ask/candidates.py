@@ -95,14 +95,14 @@ def draw(
     hidden, negatives = _calibration(dataset, described, events, options, rng)
     able = np.unique(events[0])
 
-    asked = paper_sets(dataset, able, described, space, options, rng)
-    asked |= _hard_sets(dataset, able, described, proposed or {})
+    keys_by_reason = paper_sets(dataset, able, described, space, options, rng)
+    keys_by_reason |= _hard_sets(dataset, able, described, proposed or {})
     positives = _keys(hidden, dataset.n_items)
-    asked["calibration"] = np.concatenate([positives, negatives])
+    keys_by_reason["calibration"] = np.concatenate([positives, negatives])
     if options.exclude_evaluation:
         held = _keys(dataset.positives(("valid", "test")), dataset.n_items)
-        asked = {name: keys[~np.isin(keys, held)] for name, keys in asked.items()}
-    keys = np.unique(np.concatenate(list(asked.values())))
+        keys_by_reason = {name: keys[~np.isin(keys, held)] for name, keys in keys_by_reason.items()}
+    keys = np.unique(np.concatenate(list(keys_by_reason.values())))
     if not keys.size:
         raise InputError(
             f"{dataset.path}: no pair is left to ask about that has a text and that the user has "
@@ -111,7 +111,7 @@ def draw(
 
     reasons = np.zeros(keys.size, np.int32)
     for bit, name in enumerate(schema.REASONS):
-        reasons[np.searchsorted(keys, np.unique(asked.get(name, keys[:0])))] |= 1 << bit
+        reasons[np.searchsorted(keys, np.unique(keys_by_reason.get(name, keys[:0])))] |= 1 << bit
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
     return CandidateSet(users, items, reasons, hidden)
 
@@ -177,12 +177,12 @@ def _hard_sets(
     seen = _keys(dataset.positives(("train",)), dataset.n_items)
     can_be_asked = np.zeros(dataset.n_users, bool)
     can_be_asked[able] = True
-    asked = {}
+    keys_by_reason = {}
     for reason, items_of_user in proposed.items():
         keys = _keys(items_of_user, dataset.n_items)
         users, items = np.divmod(keys, dataset.n_items)
-        asked[reason] = keys[can_be_asked[users] & described[items] & ~np.isin(keys, seen)]
-    return asked
+        keys_by_reason[reason] = keys[can_be_asked[users] & described[items] & ~np.isin(keys, seen)]
+    return keys_by_reason
 
 
 # --- the paper's sets --------------------------------------------------------------------------
@@ -216,14 +216,14 @@ def paper_sets(
     cold = able[slices.cold_users[able]]
     tail = np.flatnonzero(slices.tail_items & described)
 
-    asked = {
+    keys_by_set = {
         "popular": _from_pool(able, pool, options.candidates, history, dataset.n_items, rng),
         "cold": _from_cells(cold, space, described, options.cold_candidates, dataset.n_items, rng),
         "tail": _random_users(tail, able, options.tail_users, dataset.n_items, rng),
     }
 
     trained = _keys(history, dataset.n_items)
-    return {name: keys[~np.isin(keys, trained)] for name, keys in asked.items()}
+    return {name: keys[~np.isin(keys, trained)] for name, keys in keys_by_set.items()}
 
 
 def _keys(pairs: Csr, n_items: int) -> np.ndarray:

@@ -262,9 +262,11 @@ class _Run:
 
     def through(self, root: pathlib.Path, manifest: schema.RequestManifest) -> LiveReport:
         """Ask every request that has no whole answer."""
-        asked = sum(file.rows for file in manifest.files["requests"])
+        n_requests = sum(file.rows for file in manifest.files["requests"])
         free = threading.BoundedSemaphore(self._options.concurrency)
-        bar = tqdm.tqdm(total=asked, initial=len(self._history.whole), unit="request", disable=None)
+        bar = tqdm.tqdm(
+            total=n_requests, initial=len(self._history.whole), unit="request", disable=None
+        )
 
         def work(line: dict[str, Any]) -> None:
             try:
@@ -298,7 +300,7 @@ class _Run:
         cut = sum(custom_id not in self._history.whole for custom_id in self._history.cuts)
         return LiveReport(
             path=self._results.path,
-            asked=asked,
+            asked=n_requests,
             whole=len(self._history.whole),
             cut=cut,
             new=self._new,

@@ -217,17 +217,17 @@ def _stream(
     base, more = asker.answer_tokens()
     offsets, history = shown_history(asker)
     number = (int(manifest.fingerprint[:16], 16) >> (1 + _INDEX_BITS)) << _INDEX_BITS
-    at = 0
+    position = 0
 
     for user in np.flatnonzero(planned.users):
         lists = asker.of_user(int(user))
-        if at + len(lists) <= skip:
-            at += len(lists)
+        if position + len(lists) <= skip:
+            position += len(lists)
             continue
         past = [asker.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
         for permutation, items in lists:
-            if at >= skip:
-                custom_id = f"{number + at:016x}"
+            if position >= skip:
+                custom_id = f"{number + position:016x}"
                 shown = [asker.lines[item] for item in items]
                 text = asker.template.render(past, shown, labelled=labelled)
                 limit = asker.options.answer_tokens or 2 * (base + more * items.size) + 16
@@ -237,9 +237,9 @@ def _stream(
                     "url": URL,
                     "body": _body(asker, manifest.model, text, items.size, limit),
                 }
-                row = (number + at, custom_id, int(user), permutation, items)
+                row = (number + position, custom_id, int(user), permutation, items)
                 yield _json_line(line), row
-            at += 1
+            position += 1
 
 
 def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[str, Any]:

@@ -189,8 +189,8 @@ def user_slices(
 ) -> dict[str, np.ndarray]:
     """Name -> [n] bool, by the training interactions of each pair's user."""
     cold, history = slices.cold_users[users], dataset.history[users]
-    found = {"all": np.ones(users.size, bool), "cold users": cold, "warm users": ~cold}
-    return found | {name: (history >= low) & (history <= high) for name, low, high in bins}
+    masks = {"all": np.ones(users.size, bool), "cold users": cold, "warm users": ~cold}
+    return masks | {name: (history >= low) & (history <= high) for name, low, high in bins}
 
 
 def item_slices(
@@ -198,13 +198,13 @@ def item_slices(
 ) -> dict[str, np.ndarray]:
     """Name -> [n] bool, by the training interactions of each pair's positive."""
     tail, popularity = slices.tail_items[items], dataset.popularity[items]
-    found = {"tail items": tail, "head items": ~tail}
-    return found | {name: (popularity >= low) & (popularity <= high) for name, low, high in bins}
+    masks = {"tail items": tail, "head items": ~tail}
+    return masks | {name: (popularity >= low) & (popularity <= high) for name, low, high in bins}
 
 
 def margin_slices(margin: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> [n] bool: margins cut at their quartiles; NaN is a pair with an unlisted item."""
-    found = {}
+    masks = {}
     apart = margin[~np.isnan(margin)]
     if apart.size:
         edges = np.unique(np.quantile(apart, np.arange(1, _PARTS) / _PARTS, method="lower"))
@@ -212,10 +212,10 @@ def margin_slices(margin: np.ndarray) -> dict[str, np.ndarray]:
             name = f"margin {low:.3g} to {high:.3g}"
             name = f"margin<={high:.3g}" if low == -np.inf else name
             name = f"margin>{low:.3g}" if high == np.inf else name
-            found[name] = (margin > low) & (margin <= high)
+            masks[name] = (margin > low) & (margin <= high)
     if apart.size < margin.size:
-        found["one unlisted"] = np.isnan(margin)
-    return found
+        masks["one unlisted"] = np.isnan(margin)
+    return masks
 
 
 def _agreement(
@@ -240,9 +240,9 @@ def _agreement(
             continue
         users = pairs.users[cut]
         teacher = user_means(users, right[cut])
-        own = user_means(users, items[cut])
+        item_item = user_means(users, items[cut])
         accuracy, low, high = interval(teacher)
-        gain, gain_low, gain_high = interval(teacher - own)
+        gain, gain_low, gain_high = interval(teacher - item_item)
         rows.append(
             Agreement(
                 known=source,
@@ -255,7 +255,7 @@ def _agreement(
                 low=max(low, 0.0),
                 high=min(high, 1.0),
                 popularity=float(user_means(users, popularity[cut]).mean()),
-                item_item=float(own.mean()),
+                item_item=float(item_item.mean()),
                 gain=gain,
                 gain_low=gain_low,
                 gain_high=gain_high,
@@ -296,9 +296,9 @@ def _coverage(
         (items, {"items": None, "tail items": slices.tail_items, "head items": ~slices.tail_items},
          dataset.popularity, popularity_bins),
     ):  # fmt: skip
-        named = {name: np.ones(has.size, bool) if cut is None else cut
+        masks = {name: np.ones(has.size, bool) if cut is None else cut
                  for name, cut in cuts.items()}  # fmt: skip
-        named |= {name: (counts >= low) & (counts <= high) for name, low, high in bins}
-        for name, cut in named.items():
+        masks |= {name: (counts >= low) & (counts <= high) for name, low, high in bins}
+        for name, cut in masks.items():
             if cut.any():
                 yield Coverage(name, int(cut.sum()), int((has & cut).sum()))

@@ -106,11 +106,11 @@ class Likelihood:
           restart: drop what another job left in `keep`.
         """
         order = np.argsort(users, kind="stable")
-        asked, starts = np.unique(users[order], return_index=True)
+        scored_users, starts = np.unique(users[order], return_index=True)
         ends = np.append(starts[1:], users.size)
         rows = [order[a:b] for a, b in zip(starts, ends, strict=True)]
 
-        prompts = self._prompts(history, asked)
+        prompts = self._prompts(history, scored_users)
         parts = Parts(keep, self._job(prompts, users, items), restart=restart) if keep else None
         self._learn_prior(np.unique(items), parts)
         if keep:
@@ -121,8 +121,8 @@ class Likelihood:
         with tqdm(total=len(rows), unit=" users", disable=None if keep else True) as bar:
             for number, begin in enumerate(range(0, len(rows), size)):
                 chunk = slice(begin, begin + size)
-                asked_items = [items[row] for row in rows[chunk]]
-                make = functools.partial(self._score_part, prompts[chunk], asked_items, bar)
+                item_lists = [items[row] for row in rows[chunk]]
+                make = functools.partial(self._score_part, prompts[chunk], item_lists, bar)
                 if parts is None:
                     values = make()
                 else:
@@ -148,18 +148,18 @@ class Likelihood:
         return prompts
 
     def _score_part(
-        self, prompts: Sequence[list[int]], asked: Sequence[np.ndarray], bar: Any
+        self, prompts: Sequence[list[int]], item_lists: Sequence[np.ndarray], bar: Any
     ) -> np.ndarray:
-        out = [np.full(items.size, np.nan) for items in asked]
+        out = [np.full(items.size, np.nan) for items in item_lists]
         able = [k for k, prompt in enumerate(prompts) if prompt]
         for begin in range(0, len(able), self._model.batch):
             some = able[begin : begin + self._model.batch]
             values_of_prompts = self._model.log_probs(
-                [prompts[k] for k in some], [[self._titles[i] for i in asked[k]] for k in some]
+                [prompts[k] for k in some], [[self._titles[i] for i in item_lists[k]] for k in some]
             )
             for k, values in zip(some, values_of_prompts, strict=True):
-                lengths = np.array([len(self._titles[i]) for i in asked[k]])
-                out[k] = (values - self._prior[asked[k]]) / np.sqrt(lengths)
+                lengths = np.array([len(self._titles[i]) for i in item_lists[k]])
+                out[k] = (values - self._prior[item_lists[k]]) / np.sqrt(lengths)
             bar.update(len(some))
         bar.update(len(prompts) - len(able))
         return np.concatenate(out).astype(np.float32)
@@ -184,11 +184,11 @@ class Likelihood:
             digest.update(np.ascontiguousarray(values, np.int64).tobytes())
         return digest.hexdigest()
 
-    def _estimate(self, prompts: Sequence[list[int]], asked: Sequence[np.ndarray]) -> str:
+    def _estimate(self, prompts: Sequence[list[int]], item_lists: Sequence[np.ndarray]) -> str:
         """What is to be done, and how long it takes at the speed of the first prompts."""
         sizes = [
             len(prompt) + sum(len(self._titles[i]) for i in items)
-            for prompt, items in zip(prompts, asked, strict=True)
+            for prompt, items in zip(prompts, item_lists, strict=True)
         ]
 
         able = [k for k, prompt in enumerate(prompts) if prompt][: self._model.batch]
@@ -197,13 +197,14 @@ class Likelihood:
             for _ in range(2):  # the first call compiles
                 began = time.perf_counter()
                 self._model.log_probs(
-                    [prompts[k] for k in able], [[self._titles[i] for i in asked[k]] for k in able]
+                    [prompts[k] for k in able],
+                    [[self._titles[i] for i in item_lists[k]] for k in able],
                 )
                 seconds = time.perf_counter() - began
 
         speed = sum(sizes[k] for k in able) / seconds
         return (
-            f"{self.name}: {len(prompts):,} users, {sum(map(len, asked)):,} pairs, "
+            f"{self.name}: {len(prompts):,} users, {sum(map(len, item_lists)):,} pairs, "
             f"{sum(sizes):,} tokens; about {sum(sizes) / speed / 60:.1f} minutes at {speed:,.0f} "
             "tokens/s (fewer users: --max_users); killed, it goes on where it was"
         )
@@ -274,10 +275,10 @@ class Transformers:
         out = []
         for begin in range(0, len(many), rows):
             some = many[begin : begin + rows]
-            lengths = torch.tensor([len(one) for one in some], device=device)
+            lengths = torch.tensor([len(ids) for ids in some], device=device)
             tokens = torch.zeros((len(some), longest), dtype=torch.long, device=device)
-            for row, one in enumerate(some):
-                tokens[row, : len(one)] = torch.tensor(one)
+            for row, ids in enumerate(some):
+                tokens[row, : len(ids)] = torch.tensor(ids)
             first = self._model(head, use_cache=True)
             cache = first.past_key_values
             cache.batch_repeat_interleave(len(some))

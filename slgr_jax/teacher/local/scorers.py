@@ -272,22 +272,24 @@ def draw_pairs(
     """
     rng = np.random.default_rng(seed)
     able = np.unique(candidates.described_history(dataset, scorer.described)[0])
-    asked = candidates.paper_sets(
+    keys_by_set = candidates.paper_sets(
         dataset, able, scorer.described, _space(dataset, scorer), options, rng
     )
 
     if max_users:
         chosen = rng.permutation(able)[:max_users]
-        asked = {k: keys[np.isin(keys // dataset.n_items, chosen)] for k, keys in asked.items()}
+        keys_by_set = {
+            k: keys[np.isin(keys // dataset.n_items, chosen)] for k, keys in keys_by_set.items()
+        }
 
-    keys = np.unique(np.concatenate(list(asked.values())))
+    keys = np.unique(np.concatenate(list(keys_by_set.values())))
     if not keys.size:
         raise InputError(
             f"{dataset.path}: no item is left to score that has a text and that a user has not "
             "seen; raise --candidates, --cold_candidates or --tail_users"
         )
 
-    counts = {f"{name}_candidates": int(np.unique(keys).size) for name, keys in asked.items()}
+    counts = {f"{name}_candidates": int(np.unique(keys).size) for name, keys in keys_by_set.items()}
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
     none = np.zeros(0, np.int32)
     hidden = Csr.from_pairs(none, none, dataset.n_users)
@@ -308,7 +310,7 @@ def score(
     dataset: Dataset,
     common: TeachConfig,
     options: ScoreConfig,
-    asked: CandidateConfig,
+    candidate_options: CandidateConfig,
     scorer: Scorer,
     *,
     candidate_set: str = "",
@@ -317,7 +319,7 @@ def score(
 
     Args:
       dataset: item texts and training interactions.
-      common, options, asked: what to do.
+      common, options, candidate_options: what to do.
       scorer: what `make` gave for `options`.
       candidate_set: DATA/candidates/... to score, without its hidden items in any history; empty:
         the pairs of `draw_pairs`.
@@ -330,7 +332,7 @@ def score(
         pairs, counts = _able_pairs(dataset, scorer, pairs, options.max_users, common.seed)
     else:
         pairs, counts = draw_pairs(
-            dataset, scorer, asked, max_users=options.max_users, seed=common.seed
+            dataset, scorer, candidate_options, max_users=options.max_users, seed=common.seed
         )
 
     history = candidates.described_history(dataset, scorer.described, pairs.hidden)
@@ -432,9 +434,9 @@ def held_in_accuracy(
     cold = dataset.slices(SliceConfig()).cold_users
     result = {}
     for name, j in drawn.items():
-        asked = base[:, None] + j
-        valid = ~np.isin(asked, trained)
-        wrong = scores[np.searchsorted(keys, asked)]
+        wrong_keys = base[:, None] + j
+        valid = ~np.isin(wrong_keys, trained)
+        wrong = scores[np.searchsorted(keys, wrong_keys)]
         wins = ((right > wrong) + 0.5 * (right == wrong)) * valid
         trials = np.bincount(u, valid.sum(1), dataset.n_users)
         known = trials > 0

@@ -82,29 +82,29 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
       method: one of `config.FUSIONS`, see above.
       rrf_k: k of rrf.
     """
-    bound = 1 + max(int(one.items.max(initial=0)) for one in teachers)
+    bound = 1 + max(int(teacher.items.max(initial=0)) for teacher in teachers)
     extremes = [
-        (float(one.scores.min(initial=np.inf)), float(one.scores.max(initial=-np.inf)))
-        for one in teachers
+        (float(teacher.scores.min(initial=np.inf)), float(teacher.scores.max(initial=-np.inf)))
+        for teacher in teachers
     ]
-    all_below = all(one.below for one in teachers)
-    found: dict[int, tuple[np.ndarray, ...]] = {}
+    all_below = all(teacher.below for teacher in teachers)
+    pieces_by_first: dict[int, tuple[np.ndarray, ...]] = {}
 
     def fuse_users(first: int, last: int) -> None:
         keys, said, unknown = [], [], []
         lists = np.zeros(last - first, np.int64)  # of each user, by teachers `below`
-        for one, (low, high) in zip(teachers, extremes, strict=True):
-            lengths = np.diff(one.offsets[first : last + 1])
+        for teacher, (low, high) in zip(teachers, extremes, strict=True):
+            lengths = np.diff(teacher.offsets[first : last + 1])
             users = np.repeat(np.arange(last - first, dtype=np.int64), lengths)
-            mine = slice(one.offsets[first], one.offsets[last])
-            keys.append(users * bound + one.items[mine])
-            unknown.append(np.full(users.size, float(not one.below)))
-            lists += one.below & (lengths > 0)
+            span = slice(teacher.offsets[first], teacher.offsets[last])
+            keys.append(users * bound + teacher.items[span])
+            unknown.append(np.full(users.size, float(not teacher.below)))
+            lists += teacher.below & (lengths > 0)
             if method == "mean":
-                scaled = (one.scores[mine].astype(np.float64) - low) / ((high - low) or 1)
+                scaled = (teacher.scores[span].astype(np.float64) - low) / ((high - low) or 1)
                 said.append(scaled if high > low else np.full(users.size, 0.5))
                 continue
-            ranks = _ranks(users, one.scores[mine])
+            ranks = _ranks(users, teacher.scores[span])
             if method == "borda":
                 said.append(1 - (ranks - 1) / np.repeat(lengths, lengths))
             else:
@@ -125,15 +125,15 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
         if method == "rrf":
             fused = total * (len(teachers) / speakers)  # to the bit the sum where all speak
 
-        found[first] = (
+        pieces_by_first[first] = (
             *(x.astype(np.int32) for x in (owners + first, items)),
             fused.astype(np.float32),
             votes.astype(np.int32),
         )
 
-    rows.over_users(np.sum([one.offsets for one in teachers], axis=0), fuse_users)
+    rows.over_users(np.sum([teacher.offsets for teacher in teachers], axis=0), fuse_users)
     empty = tuple(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float32, np.int32))
-    pieces = [empty, *(found[first] for first in sorted(found))]
+    pieces = [empty, *(pieces_by_first[first] for first in sorted(pieces_by_first))]
     return Fused(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
 
@@ -185,7 +185,7 @@ def combine(
         )
 
     columns = [x if kept.all() else x[kept] for x in (fused.users, fused.items, fused.scores)]
-    below = all(one.below for one in answers)
+    below = all(part.below for part in answers)
     return preferences.write_product(
         dataset,
         common.name,
@@ -226,13 +226,13 @@ def _names(dataset: Dataset, result: str, options: CombineConfig) -> list[str]:
 
 
 def _load(dataset: Dataset, name: str) -> preferences.Teacher:
-    found = preferences.load(dataset, name)
-    if found.manifest.kind != "scores":
+    teacher = preferences.load(dataset, name)
+    if teacher.manifest.kind != "scores":
         raise InputError(
-            f"teacher {name!r} holds {found.manifest.kind}, combine takes scores: leave it out of "
-            "--names, or collect its answers again with --pairs_to=scores"
+            f"teacher {name!r} holds {teacher.manifest.kind}, combine takes scores: leave it out "
+            "of --names, or collect its answers again with --pairs_to=scores"
         )
-    return found
+    return teacher
 
 
 def _origin(part: schema.TeacherManifest) -> str:
@@ -242,12 +242,12 @@ def _origin(part: schema.TeacherManifest) -> str:
 
 
 def _training_items(parts: Sequence[schema.TeacherManifest]) -> str:
-    told = max((part.training_items for part in parts), key=schema.TRAINING_ITEMS.index)
+    most_seen = max((part.training_items for part in parts), key=schema.TRAINING_ITEMS.index)
     # What was hidden from one teacher may have been history to another, who left it off its list
     # for that; where unlisted is below, this counts against the item and tests nobody.
-    if told == "hidden" and any(part.unlisted == "below" for part in parts):
+    if most_seen == "hidden" and any(part.unlisted == "below" for part in parts):
         return "shown"
-    return told
+    return most_seen
 
 
 def _score_kind(options: CombineConfig, teachers: int, *, below: bool) -> str:

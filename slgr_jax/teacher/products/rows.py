@@ -186,7 +186,7 @@ def only_users(table: pa.Table, first: int, last: int) -> pa.Table:
 def refuse_known(
     tables: Sequence[pa.Table], added: Mapping[str, np.ndarray], n_items: int, where: str
 ) -> None:
-    """Refuse (`InputError`) a pair in `gain` (as `gather` returns it) that `tables` have already.
+    """Refuse (`InputError`) a pair in `added` (as `gather` returns it) that `tables` have already.
 
     A pair is a user and an item, or a user and two items in either order.
     """
@@ -194,14 +194,14 @@ def refuse_known(
     def look(batch: pa.RecordBatch) -> None:
         users = batch.column("user").to_numpy()
         between = slice(*np.searchsorted(added["user"], np.array([users.min(), users.max() + 1])))
-        asked = added["user"][between]
-        if not asked.size:
+        added_users = added["user"][between]
+        if not added_users.size:
             return
 
         pairs = _pairs({name: column[between] for name, column in added.items()}, n_items)
         # A short number for each pair that is asked about, then for each with its user.
         known, number = np.unique(pairs, return_inverse=True)
-        wanted = np.sort((asked - users.min()).astype(np.int64) * known.size + number)
+        wanted = np.sort((added_users - users.min()).astype(np.int64) * known.size + number)
 
         columns = {name: batch.column(name).to_numpy() for name in batch.schema.names[:-1]}
         pairs_of_rows = _pairs(columns, n_items)
@@ -210,10 +210,10 @@ def refuse_known(
         again = wanted[np.minimum(np.searchsorted(wanted, keys), wanted.size - 1)] == keys
         if (again := again & (known[place] == pairs_of_rows)).any():
             low, high = divmod(int(pairs_of_rows[again][0]), n_items)
-            what = f"item {low}" if low == high else f"items {low} and {high}"
+            items_text = f"item {low}" if low == high else f"items {low} and {high}"
             raise InputError(
-                f"{where} has user {users[again][0]}, {what} already, answered or not; leave it "
-                "out of what is added, or write the product anew with --overwrite"
+                f"{where} has user {users[again][0]}, {items_text} already, answered or not; leave "
+                "it out of what is added, or write the product anew with --overwrite"
             )
 
     batches = [b for t in tables for b in t.to_batches(max_chunksize=PIECE) if b.num_rows]
@@ -222,9 +222,11 @@ def refuse_known(
 
 def _pairs(columns: Mapping[str, np.ndarray], n_items: int) -> np.ndarray:
     """[rows] int64: the item (twice), or the two items, the lower one first, as one number."""
-    one, two = (columns[name] for name in ("preferred", "other")) if "other" in columns else (
-        columns["item"], columns["item"])  # fmt: skip
-    return np.minimum(one, two).astype(np.int64) * n_items + np.maximum(one, two)
+    if "other" in columns:
+        first, second = columns["preferred"], columns["other"]
+    else:
+        first = second = columns["item"]
+    return np.minimum(first, second).astype(np.int64) * n_items + np.maximum(first, second)
 
 
 def _taken(column: np.ndarray, order: np.ndarray) -> np.ndarray:
