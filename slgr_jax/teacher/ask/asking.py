@@ -244,7 +244,11 @@ def _sizes(asker: Asker) -> tuple[str, _Sizes]:
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_event[history])])
     before = frame + sums[offsets[1:]] - sums[offsets[:-1]]
     n_users = asker.dataset.n_users
-    sizes = _Sizes(*(np.zeros(n_users, np.int64) for _ in range(3)))
+    sizes = _Sizes(
+        requests=np.zeros(n_users, np.int64),
+        prompt=np.zeros(n_users, np.int64),
+        answer=np.zeros(n_users, np.int64),
+    )
 
     base, more = asker.answer_tokens()
     for user in np.flatnonzero(np.diff(asker.offsets)):

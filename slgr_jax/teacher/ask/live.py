@@ -159,7 +159,9 @@ class History:
                     custom_id, response = result["custom_id"], result["response"]
                     if response is not None and response["status_code"] == 200:
                         body = response["body"]
-                        history.add(custom_id, body, prices.cost(*_usage(body, 0, 0)))
+                        prompt_tokens, answer_tokens = _usage(body, 0, 0)
+                        spent = prices.cost(prompt_tokens, answer_tokens)
+                        history.add(custom_id, body, spent)
                 except (ValueError, LookupError, TypeError, RecursionError) as error:
                     raise InputError(
                         f"{path}: line {number} is no result of slgr teach ask; remove the line, "
@@ -339,7 +341,8 @@ class _Run:
             try:
                 reply = self._endpoint.call(path, body, prompt_tokens + limit)
                 if not reply.problem:
-                    spent = self._budget.cost(*_usage(reply.body, prompt_tokens, limit))
+                    prompt_used, answer_used = _usage(reply.body, prompt_tokens, limit)
+                    spent = self._budget.cost(prompt_used, answer_used)
                 self._results.append(custom_id, reply)
             finally:
                 self._budget.settle(most, spent)

@@ -58,8 +58,10 @@ def measure(log: pa.Table) -> Consistency:
     def rows(chosen: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return {name: column[chosen] for name, column in columns.items()}, scores[chosen]
 
-    pairs, first_preferred, both_orders, bias, same = _pairwise(*rows(compared & given))
-    twice_listed, place_slope, list_pairs, same_in_lists = _listwise(*rows(~compared & given))
+    in_pairs, preferred = rows(compared & given)
+    pairs, first_preferred, both_orders, bias, same = _pairwise(in_pairs, preferred)
+    in_lists, list_scores = rows(~compared & given)
+    twice_listed, place_slope, list_pairs, same_in_lists = _listwise(in_lists, list_scores)
 
     return Consistency(
         pairs=pairs,

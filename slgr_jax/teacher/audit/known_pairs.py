@@ -264,7 +264,8 @@ def by_items(dataset: Dataset, pairs: AuditPairs, cosines: Cosines, *, held_in: 
     for begin in range(0, who.size, step):
         scores = history[who[begin : begin + step]] @ cosines
         block = scores.toarray() if sparse.issparse(scores) else scores
-        inside = slice(*np.searchsorted(row, [begin, begin + step]))  # pairs are sorted by user
+        low, high = np.searchsorted(row, [begin, begin + step])  # pairs are sorted by user
+        inside = slice(low, high)
         positive[inside] = block[row[inside] - begin, pairs.positives[inside]]
         negative[inside] = block[row[inside] - begin, pairs.negatives[inside]]
 

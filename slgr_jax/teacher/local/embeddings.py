@@ -81,31 +81,21 @@ def embed(
     root = product_path(dataset.path, common.name)
     shards.check_target(root, overwrite=common.overwrite)
     counts: dict[str, int] = {}
-    users: Vectors | None = None
     if options.vectors:
-        items, dropped = read_vectors(options.vectors, dataset, "item", unknown=unknown)
-        counts |= dropped
-        if options.user_vectors:
-            users, dropped = read_vectors(options.user_vectors, dataset, "user", unknown=unknown)
-            counts |= {f"user_{name}": count for name, count in dropped.items()}
+        items, users, counts = _from_files(dataset, options, unknown)
         model, prompt_hash = common.model, ""
     else:
         built_from = "train_only"
         local = _embedder(options, llm)
         model, prompt_hash = local.name, hashlib.sha256(TEXT.encode()).hexdigest()[:16]
-        items = _of_texts(local, item_texts(dataset))
-        if not items.has.any():
-            raise InputError(
-                f"{dataset.path} has no item texts to embed; prepare it again with item titles "
-                "(slgr prepare --items_input)"
-            )
-        if options.users == "text":
-            users = _of_texts(local, _user_texts(dataset))
+        items, users = _from_texts(dataset, options, local)
+
     users_from = "text" if options.users == "text" else "history"
     if options.user_vectors:
         users_from = "file"
     if users is None:
         users, users_from = mean_of_history(dataset.positives(("train",)), items), "history"
+
     return write(
         dataset,
         common.name,
@@ -152,6 +142,30 @@ def _of_texts(model: scorers.Embedder, texts: list[str]) -> Vectors:
     return Vectors(values, np.asarray((values != 0).any(axis=1), bool))
 
 
+def _from_files(
+    dataset: Dataset, options: EmbedConfig, unknown: str
+) -> tuple[Vectors, Vectors | None, dict[str, int]]:
+    """Vectors of items, of users where a file has them, and counts of what was left out."""
+    items, counts = read_vectors(options.vectors, dataset, "item", unknown=unknown)
+    if not options.user_vectors:
+        return items, None, counts
+    users, dropped = read_vectors(options.user_vectors, dataset, "user", unknown=unknown)
+    return items, users, counts | {f"user_{name}": count for name, count in dropped.items()}
+
+
+def _from_texts(
+    dataset: Dataset, options: EmbedConfig, model: scorers.Embedder
+) -> tuple[Vectors, Vectors | None]:
+    """Vectors of items, and of users where their texts are to be read."""
+    items = _of_texts(model, item_texts(dataset))
+    if not items.has.any():
+        raise InputError(
+            f"{dataset.path} has no item texts to embed; prepare it again with item titles "
+            "(slgr prepare --items_input)"
+        )
+    return items, _of_texts(model, _user_texts(dataset)) if options.users == "text" else None
+
+
 def _user_texts(dataset: Dataset) -> list[str]:
     files = dataset.manifest.files["users"]
     table = shards.read_shards(dataset.path, files, schema.USERS)
@@ -187,6 +201,7 @@ def read_vectors(
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give Parquet, Arrow, npz or .jsonl with vectors")
+
     counts: dict[str, int] = {}
     if path.suffix == ".jsonl":
         ids, values, counts = _read_results(path, _PREFIXES[entity])
@@ -205,19 +220,15 @@ def read_vectors(
             f"{path}: the vector of {entity} {ids[int(np.argmin(finite))]!r} is not finite; leave "
             "out what has no vector"
         )
+
     known = dataset.items.column("item_id").combine_chunks()
     known = known if entity == "item" else dataset.user_ids
     rows = pc.fill_null(pc.index_in(pa.array(ids, pa.string()), value_set=known), -1).to_numpy()
     foreign = rows < 0
-    if foreign.any() and unknown == "error":
-        raise InputError(
-            f"{path}: {int(foreign.sum())} of {len(ids)} ids are no {entity} of {dataset.path}, "
-            f"e.g. {ids[int(np.argmax(foreign))]!r}; add --unknown=drop to leave them out"
-        )
-    if foreign.all():
-        raise InputError(f"{path}: none of its {len(ids)} ids is a {entity} of {dataset.path}")
+    _check_known(ids, foreign, f"{entity} of {dataset.path}", path, unknown)
     counts["dropped_unknown"] = int(foreign.sum())
     rows, values = rows[~foreign], values[~foreign]
+
     out = np.zeros((len(known), values.shape[1]), np.float32)
     out[rows] = values
     if path.suffix != ".jsonl" and not (out[rows] == values).all():
@@ -226,6 +237,18 @@ def read_vectors(
     has = np.zeros(len(known), bool)
     has[rows] = True
     return Vectors(out, has), counts
+
+
+def _check_known(
+    ids: list[str], foreign: np.ndarray, meant: str, path: pathlib.Path, unknown: str
+) -> None:
+    if foreign.any() and unknown == "error":
+        raise InputError(
+            f"{path}: {int(foreign.sum())} of {len(ids)} ids are no {meant}, e.g. "
+            f"{ids[int(np.argmax(foreign))]!r}; add --unknown=drop to leave them out"
+        )
+    if foreign.all():
+        raise InputError(f"{path}: none of its {len(ids)} ids is a {meant}")
 
 
 def _read_table(path: pathlib.Path, entity: str) -> tuple[list[str], np.ndarray]:

@@ -144,7 +144,9 @@ class Likelihood:
         for start, end in zip(starts, ends, strict=True):
             shown = items[max(start, end - self._most) : end]
             pieces = [self._titles[item] + self._mark for item in shown]
-            prompts.append([*self._opening, *itertools.chain(*pieces)] if pieces else [])
+            prompts.append(
+                [*self._opening, *itertools.chain.from_iterable(pieces)] if pieces else []
+            )
         return prompts
 
     def _score_part(

@@ -206,7 +206,9 @@ class Cosine:
         restart: bool = False,
     ) -> np.ndarray:
         """As `Scorer.score`; nothing is kept, it takes seconds."""
-        means = profiles(Csr.from_pairs(*history, self._n_users), self.vectors)
+        shown_users, shown_items = history
+        shown = Csr.from_pairs(shown_users, shown_items, self._n_users)
+        means = profiles(shown, self.vectors)
         out = np.empty(users.size, np.float32)
         for start in range(0, users.size, _CHUNK):
             part = slice(start, start + _CHUNK)

@@ -83,6 +83,7 @@ def read(
     ):
         if value not in choices:
             raise ConfigError(f"--{name}={value!r} is not one of: {listing(choices)}")
+
     path = pathlib.Path(path)
     raw = _read_any(path, delimiter)
     kind = _kind(raw.column_names, path)
@@ -93,6 +94,23 @@ def read(
     ranked = kind == "scores" and RANK in (column, score_kind)
     if ranked:
         numbers = _turned(numbers, column, path)
+
+    texts, indices = _indices(raw, kind, dataset, path)
+    counts = {"file_rows": raw.num_rows}
+    keep = _known(texts, indices, dataset, path, unknown, counts)
+    rows = np.flatnonzero(keep)
+    columns = {name: values[rows] for name, values in indices.items()}
+
+    merge = _merge_scores if kind == "scores" else _merge_preferences
+    table = merge(columns, numbers[rows], rows + 1, dataset.n_items, duplicates == "mean", path)
+    counts["merged_rows"] = int(rows.size - table.num_rows)
+    return AnswerTable(table, counts, RANK if ranked else score_kind)
+
+
+def _indices(
+    raw: pa.Table, kind: str, dataset: Dataset, path: pathlib.Path
+) -> tuple[dict[str, pa.ChunkedArray], dict[str, np.ndarray]]:
+    """By column of ids: their texts, and their indices in `dataset`; -1 where it has none."""
     item_ids = dataset.items.column("item_id").combine_chunks()
     ids = {"user": dataset.user_ids, **dict.fromkeys(_ITEM_COLUMNS[kind], item_ids)}
     texts = {name: _text(raw.column(name), name, path) for name in ids}
@@ -100,6 +118,7 @@ def read(
         name: pc.fill_null(pc.index_in(text, value_set=ids[name]), -1).to_numpy()
         for name, text in texts.items()
     }
+
     if kind == "preferences":
         same = pc.equal(texts["preferred"], texts["other"]).to_numpy(zero_copy_only=False)
         if same.any():
@@ -107,14 +126,7 @@ def read(
             raise InputError(
                 f"{path}: row {row} prefers item {texts['other'][row - 1].as_py()!r} over itself"
             )
-    counts = {"file_rows": raw.num_rows}
-    keep = _known(texts, indices, dataset, path, unknown, counts)
-    rows = np.flatnonzero(keep)
-    columns = {name: values[rows] for name, values in indices.items()}
-    merge = _merge_scores if kind == "scores" else _merge_preferences
-    table = merge(columns, numbers[rows], rows + 1, dataset.n_items, duplicates == "mean", path)
-    counts["merged_rows"] = int(rows.size - table.num_rows)
-    return AnswerTable(table, counts, RANK if ranked else score_kind)
+    return texts, indices
 
 
 def _number_column(columns: Sequence[str], kind: str, score_kind: str) -> str:
@@ -148,7 +160,9 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
         return shards.read_table(path)
 
     separator = {"\\t": "\t"}.get(delimiter, delimiter)
-    wanted = {"user", *itertools.chain(*_NUMBERS.values(), *_ITEM_COLUMNS.values())}
+    numbers = itertools.chain.from_iterable(_NUMBERS.values())
+    item_columns = itertools.chain.from_iterable(_ITEM_COLUMNS.values())
+    wanted = {"user", *numbers, *item_columns}
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
             header = next(csv.reader(text, delimiter=separator), [])

@@ -100,15 +100,11 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
             keys.append(users * bound + teacher.items[span])
             unknown.append(np.full(users.size, float(not teacher.below)))
             lists += teacher.below & (lengths > 0)
+            scores = teacher.scores[span]
             if method == "mean":
-                scaled = (teacher.scores[span].astype(np.float64) - low) / ((high - low) or 1)
-                said.append(scaled if high > low else np.full(users.size, 0.5))
-                continue
-            ranks = _ranks(users, teacher.scores[span])
-            if method == "borda":
-                said.append(1 - (ranks - 1) / np.repeat(lengths, lengths))
+                said.append(_scaled(scores, low, high))
             else:
-                said.append(1 / (ranks + (rrf_k if method == "rrf" else 0)))
+                said.append(_of_ranks(_ranks(users, scores), lengths, method, rrf_k))
 
         pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
         owners, items = np.divmod(pairs, bound)
@@ -134,7 +130,22 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
     rows.over_users(np.sum([teacher.offsets for teacher in teachers], axis=0), fuse_users)
     empty = tuple(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float32, np.int32))
     pieces = [empty, *(pieces_by_first[first] for first in sorted(pieces_by_first))]
-    return Fused(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+    users, items, scores, votes = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    return Fused(users, items, scores, votes)
+
+
+def _scaled(scores: np.ndarray, low: float, high: float) -> np.ndarray:
+    """[n] float64: scores of one teacher from its lowest, 0, to its highest, 1; .5 if all equal."""
+    if high <= low:
+        return np.full(scores.size, 0.5)
+    return (scores.astype(np.float64) - low) / (high - low)
+
+
+def _of_ranks(ranks: np.ndarray, lengths: np.ndarray, method: str, rrf_k: int) -> np.ndarray:
+    """[n] float64: what `method` gives for ranks in lists of these `lengths` (one per user)."""
+    if method == "borda":
+        return 1 - (ranks - 1) / np.repeat(lengths, lengths)
+    return 1 / (ranks + (rrf_k if method == "rrf" else 0))
 
 
 def _ranks(users: np.ndarray, scores: np.ndarray) -> np.ndarray:

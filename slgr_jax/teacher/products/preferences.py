@@ -105,8 +105,10 @@ def load(
     """
     root, manifest = _find(dataset, name)
     tables = _tables(root, manifest, dataset.n_users, verify=verify, reader=reader)
-    gathered = rows.gather(manifest.kind, tables, dataset.n_users, dataset.n_items, str(root))
-    return rows.make(manifest, *gathered)
+    arrays, offsets = rows.gather(
+        manifest.kind, tables, dataset.n_users, dataset.n_items, str(root)
+    )
+    return rows.make(manifest, arrays, offsets)
 
 
 def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherManifest]:
@@ -229,27 +231,13 @@ def import_scores(
       ConfigError: --append and --overwrite at once.
     """
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    if to_existing and overwrite:
-        raise ConfigError("--append adds to a product and --overwrite replaces it: drop one")
     provenance = provenance or Provenance()
-    hidden = provenance.training_items == "hidden"
-    if to_existing:
-        _, product = _find(dataset, name)
-        hidden = product.training_items == "hidden"
-    else:
-        shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
-
-    table, counts, score_kind = answers.read(
-        scores_file,
-        dataset,
-        score_kind=provenance.score_kind,
-        unknown=unknown,
-        duplicates=duplicates,
-        delimiter=delimiter,
+    hidden = _hides_training_items(dataset, name, provenance, overwrite, to_existing)
+    keep = keep_training_items or hidden
+    table, counts, score_kind = _read_answers(
+        scores_file, dataset, provenance.score_kind, unknown, duplicates, delimiter, keep
     )
-    if not (keep_training_items or hidden):
-        table, dropped = training_items.drop(table, dataset, str(scores_file))
-        counts |= dropped
+
     if to_existing:
         return append(dataset, name, table, counts=counts, rows_per_shard=rows_per_shard)
     return write_product(
@@ -261,6 +249,43 @@ def import_scores(
         rows_per_shard=rows_per_shard,
         overwrite=overwrite,
     )
+
+
+def _hides_training_items(
+    dataset: Dataset, name: str, provenance: Provenance, overwrite: bool, to_existing: bool
+) -> bool:
+    """Whether the prompts of the product to write hid training items; refuses a wrong target."""
+    if to_existing and overwrite:
+        raise ConfigError("--append adds to a product and --overwrite replaces it: drop one")
+    if to_existing:
+        _, product = _find(dataset, name)
+        return product.training_items == "hidden"
+    shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
+    return provenance.training_items == "hidden"
+
+
+def _read_answers(
+    scores_file: PathLike,
+    dataset: Dataset,
+    score_kind: str,
+    unknown: str,
+    duplicates: str,
+    delimiter: str,
+    keep_training_items: bool,
+) -> answers.AnswerTable:
+    """`answers.read`, without the answers on training items unless these are kept."""
+    table, counts, score_kind = answers.read(
+        scores_file,
+        dataset,
+        score_kind=score_kind,
+        unknown=unknown,
+        duplicates=duplicates,
+        delimiter=delimiter,
+    )
+    if not keep_training_items:
+        table, dropped = training_items.drop(table, dataset, str(scores_file))
+        counts |= dropped
+    return answers.AnswerTable(table, counts, score_kind)
 
 
 def write_product(
@@ -331,7 +356,7 @@ def append(
       ShardError: rows that `load` would refuse, or the product is damaged.
     """
     root, _ = _find(dataset, name)
-    kind, sizes = _kind_of(table), (dataset.n_users, dataset.n_items)
+    kind, n_users, n_items = _kind_of(table), dataset.n_users, dataset.n_items
     with shards.locked(root):
         _, manifest = _find(dataset, name)
         if kind != manifest.kind:
@@ -348,11 +373,12 @@ def append(
             if path.name not in listed:
                 path.unlink()
 
-        tables = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
-        added, _ = rows.gather(kind, [table], *sizes, f"what is added to {root}")
-        rows.refuse_known(tables, added, dataset.n_items, str(root))
+        tables = _tables(root, manifest, n_users, verify=True, reader=(0, 1))
+        added, _ = rows.gather(kind, [table], n_users, n_items, f"what is added to {root}")
+        rows.refuse_known(tables, added, n_items, str(root))
         table = rows.table_of(kind, added)
-        everything = rows.make(manifest, *rows.gather(kind, [*tables, table], *sizes, str(root)))
+        arrays, offsets = rows.gather(kind, [*tables, table], n_users, n_items, str(root))
+        everything = rows.make(manifest, arrays, offsets)
 
         n_rows = sum(file.rows for file in manifest.files) + table.num_rows
         manifest = _measured(dataset, everything, n_rows, counts)

@@ -81,7 +81,7 @@ def over_users(offsets: np.ndarray, work: Callable[[int, int], None]) -> None:
     """
     starts = np.searchsorted(offsets, np.arange(0, offsets[-1], PIECE), side="right") - 1
     bounds = np.append(np.unique(starts), offsets.size - 1)
-    shards.on_all_cores(lambda pair: work(*pair), itertools.pairwise(bounds.tolist()))
+    shards.on_all_cores(lambda pair: work(pair[0], pair[1]), itertools.pairwise(bounds.tolist()))
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -146,8 +146,16 @@ def make(
     """A `Teacher` of what `gather` returned; rows without an answer are left out."""
     none, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
     if manifest.kind == "preferences":
-        columns = [arrays[name] for name in schema.TEACHER_PREFERENCES.names]
-        return Teacher(manifest, offsets, none, floats, *columns)
+        return Teacher(
+            manifest,
+            offsets,
+            none,
+            floats,
+            users=arrays["user"],
+            preferred=arrays["preferred"],
+            other=arrays["other"],
+            margin=arrays["margin"],
+        )
     items, scores = arrays["item"], arrays["score"]
     answered = ~np.isnan(scores)
     if not answered.all():
@@ -193,7 +201,9 @@ def refuse_known(
 
     def look(batch: pa.RecordBatch) -> None:
         users = batch.column("user").to_numpy()
-        between = slice(*np.searchsorted(added["user"], np.array([users.min(), users.max() + 1])))
+        ends = np.array([users.min(), users.max() + 1])
+        first, last = np.searchsorted(added["user"], ends)
+        between = slice(first, last)
         added_users = added["user"][between]
         if not added_users.size:
             return
@@ -239,7 +249,7 @@ def _taken(column: np.ndarray, order: np.ndarray) -> np.ndarray:
     return out
 
 
-def _packed(*columns: tuple[np.ndarray, int]) -> np.ndarray | None:
+def _packed(columns: Sequence[tuple[np.ndarray, int]]) -> np.ndarray | None:
     """[rows] int64 in the order of (values, bound) columns, first ones first; None: too large."""
     if math.prod(bound for _, bound in columns) >= 2**63:
         return None
@@ -249,9 +259,9 @@ def _packed(*columns: tuple[np.ndarray, int]) -> np.ndarray | None:
     return keys
 
 
-def _order_of(*columns: tuple[np.ndarray, int]) -> np.ndarray:
+def _order_of(columns: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
     """[rows]: what sorts the rows by `columns` (see `_packed`)."""
-    keys = _packed(*columns)
+    keys = _packed(columns)
     if keys is None:
         return np.lexsort([values for values, _ in reversed(columns)])
     return np.argsort(keys)
@@ -316,7 +326,7 @@ def _settle_scores(piece: Arrays, n_items: int, where: str) -> None:
         bits = ranks.view(np.int32).astype(np.int64)
         places = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits) + 2**31  # in the order of floats
         local = (users - users[0], int(users[-1] - users[0]) + 1)
-        order = _order_of(local, (places, 2**32), (items, n_items))
+        order = _order_of((local, (places, 2**32), (items, n_items)))
         items[:], scores[:] = items[order], scores[order]
 
 
@@ -328,9 +338,9 @@ def _settle_preferences(piece: Arrays, n_items: int, where: str) -> None:
         return
 
     columns = ((users - users[0], int(users[-1] - users[0]) + 1), (pairs, n_items**2))
-    keys = _packed(*columns)
+    keys = _packed(columns)
     if keys is None:
-        order = _order_of(*columns)
+        order = _order_of(columns)
         same = (np.diff(users[order]) == 0) & (np.diff(pairs[order]) == 0)
         twice = order[1:][same]
     else:
