@@ -282,6 +282,7 @@ def _read_answers(
         duplicates=duplicates,
         delimiter=delimiter,
     )
+
     if not keep_training_items:
         table, dropped = training_items.drop(table, dataset, str(scores_file))
         counts |= dropped

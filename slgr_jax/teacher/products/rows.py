@@ -156,6 +156,7 @@ def make(
             other=arrays["other"],
             margin=arrays["margin"],
         )
+
     items, scores = arrays["item"], arrays["score"]
     answered = ~np.isnan(scores)
     if not answered.all():
