@@ -61,6 +61,7 @@ def make(
     if root.is_dir():
         answers = consistency.measure(answer_log.load_log(dataset, name)[0])
         cost = _cost(root / answer_log.LEDGER, prices)
+
     slices = SliceConfig()
     return accuracy_lib.measure(
         dataset,
@@ -81,7 +82,7 @@ def _cost(path: pathlib.Path, prices: tuple[float, float]) -> accuracy_lib.Cost 
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
         paid = [ledger["accepted"], ledger["quarantined"]]
-        tokens = [sum(int(one[f"{kind}_tokens"]) for one in paid) for kind in _TOKENS]
+        tokens = [sum(int(usage[f"{kind}_tokens"]) for usage in paid) for kind in _TOKENS]
         return accuracy_lib.Cost(
             answers=int(paid[0]["answers"]),
             unusable=int(paid[1]["answers"]),
@@ -129,6 +130,7 @@ def verdict(audit: TeacherAudit) -> list[str]:
             "(slgr teach candidates).",
             *_rest(audit),
         ]
+
     believed = [row for row in rows if row.believed]
     lines = []
     if believed:
@@ -138,6 +140,7 @@ def verdict(audit: TeacherAudit) -> list[str]:
         lines.append(
             "Believe it nowhere beyond what the data know: on no slice does it beat item-item."
         )
+
     total = rows[0]
     lines.append(
         f"Tested on {_KNOWN[audit.deciding]}: {total.accuracy:.1%} of {total.pairs:,} known "
@@ -148,6 +151,7 @@ def verdict(audit: TeacherAudit) -> list[str]:
     if wrong:
         where = "overall" if "all" in wrong else f"on: {'; '.join(wrong)}"
         lines.append(f"It is wrong more often than right {where}.")
+
     if audit.deciding == "validation":
         lines.append(
             "These answers may be easier or harder than those it was asked for; calibration "
@@ -168,6 +172,7 @@ def _rest(audit: TeacherAudit) -> list[str]:
         + ", ".join(f"{share[name]:.0%} of {name}" for name in rest if name in share)
         + "."
     ]
+
     answers, cost = audit.answers, audit.cost
     if answers is not None and answers.both_orders:
         lines.append(
@@ -181,6 +186,7 @@ def _rest(audit: TeacherAudit) -> list[str]:
             f"{answers.same_in_lists:.1%} kept their order; from first to last place a score moves "
             f"by {answers.place_slope:+.2f} standard deviations."
         )
+
     if cost is not None:
         money = f", {cost.money:,.2f} in money" if cost.money else ""
         lines.append(
@@ -235,12 +241,14 @@ def markdown(audit: TeacherAudit) -> str:
     parts = [f"# How accurate is the teacher {manifest.name}?"]
     parts.append("\n".join(f"- {line}" for line in verdict(audit)))
     parts.append(f"![accuracy and coverage by slice]({PICTURE})")
+
     for known in dict.fromkeys(row.known for row in audit.agreement):
         parts.append(f"## Agreement with {_KNOWN[known]}")
         parts.append(
             f"It orders {audit.ordered[known]:.1%} of the known pairs that were looked at."
         )
         parts.append(markdown_table(agreement_table(audit, known)).rstrip())
+
     parts += ["## Coverage", markdown_table(coverage_table(audit)).rstrip()]
     if audit.answers is not None and (audit.answers.pairs or audit.answers.twice_listed):
         rows = [
@@ -248,6 +256,7 @@ def markdown(audit: TeacherAudit) -> str:
             for name, value in dataclasses.asdict(audit.answers).items()
         ]
         parts += ["## Asked twice", markdown_table(rows).rstrip()]
+
     counts = [{"count": name.replace("_", " "), "": n} for name, n in manifest.counts.items() if n]
     parts += ["## What the product is", f"```\n{preferences.report(manifest)}\n```"]
     parts += ["Duplicates, contradictions and whatever else was counted:"]
@@ -267,8 +276,8 @@ def as_json(audit: TeacherAudit) -> dict[str, Any]:
 
     data = dataclasses.asdict(audit)
     del data["manifest"]["files"]
-    for row, one in zip(data["agreement"], audit.agreement, strict=True):
-        row["believed"] = one.believed
+    for row, agreement in zip(data["agreement"], audit.agreement, strict=True):
+        row["believed"] = agreement.believed
     verdicts = {"verdict": verdict(audit), "deciding": audit.deciding}
     return verdicts | {key: plain(value) for key, value in data.items()}
 
@@ -285,6 +294,7 @@ def draw(audit: TeacherAudit, path: str | pathlib.Path) -> None:
     height = 1.6 + 0.27 * max(len(rows), len(audit.coverage))
     figure = Figure(figsize=(12, height), layout="constrained")
     FigureCanvasAgg(figure)
+
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     if rows:
         _draw_agreement(left, rows)
@@ -292,12 +302,14 @@ def draw(audit: TeacherAudit, path: str | pathlib.Path) -> None:
     else:
         left.set_axis_off()
         left.text(0.5, 0.5, "no pair whose right order is known", ha="center")
+
     shares = [row.covered / row.total for row in audit.coverage]
     places = np.arange(len(shares))
     right.barh(places, shares, 0.7, color=COLORS[4], zorder=2)
     _finish(right, [f"{row.slice} (n = {row.total:,})" for row in audit.coverage])
     right.set_title("covered: the teacher has something to say", fontsize=10)
     right.set_xlim(0, 1)
+
     figure.suptitle(f"{audit.manifest.name} on {audit.manifest.dataset}: {_short(audit)}")
     figure.savefig(path, dpi=150)
 
@@ -319,6 +331,7 @@ def _draw_agreement(axis: Any, rows: Sequence[Agreement]) -> None:
     ends = np.array([[row.low, row.high] for row in rows])
     ends = np.where(np.isnan(ends), accuracy[:, None], ends)
     around = np.abs(ends - accuracy[:, None]).T
+
     axis.errorbar(
         accuracy, places, xerr=around, fmt="o", color=COLORS[0], label="teacher, 95 %", zorder=4
     )
@@ -330,6 +343,7 @@ def _draw_agreement(axis: Any, rows: Sequence[Agreement]) -> None:
     for place, row in zip(places, rows, strict=True):
         if row.believed:
             axis.axhspan(place - 0.45, place + 0.45, color="0.9", zorder=0)
+
     axis.axvline(0.5, color="0.6", linewidth=1, zorder=1)
     _finish(axis, [f"{row.name} (n = {row.users:,})" for row in rows])
     axis.set_xlim(-0.02, 1.02)

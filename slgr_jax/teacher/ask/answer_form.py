@@ -77,6 +77,7 @@ def answer_schema(form: str, shown: int, score_range: tuple[int, int] = (0, 1)) 
         properties = {KEYS[form]: {"type": "string", "enum": ["Yes", "No"]}}
     else:
         properties = {KEYS[form]: {"type": "integer", "enum": [1, 2, 3, 4, 5]}}
+
     return {
         "type": "object",
         "properties": properties,

@@ -156,6 +156,7 @@ def asker(
     if len(score_range) != 2 or score_range[0] >= score_range[1]:
         shown = ",".join(map(str, score_range))
         raise ConfigError(f"--score_range={shown} is not a lowest and a highest score, e.g. 0,1")
+
     lowest_highest = (score_range[0], score_range[1])
     offsets = np.zeros(dataset.n_users + 1, np.int64)
     np.cumsum(np.bincount(drawn.users, minlength=dataset.n_users), out=offsets[1:])
@@ -243,7 +244,12 @@ def _sizes(asker: Asker) -> tuple[str, _Sizes]:
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_event[history])])
     before = frame + sums[offsets[1:]] - sums[offsets[:-1]]
     n_users = asker.dataset.n_users
-    sizes = _Sizes(*(np.zeros(n_users, np.int64) for _ in range(3)))
+    sizes = _Sizes(
+        requests=np.zeros(n_users, np.int64),
+        prompt=np.zeros(n_users, np.int64),
+        answer=np.zeros(n_users, np.int64),
+    )
+
     base, more = asker.answer_tokens()
     for user in np.flatnonzero(np.diff(asker.offsets)):
         lists = asker.of_user(int(user))
@@ -285,6 +291,7 @@ def _within_budget(asker: Asker, able: np.ndarray, sizes: _Sizes, cost: np.ndarr
                     f"--{name}={most:g} does not pay for one user, who costs "
                     f"{spent[order[0]]:,.4g}; raise it, or lower --candidates"
                 )
+
     kept = np.zeros(able.size, bool)
     kept[order[fits]] = True
     return kept

@@ -88,27 +88,30 @@ def draw(
         order = np.lexsort((np.arange(dataset.n_items), dataset.popularity))
         space = np.empty((dataset.n_items, 1), np.float32)
         space[order, 0] = np.arange(dataset.n_items)
+
     described = np.array([bool(line) for line in lines], bool)
     events = described_history(dataset, described)
     rng = np.random.default_rng(seed)
     hidden, negatives = _calibration(dataset, described, events, options, rng)
     able = np.unique(events[0])
-    asked = paper_sets(dataset, able, described, space, options, rng)
-    asked |= _hard_sets(dataset, able, described, proposed or {})
+
+    keys_by_reason = paper_sets(dataset, able, described, space, options, rng)
+    keys_by_reason |= _hard_sets(dataset, able, described, proposed or {})
     positives = _keys(hidden, dataset.n_items)
-    asked["calibration"] = np.concatenate([positives, negatives])
+    keys_by_reason["calibration"] = np.concatenate([positives, negatives])
     if options.exclude_evaluation:
         held = _keys(dataset.positives(("valid", "test")), dataset.n_items)
-        asked = {name: keys[~np.isin(keys, held)] for name, keys in asked.items()}
-    keys = np.unique(np.concatenate(list(asked.values())))
+        keys_by_reason = {name: keys[~np.isin(keys, held)] for name, keys in keys_by_reason.items()}
+    keys = np.unique(np.concatenate(list(keys_by_reason.values())))
     if not keys.size:
         raise InputError(
             f"{dataset.path}: no pair is left to ask about that has a text and that the user has "
             "not seen; raise --candidates, --cold_candidates or --tail_users"
         )
+
     reasons = np.zeros(keys.size, np.int32)
     for bit, name in enumerate(schema.REASONS):
-        reasons[np.searchsorted(keys, np.unique(asked.get(name, keys[:0])))] |= 1 << bit
+        reasons[np.searchsorted(keys, np.unique(keys_by_reason.get(name, keys[:0])))] |= 1 << bit
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
     return CandidateSet(users, items, reasons, hidden)
 
@@ -149,6 +152,7 @@ def _calibration(
     pool = np.flatnonzero(described)
     history = dataset.positives(("train",))
     random = options.calibration_pick == "random" or dataset.train.timestamps is None
+
     picked: list[np.ndarray] = [np.zeros(0, np.int64)]
     beside: list[np.ndarray] = [np.zeros(0, np.int64)]
     for user in chosen:
@@ -161,6 +165,7 @@ def _calibration(
         others = lot[~np.isin(lot, trained)][: options.calibration_negatives]
         picked.append(int(user) * dataset.n_items + taken.astype(np.int64))
         beside.append(int(user) * dataset.n_items + others.astype(np.int64))
+
     rows, hidden = np.divmod(np.concatenate(picked), dataset.n_items)
     return Csr.from_pairs(rows, hidden, dataset.n_users), np.concatenate(beside)
 
@@ -172,12 +177,12 @@ def _hard_sets(
     seen = _keys(dataset.positives(("train",)), dataset.n_items)
     can_be_asked = np.zeros(dataset.n_users, bool)
     can_be_asked[able] = True
-    asked = {}
+    keys_by_reason = {}
     for reason, items_of_user in proposed.items():
         keys = _keys(items_of_user, dataset.n_items)
         users, items = np.divmod(keys, dataset.n_items)
-        asked[reason] = keys[can_be_asked[users] & described[items] & ~np.isin(keys, seen)]
-    return asked
+        keys_by_reason[reason] = keys[can_be_asked[users] & described[items] & ~np.isin(keys, seen)]
+    return keys_by_reason
 
 
 # --- the paper's sets --------------------------------------------------------------------------
@@ -210,13 +215,15 @@ def paper_sets(
     pool = order[described[order]][: options.popular_pool]
     cold = able[slices.cold_users[able]]
     tail = np.flatnonzero(slices.tail_items & described)
-    asked = {
+
+    keys_by_set = {
         "popular": _from_pool(able, pool, options.candidates, history, dataset.n_items, rng),
         "cold": _from_cells(cold, space, described, options.cold_candidates, dataset.n_items, rng),
         "tail": _random_users(tail, able, options.tail_users, dataset.n_items, rng),
     }
+
     trained = _keys(history, dataset.n_items)
-    return {name: keys[~np.isin(keys, trained)] for name, keys in asked.items()}
+    return {name: keys[~np.isin(keys, trained)] for name, keys in keys_by_set.items()}
 
 
 def _keys(pairs: Csr, n_items: int) -> np.ndarray:
@@ -309,6 +316,7 @@ def write(
         "pairs": pa.table([drawn.users, drawn.items, drawn.reasons], schema=schema.CANDIDATES),
         "hidden": pa.table([owners, drawn.hidden.indices], schema=schema.HIDDEN),
     }
+
     facts = {
         "pairs": int(drawn.users.size),
         "users": int(np.unique(drawn.users).size),
@@ -317,6 +325,7 @@ def write(
     }
     for bit, reason in enumerate(schema.REASONS):
         facts[reason] = int((drawn.reasons >> bit & 1).sum())
+
     with shards.atomic_directory(set_path(dataset.path, name), overwrite=overwrite) as staging:
         manifest = schema.CandidateManifest(
             name=name,
@@ -354,6 +363,7 @@ def load(dataset: Dataset, name: str) -> tuple[CandidateSet, schema.CandidateMan
             f"{dataset.path} has no candidate set {name!r}; it has: {listing(available)}; draw "
             f"one: slgr teach candidates --data={dataset.path} --name={name}"
         )
+
     manifest = schema.read_candidate_manifest(root)
     refuse_other_split(dataset, manifest, f"candidate set {name!r}")
     pairs = shards.read_shards(root, manifest.files["pairs"], schema.CANDIDATES)

@@ -65,6 +65,7 @@ class Endpoint:
                 f"--base_url={options.base_url!r} is not the address of a server: give the part "
                 "before /chat/completions, e.g. http://localhost:8000/v1"
             )
+
         try:
             import openai
         except ImportError as error:
@@ -72,6 +73,7 @@ class Endpoint:
                 f"ask needs the package {error.name}: pip install 'slgr_jax[ask]' (from a "
                 "checkout: pip install -e '.[ask]')"
             ) from error
+
         self._openai, self._options, self._pace, self._stop = openai, options, pace, stop
         self._client = openai.OpenAI(
             base_url=address,
@@ -108,6 +110,7 @@ class Endpoint:
                 problem, wait = f"no connection ({error.__cause__ or error})"[:200], 0.0
             except ValueError as error:  # the body of the answer
                 problem, wait = f"the answer is not JSON ({error})"[:200], 0.0
+
             if attempt < self._options.retries and self._stop.wait(max(wait, self._wait(attempt))):
                 raise StoppedError
         return Reply(0, {}, f"{problem}, after {self._options.retries + 1} tries")

@@ -108,10 +108,12 @@ def ask(
         raise ConfigError("missing --base_url: the server, e.g. http://localhost:8000/v1")
     if limits.max_cost and not (limits.price_in or limits.price_out):
         raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
+
     manifest = requests.read_manifest(root)
     if not manifest.complete:
         raise InputError(f"{root} is not finished: run slgr teach requests again first")
     path = results_path(root, manifest)
+
     with shards.locked(root):
         history = History.read(path, limits)
         with _Results(path, history.whole_bytes) as results:
@@ -145,6 +147,7 @@ class History:
         history = cls()
         if not path.exists():
             return history
+
         prices = Budget(limits, Spent())
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -156,7 +159,9 @@ class History:
                     custom_id, response = result["custom_id"], result["response"]
                     if response is not None and response["status_code"] == 200:
                         body = response["body"]
-                        history.add(custom_id, body, prices.cost(*_usage(body, 0, 0)))
+                        prompt_tokens, answer_tokens = _usage(body, 0, 0)
+                        spent = prices.cost(prompt_tokens, answer_tokens)
+                        history.add(custom_id, body, spent)
                 except (ValueError, LookupError, TypeError, RecursionError) as error:
                     raise InputError(
                         f"{path}: line {number} is no result of slgr teach ask; remove the line, "
@@ -259,9 +264,11 @@ class _Run:
 
     def through(self, root: pathlib.Path, manifest: schema.RequestManifest) -> LiveReport:
         """Ask every request that has no whole answer."""
-        asked = sum(file.rows for file in manifest.files["requests"])
+        n_requests = sum(file.rows for file in manifest.files["requests"])
         free = threading.BoundedSemaphore(self._options.concurrency)
-        bar = tqdm.tqdm(total=asked, initial=len(self._history.whole), unit="request", disable=None)
+        bar = tqdm.tqdm(
+            total=n_requests, initial=len(self._history.whole), unit="request", disable=None
+        )
 
         def work(line: dict[str, Any]) -> None:
             try:
@@ -289,12 +296,13 @@ class _Run:
             except BaseException:
                 self._stop.set()
                 raise
+
         if self._fatal is not None:
             raise self._fatal
         cut = sum(custom_id not in self._history.whole for custom_id in self._history.cuts)
         return LiveReport(
             path=self._results.path,
-            asked=asked,
+            asked=n_requests,
             whole=len(self._history.whole),
             cut=cut,
             new=self._new,
@@ -333,7 +341,8 @@ class _Run:
             try:
                 reply = self._endpoint.call(path, body, prompt_tokens + limit)
                 if not reply.problem:
-                    spent = self._budget.cost(*_usage(reply.body, prompt_tokens, limit))
+                    prompt_used, answer_used = _usage(reply.body, prompt_tokens, limit)
+                    spent = self._budget.cost(prompt_used, answer_used)
                 self._results.append(custom_id, reply)
             finally:
                 self._budget.settle(most, spent)

@@ -75,6 +75,7 @@ def item_lines(dataset: Dataset) -> list[str]:
         kinds = [" ".join(category.split()) for category in categories or () if category]
         shown = ", ".join(filter(None, kinds))
         lines.append(f"{name} ({shown})" if name and shown else name)
+
     if not any(lines):
         raise InputError(
             f"{dataset.path} has no item texts to show; prepare it again with item titles "

@@ -70,6 +70,7 @@ def write(
     _body(asker, "", "", 1, 0)  # a bad --body is refused before anything is done
     if not model:
         raise ConfigError("missing --model: the LLM that is to answer, as its server calls it")
+
     options = dataclasses.asdict(asker.options)
     decides: dict[str, Any] = {
         "options": {name: value for name, value in options.items() if name not in _NOT_ASKED},
@@ -104,6 +105,7 @@ def write(
         },
         files={"requests": (), "index": ()},
     )
+
     _refuse_foreign(root, fingerprint, overwrite=overwrite)
     root.mkdir(parents=True, exist_ok=True)
     with shards.locked(root):
@@ -215,16 +217,17 @@ def _stream(
     base, more = asker.answer_tokens()
     offsets, history = shown_history(asker)
     number = (int(manifest.fingerprint[:16], 16) >> (1 + _INDEX_BITS)) << _INDEX_BITS
-    at = 0
+    position = 0
+
     for user in np.flatnonzero(planned.users):
         lists = asker.of_user(int(user))
-        if at + len(lists) <= skip:
-            at += len(lists)
+        if position + len(lists) <= skip:
+            position += len(lists)
             continue
         past = [asker.lines[item] for item in history[offsets[user] : offsets[user + 1]]]
         for permutation, items in lists:
-            if at >= skip:
-                custom_id = f"{number + at:016x}"
+            if position >= skip:
+                custom_id = f"{number + position:016x}"
                 shown = [asker.lines[item] for item in items]
                 text = asker.template.render(past, shown, labelled=labelled)
                 limit = asker.options.answer_tokens or 2 * (base + more * items.size) + 16
@@ -234,9 +237,9 @@ def _stream(
                     "url": URL,
                     "body": _body(asker, manifest.model, text, items.size, limit),
                 }
-                row = (number + at, custom_id, int(user), permutation, items)
+                row = (number + position, custom_id, int(user), permutation, items)
                 yield _json_line(line), row
-            at += 1
+            position += 1
 
 
 def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[str, Any]:
@@ -248,6 +251,7 @@ def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[s
         options.token_limit: limit,
         "response_format": asker.response_format(shown),
     }
+
     if options.logprobs:
         if options.prompt not in ("pairwise", "pointwise", "rating"):
             raise ConfigError(
@@ -255,6 +259,7 @@ def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[s
                 "pairwise, pointwise or rating"
             )
         body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+
     if options.body:
         try:
             more = json.loads(options.body)
@@ -263,6 +268,7 @@ def _body(asker: Asker, model: str, text: str, shown: int, limit: int) -> dict[s
         if not isinstance(more, dict):
             raise ConfigError(f"--body={options.body!r} is not a JSON object")
         body |= more
+
     return {key: value for key, value in body.items() if value is not None}
 
 
@@ -292,6 +298,7 @@ def _shards(
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+
         columns = [list(column) for column in zip(*rows, strict=True)]
         index = f"index-{number:05d}.arrow"
         shard = shards.write_shard(
@@ -349,6 +356,7 @@ def write_open(
     with shards.locked(root):
         for path in root.glob(f"{OPEN}*"):
             path.unlink()
+
         files: list[pathlib.Path] = []
         lines: list[bytes] = []
         size = 0

@@ -152,9 +152,11 @@ def measure(
     rng = np.random.default_rng(seed)
     listed = np.flatnonzero(np.diff(teacher.offsets))
     among[rng.permutation(listed)[:most_users]] = True
+
     sources = [VALIDATION]
     if teacher.manifest.training_items == "hidden":
         sources.insert(0, HELD_IN)
+
     rows: list[Agreement] = []
     ordered = {}
     cosines = known_pairs.cosines(dataset)
@@ -171,6 +173,7 @@ def measure(
             else:
                 ordered[source] = len(pairs.users) / pairs.asked if pairs.asked else float("nan")
             rows += _agreement(dataset, source, pairs, cuts, cosines, near, set(of_items))
+
     return TeacherAudit(
         manifest=teacher.manifest,
         coverage=tuple(_coverage(dataset, teacher, slices, history_bins, popularity_bins)),
@@ -186,8 +189,8 @@ def user_slices(
 ) -> dict[str, np.ndarray]:
     """Name -> [n] bool, by the training interactions of each pair's user."""
     cold, history = slices.cold_users[users], dataset.history[users]
-    found = {"all": np.ones(users.size, bool), "cold users": cold, "warm users": ~cold}
-    return found | {name: (history >= low) & (history <= high) for name, low, high in bins}
+    masks = {"all": np.ones(users.size, bool), "cold users": cold, "warm users": ~cold}
+    return masks | {name: (history >= low) & (history <= high) for name, low, high in bins}
 
 
 def item_slices(
@@ -195,13 +198,13 @@ def item_slices(
 ) -> dict[str, np.ndarray]:
     """Name -> [n] bool, by the training interactions of each pair's positive."""
     tail, popularity = slices.tail_items[items], dataset.popularity[items]
-    found = {"tail items": tail, "head items": ~tail}
-    return found | {name: (popularity >= low) & (popularity <= high) for name, low, high in bins}
+    masks = {"tail items": tail, "head items": ~tail}
+    return masks | {name: (popularity >= low) & (popularity <= high) for name, low, high in bins}
 
 
 def margin_slices(margin: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> [n] bool: margins cut at their quartiles; NaN is a pair with an unlisted item."""
-    found = {}
+    masks = {}
     apart = margin[~np.isnan(margin)]
     if apart.size:
         edges = np.unique(np.quantile(apart, np.arange(1, _PARTS) / _PARTS, method="lower"))
@@ -209,10 +212,10 @@ def margin_slices(margin: np.ndarray) -> dict[str, np.ndarray]:
             name = f"margin {low:.3g} to {high:.3g}"
             name = f"margin<={high:.3g}" if low == -np.inf else name
             name = f"margin>{low:.3g}" if high == np.inf else name
-            found[name] = (margin > low) & (margin <= high)
+            masks[name] = (margin > low) & (margin <= high)
     if apart.size < margin.size:
-        found["one unlisted"] = np.isnan(margin)
-    return found
+        masks["one unlisted"] = np.isnan(margin)
+    return masks
 
 
 def _agreement(
@@ -230,15 +233,16 @@ def _agreement(
     popularity = known_pairs.by_popularity(dataset, pairs, held_in=held_in)
     items = known_pairs.by_items(dataset, pairs, cosines, held_in=held_in)
     right = pairs.right.astype(np.float64)
+
     rows = []
     for name, cut in cuts.items():
         if not cut.any():
             continue
         users = pairs.users[cut]
         teacher = user_means(users, right[cut])
-        own = user_means(users, items[cut])
+        item_item = user_means(users, items[cut])
         accuracy, low, high = interval(teacher)
-        gain, gain_low, gain_high = interval(teacher - own)
+        gain, gain_low, gain_high = interval(teacher - item_item)
         rows.append(
             Agreement(
                 known=source,
@@ -251,7 +255,7 @@ def _agreement(
                 low=max(low, 0.0),
                 high=min(high, 1.0),
                 popularity=float(user_means(users, popularity[cut]).mean()),
-                item_item=float(own.mean()),
+                item_item=float(item_item.mean()),
                 gain=gain,
                 gain_low=gain_low,
                 gain_high=gain_high,
@@ -292,9 +296,9 @@ def _coverage(
         (items, {"items": None, "tail items": slices.tail_items, "head items": ~slices.tail_items},
          dataset.popularity, popularity_bins),
     ):  # fmt: skip
-        named = {name: np.ones(has.size, bool) if cut is None else cut
+        masks = {name: np.ones(has.size, bool) if cut is None else cut
                  for name, cut in cuts.items()}  # fmt: skip
-        named |= {name: (counts >= low) & (counts <= high) for name, low, high in bins}
-        for name, cut in named.items():
+        masks |= {name: (counts >= low) & (counts <= high) for name, low, high in bins}
+        for name, cut in masks.items():
             if cut.any():
                 yield Coverage(name, int(cut.sum()), int((has & cut).sum()))

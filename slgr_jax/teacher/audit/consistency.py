@@ -58,8 +58,11 @@ def measure(log: pa.Table) -> Consistency:
     def rows(chosen: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return {name: column[chosen] for name, column in columns.items()}, scores[chosen]
 
-    pairs, first_preferred, both_orders, bias, same = _pairwise(*rows(compared & given))
-    twice_listed, place_slope, list_pairs, same_in_lists = _listwise(*rows(~compared & given))
+    in_pairs, preferred = rows(compared & given)
+    pairs, first_preferred, both_orders, bias, same = _pairwise(in_pairs, preferred)
+    in_lists, list_scores = rows(~compared & given)
+    twice_listed, place_slope, list_pairs, same_in_lists = _listwise(in_lists, list_scores)
+
     return Consistency(
         pairs=pairs,
         first_preferred=first_preferred,
@@ -104,21 +107,23 @@ def _pairwise(
     item, other = columns["item"], columns["other"]
     group, n = _groups(columns["user"], np.minimum(item, other), np.maximum(item, other))
     low_first = item < other
-    one, two = (_group_means(group[way], p[way], n) for way in (low_first, ~low_first))
-    both = ~np.isnan(one) & ~np.isnan(two)
-    one, two = one[both], two[both]
+    lower_first, higher_first = (
+        _group_means(group[way], p[way], n) for way in (low_first, ~low_first)
+    )
+    both = ~np.isnan(lower_first) & ~np.isnan(higher_first)
+    lower_first, higher_first = lower_first[both], higher_first[both]
     first = _mean(np.where(p == 0.5, 0.5, p > 0.5))
-    same = _mean((one - 0.5) * (0.5 - two) > 0)
-    return p.size, first, int(both.sum()), _mean((one + two) / 2 - 0.5), same
+    same = _mean((lower_first - 0.5) * (0.5 - higher_first) > 0)
+    return p.size, first, int(both.sum()), _mean((lower_first + higher_first) / 2 - 0.5), same
 
 
 def _listwise(columns: dict[str, np.ndarray], scores: np.ndarray) -> tuple[int, float, int, float]:
     """The last four of `Consistency`."""
     user, item, request = columns["user"], columns["item"], columns["request"]
-    asked, lists = _groups(request)
+    list_number, lists = _groups(request)
     longest = np.zeros(lists, np.int64)
-    np.maximum.at(longest, asked, columns["position"])
-    place = columns["position"] / np.maximum(longest, 1)[asked]  # 0 first, 1 last
+    np.maximum.at(longest, list_number, columns["position"])
+    place = columns["position"] / np.maximum(longest, 1)[list_number]  # 0 first, 1 last
     group, n = _groups(user, item)
     often = np.bincount(group, minlength=n) > 1
     kept = often[group]
@@ -146,15 +151,21 @@ def _same_order(
     # Each row with the next answer on the same item.
     again = (user[1:] == user[:-1]) & (item[1:] == item[:-1])
     before = np.flatnonzero(again)
-    one, two = scores[before], scores[before + 1]
+    scores_before, scores_after = scores[before], scores[before + 1]
+
     group, n = _groups(request[before], request[before + 1])  # items that share both requests
     by_group = np.argsort(group, kind="stable")
-    one, two = one[by_group], two[by_group]
+    scores_before, scores_after = scores_before[by_group], scores_after[by_group]
+
     sizes = np.bincount(group, minlength=n)
     ends = np.repeat(np.cumsum(sizes), sizes)
-    later = ends - np.arange(one.size) - 1  # partners of each row: those after it in its group
-    left = np.repeat(np.arange(one.size), later)
+    # Partners of each row: those after it in its group.
+    later = ends - np.arange(scores_before.size) - 1
+    left = np.repeat(np.arange(scores_before.size), later)
     right = left + 1 + np.arange(left.size) - np.repeat(np.cumsum(later) - later, later)
-    signs = np.sign(one[left] - one[right]) * np.sign(two[left] - two[right])
+
+    order_before = np.sign(scores_before[left] - scores_before[right])
+    order_after = np.sign(scores_after[left] - scores_after[right])
+    signs = order_before * order_after
     ordered = signs[signs != 0]
     return int(ordered.size), _mean(ordered > 0)

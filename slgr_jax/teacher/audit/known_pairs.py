@@ -79,32 +79,35 @@ def find(
     rng = np.random.default_rng(seed)
     chosen = dataset.positives(("train" if source == HELD_IN else "valid",))
     taken = dataset.positives(("train", "valid"))
+
     if teacher.manifest.kind == "preferences":
         pairs = _stated(dataset, teacher, chosen, taken, among)
     elif teacher.manifest.unlisted == "below" and source == VALIDATION:
         return _in_catalogue(dataset, teacher, chosen, taken, among, most, matched, rng)
     else:
         pairs = _listed(dataset, teacher, chosen, taken, among, most, rng)
+
     return pairs.take(near(dataset.popularity, pairs)) if matched else pairs
 
 
 def near(popularity: np.ndarray, pairs: AuditPairs) -> np.ndarray:
     """[n] bool: neither item of the pair is more popular than MATCHED times the other."""
-    one, two = popularity[pairs.positives], popularity[pairs.negatives]
-    return np.maximum(one, two) <= MATCHED * np.minimum(one, two)
+    of_positives, of_negatives = popularity[pairs.positives], popularity[pairs.negatives]
+    higher, lower = np.maximum(of_positives, of_negatives), np.minimum(of_positives, of_negatives)
+    return higher <= MATCHED * lower
 
 
 def contains(sets: Csr, users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:
     """[n] bool: whether each item is in its user's set."""
     keys = _owners(sets).astype(np.int64) * n_items + sets.indices
-    return _found(keys, users.astype(np.int64) * n_items + items)[0]
+    return _lookup(keys, users.astype(np.int64) * n_items + items)[0]
 
 
 def _owners(sets: Csr) -> np.ndarray:
     return np.repeat(np.arange(sets.counts.size, dtype=np.int32), sets.counts)
 
 
-def _found(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lookup(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """([n] bool: in the sorted `keys`, [n] the place where)."""
     if not keys.size:
         return np.zeros(wanted.size, bool), np.zeros(wanted.size, np.int64)
@@ -139,22 +142,25 @@ def _listed(
     rng: np.random.Generator,
 ) -> AuditPairs:
     users = np.repeat(np.arange(dataset.n_users, dtype=np.int32), np.diff(teacher.offsets))
-    asked = among[users]
-    is_positive = asked & contains(chosen, users, teacher.items, dataset.n_items)
-    is_negative = asked & ~contains(taken, users, teacher.items, dataset.n_items)
+    looked_at = among[users]
+    is_positive = looked_at & contains(chosen, users, teacher.items, dataset.n_items)
+    is_negative = looked_at & ~contains(taken, users, teacher.items, dataset.n_items)
     positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(is_negative)
     negatives = negatives[np.lexsort((rng.random(negatives.size), users[negatives]))]
-    there = np.bincount(users[negatives], minlength=dataset.n_users)
-    start = np.cumsum(there) - there
+
+    n_negatives = np.bincount(users[negatives], minlength=dataset.n_users)
+    start = np.cumsum(n_negatives) - n_negatives
     owner = users[positives]
-    each = np.minimum(there[owner], most)
+    each = np.minimum(n_negatives[owner], most)
+
     # A user's positives take turns around its shuffled negatives: no pair comes twice.
     rank = np.arange(positives.size) - np.searchsorted(owner, owner)
     of_pair = np.repeat(np.arange(positives.size), each)
     step = np.arange(of_pair.size) - np.repeat(np.cumsum(each) - each, each)
-    spot = (rank[of_pair] * most + step) % np.maximum(there[owner][of_pair], 1)
+    spot = (rank[of_pair] * most + step) % np.maximum(n_negatives[owner][of_pair], 1)
     worse = negatives[start[owner][of_pair] + spot]
     better = positives[of_pair]
+
     gap = teacher.scores[better] - teacher.scores[worse]
     pairs = AuditPairs(
         users[better], teacher.items[better], teacher.items[worse], gap > 0, np.abs(gap), gap.size
@@ -177,6 +183,7 @@ def _in_catalogue(
     answered = among & (np.diff(teacher.offsets) > 0)
     usable = answered[owners]
     users, positives = np.repeat(owners[usable], most), np.repeat(chosen.indices[usable], most)
+
     if matched:  # from the stretch of the catalogue, in order of popularity, that is near
         order = np.argsort(popularity, kind="stable").astype(np.int32)
         sizes, of_positive = popularity[order], popularity[positives]
@@ -187,17 +194,19 @@ def _in_catalogue(
         negatives = rng.integers(0, n_items, users.size, np.int32)
     real = ~contains(taken, users, negatives, n_items)
     users, positives, negatives = users[real], positives[real], negatives[real]
+
     entry_users = np.repeat(np.arange(dataset.n_users), np.diff(teacher.offsets))
     keys = entry_users * n_items + teacher.items
     by_key = np.argsort(keys)
     keys, scores = keys[by_key], teacher.scores[by_key]
+
     floor = np.float32(-np.inf)
-    found = []
+    scores_of_both = []
     for items in (positives, negatives):
-        listed, place = _found(keys, users.astype(np.int64) * n_items + items)
-        found.append(np.where(listed, scores[place] if scores.size else floor, floor))
+        listed, place = _lookup(keys, users.astype(np.int64) * n_items + items)
+        scores_of_both.append(np.where(listed, scores[place] if scores.size else floor, floor))
     with np.errstate(invalid="ignore"):  # two unlisted items
-        gap = found[0] - found[1]
+        gap = scores_of_both[0] - scores_of_both[1]
     margin = np.where(np.isfinite(gap), np.abs(gap), np.nan).astype(np.float32)
     pairs = AuditPairs(users, positives, negatives, gap > 0, margin, gap.size)
     return dataclasses.replace(pairs.take((gap != 0) & ~np.isnan(gap)), asked=gap.size)
@@ -224,10 +233,10 @@ def cosines(dataset: Dataset) -> Cosines:
     """
     matrix = dataset.positives(("train",)).matrix(dataset.n_items)
     scale = sparse.diags(1 / _roots(dataset))
-    found = (scale @ (matrix.T @ matrix) @ scale).tocsr()
-    if found.nnz > 0.1 * dataset.n_items**2 and dataset.n_items <= 20_000:
-        return found.toarray()
-    return found
+    similarities = (scale @ (matrix.T @ matrix) @ scale).tocsr()
+    if similarities.nnz > 0.1 * dataset.n_items**2 and dataset.n_items <= 20_000:
+        return similarities.toarray()
+    return similarities
 
 
 def _roots(dataset: Dataset) -> np.ndarray:
@@ -248,23 +257,28 @@ def by_items(dataset: Dataset, pairs: AuditPairs, cosines: Cosines, *, held_in: 
         hidden = sparse.csr_matrix(marks, shape=history.shape).sign()
         history = (history - hidden).tocsr()
         history.eliminate_zeros()
+
     who, row = np.unique(pairs.users, return_inverse=True)
     positive, negative = (np.zeros(row.size, np.float32) for _ in range(2))
     step = max(1, _CELLS // dataset.n_items)
     for begin in range(0, who.size, step):
         scores = history[who[begin : begin + step]] @ cosines
         block = scores.toarray() if sparse.issparse(scores) else scores
-        inside = slice(*np.searchsorted(row, [begin, begin + step]))  # pairs are sorted by user
+        low, high = np.searchsorted(row, [begin, begin + step])  # pairs are sorted by user
+        inside = slice(low, high)
         positive[inside] = block[row[inside] - begin, pairs.positives[inside]]
         negative[inside] = block[row[inside] - begin, pairs.negatives[inside]]
+
     if held_in:
         others = np.maximum(dataset.popularity[pairs.positives] - 1, 1)
-        own = np.asarray(history @ (1 / roots)).ravel()[pairs.users]
+        user_share = np.asarray(history @ (1 / roots)).ravel()[pairs.users]
         # Differences of float32 sums: what is left of a count of 0 must not be above 0.
-        rest = positive * roots[pairs.positives] - own
-        positive = np.where(rest > 1e-4 * own, rest, 0) / np.sqrt(others)
+        rest = positive * roots[pairs.positives] - user_share
+        positive = np.where(rest > 1e-4 * user_share, rest, 0) / np.sqrt(others)
     return _better(positive, negative)
 
 
-def _better(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    return np.where(one == two, 0.5, (one > two).astype(np.float64))
+def _better(of_positives: np.ndarray, of_negatives: np.ndarray) -> np.ndarray:
+    return np.where(
+        of_positives == of_negatives, 0.5, (of_positives > of_negatives).astype(np.float64)
+    )

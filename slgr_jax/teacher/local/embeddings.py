@@ -81,31 +81,21 @@ def embed(
     root = product_path(dataset.path, common.name)
     shards.check_target(root, overwrite=common.overwrite)
     counts: dict[str, int] = {}
-    users: Vectors | None = None
     if options.vectors:
-        items, dropped = read_vectors(options.vectors, dataset, "item", unknown=unknown)
-        counts |= dropped
-        if options.user_vectors:
-            users, dropped = read_vectors(options.user_vectors, dataset, "user", unknown=unknown)
-            counts |= {f"user_{name}": count for name, count in dropped.items()}
+        items, users, counts = _from_files(dataset, options, unknown)
         model, prompt_hash = common.model, ""
     else:
         built_from = "train_only"
         local = _embedder(options, llm)
         model, prompt_hash = local.name, hashlib.sha256(TEXT.encode()).hexdigest()[:16]
-        items = _of_texts(local, item_texts(dataset))
-        if not items.has.any():
-            raise InputError(
-                f"{dataset.path} has no item texts to embed; prepare it again with item titles "
-                "(slgr prepare --items_input)"
-            )
-        if options.users == "text":
-            users = _of_texts(local, _user_texts(dataset))
+        items, users = _from_texts(dataset, options, local)
+
     users_from = "text" if options.users == "text" else "history"
     if options.user_vectors:
         users_from = "file"
     if users is None:
         users, users_from = mean_of_history(dataset.positives(("train",)), items), "history"
+
     return write(
         dataset,
         common.name,
@@ -127,8 +117,8 @@ def item_texts(dataset: Dataset) -> list[str]:
     columns = [dataset.items.column(name).to_pylist() for name in ("title", "categories", "text")]
     texts = []
     for title, categories, text in zip(*columns, strict=True):
-        named = ", ".join(name for name in categories or () if name)
-        pieces = (" ".join((piece or "").split()) for piece in (title, named, text))
+        category_names = ", ".join(name for name in categories or () if name)
+        pieces = (" ".join((piece or "").split()) for piece in (title, category_names, text))
         texts.append(". ".join(piece for piece in pieces if piece))
     return texts
 
@@ -152,6 +142,30 @@ def _of_texts(model: scorers.Embedder, texts: list[str]) -> Vectors:
     return Vectors(values, np.asarray((values != 0).any(axis=1), bool))
 
 
+def _from_files(
+    dataset: Dataset, options: EmbedConfig, unknown: str
+) -> tuple[Vectors, Vectors | None, dict[str, int]]:
+    """Vectors of items, of users where a file has them, and counts of what was left out."""
+    items, counts = read_vectors(options.vectors, dataset, "item", unknown=unknown)
+    if not options.user_vectors:
+        return items, None, counts
+    users, dropped = read_vectors(options.user_vectors, dataset, "user", unknown=unknown)
+    return items, users, counts | {f"user_{name}": count for name, count in dropped.items()}
+
+
+def _from_texts(
+    dataset: Dataset, options: EmbedConfig, model: scorers.Embedder
+) -> tuple[Vectors, Vectors | None]:
+    """Vectors of items, and of users where their texts are to be read."""
+    items = _of_texts(model, item_texts(dataset))
+    if not items.has.any():
+        raise InputError(
+            f"{dataset.path} has no item texts to embed; prepare it again with item titles "
+            "(slgr prepare --items_input)"
+        )
+    return items, _of_texts(model, _user_texts(dataset)) if options.users == "text" else None
+
+
 def _user_texts(dataset: Dataset) -> list[str]:
     files = dataset.manifest.files["users"]
     table = shards.read_shards(dataset.path, files, schema.USERS)
@@ -167,7 +181,7 @@ def _user_texts(dataset: Dataset) -> list[str]:
 
 
 def read_vectors(
-    path: PathLike, dataset: Dataset, what: str, *, unknown: str = "error"
+    path: PathLike, dataset: Dataset, entity: str, *, unknown: str = "error"
 ) -> tuple[Vectors, dict[str, int]]:
     """Vectors with the ids of the raw data, brought into index order; counts of what was left out.
 
@@ -176,7 +190,7 @@ def read_vectors(
         `vectors`; or batch-API results, lines with `custom_id` item-ID (user-ID) and
         `data[0].embedding`, of which the last with an id counts.
       dataset: whose ids they are.
-      what: item or user.
+      entity: item or user.
       unknown: an id that `dataset` does not have: error, or drop.
 
     Raises:
@@ -187,55 +201,64 @@ def read_vectors(
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give Parquet, Arrow, npz or .jsonl with vectors")
+
     counts: dict[str, int] = {}
     if path.suffix == ".jsonl":
-        ids, values, counts = _read_results(path, _PREFIXES[what])
+        ids, values, counts = _read_results(path, _PREFIXES[entity])
     elif path.suffix == ".npz":
         ids, values = _read_npz(path)
     else:
-        ids, values = _read_table(path, what)
+        ids, values = _read_table(path, entity)
     if values.ndim != 2 or not values.size or len(ids) != len(values):
         raise InputError(
             f"{path} has {len(ids)} ids and vectors of shape {values.shape}; expected one vector "
-            f"an id, at least one of them for {what}s"
+            f"an id, at least one of them for {entity}s"
         )
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         raise InputError(
-            f"{path}: the vector of {what} {ids[int(np.argmin(finite))]!r} is not finite; leave "
+            f"{path}: the vector of {entity} {ids[int(np.argmin(finite))]!r} is not finite; leave "
             "out what has no vector"
         )
+
     known = dataset.items.column("item_id").combine_chunks()
-    known = known if what == "item" else dataset.user_ids
+    known = known if entity == "item" else dataset.user_ids
     rows = pc.fill_null(pc.index_in(pa.array(ids, pa.string()), value_set=known), -1).to_numpy()
     foreign = rows < 0
-    if foreign.any() and unknown == "error":
-        raise InputError(
-            f"{path}: {int(foreign.sum())} of {len(ids)} ids are no {what} of {dataset.path}, e.g. "
-            f"{ids[int(np.argmax(foreign))]!r}; add --unknown=drop to leave them out"
-        )
-    if foreign.all():
-        raise InputError(f"{path}: none of its {len(ids)} ids is a {what} of {dataset.path}")
+    _check_known(ids, foreign, f"{entity} of {dataset.path}", path, unknown)
     counts["dropped_unknown"] = int(foreign.sum())
     rows, values = rows[~foreign], values[~foreign]
+
     out = np.zeros((len(known), values.shape[1]), np.float32)
     out[rows] = values
     if path.suffix != ".jsonl" and not (out[rows] == values).all():
         row = rows[int(np.argmin((out[rows] == values).all(axis=1)))]
-        raise InputError(f"{path}: {what} {known[int(row)].as_py()!r} has two different vectors")
+        raise InputError(f"{path}: {entity} {known[int(row)].as_py()!r} has two different vectors")
     has = np.zeros(len(known), bool)
     has[rows] = True
     return Vectors(out, has), counts
 
 
-def _read_table(path: pathlib.Path, what: str) -> tuple[list[str], np.ndarray]:
+def _check_known(
+    ids: list[str], foreign: np.ndarray, meant: str, path: pathlib.Path, unknown: str
+) -> None:
+    if foreign.any() and unknown == "error":
+        raise InputError(
+            f"{path}: {int(foreign.sum())} of {len(ids)} ids are no {meant}, e.g. "
+            f"{ids[int(np.argmax(foreign))]!r}; add --unknown=drop to leave them out"
+        )
+    if foreign.all():
+        raise InputError(f"{path}: none of its {len(ids)} ids is a {meant}")
+
+
+def _read_table(path: pathlib.Path, entity: str) -> tuple[list[str], np.ndarray]:
     table = shards.read_table(path)
-    missing = {what, "vector"} - set(table.column_names)
+    missing = {entity, "vector"} - set(table.column_names)
     if missing:
         raise InputError(
-            f"{path} has columns {listing(table.column_names)}; expected {what} and vector"
+            f"{path} has columns {listing(table.column_names)}; expected {entity} and vector"
         )
-    table = table.select([what, "vector"]).drop_null()
+    table = table.select([entity, "vector"]).drop_null()
     column = table.column("vector").combine_chunks()
     column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
     if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
@@ -244,7 +267,7 @@ def _read_table(path: pathlib.Path, what: str) -> tuple[list[str], np.ndarray]:
     if widths.size != 1:
         raise InputError(f"{path} has vectors of {widths.size} widths: {listing(map(str, widths))}")
     flat = pc.cast(pc.list_flatten(column), pa.float32()).to_numpy(zero_copy_only=False)
-    ids = pc.cast(table.column(what), pa.string()).to_pylist()
+    ids = pc.cast(table.column(entity), pa.string()).to_pylist()
     return ids, flat.reshape(len(ids), -1)
 
 
@@ -261,7 +284,7 @@ def _read_npz(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
         raise InputError(
             f"{path} has arrays {listing(arrays)}; expected ids [n] and vectors [n, D]"
         )
-    return [str(one) for one in arrays["ids"].tolist()], arrays[name].astype(np.float32)
+    return [str(raw_id) for raw_id in arrays["ids"].tolist()], arrays[name].astype(np.float32)
 
 
 def _read_results(path: pathlib.Path, prefix: str) -> tuple[list[str], np.ndarray, dict[str, int]]:
@@ -278,12 +301,14 @@ def _read_results(path: pathlib.Path, prefix: str) -> tuple[list[str], np.ndarra
             elif custom_id.startswith(prefix):
                 counts["repeated_lines"] += custom_id in vectors
                 vectors[custom_id] = vector
+
     widths = sorted({vector.size for vector in vectors.values()})
     if len(widths) != 1:
         raise InputError(
             f"{path} has {len(vectors)} vectors with a custom_id {prefix}ID, of widths: "
             f"{listing(map(str, widths))}; {counts['dropped_lines']} lines hold no vector"
         )
+
     return [key[len(prefix) :] for key in vectors], np.stack(list(vectors.values())), counts
 
 
@@ -354,11 +379,14 @@ def write(
     dim = items.values.shape[1]
     if users.values.shape[1] != dim:
         raise InputError(f"item vectors have width {dim}, user vectors {users.values.shape[1]}")
+
     tables = {
-        what: _table(vectors, dtype, what) for what, vectors in (("items", items), ("users", users))
+        table_name: _table(vectors, dtype, table_name)
+        for table_name, vectors in (("items", items), ("users", users))
     }
     rows = max(1, min(rows_per_shard, _SHARD_BYTES // (dim * np.dtype(dtype).itemsize)))
     facts = {"items": int(items.has.sum()), "users": int(users.has.sum())}
+
     root = product_path(dataset.path, name)
     with shards.atomic_directory(root, overwrite=overwrite) as staging:
         manifest = schema.EmbeddingManifest(
@@ -375,21 +403,23 @@ def write(
             dtype=dtype,
             counts={**facts, **(counts or {})},
             files={
-                what: shards.write_shards(staging, f"{what}/part", table, rows_per_shard=rows)
-                for what, table in tables.items()
+                table_name: shards.write_shards(
+                    staging, f"{table_name}/part", table, rows_per_shard=rows
+                )
+                for table_name, table in tables.items()
             },
         )
         schema.write_manifest(staging, manifest)
     return manifest
 
 
-def _table(vectors: Vectors, dtype: str, what: str) -> pa.Table:
+def _table(vectors: Vectors, dtype: str, table_name: str) -> pa.Table:
     values = np.where(vectors.has[:, None], vectors.values, 0)
     with np.errstate(over="ignore"):  # told below
         values = values.astype(dtype)
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values).all(axis=1)))
-        raise InputError(f"the vector of row {row} of {what} is not finite as {dtype}")
+        raise InputError(f"the vector of row {row} of {table_name} is not finite as {dtype}")
     dim = values.shape[1]
     flat = pa.array(values.ravel())
     array = pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~vectors.has))
@@ -415,6 +445,7 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         raise ManifestError(
             f"{dataset.path} has no embeddings {name!r}; it has: {listing(available)}"
         )
+
     manifest = schema.read_embedding_manifest(root)
     fix = "make it again with slgr teach embed --overwrite"
     refuse_other_split(dataset, manifest, f"the embedding product {name!r}", fix)
@@ -425,18 +456,22 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         )
     if manifest.dtype not in ("float32", "float16"):
         raise ManifestError(f"{root}: dtype {manifest.dtype!r} is not one of: float32, float16")
+
     sizes = {"items": dataset.n_items, "users": dataset.n_users}
-    read = {what: _read(root, manifest, what, rows, verify) for what, rows in sizes.items()}
+    read = {
+        table_name: _read(root, manifest, table_name, rows, verify)
+        for table_name, rows in sizes.items()
+    }
     return Embeddings(manifest, **read)
 
 
 def _read(
-    root: pathlib.Path, manifest: schema.EmbeddingManifest, what: str, rows: int, verify: bool
+    root: pathlib.Path, manifest: schema.EmbeddingManifest, table_name: str, rows: int, verify: bool
 ) -> Vectors:
     expected = schema.vectors(manifest.dim, manifest.dtype)
-    table = shards.read_shards(root, manifest.files[what], expected, verify=verify)
+    table = shards.read_shards(root, manifest.files[table_name], expected, verify=verify)
     if table.num_rows != rows:
-        raise ShardError(f"{root}/{what} has {table.num_rows} rows, the id map has {rows}")
+        raise ShardError(f"{root}/{table_name} has {table.num_rows} rows, the id map has {rows}")
     values, has = np.zeros((rows, manifest.dim), np.float32), np.zeros(rows, bool)
     start = 0
     for chunk in table.column("vector").chunks:
@@ -448,14 +483,17 @@ def _read(
     values[~has] = 0
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values).all(axis=1)))
-        raise ShardError(f"{root}/{what}: the vector of row {row} is not finite")
+        raise ShardError(f"{root}/{table_name}: the vector of row {row} is not finite")
     return Vectors(values, has)
 
 
 def report(manifest: schema.EmbeddingManifest) -> str:
     """Two lines for people: what the product is and covers."""
     counts = manifest.counts
-    rows = {what: sum(file.rows for file in manifest.files[what]) for what in ("items", "users")}
+    rows = {
+        table_name: sum(file.rows for file in manifest.files[table_name])
+        for table_name in ("items", "users")
+    }
     extra = {key: count for key, count in counts.items() if count and key not in rows}
     lines = [
         f"embeddings {manifest.name}: {manifest.dim} x {manifest.dtype}"

@@ -106,21 +106,23 @@ class Likelihood:
           restart: drop what another job left in `keep`.
         """
         order = np.argsort(users, kind="stable")
-        asked, starts = np.unique(users[order], return_index=True)
+        scored_users, starts = np.unique(users[order], return_index=True)
         ends = np.append(starts[1:], users.size)
         rows = [order[a:b] for a, b in zip(starts, ends, strict=True)]
-        prompts = self._prompts(history, asked)
+
+        prompts = self._prompts(history, scored_users)
         parts = Parts(keep, self._job(prompts, users, items), restart=restart) if keep else None
         self._learn_prior(np.unique(items), parts)
         if keep:
             print(self._estimate(prompts, [items[row] for row in rows]), flush=True)
+
         size = max(_USERS_PER_PART, self._model.batch, -(-len(rows) // _MOST_PARTS))
         out = np.full(users.size, np.nan, np.float32)
         with tqdm(total=len(rows), unit=" users", disable=None if keep else True) as bar:
             for number, begin in enumerate(range(0, len(rows), size)):
                 chunk = slice(begin, begin + size)
-                asked_items = [items[row] for row in rows[chunk]]
-                make = functools.partial(self._score_part, prompts[chunk], asked_items, bar)
+                item_lists = [items[row] for row in rows[chunk]]
+                make = functools.partial(self._score_part, prompts[chunk], item_lists, bar)
                 if parts is None:
                     values = make()
                 else:
@@ -128,6 +130,7 @@ class Likelihood:
                     bar.update(len(rows[chunk]) if parts.has(name) else 0)
                     values = parts.get(name, make)
                 out[np.concatenate(rows[chunk])] = values
+
         if parts is not None:
             parts.drop()
         return out
@@ -141,22 +144,24 @@ class Likelihood:
         for start, end in zip(starts, ends, strict=True):
             shown = items[max(start, end - self._most) : end]
             pieces = [self._titles[item] + self._mark for item in shown]
-            prompts.append([*self._opening, *itertools.chain(*pieces)] if pieces else [])
+            prompts.append(
+                [*self._opening, *itertools.chain.from_iterable(pieces)] if pieces else []
+            )
         return prompts
 
     def _score_part(
-        self, prompts: Sequence[list[int]], asked: Sequence[np.ndarray], bar: Any
+        self, prompts: Sequence[list[int]], item_lists: Sequence[np.ndarray], bar: Any
     ) -> np.ndarray:
-        out = [np.full(items.size, np.nan) for items in asked]
+        out = [np.full(items.size, np.nan) for items in item_lists]
         able = [k for k, prompt in enumerate(prompts) if prompt]
         for begin in range(0, len(able), self._model.batch):
             some = able[begin : begin + self._model.batch]
             values_of_prompts = self._model.log_probs(
-                [prompts[k] for k in some], [[self._titles[i] for i in asked[k]] for k in some]
+                [prompts[k] for k in some], [[self._titles[i] for i in item_lists[k]] for k in some]
             )
             for k, values in zip(some, values_of_prompts, strict=True):
-                lengths = np.array([len(self._titles[i]) for i in asked[k]])
-                out[k] = (values - self._prior[asked[k]]) / np.sqrt(lengths)
+                lengths = np.array([len(self._titles[i]) for i in item_lists[k]])
+                out[k] = (values - self._prior[item_lists[k]]) / np.sqrt(lengths)
             bar.update(len(some))
         bar.update(len(prompts) - len(able))
         return np.concatenate(out).astype(np.float32)
@@ -181,24 +186,27 @@ class Likelihood:
             digest.update(np.ascontiguousarray(values, np.int64).tobytes())
         return digest.hexdigest()
 
-    def _estimate(self, prompts: Sequence[list[int]], asked: Sequence[np.ndarray]) -> str:
+    def _estimate(self, prompts: Sequence[list[int]], item_lists: Sequence[np.ndarray]) -> str:
         """What is to be done, and how long it takes at the speed of the first prompts."""
         sizes = [
             len(prompt) + sum(len(self._titles[i]) for i in items)
-            for prompt, items in zip(prompts, asked, strict=True)
+            for prompt, items in zip(prompts, item_lists, strict=True)
         ]
+
         able = [k for k, prompt in enumerate(prompts) if prompt][: self._model.batch]
         seconds = float("nan")
         if able:
             for _ in range(2):  # the first call compiles
                 began = time.perf_counter()
                 self._model.log_probs(
-                    [prompts[k] for k in able], [[self._titles[i] for i in asked[k]] for k in able]
+                    [prompts[k] for k in able],
+                    [[self._titles[i] for i in item_lists[k]] for k in able],
                 )
                 seconds = time.perf_counter() - began
+
         speed = sum(sizes[k] for k in able) / seconds
         return (
-            f"{self.name}: {len(prompts):,} users, {sum(map(len, asked)):,} pairs, "
+            f"{self.name}: {len(prompts):,} users, {sum(map(len, item_lists)):,} pairs, "
             f"{sum(sizes):,} tokens; about {sum(sizes) / speed / 60:.1f} minutes at {speed:,.0f} "
             "tokens/s (fewer users: --max_users); killed, it goes on where it was"
         )
@@ -265,13 +273,14 @@ class Transformers:
         longest = max(map(len, many), default=1)
         rows = max(1, self._batch_tokens // (len(prompt) + longest))
         head = torch.tensor([prompt], device=device)
+
         out = []
         for begin in range(0, len(many), rows):
             some = many[begin : begin + rows]
-            lengths = torch.tensor([len(one) for one in some], device=device)
+            lengths = torch.tensor([len(ids) for ids in some], device=device)
             tokens = torch.zeros((len(some), longest), dtype=torch.long, device=device)
-            for row, one in enumerate(some):
-                tokens[row, : len(one)] = torch.tensor(one)
+            for row, ids in enumerate(some):
+                tokens[row, : len(ids)] = torch.tensor(ids)
             first = self._model(head, use_cache=True)
             cache = first.past_key_values
             cache.batch_repeat_interleave(len(some))
@@ -282,4 +291,5 @@ class Transformers:
             picked = said.gather(2, tokens[:, :, None])[:, :, 0]
             inside = torch.arange(longest, device=device)[None] < lengths[:, None]
             out.append((picked * inside).sum(1).cpu().numpy())
+
         return np.concatenate(out) if out else np.zeros(0, np.float32)

@@ -41,11 +41,13 @@ def nearest(
     length = min(length, usable.size)
     column = np.full(items.has.size, -1, np.int64)
     column[usable] = np.arange(usable.size)
+
     catalogue = unit(items.values[usable]).T
     able = np.flatnonzero(users.has) if usable.size else np.zeros(0, np.int64)
     histories = seen.matrix(items.has.size, np.int8)
     chunk = max(1, _SCORED_BYTES // (4 * max(usable.size, 1)))
-    found = []
+
+    pieces = []
     for begin in range(0, able.size, chunk):
         owners = able[begin : begin + chunk]
         scores = unit(users.values[owners]) @ catalogue
@@ -58,11 +60,12 @@ def nearest(
         order = np.lexsort((best, -values), axis=1)
         best, values = (np.take_along_axis(x, order, axis=1) for x in (best, values))
         kept = np.isfinite(values)
-        found.append((np.repeat(owners, kept.sum(axis=1)), usable[best[kept]], values[kept]))
+        pieces.append((np.repeat(owners, kept.sum(axis=1)), usable[best[kept]], values[kept]))
+
     kinds = (np.int32, np.int32, np.float32)
-    if not found:
+    if not pieces:
         return tuple(np.zeros(0, kind) for kind in kinds)  # type: ignore[return-value]
-    columns = (np.concatenate(part) for part in zip(*found, strict=True))
+    columns = (np.concatenate(part) for part in zip(*pieces, strict=True))
     return tuple(x.astype(kind) for x, kind in zip(columns, kinds, strict=True))  # type: ignore[return-value]
 
 
@@ -77,24 +80,27 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
     shards.check_target(
         preferences.product_path(dataset.path, common.name), overwrite=common.overwrite
     )
+
     seen = dataset.positives(("train",))
     if options.embeddings:
         product = embeddings.load(dataset, options.embeddings)
         items, users = product.items, product.users
-        told = product.manifest
-        model, prompt_hash, built_from = told.model, told.prompt_hash, told.built_from
+        manifest = product.manifest
+        model, prompt_hash, built_from = manifest.model, manifest.prompt_hash, manifest.built_from
     else:
         cosine = scorers.Cosine(dataset, scorers.WordLlama())
         items = Vectors(cosine.vectors, cosine.described)
         users = embeddings.mean_of_history(seen, items)
         model, prompt_hash, built_from = cosine.name, cosine.prompt_hash, "train_only"
     columns = nearest(items, users, seen, options.listed)
+
     if not columns[0].size:
         raise InputError(
             f"{dataset.path}: no user has an item to list: {int(users.has.sum())} of "
             f"{dataset.n_users} users and {int(items.has.sum())} of {dataset.n_items} items have "
             "vectors"
         )
+
     provenance = preferences.Provenance(
         built_from=built_from,
         unlisted="below",

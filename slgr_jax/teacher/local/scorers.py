@@ -143,6 +143,7 @@ def item_vectors(dataset: Dataset, embedder: Embedder) -> np.ndarray:
         values, axes = np.linalg.eigh(covariance)
         scale = np.sqrt(np.maximum(values, 0) + SHRINKAGE * values.mean())
         blocks.append((centred @ axes / scale).astype(np.float32))
+
     if not blocks:
         raise InputError(_NO_TEXTS.format(data=dataset.path))
     return unit(np.concatenate(blocks, axis=1))
@@ -205,7 +206,9 @@ class Cosine:
         restart: bool = False,
     ) -> np.ndarray:
         """As `Scorer.score`; nothing is kept, it takes seconds."""
-        means = profiles(Csr.from_pairs(*history, self._n_users), self.vectors)
+        shown_users, shown_items = history
+        shown = Csr.from_pairs(shown_users, shown_items, self._n_users)
+        means = profiles(shown, self.vectors)
         out = np.empty(users.size, np.float32)
         for start in range(0, users.size, _CHUNK):
             part = slice(start, start + _CHUNK)
@@ -271,19 +274,24 @@ def draw_pairs(
     """
     rng = np.random.default_rng(seed)
     able = np.unique(candidates.described_history(dataset, scorer.described)[0])
-    asked = candidates.paper_sets(
+    keys_by_set = candidates.paper_sets(
         dataset, able, scorer.described, _space(dataset, scorer), options, rng
     )
+
     if max_users:
         chosen = rng.permutation(able)[:max_users]
-        asked = {k: keys[np.isin(keys // dataset.n_items, chosen)] for k, keys in asked.items()}
-    keys = np.unique(np.concatenate(list(asked.values())))
+        keys_by_set = {
+            k: keys[np.isin(keys // dataset.n_items, chosen)] for k, keys in keys_by_set.items()
+        }
+
+    keys = np.unique(np.concatenate(list(keys_by_set.values())))
     if not keys.size:
         raise InputError(
             f"{dataset.path}: no item is left to score that has a text and that a user has not "
             "seen; raise --candidates, --cold_candidates or --tail_users"
         )
-    counts = {f"{name}_candidates": int(np.unique(keys).size) for name, keys in asked.items()}
+
+    counts = {f"{name}_candidates": int(np.unique(keys).size) for name, keys in keys_by_set.items()}
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
     none = np.zeros(0, np.int32)
     hidden = Csr.from_pairs(none, none, dataset.n_users)
@@ -304,7 +312,7 @@ def score(
     dataset: Dataset,
     common: TeachConfig,
     options: ScoreConfig,
-    asked: CandidateConfig,
+    candidate_options: CandidateConfig,
     scorer: Scorer,
     *,
     candidate_set: str = "",
@@ -313,23 +321,26 @@ def score(
 
     Args:
       dataset: item texts and training interactions.
-      common, options, asked: what to do.
+      common, options, candidate_options: what to do.
       scorer: what `make` gave for `options`.
       candidate_set: DATA/candidates/... to score, without its hidden items in any history; empty:
         the pairs of `draw_pairs`.
     """
     target = preferences.product_path(dataset.path, common.name)
     shards.check_target(target, overwrite=common.overwrite)
+
     if candidate_set:
         pairs, _ = candidates.load(dataset, candidate_set)
         pairs, counts = _able_pairs(dataset, scorer, pairs, options.max_users, common.seed)
     else:
         pairs, counts = draw_pairs(
-            dataset, scorer, asked, max_users=options.max_users, seed=common.seed
+            dataset, scorer, candidate_options, max_users=options.max_users, seed=common.seed
         )
+
     history = candidates.described_history(dataset, scorer.described, pairs.hidden)
     keep = target.with_name(f".{target.name}.scoring")
     scores = scorer.score(history, pairs.users, pairs.items, keep=keep, restart=common.overwrite)
+
     provenance = preferences.Provenance(
         built_from="train_only",
         unlisted="unknown",
@@ -362,6 +373,7 @@ def _able_pairs(
     able = np.intersect1d(shown, pairs.users)
     if max_users:
         able = np.random.default_rng(seed).permutation(able)[:max_users]
+
     chosen = np.zeros(dataset.n_users, bool)
     chosen[able] = True
     kept = pairs.of_users(chosen)
@@ -372,6 +384,7 @@ def _able_pairs(
         items=kept.items[described],
         reasons=kept.reasons[described],
     )
+
     if not kept.users.size:
         raise InputError(f"{dataset.path}: no pair of the candidate set has texts to score")
     return kept, {"dropped_pairs": int(pairs.users.size - kept.users.size)}
@@ -401,6 +414,7 @@ def held_in_accuracy(
     hidden = Csr.from_pairs(owners[out], history.indices[out], dataset.n_users)
     shown = candidates.described_history(dataset, described, hidden)
     has_history = np.bincount(shown[0], minlength=dataset.n_users) > 0
+
     chosen = np.flatnonzero(out & has_history[owners] & described[history.indices])
     chosen = np.sort(rng.permutation(chosen)[:limit])
     u, i = owners[chosen], history.indices[chosen].astype(np.int64)
@@ -410,6 +424,7 @@ def held_in_accuracy(
         name: rng.choice(dataset.n_items, size=(u.size, negatives), p=mass / mass.sum())
         for name, mass in masses.items()
     }
+
     base = u * dataset.n_items
     keys = np.unique(
         np.concatenate([base + i, *((base[:, None] + j).ravel() for j in drawn.values())])
@@ -417,12 +432,13 @@ def held_in_accuracy(
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
     scores = scorer.score(shown, users, items)
     right = scores[np.searchsorted(keys, base + i)][:, None]
+
     cold = dataset.slices(SliceConfig()).cold_users
     result = {}
     for name, j in drawn.items():
-        asked = base[:, None] + j
-        valid = ~np.isin(asked, trained)
-        wrong = scores[np.searchsorted(keys, asked)]
+        wrong_keys = base[:, None] + j
+        valid = ~np.isin(wrong_keys, trained)
+        wrong = scores[np.searchsorted(keys, wrong_keys)]
         wins = ((right > wrong) + 0.5 * (right == wrong)) * valid
         trials = np.bincount(u, valid.sum(1), dataset.n_users)
         known = trials > 0

@@ -83,6 +83,7 @@ def read(
     ):
         if value not in choices:
             raise ConfigError(f"--{name}={value!r} is not one of: {listing(choices)}")
+
     path = pathlib.Path(path)
     raw = _read_any(path, delimiter)
     kind = _kind(raw.column_names, path)
@@ -93,6 +94,23 @@ def read(
     ranked = kind == "scores" and RANK in (column, score_kind)
     if ranked:
         numbers = _turned(numbers, column, path)
+
+    texts, indices = _indices(raw, kind, dataset, path)
+    counts = {"file_rows": raw.num_rows}
+    keep = _known(texts, indices, dataset, path, unknown, counts)
+    rows = np.flatnonzero(keep)
+    columns = {name: values[rows] for name, values in indices.items()}
+
+    merge = _merge_scores if kind == "scores" else _merge_preferences
+    table = merge(columns, numbers[rows], rows + 1, dataset.n_items, duplicates == "mean", path)
+    counts["merged_rows"] = int(rows.size - table.num_rows)
+    return AnswerTable(table, counts, RANK if ranked else score_kind)
+
+
+def _indices(
+    raw: pa.Table, kind: str, dataset: Dataset, path: pathlib.Path
+) -> tuple[dict[str, pa.ChunkedArray], dict[str, np.ndarray]]:
+    """By column of ids: their texts, and their indices in `dataset`; -1 where it has none."""
     item_ids = dataset.items.column("item_id").combine_chunks()
     ids = {"user": dataset.user_ids, **dict.fromkeys(_ITEM_COLUMNS[kind], item_ids)}
     texts = {name: _text(raw.column(name), name, path) for name in ids}
@@ -100,6 +118,7 @@ def read(
         name: pc.fill_null(pc.index_in(text, value_set=ids[name]), -1).to_numpy()
         for name, text in texts.items()
     }
+
     if kind == "preferences":
         same = pc.equal(texts["preferred"], texts["other"]).to_numpy(zero_copy_only=False)
         if same.any():
@@ -107,14 +126,7 @@ def read(
             raise InputError(
                 f"{path}: row {row} prefers item {texts['other'][row - 1].as_py()!r} over itself"
             )
-    counts = {"file_rows": raw.num_rows}
-    keep = _known(texts, indices, dataset, path, unknown, counts)
-    rows = np.flatnonzero(keep)
-    columns = {name: values[rows] for name, values in indices.items()}
-    merge = _merge_scores if kind == "scores" else _merge_preferences
-    table = merge(columns, numbers[rows], rows + 1, dataset.n_items, duplicates == "mean", path)
-    counts["merged_rows"] = int(rows.size - table.num_rows)
-    return AnswerTable(table, counts, RANK if ranked else score_kind)
+    return texts, indices
 
 
 def _number_column(columns: Sequence[str], kind: str, score_kind: str) -> str:
@@ -139,14 +151,18 @@ def _turned(ranks: np.ndarray, column: str, path: pathlib.Path) -> np.ndarray:
 def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a Parquet, Arrow or CSV file with answers")
+
     with open(path, "rb") as file:
         head = file.read(4)
     if not head:
         raise InputError(f"{path} is empty: a teacher needs at least one answer")
     if head in _BINARY_HEADS:
         return shards.read_table(path)
+
     separator = {"\\t": "\t"}.get(delimiter, delimiter)
-    wanted = {"user", *itertools.chain(*_NUMBERS.values(), *_ITEM_COLUMNS.values())}
+    numbers = itertools.chain.from_iterable(_NUMBERS.values())
+    item_columns = itertools.chain.from_iterable(_ITEM_COLUMNS.values())
+    wanted = {"user", *numbers, *item_columns}
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
             header = next(csv.reader(text, delimiter=separator), [])
@@ -205,6 +221,7 @@ def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.nd
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = pc.utf8_trim_whitespace(column)
         column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+
     try:
         doubles = column.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -215,6 +232,7 @@ def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.nd
             f"{path}: row {row} has {name} {column[row - 1].as_py()!r}, not a number; leave it "
             "empty where the teacher did not answer"
         ) from error
+
     with np.errstate(over="ignore"):
         values = doubles.to_numpy().astype(np.float32)  # Arrow's null becomes NaN
     answered = doubles.is_valid().to_numpy()
@@ -225,6 +243,7 @@ def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.nd
             f"{path}: row {row} has {name} {column[row - 1].as_py()}; it must be a finite float32, "
             "and empty (null) where the teacher did not answer"
         )
+
     if kind == "scores" and not answered.any():
         raise InputError(f"{path}: all {values.size} {name}s are empty: nothing was answered")
     if kind == "preferences" and not (values > 0).all():  # a missing margin is NaN here
@@ -285,6 +304,7 @@ def _known(
             f"{path}: none of the {keep.size} rows names a user and an item of {dataset.path}; "
             f"{_title_hint(items, dataset) or 'the ids are external ids, not indices'}"
         )
+
     counts["dropped_unknown_user_rows"] = int(no_user.sum())
     counts["dropped_unknown_item_rows"] = int((no_item & ~no_user).sum())
     counts["unknown_users"], counts["unknown_items"] = len(users), len(items)
@@ -349,10 +369,12 @@ def _merge_preferences(
     pairs, pair_of_row = np.unique(low * n_items + high, return_inverse=True)
     keys = columns["user"].astype(np.int64) * pairs.size + pair_of_row
     keys, signed = _merge(keys, signed, rows, mean, path, "contradicting preferences")
+
     stated = signed != 0
     keys, signed = keys[stated], signed[stated]
     if not keys.size:
         raise InputError(f"{path}: every preference is contradicted by an equal opposite one")
+
     users, pair = keys // pairs.size, pairs[keys % pairs.size]
     preferred = np.where(signed > 0, pair // n_items, pair % n_items)
     other = np.where(signed > 0, pair % n_items, pair // n_items)
@@ -376,6 +398,7 @@ def _merge(
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
     if starts.size == keys.size:
         return keys, values
+
     absent = np.isnan(values)
     differs = np.zeros(keys.size, bool)
     differs[1:] = (values[1:] != values[:-1]) & ~(absent[1:] & absent[:-1])
@@ -386,6 +409,7 @@ def _merge(
             f"{path}: rows {rows[order[second - 1]]} and {rows[order[second]]} are {conflict} of "
             "one user on the same items; correct the file or add --duplicates=mean"
         )
+
     sums = np.add.reduceat(np.where(absent, 0, values).astype(np.float64), starts)
     answers = np.add.reduceat((~absent).astype(np.int64), starts)
     with np.errstate(invalid="ignore"):

@@ -82,37 +82,35 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
       method: one of `config.FUSIONS`, see above.
       rrf_k: k of rrf.
     """
-    bound = 1 + max(int(one.items.max(initial=0)) for one in teachers)
+    bound = 1 + max(int(teacher.items.max(initial=0)) for teacher in teachers)
     extremes = [
-        (float(one.scores.min(initial=np.inf)), float(one.scores.max(initial=-np.inf)))
-        for one in teachers
+        (float(teacher.scores.min(initial=np.inf)), float(teacher.scores.max(initial=-np.inf)))
+        for teacher in teachers
     ]
-    all_below = all(one.below for one in teachers)
-    found: dict[int, tuple[np.ndarray, ...]] = {}
+    all_below = all(teacher.below for teacher in teachers)
+    pieces_by_first: dict[int, tuple[np.ndarray, ...]] = {}
 
     def fuse_users(first: int, last: int) -> None:
         keys, said, unknown = [], [], []
         lists = np.zeros(last - first, np.int64)  # of each user, by teachers `below`
-        for one, (low, high) in zip(teachers, extremes, strict=True):
-            lengths = np.diff(one.offsets[first : last + 1])
+        for teacher, (low, high) in zip(teachers, extremes, strict=True):
+            lengths = np.diff(teacher.offsets[first : last + 1])
             users = np.repeat(np.arange(last - first, dtype=np.int64), lengths)
-            mine = slice(one.offsets[first], one.offsets[last])
-            keys.append(users * bound + one.items[mine])
-            unknown.append(np.full(users.size, float(not one.below)))
-            lists += one.below & (lengths > 0)
+            span = slice(teacher.offsets[first], teacher.offsets[last])
+            keys.append(users * bound + teacher.items[span])
+            unknown.append(np.full(users.size, float(not teacher.below)))
+            lists += teacher.below & (lengths > 0)
+            scores = teacher.scores[span]
             if method == "mean":
-                scaled = (one.scores[mine].astype(np.float64) - low) / ((high - low) or 1)
-                said.append(scaled if high > low else np.full(users.size, 0.5))
-                continue
-            ranks = _ranks(users, one.scores[mine])
-            if method == "borda":
-                said.append(1 - (ranks - 1) / np.repeat(lengths, lengths))
+                said.append(_scaled(scores, low, high))
             else:
-                said.append(1 / (ranks + (rrf_k if method == "rrf" else 0)))
+                said.append(_of_ranks(_ranks(users, scores), lengths, method, rrf_k))
+
         pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
         owners, items = np.divmod(pairs, bound)
         total = np.bincount(place, np.concatenate(said))
         votes = np.bincount(place)
+
         if method == "mean":
             speakers = votes
         elif all_below:
@@ -122,16 +120,32 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
         fused = total / speakers
         if method == "rrf":
             fused = total * (len(teachers) / speakers)  # to the bit the sum where all speak
-        found[first] = (
+
+        pieces_by_first[first] = (
             *(x.astype(np.int32) for x in (owners + first, items)),
             fused.astype(np.float32),
             votes.astype(np.int32),
         )
 
-    rows.over_users(np.sum([one.offsets for one in teachers], axis=0), fuse_users)
+    rows.over_users(np.sum([teacher.offsets for teacher in teachers], axis=0), fuse_users)
     empty = tuple(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float32, np.int32))
-    pieces = [empty, *(found[first] for first in sorted(found))]
-    return Fused(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+    pieces = [empty, *(pieces_by_first[first] for first in sorted(pieces_by_first))]
+    users, items, scores, votes = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    return Fused(users, items, scores, votes)
+
+
+def _scaled(scores: np.ndarray, low: float, high: float) -> np.ndarray:
+    """[n] float64: scores of one teacher from its lowest, 0, to its highest, 1; .5 if all equal."""
+    if high <= low:
+        return np.full(scores.size, 0.5)
+    return (scores.astype(np.float64) - low) / (high - low)
+
+
+def _of_ranks(ranks: np.ndarray, lengths: np.ndarray, method: str, rrf_k: int) -> np.ndarray:
+    """[n] float64: what `method` gives for ranks in lists of these `lengths` (one per user)."""
+    if method == "borda":
+        return 1 - (ranks - 1) / np.repeat(lengths, lengths)
+    return 1 / (ranks + (rrf_k if method == "rrf" else 0))
 
 
 def _ranks(users: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -164,12 +178,14 @@ def combine(
     names = _names(dataset, common.name, options)
     root = preferences.product_path(dataset.path, common.name)
     shards.check_target(root, overwrite=common.overwrite)
+
     parts = [_load(dataset, name) for name in names]
     manifests = [part.manifest for part in parts]
     answers = [
         TeacherScores(part.offsets, part.items, part.scores, part.manifest.unlisted == "below")
         for part in parts
     ]
+
     fused = fuse(answers, options.method, rrf_k=options.rrf_k)
     kept = fused.votes >= options.min_votes
     if not kept.any():
@@ -178,8 +194,9 @@ def combine(
             f"no item of a user has an answer of {options.min_votes} of {listing(names)}, the most "
             f"is {most}: " + ("lower --min_votes" if most else "combine others")
         )
+
     columns = [x if kept.all() else x[kept] for x in (fused.users, fused.items, fused.scores)]
-    below = all(one.below for one in answers)
+    below = all(part.below for part in answers)
     return preferences.write_product(
         dataset,
         common.name,
@@ -220,13 +237,13 @@ def _names(dataset: Dataset, result: str, options: CombineConfig) -> list[str]:
 
 
 def _load(dataset: Dataset, name: str) -> preferences.Teacher:
-    found = preferences.load(dataset, name)
-    if found.manifest.kind != "scores":
+    teacher = preferences.load(dataset, name)
+    if teacher.manifest.kind != "scores":
         raise InputError(
-            f"teacher {name!r} holds {found.manifest.kind}, combine takes scores: leave it out of "
-            "--names, or collect its answers again with --pairs_to=scores"
+            f"teacher {name!r} holds {teacher.manifest.kind}, combine takes scores: leave it out "
+            "of --names, or collect its answers again with --pairs_to=scores"
         )
-    return found
+    return teacher
 
 
 def _origin(part: schema.TeacherManifest) -> str:
@@ -236,12 +253,12 @@ def _origin(part: schema.TeacherManifest) -> str:
 
 
 def _training_items(parts: Sequence[schema.TeacherManifest]) -> str:
-    told = max((part.training_items for part in parts), key=schema.TRAINING_ITEMS.index)
+    most_seen = max((part.training_items for part in parts), key=schema.TRAINING_ITEMS.index)
     # What was hidden from one teacher may have been history to another, who left it off its list
     # for that; where unlisted is below, this counts against the item and tests nobody.
-    if told == "hidden" and any(part.unlisted == "below" for part in parts):
+    if most_seen == "hidden" and any(part.unlisted == "below" for part in parts):
         return "shown"
-    return told
+    return most_seen
 
 
 def _score_kind(options: CombineConfig, teachers: int, *, below: bool) -> str:

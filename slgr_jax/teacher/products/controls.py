@@ -53,19 +53,20 @@ def ensure(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> str:
       ConfigError: unknown control, or what is there was made from other answers.
       ManifestError, ShardError, InputError: the product cannot be used, or controlled.
     """
-    made = control_name(name, control)
-    root = preferences.product_path(dataset.path, made)
+    control_product = control_name(name, control)
+    root = preferences.product_path(dataset.path, control_product)
     if not (root / schema.MANIFEST).is_file():
         write(dataset, name, control, seed=seed)
-        return made
-    there = preferences.load(dataset, made, verify=False).manifest.model
+        return control_product
+
+    stated_model = preferences.load(dataset, control_product, verify=False).manifest.model
     product = preferences.load(dataset, name, verify=False).manifest
-    if there != _model(product, control, seed):
+    if stated_model != _model(product, control, seed):
         raise ConfigError(
-            f"{root} says {there!r}, not {_model(product, control, seed)!r}: it controls other "
-            f"answers than {name} holds; remove it, and it is made anew"
+            f"{root} says {stated_model!r}, not {_model(product, control, seed)!r}: it controls "
+            f"other answers than {name} holds; remove it, and it is made anew"
         )
-    return made
+    return control_product
 
 
 def write(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> schema.TeacherManifest:
@@ -76,27 +77,29 @@ def write(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> schema
     root = preferences.product_path(dataset.path, name)
     expected = schema.TEACHER_SCHEMAS[manifest.kind]
     table = shards.read_shards(root, manifest.files, expected, verify=False).combine_chunks()
-    told, kind = manifest.training_items, manifest.score_kind
+
+    training_items, kind = manifest.training_items, manifest.score_kind
     if control == "shuffled":
-        made = _shuffled(table, manifest, seed)
+        controlled = _shuffled(table, manifest, seed)
     else:
         score, kind = _scorer(dataset, control), _KINDS[control]
         if manifest.kind == "preferences":
-            made = _reoriented(table, score)
+            controlled = _reoriented(table, score)
         elif manifest.unlisted == "below":
-            made = _listed(table, dataset, score)
-            told = "none" if told == "hidden" else told
+            controlled = _listed(table, dataset, score)
+            training_items = "none" if training_items == "hidden" else training_items
         else:
-            made = _rescored(table, score)
+            controlled = _rescored(table, score)
+
     provenance = preferences.Provenance(
         built_from=manifest.built_from if control == "shuffled" else "train_only",
         unlisted=manifest.unlisted,
         model=_model(manifest, control, seed),
         score_kind=kind,
-        training_items=told,
+        training_items=training_items,
     )
     return preferences.write_product(
-        dataset, control_name(name, control), made, provenance=provenance
+        dataset, control_name(name, control), controlled, provenance=provenance
     )
 
 
@@ -119,21 +122,25 @@ def _shuffled(table: pa.Table, manifest: schema.TeacherManifest, seed: int) -> p
     answered = np.ones(users.size, np.int64)
     if manifest.kind == "scores":
         answered = table.column("score").is_valid().to_numpy().astype(np.int64)
-    asked, rows = np.unique(users, return_inverse=True)
-    if asked.size < 2:
+
+    answered_users, rows = np.unique(users, return_inverse=True)
+    if answered_users.size < 2:
         raise InputError(
-            f"teacher {manifest.name} answers for {asked.size} user; a shuffled one needs two"
+            f"teacher {manifest.name} answers for {answered_users.size} user; a shuffled one needs "
+            "two"
         )
+
     counts = np.bincount(rows, weights=answered)
-    order = np.lexsort((np.random.default_rng(seed).permutation(asked.size), counts))
-    takers = order.copy()  # the rows of asked[order[k]] go to asked[takers[k]]
-    even = asked.size - asked.size % 2
+    order = np.lexsort((np.random.default_rng(seed).permutation(answered_users.size), counts))
+    takers = order.copy()  # the rows of user order[k] go to user takers[k]
+    even = answered_users.size - answered_users.size % 2
     takers[:even] = order[:even].reshape(-1, 2)[:, ::-1].reshape(-1)
-    if even < asked.size:
+    if even < answered_users.size:
         takers[-3:] = np.roll(order[-3:], 1)
-    taker_of = np.empty(asked.size, np.int64)
+    taker_of = np.empty(answered_users.size, np.int64)
     taker_of[order] = takers
-    new = asked[taker_of[rows]].astype(np.int32)
+
+    new = answered_users[taker_of[rows]].astype(np.int32)
     moved = table.set_column(
         table.schema.get_field_index("user"), table.schema.field("user"), pa.array(new)
     )
@@ -152,10 +159,10 @@ def _scorer(dataset: Dataset, control: str) -> _ScoreUsers:
     scale = 1 / np.sqrt(np.maximum(popularity, 1))
 
     def item_item(users: np.ndarray) -> np.ndarray:
-        mine = x[users]
+        histories = x[users]
         # x_u D X^T X D with D = diag(scale), through users: [I, I] never exists.
-        through = (mine.multiply(scale[None, :]).tocsr() @ x.T).tocsr() @ x
-        return np.asarray(through.toarray() * scale[None, :] - mine.toarray())  # cos(i, i) = 1
+        through = (histories.multiply(scale[None, :]).tocsr() @ x.T).tocsr() @ x
+        return np.asarray(through.toarray() * scale[None, :] - histories.toarray())  # cos(i, i) = 1
 
     return item_item
 
@@ -197,19 +204,21 @@ def _listed(table: pa.Table, dataset: Dataset, score: _ScoreUsers) -> pa.Table:
     seen = dataset.positives(("train",))
     answered = table.column("user").to_numpy()[table.column("score").is_valid().to_numpy()]
     counts = np.bincount(answered, minlength=dataset.n_users)
-    users, items, found = [], [], []
+    users, items, kept_scores = [], [], []
     for chunk, scores in _chunks(answered, score):
-        for user, own in zip(chunk, scores, strict=True):
-            own = own.astype(np.float32)
-            own[seen.row(user)] = -np.inf
-            best = np.argsort(-own, kind="stable")[: counts[user]]  # ties: the lower index
-            best = np.sort(best[own[best] > -np.inf])
+        for user, user_scores in zip(chunk, scores, strict=True):
+            user_scores = user_scores.astype(np.float32)
+            user_scores[seen.row(user)] = -np.inf
+            best = np.argsort(-user_scores, kind="stable")[: counts[user]]  # ties: the lower index
+            best = np.sort(best[user_scores[best] > -np.inf])
             users.append(np.full(best.size, user, np.int32))
             items.append(best.astype(np.int32))
-            found.append(own[best])
+            kept_scores.append(user_scores[best])
     owners = np.concatenate(users)
     nothing_missing = np.zeros(owners.size, bool)
-    return _scores_table(owners, np.concatenate(items), np.concatenate(found), nothing_missing)
+    return _scores_table(
+        owners, np.concatenate(items), np.concatenate(kept_scores), nothing_missing
+    )
 
 
 def _scores_table(

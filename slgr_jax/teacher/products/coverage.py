@@ -53,14 +53,14 @@ def measure(dataset: Dataset, teacher: Teacher) -> tuple[dict[str, int], dict[st
             items = np.concatenate([teacher.preferred[rows], teacher.other[rows]])
             users = np.concatenate([users, users])
         named_items[items] = True
-        named = np.sort(users * dataset.n_items + items)
+        named_keys = np.sort(users * dataset.n_items + items)
         for part, csr in held.items():
             inside = slice(csr.offsets[first], csr.offsets[last])
             owners = np.repeat(np.arange(last - first, dtype=np.int64), csr.counts[first:last])
             if owners.size:
                 keys = owners * dataset.n_items + csr.indices[inside]
-                place = np.minimum(np.searchsorted(named, keys), named.size - 1)
-                interactions_named[part][first] = int((named[place] == keys).sum())
+                place = np.minimum(np.searchsorted(named_keys, keys), named_keys.size - 1)
+                interactions_named[part][first] = int((named_keys[place] == keys).sum())
 
     over_users(teacher.offsets, look)
     slices = dataset.slices(SliceConfig())
@@ -77,6 +77,7 @@ def measure(dataset: Dataset, teacher: Teacher) -> tuple[dict[str, int], dict[st
         "cold_users": _share(useful_users, slices.cold_users),
         "tail_items": _share(useful_items, slices.tail_items),
     }
+
     return counts, coverage
 
 

@@ -105,8 +105,10 @@ def load(
     """
     root, manifest = _find(dataset, name)
     tables = _tables(root, manifest, dataset.n_users, verify=verify, reader=reader)
-    gathered = rows.gather(manifest.kind, tables, dataset.n_users, dataset.n_items, str(root))
-    return rows.make(manifest, *gathered)
+    arrays, offsets = rows.gather(
+        manifest.kind, tables, dataset.n_users, dataset.n_items, str(root)
+    )
+    return rows.make(manifest, arrays, offsets)
 
 
 def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherManifest]:
@@ -115,10 +117,12 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
         raise ManifestError(
             f"{dataset.path} has no teacher {name!r}; it has: {listing(products(dataset.path))}"
         )
+
     manifest = schema.read_teacher_manifest(root)
     if manifest.kind not in schema.TEACHER_SCHEMAS:
         known = listing(schema.TEACHER_SCHEMAS)
         raise ManifestError(f"{root}: kind {manifest.kind!r} is not one of: {known}")
+
     again = _MADE_BY.format(data=dataset.path, name=name)
     refuse_other_split(dataset, manifest, f"teacher {name!r}", fix=f"rebuild it: {again}")
     if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
@@ -127,6 +131,7 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
             "evaluation data; have the LLM answer from training interactions only, then rebuild "
             f"it: {again}"
         )
+
     if manifest.unlisted not in schema.UNLISTED:
         known = listing(schema.UNLISTED)
         raise ManifestError(f"{root}: unlisted {manifest.unlisted!r} is not one of: {known}")
@@ -150,8 +155,10 @@ def _tables(
     if not 0 <= index < count:
         raise ConfigError(f"reader {index} of {count}: readers count from 0 to {count - 1}")
     files, columns = manifest.files, schema.TEACHER_SCHEMAS[manifest.kind]
+
     if count == 1:
         return shards.open_shards(root, files, columns, verify=verify)
+
     first, last = index * n_users // count, (index + 1) * n_users // count
     ordered = manifest.order == "user"
     opened = shards.open_shards(root, files, columns, verify=verify and not ordered)
@@ -224,27 +231,13 @@ def import_scores(
       ConfigError: --append and --overwrite at once.
     """
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    if to_existing and overwrite:
-        raise ConfigError("--append adds to a product and --overwrite replaces it: drop one")
     provenance = provenance or Provenance()
-    hidden = provenance.training_items == "hidden"
-    if to_existing:
-        _, product = _find(dataset, name)
-        hidden = product.training_items == "hidden"
-    else:
-        shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
-
-    table, counts, score_kind = answers.read(
-        scores_file,
-        dataset,
-        score_kind=provenance.score_kind,
-        unknown=unknown,
-        duplicates=duplicates,
-        delimiter=delimiter,
+    hidden = _hides_training_items(dataset, name, provenance, overwrite, to_existing)
+    keep = keep_training_items or hidden
+    table, counts, score_kind = _read_answers(
+        scores_file, dataset, provenance.score_kind, unknown, duplicates, delimiter, keep
     )
-    if not (keep_training_items or hidden):
-        table, dropped = training_items.drop(table, dataset, str(scores_file))
-        counts |= dropped
+
     if to_existing:
         return append(dataset, name, table, counts=counts, rows_per_shard=rows_per_shard)
     return write_product(
@@ -256,6 +249,44 @@ def import_scores(
         rows_per_shard=rows_per_shard,
         overwrite=overwrite,
     )
+
+
+def _hides_training_items(
+    dataset: Dataset, name: str, provenance: Provenance, overwrite: bool, to_existing: bool
+) -> bool:
+    """Whether the prompts of the product to write hid training items; refuses a wrong target."""
+    if to_existing and overwrite:
+        raise ConfigError("--append adds to a product and --overwrite replaces it: drop one")
+    if to_existing:
+        _, product = _find(dataset, name)
+        return product.training_items == "hidden"
+    shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
+    return provenance.training_items == "hidden"
+
+
+def _read_answers(
+    scores_file: PathLike,
+    dataset: Dataset,
+    score_kind: str,
+    unknown: str,
+    duplicates: str,
+    delimiter: str,
+    keep_training_items: bool,
+) -> answers.AnswerTable:
+    """`answers.read`, without the answers on training items unless these are kept."""
+    table, counts, score_kind = answers.read(
+        scores_file,
+        dataset,
+        score_kind=score_kind,
+        unknown=unknown,
+        duplicates=duplicates,
+        delimiter=delimiter,
+    )
+
+    if not keep_training_items:
+        table, dropped = training_items.drop(table, dataset, str(scores_file))
+        counts |= dropped
+    return answers.AnswerTable(table, counts, score_kind)
 
 
 def write_product(
@@ -290,9 +321,11 @@ def write_product(
         files=(),
         order="user",
     )
+
     root = product_path(dataset.path, name)
     arrays, offsets = rows.gather(kind, [table], dataset.n_users, dataset.n_items, str(root))
     manifest = _measured(dataset, rows.make(manifest, arrays, offsets), table.num_rows, counts)
+
     with shards.atomic_directory(root, overwrite=overwrite) as staging:
         files = shards.write_shards(
             staging, "part", rows.table_of(kind, arrays), rows_per_shard=rows_per_shard
@@ -324,7 +357,7 @@ def append(
       ShardError: rows that `load` would refuse, or the product is damaged.
     """
     root, _ = _find(dataset, name)
-    kind, sizes = _kind_of(table), (dataset.n_users, dataset.n_items)
+    kind, n_users, n_items = _kind_of(table), dataset.n_users, dataset.n_items
     with shards.locked(root):
         _, manifest = _find(dataset, name)
         if kind != manifest.kind:
@@ -335,15 +368,19 @@ def append(
                 "means; add them to one of these, or import them under a name of their own, and "
                 "combine anew"
             )
+
         listed = {file.path for file in manifest.files}
         for path in root.glob(f"{_ADDED}*"):
             if path.name not in listed:
                 path.unlink()
-        tables = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
-        added, _ = rows.gather(kind, [table], *sizes, f"what is added to {root}")
-        rows.refuse_known(tables, added, dataset.n_items, str(root))
+
+        tables = _tables(root, manifest, n_users, verify=True, reader=(0, 1))
+        added, _ = rows.gather(kind, [table], n_users, n_items, f"what is added to {root}")
+        rows.refuse_known(tables, added, n_items, str(root))
         table = rows.table_of(kind, added)
-        everything = rows.make(manifest, *rows.gather(kind, [*tables, table], *sizes, str(root)))
+        arrays, offsets = rows.gather(kind, [*tables, table], n_users, n_items, str(root))
+        everything = rows.make(manifest, arrays, offsets)
+
         n_rows = sum(file.rows for file in manifest.files) + table.num_rows
         manifest = _measured(dataset, everything, n_rows, counts)
         numbers = [path.split("-")[1] for path in listed if path.startswith(_ADDED)]
@@ -354,6 +391,7 @@ def append(
         manifest = dataclasses.replace(manifest, files=(*manifest.files, *files))
         schema.write_manifest(root, manifest)
         shards.sync(root)
+
     return manifest
 
 
@@ -396,6 +434,7 @@ def report(manifest: schema.TeacherManifest) -> str:
         and key.startswith(("dropped_", "merged_", "unanswered"))
         and key != training_items.DROPPED
     }
+
     lines = [
         f"teacher {manifest.name}: {manifest.kind} ({manifest.score_kind})"
         + (f" by {manifest.model}" if manifest.model else "")
@@ -409,6 +448,7 @@ def report(manifest: schema.TeacherManifest) -> str:
         f"{counts['valid_pairs']:,} valid, {counts['test_pairs']:,} test",
         f"  assumed: built_from={manifest.built_from}: {stated}; {unlisted}",
     ]
+
     if echoed := counts.get(training_items.DROPPED, 0):
         lines.append(
             f"  {echoed:,} answers of {counts[training_items.USERS]:,} users on their own training "

@@ -81,7 +81,7 @@ def over_users(offsets: np.ndarray, work: Callable[[int, int], None]) -> None:
     """
     starts = np.searchsorted(offsets, np.arange(0, offsets[-1], PIECE), side="right") - 1
     bounds = np.append(np.unique(starts), offsets.size - 1)
-    shards.on_all_cores(lambda pair: work(*pair), itertools.pairwise(bounds.tolist()))
+    shards.on_all_cores(lambda pair: work(pair[0], pair[1]), itertools.pairwise(bounds.tolist()))
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -146,8 +146,17 @@ def make(
     """A `Teacher` of what `gather` returned; rows without an answer are left out."""
     none, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
     if manifest.kind == "preferences":
-        columns = [arrays[name] for name in schema.TEACHER_PREFERENCES.names]
-        return Teacher(manifest, offsets, none, floats, *columns)
+        return Teacher(
+            manifest,
+            offsets,
+            none,
+            floats,
+            users=arrays["user"],
+            preferred=arrays["preferred"],
+            other=arrays["other"],
+            margin=arrays["margin"],
+        )
+
     items, scores = arrays["item"], arrays["score"]
     answered = ~np.isnan(scores)
     if not answered.all():
@@ -186,21 +195,25 @@ def only_users(table: pa.Table, first: int, last: int) -> pa.Table:
 def refuse_known(
     tables: Sequence[pa.Table], added: Mapping[str, np.ndarray], n_items: int, where: str
 ) -> None:
-    """Refuse (`InputError`) a pair in `gain` (as `gather` returns it) that `tables` have already.
+    """Refuse (`InputError`) a pair in `added` (as `gather` returns it) that `tables` have already.
 
     A pair is a user and an item, or a user and two items in either order.
     """
 
     def look(batch: pa.RecordBatch) -> None:
         users = batch.column("user").to_numpy()
-        between = slice(*np.searchsorted(added["user"], np.array([users.min(), users.max() + 1])))
-        asked = added["user"][between]
-        if not asked.size:
+        ends = np.array([users.min(), users.max() + 1])
+        first, last = np.searchsorted(added["user"], ends)
+        between = slice(first, last)
+        added_users = added["user"][between]
+        if not added_users.size:
             return
+
         pairs = _pairs({name: column[between] for name, column in added.items()}, n_items)
         # A short number for each pair that is asked about, then for each with its user.
         known, number = np.unique(pairs, return_inverse=True)
-        wanted = np.sort((asked - users.min()).astype(np.int64) * known.size + number)
+        wanted = np.sort((added_users - users.min()).astype(np.int64) * known.size + number)
+
         columns = {name: batch.column(name).to_numpy() for name in batch.schema.names[:-1]}
         pairs_of_rows = _pairs(columns, n_items)
         place = np.minimum(np.searchsorted(known, pairs_of_rows), known.size - 1)
@@ -208,10 +221,10 @@ def refuse_known(
         again = wanted[np.minimum(np.searchsorted(wanted, keys), wanted.size - 1)] == keys
         if (again := again & (known[place] == pairs_of_rows)).any():
             low, high = divmod(int(pairs_of_rows[again][0]), n_items)
-            what = f"item {low}" if low == high else f"items {low} and {high}"
+            items_text = f"item {low}" if low == high else f"items {low} and {high}"
             raise InputError(
-                f"{where} has user {users[again][0]}, {what} already, answered or not; leave it "
-                "out of what is added, or write the product anew with --overwrite"
+                f"{where} has user {users[again][0]}, {items_text} already, answered or not; leave "
+                "it out of what is added, or write the product anew with --overwrite"
             )
 
     batches = [b for t in tables for b in t.to_batches(max_chunksize=PIECE) if b.num_rows]
@@ -220,9 +233,11 @@ def refuse_known(
 
 def _pairs(columns: Mapping[str, np.ndarray], n_items: int) -> np.ndarray:
     """[rows] int64: the item (twice), or the two items, the lower one first, as one number."""
-    one, two = (columns[name] for name in ("preferred", "other")) if "other" in columns else (
-        columns["item"], columns["item"])  # fmt: skip
-    return np.minimum(one, two).astype(np.int64) * n_items + np.maximum(one, two)
+    if "other" in columns:
+        first, second = columns["preferred"], columns["other"]
+    else:
+        first = second = columns["item"]
+    return np.minimum(first, second).astype(np.int64) * n_items + np.maximum(first, second)
 
 
 def _taken(column: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -235,7 +250,7 @@ def _taken(column: np.ndarray, order: np.ndarray) -> np.ndarray:
     return out
 
 
-def _packed(*columns: tuple[np.ndarray, int]) -> np.ndarray | None:
+def _packed(columns: Sequence[tuple[np.ndarray, int]]) -> np.ndarray | None:
     """[rows] int64 in the order of (values, bound) columns, first ones first; None: too large."""
     if math.prod(bound for _, bound in columns) >= 2**63:
         return None
@@ -245,9 +260,9 @@ def _packed(*columns: tuple[np.ndarray, int]) -> np.ndarray | None:
     return keys
 
 
-def _order_of(*columns: tuple[np.ndarray, int]) -> np.ndarray:
+def _order_of(columns: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
     """[rows]: what sorts the rows by `columns` (see `_packed`)."""
-    keys = _packed(*columns)
+    keys = _packed(columns)
     if keys is None:
         return np.lexsort([values for values, _ in reversed(columns)])
     return np.argsort(keys)
@@ -283,6 +298,7 @@ def _checker(kind: str, n_users: int, n_items: int, where: str) -> Callable[[Arr
             if low < 0 or high >= max(bound, 1):
                 bad = low if low < 0 else high
                 raise ShardError(f"{where}: {name} index {bad} is outside the id map of {bound}")
+
         if kind == "scores":
             return
         if (lowest := piece["margin"].min(initial=np.inf)) <= 0:
@@ -311,7 +327,7 @@ def _settle_scores(piece: Arrays, n_items: int, where: str) -> None:
         bits = ranks.view(np.int32).astype(np.int64)
         places = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits) + 2**31  # in the order of floats
         local = (users - users[0], int(users[-1] - users[0]) + 1)
-        order = _order_of(local, (places, 2**32), (items, n_items))
+        order = _order_of((local, (places, 2**32), (items, n_items)))
         items[:], scores[:] = items[order], scores[order]
 
 
@@ -321,16 +337,18 @@ def _settle_preferences(piece: Arrays, n_items: int, where: str) -> None:
     pairs = preferred.astype(np.int64) * n_items + other
     if ((pairs[1:] > pairs[:-1]) | (users[1:] > users[:-1])).all():
         return
+
     columns = ((users - users[0], int(users[-1] - users[0]) + 1), (pairs, n_items**2))
-    keys = _packed(*columns)
+    keys = _packed(columns)
     if keys is None:
-        order = _order_of(*columns)
+        order = _order_of(columns)
         same = (np.diff(users[order]) == 0) & (np.diff(pairs[order]) == 0)
         twice = order[1:][same]
     else:
         ordered = np.sort(keys)  # a third of the time of argsort
         same = ordered[1:] == ordered[:-1]
         twice = np.flatnonzero(keys == ordered[1:][same][0]) if same.any() else np.zeros(0, int)
+
     if twice.size:
         k = twice[0]
         raise ShardError(

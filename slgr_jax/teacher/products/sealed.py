@@ -49,6 +49,7 @@ def read(
         raise
     except _DAMAGE as error:
         raise ManifestError(f"{path} is damaged ({str(error)[:80]}): {fix}") from error
+
     if computed != stated:
         raise ManifestError(
             f"{path} is damaged (its SHA-256 is {computed[:12]}, it states {stated[:12]}): {fix}"
