@@ -25,7 +25,7 @@ from slgr_jax.experiments import pool, results
 from slgr_jax.experiments.arms import ARMS as GUIDED
 from slgr_jax.experiments.summary import number
 from slgr_jax.reports.tables import markdown_table
-from slgr_jax.training import build
+from slgr_jax.training import restore
 
 if TYPE_CHECKING:
     from audit_controls import AuditConfig
@@ -150,7 +150,7 @@ def measure(run: RunConfig, dataset: Dataset) -> PartResult:
 
     Slices and masked items are those of `dataset`, whatever the run was trained on.
     """
-    trained = build.restore_run(run.workdir)
+    trained = restore.restore_run(run.workdir)
     parts = full_ranking.evaluate_dataset(
         trained.score_users,
         trained.scoring("test"),

@@ -195,7 +195,7 @@ def _fused(free: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Pro
     for user, item, rank in free.values():
         order = np.lexsort((-rank, user))  # within a user the best last
         offsets = np.searchsorted(user, users)
-        lists.append(combine.Answers(offsets, item[order], -rank[order], below=True))
+        lists.append(combine.TeacherScores(offsets, item[order], -rank[order], below=True))
     fused = combine.fuse(lists, "reciprocal")
     return Product(
         rows=_rows(fused.users, fused.items, fused.scores),

@@ -85,7 +85,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
 # -------------------------------------------------------------------------------------- engine
 
-SeedSums = tuple[Mapping[str, np.ndarray], Health]
+SeedSums = tuple[Mapping[str, Any], Health]  # numbers, by name of `Trainer.sum_names`
 
 
 class Engine(Protocol):
@@ -297,7 +297,7 @@ def _leaves_at_fault(trainer: Trainer, health: Health) -> str:
     return f"step {int(health.step)}: {listing(bad)}"
 
 
-def _add_sums(progress: Progress, sums: Mapping[str, np.ndarray]) -> Progress:
+def _add_sums(progress: Progress, sums: Mapping[str, Any]) -> Progress:
     """The progress with a dispatch's sums added to those since the last validation."""
     total = dict(progress.sums)
     for name, value in sums.items():

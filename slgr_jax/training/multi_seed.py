@@ -161,7 +161,7 @@ def _bytes(trainer: Trainer, compiled: Any, seeds: int) -> int:
 
 def seeds_that_fit(
     trainer: Trainer, arrays: DeviceArrays, most: int, limit_bytes: float | None
-) -> tuple[int, RunSteps]:
+) -> tuple[int, Any]:
     """How many seeds, `most` or a half of it and so on, one program can hold; and that program.
 
     Args:

@@ -11,6 +11,7 @@ that `listening` names.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from slgr_jax.errors import ConfigError
 
@@ -66,7 +67,7 @@ def listening(callback: Callable[[TrainingProgress], None] | None) -> Iterator[N
 
 
 @contextmanager
-def lines_to(stream: TextIO) -> Iterator[None]:
+def lines_to(stream: io.TextIOBase) -> Iterator[None]:
     """Within this context, what the library logs goes to `stream` alone."""
     logger = logging.getLogger("slgr_jax")
     before = (logger.handlers, logger.level, logger.propagate)

@@ -99,9 +99,13 @@ def test_own_gate_weighs_by_history(files):
     evaluation = script["main"](str(files / "data"), "llm", str(files / "run"), **SMALL)
     assert evaluation.runs[0].config.gate.gate == "short_history"
 
-    inputs = gates.empty_inputs()
     history = np.array([-1.0, 0.0, 1.0], np.float32)
-    alpha = script["ShortHistory"]().apply({}, inputs.replace(history=history))
+    three = {
+        name: np.zeros((3, *values.shape[1:]), values.dtype)
+        for name, values in vars(gates.empty_inputs()).items()
+    }
+    inputs = gates.GateInputs(**three | {"history": history})
+    alpha = script["ShortHistory"]().apply({}, inputs)
     np.testing.assert_allclose(alpha, 1 / (1 + np.exp(2 * history)), rtol=1e-6)
 
 

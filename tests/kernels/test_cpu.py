@@ -276,7 +276,9 @@ def test_triples_are_those_of_xla_to_the_bit(tmp_path, sampler, size, together):
     cumulative = None
     if masses is not None:
         cumulative = np.concatenate([[0], np.cumsum(masses)]).astype(np.int32)
-    data = jax.device_put(arrays.Interactions(users, items, cut, cumulative, facts=None))
+    of_users, of_items = np.zeros(n_users, np.float32), np.zeros(n_items, np.float32)
+    facts = arrays.Facts(of_users, of_items, of_users, of_items)
+    data = jax.device_put(arrays.Interactions(users, items, cut, cumulative, facts))
     config = SamplerConfig(batch_size=size, triples_per_user=together, negatives=sampler)
     words_of, _ = negatives.generators(jax.random.split(jax.random.key(1), 37))
     found = []
