@@ -493,9 +493,9 @@ def make_run(data: str, workdir: str, **values: Any) -> RunConfig:
     rest = {
         **BACKBONE_DEFAULTS.get(backbone, {}),
         **GUIDANCE_DEFAULTS.get(guidance, {}),
-        "early_stop_metric": _first_metric(values),
         **values,
     }
+    rest.setdefault("early_stop_metric", _first_metric(rest))
     parts = {}
     for name, section in sections().items():
         fields = {flag_name(field): field.name for field in dataclasses.fields(section)}

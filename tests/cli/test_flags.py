@@ -83,6 +83,7 @@ def test_flags_make_the_run_that_they_describe(run_flags):
         "--teacher:  -> t",
         "--lambda: 0.1 -> 0.5",
         "--ks: (10, 20) -> (5, 50)",
+        "--early_stop_metric: ndcg@10 -> ndcg@5",  # one that there is
     ]
 
 
