@@ -12,7 +12,7 @@ import os
 import pathlib
 import platform
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 PathLike = str | os.PathLike[str]
 
@@ -32,29 +32,30 @@ class LockHeldError(Exception):
         self.holder = holder
 
 
-def write_atomically(path: PathLike, content: str | bytes, *, durable: bool = False) -> None:
-    """Replace the file at `path` by `content`; a reader sees the old file or the new one.
+def atomically(
+    path: PathLike, write: Callable[[pathlib.Path], object], *, durable: bool = False
+) -> pathlib.Path:
+    """`write` to a file beside `path`, then put it in place; a reader sees the old file or the new.
 
-    Text is written as UTF-8 with line ends as they are. The content goes to a file of its own
-    in the same directory first, which is removed if anything fails, so that processes which
-    write the same path at once do not spoil each other's.
+    The file has a name of its own, with the ending of `path`, and is removed if anything fails, so
+    that processes which write the same path at once do not spoil each other's. Missing directories
+    are made.
 
     Args:
       durable: also flush the file and its directory to disk, so that a power cut after the
         return loses nothing.
 
     Raises:
-      OSError: the directory is missing, not writable, or full; `path` is as it was.
+      OSError: the directory cannot be made or written, or is full; `path` is as it was.
     """
     target = pathlib.Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    target.parent.mkdir(parents=True, exist_ok=True)
+    own_name = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial{target.suffix}"
+    partial = target.with_name(own_name)
     try:
-        with open(partial, "xb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        write(partial)
+        if durable:
+            sync(partial)
         os.replace(partial, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -62,11 +63,21 @@ def write_atomically(path: PathLike, content: str | bytes, *, durable: bool = Fa
         raise
     if durable:
         sync(target.parent)
+    return target
 
 
-def sync(directory: PathLike) -> None:
-    """Flush a directory's list of files to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def write_atomically(path: PathLike, content: str | bytes, *, durable: bool = False) -> None:
+    """Replace the file at `path` by `content`, as `atomically` does.
+
+    Text is written as UTF-8 with line ends as they are.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    atomically(path, lambda partial: partial.write_bytes(data), durable=durable)
+
+
+def sync(path: PathLike) -> None:
+    """Flush a file, or a directory's list of files, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

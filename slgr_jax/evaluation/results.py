@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Dataset, Slices
 from slgr_jax.evaluation import click_metrics
 from slgr_jax.evaluation.ranking_metrics import DEFINITIONS, PartResult, UserValues, Values
+from slgr_jax.files import atomically
 
 METRICS, PER_USER, PICTURE = "metrics.json", "per_user.parquet", "metrics.png"
 ROWS_PER_USER = "rows_per_user.parquet"
@@ -141,28 +142,12 @@ def write_row_users(
     return atomically(path, lambda partial: pq.write_table(table, partial))
 
 
-def atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """`write` to a file beside `path`, then put it in place: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
 def write_run(run: EvaluatedRun) -> list[pathlib.Path]:
     """Write `metrics.json` and `per_user.parquet` into the run's directory."""
     root = pathlib.Path(run.workdir)
     text = json.dumps(metrics_json(run), indent=2, allow_nan=False) + "\n"
     table = user_table(run)
     return [
-        atomically(root / METRICS, lambda path: _write_text(path, text)),
+        atomically(root / METRICS, lambda path: path.write_text(text, encoding="utf-8")),
         atomically(root / PER_USER, lambda path: pq.write_table(table, path)),
     ]
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

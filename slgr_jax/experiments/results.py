@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from slgr_jax.files import write_atomically
+
 OUTCOME, ROWS, LOG = "outcome.json", "rows.json", "log.jsonl"
 # As in evaluation/results.py, which takes seconds to import (JAX); a test holds them together.
 METRICS = "metrics.json"
@@ -28,9 +30,7 @@ PathLike = str | pathlib.Path
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write a file that is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -47,12 +47,9 @@ def find(
     """
     users = np.flatnonzero(np.diff(teacher.offsets))
     train = dataset.positives(("train",))
-    owners = [
-        np.repeat(np.arange(dataset.n_users), np.diff(offsets))
-        for offsets in (teacher.offsets, train.offsets)
-    ]
+    listed_by = np.repeat(np.arange(dataset.n_users), np.diff(teacher.offsets))
     taken = Csr.from_pairs(
-        np.concatenate(owners),
+        np.concatenate([listed_by, train.owners()]),
         np.concatenate([teacher.items, train.indices]),
         dataset.n_users,
     )

@@ -125,7 +125,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> pathlib.Path:
-    from slgr_jax.evaluation.results import atomically
+    from slgr_jax.files import atomically
 
     return atomically(pathlib.Path(path), lambda partial: figure.savefig(partial, dpi=150))
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation.ranking_metrics import Values
-from slgr_jax.evaluation.results import MAIN_SLICES, EvaluatedRun, atomically
+from slgr_jax.evaluation.results import MAIN_SLICES, EvaluatedRun
+from slgr_jax.files import atomically
 
 # Okabe and Ito's palette: distinct with colour-blindness and in grey.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

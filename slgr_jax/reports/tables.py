@@ -21,7 +21,6 @@ from slgr_jax.evaluation.results import METRICS as METRICS
 from slgr_jax.evaluation.results import PER_USER as PER_USER
 from slgr_jax.evaluation.results import PICTURE as PICTURE
 from slgr_jax.evaluation.results import EvaluatedRun as EvaluatedRun
-from slgr_jax.evaluation.results import atomically as atomically
 from slgr_jax.evaluation.results import thresholds
 from slgr_jax.evaluation.results import write_run as write_run
 from slgr_jax.evaluation.significance import compare, holm

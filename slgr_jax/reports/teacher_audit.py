@@ -15,8 +15,9 @@ from slgr_jax.config import ReportConfig, SliceConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.evaluation.ranking_metrics import bins
+from slgr_jax.files import atomically
 from slgr_jax.reports.plots import COLORS
-from slgr_jax.reports.tables import atomically, markdown_table, text_table
+from slgr_jax.reports.tables import markdown_table, text_table
 from slgr_jax.teacher.audit import accuracy as accuracy_lib
 from slgr_jax.teacher.audit import consistency
 from slgr_jax.teacher.audit.accuracy import FEWEST_USERS, Agreement, TeacherAudit

@@ -144,7 +144,7 @@ def item_masses(popularity: np.ndarray, sampler: SamplerConfig) -> np.ndarray | 
 
 def excluded(sets: Csr, masses: np.ndarray | None, n_items: int) -> Excluded:
     """Cut the sorted `sets` (user -> items) out of the distribution with `masses` over items."""
-    rows = np.repeat(np.arange(sets.offsets.size - 1), np.diff(sets.offsets))
+    rows = sets.owners()
     mass = np.ones(n_items, np.int64) if masses is None else masses
     below = np.concatenate([[0], np.cumsum(mass)])
     own = np.concatenate([[0], np.cumsum(mass[sets.indices])])
@@ -188,9 +188,7 @@ def targets(
         last = np.bincount(part.users, minlength=dataset.n_users) - 1
         keep &= (last[part.users] - place) % window == 0
     if left_out is not None:
-        own = np.repeat(np.arange(dataset.n_users), left_out.counts) * dataset.n_items
-        keys = part.users.astype(np.int64) * dataset.n_items + part.items
-        keep &= ~np.isin(keys, own + left_out.indices)
+        keep &= ~left_out.contains(part.users, part.items)
     if not keep.any():
         raise InputError(
             f"no user has a training interaction with {max(min_history, 1)} earlier ones; "
@@ -229,7 +227,7 @@ def interactions(
         )
     masses = item_masses(dataset.popularity, sampler)
     return Interactions(
-        users=host32(np.repeat(np.arange(dataset.n_users), pairs.counts)),
+        users=host32(pairs.owners()),
         items=host32(pairs.indices),
         negatives=excluded(pairs, masses, dataset.n_items),
         cumulative=None if masses is None else host32(np.concatenate([[0], np.cumsum(masses)])),

@@ -113,7 +113,7 @@ class LabelledPreferences:
 def hidden_positives(dataset: Dataset, users: np.ndarray, items: np.ndarray) -> Csr:
     """Training items among the (user, item) pairs that a teacher answered."""
     train = dataset.positives(("train",))
-    positives = _keys(_owners(train), train.indices, dataset.n_items)
+    positives = train.keys(dataset.n_items)
     asked = np.unique(_keys(users, items, dataset.n_items))
     hidden = asked[_among(asked, positives)]
     return Csr.from_pairs(hidden // dataset.n_items, hidden % dataset.n_items, dataset.n_users)
@@ -130,16 +130,14 @@ def chosen_items(dataset: Dataset, source: str, hidden: Csr | None = None) -> Ch
     n_items = dataset.n_items
     if source == "hidden":
         assert hidden is not None
-        chosen_keys = _keys(_owners(hidden), hidden.indices, n_items)
+        chosen_keys = hidden.keys(n_items)
         part, place = dataset.train, dataset.moments("train")
     else:
         before = dataset.positives(parts[source][:-1])
         part = dataset.part(source)
         place = dataset.moments(source)
         chosen_keys = np.unique(_keys(part.users, part.items, n_items))
-        chosen_keys = chosen_keys[
-            ~_among(chosen_keys, _keys(_owners(before), before.indices, n_items))
-        ]
+        chosen_keys = chosen_keys[~before.contains(chosen_keys // n_items, chosen_keys % n_items)]
 
     # The moment of an item that occurs twice is its first.
     keys = _keys(part.users, part.items, n_items)
@@ -228,10 +226,6 @@ def _list_labels(
     return ListLabels(
         host32(places), host32(entry[places]), host32(other_offsets), host32(others), outside
     )
-
-
-def _owners(pairs: Csr) -> np.ndarray:
-    return np.repeat(np.arange(pairs.offsets.size - 1, dtype=np.int64), pairs.counts)
 
 
 def _keys(users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:

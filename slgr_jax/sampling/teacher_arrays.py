@@ -124,9 +124,8 @@ def teacher_lists(
     able = np.ones(items.size, bool) if use_unlisted else partners > 0
     cut = None
     if use_unlisted:
-        pair_users = np.repeat(np.arange(counts.size), positives.counts)
         listed_and_positive = Csr.from_pairs(
-            np.concatenate([users, pair_users]),
+            np.concatenate([users, positives.owners()]),
             np.concatenate([items, positives.indices]),
             counts.size,
         )

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from slgr_jax.errors import ConfigError
+from slgr_jax.files import write_atomically
 
 LOG = "log.jsonl"
 LOGGER = logging.getLogger(__name__)
@@ -121,9 +122,7 @@ class TrainingLog:
                 break
             kept.append(line + "\n")
 
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        write_atomically(self._path, "".join(kept))
 
     def advance(self, step: int) -> None:
         """Tell the listener that `step` steps are done."""

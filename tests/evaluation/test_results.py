@@ -13,6 +13,7 @@ import pytest
 import worlds
 from evaluated import random_runs
 
+from slgr_jax import files
 from slgr_jax.config import SliceConfig
 from slgr_jax.evaluation import results
 from slgr_jax.evaluation.ranking_metrics import UserValues
@@ -102,10 +103,10 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        results.atomically(target, fail)
+        files.atomically(target, fail)
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["x.json"]
     with target.open() as reader:
-        results.atomically(target, lambda path: path.write_text("new"))
+        files.atomically(target, lambda path: path.write_text("new"))
         assert reader.read() == "old"  # a reader keeps the file it opened, whole
     assert target.read_text() == "new"

@@ -26,6 +26,7 @@ from slgr_jax.config import TOKEN_LIMITS, RequestConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.schema import ShardFile
 from slgr_jax.errors import ConfigError, InputError, ShardError
+from slgr_jax.files import write_atomically
 from slgr_jax.teacher.ask import candidates, prompts
 from slgr_jax.teacher.ask.asking import Asker, AskingPlan, shown_history
 from slgr_jax.teacher.products import preferences, sealed
@@ -376,12 +377,7 @@ def write_open(
 
 
 def _write_lines(path: pathlib.Path, lines: list[bytes]) -> pathlib.Path:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_atomically(path, b"".join(lines), durable=True)
     return path
 
 

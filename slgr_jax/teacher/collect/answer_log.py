@@ -27,6 +27,7 @@ import pyarrow as pa
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ManifestError, ShardError, UserError
+from slgr_jax.files import write_atomically
 from slgr_jax.teacher.ask import candidates
 from slgr_jax.teacher.collect.quarantine import Quarantine
 from slgr_jax.teacher.collect.request_index import RequestIndex
@@ -269,9 +270,8 @@ class Log:
             "quarantined": {"answers": self.quarantine.rows, **self.quarantine.tokens},
             "models": sorted({source["model"] for source in self.manifest.sources}),
         }
-        partial = self.root / (LEDGER + ".partial")
-        partial.write_text(json.dumps(ledger, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial, self.root / LEDGER)
+        text = json.dumps(ledger, indent=2, sort_keys=True) + "\n"
+        write_atomically(self.root / LEDGER, text)
         return ledger
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from slgr_jax.errors import InputError
+from slgr_jax.files import atomically
 
 _PLAN = "job.json"
 
@@ -44,12 +44,8 @@ class Parts:
         """The part called `name`, made where it is missing; it appears on disk only when whole."""
         path = self._root / f"{name}.npy"
         if not path.is_file():
-            partial = path.with_suffix(".partial")
-            with open(partial, "wb") as file:
-                np.save(file, make(), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            part = make()
+            atomically(path, lambda whole: np.save(whole, part, False), durable=True)
         values: np.ndarray = np.load(path, allow_pickle=False)
         return values
 
