@@ -97,16 +97,6 @@ def near(popularity: np.ndarray, pairs: AuditPairs) -> np.ndarray:
     return higher <= MATCHED * lower
 
 
-def contains(sets: Csr, users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:
-    """[n] bool: whether each item is in its user's set."""
-    keys = _owners(sets).astype(np.int64) * n_items + sets.indices
-    return _lookup(keys, users.astype(np.int64) * n_items + items)[0]
-
-
-def _owners(sets: Csr) -> np.ndarray:
-    return np.repeat(np.arange(sets.counts.size, dtype=np.int32), sets.counts)
-
-
 def _lookup(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """([n] bool: in the sorted `keys`, [n] the place where)."""
     if not keys.size:
@@ -118,9 +108,9 @@ def _lookup(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _stated(
     dataset: Dataset, teacher: Teacher, chosen: Csr, taken: Csr, among: np.ndarray
 ) -> AuditPairs:
-    users, n_items = teacher.users, dataset.n_items
+    users = teacher.users
     first, second = (
-        (contains(chosen, users, items, n_items), contains(taken, users, items, n_items))
+        (chosen.contains(users, items), taken.contains(users, items))
         for items in (teacher.preferred, teacher.other)
     )
     right, wrong = first[0] & ~second[1], second[0] & ~first[1]
@@ -143,8 +133,8 @@ def _listed(
 ) -> AuditPairs:
     users = np.repeat(np.arange(dataset.n_users, dtype=np.int32), np.diff(teacher.offsets))
     looked_at = among[users]
-    is_positive = looked_at & contains(chosen, users, teacher.items, dataset.n_items)
-    is_negative = looked_at & ~contains(taken, users, teacher.items, dataset.n_items)
+    is_positive = looked_at & chosen.contains(users, teacher.items)
+    is_negative = looked_at & ~taken.contains(users, teacher.items)
     positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(is_negative)
     negatives = negatives[np.lexsort((rng.random(negatives.size), users[negatives]))]
 
@@ -179,7 +169,7 @@ def _in_catalogue(
     rng: np.random.Generator,
 ) -> AuditPairs:
     n_items, popularity = dataset.n_items, dataset.popularity
-    owners = _owners(chosen)
+    owners = chosen.owners()
     answered = among & (np.diff(teacher.offsets) > 0)
     usable = answered[owners]
     users, positives = np.repeat(owners[usable], most), np.repeat(chosen.indices[usable], most)
@@ -192,7 +182,7 @@ def _in_catalogue(
         negatives = order[rng.integers(low, high)]
     else:
         negatives = rng.integers(0, n_items, users.size, np.int32)
-    real = ~contains(taken, users, negatives, n_items)
+    real = ~taken.contains(users, negatives)
     users, positives, negatives = users[real], positives[real], negatives[real]
 
     entry_users = np.repeat(np.arange(dataset.n_users), np.diff(teacher.offsets))
