@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 from typing import NamedTuple
 
@@ -12,10 +11,6 @@ from slgr_jax.teacher.ask import candidates, requests
 from slgr_jax.teacher.collect import answer_log, quarantine
 from slgr_jax.teacher.collect.request_index import RequestIndex
 
-# What a request can be: answered in full; answered, but the answer ended too early; answered by
-# what cannot be used; failed at the service; without any result.
-STATES = ("complete", "cut", "refused", "failed", "missing")
-
 
 class OpenRequest(NamedTuple):
     """A request that wants another answer.
@@ -23,7 +18,8 @@ class OpenRequest(NamedTuple):
     Attributes:
       custom_id: of its line in the request files.
       request: its number (schema.REQUESTS).
-      state: cut, refused, failed or missing.
+      state: cut (an answer that ended too early), refused (an answer that cannot be used), failed
+        (at the service) or missing (no result).
       reason: why, for people; empty where it is missing.
     """
 
@@ -79,10 +75,3 @@ def _open(
             state, reason = refusals.get(int(request), ("missing", ""))
         still_open.append(OpenRequest(custom_id, int(request), state, reason))
     return still_open
-
-
-def count_states(still_open: list[OpenRequest], asked: int) -> dict[str, int]:
-    """How many of `asked` requests are in each of `STATES`."""
-    counts = collections.Counter(request.state for request in still_open)
-    counts["complete"] = asked - len(still_open)
-    return {state: counts[state] for state in STATES}
