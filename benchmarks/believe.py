@@ -59,6 +59,7 @@ ARMS_OF_LISTS = {
 
 def main(_: list[str]) -> None:
     from slgr_jax import config, testing
+    from slgr_jax.evaluation.results import MAIN_SLICES
     from slgr_jax.reports import calibration, tables
     from slgr_jax.reports.run_evaluation import evaluate_run
     from slgr_jax.serving import load
@@ -79,7 +80,7 @@ def main(_: list[str]) -> None:
         run = config.make_run(str(dataset.path), workdir, epochs=given.epochs, **_SHARED, **own)
         loop.train(run)
         found = evaluate_run(workdir, name).parts["test"].slices
-        scores = {key: found[key]["ndcg@10"] for key in tables.MAIN_SLICES[:3]}
+        scores = {key: found[key]["ndcg@10"] for key in MAIN_SLICES[:3]}
         return {"run": name, "lambda": weight if knobs else None, **scores}
 
     rows, alphas, bins = [], {}, {}

@@ -34,8 +34,8 @@ from slgr_jax.errors import ConfigError, listing
 if TYPE_CHECKING:
     from slgr_jax.data.dataset import Dataset
     from slgr_jax.data.schema import DatasetManifest, TeacherManifest
+    from slgr_jax.evaluation.results import EvaluatedRun
     from slgr_jax.experiments.comparison import Comparison
-    from slgr_jax.reports.tables import EvaluatedRun
     from slgr_jax.serving.trained_run import (
         TrainedRun,
     )
@@ -268,9 +268,10 @@ class Evaluation:
 
     def draw(self) -> pathlib.Path:
         """Draw `metric` by slice; the path of the picture, OUT/metrics.png."""
-        from slgr_jax.reports import plots, tables
+        from slgr_jax.evaluation import results
+        from slgr_jax.reports import plots
 
-        return plots.draw(self.runs, self.metric, self.out / tables.PICTURE)
+        return plots.draw(self.runs, self.metric, self.out / results.PICTURE)
 
     def __str__(self) -> str:
         return self.table()

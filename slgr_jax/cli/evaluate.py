@@ -49,11 +49,11 @@ def main(_: list[str]) -> None:
         checkpoint=given.checkpoint,
         **flags.given_knobs(BaselineConfig),
     )
-    from slgr_jax.reports import tables
+    from slgr_jax.evaluation import results
 
     print(evaluation.table(bins=given.bins))
     picture = evaluation.draw()
-    print(f"wrote {tables.METRICS} and {tables.PER_USER} in each run, and {picture}")
+    print(f"wrote {results.METRICS} and {results.PER_USER} in each run, and {picture}")
 
 
 def run() -> None:

@@ -14,15 +14,7 @@ from slgr_jax.config import EvaluationConfig
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation import click_metrics
 from slgr_jax.evaluation.ranking_metrics import DEFINITIONS, check_metric
-
-# The names `as` themselves are also read from here.
-from slgr_jax.evaluation.results import MAIN_SLICES as MAIN_SLICES
-from slgr_jax.evaluation.results import METRICS as METRICS
-from slgr_jax.evaluation.results import PER_USER as PER_USER
-from slgr_jax.evaluation.results import PICTURE as PICTURE
-from slgr_jax.evaluation.results import EvaluatedRun as EvaluatedRun
-from slgr_jax.evaluation.results import thresholds
-from slgr_jax.evaluation.results import write_run as write_run
+from slgr_jax.evaluation.results import MAIN_SLICES, EvaluatedRun, thresholds
 from slgr_jax.evaluation.significance import compare, holm
 
 _PAIRED_NOTE = (

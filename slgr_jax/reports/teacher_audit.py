@@ -108,14 +108,10 @@ def write(audit: TeacherAudit, out: str | pathlib.Path) -> list[pathlib.Path]:
         raise InputError(f"--out={root} cannot be made: {error.strerror}") from error
     text, data = markdown(audit), json.dumps(as_json(audit), indent=2, allow_nan=False) + "\n"
     return [
-        atomically(root / MARKDOWN, lambda path: _text(path, text)),
-        atomically(root / JSON, lambda path: _text(path, data)),
+        atomically(root / MARKDOWN, lambda path: path.write_text(text, encoding="utf-8")),
+        atomically(root / JSON, lambda path: path.write_text(data, encoding="utf-8")),
         atomically(root / PICTURE, lambda path: draw(audit, path)),
     ]
-
-
-def _text(path: pathlib.Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 # --- words and tables ----------------------------------------------------------------------------
