@@ -15,6 +15,7 @@ from slgr_jax.config.backbones import (
     register_backbone,
 )
 from slgr_jax.config.baselines import BASELINES, BaselineConfig
+from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
     GATE_INPUTS,
     GATES,
@@ -32,25 +33,9 @@ from slgr_jax.config.guidance import (
     register_gate,
     register_guidance,
 )
+from slgr_jax.config.model import ModelConfig
 from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
-from slgr_jax.config.run import (
-    KERNELS,
-    NEGATIVES,
-    ROWS,
-    TABLE_DTYPES,
-    TABLE_OPTIMIZERS,
-    EvaluationConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    SamplerConfig,
-    SliceConfig,
-    TrainConfig,
-    differences,
-    make_run,
-    sections,
-)
+from slgr_jax.config.run import RunConfig, differences, make_run, sections
 from slgr_jax.config.teach import (
     BUILT_FROM,
     EMBEDDERS,
@@ -74,6 +59,16 @@ from slgr_jax.config.teach import (
     RequestConfig,
     ScoreConfig,
     TeachConfig,
+)
+from slgr_jax.config.training import (
+    KERNELS,
+    NEGATIVES,
+    TABLE_DTYPES,
+    TABLE_OPTIMIZERS,
+    LossConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
 )
 
 __all__ = [

@@ -1,0 +1,162 @@
+"""The knobs of how a run is trained: updates, losses, draws, the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from slgr_jax.config.backbones import LOSSES
+from slgr_jax.config.knobs import BATCH, COUNT, FLOAT, WIDTH, Section, knob
+
+NEGATIVES = ("uniform", "popularity", "in_batch")
+KERNELS = ("auto", "native", "xla")
+TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
+TABLE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """How tables (row by row) and dense parameters (optax Adam) are updated."""
+
+    table_optimizer: str = knob(
+        "adagrad", "update rule of the embedding rows a batch touches", choices=TABLE_OPTIMIZERS
+    )
+    table_dtype: str = knob(
+        "float32",
+        "storage of the tables' values; bfloat16 halves it and rounds stochastically (what an "
+        "optimiser accumulates stays float32)",
+        choices=TABLE_DTYPES,
+    )
+    lr: float = knob(0.05, "learning rate of the tables", above=0, maximum=FLOAT)
+    l2: float = knob(
+        0.02,
+        "L2 penalty per triple on the rows it touches: l2/2 * (|u|^2+|i|^2+|j|^2)",
+        minimum=0,
+        maximum=FLOAT,
+    )
+    adam_b1: float = knob(0.9, "lazy_adam: decay of the first moment", minimum=0, below=1)
+    adam_b2: float = knob(0.999, "lazy_adam: decay of the second moment", minimum=0, below=1)
+    eps: float = knob(1e-8, "adagrad, lazy_adam: added to the denominator", above=0, maximum=FLOAT)
+    dense_lr: float = knob(
+        1e-3, "Adam learning rate of dense parameters and the gate", above=0, maximum=FLOAT
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(Section):
+    """What is learned from interactions."""
+
+    loss: str = knob(
+        "auto",
+        "bpr: a positive over a drawn negative; bce: positive and negatives as labelled rows; "
+        "softmax: the positive among all items; sampled_softmax: among --shared_negatives, with "
+        "their probability taken out; auto: the backbone's own",
+        choices=LOSSES,
+    )
+    negatives_per_positive: int = knob(
+        1, "bpr, bce: negatives drawn for each positive", minimum=1, maximum=WIDTH
+    )
+    shared_negatives: int = knob(
+        1024,
+        "sampled_softmax: negatives drawn a step, for all positives of it",
+        minimum=1,
+        maximum=BATCH,
+    )
+    rating_threshold: float = knob(
+        0.0,
+        "bce: every training interaction is a row, 1 where its rating is at least this, and no "
+        "negative is drawn; 0 = all are positives",
+        minimum=0,
+        maximum=FLOAT,
+    )
+    min_history: int = knob(
+        0,
+        "learn from interactions that have at least this many earlier ones of the user (the click "
+        "benchmark of S-LLMR: 1); sequence backbones need one anyway",
+        minimum=0,
+        maximum=COUNT,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig(Section):
+    """How triples are drawn on the device."""
+
+    batch_size: int = knob(
+        2048,
+        "per step, over all devices: triples, labelled positives or, for sequence backbones, "
+        "windows of --max_history events",
+        minimum=1,
+        maximum=BATCH,
+    )
+    triples_per_user: int = knob(
+        8,
+        "triples (and preferences) drawn for one user at a time; every training interaction stays "
+        "as likely, and a user's row is read once for several triples",
+        minimum=1,
+        maximum=BATCH,
+    )
+    negatives: str = knob(
+        "uniform", "distribution of the negative item j in a triple (u, i, j)", choices=NEGATIVES
+    )
+    popularity_power: float = knob(
+        1.0, "negatives=popularity: P(j) ~ (training count of j)^power", minimum=0, maximum=100
+    )
+    allow_positive_negatives: bool = knob(
+        False, "let a training positive of the user be drawn as its negative"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: int = knob(
+        200,
+        "most epochs; one epoch draws as many triples as there are training interactions",
+        minimum=1,
+        maximum=COUNT,
+    )
+    eval_every: int = knob(1, "epochs between two validations", minimum=1, maximum=COUNT)
+    patience: int = knob(
+        10,
+        "validations without a better early_stop_metric before stopping; 0 = never",
+        minimum=0,
+        maximum=COUNT,
+    )
+    early_stop_metric: str = knob(
+        "ndcg@10",
+        "overall validation metric to maximise; unless given, at the first of --ks where 10 is not "
+        "among them, and rows_auc with --noranking",
+    )
+    steps_per_dispatch: int = knob(
+        0,
+        "steps K per device program, between which signals and errors are seen; 0 = about two "
+        "million triples and preferences of mf, or as much work",
+        minimum=0,
+        maximum=BATCH,
+    )
+    checkpoint_every_s: float = knob(
+        30.0,
+        "seconds between two checkpoints; one is also written at the end",
+        minimum=0,
+        maximum=COUNT,
+    )
+    restart: bool = knob(False, "delete what --workdir holds and start anew, instead of resuming")
+    seed: int = knob(
+        0, "seed of initialisation and of every draw", minimum=0, maximum=2_000_000_000
+    )
+    table_shards: int = knob(
+        1,
+        "devices that share the rows of one table; the others replicate it",
+        minimum=1,
+        maximum=WIDTH,
+    )
+    kernels: str = knob(
+        "auto",
+        "who reads and writes table rows, and ranks: native (C++ compiled on this machine; one CPU "
+        "device), xla, or auto = native where it can be had",
+        choices=KERNELS,
+    )
+    min_devices: int = knob(1, "refuse to start with fewer devices", minimum=1, maximum=BATCH)
+    tensorboard: bool = knob(False, "also write TensorBoard files (extra: tensorboard)")
+    verify_checksums: bool = knob(True, "check every shard's SHA-256 when loading")
