@@ -245,7 +245,7 @@ def load(workdir: PathLike, checkpoint: str = "best") -> TrainedRun:
     return trained_run.load(os.fspath(workdir), checkpoint)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
     """Runs and baselines, ranked; `print` shows their tables.
 
@@ -260,11 +260,29 @@ class Evaluation:
     metric: str
     out: pathlib.Path
 
-    def table(self, *, bins: bool = False) -> str:
-        """The tables as text, with the bins by history and popularity or without."""
+    def table(self, *, bins: bool = False, definitions: bool = False) -> str:
+        """The tables as text, `verdict` last.
+
+        Args:
+          bins: with the bins by history and popularity.
+          definitions: with those of the metrics.
+        """
         from slgr_jax.reports import tables
 
-        return tables.render(self.runs, self.metric, bins=bins)
+        whole = tables.render(self.runs, self.metric, bins=bins, definitions=definitions)
+        return f"{whole}\n{self.verdict()}"
+
+    def verdict(self) -> str:
+        """The small table and what was found, in words."""
+        from slgr_jax.reports import verdict
+
+        return verdict.render(self.runs, self.metric)
+
+    def write_summary(self) -> list[pathlib.Path]:
+        """Write the small table as OUT/summary.md (with the verdict), .csv and .tex."""
+        from slgr_jax.reports import verdict
+
+        return verdict.write(self.runs, self.metric, self.out)
 
     def draw(self) -> pathlib.Path:
         """Draw `metric` by slice; the path of the picture, OUT/metrics.png."""
@@ -275,6 +293,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        labels = ", ".join(run.label for run in self.runs)
+        return f"Evaluation({labels}; {self.metric}, out {str(self.out)!r})"
 
 
 def evaluate(

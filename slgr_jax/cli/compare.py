@@ -20,7 +20,8 @@ answers), popularity and item_item as teachers.
 
 Called again it goes on where it was: finished runs are known by their settings and data. Other
 knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
-Writes DIR/report.md, report.json and pictures; of several data sets, in DIR/NAME.
+Writes DIR/report.md, report.json, summary.md, .csv and .tex, and pictures; of several data sets, in
+DIR/NAME. Ends with the small table and the verdict.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _values(name: str) -> tuple[float, ...]:
 
 
 def main(_: list[str]) -> None:
-    """Compare; each report is shown when its data set is done."""
+    """Compare; end with what was found."""
     from slgr_jax.experiments import arms, comparison
 
     given = flags.FLAGS
@@ -137,13 +138,14 @@ def main(_: list[str]) -> None:
         tune_guidance_loss=given.tune_guidance_loss,
         knobs=flags.given_knobs(*knob_sections()),
     )
-    comparison.compare_all(
+    compared = comparison.compare_all(
         given.data,
         pathlib.Path(given.out),
         request,
         workers=given.workers,
         command=shlex.join(["slgr", "compare", *sys.argv[1:]]),
     )
+    print(f"\n{compared}")
 
 
 def run() -> None:

@@ -39,9 +39,9 @@ class _Lines(logging.Handler):
 _LINES = _Lines(logging.INFO)
 
 
-def install() -> None:
-    """Show what the library logs from now on. Calling it again changes nothing."""
-    LOGGER.setLevel(logging.INFO)
+def install(*, quiet: bool = False) -> None:
+    """Show what the library logs from now on: all of it, or warnings alone."""
+    LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)
     LOGGER.propagate = False  # absl's handler on the root logger would show the lines again
     if _LINES not in LOGGER.handlers:
         LOGGER.addHandler(_LINES)

@@ -4,8 +4,9 @@
     slgr evaluate --workdir=RUN --workdir=RUN2 --metric=recall@20 --out=COMPARISON
     slgr evaluate --data=DATA --out=COMPARISON --baselines=popular,ease,ials
 
-Writes metrics.json and per_user.parquet into each run and prints the tables. Training items
-are masked; test also masks validation items. With several runs of one data set, each is
+Writes metrics.json and per_user.parquet into each run, prints the tables and ends with the one to
+read first, which OUT/summary.md, .csv and .tex hold too, and what was found, in words. Training
+items are masked; test also masks validation items. With several runs of one data set, each is
 tested against the first, user by user. Baselines, fitted on the first run's data, stand beside
 the runs; their files go to OUT/baselines/NAME.
 """
@@ -35,11 +36,12 @@ def define() -> None:
         "out", "", "directory of metrics.png and of baselines; the first workdir unless given"
     )
     absl_flags.DEFINE_bool("bins", False, "also print the history and popularity bins")
+    absl_flags.DEFINE_bool("definitions", False, "also print how each metric is defined")
     absl_flags.DEFINE_string("checkpoint", "best", "state to evaluate: best or last")
 
 
 def main(_: list[str]) -> None:
-    """Evaluate, print the tables, draw the picture."""
+    """Evaluate, draw the picture, print the tables; what was found comes last."""
     given = flags.FLAGS
     evaluation = api.evaluate(
         given.workdir,
@@ -51,9 +53,12 @@ def main(_: list[str]) -> None:
     )
     from slgr_jax.evaluation import results
 
-    print(evaluation.table(bins=given.bins))
-    picture = evaluation.draw()
-    print(f"wrote {results.METRICS} and {results.PER_USER} in each run, and {picture}")
+    picture, summary = evaluation.draw(), evaluation.write_summary()
+    print(
+        f"wrote {results.METRICS} and {results.PER_USER} in each run, {picture} and "
+        f"{summary[0]} (.csv, .tex)\n"
+    )
+    print(evaluation.table(bins=given.bins, definitions=given.definitions), end="")
 
 
 def run() -> None:

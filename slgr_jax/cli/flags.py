@@ -326,12 +326,13 @@ def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
     def guarded(rest: list[str]) -> None:
         keep_compiled()
-        console.install()
+        verbosity = FLAGS["verbosity"]
+        console.install(quiet=verbosity.present and verbosity.value < 0)
         # Importing and tracing make little but what stays: to look through it every 700 objects
         # takes an eighth of a start.
         gc.set_threshold(100_000, 20, 20)
         # Orbax logs every file it writes, and each error that it then raises as well.
-        if not FLAGS["verbosity"].present:
+        if not verbosity.present:
             logging.set_verbosity(logging.FATAL)
 
         try:

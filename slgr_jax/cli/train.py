@@ -6,8 +6,9 @@
 
 Calling it again with the same flags resumes the run. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2
 save and exit. Exit status: 0 finished, 2 an error to mend, 75 interrupted: the same command
-goes on, so that a scheduler may requeue it. Compiled programs are kept in ~/.cache/slgr_jax
-(JAX_COMPILATION_CACHE_DIR moves them): the next run starts sooner.
+goes on, so that a scheduler may requeue it. --verbosity=-1 leaves out the lines of epochs. Compiled
+programs are kept in ~/.cache/slgr_jax (JAX_COMPILATION_CACHE_DIR moves them): the next run starts
+sooner.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from slgr_jax import config
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments import arms, pool, presets, results, tuning
 from slgr_jax.experiments.arms import ComparisonPlan
+from slgr_jax.files import write_atomically
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
@@ -265,13 +266,18 @@ def _baselines(
 
 
 def write(report: Mapping[str, Any], out: pathlib.Path) -> str:
-    """Write report.json, pictures and report.md; the text of the last."""
+    """Write report.json, pictures, summary.md, .csv, .tex and report.md; the text of the last."""
     from slgr_jax.experiments import plots, render
+    from slgr_jax.reports import tables
 
     results.write_json(out / "report.json", report)
     pictures = plots.draw(report, out)
     text = render.render(report, pictures)
-    (out / "report.md").write_text(text, encoding="utf-8")
+    write_atomically(out / "report.md", text)
+    protocol = report["protocol"]
+    title = f"{protocol['data']}, test, mean of {protocol['seeds']} seeds"
+    note = "".join(f"{line}\n" for line in render.short_verdict(report))
+    tables.write_summary(render.short_rows(report), out, title=title, note=note)
     return text
 
 
@@ -305,7 +311,11 @@ class Comparison:
     table: str = ""
 
     def __str__(self) -> str:
-        return "\n".join([*self.texts.values(), *([self.table] if self.table else [])])
+        """Of each data set the small table and the verdict."""
+        from slgr_jax.experiments import render
+
+        short = [render.short(report) for report in self.reports.values()]
+        return "\n".join([*short, *([self.table] if self.table else [])])
 
 
 def compare_all(
@@ -340,10 +350,9 @@ def compare_all(
         for name, plan in zip(names, plans, strict=True):
             reports[name] = compare(plan, processes, command)
             texts[name] = write(reports[name], plan.out)
-            LOGGER.info("%s", texts[name])
+            LOGGER.info("wrote %s and summary.md, .csv, .tex beside it", plan.out / "report.md")
 
     table = presets.table(request.preset, reports) if request.preset else ""
     if table:
-        (out / f"{request.preset}.md").write_text(table, encoding="utf-8")
-        LOGGER.info("%s", table)
+        write_atomically(out / f"{request.preset}.md", table)
     return Comparison(reports, texts, table)

@@ -65,7 +65,7 @@ def train_runs(
     todo = {run.workdir: run for run in runs if not finished(run)}
     for run in todo.values():
         _refuse_other(run)
-    shown = functools.partial(_show, root=root)
+    shown = functools.partial(_show, root=root, begin=time.monotonic())
     for wave in waves(list(todo.values())):
         _each(_fit_group, groups(wave), workers, shown)
     return [_known(run) for run in runs]
@@ -144,13 +144,18 @@ def _known(run: RunConfig) -> dict[str, Any]:
     return outcome
 
 
-def _show(done: int, of: int, group: Sequence[RunConfig], *, root: pathlib.Path) -> None:
+def _show(
+    done: int, of: int, group: Sequence[RunConfig], *, root: pathlib.Path, begin: float
+) -> None:
+    """A line per run; the time left of this stage is that of those done, in proportion."""
+    left = (time.monotonic() - begin) / done * (of - done)
+    soon = f"; about {left / 60:.0f} min left of these" if left >= 60 else ""
     for run in group:
         outcome, name = _known(run), pathlib.Path(run.workdir).relative_to(root)
         value = outcome["error"] or "no validation"
         if outcome["best_metric"] is not None:
             value = f"{outcome['best_metric']:.4f} (epoch {outcome['best_epoch']})"
-        print(f"  [{done}/{of}] {name}: {value}", flush=True)
+        print(f"  [{done}/{of}] {name}: {value}{soon}", flush=True)
 
 
 # --------------------------------------------------------------------- what one call trains

@@ -24,6 +24,10 @@ _COST = (
 )
 
 
+# Slices of the small table.
+_SHORT = ("overall", "cold_users", "tail_items")
+
+
 def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The report of one data set.
 
@@ -45,6 +49,56 @@ def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     lines += _gates(report["gate"])
     lines += ["## Cost of training", "", _markdown(report["cost"]), "", _COST]
     return "\n".join(lines) + "\n"
+
+
+def short_rows(report: Mapping[str, Any]) -> list[Row]:
+    """A row per backbone and arm: the primary metric by slice, and overall against `none`."""
+    shown: dict[tuple[str, str], Row] = {}
+    for row in report["rows"]:
+        if not row["primary"] or row["slice"] not in _SHORT:
+            continue
+        line = shown.setdefault(
+            (row["backbone"], row["arm"]),
+            {"backbone": row["backbone"], "metric": row["metric"], "arm": row["arm"]},
+        )
+        line[row["slice"].replace("_", " ")] = row["mean"]
+        if row["slice"] == "overall":
+            against = row.get("vs_none") or {}
+            relative = against.get("relative")
+            line["none %"] = None if relative is None else 100 * relative
+            line["p seeds"] = against.get("p_seeds_holm")
+            line["p users"] = against.get("p_users_holm")
+
+    baselines: dict[str, Row] = {}
+    for row in report["baselines"]:
+        if row["slice"] in _SHORT:
+            metric = next(name for name in row if name not in ("baseline", "slice", "users"))
+            line = {"backbone": "-", "metric": metric, "arm": row["baseline"]}
+            line = baselines.setdefault(row["baseline"], line)
+            line[row["slice"].replace("_", " ")] = row[metric]
+    return [*shown.values(), *baselines.values()]
+
+
+def short(report: Mapping[str, Any]) -> str:
+    """The small table and the verdict, as the last thing that a command prints."""
+    from slgr_jax.reports import tables
+
+    protocol = report["protocol"]
+    teacher = f", teacher {protocol['teacher']}" if protocol["teacher"] else ""
+    title = f"in short ({protocol['data']}{teacher}, test, mean of {protocol['seeds']} seeds):"
+    return "\n".join(
+        [
+            title,
+            tables.text_table(short_rows(report)),
+            *_ends(report["tuned"]),
+            *short_verdict(report),
+        ]
+    )
+
+
+def short_verdict(report: Mapping[str, Any]) -> list[str]:
+    """The verdict's sentences, without its heading."""
+    return [line for line in _verdict(report["verdict"])[1:] if line]
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:

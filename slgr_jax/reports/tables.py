@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import pathlib
 import textwrap
@@ -16,16 +18,20 @@ from slgr_jax.evaluation import click_metrics
 from slgr_jax.evaluation.ranking_metrics import DEFINITIONS, check_metric
 from slgr_jax.evaluation.results import MAIN_SLICES, EvaluatedRun, thresholds
 from slgr_jax.evaluation.significance import compare, holm
+from slgr_jax.files import write_atomically
 
 _PAIRED_NOTE = (
     "p: paired t-test; p_flip: sign-flip permutation test; p_holm: p corrected for the rows above "
-    "(Holm)\n"
+    "(Holm); no p where fewer than {least} users differ\n"
 )
+# Of fewer users that differ no sign-flip test can find p < .05: 2 / 2^5 = .0625.
+LEAST_DIFFERENT = 6
 
 # ------------------------------------------------------------------------ tables
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as tables show it: `-` where there is none, floats with four decimals."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -54,7 +60,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | N
       columns: which keys, in which order; default is every key in order of first use.
     """
     names = _columns(rows, columns)
-    cells = [[_cell(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
+    cells = [[cell(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
     lines = _aligned(names, cells, [_numeric(rows, name) for name in names], "|")
 
     # The rule says how each column is aligned: `---:` of numbers.
@@ -69,7 +75,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | N
 def text_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
     """Rows of dicts as aligned columns for a terminal; arguments as for `markdown_table`."""
     names = _columns(rows, columns)
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    cells = [[cell(row.get(name)) for name in names] for row in rows]
     lines = _aligned(names, cells, [_numeric(rows, name) for name in names], "")
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
@@ -91,6 +97,42 @@ def _aligned(
         line = f" {edge} ".join(padded) if edge else "  ".join(padded).rstrip()
         lines.append(f"{edge} {line} {edge}" if edge else line)
     return lines
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of dicts as CSV, in full precision: a spreadsheet rounds by itself."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows, None), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+_LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}"})
+
+
+def latex_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of dicts as a `tabular` for the package booktabs."""
+    names = _columns(rows, None)
+    cells = [[cell(row.get(name)).translate(_LATEX) for name in names] for row in rows]
+    lines = [" & ".join(line) + r" \\" for line in ([n.translate(_LATEX) for n in names], *cells)]
+    align = "".join("r" if _numeric(rows, name) else "l" for name in names)
+    begin = [f"\\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule"]
+    return "\n".join([*begin, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
+
+
+def write_summary(
+    rows: Sequence[Mapping[str, Any]], directory: pathlib.Path, *, title: str, note: str
+) -> list[pathlib.Path]:
+    """Write one small table as summary.md, between a title and a note, summary.csv, summary.tex."""
+    texts = {
+        ".md": f"{title}\n\n{markdown_table(rows)}\n{note}",
+        ".csv": csv_table(rows),
+        ".tex": latex_table(rows),
+    }
+    for ending, text in texts.items():
+        write_atomically(directory / f"summary{ending}", text)
+    return [directory / f"summary{ending}" for ending in texts]
 
 
 def click_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
@@ -187,7 +229,8 @@ def paired_rows(
 ) -> list[dict[str, Any]]:
     """Each later run against the first, user by user, on the main slices.
 
-    `p_holm` corrects `p` (paired t-test) for the number of rows.
+    `p_holm` corrects `p` (paired t-test) for the number of rows that are tested. A slice in which
+    fewer than `LEAST_DIFFERENT` users differ between the runs is not tested: its p are None.
     """
     first = runs[0]
     rows: list[dict[str, Any]] = []
@@ -200,6 +243,8 @@ def paired_rows(
             if not shared.size:
                 continue
             test = compare(values[places], values_first[places_first], resamples=resamples)
+            different = np.sum(np.abs(values[places] - values_first[places_first]) > 0)
+            tested = different >= LEAST_DIFFERENT
             rows.append(
                 {
                     "slice": name,
@@ -210,13 +255,16 @@ def paired_rows(
                     "difference": test.difference,
                     "95% low": test.low,
                     "95% high": test.high,
-                    "p": test.p_t,
-                    "p_flip": test.p_sign_flip,
+                    "p": test.p_t if tested else None,
+                    "p_flip": test.p_sign_flip if tested else None,
+                    "p_holm": None,
                 }
             )
 
-    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = adjusted
+    tested_rows = [row for row in rows if row["p"] is not None]
+    adjusted = holm([row["p"] for row in tested_rows])
+    for row, p_holm in zip(tested_rows, adjusted, strict=True):
+        row["p_holm"] = p_holm
     return rows
 
 
@@ -233,8 +281,8 @@ def _user_values(
     return table.users[chosen], table.values[metric][chosen]
 
 
-def footer(run: EvaluatedRun) -> str:
-    """What the numbers mean: thresholds, masks and definitions."""
+def footer(run: EvaluatedRun, *, definitions: bool = True) -> str:
+    """What the numbers mean: thresholds and masks, and with `definitions` the metrics'."""
     lines = ["thresholds (training counts only):"]
     facts = thresholds(run)
     lines.append(
@@ -250,6 +298,9 @@ def footer(run: EvaluatedRun) -> str:
         dropped = facts["dropped_relevant"][part]
         note = f"; {dropped} relevant pairs dropped because masked" if dropped else ""
         lines.append(f"  {part}: masks each user's {' and '.join(masked)} items{note}")
+    if not definitions:
+        return "\n".join(lines) + "\n"
+
     lines.append(f"definitions (checkpoint: {run.checkpoint}):")
     shown = {
         **(DEFINITIONS if run.parts else {}),
@@ -287,11 +338,14 @@ def choose_metric(asked: str, config: EvaluationConfig) -> str:
     return check_metric(asked or default, ks, ranking=config.ranking, rows=rows)
 
 
-def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> str:
-    """The tables of every part, paired tests against the first run, and what it all means.
+def render(
+    runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True, definitions: bool = True
+) -> str:
+    """The tables of every part, test first, paired tests against the first run, and what it means.
 
     Baselines are tested apart, so that p_holm of the runs is the same with and without them.
-    `bins` off leaves history and popularity bins to the picture and to metrics.json.
+    `bins` off leaves history and popularity bins to the picture and to metrics.json;
+    `definitions` off leaves out those of the metrics.
     """
     first = runs[0]
     families = {
@@ -302,7 +356,7 @@ def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> s
     comparable = len(splits) == 1
 
     out = []
-    for part in first.parts:
+    for part in sorted(first.parts):  # test before validation
         out += [
             f"{part}: full ranking, mean over users",
             text_table(metric_rows(runs, part, bins=bins)),
@@ -314,9 +368,9 @@ def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> s
             if rows:
                 out += [
                     f"{part}: {metric} user by user, each {family} minus {first.label}",
-                    text_table(rows) + _PAIRED_NOTE,
+                    text_table(rows) + _PAIRED_NOTE.format(least=LEAST_DIFFERENT),
                 ]
-    for part in first.rows:
+    for part in sorted(first.rows):
         out += [f"{part}: labelled rows", text_table(click_rows(runs, part))]
 
     if rows := gate_rows(runs, bins=bins):
@@ -327,7 +381,7 @@ def render(runs: Sequence[EvaluatedRun], metric: str, *, bins: bool = True) -> s
     if not comparable:
         out.append("no paired tests: the runs were trained on different splits\n")
     out += [_settings_line(run) for run in runs if run.baseline is not None]
-    return "\n".join([*out, footer(first)])
+    return "\n".join([*out, footer(first, definitions=definitions)])
 
 
 def _settings_line(run: EvaluatedRun) -> str:
