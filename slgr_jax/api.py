@@ -209,6 +209,7 @@ def train(
     values = _values(tuple(config.sections().values()), knobs)
     # Absolute: a run is found from wherever it is evaluated.
     run = config.make_run(os.path.abspath(data), os.path.abspath(workdir), **values)
+    config.check_used(run, values.keys())
     if run.train.kernels != "xla":
         from slgr_jax.kernels import build
 

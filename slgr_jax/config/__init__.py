@@ -4,6 +4,7 @@ A section is a frozen dataclass whose fields are made with `knob`. `flags.py` de
 command line from the same fields, so a default or a help text is never written twice.
 """
 
+from slgr_jax.config.applies import check_used
 from slgr_jax.config.backbones import (
     BACKBONE_DEFAULTS,
     BACKBONES,
@@ -131,6 +132,7 @@ __all__ = [
     "TrainConfig",
     "UNCERTAINTIES",
     "UNLISTED",
+    "check_used",
     "differences",
     "learns_from_sequences",
     "make_run",

@@ -20,6 +20,7 @@ LOSSES_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SEQUENCE_BACKBONES, ("softmax", "sampled_softmax", "bce", "bpr")),
     **dict.fromkeys(CLICK_BACKBONES, ("bce", "bpr")),
 }
+BUILT_IN = tuple(LOSSES_OF)
 BACKBONES = LOSSES_OF.keys()  # a view: it has what is registered later, too
 
 _SEQUENCE_DEFAULTS: Mapping[str, Any] = {

@@ -18,6 +18,7 @@ from slgr_jax.config import (
     RunConfig,
     SliceConfig,
     TrainConfig,
+    applies,
     knobs,
 )
 from slgr_jax.errors import ConfigError
@@ -290,3 +291,55 @@ def test_what_a_gate_resolves_its_knobs_to():
         assert run(guidance=method, gate="rule").gate.gate == "rule"
         with pytest.raises(ConfigError, match=f"--guidance={method} needs --teacher"):
             config.make_run("d", "w", guidance=method)
+
+
+# --- knobs that do nothing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gate": "rule"}, "--gate=rule is not used with --guidance=none; add --guidance=pairwise"),
+        ({"lambda": 3.0}, "--lambda=3.0 is not used with --guidance=none"),
+        ({"layers": 4}, "--layers=4 is not used with --backbone=mf; it goes with --backbone one of "
+                        "lightgcn, sasrec, gru4rec, bert4rec, autoint, dcn, dcnv2; or drop it"),
+        ({"backbone": "lightgcn", "item_bias": False},
+         "--item_bias=False is not used with --backbone=lightgcn; add --backbone=mf; or drop it"),
+        ({"backbone": "mf", "mlp": (8, 4), "heads": 4}, "mlp=8,4 is not .*; .*heads=4.* drop them"),
+        ({"popularity_power": 0.5}, "is not used with --negatives=uniform; add --negatives=pop"),
+        ({"shared_negatives": 9}, "--shared_negatives=9 is not used with --loss=bpr; add --loss"),
+        ({"row_seed": 3}, "--row_seed=3 is not used with --rows=none"),
+        ({"guidance": "pairwise", "teacher": "t", "budget": 0.5},
+         "--budget=0.5 is not used with --gate=paper; add --gate=budget"),
+        ({"guidance": "pairwise", "teacher": "t", "gate": "calibrated", "margin": 2.0},
+         "--margin=2.0 is not used with --guidance_loss=confidence"),
+        ({"guidance": "rrd", "teacher": "t", "rrd_sample": False, "rrd_pool": 9},
+         "--rrd_pool=9 is not used with --rrd_sample=False"),
+    ],
+)  # fmt: skip
+def test_a_knob_that_does_nothing_is_refused(values, message):
+    run = config.make_run("d", "w", **values)
+    with pytest.raises(ConfigError, match=message):
+        config.check_used(run, values)
+
+
+def test_a_knob_that_does_something_is_not():
+    for values in (
+        {"backbone": "sasrec", "layers": 3, "heads": 4, "hidden": 8, "max_history": 9},
+        {"backbone": "dcnv2", "experts": 2, "low_rank": 4, "mlp": (8,), "row_negatives": 2},
+        {"guidance": "pairwise", "teacher": "t", "lambda": 2.0, "margin": 2.0, "gate_lr": 0.1},
+        {"loss": "sampled_softmax", "shared_negatives": 9, "negatives": "popularity"},
+        {"lambda": 0.1, "layers": 2},  # their defaults
+    ):
+        config.check_used(config.make_run("d", "w", **values), values)
+
+
+def test_every_condition_names_knobs_that_there_are():
+    names = {
+        knobs.flag_name(field)
+        for section in config.sections().values()
+        for field in dataclasses.fields(section)
+    }
+    conditions = applies._APPLIES
+    assert conditions.keys() <= names
+    assert {condition.flag for condition in conditions.values()} <= names

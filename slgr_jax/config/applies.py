@@ -1,0 +1,131 @@
+"""Which knobs do nothing in which runs, so that one who gives them is told.
+
+A comparison gives all its arms the same knobs, so this holds for what a user gives a single run
+(`check_used`), not for every `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from slgr_jax.config.backbones import BUILT_IN, CLICK_BACKBONES, SEQUENCE_BACKBONES
+from slgr_jax.config.guidance import GateConfig, GuidanceConfig
+from slgr_jax.config.knobs import flag_name
+from slgr_jax.config.run import RunConfig
+from slgr_jax.errors import ConfigError, listing
+
+
+class Applies(NamedTuple):
+    """A knob does something where --`flag` is one of `values`."""
+
+    flag: str
+    values: tuple[Any, ...]
+
+
+_TRANSFORMERS = ("sasrec", "bert4rec")
+_WITH_LAYERS = ("lightgcn", *SEQUENCE_BACKBONES, "autoint", "dcn", "dcnv2")
+_LEARNED_GATES = ("paper", "budget", "calibrated")
+
+# By command-line name. Of a backbone, guidance or gate of a user's own nothing is known: it may
+# read any knob.
+_APPLIES: Mapping[str, Applies] = {
+    "item_bias": Applies("backbone", ("mf",)),
+    "layers": Applies("backbone", _WITH_LAYERS),
+    "heads": Applies("backbone", (*_TRANSFORMERS, "autoint")),
+    "hidden": Applies("backbone", SEQUENCE_BACKBONES),
+    "max_history": Applies("backbone", (*SEQUENCE_BACKBONES, *CLICK_BACKBONES)),
+    "mask_probability": Applies("backbone", ("bert4rec",)),
+    "attention_mlp": Applies("backbone", ("din",)),
+    "attention_width": Applies("backbone", ("autoint",)),
+    "cin": Applies("backbone", ("xdeepfm",)),
+    **dict.fromkeys(("experts", "low_rank"), Applies("backbone", ("dcnv2",))),
+    **dict.fromkeys(
+        ("history_fields", "most_categories", "mlp"), Applies("backbone", CLICK_BACKBONES)
+    ),
+    **dict.fromkeys(("adam_b1", "adam_b2"), Applies("table_optimizer", ("lazy_adam",))),
+    "negatives_per_positive": Applies("loss", ("bpr", "bce")),
+    "shared_negatives": Applies("loss", ("sampled_softmax",)),
+    "negatives": Applies("loss", ("bpr", "bce", "sampled_softmax")),
+    "popularity_power": Applies("negatives", ("popularity",)),
+    "margin": Applies("guidance_loss", ("hinge",)),
+    "pair_candidates": Applies("pair_selection", ("largest_gap",)),
+    **dict.fromkeys(("rrd_temperature", "rrd_pool"), Applies("rrd_sample", (True,))),
+    "alpha": Applies("gate", ("constant",)),
+    **dict.fromkeys(("budget", "budget_weight"), Applies("gate", ("budget",))),
+    "gate_lr": Applies("gate", _LEARNED_GATES),
+    "uncertainty": Applies("gate", _LEARNED_GATES),
+    **dict.fromkeys(
+        ("gate_inputs", "gate_hidden", "labelled_preferences", "labelled_per_step"),
+        Applies("gate", ("calibrated",)),
+    ),
+    **dict.fromkeys(("dropout_samples", "dropout_rate"), Applies("uncertainty", ("dropout",))),
+    **dict.fromkeys(("row_negatives", "row_seed"), Applies("rows", ("sampled",))),
+}
+_BUILT_IN: Mapping[str, Collection[str]] = {
+    "backbone": BUILT_IN,
+    "gate": ("constant", "rule", *_LEARNED_GATES),
+}
+
+
+def check_used(run: RunConfig, given: Collection[str]) -> None:
+    """Refuse knobs that a user gives and that do nothing in this run.
+
+    A knob that is given its default changes nothing and is let pass.
+
+    Args:
+      given: command-line names of the knobs that were given.
+
+    Raises:
+      ConfigError: each such knob, what it goes with, and what to do.
+    """
+    values, guidance = _values(run), _names(GuidanceConfig, GateConfig)
+    unused = []
+    for name in given:
+        value, default = values[name]
+        if value == default:
+            continue
+        if name in guidance and not run.guided:
+            fix = "add --guidance=pairwise (or pointwise, rrd) with --teacher=NAME"
+            unused.append(f"--{name}={_text(value)} is not used with --guidance=none; {fix}")
+        elif name in _APPLIES and not _does(run, _APPLIES[name], values):
+            flag, goes_with = _APPLIES[name]
+            now, wanted = _resolved(run, flag, values), map(_text, goes_with)
+            fix = f"add --{flag}={next(iter(goes_with))}" if len(goes_with) == 1 else ""
+            fix = fix or f"it goes with --{flag} one of {listing(wanted, limit=len(goes_with))}"
+            unused.append(f"--{name}={_text(value)} is not used with --{flag}={_text(now)}; {fix}")
+    if unused:
+        raise ConfigError(f"{'; '.join(unused)}; or drop {'them' if len(unused) > 1 else 'it'}")
+
+
+def _names(*sections: type[Any]) -> set[str]:
+    names = {flag_name(field) for section in sections for field in dataclasses.fields(section)}
+    return names - {"guidance", "teacher"}  # RunConfig holds these against each other
+
+
+def _values(run: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Command-line name -> (value in this run, its section's default)."""
+    sections = [getattr(run, field.name) for field in dataclasses.fields(run)]
+    return {
+        flag_name(field): (getattr(section, field.name), field.default)
+        for section in sections
+        if dataclasses.is_dataclass(section)
+        for field in dataclasses.fields(section)
+    }
+
+
+def _resolved(run: RunConfig, flag: str, values: Mapping[str, tuple[Any, Any]]) -> Any:
+    """The value of a knob in this run, `auto` resolved."""
+    resolved = {"loss": run.loss_name, "guidance_loss": run.guidance_loss_name}
+    return resolved.get(flag, values[flag][0])
+
+
+def _does(run: RunConfig, applies: Applies, values: Mapping[str, tuple[Any, Any]]) -> bool:
+    now = _resolved(run, applies.flag, values)
+    known: Sequence[Any] | Collection[str] = _BUILT_IN.get(applies.flag, (now,))
+    return now in applies.values or now not in known
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
