@@ -59,8 +59,8 @@ def knobs_page() -> str:
         lines += [f"## {title}", ""]
         for section in sections:
             doc = (section.__doc__ or section.__name__).strip().splitlines()[0].rstrip(".")
-            lines += [f"### {doc}", "", "| flag | default | meaning | values |", "|---|---|---|---|"]
-            lines += [*map(_row, dataclasses.fields(section)), ""]
+            lines += [f"### {doc}", "", "| flag | default | meaning | values |"]
+            lines += ["|---|---|---|---|", *map(_row, dataclasses.fields(section)), ""]
     return "\n".join(lines)
 
 

@@ -117,6 +117,7 @@ def shared_object(unit: str) -> pathlib.Path:
     target = cache_dir() / f"{unit}-{digest}.so"
     if target.is_file():
         return target
+    _say_compiling()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -241,6 +242,11 @@ def choose(wanted: str, *, platform: str, devices: int, units: Sequence[str] = (
     if reason is not None and not elsewhere:
         _say_once(reason)
     return reason is None
+
+
+@functools.cache
+def _say_compiling() -> None:
+    logging.getLogger("slgr_jax").info("compiling CPU kernels, once on this machine: some seconds")
 
 
 @functools.cache

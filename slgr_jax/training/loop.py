@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
+import math
 import signal
 import threading
 import time
@@ -36,6 +38,10 @@ from slgr_jax.training.state import TrainState, abstract_serving, abstract_state
 from slgr_jax.training.step import Health, RunSteps, Trainer, make_run_steps
 from slgr_jax.training.training_log import TrainingLog
 
+LOGGER = logging.getLogger(__name__)
+
+# A loss so many times that of a recommender that knows nothing: training does not come back.
+_DIVERGED = 1e3
 # Signals that mean: save and leave. Schedulers send some of them before a job's time is over.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -140,11 +146,26 @@ class SeedRun:
     progress: Progress = dataclasses.field(default_factory=Progress)
     best: ServingState | None = None
     outcome: Outcome | None = None
+    diverged: bool = False
 
     @property
     def over(self) -> bool:
         """Epochs or patience are used up."""
         return over(self.run.train, self.progress)
+
+    def watch(self, loss: float, n_items: int) -> None:
+        """Warn once when the loss is far above that of a recommender that knows nothing.
+
+        That is log 2 of pairs and rows and log I of a softmax over I items.
+        """
+        ignorant = math.log(max(n_items, 2))
+        if loss > _DIVERGED * ignorant and not self.diverged:
+            self.diverged = True
+            LOGGER.warning(
+                "%s: the loss is %.3g, of a recommender that knows nothing at most %.3g: training "
+                "diverges; lower --lr (%g) or --lambda",
+                self.run.workdir, loss, ignorant, self.run.optimizer.lr,
+            )  # fmt: skip
 
     def fail(self, what: str) -> NonFiniteError:
         """The error of a run that is not finite any more."""
@@ -265,6 +286,7 @@ class Loop:
         )
         if seed.progress.best_epoch == seed.progress.epoch:
             seed.best = serving
+        seed.watch(record["train/loss"], self._experiment.trainer.plan.n_items)
         if len(self._seeds) > 1:
             line = f"seed {seed.run.train.seed}  {line}"
         seed.log.record(seed.progress.step, record, line)

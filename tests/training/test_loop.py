@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -122,6 +123,19 @@ def test_best_is_the_best_validation_and_patience_stops(tmp_path):
     assert outcome.epoch == outcome.best_epoch + 4 == len(curve)
     best, last = _values(tmp_path / "run", "best"), _values(tmp_path / "run", "last")
     assert any((best[name] != last[name]).any() for name in best)
+
+
+@pytest.mark.parametrize(("lr", "warns"), [(1e6, True), (0.5, False)])
+def test_a_loss_that_runs_away_is_said_once(tmp_path, caplog, lr, warns):
+    """Every number stays finite, and the run ends as if all were well."""
+    dataset = worlds.random_dataset(tmp_path / "d")
+    epochs = dataclasses.replace(SMALL["train"], epochs=2)
+    sections = SMALL | {"optimizer": OptimizerConfig(lr=lr), "train": epochs}
+    with caplog.at_level(logging.WARNING, logger="slgr_jax"):
+        loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))
+    said = [record.getMessage() for record in caplog.records if "diverges" in record.getMessage()]
+    assert len(said) == warns
+    assert all("lower --lr (1e+06)" in text for text in said)
 
 
 def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
