@@ -101,6 +101,13 @@ class SamplerConfig(Section):
     popularity_power: float = knob(
         1.0, "negatives=popularity: P(j) ~ (training count of j)^power", minimum=0, maximum=100
     )
+    rating_power: float = knob(
+        0.0,
+        "draw a training interaction as often as its rating to this power, rounded, and once at "
+        "least: 1 for play counts (slgr prepare --count_repeats), 0.5 to damp them; 0 = all alike",
+        minimum=0,
+        maximum=10,
+    )
     allow_positive_negatives: bool = knob(
         False, "let a training positive of the user be drawn as its negative"
     )

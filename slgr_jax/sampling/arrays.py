@@ -166,6 +166,7 @@ def targets(
     history: bool,
     min_history: int,
     threshold: float,
+    power: float = 0.0,
     left_out: Csr | None = None,
 ) -> Targets:
     """The training interactions to learn from, in the order of the part (user, then time).
@@ -176,6 +177,7 @@ def targets(
       history: whether the backbone reads histories.
       min_history: fewest earlier events of the user.
       threshold: label 1 from this rating on; 0: all are positives.
+      power: an interaction is there max(1, round(rating^power)) times; 0: once.
       left_out: interactions not to learn from.
 
     Raises:
@@ -198,15 +200,46 @@ def targets(
     if threshold:
         if part.ratings is None:
             raise InputError(f"--rating_threshold={threshold:g}: the dataset has no ratings")
-        found = part.ratings[keep] >= threshold
-        if found.all() or not found.any():
+        positive = part.ratings[keep] >= threshold
+        if positive.all() or not positive.any():
             raise InputError(
-                f"--rating_threshold={threshold:g} gives all {found.size} training rows the label "
-                f"{int(found[0])}; ratings go from {part.ratings.min():g} to {part.ratings.max():g}"
+                f"--rating_threshold={threshold:g} gives all {positive.size} training rows the "
+                f"label {int(positive[0])}; ratings go from {part.ratings.min():g} to "
+                f"{part.ratings.max():g}"
             )
-        labels = host_array(found, np.float32)
-    as_of = host32(place[keep]) if history else None
-    return Targets(host32(part.users[keep]), host32(part.items[keep]), as_of, labels)
+        labels = host_array(positive, np.float32)
+    chosen = np.flatnonzero(keep)
+    if power:
+        chosen = np.repeat(chosen, _times(dataset, chosen, power))
+    as_of = host32(place[chosen]) if history else None
+    return Targets(host32(part.users[chosen]), host32(part.items[chosen]), as_of, labels)
+
+
+def _times(dataset: Dataset, chosen: np.ndarray, power: float) -> np.ndarray:
+    """[m] int64: how often each chosen training interaction is drawn from, by its rating.
+
+    Raises:
+      InputError: there are no ratings, some are negative, or all together are too many to draw.
+    """
+    ratings = dataset.train.ratings
+    if ratings is None:
+        raise InputError(
+            f"--rating_power={power:g}: {dataset.path} has no ratings; slgr prepare "
+            "--rating_column or --count_repeats gives them"
+        )
+    ratings = ratings[chosen].astype(np.float64)
+    if ratings.min() < 0:
+        raise InputError(
+            f"--rating_power={power:g}: ratings go from {ratings.min():g} to {ratings.max():g}; "
+            "how often an interaction is drawn cannot be negative"
+        )
+    times = np.maximum(1.0, np.rint(ratings**power))
+    if times.sum() >= 2**31:
+        raise InputError(
+            f"--rating_power={power:g} makes {times.sum():.3g} interactions of {chosen.size}: "
+            f"fewer than {2**31} can be drawn from; lower it"
+        )
+    return times.astype(np.int64)
 
 
 def interactions(

@@ -87,11 +87,11 @@ def _window(backbone: AnyBackbone) -> int:
 def _targets(
     run: RunConfig, dataset: Dataset, backbone: AnyBackbone, left_out: Csr | None
 ) -> Targets | None:
-    """What is drawn instead of training pairs, where their time, label or number counts, or
-    where some are left out."""
+    """What is drawn instead of training pairs, where their time, label, rating or number counts,
+    or where some are left out."""
     window = _window(backbone)
-    loss, history = run.loss, HISTORY in backbone.reads
-    pairs = not (history or loss.min_history or loss.rating_threshold)
+    loss, history, power = run.loss, HISTORY in backbone.reads, run.sampler.rating_power
+    pairs = not (history or loss.min_history or loss.rating_threshold or power)
     if pairs and left_out is None and objectives.negatives_of_triple(run, window) == 1:
         return None
     return arrays_lib.targets(
@@ -100,6 +100,7 @@ def _targets(
         history=history,
         min_history=loss.min_history,
         threshold=loss.rating_threshold,
+        power=power,
         left_out=left_out,
     )
 

@@ -343,3 +343,10 @@ def test_every_condition_names_knobs_that_there_are():
     conditions = applies._APPLIES
     assert conditions.keys() <= names
     assert {condition.flag for condition in conditions.values()} <= names
+
+
+def test_drawing_by_rating_goes_with_neither_labels_nor_windows():
+    with pytest.raises(ConfigError, match=r"--rating_power=1 .*--rating_threshold makes labels"):
+        config.make_run("d", "w", loss="bce", rating_threshold=4.0, rating_power=1.0)
+    with pytest.raises(ConfigError, match=r"--backbone=sasrec learns each window of a history"):
+        config.make_run("d", "w", backbone="sasrec", rating_power=1.0)

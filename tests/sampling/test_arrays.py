@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from scipy import stats
 
 from slgr_jax.config import SamplerConfig
 from slgr_jax.data.dataset import Csr
+from slgr_jax.errors import InputError
 from slgr_jax.sampling import arrays as arrays_lib
 from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling import negatives, preferences
@@ -317,3 +320,51 @@ def test_masses_fit_32_bits_and_keep_unseen_items_out():
     assert masses.sum() < 2**31
     assert masses[0] == 0
     assert masses[3] / masses[2] == pytest.approx((10_000_000 / 10) ** 0.75, rel=1e-3)
+
+
+# --- interactions drawn by their rating -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5, 2.0])
+def test_an_interaction_is_drawn_as_often_as_its_rating_says(tmp_path, power):
+    dataset = worlds.random_dataset(tmp_path / "d", ratings=True)
+    train = dataset.train
+    targets = arrays_lib.targets(
+        dataset, window=0, history=False, min_history=0, threshold=0.0, power=power
+    )
+    drawn = np.bincount(targets.users * dataset.n_items + targets.items)
+    expected = np.zeros_like(drawn)
+    expected[train.users * dataset.n_items + train.items] = [
+        max(1, round(float(rating) ** power)) for rating in train.ratings
+    ]
+    np.testing.assert_array_equal(drawn, expected)
+
+    # Frequencies of what a step draws, by chi-square.
+    arrays = _arrays(dataset)
+    arrays = arrays.replace(interactions=arrays.interactions.replace(targets=targets))
+    plan = _plan(arrays, triples=4096, n_items=dataset.n_items)
+    plan = dataclasses.replace(plan, drawn=arrays.drawn)
+    batch = _draw(arrays, plan, steps=8)
+    users, items = np.asarray(batch.queries.users), np.asarray(batch.items)[..., 0]
+    counts = np.bincount((users * dataset.n_items + items).ravel(), minlength=drawn.size)
+    there = drawn > 0
+    wanted = counts.sum() * drawn[there] / drawn.sum()
+    assert stats.chisquare(counts[there], wanted).pvalue > 1e-3
+    assert counts[~there].sum() == 0
+
+
+def test_drawing_by_rating_needs_ratings_that_can_be_counts(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "d", ratings=True)
+    chosen = {"window": 0, "history": False, "min_history": 0, "threshold": 0.0}
+    train, low = dataset.train, dataset.train.ratings.copy()
+    low[3] = -1
+    for ratings, power, message in (
+        (train.ratings * 100, 10.0, "--rating_power=10 makes .* fewer than 2147483648"),
+        (low, 1.0, "go from -1 to .*cannot be negative"),
+    ):
+        other = dataclasses.replace(dataset, train=dataclasses.replace(train, ratings=ratings))
+        with pytest.raises(InputError, match=message):
+            arrays_lib.targets(other, **chosen, power=power)
+    unrated = worlds.random_dataset(tmp_path / "unrated")
+    with pytest.raises(InputError, match="has no ratings; slgr prepare --rating_c"):
+        arrays_lib.targets(unrated, **chosen, power=1.0)
