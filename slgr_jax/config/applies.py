@@ -61,6 +61,11 @@ _APPLIES: Mapping[str, Applies] = {
         Applies("gate", ("calibrated",)),
     ),
     **dict.fromkeys(("dropout_samples", "dropout_rate"), Applies("uncertainty", ("dropout",))),
+    "rating_power": Applies("rating_threshold", (0.0,)),
+    **dict.fromkeys(
+        ("cold_user_history", "tail_item_fraction", "tail_item_popularity"),
+        Applies("slice_preset", ("own",)),
+    ),
     **dict.fromkeys(("row_negatives", "row_seed"), Applies("rows", ("sampled",))),
 }
 _BUILT_IN: Mapping[str, Collection[str]] = {

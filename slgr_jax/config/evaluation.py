@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from slgr_jax.config.knobs import BATCH, COUNT, WIDTH, Section, knob
 from slgr_jax.errors import ConfigError
 
 ROWS = ("none", "sampled", "rated")
+# Thresholds of papers: S-LLMR (arXiv 2512.21526, section 4.5; its Table 1 counts at most 3) and
+# LLM-ESR (arXiv 2405.20646: fewer than 10 interactions, fewer than 20 users).
+SLICE_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "own": {},
+    "s_llmr": {"cold_user_history": 3, "tail_item_fraction": 0.2},
+    "llm_esr": {"cold_user_history": 9, "tail_item_popularity": 19},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +33,30 @@ class SliceConfig(Section):
     tail_item_fraction: float = knob(
         0.2, "tail items: this share of the catalogue, least popular first", minimum=0, maximum=1
     )
+    tail_item_popularity: int = knob(
+        -1,
+        "tail items have at most this many training users; -1 = by --tail_item_fraction",
+        minimum=-1,
+        maximum=COUNT,
+    )
+    slice_preset: str = knob(
+        "own",
+        "cold and tail as a paper has them: s_llmr (at most 3 training items; the 20 % least "
+        "popular items), llm_esr (at most 9; at most 19 training users); own = the knobs above",
+        choices=SLICE_PRESETS,
+    )
     history_bins: tuple[int, ...] = knob(
         (5, 10, 20, 50, 100), "upper edges of the history-length slices", minimum=0, maximum=COUNT
     )
     popularity_bins: tuple[int, ...] = knob(
         (5, 20, 50, 100, 200), "upper edges of the item-popularity slices", minimum=0, maximum=COUNT
     )
+
+    @property
+    def thresholds(self) -> SliceConfig:
+        """The same with a preset's thresholds filled in."""
+        filled = {**SLICE_PRESETS[self.slice_preset], "slice_preset": "own"}
+        return dataclasses.replace(self, **filled)
 
 
 @dataclasses.dataclass(frozen=True)

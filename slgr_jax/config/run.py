@@ -117,13 +117,10 @@ class RunConfig:
                 f"--rating_threshold labels rows; --backbone={backbone} learns from sequences of "
                 "interactions: drop the low ones with slgr prepare --min_rating"
             )
-        if self.sampler.rating_power and (loss.rating_threshold or learns_from_sequences(backbone)):
-            why = "--rating_threshold makes labels of ratings"
-            if learns_from_sequences(backbone):
-                why = f"--backbone={backbone} learns each window of a history once"
+        if self.sampler.rating_power and learns_from_sequences(backbone):
             raise ConfigError(
-                f"--rating_power={self.sampler.rating_power:g} draws by rating, and {why}; drop "
-                "one of them"
+                f"--rating_power={self.sampler.rating_power:g} draws by rating, and "
+                f"--backbone={backbone} learns each window of a history once; drop one of them"
             )
         if self.evaluation.rows == "rated" and not loss.rating_threshold:
             raise ConfigError("--rows=rated needs --rating_threshold=R: label 1 from R on")

@@ -232,17 +232,21 @@ class Dataset:
 
         Cold: at most `cold_user_history` training items; -1 takes the 25 % quantile (lower) over
         users with any training item. Tail: the first `tail_item_fraction` of the catalogue in
-        order of (training count, item index), so that ties have one answer.
+        order of (training count, item index), so that ties have one answer; or, with
+        `tail_item_popularity`, the items of at most so many training users.
         """
+        config = config.thresholds
         threshold = config.cold_user_history
         if threshold < 0:
             histories = self.history[self.history > 0]
             threshold = int(np.quantile(histories, 0.25, method="lower")) if histories.size else 0
         order = np.lexsort((np.arange(self.n_items), self.popularity))
+        n_tail = int(round(config.tail_item_fraction * self.n_items))
+        if config.tail_item_popularity >= 0:
+            n_tail = int(np.sum(self.popularity <= config.tail_item_popularity))
         tail = np.zeros(self.n_items, bool)
-        chosen = order[: int(round(config.tail_item_fraction * self.n_items))]
-        tail[chosen] = True
-        edge = int(self.popularity[chosen].max()) if chosen.size else -1
+        tail[order[:n_tail]] = True
+        edge = int(self.popularity[tail].max()) if n_tail else -1
         return Slices(threshold, edge, self.history <= threshold, tail)
 
 

@@ -56,7 +56,7 @@ class EvaluatedRun:
 def thresholds(run: EvaluatedRun) -> dict[str, Any]:
     """The slices as resolved numbers, and what was masked."""
     slices = run.dataset.slices(run.config.slices)
-    config = run.config.slices
+    config = run.config.slices.thresholds
     return {
         "cold_user_history": slices.cold_user_history,
         "tail_item_popularity": slices.tail_item_popularity,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slgr_jax.config import EvaluationConfig
+from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation import click_metrics
 from slgr_jax.evaluation.ranking_metrics import DEFINITIONS, check_metric
@@ -290,7 +290,7 @@ def footer(run: EvaluatedRun, *, definitions: bool = True) -> str:
         f"({facts['n_cold_users']} of {run.dataset.n_users} users)"
     )
     lines.append(
-        f"  tail items: the {facts['tail_item_fraction']:.0%} least popular, at most "
+        f"  tail items: {_tail(run.config.slices)}at most "
         f"{facts['tail_item_popularity']} training users "
         f"({facts['n_tail_items']} of {run.dataset.n_items} items)"
     )
@@ -311,6 +311,13 @@ def footer(run: EvaluatedRun, *, definitions: bool = True) -> str:
             f"{name}: {text}", 96, initial_indent="  ", subsequent_indent="      "
         )
     return "\n".join(lines) + "\n"
+
+
+def _tail(slices: SliceConfig) -> str:
+    """`the 20% least popular, ` where a share of the catalogue is the tail."""
+    given = slices.thresholds
+    share = given.tail_item_popularity < 0
+    return f"the {given.tail_item_fraction:.0%} least popular, " if share else ""
 
 
 def labels(workdirs: Sequence[str]) -> list[str]:

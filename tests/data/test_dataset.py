@@ -89,6 +89,9 @@ def test_counts_come_from_training_only(directory: pathlib.Path) -> None:
          [0, 0, 1, 1, 1], 2, 2),
         (SliceConfig(cold_user_history=0, tail_item_fraction=0.0), [0, 0, 0, 0, 1],
          [0, 0, 0, 0, 0], 0, -1),
+        (SliceConfig(tail_item_popularity=2), [1, 0, 0, 0, 1], [0, 0, 1, 1, 1], 1, 2),
+        (SliceConfig(slice_preset="s_llmr"), [1, 1, 1, 0, 1], [0, 0, 0, 0, 1], 3, 0),
+        (SliceConfig(slice_preset="llm_esr"), [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], 9, 4),
     ],
 )  # fmt: skip
 def test_slices(
