@@ -5,6 +5,7 @@ The same rows go to OUT/summary.md, summary.csv and summary.tex. Needs no device
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -127,7 +128,8 @@ def _against_baselines(
     runs: Sequence[EvaluatedRun], baselines: Sequence[EvaluatedRun], part: str, metric: str
 ) -> str:
     def value(run: EvaluatedRun) -> float:
-        return float(run.parts[part].slices["overall"][metric])
+        overall = run.parts[part].slices["overall"][metric]
+        return math.nan if overall is None else float(overall)
 
     best_run, best_baseline = max(runs, key=value), max(baselines, key=value)
     words = f"{best_baseline.label} ({value(best_baseline):.4f})"
