@@ -3,6 +3,8 @@
 `run(main, sections=..., required=...)` is the whole of a command's ceremony: it defines a flag
 per knob, answers `--help` without importing JAX, turns a bad flag or a `UserError` into one line
 on standard error and exit status 2, shows what the library logs (`console`), and calls `main`.
+Every command with knobs takes `--config=FILE`, in which they have the same names
+(`config.config_file`); what the command line gives counts more.
 What JAX compiles is kept for the next process (`keep_compiled`).
 """
 
@@ -23,9 +25,9 @@ from absl import app, flags, logging
 
 from slgr_jax import config
 from slgr_jax.cli import console
-from slgr_jax.config import RunConfig
+from slgr_jax.config import RunConfig, config_file
 from slgr_jax.config.knobs import Knob, Section, flag_name, knob_of
-from slgr_jax.errors import UserError, listing
+from slgr_jax.errors import ConfigError, UserError, listing
 from slgr_jax.files import cache_directory
 
 FLAGS = flags.FLAGS
@@ -33,6 +35,8 @@ EXIT_USER_ERROR = 2
 EXIT_KILLED = 130  # 128 + SIGINT, as a shell says it
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command goes on later
 _HELP = frozenset({"-h", "-help", "--help", "--helpfull", "--helpshort"})
+# absl's names for the types of flags that are no knobs.
+_TYPES = {"string": str, "bool": bool, "int": int, "float": float}
 # What the system says of a path that a user gave; anything else is a defect.
 _PATH_ERRORS = frozenset(
     {
@@ -280,11 +284,18 @@ def run(
     own = (*own, *(flag for flag in FLAGS if flag not in before))
     for section in sections:
         define_section(section)
+    if sections:
+        flags.DEFINE_string(
+            "config", "", "TOML, YAML or JSON file with flags by name; the command line wins"
+        )
+        own = (*own, "config")
 
     def parse(argv: Sequence[str]) -> list[str]:
         if wants_help(argv[1:]):
             show_help(help_text(usage, sections, own))
         rest = _positional(argv, name, hints or {})
+        if sections and FLAGS["config"].value:
+            _read_config_file(FLAGS["config"].value, sections, own)
         _check_positional(rest, positional, name)
         missing = [flag for flag in required if not FLAGS[flag].value]
         if missing:
@@ -308,6 +319,41 @@ def _positional(argv: Sequence[str], name: str, hints: Mapping[str, str]) -> lis
         fail(f"{error}; {_see_help(name)}")
     except flags.Error as error:
         fail(f"{error}; {_see_help(name)}")
+
+
+def _read_config_file(path: str, sections: Sequence[type[Section]], own: Sequence[str]) -> None:
+    """Let flags that the command line does not give have the values of a config file."""
+    knob_types: dict[str, Any] = {}
+    for section in sections:
+        of_fields = typing.get_type_hints(section)
+        knob_types |= {flag_name(f): of_fields[f.name] for f in dataclasses.fields(section)}
+    try:
+        values = config_file.read(path)
+        config_file.refuse_unknown(path, values, (set(own) - {"config"}) | set(knob_types))
+        for name, value in values.items():
+            flag = FLAGS[name]
+            typed = _typed(path, flag, knob_types.get(name), value)
+            if not flag.present:
+                flag.value, flag.using_default_value = typed, False
+    except UserError as error:
+        fail(str(error))
+
+
+def _typed(path: str, flag: flags.Flag[Any], hint: Any, value: Any) -> Any:
+    """A config file's value of a knob of type `hint`, or of a command's own flag."""
+    kind = flag.flag_type()
+    if hint is None and "string" in kind and kind != "string":  # a list of strings, by commas or
+        value, hint = value if isinstance(value, list) else [value], list  # by repetition
+    if hint is None and kind in _TYPES:
+        value = config_file.typed(path, flag.name, _TYPES[kind], value)
+    if hint is not None:
+        return config_file.typed(path, flag.name, hint, value)
+    try:
+        return flag.parser.parse(
+            value
+        )  # which knows its bounds, or reads what has a type of its own
+    except ValueError as error:
+        raise ConfigError(f"{path}: {flag.name}: {error}") from error
 
 
 def _check_positional(rest: Sequence[str], positional: Sequence[str], name: str) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from slgr_jax.errors import ConfigError, listing
@@ -108,10 +108,13 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(cls: type[Any], text: str, where: str) -> Any:
+def from_json(
+    cls: type[Any], text: str, where: str, *, upgrade: Callable[[Any], None] | None = None
+) -> Any:
     """Read back a `cls` that `to_json` wrote; `where` names it in errors.
 
-    A knob that is not in the text has its default: the text is older than the knob.
+    A knob that is not in the text has its default: the text is older than the knob. `upgrade`
+    changes what an older text holds into what it would hold now.
 
     Raises:
       ConfigError: not JSON, an unknown key, a value of another type or outside its range.
@@ -120,6 +123,8 @@ def from_json(cls: type[Any], text: str, where: str) -> Any:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is damaged: {error}") from error
+    if upgrade is not None:
+        upgrade(values)
     return _build(cls, values, where)
 
 

@@ -6,11 +6,13 @@ import dataclasses
 
 from slgr_jax.config.backbones import LOSSES
 from slgr_jax.config.knobs import BATCH, COUNT, FLOAT, WIDTH, Section, knob
+from slgr_jax.errors import ConfigError, listing
 
 NEGATIVES = ("uniform", "popularity", "in_batch")
 KERNELS = ("auto", "native", "xla")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
 TABLE_DTYPES = ("float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,5 +167,21 @@ class TrainConfig(Section):
         choices=KERNELS,
     )
     min_devices: int = knob(1, "refuse to start with fewer devices", minimum=1, maximum=BATCH)
-    tensorboard: bool = knob(False, "also write TensorBoard files (extra: tensorboard)")
+    track: str = knob(
+        "",
+        "trackers that are told what log.jsonl holds, with commas: tensorboard, wandb, mlflow "
+        "(extras of these names); their own environment variables say where",
+    )
     verify_checksums: bool = knob(True, "check every shard's SHA-256 when loading")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.tracker_names if name not in TRACKERS]
+        if unknown:
+            raise ConfigError(f"--track={listing(unknown)} is not one of: {listing(TRACKERS)}")
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The trackers of --track, each once."""
+        names = (name.strip() for name in self.track.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))

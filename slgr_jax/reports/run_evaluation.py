@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from slgr_jax.evaluation import results
 from slgr_jax.evaluation.ranking_metrics import PartResult, Values
 from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.reports import gate_evaluation
 from slgr_jax.serving import load
+from slgr_jax.training import tracking
 
 
 def evaluate_run(
@@ -31,4 +34,19 @@ def evaluate_run(
             rows[part] = by_slice
     evaluated = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts, rows, gate=gate)
     results.write_run(evaluated)
+    tracking.summarize(dataclasses.replace(run.config, workdir=workdir), _test_metrics(evaluated))
     return evaluated
+
+
+def _test_metrics(run: EvaluatedRun) -> dict[str, float]:
+    """What trackers are told of the test part: `test/ndcg@10`, `test/tail_items/ndcg@10`, ..."""
+    ranked = run.parts["test"].slices if "test" in run.parts else {}
+    tables = [("", ranked), ("rows_", run.rows.get("test", {}))]
+    return {
+        f"test/{prefix}{metric}" if name == "overall" else f"test/{name}/{prefix}{metric}": value
+        for prefix, by_slice in tables
+        for name, values in by_slice.items()
+        if name.isidentifier()  # no bins
+        for metric, value in values.items()
+        if value is not None
+    }

@@ -36,6 +36,7 @@ from slgr_jax.training.checkpoint import Checkpoints, Progress
 from slgr_jax.training.programs import Programs, make_programs, put_number
 from slgr_jax.training.state import TrainState, abstract_serving, abstract_state
 from slgr_jax.training.step import Health, RunSteps, Trainer, make_run_steps
+from slgr_jax.training.tracking import Trackers
 from slgr_jax.training.training_log import TrainingLog
 
 LOGGER = logging.getLogger(__name__)
@@ -310,6 +311,7 @@ class Loop:
     def _finish(self, at: int, seed: SeedRun, status: str) -> None:
         self._save(at, seed)
         seed.outcome = outcome(status, seed.progress, time.monotonic() - self._begin)
+        seed.log.end(status)
 
 
 def _leaves_at_fault(trainer: Trainer, health: Health) -> str:
@@ -450,13 +452,14 @@ def _train_one(experiment: Experiment, stop: threading.Event) -> Outcome:
 
 def open_log(run: config.RunConfig, programs: Programs, progress: Progress) -> TrainingLog:
     """The log of a run that stands at `progress`."""
-    return TrainingLog(
-        run.workdir,
-        step=progress.step,
-        epoch=progress.epoch,
-        total=run.train.epochs * programs.per_epoch,
-        tensorboard=run.train.tensorboard,
-    )
+    with jax.transfer_guard("allow"):  # a tracker may look at the devices
+        speaks = jax.process_index() == 0  # for all processes of the job
+        return TrainingLog(
+            run.workdir,
+            epoch=progress.epoch,
+            total=run.train.epochs * programs.per_epoch,
+            trackers=Trackers(run) if speaks and run.train.tracker_names else None,
+        )
 
 
 def write_record(experiment: Experiment, run: config.RunConfig, programs: Programs) -> None:

@@ -1,8 +1,9 @@
 """A run's directory: what it was started with, and what that resolved to.
 
-config.json    every knob (config.RunConfig)
+config.json    every knob (config.RunConfig); a file for --config
 run.json       versions, devices, hashes, sizes and thresholds that the knobs resolved to
 log.jsonl      one object a validation (training_log.py)
+tracking.json  which runs of trackers are this run's (tracking.py)
 .lock          held while a process trains; names it
 checkpoints/   state, best state, progress (checkpoint.py)
 metrics.json, per_user.parquet, metrics.png    slgr evaluate
@@ -11,6 +12,7 @@ metrics.json, per_user.parquet, metrics.png    slgr evaluate
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,7 +31,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation.results import METRICS, PER_USER, PICTURE
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import checkpoint
+from slgr_jax.training import checkpoint, tracking
 from slgr_jax.training.step import Trainer
 
 CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
@@ -39,7 +41,7 @@ RESUMABLE = frozenset(
     {
         "epochs",
         "patience",
-        "tensorboard",
+        "track",
         "verify_checksums",
         "checkpoint_every_s",
         "steps_per_dispatch",
@@ -61,9 +63,16 @@ def read_config(workdir: str) -> config.RunConfig:
         raise ConfigError(f"{workdir} is not a run: it holds no {CONFIG} (see slgr train)")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return knobs.from_json(config.RunConfig, text, str(path))
+        return knobs.from_json(config.RunConfig, text, str(path), upgrade=_upgrade)
     except ConfigError as error:
         raise ConfigError(f"{error}; restore it, or train anew with --restart") from error
+
+
+def _upgrade(values: Any) -> None:
+    """Knobs of older runs that have other names now."""
+    train = values.get("train") if isinstance(values, dict) else None
+    if isinstance(train, dict) and "tensorboard" in train:
+        train["track"] = "tensorboard" if train.pop("tensorboard") else ""
 
 
 def reference_checkpoints(run: config.RunConfig) -> list[dict[str, Any]]:
@@ -161,11 +170,13 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
         _hold(stack, root)
         if run.train.restart:
             checkpoint.clear(run.workdir)
-            for name in (CONFIG, RECORD, METRICS, PER_USER, PICTURE):
+            for name in (CONFIG, RECORD, METRICS, PER_USER, PICTURE, tracking.STATE):
                 (root / name).unlink(missing_ok=True)
         elif (root / CONFIG).is_file():
             _refuse_changes(read_config(run.workdir), run, trained_on(run.workdir, dataset))
-        files.write_atomically(root / CONFIG, knobs.to_json(run))
+        # Who trains from this file (--config) does not ask to delete anything.
+        settled = dataclasses.replace(run, train=dataclasses.replace(run.train, restart=False))
+        files.write_atomically(root / CONFIG, knobs.to_json(settled))
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a run says while it trains: JSONL always, TensorBoard on request, lines through `logging`.
+"""What a run says while it trains: JSONL always, trackers on request, lines through `logging`.
 
 `RUN/log.jsonl` has one object a validation, with its step. A resumed run first drops the
 lines past its checkpoint, so the file reads as if nothing had happened.
@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +22,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-from slgr_jax.errors import ConfigError
 from slgr_jax.files import write_atomically
+from slgr_jax.training.tracking import Trackers
 
 LOG = "log.jsonl"
 LOGGER = logging.getLogger(__name__)
@@ -86,43 +85,41 @@ class TrainingLog:
 
     Args:
       workdir: the run's directory.
-      step: steps already done, for the progress callback and TensorBoard.
       epoch: epochs whose validation is done; records past them are dropped, also that of a
         validation which was logged before its checkpoint could be written.
       total: steps at most, for the progress callback.
-      tensorboard: also write `RUN/tensorboard`.
+      trackers: told what the file holds, also of records that are kept and they missed.
     """
 
     def __init__(
-        self, workdir: str, *, step: int, epoch: int, total: int, tensorboard: bool
+        self, workdir: str, *, epoch: int, total: int, trackers: Trackers | None = None
     ) -> None:
         self._workdir, self._total = workdir, total
         self._path = pathlib.Path(workdir) / LOG
-        self._keep_until(epoch)
+        self._trackers, self._status = trackers, "failed"
+        for record in self._keep_until(epoch):
+            self._track(record["step"], record)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._listener = _LISTENER.get()
 
-        self._scalars: Any = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise ConfigError(
-                    "--tensorboard needs the extra: pip install 'slgr_jax[tensorboard]'"
-                ) from error
-            self._scalars = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step)
-
-    def _keep_until(self, epoch: int) -> None:
+    def _keep_until(self, epoch: int) -> list[dict[str, Any]]:
+        """Drop the records past an epoch; those that stay."""
         if not self._path.exists():
-            return
-        kept = []
+            return []
+        kept, records = [], []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             recorded = _epoch_of(line)
             if recorded is None or recorded > epoch:
                 break
             kept.append(line + "\n")
+            records.append(json.loads(line))
 
         write_atomically(self._path, "".join(kept))
+        return records
+
+    def _track(self, step: int, values: Mapping[str, float | int]) -> None:
+        if self._trackers is not None:
+            self._trackers.record(step, values)
 
     def advance(self, step: int) -> None:
         """Tell the listener that `step` steps are done."""
@@ -135,14 +132,16 @@ class TrainingLog:
         self._file.flush()
 
         self.say(line)
-        if self._scalars is not None:
-            for name, value in values.items():
-                self._scalars.add_scalar(name, value, step)
+        self._track(step, values)
         self._tell(TrainingProgress(self._workdir, step, self._total, dict(values)))
 
     def say(self, line: str) -> None:
         """Log one line for people."""
         LOGGER.info("%s", line)
+
+    def end(self, status: str) -> None:
+        """Note how the run ended, for the trackers: finished or interrupted."""
+        self._status = status
 
     def _tell(self, progress: TrainingProgress) -> None:
         if self._listener is not None:
@@ -158,8 +157,8 @@ class TrainingLog:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        if self._scalars is not None:
-            self._scalars.close()
+        if self._trackers is not None:
+            self._trackers.close("failed" if kind is not None else self._status)
 
 
 def _epoch_of(line: str) -> int | None:

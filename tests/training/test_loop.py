@@ -177,7 +177,7 @@ def test_run_record_states_what_was_resolved(tmp_path):
 
 def test_tensorboard_files_hold_the_log(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
-    sections = SMALL | {"train": dataclasses.replace(SMALL["train"], tensorboard=True, epochs=2)}
+    sections = SMALL | {"train": dataclasses.replace(SMALL["train"], track="tensorboard", epochs=2)}
     loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))
     files = list((tmp_path / "run" / "tensorboard").iterdir())
     assert len(files) == 1

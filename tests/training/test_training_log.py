@@ -14,7 +14,7 @@ from slgr_jax.training.training_log import LOG, TrainingLog, TrainingProgress
 
 
 def _write(root: pathlib.Path, steps: range, *, start: int = 0) -> None:
-    with TrainingLog(str(root), step=start, epoch=start, total=100, tensorboard=False) as journal:
+    with TrainingLog(str(root), epoch=start, total=100, trackers=None) as journal:
         for step in steps:
             journal.record(step, {"epoch": step, "loss": step / 4}, f"step {step}")
             journal.advance(step)
@@ -32,7 +32,7 @@ def test_a_record_is_one_line_with_its_step_and_time(tmp_path):
 
 
 def test_a_record_is_on_the_disk_before_the_next_one(tmp_path):
-    with TrainingLog(str(tmp_path), step=0, epoch=0, total=9, tensorboard=False) as journal:
+    with TrainingLog(str(tmp_path), epoch=0, total=9, trackers=None) as journal:
         journal.record(3, {}, "")
         assert _steps(tmp_path) == [3]
 
@@ -46,7 +46,7 @@ def test_records_past_the_checkpoint_are_dropped(tmp_path):
 def test_a_validation_logged_but_not_saved_is_dropped(tmp_path):
     """A checkpoint of its last step may exist that does not count it as done."""
     _write(tmp_path, range(1, 4))
-    with TrainingLog(str(tmp_path), step=3, epoch=2, total=9, tensorboard=False) as journal:
+    with TrainingLog(str(tmp_path), epoch=2, total=9, trackers=None) as journal:
         journal.record(3, {"epoch": 3}, "")
     assert _steps(tmp_path) == [1, 2, 3]
 
