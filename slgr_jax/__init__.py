@@ -21,6 +21,7 @@ from slgr_jax.api import (
     register_gate,
     register_guidance,
     train,
+    tune,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "register_gate",
     "register_guidance",
     "train",
+    "tune",
 ]
 
 __version__ = "0.1.0"

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from slgr_jax.data.schema import DatasetManifest, TeacherManifest
     from slgr_jax.evaluation.results import EvaluatedRun
     from slgr_jax.experiments.comparison import Comparison
+    from slgr_jax.experiments.study import TuneResult
     from slgr_jax.serving.trained_run import (
         TrainedRun,
     )
@@ -435,6 +436,44 @@ def compare(
     where = pathlib.Path(out)
     command = f"slgr_jax.compare({places}, {os.fspath(out)!r}, ...)"
     return comparison.compare_all(places, where, request, workers=workers, command=command)
+
+
+def tune(
+    data: PathLike, out: PathLike, search: str | Mapping[str, Any], **knobs: Any
+) -> TuneResult:
+    """Search hyperparameters by validation, with Optuna (the extra tune); `slgr tune`.
+
+    Called again it goes on where it was. With more than one job the runs are trained by processes
+    that import the calling script: guard it with `if __name__ == "__main__":`.
+
+    Args:
+      data: dataset directory.
+      out: directory of the study: study.journal, the trials' runs, best.toml.
+      search: knob -> what it may be: `"1e-3..1e-1:log"`, `[32, 64]`, `{"low": 1, "high": 4}`; or
+        all of it as text, `"lr=1e-3..1e-1:log,dim=32|64"`.
+      **knobs: of `slgr_jax.config.TuneConfig` (trials, timeout, jobs, seeds, pruner, ...), and of
+        every run; none that is searched.
+
+    Returns:
+      All trials, best first, and where the best one's settings are; `print` shows them.
+
+    Raises:
+      UserError: the space or a knob cannot be used; said before the first trial. Also what ends a
+        run for another reason than that it diverged.
+    """
+    from slgr_jax.experiments import search_space, study
+
+    sections: tuple[type[Section], ...] = (config.TuneConfig, *config.sections().values())
+    values = _values(sections, knobs)
+    names = {flag_name(field) for field in dataclasses.fields(config.TuneConfig)}
+    plan = study.make_plan(
+        os.path.abspath(data),
+        pathlib.Path(out),
+        search_space.split_text(search) if isinstance(search, str) else search,
+        {name: value for name, value in values.items() if name not in names},
+        _section(config.TuneConfig, values),
+    )
+    return study.tune(plan)
 
 
 # --------------------------------------------------------------------- parts of one's own

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from slgr_jax.cli import compare, evaluate, flags, prepare, quickstart, teach, train
+from slgr_jax.cli import compare, evaluate, flags, prepare, quickstart, teach, train, tune
 from slgr_jax.cli.command import Command
 from slgr_jax.errors import listing
 
@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(train.USAGE, train.run),
     "evaluate": Command(evaluate.USAGE, evaluate.run),
     "compare": Command(compare.USAGE, compare.run),
+    "tune": Command(tune.USAGE, tune.run),
     "quickstart": Command(quickstart.USAGE, quickstart.run),
 }
 

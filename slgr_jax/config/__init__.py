@@ -72,6 +72,7 @@ from slgr_jax.config.training import (
     SamplerConfig,
     TrainConfig,
 )
+from slgr_jax.config.tune import TuneConfig
 
 __all__ = [
     "AskConfig",
@@ -132,6 +133,7 @@ __all__ = [
     "TRAINING_ITEMS",
     "TeachConfig",
     "TrainConfig",
+    "TuneConfig",
     "UNCERTAINTIES",
     "UNLISTED",
     "check_used",

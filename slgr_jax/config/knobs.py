@@ -68,7 +68,12 @@ def flag_name(field: dataclasses.Field[Any]) -> str:
     return knob_of(field).flag or field.name
 
 
-def _check(field: dataclasses.Field[Any], value: Any) -> None:
+def check(field: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a value that a knob cannot have.
+
+    Raises:
+      ConfigError: it is no choice of the knob, or outside its range.
+    """
     meta, name = knob_of(field), flag_name(field)
     if meta.choices is not None and value not in meta.choices:
         known = listing(choice for choice in meta.choices if choice)
@@ -100,7 +105,7 @@ class Section:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if "knob" in field.metadata:
-                _check(field, getattr(self, field.name))
+                check(field, getattr(self, field.name))
 
 
 def to_json(config: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import multiprocessing
 import multiprocessing.process
 import os
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from slgr_jax.training.loop import Outcome
 
 Job = TypeVar("Job")
+Result = TypeVar("Result")
+LOGGER = logging.getLogger(__name__)
 
 # XLA's own pool and Eigen's; kernels in C++ borrow the former.
 _ONE_THREAD = {"PJRT_NPROC": "1", "NPROC": "1", "OMP_NUM_THREADS": "1"}
@@ -168,7 +171,7 @@ def _fit_group(group: Sequence[RunConfig]) -> None:
     trained alone: the others are not to be lost with it.
     """
     if len(group) == 1:
-        _fit(group[0])
+        fit(group[0])
         return
     from slgr_jax.training import multi_seed
 
@@ -182,7 +185,7 @@ def _fit_group(group: Sequence[RunConfig]) -> None:
             outcomes = multi_seed.train_seeds(group)
     except NonFiniteError:
         for run in group:
-            _fit(run)
+            fit(run)
         return
 
     cpu_seconds = (time.process_time() - begin) / len(group)
@@ -223,7 +226,7 @@ def _diverged(error: NonFiniteError) -> dict[str, Any]:
     return {**dict.fromkeys(unknown), "error": str(error)}
 
 
-def _fit(run: RunConfig) -> None:
+def fit(run: RunConfig) -> None:
     """Train a run, its lines into RUN/train.log, and write its outcome.
 
     Raises:
@@ -309,13 +312,9 @@ def _each(
                 shown(done, len(jobs), job)
             return
 
-        with ProcessPoolExecutor(
-            min(workers, len(jobs) or 1),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-        ) as pool:
+        with process_pool(min(workers, len(jobs) or 1)) as pool:
             futures: dict[Future[None], Job] = {
-                pool.submit(_in_worker, work, job): job for job in jobs
+                pool.submit(in_worker, work, job): job for job in jobs
             }
             try:
                 for done, future in enumerate(as_completed(futures), 1):
@@ -326,6 +325,12 @@ def _each(
                 raise
     except KeyboardInterrupt:
         raise SystemExit("interrupted; call again to go on") from None
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes of one thread each, which do not outlive this one; call through `in_worker`."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin)
 
 
 def _begin() -> None:
@@ -345,11 +350,12 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _in_worker(work: Callable[[Job], None], job: Job) -> None:
+def in_worker(work: Callable[..., Result], *arguments: Any) -> Result:
+    """`work` on its arguments, in a process of `process_pool`."""
     import jax
 
     try:
-        work(job)
+        return work(*arguments)
     finally:
         jax.clear_caches()  # a worker lives through many runs
 

@@ -36,7 +36,7 @@ def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, capsys):
     runs = [plan.config("mf", "paper", {"lr": 0.1}, tmp_path / f"s{i}", i) for i in range(3)]
     alone = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(pool, "_fit", lambda run: alone.append(run) or results.write_json(
+    monkeypatch.setattr(pool, "fit", lambda run: alone.append(run) or results.write_json(
         pathlib.Path(run.workdir) / results.OUTCOME,
         {"best_metric": None, "best_epoch": None, "error": "diverged"}))  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     pool.evaluate_runs([run], workers=1)
     assert (root / "metrics.json").is_file()
     seen = []
-    monkeypatch.setattr(pool, "_fit", lambda run: seen.append(run) or results.write_json(
+    monkeypatch.setattr(pool, "fit", lambda run: seen.append(run) or results.write_json(
         pathlib.Path(run.workdir) / results.OUTCOME, outcome))  # fmt: skip
     monkeypatch.setattr(pool, "_evaluate", lambda run: seen.append(run))
     pool.evaluate_runs([run], workers=1)

@@ -1,0 +1,45 @@
+"""The knobs of slgr tune."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from slgr_jax.config.knobs import COUNT, Section, knob
+
+SAMPLERS = ("tpe", "random")
+PRUNERS = ("median", "hyperband", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig(Section):
+    """The search."""
+
+    trials: int = knob(
+        20, "trials of the study, with those of earlier calls", minimum=1, maximum=1_000_000
+    )
+    timeout: float = knob(
+        0.0, "seconds after which no more trial begins; 0 = no limit", minimum=0, maximum=COUNT
+    )
+    jobs: int = knob(
+        1,
+        "trials at once, on a CPU each in a process of one thread (accelerators take one); only "
+        "one at a time makes a search repeatable",
+        minimum=1,
+        maximum=1024,
+    )
+    seeds: int = knob(
+        1, "runs of a trial, from --seed on; their mean is its value", minimum=1, maximum=1000
+    )
+    sampler: str = knob(
+        "tpe", "tpe learns from the trials so far, random does not", choices=SAMPLERS
+    )
+    sampler_seed: int = knob(0, "seed of what the sampler draws", minimum=0, maximum=COUNT)
+    pruner: str = knob(
+        "median",
+        "stop a trial early: median = below the median of the others at that epoch; hyperband; "
+        "none; by the first seed",
+        choices=PRUNERS,
+    )
+    prune_after: int = knob(
+        5, "epochs that every trial has before it may be stopped", minimum=1, maximum=COUNT
+    )
