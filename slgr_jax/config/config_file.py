@@ -14,6 +14,7 @@ the extra yaml.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import pathlib
@@ -23,6 +24,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from slgr_jax.config.knobs import flag_name
 from slgr_jax.config.run import sections
 from slgr_jax.errors import ConfigError, listing
 
@@ -35,7 +37,7 @@ def read(path: str) -> dict[str, Any]:
     """The knobs that a file gives, by flag name, of whatever type it gives them.
 
     Keys below the name of a section of a run (`[optimizer]`) are that section's; any other table
-    is a value. Fields that are called otherwise than their flag (`lambda_`) go by either name.
+    is a value. There a knob may also have its field's name, as in `RUN/config.json`.
 
     Raises:
       ConfigError: no such file, another ending than `SUFFIXES`, not of its format, one knob given
@@ -46,8 +48,10 @@ def read(path: str) -> dict[str, Any]:
         group = value if key in sections() else {key: value}
         if not isinstance(group, dict):
             raise ConfigError(f"{path}: {key} = {_shown(value)}: a section is a table of knobs")
-        for field, inner in group.items():
-            name = "lambda" if field == "lambda_" else str(field)
+        fields = dataclasses.fields(sections()[key]) if key in sections() else ()
+        flags = {field.name: flag_name(field) for field in fields}
+        for field_name, inner in group.items():
+            name = flags.get(field_name, str(field_name))
             if name in values:
                 raise ConfigError(f"{path}: {name} is given twice")
             values[name] = inner

@@ -143,6 +143,7 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
 
 # Where not every value goes with those that the other knobs are changed to.
 _FITTING = {
+    "track": "mlflow",
     **{"loss": "bce", "negatives": "popularity", "gate_inputs": "margin,reference"},
     **{"uncertainty": "ensemble", "reference_runs": "a,b"},
 }
