@@ -82,10 +82,11 @@ class Tally:
         return "\n".join(lines)
 
     def _explained(self, kind: str) -> str:
-        """What to do about a kind, with the detail that most of its results share."""
-        detail, count = self.details[kind].most_common(1)[0]
-        shared = f" ({detail!r})" if detail and 2 * count > self.reasons[kind] > 1 else ""
-        return f"  {kind}{shared}: {KINDS[kind].advice}"
+        """What to do about a kind, with its commonest detail."""
+        ((detail, count),) = self.details[kind].most_common(1)
+        seen = " ".join(detail.split())[:120]
+        share = "" if count == self.reasons[kind] else "e.g. "
+        return f"  {kind}{f' ({share}{seen})' if seen else ''}: {KINDS[kind].advice}"
 
 
 def collect(
@@ -254,7 +255,8 @@ class Collector:
         index, tally = self.index, self.tally
         row = index.find(told.custom_id)
         if row is None:
-            return Refused(told.custom_id, "foreign custom_id", "no request of these has it")
+            asked = f"{told.custom_id!r} is of none of the {index.requests.size:,} requests"
+            return Refused(told.custom_id, "foreign custom_id", asked)
         items = index.shown(row)
         shown = Shown(items.size, [self.titles[item] for item in items])
         answer = results.parse(self.form, told, shown, self.score_range)

@@ -41,9 +41,10 @@ def read_line(line: bytes) -> list[Completion | Refused]:
     try:
         raw = json.loads(line.decode("utf-8-sig"))  # a file may begin with a byte order mark
     except (ValueError, RecursionError) as error:
-        return [Refused("", "not JSON", str(error)[:200])]
+        begins = line[:60].decode("utf-8", "replace").strip()
+        return [Refused("", "not JSON", f"{str(error)[:120]}; begins {begins!r}")]
     if not isinstance(raw, dict):
-        return [Refused("", "not an object", type(raw).__name__)]
+        return [Refused("", "not an object", f"{type(raw).__name__} {str(raw)[:60]!r}")]
     custom_id = _custom_id(raw)
     if custom_id is None:
         return [Refused("", "no custom_id", f"keys {', '.join(map(str, list(raw)[:6]))}")]
@@ -85,7 +86,8 @@ def _body(raw: Mapping[str, Any]) -> dict[str, Any] | Refused:
         response = raw.get("response")
         if isinstance(response, str) and response.strip():
             return {"text": response}
-        return Refused("", "no response", "" if response is None else str(response)[:200])
+        keys = f"keys {', '.join(map(str, list(raw)[:6]))}"
+        return Refused("", "no response", keys if response is None else str(response)[:200])
 
     if response.get("type") in ("errored", "canceled", "expired"):  # Anthropic
         return Refused("", "error", _message(response.get("error") or response["type"]))
@@ -222,7 +224,7 @@ def _completion(
     if not choice.text and (choice.refusal or choice.finish in _BLOCKED):
         return Refused(custom_id, "refusal", (choice.refusal or choice.finish)[:200])
     if not isinstance(choice.text, str):
-        return Refused(custom_id, "no text", "")
+        return Refused(custom_id, "no text", f"{type(choice.text).__name__}, {choice.finish}"[:80])
     text = thoughts.final_text(choice.text[:_MOST_TEXT])
     if not text:
         thought = "only thoughts, " if choice.text.strip() else ""

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slgr_jax.teacher.collect import readings, scales, thoughts
+from slgr_jax.teacher.collect import readings, scales, thoughts, unread
 from slgr_jax.teacher.collect.json_answers import JsonObject, JsonValue, json_values, read_json
-from slgr_jax.teacher.collect.readings import Reading
+from slgr_jax.teacher.collect.readings import ListRefused, Reading
 from slgr_jax.teacher.collect.shown import Shown
-from slgr_jax.teacher.collect.text_answers import read_section
+from slgr_jax.teacher.collect.text_answers import read_section, unclear_numbers
 
 _MOST_PYTHON = 20_000  # characters of a text that is read as a Python literal
 _LAST_WHOLE = re.compile(r".*(?:\n|[,;](?=[\s\"'])|[}>](?=\s))", re.DOTALL)
@@ -28,14 +28,6 @@ _LAST_WHOLE = re.compile(r".*(?:\n|[,;](?=[\s\"'])|[}>](?=\s))", re.DOTALL)
 _KEY_BEFORE = re.compile(r"[\"']([^\"'\n]{1,40})[\"']\s*:\s*\Z")
 _STRING_BESIDE = re.compile(r"\"([^\"\n]{1,40})\"\s*:\s*\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _HOLE = "\ufffc"  # stands where JSON was, so that positions stay; it is no space and no letter
-UNREADABLE, DIFFER = "no scores by label", "two readings"
-
-
-class ListRefused(NamedTuple):
-    """Why an answer about a list cannot be read; `kind` is a key of `refusals.KINDS`."""
-
-    kind: str
-    detail: str
 
 
 def read_list(
@@ -55,17 +47,23 @@ def read_list(
     ordered = form == "ranking"
     text = thoughts.plain(text)
     cut = cut or text.count("{") > text.count("}")
-    said, why = _readings(text, shown, ordered=ordered, cut=cut)
+    values = list(json_values(text))
+    said, why = _readings(text, values, shown, ordered=ordered, cut=cut)
     chosen = readings.choose(said, ordered=ordered)
-    if isinstance(chosen, str):
-        return ListRefused(DIFFER, chosen) if chosen else ListRefused(UNREADABLE, why)
+    if chosen is None and cut:
+        return ListRefused("cut off", text[-200:])
+    if chosen is None:
+        return why or unread.explain(text, [value.value for value in values], shown)
+    if isinstance(chosen, ListRefused):
+        return chosen
     if 2 * len(chosen) < chosen.said:
-        return ListRefused(UNREADABLE, "most numbers cannot be tied to a label")
+        return unclear_numbers([f"of {chosen.said} labels only {len(chosen)} have one: {chosen}"])
 
     if (turned := thoughts.direction_in_doubt(shown.without_titles(text))) and not (
         ordered and "1" in turned
     ):
-        return ListRefused(scales.DOUBT, f"{turned!r} turns the order around")
+        begins = " ".join(text.split())[:80]
+        return ListRefused("direction in doubt", f"{turned!r} in {begins!r}")
     try:
         scores = scales.to_scores(chosen, shown.size, score_range, ordered=ordered)
     except scales.ScaleError as error:
@@ -73,9 +71,10 @@ def read_list(
     return scores, cut and bool(np.isnan(scores).any())
 
 
-def _readings(text: str, shown: Shown, *, ordered: bool, cut: bool) -> tuple[list[Reading], str]:
+def _readings(
+    text: str, values: Sequence[JsonValue], shown: Shown, *, ordered: bool, cut: bool
+) -> tuple[list[Reading], ListRefused | None]:
     """Every reading of a text with its mark, in order, and why there may be none."""
-    values = list(json_values(text))
     blanked = text
     for value in values:
         hole = "\n" + _HOLE * (value.end - value.start - 2) + "\n"
@@ -92,7 +91,7 @@ def _readings(text: str, shown: Shown, *, ordered: bool, cut: bool) -> tuple[lis
             inside = read_json(value, shown, ordered=ordered)
             said += [(start, reading.marked(mark)) for reading in inside]
 
-    why = ""
+    why = None
     if not held:
         last = _LAST_WHOLE.match(blanked) if cut else None
         end = len(text) if not cut else (last.end() if last else 0)
@@ -107,7 +106,7 @@ def _readings(text: str, shown: Shown, *, ordered: bool, cut: bool) -> tuple[lis
         number = bisect.bisect_right(starts, position) - 1
         reading = dataclasses.replace(reading, section=number)
         marked.append(reading.marked(parts[number].mark if reading.mark == "plain" else None))
-    return marked, why or text[:200]
+    return marked, why
 
 
 def _without_notes(match: re.Match[str]) -> str:

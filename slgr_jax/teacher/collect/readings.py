@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+from slgr_jax.teacher.ask.prompts import label
 from slgr_jax.teacher.collect.amounts import Amount
+
+
+class ListRefused(NamedTuple):
+    """Why an answer about a list cannot be read: a key of `refusals.KINDS`, and what was seen."""
+
+    kind: str
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,13 @@ class Reading:
     def __len__(self) -> int:
         return max(len(self.amounts), len(self.order))
 
+    def __str__(self) -> str:
+        """`C > A > B`, or `A 0.5, B 0.2`; the first six."""
+        if self.order:
+            return " > ".join(map(label, self.order[:6])) + (" > ..." if len(self) > 6 else "")
+        told = [f"{label(place)} {held.value:g}" for place, held in sorted(self.amounts.items())]
+        return ", ".join(told[:6]) + (", ..." if len(self) > 6 else "")
+
     def marked(self, mark: str | None) -> Reading:
         """The same under another mark, unless that is None."""
         return self if mark is None else dataclasses.replace(self, mark=mark)
@@ -47,8 +63,8 @@ def agreed(pairs: Iterable[tuple[int, Amount]]) -> dict[int, Amount]:
     return {place: amount for place, amount in amounts.items() if place not in torn}
 
 
-def choose(readings: Sequence[Reading], *, ordered: bool) -> Reading | str:
-    """The reading that holds, or why none does.
+def choose(readings: Sequence[Reading], *, ordered: bool) -> Reading | ListRefused | None:
+    """The reading that holds, or why none does; None where there is none.
 
     The last one that is marked final; else all that are neither drafts nor examples, which must
     agree. What was asked for goes before the other kind: an order where `ordered`, else amounts.
@@ -61,9 +77,9 @@ def choose(readings: Sequence[Reading], *, ordered: bool) -> Reading | str:
     finals = [reading for reading in said if reading.mark == "final"]
     plain = [reading for reading in said if reading.mark == "plain"]
     if not said:
-        return ""
+        return None
     if not finals and not plain:
-        return "it is marked as a draft or an example, and nothing final follows"
+        return ListRefused("only a draft", f"the {said[-1].mark} {said[-1]}, and nothing follows")
     if finals:
         last = max(reading.section for reading in finals)
         return _merged([held for held in finals if held.section == last], ordered=ordered)
@@ -75,13 +91,13 @@ def _of_kind(readings: Sequence[Reading], *, ordered: bool) -> list[Reading]:
     return asked or list(readings)
 
 
-def _merged(readings: Sequence[Reading], *, ordered: bool) -> Reading | str:
+def _merged(readings: Sequence[Reading], *, ordered: bool) -> Reading | ListRefused:
     asked = _of_kind(readings, ordered=ordered)
     merged = asked[0]
     for reading in asked[1:]:
         joined = _join(merged, reading)
         if joined is None:
-            return "two answers that differ, and neither is marked as final"
+            return ListRefused("two readings", f"{merged}; and {reading}")
         merged = joined
     return _with_reverse_check(merged, readings)
 
@@ -106,7 +122,7 @@ def _join(first: Reading, second: Reading) -> Reading | None:
     )
 
 
-def _with_reverse_check(chosen: Reading, readings: Sequence[Reading]) -> Reading | str:
+def _with_reverse_check(chosen: Reading, readings: Sequence[Reading]) -> Reading | ListRefused:
     """`chosen`, unless a reading of the other kind speaks against it.
 
     An order that was asked for must be that of the scores beside it; scores that were asked for
@@ -120,7 +136,7 @@ def _with_reverse_check(chosen: Reading, readings: Sequence[Reading]) -> Reading
             continue
         values = [scores.amounts[place].value for place in shared]
         if chosen.order and values != sorted(values, reverse=True):
-            return "its order is not that of its scores"
+            return ListRefused("order against scores", f"{order}; but {scores}")
         if len(values) > 2 and values == sorted(values) and values[0] < values[-1]:
-            return "its order is the reverse of its scores"
+            return ListRefused("order against scores", f"{order}; but {scores}")
     return chosen

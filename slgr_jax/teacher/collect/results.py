@@ -13,6 +13,7 @@ import numpy as np
 
 from slgr_jax.teacher.collect import list_answers, word_answers
 from slgr_jax.teacher.collect.completions import Completion, word_shares
+from slgr_jax.teacher.collect.readings import ListRefused
 from slgr_jax.teacher.collect.refusals import Refused
 from slgr_jax.teacher.collect.shown import Shown
 
@@ -47,7 +48,7 @@ def parse(
     text, custom_id = completion.text, completion.custom_id
     if form in ("listwise", "ranking"):
         scores = list_answers.read_list(form, text, shown, score_range, cut=completion.cut)
-        if isinstance(scores, list_answers.ListRefused):
+        if isinstance(scores, ListRefused):
             return Refused(custom_id, scores.kind, scores.detail)
         return Answer(*scores)
     if form == "pairwise":
@@ -69,7 +70,8 @@ def _of_words(
 ) -> Answer | Refused:
     """An answer that is one of a few words: its value, or the mean under their probabilities."""
     if said is None:
-        return Refused(completion.custom_id, reason, completion.text[:200])
+        kind = "cut off" if completion.cut else reason
+        return Refused(completion.custom_id, kind, completion.text[:200])
     if completion.cut and len(completion.text.split()) > 1:
         # A sentence may have gone on to say the opposite; a word that is all of it has not.
         return Refused(completion.custom_id, "cut off", completion.text[-200:])

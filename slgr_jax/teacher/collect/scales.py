@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from slgr_jax.errors import InputError
+from slgr_jax.teacher.ask.prompts import label
 from slgr_jax.teacher.collect.amounts import Amount
 from slgr_jax.teacher.collect.readings import Reading
 from slgr_jax.teacher.collect.refusals import Refused
@@ -57,7 +58,7 @@ def to_scores(reading: Reading, shown: int, score_range: Range, *, ordered: bool
     if ordered:
         return _ranked(reading, shown)
     _refuse_places(reading.amounts)
-    shares = {place: _share(held, score_range) for place, held in reading.amounts.items()}
+    shares = _shares(reading.amounts, score_range)
     _refuse_other_scale(reading.amounts, score_range)
     for place, share in shares.items():
         scores[place] = share
@@ -94,7 +95,7 @@ def _ranked(reading: Reading, shown: int) -> np.ndarray:
     if plain and not fractions:
         told = _listed(sorted(held.value for held in reading.amounts.values()))
         raise ScaleError(DOUBT, f"an order was asked for, and {told} are no places 1, 2, 3, ...")
-    shares = {place: _share(held, unit) for place, held in reading.amounts.items()}
+    shares = _shares(reading.amounts, unit)
     values = np.array(list(shares.values()))
     above = (values[:, None] < values[None, :]).sum(1)
     ties = (values[:, None] == values[None, :]).sum(1) - 1
@@ -103,12 +104,22 @@ def _ranked(reading: Reading, shown: int) -> np.ndarray:
     return scores.astype(np.float32)
 
 
-def _share(amount: Amount, score_range: Range) -> float:
-    """An amount in [0, 1].
+def _shares(amounts: Mapping[int, Amount], score_range: Range) -> dict[int, float]:
+    """place -> its amount in [0, 1].
 
     Raises:
-      ScaleError: it is outside of its scale, or its scale does not map to the one asked for.
+      ScaleError: one is outside of its scale, or its scale does not map to the one asked for.
     """
+    shares = {}
+    for place, amount in amounts.items():
+        try:
+            shares[place] = _share(amount, score_range)
+        except ScaleError as error:
+            raise ScaleError(error.kind, f"{label(place)}: {error.detail}") from error
+    return shares
+
+
+def _share(amount: Amount, score_range: Range) -> float:
     low, high = score_range
     value, lowest, highest = amount.value, low, high
     if amount.scale == "share":

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from slgr_jax.teacher.collect.amounts import AMOUNT, STANDALONE, Amount, amount_of, read_amount
 from slgr_jax.teacher.collect.json_answers import LABEL_KEYS, is_rank_key, is_score_key, plain_key
-from slgr_jax.teacher.collect.readings import Reading, agreed
+from slgr_jax.teacher.collect.readings import ListRefused, Reading, agreed
 from slgr_jax.teacher.collect.shown import Shown, plain_characters
 from slgr_jax.teacher.collect.text_lines import Line, read_line
 
@@ -35,8 +35,8 @@ class _Section:
     """What the lines of a section say so far."""
 
     passes: list[dict[int, Amount]] = dataclasses.field(default_factory=lambda: [{}])
-    unclear: set[int] = dataclasses.field(default_factory=set)
-    conflict: str = ""
+    unclear: dict[int, str] = dataclasses.field(default_factory=dict)
+    conflict: ListRefused | None = None
     told_in: int = -2
     labels: list[tuple[int, Line]] = dataclasses.field(default_factory=list)
     current: Line | None = None
@@ -48,7 +48,9 @@ class _Section:
         self.passes[-1][place] = amount
 
 
-def read_section(text: str, shown: Shown, *, ordered: bool) -> tuple[list[Reading], str]:
+def read_section(
+    text: str, shown: Shown, *, ordered: bool
+) -> tuple[list[Reading], ListRefused | None]:
     """Every reading of a part of an answer without JSON, and why there may be none.
 
     Args:
@@ -57,7 +59,7 @@ def read_section(text: str, shown: Shown, *, ordered: bool) -> tuple[list[Readin
     """
     table = _tables(text, shown, ordered=ordered)
     if table:
-        return table, ""
+        return table, None
     section = _read_lines(text, shown)
     if section.conflict:
         return [], section.conflict
@@ -65,11 +67,15 @@ def read_section(text: str, shown: Shown, *, ordered: bool) -> tuple[list[Readin
     scores = _scores(section)
     chains = _chains(text, shown)
     if scores or section.unclear:
-        why = "" if scores else "numbers that cannot be tied to a label"
-        return [*scores, *chains], why
+        return [*scores, *chains], None if scores else unclear_numbers(section.unclear.values())
     if chains or not ordered:
-        return chains, ""
-    return [reading for reading in _lists(text, section, shown) if reading], ""
+        return chains, None
+    return [reading for reading in _lists(text, section, shown) if reading], None
+
+
+def unclear_numbers(lines: Iterable[str]) -> ListRefused:
+    """Numbers of which nobody can say what they are of."""
+    return ListRefused("numbers without a label", "; ".join(list(lines)[:3]))
 
 
 # --- lines and blocks --------------------------------------------------------------------------
@@ -81,40 +87,44 @@ def _read_lines(text: str, shown: Shown) -> _Section:
         if not line.strip():
             continue
         if _BROKEN.fullmatch(line) and section.told_in == number - 1:
-            section.conflict = "a number is broken over two lines"
+            section.conflict = unclear_numbers([f"a line of {line.strip()[:40]!r} alone"])
         keyed = _KEYED.fullmatch(line)
         if keyed and is_score_key(keyed["key"]) and shown.by_label(keyed["key"]) is None:
-            _add_keyed(section, keyed)
+            _add_keyed(section, keyed, line)
             continue
         parts = read_line(line, shown)
         if not parts and _HEADING.match(line):
             section.current = None
         for part in parts:
-            _add_line(section, number, part)
+            _add_line(section, number, part, line)
             if part.amount is not None:
                 section.told_in = number
     return section
 
 
-def _add_keyed(section: _Section, keyed: re.Match[str]) -> None:
+def _add_keyed(section: _Section, keyed: re.Match[str], line: str) -> None:
     """`Score: 0.8` under the heading of a candidate."""
     whole = AMOUNT.fullmatch(keyed["amount"])
     amount = amount_of(whole) if whole else None
     if section.current is None:
         return
     if amount is None:
-        section.unclear.add(section.current.place)
+        section.unclear[section.current.place] = _quoted(line)
     else:
         section.add(section.current.place, amount)
 
 
-def _add_line(section: _Section, number: int, part: Line) -> None:
+def _quoted(line: str) -> str:
+    return repr(" ".join(line.split())[:60])
+
+
+def _add_line(section: _Section, number: int, part: Line, line: str) -> None:
     if part.conflict:
-        section.conflict = "a label and the title beside it are of two candidates"
+        section.conflict = ListRefused("label and title disagree", _quoted(line))
     if part.amount is not None:
         section.add(part.place, part.amount)
     elif part.unclear:
-        section.unclear.add(part.place)
+        section.unclear[part.place] = _quoted(line)
     elif part.bare or part.titled or re.match(r"\s*[.:)\]|,(-]", part.rest):
         section.current = part
         section.labels.append((number, part))
@@ -123,7 +133,7 @@ def _add_line(section: _Section, number: int, part: Line) -> None:
 def _scores(section: _Section) -> list[Reading]:
     """A reading per pass; none where most labels with numbers are unclear."""
     readable = set().union(*section.passes)
-    unclear = section.unclear - readable
+    unclear = section.unclear.keys() - readable
     if not readable or len(unclear) > len(readable):
         return []
     said = len(readable) + len(unclear)

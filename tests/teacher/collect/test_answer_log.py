@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_quarantined_once_and_stops_nothing(world, tmp_pa
     log = answer_log.log_path(world.path, "t") / quarantine.QUARANTINE
     entries = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert [one["reason"] for one in entries] == [
-        "another answer", "foreign custom_id", "foreign custom_id", "error", "no scores by label",
+        "another answer", "foreign custom_id", "foreign custom_id", "error", "none of the labels",
         "not JSON",
     ]  # fmt: skip
     assert entries[3]["detail"] == "too long"

@@ -222,7 +222,7 @@ def test_a_message_that_most_results_share_is_printed_once_with_what_to_do(world
     ]
     _, told = gather(world, put(tmp_path / "a.jsonl", [*lines[:2], *failed]))
     assert told.count("quota") == 1
-    assert "error ('quota'): mend what the service complains about, then ask again" in told
+    assert "error (quota): mend what the service complains about, then ask again" in told
 
 
 def test_answers_on_another_scale_stop_the_run_and_name_the_flag(world, tmp_path):
