@@ -26,7 +26,7 @@ from slgr_jax.config import TOKEN_LIMITS, RequestConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.schema import ShardFile
 from slgr_jax.errors import ConfigError, InputError, ShardError
-from slgr_jax.files import write_atomically
+from slgr_jax.files import atomically, write_atomically
 from slgr_jax.teacher.ask import candidates, prompts
 from slgr_jax.teacher.ask.asking import Asker, AskingPlan, shown_history
 from slgr_jax.teacher.products import preferences, sealed
@@ -193,7 +193,7 @@ def _resume(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.Requ
     manifest = _write_manifest(root, manifest)
 
     listed = {file.path for key in manifest.files for file in manifest.files[key]}
-    for pattern in ("requests-*.jsonl*", "index-*.arrow*"):
+    for pattern in ("requests-*.jsonl*", "index-*.arrow*", ".requests-*.partial*"):
         for path in root.glob(pattern):
             of_these = path.name in listed or (same and path.name.startswith(OPEN))
             if not of_these:
@@ -280,13 +280,33 @@ def _shards(
     number: int,
 ) -> Iterator[tuple[ShardFile, ShardFile]]:
     """Write whole files, and describe each pair (lines, index) once both are in place."""
-    most = int(options.megabytes_per_file * 1e6)
     waiting = next(stream, None)
     while waiting is not None:
         path = root / f"requests-{number:05d}.jsonl"
-        partial = path.with_name(path.name + ".partial")
-        rows: list[Row] = []
-        size = 0
+        rows, size, waiting = _write_file(path, waiting, stream, options)
+
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        table = pa.table(columns, schema=schema.REQUESTS)
+        # Whoever reads it knows it from the manifest, which does not list it yet.
+        index = shards.write_shard(root, f"index-{number:05d}.arrow", table)
+        yield ShardFile(path.name, len(rows), size, shards.sha256_of(path)), index
+        number += 1
+
+
+def _write_file(
+    path: pathlib.Path,
+    first: tuple[bytes, Row],
+    stream: Iterator[tuple[bytes, Row]],
+    options: RequestConfig,
+) -> tuple[list[Row], int, tuple[bytes, Row] | None]:
+    """Write one file of requests: its rows of the index, its bytes, and the request after it."""
+    most = int(options.megabytes_per_file * 1e6)
+    rows: list[Row] = []
+    size = 0
+    waiting: tuple[bytes, Row] | None = first
+
+    def write(partial: pathlib.Path) -> None:
+        nonlocal waiting, size
         with open(partial, "wb") as file:
             while waiting is not None and len(rows) < options.requests_per_file:
                 line, row = waiting
@@ -296,19 +316,9 @@ def _shards(
                 size += len(line)
                 rows.append(row)
                 waiting = next(stream, None)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        index = f"index-{number:05d}.arrow"
-        shard = shards.write_shard(
-            root, index + ".partial", pa.table(columns, schema=schema.REQUESTS)
-        )
-        os.replace(root / (index + ".partial"), root / index)
-        lines = ShardFile(path.name, len(rows), size, shards.sha256_of(path))
-        yield lines, dataclasses.replace(shard, path=index)
-        number += 1
+    atomically(path, write, durable=True)
+    return rows, size, waiting
 
 
 def read_lines(root: pathlib.Path, manifest: schema.RequestManifest) -> Iterator[dict[str, Any]]:
