@@ -216,7 +216,8 @@ class RequestConfig(Section):
         "json_schema",
         "the form of an answer (response_format): json_schema = exactly the labels asked for and "
         "scores within --score_range, for services and servers that enforce it (OpenAI, vLLM, "
-        "Ollama, LM Studio; llama.cpp: the labels, not the range); json_object = some JSON; none = asked for in words only",
+        "Ollama, LM Studio; llama.cpp: the labels, not the range); json_object = some JSON; none = "
+        "asked for in words only",
         choices=STRUCTURED,
     )
     body: str = knob(

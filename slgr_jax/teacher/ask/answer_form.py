@@ -8,8 +8,8 @@
 
 Schemas keep to what hosted services and vLLM, llama.cpp and Ollama take: an object, all of its keys
 required and no others. `uniqueItems` is not among it: OpenAI and what follows its subset answer 400
-("'uniqueItems' is not permitted"), vLLM's xgrammar refuses it too, and llama.cpp takes it and does
-not hold to it. So an order is n labels out of n, and who reads it refuses one that names a label
+("'uniqueItems' is not permitted"), xgrammar of vLLM lacks it, and llama.cpp takes it and does not
+hold to it. So an order is n labels out of n, and who reads it refuses one that names a label
 twice. llama.cpp holds whole numbers to a range and others not: what is outside is refused as well.
 """
 

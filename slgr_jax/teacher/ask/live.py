@@ -73,7 +73,8 @@ class LiveReport:
                 "  the same command asks for what is left; slgr teach requests --open "
                 "writes it as files"
             )
-        lines.append(f"  next: slgr teach collect --results={self.path}")
+        asked = f"--requests={self.path.parent} --results={self.path}"
+        lines.append(f"  next: slgr teach collect {asked}")
         return "\n".join(lines)
 
 
