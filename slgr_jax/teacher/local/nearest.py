@@ -19,8 +19,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.teacher.local import embeddings, scorers
-from slgr_jax.teacher.local.embeddings import Vectors
-from slgr_jax.teacher.local.vectors import unit
+from slgr_jax.teacher.local.vectors import Vectors, unit
 from slgr_jax.teacher.products import preferences
 
 # Scores of some users for the whole catalogue that exist at once, in bytes.

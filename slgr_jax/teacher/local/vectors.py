@@ -1,10 +1,22 @@
-"""Arithmetic of text vectors."""
+"""Text vectors and their arithmetic.
+
+Shape letters: R items or users, U users, I items, D width of a vector.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
 from slgr_jax.data.dataset import Csr
+
+
+class Vectors(NamedTuple):
+    """[R, D] vectors in index order and [R] bool, which rows have one; the others are zero."""
+
+    values: np.ndarray
+    has: np.ndarray
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

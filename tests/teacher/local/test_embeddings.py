@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from slgr_jax.config import EmbedConfig, TeachConfig
 from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
-from slgr_jax.teacher.local import embeddings, scorers
+from slgr_jax.teacher.local import embeddings, scorers, vector_files
 
 TITLES = ["aab", "b", None, "c", "dd", "e"]
 # conftest's ids, out of index order; item 1 and item 4 have no vector.
@@ -174,7 +174,7 @@ def test_no_line_crashes_and_none_that_is_valid_is_lost(tiny, tmp_path, junk):
     path = tmp_path / "results.jsonl"
     lines = [piece.replace(b"\n", b" ").replace(b"\r", b" ") for piece in junk]
     path.write_bytes(b"\n".join([*lines, line("item-01", [1, 2]).encode(), *lines]))
-    vectors, counts = embeddings.read_vectors(path, tiny, "item")
+    vectors, counts = vector_files.read_vectors(path, tiny, "item")
     assert vectors.values[0].tolist() == [1, 2]
     assert counts["dropped_lines"] == 2 * sum(bool(piece.strip()) for piece in lines)
 

@@ -9,7 +9,7 @@ from slgr_jax.config import EmbedConfig, NearestConfig, TeachConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import InputError, ManifestError
 from slgr_jax.teacher.local import embeddings, nearest
-from slgr_jax.teacher.local.embeddings import Vectors
+from slgr_jax.teacher.local.vectors import Vectors
 from slgr_jax.teacher.products import preferences
 
 
