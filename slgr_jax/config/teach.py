@@ -278,7 +278,8 @@ class CollectConfig(Section):
     results: str = knob(
         "",
         "result files or folders of them, separated by commas: JSON lines or arrays (also .gz, "
-        ".zst), Parquet with custom_id and text; of OpenAI, vLLM, Anthropic, Gemini, Bedrock",
+        ".zst, .bz2), Parquet or Arrow with custom_id and text; of OpenAI, vLLM, Anthropic, "
+        "Gemini, Bedrock",
     )
     score_range: tuple[int, ...] = knob(
         (0, 1),

@@ -1,8 +1,9 @@
 """A record of a results file -> completions, in the shapes that services and engines write.
 
 OpenAI chat and completions (also vLLM, Mistral, Azure), OpenAI Responses, Anthropic, Gemini,
-Bedrock (a model's own message under `modelOutput`), tool calls, and bare records of an id and a
-text as Ray Data or Spark write them. Several choices of one record are its samples.
+Bedrock (a model's own message, or Converse's, under `modelOutput`), tool calls, and rows of an id
+and a text as Ray Data, Spark (ai_query) or Snowflake (names in capitals) write them. Several
+choices of one record are its samples.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from slgr_jax.teacher.collect.refusals import Refused
 _MOST_TEXT = 100_000  # characters of an answer that are read
 _ID_KEYS = ("custom_id", "key", "recordId", "record_id", "custom_identifier")
 TEXT_KEYS = ("text", "generated_text", "completion", "output_text", "output", "answer", "content")
+# Where a row has its text, or a list or an object of one.
+_ROW_KEYS = (*TEXT_KEYS, "outputs", "response", "result")
+_ENVELOPE_KEYS = frozenset(
+    {*TEXT_KEYS, "choices", "candidates", "promptFeedback", "body", "message", "status_code"}
+)
 _CUT = frozenset(
     {"length", "max_tokens", "MAX_TOKENS", "max_output_tokens", "model_length", "incomplete"}
 )
@@ -45,9 +51,11 @@ def read_line(line: bytes) -> list[Completion | Refused]:
         return [Refused("", "not JSON", f"{str(error)[:120]}; begins {begins!r}")]
     if not isinstance(raw, dict):
         return [Refused("", "not an object", f"{type(raw).__name__} {str(raw)[:60]!r}")]
+    raw = {key.lower() if key.isupper() else key: value for key, value in raw.items()}
     custom_id = _custom_id(raw)
     if custom_id is None:
-        return [Refused("", "no custom_id", f"keys {', '.join(map(str, list(raw)[:6]))}")]
+        told = [f"{key} ({type(raw[key]).__name__})" for key in list(raw)[:6]]
+        return [Refused("", "no custom_id", f"keys {', '.join(told)}")]
     if raw.get("error"):
         return [Refused(custom_id, "error", _message(raw["error"]))]
 
@@ -78,14 +86,15 @@ def _body(raw: Mapping[str, Any]) -> dict[str, Any] | Refused:
     for key in ("response", "result", "modelOutput"):
         response = _object(raw.get(key))
         if response is not None:
+            if isinstance(raw[key], str) and not _ENVELOPE_KEYS & response.keys():
+                return {**raw, "text": raw[key]}  # an answer that is itself JSON
             break
     else:
-        told = next((raw[key] for key in TEXT_KEYS if isinstance(raw.get(key), str)), None)
-        if told is not None:
+        if _row_texts(raw):
             return dict(raw)
+        if told := _row_error(raw):
+            return Refused("", "error", told)
         response = raw.get("response")
-        if isinstance(response, str) and response.strip():
-            return {"text": response}
         keys = f"keys {', '.join(map(str, list(raw)[:6]))}"
         return Refused("", "no response", keys if response is None else str(response)[:200])
 
@@ -100,7 +109,29 @@ def _body(raw: Mapping[str, Any]) -> dict[str, Any] | Refused:
     status = response.get("status_code", 200)
     if status != 200 or body.get("error"):
         return Refused("", "error", f"status {status}: {_message(body.get('error', ''))}")
+    if body.get("errorMessage"):
+        return Refused("", "error", _message(body["errorMessage"]))
     return body
+
+
+def _row_texts(row: Mapping[str, Any]) -> list[str]:
+    """The texts of a row: under one key a text, texts, or objects with a text each."""
+    for key in _ROW_KEYS:
+        held = row.get(key)
+        parts = held if isinstance(held, list) else [held]
+        texts = [_row_texts(part) if isinstance(part, dict) else [part] for part in parts]
+        flat = [text for some in texts for text in some if isinstance(text, str)]
+        if flat and len(flat) == len(parts):
+            return flat
+    return []
+
+
+def _row_error(row: Mapping[str, Any]) -> str:
+    """What a row says of its failure where it has a text else: ai_query's {"error": ...}."""
+    for held in (row.get(key) for key in _ROW_KEYS):
+        if isinstance(held, dict) and (error := held.get("error") or held.get("errorMessage")):
+            return _message(error)
+    return ""
 
 
 def _object(value: Any) -> dict[str, Any] | None:
@@ -134,10 +165,12 @@ def _choices(body: Mapping[str, Any]) -> list[_Choice]:
         return [_Choice(None, "", str(body["promptFeedback"].get("blockReason", "blocked")))]
     if isinstance(body.get("content"), list | str):
         return [_anthropic(body)]
-    told = next((body[key] for key in TEXT_KEYS if isinstance(body.get(key), str)), None)
-    if told is not None:
-        return [_Choice(told, str(body.get("finish_reason") or body.get("stop_reason") or ""))]
-    return []
+    held = body.get("output")
+    if isinstance(held, dict) and isinstance(held.get("message"), dict):  # Bedrock's Converse
+        return [_anthropic({**held["message"], "stop_reason": body.get("stopReason")})]
+    ends = ("finish_reason", "stop_reason", "done_reason")
+    finish = next((str(body[key]) for key in ends if body.get(key)), "")
+    return [_Choice(text, finish) for text in _row_texts(body)]
 
 
 def _chat(choice: Mapping[str, Any]) -> _Choice:

@@ -37,8 +37,8 @@ _FORM = f"{_NEW} with --structured=json_schema, or json_object where the server 
 KINDS: Mapping[str, Kind] = {
     # The file or the envelope.
     "not JSON": Kind(
-        "", "copy the file again if a line was cut off; a log of the service is no result file, "
-        "leave it out"
+        "", "copy the file again if a line was cut off, save it as UTF-8 if it is not; what is no "
+        "result file (JSON lines, Parquet) leave out"
     ),
     "not an object": Kind("", "give result files only: each line is one JSON object"),
     "no custom_id": Kind(
@@ -48,7 +48,10 @@ KINDS: Mapping[str, Kind] = {
     "foreign custom_id": Kind(
         "", "name the folder these were asked from with --requests, or leave the file out"
     ),
-    "no response": Kind("failed", _ASK_AGAIN),
+    "no response": Kind(
+        "failed", "where the answer is under another name call it text, next to custom_id; else "
+        f"{_ASK_AGAIN}"
+    ),
     "error": Kind("failed", f"mend what the service complains about, then {_ASK_AGAIN}"),
     "no choices": Kind(
         "failed", "where these keys are another service's layout write it as custom_id and text; "

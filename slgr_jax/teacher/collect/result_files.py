@@ -1,7 +1,7 @@
 """Files of results -> their records, one JSON object each, as bytes.
 
-JSON lines, a JSON array or object, or Parquet; gzip or Zstandard around the first two; UTF-8, or
-UTF-16 and UTF-32 with a byte order mark. The content decides, not the name.
+JSON lines, a JSON array or object, Parquet or Arrow; gzip, Zstandard, bzip2 or LZ4 around the first
+two; UTF-8, UTF-16, or UTF-32 with a byte order mark. The content decides, not the name.
 """
 
 from __future__ import annotations
@@ -12,23 +12,34 @@ import io
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slgr_jax.errors import InputError, listing
+from slgr_jax.data import shards
+from slgr_jax.errors import InputError, ShardError, listing
 from slgr_jax.teacher.collect.quarantine import QUARANTINE
 
+# Of the files of a folder; a file that is named itself may have any.
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-PACKED = (".gz", ".zst", ".zstd")
+PACKED = (".gz", ".zst", ".zstd", ".bz2", ".lz4")
+_PACKINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2",
+             b"\x04\x22\x4d\x18": "lz4"}  # fmt: skip
+_NOT_READ = {b"PK": "a zip file: unpack it", b"\xfd7zX": "packed with xz: unpack it",
+             b"7z\xbc\xaf": "a 7z file: unpack it", b"SQLi": "an SQLite file: write its table as "
+             "Parquet with custom_id and text"}  # fmt: skip
 _BATCH = 4096  # rows of a Parquet file that are in memory at once
 _BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, which begins alike
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
+    (b"{\0", "utf-16-le"),  # without a mark: JSON begins with ASCII
+    (b"[\0", "utf-16-le"),
+    (b"\0{", "utf-16-be"),
+    (b"\0[", "utf-16-be"),
 )
 
 
@@ -121,22 +132,32 @@ def records(path: pathlib.Path) -> Iterator[Record]:
     try:
         with open(path, "rb") as file:
             head = file.read(4)
+        _refuse_other_formats(path, head)
         if head == b"PAR1":
             yield from _parquet(path)
             return
+        if head in (b"ARRO", b"\xff\xff\xff\xff"):
+            yield from _rows(path, shards.read_table(path).to_batches(_BATCH))
+            return
         with _unpacked(path, head) as stream:
             yield from _json_records(path, stream)
-    except (OSError, EOFError, UnicodeError, pa.ArrowException) as error:
+    except (OSError, EOFError, UnicodeError, pa.ArrowException, ShardError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
             f"{path} cannot be read to its end ({reason}): copy it again, or leave it out"
         ) from error
 
 
+def _refuse_other_formats(path: pathlib.Path, head: bytes) -> None:
+    what = next((what for mark, what in _NOT_READ.items() if head.startswith(mark)), "")
+    if path.suffix.lower() in (".csv", ".tsv", ".xlsx", ".txt") and head[:1] not in (b"{", b"["):
+        what = what or "no JSON: write its table as Parquet or JSON lines with custom_id and text"
+    if what:
+        raise InputError(f"--results: {path} is {what}, or leave it out")
+
+
 def _unpacked(path: pathlib.Path, head: bytes) -> IO[bytes]:
-    kind = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(head[:2])
-    if kind == "zstd" and head != b"\x28\xb5\x2f\xfd":
-        kind = None
+    kind = next((kind for mark, kind in _PACKINGS.items() if head.startswith(mark)), None)
     if kind is None:
         return open(path, "rb")
     stream: IO[bytes] = io.BufferedReader(pa.input_stream(str(path), compression=kind))
@@ -208,9 +229,18 @@ def _next_value(text: str, position: int) -> int:
 
 
 def _parquet(path: pathlib.Path) -> Iterator[Record]:
-    count = 0
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_BATCH):
-            for row in batch.to_pylist():
-                count += 1
-                yield Record(f"{path.name}#{count}", json.dumps(row, default=str).encode())
+        yield from _rows(path, file.iter_batches(_BATCH))
+
+
+def _rows(path: pathlib.Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+    count = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            count += 1
+            yield Record(f"{path.name}#{count}", json.dumps(row, default=_as_text).encode())
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no type for: bytes are text, a moment is as it is printed."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

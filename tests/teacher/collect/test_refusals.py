@@ -52,7 +52,7 @@ ANSWERS = (
 ENVELOPES = (
     (b'{"custom_id": "r0", "resp', "not JSON", 'begins \'{"custom_id"'),
     (b'["r0", 5]', "not an object", "list \"['r0', 5]\""),
-    (b'{"id": "r0", "text": "A"}', "no custom_id", "keys id, text"),
+    (b'{"id": "r0", "text": "A"}', "no custom_id", "keys id (str), text (str)"),
     (b'{"custom_id": "r0", "label": "A"}', "no response", "keys custom_id, label"),
     (b'{"custom_id": "r0", "error": {"message": "quota"}}', "error", "quota"),
     (b'{"custom_id": "r0", "response": {"says": "A"}}', "no choices", "keys says"),
