@@ -181,7 +181,10 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
         )
     except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read as CSV, Parquet or Arrow: {reason}") from error
+        fix = "; save it as UTF-8" if "utf-8" in reason.lower() else ""
+        raise InputError(
+            f"{path} cannot be read as CSV, Parquet or Arrow: {reason}{fix}"
+        ) from error
 
 
 def _kind(columns: Sequence[str], path: pathlib.Path) -> str:
@@ -193,7 +196,16 @@ def _kind(columns: Sequence[str], path: pathlib.Path) -> str:
     raise InputError(
         f"{path} has columns {listing(columns)}; expected user, item, score, or "
         "user, item, rank (1 the best), or user, preferred, other and optionally margin"
+        + _other_delimiter(columns)
     )
+
+
+def _other_delimiter(columns: Sequence[str]) -> str:
+    """What to add where one column holds the names of all; empty elsewhere."""
+    for mark, flag in ((";", "';'"), ("\t", "'\\t'"), ("|", "'|'"), (",", ",")):
+        if len(columns) == 1 and mark in columns[0]:
+            return f"; the first line holds {mark!r}: add --delimiter={flag}"
+    return ""
 
 
 def _text(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedArray:

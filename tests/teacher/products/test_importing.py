@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,3 +122,24 @@ def test_titles_in_place_of_ids_get_a_hint(make_dataset, tmp_path, unknown):
     neither = csv_file(tmp_path, "user,item,score\n007,Nothing,1\n")
     with pytest.raises(InputError, match=r"correct the file|external ids, not indices"):
         preferences.import_scores(data, neither, "t", unknown=unknown)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("user;item;score\n007;01;0.5\n", r"first line holds ';': add --delimiter=';'"),
+        ("user\titem\tscore\n007\t01\t0.5\n", re.escape(r"add --delimiter='\t'")),
+    ],
+)
+def test_another_delimiter_is_named(tiny, tmp_path, text, words):
+    path = tmp_path / "llm.csv"
+    path.write_text(text, "utf-8")
+    with pytest.raises(InputError, match=words):
+        preferences.import_scores(tiny, path, "t")
+
+
+def test_utf_16_is_refused_with_the_way_out(tiny, tmp_path):
+    path = tmp_path / "llm.csv"
+    path.write_bytes("user,item,score\n007,01,0.5\n".encode("utf-16"))
+    with pytest.raises(InputError, match="save it as UTF-8"):
+        preferences.import_scores(tiny, path, "t")
