@@ -14,9 +14,11 @@ Importing this package imports nothing heavy: `--help` of a command must not wai
 from slgr_jax.api import (
     compare,
     evaluate,
+    export,
     import_teacher,
     load,
     prepare,
+    recommend,
     register_backbone,
     register_gate,
     register_guidance,
@@ -27,9 +29,11 @@ from slgr_jax.api import (
 __all__ = [
     "compare",
     "evaluate",
+    "export",
     "import_teacher",
     "load",
     "prepare",
+    "recommend",
     "register_backbone",
     "register_gate",
     "register_guidance",

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from slgr_jax.evaluation.results import EvaluatedRun
     from slgr_jax.experiments.comparison import Comparison
     from slgr_jax.experiments.study import TuneResult
+    from slgr_jax.serving.export import Exported
+    from slgr_jax.serving.recommendation_files import Written
     from slgr_jax.serving.trained_run import (
         TrainedRun,
     )
@@ -232,19 +234,113 @@ def train(
 # --------------------------------------------------------------------- what a run is worth
 
 
-def load(workdir: PathLike, checkpoint: str = "best") -> TrainedRun:
+def load(workdir: PathLike, checkpoint: str = "best", *, data: PathLike = "") -> TrainedRun:
     """A trained run, ready to score, to recommend and to evaluate.
 
     Args:
       workdir: directory of a run that `train` has written.
       checkpoint: state to load, best or last.
+      data: where its dataset is now, if it was moved.
 
     Raises:
       UserError: there is no such run, or its data are not what it was trained on.
     """
     from slgr_jax.serving import trained_run
 
-    return trained_run.load(os.fspath(workdir), checkpoint)
+    return trained_run.load(os.fspath(workdir), checkpoint, data=os.fspath(data) or None)
+
+
+def recommend(
+    workdir: PathLike,
+    users: PathLike,
+    out: PathLike,
+    *,
+    k: int = 10,
+    mask_seen: bool = True,
+    allow: PathLike = "",
+    deny: PathLike = "",
+    unknown: str = "refuse",
+    user_column: str = "",
+    item_column: str = "",
+    data: PathLike = "",
+    checkpoint: str = "best",
+    overwrite: bool = False,
+) -> Written:
+    """The best items of users, as a file; `slgr recommend`. In memory: `load(workdir).recommend`.
+
+    Args:
+      workdir: directory of a run that `train` has written.
+      users: file of ids (text lines, CSV, Parquet), `all`, or ids separated by commas.
+      out: file to write; its ending, .parquet, .csv or .jsonl, says the format.
+      k: items a user.
+      mask_seen: leave out what a user has in training and validation.
+      allow: file of the only items to list, or of (user, item).
+      deny: file of items not to list, or of (user, item).
+      unknown: ids that the run does not know: refuse, or skip (and count).
+      user_column, item_column: names of columns in CSV and Parquet files; user and item if empty.
+      data, checkpoint: as of `load`.
+      overwrite: replace `out` where it is there.
+
+    Returns:
+      How many users and rows; `print` says it in a line.
+
+    Raises:
+      UserError: a file or an id that cannot be used, or an argument that does nothing.
+    """
+    from slgr_jax.serving import recommendation_files
+
+    request = recommendation_files.Request(
+        users=os.fspath(users),
+        k=k,
+        mask_seen=mask_seen,
+        allow=os.fspath(allow),
+        deny=os.fspath(deny),
+        unknown=unknown,
+        user_column=user_column,
+        item_column=item_column,
+    )
+    recommendation_files.check_out(out, overwrite=overwrite)
+    return recommendation_files.recommend(load(workdir, checkpoint, data=data), request, out)
+
+
+def export(
+    workdir: PathLike,
+    out: PathLike,
+    *,
+    format: str = "parquet",
+    index: str = "none",
+    scorer: bool = False,
+    k: int | None = None,
+    data: PathLike = "",
+    checkpoint: str = "best",
+    overwrite: bool = False,
+) -> Exported:
+    """Vectors, an index of them, and the scorer, as files; `slgr export`.
+
+    Args:
+      workdir: directory of a run that `train` has written.
+      out: directory to write.
+      format: of the vectors: parquet, npy, safetensors; none for no vectors.
+      index: of the item vectors: none, or usearch.
+      scorer: write the scorer as StableHLO, with its weights.
+      k: length of the scorer's lists and of those that judge the index; None: 10.
+      data, checkpoint: as of `load`.
+      overwrite: replace `out` where it is an export.
+
+    Returns:
+      The path and the manifest; `print` says what was written.
+
+    Raises:
+      UserError: what cannot be exported, or an argument that does nothing.
+    """
+    from slgr_jax.data import shards
+    from slgr_jax.serving import export as export_lib
+
+    request = export_lib.ExportRequest(format, index, scorer, k)
+    request.check()
+    shards.check_target(out, overwrite=overwrite)
+    run = load(workdir, checkpoint, data=data)
+    return export_lib.export(run, request, out, overwrite=overwrite)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

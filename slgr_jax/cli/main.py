@@ -13,7 +13,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from slgr_jax.cli import compare, evaluate, flags, prepare, quickstart, teach, train, tune
+from slgr_jax.cli import (
+    compare,
+    evaluate,
+    export,
+    flags,
+    prepare,
+    quickstart,
+    recommend,
+    teach,
+    train,
+    tune,
+)
 from slgr_jax.cli.command import Command
 from slgr_jax.errors import listing
 
@@ -22,6 +33,8 @@ COMMANDS: Mapping[str, Command] = {
     "teach": Command(teach.USAGE, teach.run),
     "train": Command(train.USAGE, train.run),
     "evaluate": Command(evaluate.USAGE, evaluate.run),
+    "recommend": Command(recommend.USAGE, recommend.run),
+    "export": Command(export.USAGE, export.run),
     "compare": Command(compare.USAGE, compare.run),
     "tune": Command(tune.USAGE, tune.run),
     "quickstart": Command(quickstart.USAGE, quickstart.run),

@@ -95,6 +95,11 @@ class Csr:
         return scipy.sparse.csr_matrix((ones, self.indices, self.offsets), shape=shape)
 
     @staticmethod
+    def empty(n_rows: int) -> Csr:
+        """Rows without entries."""
+        return Csr(np.zeros(n_rows + 1, np.int64), np.zeros(0, np.int32))
+
+    @staticmethod
     def from_pairs(rows: np.ndarray, indices: np.ndarray, n_rows: int) -> Csr:
         """Group `indices` by `rows`, sort within each row and drop repeats."""
         order = np.lexsort((indices, rows))

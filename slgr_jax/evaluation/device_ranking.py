@@ -26,6 +26,8 @@ ScoreUsers = Callable[[Any, jax.Array], jax.Array]  # (state, users [B] int32) -
 _SEEN_STEP = 16  # seen items of one user that one loop step masks
 _BLOCK = 128  # items counted or compared together; the catalogue is padded to whole blocks
 _POOL_TILE = 1 << 20  # scores that one step of the pooled AUC's loop looks up
+# The score of what may not be listed: below any other, and finite, as a NaN is looked for.
+LEFT_OUT = np.finfo(np.float32).min
 _COUNTS = ("greater", "tied", "tied_before")
 PAIR_DTYPES = {"score": np.float32} | dict.fromkeys(_COUNTS, np.int32)
 
@@ -43,6 +45,13 @@ class DeviceCsr(NamedTuple):
         return start, jnp.where(users < 0, 0, self.offsets[row + 1] - start)
 
 
+class Listable(NamedTuple):
+    """Which items may be listed; None: all of them."""
+
+    allowed: jax.Array | None  # [I] bool, for every user
+    only: DeviceCsr | None  # rows of what each user may get
+
+
 class Pool(NamedTuple):
     """What `ranking_metrics.pool_tables` makes of all relevant scores, on the device."""
 
@@ -57,17 +66,33 @@ class Pool(NamedTuple):
 
 def _scatter_rows(scores: jax.Array, users: jax.Array, rows: DeviceCsr, value: float) -> jax.Array:
     """`scores` [B, I] with `value` at each user's items in `rows`."""
+
+    def fill(scores: jax.Array, row: jax.Array, items: jax.Array) -> jax.Array:
+        return scores.at[row, items].set(value, mode="drop")
+
+    return _over_rows(scores, users, rows, fill)
+
+
+def _over_rows(
+    carry: jax.Array,
+    users: jax.Array,
+    rows: DeviceCsr,
+    step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """`carry = step(carry, row [B, 1], items [B, _SEEN_STEP])` until all of `rows` have come.
+
+    `carry` is [B, I]; where a row has ended, its item is I.
+    """
     start, count = rows.of(users)
     row = jnp.arange(users.size)[:, None]
 
-    def step(i: jax.Array, scores: jax.Array) -> jax.Array:
+    def some(i: jax.Array, carry: jax.Array) -> jax.Array:
         place = i * _SEEN_STEP + jnp.arange(_SEEN_STEP)[None, :]
         items = rows.indices.at[start[:, None] + place].get(mode="clip")
         # A place past the end of a row holds another user's item: moved off the matrix.
-        items = jnp.where(place < count[:, None], items, scores.shape[1])
-        return scores.at[row, items].set(value, mode="drop")
+        return step(carry, row, jnp.where(place < count[:, None], items, carry.shape[1]))
 
-    return jax.lax.fori_loop(0, -(-jnp.max(count) // _SEEN_STEP), step, scores)
+    return jax.lax.fori_loop(0, -(-jnp.max(count) // _SEEN_STEP), some, carry)
 
 
 def _candidates(
@@ -209,6 +234,29 @@ def score_chunk(
     return scores if mesh is None else jax.lax.with_sharding_constraint(scores, by_user(mesh))
 
 
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("scores",))
+def keep_listable(
+    scores: jax.Array, users: jax.Array, listable: Listable, *, mesh: Mesh | None
+) -> jax.Array:
+    """[B, I] `scores`, which are given up, with LEFT_OUT where an item may not be listed."""
+
+    def keep(
+        scores: jax.Array, users: jax.Array, allowed: jax.Array | None, only: DeviceCsr | None
+    ) -> jax.Array:
+        if allowed is not None:
+            scores = jnp.where(allowed[None, :], scores, LEFT_OUT)
+        if only is None:
+            return scores
+
+        def take(kept: jax.Array, row: jax.Array, items: jax.Array) -> jax.Array:
+            wanted = scores.at[row, items].get(mode="fill", fill_value=LEFT_OUT)
+            return kept.at[row, items].set(wanted, mode="drop")
+
+        return _over_rows(jnp.full_like(scores, LEFT_OUT), users, only, take)
+
+    return _split_by_user(keep, mesh, scores, users, *listable)
+
+
 @functools.partial(jax.jit, static_argnames=("width", "k", "mesh", "native"))
 def rank_chunk(
     scores: jax.Array,
@@ -287,11 +335,18 @@ def by_user(mesh: Mesh) -> NamedSharding:
 
 def _on_rows(function: Any, mesh: Mesh | None, scores: Any, users: Any, *whole: Any) -> Any:
     """`function(scores, users, *whole)`, each device on its own users; results on all."""
+    results = _split_by_user(function, mesh, scores, users, *whole)
+    if mesh is None:
+        return results
+    # Every process reads every result: they are small, the scores are not among them.
+    return jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
+
+
+def _split_by_user(function: Any, mesh: Mesh | None, scores: Any, users: Any, *whole: Any) -> Any:
+    """`function(scores, users, *whole)`, each device on its own users; results are there."""
     if mesh is None:
         return function(scores, users, *whole)
     by_user, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
     specs = (by_user, by_user, *[everywhere] * len(whole))
     split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=by_user, check_vma=False)
-    # Every process reads every result: they are small, the scores are not among them.
-    results = split(scores, users, *whole)
-    return jax.lax.with_sharding_constraint(results, NamedSharding(mesh, everywhere))
+    return split(scores, users, *whole)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,13 @@ from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
 from slgr_jax.evaluation import device_ranking
-from slgr_jax.evaluation.device_ranking import PAIR_DTYPES, DeviceCsr, Pool, ScoreUsers
+from slgr_jax.evaluation.device_ranking import (
+    PAIR_DTYPES,
+    DeviceCsr,
+    Listable,
+    Pool,
+    ScoreUsers,
+)
 from slgr_jax.evaluation.ranking_metrics import (
     PartResult,
     Ranking,
@@ -41,19 +48,20 @@ _CPU_CHUNK = {"xla": 1 << 22, "native": 1 << 23}
 
 
 class _Scorer:
-    """Scores users a chunk at a time; knows where arrays go."""
+    """Scores users a chunk at a time; knows where arrays go. One thread uses it at a time."""
 
     def __init__(
         self,
         score_users: ScoreUsers,
         state: Any,
-        users: np.ndarray,
+        n_users: int,
         n_items: int,
         users_per_chunk: int,
         mesh: Mesh | None,
         kernels: str,
     ) -> None:
-        self.users, self.n_items, self.mesh = users, n_items, mesh
+        """Plan chunks of at most `users_per_chunk` users, no more than `n_users` need."""
+        self.n_items, self.mesh = n_items, mesh
         self._score = functools.partial(
             device_ranking.score_chunk, score_users=score_users, n_items=n_items, mesh=mesh
         )
@@ -64,7 +72,7 @@ class _Scorer:
         self.native = kernel_build.choose(
             kernels, platform=platform, devices=size, units=kernel_build.RANKING
         )
-        chunk = min(users_per_chunk, 1 << max(users.size - 1, 0).bit_length())
+        chunk = min(users_per_chunk, 1 << max(n_users - 1, 0).bit_length())
         if platform == "cpu":
             most = _CPU_CHUNK["native" if self.native else "xla"]
             fitting = max(most // max(n_items, 1), 8)
@@ -90,21 +98,28 @@ class _Scorer:
         indices[:n] = csr.indices
         return DeviceCsr(self.put(csr.offsets.astype(np.int32)), self.put(indices))
 
-    def each(self, call: Callable[[jax.Array, jax.Array, np.ndarray], Any]) -> Iterator[Any]:
-        """(slice of `users`, host copy of `call(scores, chunk, users)`) for every chunk.
+    def each(
+        self,
+        users: np.ndarray,
+        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
+        listable: Listable | None = None,
+    ) -> Iterator[Any]:
+        """(slice of `users`, host copy of `call(scores, chunk, its users)`) for every chunk.
 
         The device is one chunk ahead of the host.
         """
         by_user = None if self.mesh is None else device_ranking.by_user(self.mesh)
         waiting: list[tuple[slice, Any]] = []
-        for begin in range(0, self.users.size, self.chunk):
-            users = self.users[begin : begin + self.chunk]
+        for begin in range(0, users.size, self.chunk):
+            of_chunk = users[begin : begin + self.chunk]
             padded = np.full(self.chunk, -1, np.int32)
-            padded[: users.size] = users
+            padded[: of_chunk.size] = of_chunk
             chunk = jax.device_put(padded, by_user)
 
             scores = self._score(self._room, self._state, chunk)
-            waiting.append((slice(begin, begin + users.size), call(scores, chunk, users)))
+            if listable is not None:
+                scores = device_ranking.keep_listable(scores, chunk, listable, mesh=self.mesh)
+            waiting.append((slice(begin, begin + of_chunk.size), call(scores, chunk, of_chunk)))
             if self._room is not None:
                 self._room = scores
             del scores
@@ -132,6 +147,78 @@ def _width(count: int) -> int:
     while width < count:
         width *= 4
     return width
+
+
+class TopLists:
+    """Lists the best items of users, however many ask: one program, compiled at the first call.
+
+    What it reads stays on the devices between calls. Calls of several threads take turns.
+
+    Attributes:
+      k: length of the lists; the catalogue's where that is shorter.
+      chunk: users that one call of the program lists for; fewer are filled up.
+    """
+
+    def __init__(
+        self,
+        score_users: ScoreUsers,
+        state: Any,
+        seen: Csr,
+        n_items: int,
+        *,
+        k: int,
+        users_per_chunk: int = 1024,
+        mesh: Mesh | None = None,
+        kernels: str = "auto",
+    ) -> None:
+        """Arguments and errors: as of `top_k`."""
+        self._scorer = _Scorer(
+            score_users, state, users_per_chunk, n_items, users_per_chunk, mesh, kernels
+        )
+        self.k, self.chunk, self._counts = min(k, n_items), self._scorer.chunk, seen.counts
+        self._masked, self._turn = self._scorer.put_rows(seen), threading.Lock()
+        self._best = functools.partial(
+            device_ranking.rank_chunk, width=0, k=self.k, mesh=mesh, native=self._scorer.native
+        )
+
+    def put(self, allowed: np.ndarray | None, only: Csr | None) -> Listable | None:
+        """What may be listed, on the devices, for calls; None where nothing is left out.
+
+        Args:
+          allowed: [I] bool, items that anybody may get; None: all.
+          only: [U] rows of the items that each user may get; None: all.
+        """
+        if allowed is None and only is None:
+            return None
+        return Listable(
+            None if allowed is None else self._scorer.put(np.asarray(allowed, bool)),
+            None if only is None else self._scorer.put_rows(only),
+        )
+
+    def __call__(self, users: np.ndarray, listable: Listable | None = None) -> TopItems:
+        """The lists of users [n], who may come in any order and twice.
+
+        Raises:
+          NonFiniteError: a score is NaN or infinite.
+        """
+        users = np.asarray(users, np.int32)
+        order = np.argsort(self._counts[users], kind="stable")  # a chunk's users cost the same
+        items = np.empty((users.size, self.k), np.int32)
+        scores = np.empty(items.shape, np.float32)
+
+        def best(scores: jax.Array, chunk: jax.Array, _: np.ndarray) -> dict[str, Any]:
+            return self._best(scores, chunk, self._masked, None)
+
+        with self._turn:
+            for places, ranked in self._scorer.each(users[order], best, listable):
+                rows = order[places]
+                _refuse_nonfinite(users[rows], ranked["bad"])
+                items[rows] = ranked["top"]["items"][: rows.size]
+                scores[rows] = ranked["top"]["scores"][: rows.size]
+        if listable is not None:
+            left_out = scores <= device_ranking.LEFT_OUT
+            items[left_out], scores[left_out] = -1, -np.inf
+        return TopItems(users, items, scores)
 
 
 def top_k(
@@ -164,21 +251,17 @@ def top_k(
       NonFiniteError: a score is NaN or infinite.
       ConfigError: native kernels are wanted where they cannot be had.
     """
-    users = np.asarray(users, np.int32)
-    order = np.argsort(seen.counts[users], kind="stable")  # a chunk's users cost about the same
-    scorer = _Scorer(score_users, state, users[order], n_items, users_per_chunk, mesh, kernels)
-    masked = scorer.put_rows(seen)
-    best = functools.partial(
-        device_ranking.rank_chunk, width=0, k=min(k, n_items), mesh=mesh, native=scorer.native
+    lists = TopLists(
+        score_users,
+        state,
+        seen,
+        n_items,
+        k=k,
+        users_per_chunk=min(users_per_chunk, 1 << max(len(users) - 1, 0).bit_length()),
+        mesh=mesh,
+        kernels=kernels,
     )
-    items = np.empty((users.size, min(k, n_items)), np.int32)
-    scores = np.empty(items.shape, np.float32)
-    for places, ranked in scorer.each(lambda s, chunk, _: best(s, chunk, masked, None)):
-        rows = order[places]
-        _refuse_nonfinite(users[rows], ranked["bad"])
-        items[rows] = ranked["top"]["items"][: rows.size]
-        scores[rows] = ranked["top"]["scores"][: rows.size]
-    return TopItems(users, items, scores)
+    return lists(users)
 
 
 def rank(
@@ -213,7 +296,7 @@ def rank(
     counts = relevant.counts
     users = np.flatnonzero(counts).astype(np.int32)
     users = users[np.lexsort((seen.counts[users], counts[users]))]
-    scorer = _Scorer(score_users, state, users, n_items, users_per_chunk, mesh, kernels)
+    scorer = _Scorer(score_users, state, users.size, n_items, users_per_chunk, mesh, kernels)
     masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
     rank_chunk = functools.partial(
         device_ranking.rank_chunk, k=min(top_k, n_items), mesh=mesh, native=scorer.native
@@ -224,7 +307,7 @@ def rank(
 
     pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
     top = np.empty((users.size, min(top_k, n_items)), np.int32)
-    for places, ranks in scorer.each(dispatch):
+    for places, ranks in scorer.each(users, dispatch):
         of_chunk = users[places]
         _refuse_nonfinite(of_chunk, ranks["bad"])
 
@@ -243,16 +326,19 @@ def rank(
     ranked = assemble(users, relevant, seen, n_items, flat, top)
     if not pooled_auc:
         return ranked
-    return dataclasses.replace(ranked, pooled_auc=_pooled_auc(scorer, ranked, masked, wanted))
+    auc = _pooled_auc(scorer, users, ranked, masked, wanted)
+    return dataclasses.replace(ranked, pooled_auc=auc)
 
 
-def _pooled_auc(scorer: _Scorer, ranked: Ranking, masked: DeviceCsr, wanted: DeviceCsr) -> float:
+def _pooled_auc(
+    scorer: _Scorer, users: np.ndarray, ranked: Ranking, masked: DeviceCsr, wanted: DeviceCsr
+) -> float:
     """Exact AUC over all (relevant, non-relevant candidate) pairs of all users.
 
     Each non-relevant score is looked up among the sorted relevant ones, in a second pass.
     """
     n_relevant = int(ranked.items.size)
-    counted = np.isin(scorer.users, ranked.users)  # a user may have lost all relevant items
+    counted = np.isin(users, ranked.users)  # a user may have lost all relevant items
     n_other = int(np.sum(ranked.n_candidates - ranked.counts))
     if not n_relevant or not n_other:
         return float("nan")
@@ -270,7 +356,11 @@ def _pooled_auc(scorer: _Scorer, ranked: Ranking, masked: DeviceCsr, wanted: Dev
     )
 
     total = 0  # a Python integer: pairs x pairs may pass 2^63
-    for places, digits in scorer.each(lambda s, chunk, _: look_up(s, chunk, masked, wanted, pool)):
+
+    def of_chunk(scores: jax.Array, chunk: jax.Array, _: np.ndarray) -> jax.Array:
+        return look_up(scores, chunk, masked, wanted, pool)
+
+    for places, digits in scorer.each(users, of_chunk):
         chosen = counted[places]
         sums = digits[: chosen.size][chosen].astype(np.int64).sum(axis=0)
         total += sum(int(value) << (bits * i) for i, value in enumerate(sums))

@@ -147,13 +147,24 @@ def score_users(backbone: AnyBackbone) -> Callable[[Scoring, Int[Array, "B"]], F
     return _dot_catalogue(backbone) if isinstance(backbone, DotBackbone) else _joint(backbone)
 
 
+def query_vectors(backbone: DotBackbone, scoring: Scoring, queries: Queries) -> Float[Array, "B E"]:
+    """The vectors of queries; a score is the inner product with an item's."""
+    serving, context = scoring.serving, scoring.context
+    rows = rows_of(serving.values, backbone.query_ids(context, queries))
+    return backbone.query_vectors(serving.params, rows, context, queries, dropout=None)
+
+
+def catalogue_vectors(backbone: DotBackbone, scoring: Scoring) -> Float[Array, "I E"]:
+    """The vectors of all items."""
+    serving = scoring.serving
+    items = {name: serving.values[name] for name in item_tables(backbone, scoring.context)}
+    return backbone.item_vectors(serving.params, items)
+
+
 def _dot_catalogue(backbone: DotBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:
     def score(scoring: Scoring, users: jax.Array) -> jax.Array:
-        serving, context, queries = scoring.serving, scoring.context, scoring.queries(users)
-        rows = rows_of(serving.values, backbone.query_ids(context, queries))
-        states = backbone.query_vectors(serving.params, rows, context, queries, dropout=None)
-        items = {name: serving.values[name] for name in item_tables(backbone, context)}
-        return states @ backbone.item_vectors(serving.params, items).T
+        states = query_vectors(backbone, scoring, scoring.queries(users))
+        return states @ catalogue_vectors(backbone, scoring).T
 
     return score
 

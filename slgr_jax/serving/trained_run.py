@@ -36,31 +36,28 @@ from slgr_jax.guidance import make_guidance
 from slgr_jax.guidance.base import Guidance
 from slgr_jax.guidance.gating import Gating, gate_inputs
 from slgr_jax.models.backbones import DotBackbone
-from slgr_jax.models.backbones.base import item_tables
 from slgr_jax.models.row_access import Candidates
-from slgr_jax.models.scoring import Scoring, pair_scores, rows_of, score_rows
+from slgr_jax.models.scoring import (
+    Scoring,
+    catalogue_vectors,
+    pair_scores,
+    query_vectors,
+    score_rows,
+)
 from slgr_jax.sampling import arrays, labelled_rows
 from slgr_jax.sampling.context import Queries
 from slgr_jax.sampling.preferences import pair_facts
+from slgr_jax.serving.recommender import (
+    ItemsOf,
+    Recommendations,
+    Recommender,
+    item_filter,
+)
 from slgr_jax.training import restore, run_directory
 from slgr_jax.training.restore import RestoredRun
 
 # Rows that one call of `scores` puts on the device.
 _CHUNK = 8192
-
-
-class Recommendations(NamedTuple):
-    """The best items of each user, best first.
-
-    Attributes:
-      users: [n] ids, as asked.
-      items: [n, K] ids; None where a user has fewer items left.
-      scores: [n, K] logits; -inf where there is no item.
-    """
-
-    users: list[str]
-    items: list[list[str | None]]
-    scores: Float[np.ndarray, "n K"]
 
 
 class Vectors(NamedTuple):
@@ -124,35 +121,62 @@ class TrainedRun:
         return scores
 
     def recommend(
-        self, users: Sequence[str] | None = None, k: int = 10, *, mask_seen: bool = True
+        self,
+        users: Sequence[str] | None = None,
+        k: int = 10,
+        *,
+        mask_seen: bool = True,
+        allow: ItemsOf | None = None,
+        deny: ItemsOf | None = None,
     ) -> Recommendations:
         """The k best items of each user; by the same ranking that evaluation measures.
+
+        Each call puts what it needs on the device: keep a `recommender` to answer many.
 
         Args:
           users: ids; None: every user.
           mask_seen: leave out what a user has in training and validation.
+          allow: ids of the only items to list, or, by user, of the only items of each.
+          deny: ids of items not to list, or, by user, of each.
+
+        Raises:
+          InputError: an unknown id.
         """
         names = self.dataset.user_ids.to_pylist() if users is None else [str(u) for u in users]
-        index = self.user_index(names)
-        n_users, n_items = self.dataset.n_users, self.dataset.n_items
-        nothing = Csr(np.zeros(n_users + 1, np.int64), np.zeros(0, np.int32))
-        top = full_ranking.top_k(
-            self._score_users,
-            self.restored.scoring("test"),
-            index,
-            self.dataset.positives(("train", "valid")) if mask_seen else nothing,
-            n_items,
-            k=k,
-            mesh=self.restored.mesh,
-            kernels=self.config.train.kernels,
-        )
-        ids = [*self.item_ids, None]  # -1: no item left
-        items = [[ids[item] for item in row] for row in top.items]
-        scores = np.where(top.items >= 0, top.scores, -np.inf)
-        return Recommendations(names, items, scores)
+        batch = min(1024, 1 << max(len(names) - 1, 0).bit_length())
+        lists = self.recommender(k, mask_seen=mask_seen, allow=allow, deny=deny, batch_users=batch)
+        return lists.recommend(names)
+
+    def recommender(
+        self,
+        k: int = 10,
+        *,
+        mask_seen: bool = True,
+        allow: ItemsOf | None = None,
+        deny: ItemsOf | None = None,
+        batch_users: int = 1024,
+    ) -> Recommender:
+        """Answers many calls by one compiled program.
+
+        Args:
+          k, mask_seen, batch_users: as of `Recommender`.
+          allow, deny: as of `recommend`.
+
+        Raises:
+          ConfigError: k or `batch_users` is under 1, or no item is allowed.
+          InputError: an unknown id.
+        """
+        items = item_filter(self, allow, deny)
+        return Recommender(self, k, mask_seen=mask_seen, items=items, batch_users=batch_users)
 
     @functools.cached_property
-    def _score_users(self) -> Callable[[Any, jax.Array], jax.Array]:
+    def seen(self) -> Csr:
+        """[U] rows of the items that users have in training and validation."""
+        return self.dataset.positives(("train", "valid"))
+
+    @functools.cached_property
+    def score_users(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """(scoring, users [B]) -> scores [B, I]; the same function each time, compiled once."""
         return self.restored.score_users
 
     def vectors(self) -> Vectors:
@@ -165,29 +189,21 @@ class TrainedRun:
         if not isinstance(backbone, DotBackbone):
             raise ConfigError(
                 f"--backbone={self.config.model.backbone} scores a user and an item together: it "
-                "has no vectors; use scores() or recommend()"
+                "has no vectors; use scores() or recommend(), or export its scorer (slgr export "
+                "--format=none --scorer)"
             )
         n_users, chunk = self.dataset.n_users, 1024
 
         @jax.jit
-        def query_vectors(scoring: Scoring, users: jax.Array) -> jax.Array:
-            queries = scoring.queries(users)
-            ids = backbone.query_ids(scoring.context, queries)
-            rows = rows_of(scoring.serving.values, ids)
-            return backbone.query_vectors(
-                scoring.serving.params, rows, scoring.context, queries, dropout=None
-            )
+        def of_users(scoring: Scoring, users: jax.Array) -> jax.Array:
+            return query_vectors(backbone, scoring, scoring.queries(users))
 
         parts = []
         for begin in range(0, n_users, chunk):
             users = np.minimum(np.arange(begin, begin + chunk, dtype=np.int32), n_users - 1)
-            parts.append(np.asarray(query_vectors(scoring, users)))
-        values = scoring.serving.values
-        items = backbone.item_vectors(
-            scoring.serving.params,
-            {name: values[name] for name in item_tables(backbone, scoring.context)},
-        )
-        return Vectors(np.concatenate(parts)[:n_users], np.asarray(items))
+            parts.append(np.asarray(of_users(scoring, users)))
+        items = np.asarray(catalogue_vectors(backbone, scoring))
+        return Vectors(np.concatenate(parts)[:n_users], items)
 
     # ---------------------------------------------------------------------------- the gate
 
@@ -326,7 +342,7 @@ class TrainedRun:
         scoring, ranking = run.scoring(part), None
         if evaluation.ranking:
             ranking = full_ranking.evaluate_dataset(
-                self._score_users,
+                self.score_users,
                 scoring,
                 run.dataset,
                 self.config.slices,
@@ -349,9 +365,14 @@ class TrainedRun:
     # ---------------------------------------------------------------------------------- ids
 
     @functools.cached_property
+    def item_id_array(self) -> pa.Array:
+        """[I] external ids as text."""
+        return self.dataset.items.column("item_id").combine_chunks()
+
+    @functools.cached_property
     def item_ids(self) -> list[str]:
         """[I] external ids."""
-        ids: list[str] = self.dataset.items.column("item_id").to_pylist()
+        ids: list[str] = self.item_id_array.to_pylist()
         return ids
 
     def user_index(self, users: Sequence[str]) -> Int[np.ndarray, "n"]:
@@ -360,7 +381,7 @@ class TrainedRun:
 
     def item_index(self, items: Sequence[str]) -> Int[np.ndarray, "n"]:
         """[n] int32 of external ids."""
-        return _index(self.dataset.items.column("item_id"), items, "item")
+        return _index(self.item_id_array, items, "item")
 
 
 def load(workdir: str, which: str = "best", *, data: str | None = None) -> TrainedRun:
@@ -381,8 +402,6 @@ def load(workdir: str, which: str = "best", *, data: str | None = None) -> Train
 
 def _index(known: Any, names: Sequence[str], kind: str) -> np.ndarray:
     asked = pa.array([str(name) for name in names], pa.string())
-    if isinstance(known, pa.ChunkedArray):
-        known = known.combine_chunks()
     index = pc.index_in(asked, value_set=known)
     if index.null_count:
         unknown = asked.filter(pc.is_null(index)).to_pylist()

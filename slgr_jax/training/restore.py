@@ -104,7 +104,7 @@ def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -
     if not os.path.isdir(run.data):
         raise ConfigError(
             f"{workdir} was trained on {run.data}, which is not there; put it back, or say where "
-            f"it is now: slgr evaluate --workdir={workdir} --data=NEW"
+            "it is now: --data=NEW"
         )
     dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
     if run_directory.trained_on(workdir, dataset) is False:

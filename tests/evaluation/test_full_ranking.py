@@ -388,3 +388,47 @@ def test_evaluate_dataset_masks_what_it_says(tmp_path):
         assert parts[part].slices["overall"]["recall@3"] == pytest.approx(np.mean(recalls))
         assert parts[part].data.masked == masks
         assert 0 < parts[part].slices["overall"]["auc_pooled"] < 1
+
+
+@pytest.mark.parametrize("who", ["native", "xla", "mesh"])
+def test_lists_hold_what_may_be_listed(who):
+    if who == "native":
+        worlds.need_native_kernels()
+    world = make_world(5, 37, 300, ties=True, overlap=False)
+    rng = np.random.default_rng(0)
+    allowed, only = rng.random(300) < 0.3, rng.random((37, 300)) < 0.2
+    only[3] = False  # a user who may get nothing
+    mesh = _mesh((8,), ("data",)) if who == "mesh" else None
+    lists = full_ranking.TopLists(
+        table,
+        _everywhere(world.scores, mesh),
+        world.csr[1],
+        300,
+        k=9,
+        users_per_chunk=16,
+        mesh=mesh,
+        kernels="xla" if who == "mesh" else who,
+    )
+    users = rng.permutation(37)
+    for everybody, own in ((allowed, None), (None, only), (allowed, only)):
+        rows = None if own is None else Csr.from_pairs(*np.nonzero(own), 37)
+        top = lists(users, lists.put(everybody, rows))
+        for row, user in enumerate(users):
+            free = ~world.masked[user]
+            free &= True if everybody is None else everybody
+            free &= True if own is None else own[user]
+            best = np.argsort(-np.where(free, world.scores[user], -np.inf), kind="stable")
+            wanted = best[: min(9, int(free.sum()))]
+            assert top.items[row].tolist() == [*wanted, *[-1] * (9 - wanted.size)]
+            np.testing.assert_array_equal(
+                top.scores[row][: wanted.size], world.scores[user][wanted]
+            )
+            assert np.isneginf(top.scores[row][wanted.size :]).all()
+    assert lists.put(None, None) is None
+
+
+def _everywhere(scores: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """The scores whole on every device."""
+    if mesh is None:
+        return jax.device_put(scores)
+    return jax.device_put(scores, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

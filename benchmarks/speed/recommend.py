@@ -1,0 +1,131 @@
+"""Does `slgr recommend` keep up with evaluation?
+
+    python benchmarks/speed/recommend.py
+
+The world of `ranking.py`: random factors (width 64), 20,000 of 138,000 users ranked over 27,000
+items, about 100 seen and 10 relevant items each. Users/s of evaluation of the test part, with and
+without the exact pooled AUC, and of files of the ten best items in each format, without and with
+an item filter, taking turns. Median, minimum and maximum over repeats after a warm-up; `ratio` is
+the first row's median over this one's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pyarrow as pa
+import ranking_peers
+import turns
+from absl import app
+from absl import flags as absl_flags
+
+from slgr_jax.config import RunConfig
+from slgr_jax.data import schema
+from slgr_jax.data.dataset import Csr, Dataset, Part
+from slgr_jax.mesh import make_layout
+from slgr_jax.models.scoring import ServingState
+from slgr_jax.reports import tables
+from slgr_jax.serving import recommendation_files
+from slgr_jax.serving.recommendation_files import Request
+from slgr_jax.serving.trained_run import TrainedRun
+from slgr_jax.training.restore import RestoredRun, backbone_and_context
+from slgr_jax.training.state import Learner
+
+FLAGS = absl_flags.FLAGS
+absl_flags.DEFINE_integer("repeats", 5, "timed repeats", lower_bound=1)
+absl_flags.DEFINE_enum("size", "large", list(ranking_peers.SIZES), "what to rank")
+
+
+def make_run(size: ranking_peers.Size) -> tuple[TrainedRun, np.ndarray]:
+    """A run with the factors of the world, and the users that are ranked."""
+    world = ranking_peers.make(size)
+
+    def part(pairs: tuple[np.ndarray, np.ndarray]) -> Part:
+        csr = Csr.from_pairs(*pairs, size.users)
+        return Part(csr.owners().astype(np.int32), csr.indices, None, None)
+
+    nothing = (np.zeros(0, np.int32), np.zeros(0, np.int32))
+    ids = [f"item-{item:07d}" for item in range(size.items)]
+    dataset = Dataset(
+        path=pathlib.Path("synthetic"),
+        manifest=schema.DatasetManifest("synthetic", "", {}, {}, {}, {}, "", "", {}),
+        train=part(world.seen),
+        valid=part(nothing),
+        test=part(world.relevant),
+        user_ids=pa.array([f"user-{user:07d}" for user in range(size.users)]),
+        items=pa.table({"item_id": ids}),
+    )
+    config = RunConfig("synthetic", "synthetic")
+    backbone, context = backbone_and_context(config, dataset, native=False)
+    tables = dict(zip(("user", "item"), map(jax.device_put, world.factors), strict=True))
+    learner = Learner(config, backbone, None, make_layout())
+    restored = RestoredRun(learner, dataset, ServingState({}, tables), context)
+    return TrainedRun("synthetic", restored), world.users
+
+
+class Timed:
+    """A call that serves `users` users, as a player; compiled when made."""
+
+    def __init__(self, users: int, call: Callable[[], object]) -> None:
+        self._users, self._call = users, call
+        call()
+
+    def turn(self) -> turns.Turn:
+        """One repeat."""
+        return turns.Turn(self._users, turns.timed(self._call))
+
+
+def main(_: list[str]) -> None:
+    print(f"jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    run, users = make_run(ranking_peers.SIZES[FLAGS.size])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        (folder / "users.txt").write_text("".join(f"user-{user:07d}\n" for user in users))
+        (folder / "deny.txt").write_text(
+            "".join(f"item-{item:07d}\n" for item in range(0, run.dataset.n_items, 3))
+        )
+
+        def evaluate(pooled_auc: bool) -> Callable[[], object]:
+            evaluation = dataclasses.replace(run.config.evaluation, pooled_auc=pooled_auc)
+            config = dataclasses.replace(run.config, evaluation=evaluation)
+            learner = dataclasses.replace(run.restored.learner, config=config)
+            restored = dataclasses.replace(run.restored, learner=learner)
+            evaluated = TrainedRun(run.workdir, restored)
+            return lambda: evaluated.evaluate("test")
+
+        def write(ending: str, deny: str = "") -> Callable[[], object]:
+            request = Request(users=str(folder / "users.txt"), deny=deny)
+            return lambda: recommendation_files.recommend(run, request, folder / f"out{ending}")
+
+        calls = {
+            "evaluate": evaluate(False),
+            "evaluate, pooled AUC": evaluate(True),
+            "recommend .parquet": write(".parquet"),
+            "recommend .csv": write(".csv"),
+            "recommend .jsonl": write(".jsonl"),
+            "recommend .parquet, a third denied": write(".parquet", str(folder / "deny.txt")),
+        }
+        players = [Timed(users.size, call) for call in calls.values()]
+        taken = turns.interleave(players, FLAGS.repeats)
+
+    medians = [float(np.median([turn.rate for turn in of_call])) for of_call in taken]
+    rows = [
+        {
+            "what": name,
+            "users/s": round(median),
+            "min": round(min(turn.rate for turn in of_call)),
+            "max": round(max(turn.rate for turn in of_call)),
+            "ratio": round(medians[0] / median, 2),
+        }
+        for name, median, of_call in zip(calls, medians, taken, strict=True)
+    ]
+    print(tables.markdown_table(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,70 @@
+"""The best items of users as a file: ids in, ids out.
+
+    slgr recommend --workdir=RUN --users=all --k=10 --out=lists.parquet
+    slgr recommend --workdir=RUN --users=users.txt --deny=out_of_stock.txt --out=lists.csv
+    slgr recommend --workdir=RUN --users=u1,u2 --k=5 --nomask_seen --out=lists.jsonl
+
+A row a listed item: user, item, rank (from 1), score (a logit). The lists are those that slgr
+evaluate measures on the test part: as of the end of validation, training and validation items
+left out, ties by item index. A user with fewer than k items left has fewer rows. Any number of
+users are written a block at a time; the file appears when it is whole.
+
+Files of ids are text (one id a line), CSV or TSV with a header, or Parquet. --allow and --deny
+with a user column beside the item's hold for the users they name, each for its own items; with
+such an --allow a user that it does not name gets nothing.
+"""
+
+from __future__ import annotations
+
+from absl import flags as absl_flags
+
+from slgr_jax import api
+from slgr_jax.cli import flags
+
+USAGE = __doc__ or ""
+
+
+def define() -> None:
+    """Define the command's flags."""
+    absl_flags.DEFINE_string("workdir", None, "directory of a run")
+    absl_flags.DEFINE_string("users", None, "file of user ids, all, or ids separated by commas")
+    absl_flags.DEFINE_string("out", None, "file to write; ends in .parquet, .csv or .jsonl")
+    absl_flags.DEFINE_integer("k", 10, "items a user", lower_bound=1)
+    absl_flags.DEFINE_bool("mask_seen", True, "leave out a user's training and validation items")
+    absl_flags.DEFINE_string("allow", "", "file of the only items to list; empty: all")
+    absl_flags.DEFINE_string("deny", "", "file of items not to list")
+    absl_flags.DEFINE_string(
+        "unknown", "refuse", "ids that the run does not know: refuse, or skip (and count)"
+    )
+    absl_flags.DEFINE_string("user_column", "", "column of users in CSV and Parquet; user if empty")
+    absl_flags.DEFINE_string("item_column", "", "column of items in CSV and Parquet; item if empty")
+    absl_flags.DEFINE_bool("overwrite", False, "replace --out where it is there")
+    absl_flags.DEFINE_string("checkpoint", "best", "state to recommend with: best or last")
+    absl_flags.DEFINE_string("data", "", "where the dataset of the run is now, if it was moved")
+
+
+def main(_: list[str]) -> None:
+    """Recommend, and say how many users and rows."""
+    given = flags.FLAGS
+    names = ("k", "mask_seen", "allow", "deny", "unknown", "user_column", "item_column")
+    written = api.recommend(
+        given.workdir,
+        given.users,
+        given.out,
+        data=given.data,
+        checkpoint=given.checkpoint,
+        overwrite=given.overwrite,
+        **{name: given[name].value for name in names},
+    )
+    print(written)
+
+
+def run() -> None:
+    """`slgr recommend`."""
+    flags.run(
+        main,
+        usage=USAGE,
+        name="slgr recommend",
+        define=define,
+        required=("workdir", "users", "out"),
+    )
