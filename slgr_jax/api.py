@@ -19,17 +19,14 @@ No flags are parsed and nothing is printed: lines for people go to `logging.getL
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import numbers
 import os
 import pathlib
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slgr_jax import config
-from slgr_jax.config.knobs import Section, flag_name
-from slgr_jax.errors import ConfigError, listing
+from slgr_jax.config.keywords import knob_values, section_of
+from slgr_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from slgr_jax.data.dataset import Dataset
@@ -39,9 +36,7 @@ if TYPE_CHECKING:
     from slgr_jax.experiments.study import TuneResult
     from slgr_jax.serving.export import Exported
     from slgr_jax.serving.recommendation_files import Written
-    from slgr_jax.serving.trained_run import (
-        TrainedRun,
-    )
+    from slgr_jax.serving.trained_run import TrainedRun
     from slgr_jax.training.loop import Outcome
     from slgr_jax.training.training_log import TrainingProgress
 
@@ -49,65 +44,6 @@ PathLike = str | os.PathLike[str]
 
 # The knobs of `slgr teach` that an import uses, beside DATA and NAME.
 IMPORT_COMMON = ("model", "delimiter", "rows_per_shard", "overwrite")
-
-
-# --------------------------------------------------------------------- keyword arguments
-
-
-def _typed(name: str, hint: Any, value: Any) -> Any:
-    """`value` as what a knob of type `hint` holds.
-
-    Raises:
-      ConfigError: it is of another type.
-    """
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple | range):
-        (inner, *_) = typing.get_args(hint)
-        return tuple(_typed(name, inner, element) for element in value)
-    if hint is str and isinstance(value, list | tuple):
-        return ",".join(_typed(name, str, element) for element in value)
-
-    accepted: Mapping[Any, tuple[type, Callable[[Any], Any]]] = {
-        str: (str, str),
-        bool: (bool, bool),
-        int: (numbers.Integral, int),
-        float: (numbers.Real, float),
-    }
-    if hint is str and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    kind, convert = accepted.get(hint, (tuple, tuple))
-    # True is an Integral; a knob that counts is no switch.
-    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
-        wanted = "a list" if kind is tuple else f"of type {hint.__name__}"
-        raise ConfigError(f"--{name}={value!r} is of type {type(value).__name__}, not {wanted}")
-    return convert(value)
-
-
-def _values(sections: Sequence[type[Section]], knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as knobs by their command-line names, each of its type.
-
-    Raises:
-      ConfigError: none of the sections has a knob of a name, or a value is of another type.
-    """
-    hints: dict[str, Any] = {}
-    for section in sections:
-        of_fields = typing.get_type_hints(section)
-        hints |= {flag_name(field): of_fields[field.name] for field in dataclasses.fields(section)}
-
-    values = {}
-    for keyword, value in knobs.items():
-        name = "lambda" if keyword == "lambda_" else keyword
-        if name not in hints:
-            like = difflib.get_close_matches(name, hints, n=3)
-            known = f"; did you mean {listing(like)}?" if like else ""
-            raise ConfigError(f"no knob is called {name!r}{known}")
-        values[name] = _typed(name, hints[name], value)
-    return values
-
-
-def _section(section: type[Any], values: Mapping[str, Any]) -> Any:
-    """A section with those of `values` that are its knobs."""
-    fields = {flag_name(field): field.name for field in dataclasses.fields(section)}
-    return section(**{fields[name]: value for name, value in values.items() if name in fields})
 
 
 # --------------------------------------------------------------------- from files to a run
@@ -131,8 +67,8 @@ def prepare(*, source: str, input: PathLike, out: PathLike, **knobs: Any) -> Dat
     from slgr_jax.data.ingest import prepare as ingest
 
     places = {"source": source, "input": input, "out": out}
-    values = _values((config.PrepareConfig,), {**places, **knobs})
-    return ingest.prepare(_section(config.PrepareConfig, values))
+    values = knob_values((config.PrepareConfig,), {**places, **knobs})
+    return ingest.prepare(section_of(config.PrepareConfig, values))
 
 
 def import_teacher(
@@ -156,12 +92,12 @@ def import_teacher(
     """
     from slgr_jax.teacher.products import preferences
 
-    values = _values(
+    values = knob_values(
         (config.TeachConfig, config.ImportConfig),
         {"scores": scores, "name": name, **knobs},
     )
-    common: config.TeachConfig = _section(config.TeachConfig, values)
-    options: config.ImportConfig = _section(config.ImportConfig, values)
+    common: config.TeachConfig = section_of(config.TeachConfig, values)
+    options: config.ImportConfig = section_of(config.ImportConfig, values)
     provenance = preferences.Provenance(
         built_from=options.built_from,
         unlisted=options.unlisted,
@@ -209,7 +145,7 @@ def train(
     Raises:
       UserError: bad data, teacher or knobs, or a step that was not finite, each with its fix.
     """
-    values = _values(tuple(config.sections().values()), knobs)
+    values = knob_values(tuple(config.sections().values()), knobs)
     # Absolute: a run is found from wherever it is evaluated.
     run = config.make_run(os.path.abspath(data), os.path.abspath(workdir), **values)
     config.check_used(run, values.keys())
@@ -274,15 +210,14 @@ def recommend(
       out: file to write; its ending, .parquet, .csv or .jsonl, says the format.
       k: items a user.
       mask_seen: leave out what a user has in training and validation.
-      allow: file of the only items to list, or of (user, item).
-      deny: file of items not to list, or of (user, item).
+      allow, deny: files of the only items to list, and of items not to; or of (user, item).
       unknown: ids that the run does not know: refuse, or skip (and count).
       user_column, item_column: names of columns in CSV and Parquet files; user and item if empty.
       data, checkpoint: as of `load`.
       overwrite: replace `out` where it is there.
 
     Returns:
-      How many users and rows; `print` says it in a line.
+      How many users and rows.
 
     Raises:
       UserError: a file or an id that cannot be used, or an argument that does nothing.
@@ -326,9 +261,6 @@ def export(
       k: length of the scorer's lists and of those that judge the index; None: 10.
       data, checkpoint: as of `load`.
       overwrite: replace `out` where it is an export.
-
-    Returns:
-      The path and the manifest; `print` says what was written.
 
     Raises:
       UserError: what cannot be exported, or an argument that does nothing.
@@ -428,7 +360,7 @@ def evaluate(
     places = [os.fspath(workdir) for workdir in workdirs]
     data, out = os.fspath(data), os.fspath(out)
     _check_evaluated(places, data, out, checkpoint)
-    options = _section(config.BaselineConfig, _values((config.BaselineConfig,), knobs))
+    options = section_of(config.BaselineConfig, knob_values((config.BaselineConfig,), knobs))
 
     from slgr_jax.data import dataset as dataset_lib
     from slgr_jax.evaluation import baselines
@@ -525,7 +457,7 @@ def compare(
         tune=tune or {},
         tune_lambda=arms.LAMBDAS if tune_lambda is None else tune_lambda,
         tune_guidance_loss=tune_guidance_loss,
-        knobs=_values(tuple(config.sections().values()), knobs),
+        knobs=knob_values(tuple(config.sections().values()), knobs),
     )
     paths = [data] if isinstance(data, str | os.PathLike) else data
     places = [os.fspath(path) for path in paths]

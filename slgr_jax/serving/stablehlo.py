@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from slgr_jax.serving.trained_run import TrainedRun
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_SOURCE_LINES = "jax_traceback_in_locations_limit"  # of jax.config
 Weights = dict[str, Any]
 Program = Callable[..., Any]
 
@@ -114,12 +115,12 @@ def export_scorer(run: TrainedRun, k: int) -> Exported:
 @contextlib.contextmanager
 def _without_source_lines() -> Iterator[None]:
     """Lower without the paths of this machine, which would end up in the file."""
-    before = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    before = getattr(jax.config, _SOURCE_LINES)
+    jax.config.update(_SOURCE_LINES, 0)
     try:
         yield
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", before)
+        jax.config.update(_SOURCE_LINES, before)
 
 
 def _served(run: TrainedRun) -> Scoring:
