@@ -1,4 +1,4 @@
-"""Vectors, a nearest-neighbour index, and the scorer of a run, as files for other programs.
+"""Vectors, an index of them, and the scorer of a run, as files for other programs.
 
     slgr export --workdir=RUN --out=DIR
     slgr export --workdir=RUN --out=DIR --format=npy --index=usearch --k=20

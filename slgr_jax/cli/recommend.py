@@ -2,7 +2,7 @@
 
     slgr recommend --workdir=RUN --users=all --k=10 --out=lists.parquet
     slgr recommend --workdir=RUN --users=users.txt --deny=out_of_stock.txt --out=lists.csv
-    slgr recommend --workdir=RUN --users=u1,u2 --k=5 --nomask_seen --out=lists.jsonl
+    slgr recommend --workdir=RUN --users=u1,u2 --k=5 --mask_seen=false --out=lists.jsonl
 
 A row a listed item: user, item, rank (from 1), score (a logit). The lists are those that slgr
 evaluate measures on the test part: as of the end of validation, training and validation items
