@@ -18,7 +18,8 @@ import worlds
 from absl import flags as absl_flags
 
 import slgr_jax as sl
-from slgr_jax import api, config
+from slgr_jax import config
+from slgr_jax.config.keywords import knob_values
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.training import loop
 
@@ -72,7 +73,7 @@ RUN = tuple(config.sections().values())
     ],
 )
 def test_keyword_arguments_become_knobs_of_their_type(knobs, values):
-    typed = api._values(RUN, knobs)
+    typed = knob_values(RUN, knobs)
     assert typed == values
     assert [type(value) for value in typed.values()] == [type(v) for v in values.values()]
 
@@ -94,7 +95,7 @@ def test_keyword_arguments_become_knobs_of_their_type(knobs, values):
 )
 def test_a_wrong_keyword_argument_is_named_with_its_type(knobs, message):
     with pytest.raises(ConfigError, match=message):
-        api._values(RUN, knobs)
+        knob_values(RUN, knobs)
 
 
 def test_each_function_refuses_what_is_no_knob_of_it(tmp_path):
