@@ -19,12 +19,10 @@ from slgr_jax.api import (
     load,
     prepare,
     recommend,
-    register_backbone,
-    register_gate,
-    register_guidance,
     train,
     tune,
 )
+from slgr_jax.registers import register_backbone, register_gate, register_guidance
 
 __all__ = [
     "compare",
