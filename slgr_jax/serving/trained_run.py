@@ -3,6 +3,7 @@
     run = load("RUN")
     run.scores(["u1", "u1"], ["i7", "i9"])
     run.recommend(["u1", "u2"], k=10)
+    run.fold_in({"new": ["i7"]})   # users it has never seen
     run.vectors()                 # whose inner product is the score
     run.alpha(users, preferred, other, margins)
     run.evaluate("test")
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,8 @@ from slgr_jax.models.scoring import (
 from slgr_jax.sampling import arrays, labelled_rows
 from slgr_jax.sampling.context import Queries
 from slgr_jax.sampling.preferences import pair_facts
+from slgr_jax.serving.fold_in import FoldedUsers, Folder
+from slgr_jax.serving.histories import History
 from slgr_jax.serving.recommender import (
     ItemsOf,
     Recommendations,
@@ -178,6 +181,26 @@ class TrainedRun:
     def score_users(self) -> Callable[[Any, jax.Array], jax.Array]:
         """(scoring, users [B]) -> scores [B, I]; the same function each time, compiled once."""
         return self.restored.score_users
+
+    def fold_in(
+        self, histories: Mapping[str, Sequence[str] | History], *, unknown: str = "refuse"
+    ) -> FoldedUsers:
+        """New users, from the items each has; nothing that was trained changes (`fold_in.py`).
+
+        Args:
+          histories: name -> item ids, oldest first, or a `History` with times and weights. A name
+            may be that of a known user: it is another one all the same.
+          unknown: items that the run does not know: refuse, or skip (and count).
+
+        Raises:
+          InputError: no user, an empty history, an unknown item, times or weights of no use.
+          ConfigError: a run that users cannot be folded into.
+        """
+        return self._folder.fold(histories, unknown=unknown)
+
+    @functools.cached_property
+    def _folder(self) -> Folder:
+        return Folder(self)
 
     def vectors(self) -> Vectors:
         """Vectors of all users and items whose inner product is `scores`.
