@@ -45,8 +45,8 @@ class History:
       items: ids; an item that repeats counts where it is first, as in prepared data, and its
         weights add up.
       times: of each, in any unit; None: in the order of the list, oldest first.
-      weights: how much each counts in the loss, > 0; None: the same. Histories and graphs know
-        no weights.
+      weights: how much each counts in the loss, > 0; None: the same. Of a run with --rating_power,
+        its ratings to that power. Histories and graphs know no weights.
     """
 
     items: Sequence[str]

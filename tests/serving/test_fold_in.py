@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -60,6 +61,16 @@ def mf(dataset, tmp_path_factory):
     return _trained(dataset, workdir, "last", epochs=300, eval_every=50)
 
 
+def _as_if(run, section, **values):
+    """The run as if it had been trained with other knobs of a section."""
+    config = run.config
+    changed = dataclasses.replace(getattr(config, section), **values)
+    learner = dataclasses.replace(
+        run.restored.learner, config=dataclasses.replace(config, **{section: changed})
+    )
+    return dataclasses.replace(run, restored=dataclasses.replace(run.restored, learner=learner))
+
+
 def _loss(x, run, items, weights, name):
     """Of a row of mf, with the mean over every item outside the list, in float64."""
     table = run.vectors().items.astype(np.float64)
@@ -75,8 +86,8 @@ def _loss(x, run, items, weights, name):
 
 
 @pytest.mark.parametrize("loss", ["bpr", "bce", "softmax"])
-def test_the_row_of_mf_is_the_minimum_of_its_own_loss(dataset, tmp_path, monkeypatch, loss):
-    run = _trained(dataset, tmp_path / "r", loss=loss)
+def test_the_row_of_mf_is_the_minimum_of_its_own_loss(run_of, monkeypatch, loss):
+    run = _as_if(run_of("mf"), "loss", loss=loss)
     weights = np.array([1.0, 2.0, 1.0, 0.5, 3.0])
     items = run.item_index(LIST)
     arguments = (run, items, weights, loss)
@@ -98,8 +109,8 @@ def test_the_default_steps_are_nearly_enough(mf):
     assert reached - best < 0.05 * (begun - best)
 
 
-def test_negatives_follow_the_distribution_without_the_users_items(dataset, tmp_path):
-    run = _trained(dataset, tmp_path / "r", negatives="popularity", popularity_power=1.0)
+def test_negatives_follow_the_distribution_without_the_users_items(dataset, run_of):
+    run = _as_if(run_of("mf"), "sampler", negatives="popularity", popularity_power=1.0)
     folder = fold_in.Folder(run)
     _, events, _ = events_of(run, {"a": LIST, "b": ["i0", "i1"]}, "refuse")
     ((_, chunk),) = folder._chunks(events, 2)
@@ -234,11 +245,8 @@ def test_what_cannot_be_folded_in_is_named(mf):
     assert folded.skipped == {"unknown item": 2, "user without a known item": 1}
 
 
-def test_runs_that_users_cannot_be_folded_into_are_refused(dataset, tmp_path):
-    rated = worlds.random_dataset(
-        tmp_path / "rated", n_users=N_USERS, n_items=N_ITEMS, ratings=True
-    )
-    labelled = _trained(rated, tmp_path / "l", loss="bce", rating_threshold=3.0)
+def test_runs_that_users_cannot_be_folded_into_are_refused(mf):
+    labelled = _as_if(mf, "loss", loss="bce", rating_threshold=3.0)
     with pytest.raises(ConfigError, match=r"--rating_threshold=3: this run learned its users"):
         labelled.fold_in({"a": ["i1"]})
 
