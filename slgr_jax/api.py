@@ -189,9 +189,10 @@ def load(workdir: PathLike, checkpoint: str = "best", *, data: PathLike = "") ->
 
 def recommend(
     workdir: PathLike,
-    users: PathLike,
-    out: PathLike,
+    users: PathLike = "",
+    out: PathLike = "",
     *,
+    histories: PathLike = "",
     k: int = 10,
     mask_seen: bool = True,
     allow: PathLike = "",
@@ -208,6 +209,8 @@ def recommend(
     Args:
       workdir: directory of a run that `train` has written.
       users: file of ids (text lines, CSV, Parquet), `all`, or ids separated by commas.
+      histories: in place of `users`: file of new users' events, with columns user, item and
+        perhaps a time, who are folded in (`TrainedRun.fold_in`).
       out: file to write; its ending, .parquet, .csv or .jsonl, says the format.
       k: items a user.
       mask_seen: leave out what a user has in training and validation.
@@ -225,8 +228,13 @@ def recommend(
     """
     from slgr_jax.serving import recommendation_files
 
+    if bool(users) == bool(histories):
+        raise ConfigError(
+            "give either --users (a file, all, or ids) or --histories=FILE (what new users have "
+            "done)"
+        )
     request = recommendation_files.Request(
-        users=os.fspath(users),
+        users=os.fspath(users) or "all",
         k=k,
         mask_seen=mask_seen,
         allow=os.fspath(allow),
@@ -236,7 +244,17 @@ def recommend(
         item_column=item_column,
     )
     recommendation_files.check_out(out, overwrite=overwrite)
-    return recommendation_files.recommend(load(workdir, checkpoint, data=data), request, out)
+    run = load(workdir, checkpoint, data=data)
+    if not histories:
+        return recommendation_files.recommend(run, request, out)
+    from slgr_jax.serving import read_histories
+
+    named = {"user_column": user_column or "user", "item_column": item_column or "item"}
+    folded = run.fold_in(read_histories(histories, **named), unknown=unknown)
+    if not (allow or deny):  # then no other file has columns
+        request = dataclasses.replace(request, user_column="", item_column="")
+    written = recommendation_files.recommend(folded.run, request, out)
+    return dataclasses.replace(written, skipped={**folded.skipped, **written.skipped})
 
 
 def export(

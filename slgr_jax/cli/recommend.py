@@ -12,6 +12,9 @@ users are written a block at a time; the file appears when it is whole.
 Files of ids are text (one id a line), CSV or TSV with a header, or Parquet. --allow and --deny
 with a user column beside the item's hold for the users they name, each for its own items; with
 such an --allow a user that it does not name gets nothing.
+
+--histories has the events (user, item and perhaps a time) of users that the run has never seen:
+they are folded in, and nothing that was trained changes.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ USAGE = __doc__ or ""
 def define() -> None:
     """Define the command's flags."""
     absl_flags.DEFINE_string("workdir", None, "directory of a run")
-    absl_flags.DEFINE_string("users", None, "file of user ids, all, or ids separated by commas")
+    absl_flags.DEFINE_string("users", "", "file of user ids, all, or ids separated by commas")
+    absl_flags.DEFINE_string(
+        "histories", "", "in place of --users: file of what new users have done, an event a row"
+    )
     absl_flags.DEFINE_string("out", None, "file to write; ends in .parquet, .csv or .jsonl")
     absl_flags.DEFINE_integer("k", 10, "items a user", lower_bound=1)
     absl_flags.DEFINE_bool("mask_seen", True, "leave out a user's training and validation items")
@@ -51,6 +57,7 @@ def main(_: list[str]) -> None:
         given.workdir,
         given.users,
         given.out,
+        histories=given.histories,
         data=given.data,
         checkpoint=given.checkpoint,
         overwrite=given.overwrite,
@@ -66,5 +73,5 @@ def run() -> None:
         usage=USAGE,
         name="slgr recommend",
         define=define,
-        required=("workdir", "users", "out"),
+        required=("workdir", "out"),
     )

@@ -60,7 +60,8 @@ from slgr_jax.sampling.negatives import draw_outside
 from slgr_jax.serving.histories import Events, History, events_of
 
 if TYPE_CHECKING:
-    from slgr_jax.serving.trained_run import Recommendations, TrainedRun, Vectors
+    from slgr_jax.serving.recommender import Recommendations
+    from slgr_jax.serving.trained_run import TrainedRun, Vectors
 
 # M of a score that is a dot product and of one that is a network's; powers of two.
 NEGATIVES = {"dot": 2048, "network": 256}
@@ -176,7 +177,7 @@ class Folder:
         )
         view = dataclasses.replace(run, restored=restored)
         # Compiled programs are kept with their function: the same ones, whoever the users are.
-        vars(view).update({name: getattr(run, name) for name in ("_score_users", "_pair_scores")})
+        vars(view).update({name: getattr(run, name) for name in ("score_users", "_pair_scores")})
         return FoldedUsers(view, skipped)
 
     # ------------------------------------------------------------------------ fitting rows

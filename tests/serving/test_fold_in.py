@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 
@@ -10,6 +11,7 @@ import pytest
 import scipy.optimize
 import worlds
 
+import slgr_jax as sl
 from slgr_jax import serving
 from slgr_jax.config import make_run
 from slgr_jax.errors import ConfigError, InputError
@@ -268,3 +270,20 @@ def test_histories_are_read_from_a_file(mf, tmp_path):
         read_histories(tmp_path / "new.xls")
     with pytest.raises(InputError, match=r"none.csv is not there"):
         read_histories(tmp_path / "none.csv")
+
+
+def test_new_users_of_a_file_get_a_file_of_lists(mf, tmp_path):
+    events = tmp_path / "new.csv"
+    events.write_text("user,item\n" + "".join(f"a,{item}\nb,i2\n" for item in LIST[:2]))
+    out = tmp_path / "lists.csv"
+    written = sl.recommend(mf.workdir, out=out, histories=events, k=3, checkpoint="last")
+    assert (written.users, written.rows) == (2, 6)
+    lists = mf.fold_in({"a": LIST[:2], "b": ["i2"]}).recommend(k=3)
+    with open(out, encoding="utf-8") as file:
+        rows = [(row["user"], row["item"]) for row in csv.DictReader(file)]
+    assert rows == [
+        (user, item) for user, items in zip("ab", lists.items, strict=True) for item in items
+    ]
+    for users in ("", "u1"):
+        with pytest.raises(ConfigError, match=r"either --users .* or --histories=FILE"):
+            sl.recommend(mf.workdir, users, out, histories=events if users else "", overwrite=True)
