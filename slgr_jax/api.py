@@ -57,7 +57,8 @@ def prepare(*, source: str, input: PathLike, out: PathLike, **knobs: Any) -> Dat
       source: layout of the input, one of `slgr_jax.config.SOURCES`: csv, parquet, movielens, ...
       input: file, folder or zip archive.
       out: dataset directory to write; must not exist unless `overwrite=True`.
-      **knobs: of `slgr_jax.config.PrepareConfig`: split, user_column, min_rating, ...
+      **knobs: of `slgr_jax.config.PrepareConfig`: split, user_column, min_rating, ...;
+        `append=DATA` adds the interactions to those of DATA, whose indices stay.
 
     Returns:
       The manifest: names, counts, what was dropped, hashes of the split and of the ids.
@@ -65,11 +66,13 @@ def prepare(*, source: str, input: PathLike, out: PathLike, **knobs: Any) -> Dat
     Raises:
       UserError: the input or a knob cannot be used; nothing is left at `out`.
     """
+    from slgr_jax.data.ingest import append
     from slgr_jax.data.ingest import prepare as ingest
 
     places = {"source": source, "input": input, "out": out}
     values = knob_values((config.PrepareConfig,), {**places, **knobs})
-    return ingest.prepare(section_of(config.PrepareConfig, values))
+    options = section_of(config.PrepareConfig, values)
+    return append.append(options, values) if options.append else ingest.prepare(options)
 
 
 def import_teacher(

@@ -6,6 +6,7 @@
     slgr prepare --source=parquet --input=log.parquet --items_input=items.csv --out=DATA
     slgr prepare --source=jsonl --input=reviews.json --item_column=business_id --out=DATA
     slgr prepare --source=csv --input=a.tsv --delimiter=tab --columns=user,item --out=DATA
+    slgr prepare --append=DATA --source=csv --input=today.csv --out=DATA2
 
 The default split is by one moment for all users, so that no training interaction is later than
 an evaluated one; a folder that Hugging Face `datasets` saved with its splits keeps them. Of a

@@ -19,6 +19,12 @@ class PrepareConfig(Section):
     test_input: str = knob("", "rows of a pre-made test split, same layout as --input")
     valid_input: str = knob("", "rows of a pre-made validation split, same layout as --input")
     out: str = knob("", "dataset directory to write; must not exist")
+    append: str = knob(
+        "",
+        "dataset directory to which --input is added: users and items keep their index, new ones "
+        "come after them, settings are that dataset's, and the split is made anew; it stays as it "
+        "is, --out is another",
+    )
     name: str = knob("", "data set inside --input where it holds several; also the name in reports")
     split: str = knob(
         "auto",

@@ -180,7 +180,8 @@ class DatasetManifest:
     """What a dataset directory holds and how it was made.
 
     `id_map_hash` covers the external ids in index order, `split_hash` the (user, item) pairs
-    of each part; a teacher product carries both and is refused where they differ.
+    of each part; a teacher product carries both and is refused where they differ. `parents` are
+    the datasets that this one was appended to, the nearest first (`data.lineage`).
     """
 
     name: str
@@ -192,6 +193,7 @@ class DatasetManifest:
     id_map_hash: str
     split_hash: str
     files: Mapping[str, tuple[ShardFile, ...]]  # keys: train, valid, test, users, items
+    parents: tuple[Mapping[str, Any], ...] = ()
     format: str = DATASET_FORMAT
     version: int = VERSION
 
@@ -219,6 +221,7 @@ class TeacherManifest:
     files: tuple[ShardFile, ...]
     training_items: str = "shown"  # one of TRAINING_ITEMS
     order: str = ""  # user: the rows of each shard ascend by user; empty: nothing is promised
+    carried_from: str = ""  # split hash of the parent dataset whose product this was
     format: str = TEACHER_FORMAT
     version: int = VERSION
 
@@ -376,6 +379,7 @@ def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
     if missing := sorted({*PARTS, "users", "items"} - set(raw["files"])):
         raise ManifestError(f"{where} is damaged: it lists no files of {listing(missing)}")
     raw["files"] = {key: _shard_files(value, where) for key, value in raw["files"].items()}
+    raw["parents"] = tuple(raw.get("parents", ()))
     return DatasetManifest(**raw)
 
 

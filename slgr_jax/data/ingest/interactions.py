@@ -153,15 +153,26 @@ def filtered(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
     counts: dict[str, Any] = {"rows_read": len(log)}
     if log.parts is not None:
         log = _kept(log, log.parts != columns.UNUSED, "unused_in_split_column", counts)
-    if config.min_rating > float("-inf"):
-        if log.ratings is None:
-            raise ConfigError("--min_rating is set, but the input has no ratings")
-        counts["min_rating"] = config.min_rating
-        log = _kept(log, log.ratings >= config.min_rating, "below_min_rating", counts)
+    log = _well_rated(log, config, counts)
     log = _without_repeats(log, config, counts)
     if config.user_core > 1 or config.item_core > 1:
-        log = _core(log, config, counts)
+        log = core(log, config, counts)
     return log, counts
+
+
+def well_rated(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
+    """The rows that are rated high enough, and counts as of `filtered`."""
+    counts: dict[str, Any] = {"rows_read": len(log)}
+    return _well_rated(log, config, counts), counts
+
+
+def _well_rated(log: Log, config: PrepareConfig, counts: dict[str, Any]) -> Log:
+    if config.min_rating == float("-inf"):
+        return log
+    if log.ratings is None:
+        raise ConfigError("--min_rating is set, but the input has no ratings")
+    counts["min_rating"] = config.min_rating
+    return _kept(log, log.ratings >= config.min_rating, "below_min_rating", counts)
 
 
 def _kept(log: Log, mask: np.ndarray, reason: str, counts: dict[str, Any]) -> Log:
@@ -191,7 +202,8 @@ def _without_repeats(log: Log, config: PrepareConfig, counts: dict[str, Any]) ->
     return _kept(log, keep, "duplicates", counts)
 
 
-def _core(log: Log, config: PrepareConfig, counts: dict[str, Any]) -> Log:
+def core(log: Log, config: PrepareConfig, counts: dict[str, Any]) -> Log:
+    """The rows in the k-core; what it dropped is added to `counts`."""
     # Evaluation parts made elsewhere stay as they are.
     rows = np.arange(len(log)) if log.parts is None else np.flatnonzero(log.parts == 0)
     users, items = log.users[rows], log.items[rows]

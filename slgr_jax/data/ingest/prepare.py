@@ -12,25 +12,27 @@ import numpy as np
 import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
-from slgr_jax.data import schema, shards
+from slgr_jax.data import lineage, schema, shards
 from slgr_jax.data.ingest import interactions, sources, split, texts
 from slgr_jax.data.ingest.bad_rows import told
 from slgr_jax.data.ingest.interactions import Log
 from slgr_jax.data.ingest.tables import Raw
+from slgr_jax.data.ingest.texts import Texts
 from slgr_jax.errors import ConfigError, InputError, printable
 
 
 def prepare(config: PrepareConfig) -> schema.DatasetManifest:
     """Write the dataset directory `config.out` and return its manifest.
 
-    Nothing appears at `out` unless everything was written.
+    Nothing appears at `out` unless everything was written. To add to a dataset: `append.append`.
 
     Raises:
       InputError: a file or a row cannot be used, or nothing is left after the filters.
       ConfigError: knobs that contradict each other or the source.
     """
+    assert not config.append, "append.append adds to a dataset"
     rule = _rule(config)
-    _check_out(config)
+    check_out(config)
     raw = sources.read(config)
     _check_parts(raw, config, rule)
     log, user_ids, item_ids, unit = interactions.read_log(raw, config)
@@ -44,8 +46,25 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
     user_texts, item_texts = raw.users(user_ids), raw.items(item_ids)
     users, _ = texts.attach(user_ids, user_texts, schema.USERS)
     items, items_met = texts.attach(item_ids, item_texts, schema.ITEMS)
+    source = describe_source(config, raw, (item_texts, user_texts), items_met)
+    name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
+    return write(config, name, log, users, items, source, described, filters)
+
+
+def describe_source(
+    config: PrepareConfig, raw: Raw, tables: tuple[Texts | None, Texts | None], items_met: int
+) -> dict[str, Any]:
+    """What was read, for the manifest; every line of it is accounted for.
+
+    Args:
+      tables: texts of items and of users.
+      items_met: how many items of the interactions are in the item table.
+
+    Raises:
+      InputError: a line is not accounted for.
+    """
     lines = [piece.count for piece in raw.pieces]
-    lines += [table.count for table in (item_texts, user_texts) if table is not None]
+    lines += [table.count for table in tables if table is not None]
     for count in lines:
         count.check()
     source: dict[str, Any] = {
@@ -53,10 +72,9 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
         "files": [entry for files in raw.files for entry in files.record()],
         "lines": [count.record() for count in lines],
     }
-    if item_texts is not None:
+    if tables[0] is not None:
         source["items_in_table"] = items_met
-    name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
-    return _write(config, name, log, users, items, source, described, filters)
+    return source
 
 
 def _rule(config: PrepareConfig) -> str:
@@ -93,7 +111,7 @@ def _check_parts(raw: Raw, config: PrepareConfig, rule: str) -> None:
         )
 
 
-def _check_out(config: PrepareConfig) -> None:
+def check_out(config: PrepareConfig) -> None:
     """Refuse before the work what would fail after it."""
     shards.check_target(config.out, overwrite=config.overwrite)
     teachers = pathlib.Path(config.out) / schema.TEACHER_DIR
@@ -110,6 +128,15 @@ def _split(log: Log, config: PrepareConfig, rule: str) -> tuple[Log, dict[str, A
         return _premade(log, config)
     if rule == "auto":
         rule = "global_time" if log.times is not None else "ratio"
+    return split_by_rule(log, config, rule)
+
+
+def split_by_rule(log: Log, config: PrepareConfig, rule: str) -> tuple[Log, dict[str, Any]]:
+    """Give every row its part by `rule` (global_time, leave_last or ratio); also say how.
+
+    Raises:
+      InputError: the rule needs times and there are none, or leaves a part empty.
+    """
     if rule in ("global_time", "leave_last") and log.times is None:
         raise InputError(
             f"--split={rule} needs times and the input has no column for them; name one with "
@@ -208,7 +235,7 @@ def _interactions(log: Log, code: int) -> pa.Table:
     )
 
 
-def _write(
+def write(
     config: PrepareConfig,
     name: str,
     log: Log,
@@ -217,7 +244,15 @@ def _write(
     source: Mapping[str, Any],
     described: Mapping[str, Any],
     filters: Mapping[str, Any],
+    parents: tuple[lineage.Parent, ...] = (),
 ) -> schema.DatasetManifest:
+    """Write the dataset directory `config.out`, its manifest last.
+
+    Args:
+      log: every row with its part.
+      source, described, filters: what was read, how it was split, what was left out.
+      parents: the datasets that it was appended to.
+    """
     assert log.parts is not None
     pairs = {
         part: (log.users[log.parts == code], log.items[log.parts == code])
@@ -244,6 +279,7 @@ def _write(
             id_map_hash=schema.id_map_hash(users.column(0), items.column(0)),
             split_hash=schema.split_hash(pairs),
             files=files,
+            parents=parents,
         )
         schema.write_manifest(root, manifest)
     return manifest
@@ -283,6 +319,8 @@ def summary(manifest: schema.DatasetManifest) -> str:
     lines.append("  split: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
     for key, value in described.get("cutoffs", {}).items():
         lines.append(f"  {key}: {value}")
+    if manifest.parents:
+        lines += _added(manifest)
     lines += [f"  {line}" for line in told(manifest.source["lines"])]
     lines += _dropped(filters)
     if "items_in_table" in manifest.source:
@@ -299,7 +337,36 @@ def summary(manifest: schema.DatasetManifest) -> str:
 
 
 # Of `filters`, what is no number of dropped rows.
-_NOT_DROPPED = ("rows_read", "min_rating", "k_core", "keep", "most_repeats")
+_NOT_DROPPED = (
+    *("rows_read", "min_rating", "k_core", "keep", "most_repeats"),
+    *("parent_rows", "replaced_parent_rows"),
+)
+
+
+def _added(manifest: schema.DatasetManifest) -> list[str]:
+    """What became of the dataset that this one was appended to."""
+    parent, counts, filters = manifest.parents[0], manifest.counts, manifest.filters
+    users, items = (counts[key] - parent["counts"][key] for key in ("users", "items"))
+    lines = [
+        f"  added to {parent['name']}, split {parent['split_hash'][:12]}, "
+        f"{filters['parent_rows']:,} rows: {users:,} new users, {items:,} new items; "
+        f"{filters['already_there']:,} rows name pairs that were there, "
+        f"{filters['replaced_parent_rows']:,} replace them"
+    ]
+    if parent["moved"]:
+        moved = ", ".join(f"{count:,} {key}" for key, count in parent["moved"].items())
+        lines.append(f"  rows that were there and changed part: {moved}")
+    if backward := lineage.moved_backward(manifest.parents[:1]):
+        lines.append(
+            f"  warning: {sum(backward.values()):,} of them went back to an evaluated part; a run "
+            "or a teacher of the parent has seen them and is refused here"
+        )
+    if changed := manifest.source.get("texts_changed"):
+        shown = ", ".join(f"{count:,} {name}" for name, count in changed.items())
+        lines.append(
+            f"  differ from the parent's: {shown} (the newer hold; of categories the older)"
+        )
+    return lines
 
 
 def _dropped(filters: Mapping[str, Any]) -> list[str]:

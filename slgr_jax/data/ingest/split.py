@@ -8,12 +8,14 @@ microseconds. A split is a [n] int8 array: 0 train, 1 valid, 2 test. Which rows 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from slgr_jax.errors import InputError
 
 TRAIN, VALID, TEST = 0, 1, 2
+NEW = -1  # a row that no part has yet, among rows that have one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +233,76 @@ def ratio_by_user(
             "use larger fractions or --ratio_by=all"
         )
     return parts
+
+
+def more_by_ratio(
+    parts: np.ndarray, valid_fraction: float, test_fraction: float, seed: Sequence[int]
+) -> np.ndarray:
+    """`ratio` for rows that came later: the others keep their part.
+
+    Of N rows in all, valid and test are to have `round(fraction * N)`: as many new rows as are
+    missing, at `default_rng(seed).permutation(new rows)`; the rest is train. A fresh shuffle would
+    move training rows into test, where a model or a teacher has seen them.
+
+    Args:
+      parts: [n] parts of the rows that were there, `NEW` for the others.
+    """
+    _check_fractions(valid_fraction, test_fraction)
+    new = np.flatnonzero(parts == NEW)
+    n = parts.size
+    missing = {
+        code: round(fraction * n) - int(np.count_nonzero(parts == code))
+        for code, fraction in ((TEST, test_fraction), (VALID, valid_fraction))
+    }
+    n_test = min(max(missing[TEST], 0), new.size)
+    n_valid = min(max(missing[VALID], 0), new.size - n_test)
+    order = new[np.random.default_rng(seed).permutation(new.size)]
+    out = parts.copy()
+    out[order] = TRAIN
+    out[order[:n_test]] = TEST
+    out[order[n_test : n_test + n_valid]] = VALID
+    return out
+
+
+def more_by_user_ratio(
+    users: np.ndarray,
+    parts: np.ndarray,
+    valid_fraction: float,
+    test_fraction: float,
+    seed: Sequence[int],
+) -> np.ndarray:
+    """`ratio_by_user` for rows that came later: the others keep their part.
+
+    Of a user's m rows in all, test and valid are to have as many as `ratio_by_user` gives them, and
+    get as many of the user's new rows as are missing, in the order of `default_rng(seed).random`.
+
+    Args:
+      users: [n].
+      parts: [n] parts of the rows that were there, `NEW` for the others.
+    """
+    _check_fractions(valid_fraction, test_fraction)
+    n_users = int(users.max(initial=-1)) + 1
+    counts = np.bincount(users, minlength=n_users)
+
+    def of_part(code: int) -> np.ndarray:
+        return np.bincount(users[parts == code], minlength=n_users)
+
+    new = of_part(NEW)
+    test = np.minimum(np.floor(test_fraction * counts + 0.5), counts - 1).astype(np.int64)
+    valid = np.floor(valid_fraction * counts + 0.5).astype(np.int64)
+    valid = np.clip(valid, 0, np.maximum(counts - 1 - test, 0))
+    to_test = np.clip(test - of_part(TEST), 0, new)
+    to_valid = np.clip(valid - of_part(VALID), 0, new - to_test)
+
+    rows = np.flatnonzero(parts == NEW)
+    rows = rows[np.lexsort((np.random.default_rng(seed).random(rows.size), users[rows]))]
+    first = np.cumsum(new) - new
+    place = np.arange(rows.size) - first[users[rows]]  # 0 is a user's first new row
+    out = parts.copy()
+    out[rows] = TRAIN
+    out[rows[place < (to_test + to_valid)[users[rows]]]] = VALID
+    out[rows[place < to_test[users[rows]]]] = TEST
+    return out
 
 
 def drop_seen(users: np.ndarray, items: np.ndarray, parts: np.ndarray) -> np.ndarray:

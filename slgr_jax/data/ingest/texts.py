@@ -255,6 +255,34 @@ def attach(ids: pa.Array, texts: Texts | None, layout: pa.Schema) -> tuple[pa.Ta
     return pa.table([ids, *joined], schema=layout), met
 
 
+def merged(old: pa.Table, new: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    """`new`, whose first rows are those of `old`, with what only `old` says; and what differs.
+
+    A newer text holds where there is one. The categories of the rows of `old` stay as they are,
+    none included: categories are numbered by where they come first, and keep their numbers so.
+
+    Returns:
+      The table, and by column how many rows of `old` say something else in `new`.
+    """
+    changed: dict[str, int] = {}
+    columns: list[pa.ChunkedArray | pa.Array] = [new.column(0)]
+    for name in new.column_names[1:]:
+        before, now = _flat(old.column(name)), _flat(new.column(name))
+        known, rest = now.slice(0, len(before)), now.slice(len(before))
+        says = known.is_valid()
+        if name == "categories":
+            says = pc.fill_null(pc.greater(pc.list_value_length(known), 0), False)
+            differs = [a != b for a, b in zip(before.to_pylist(), known.to_pylist(), strict=True)]
+            changed[name] = int(np.count_nonzero(differs & says.to_numpy(zero_copy_only=False)))
+            known = before
+        else:
+            both = pc.and_(says, before.is_valid())
+            changed[name] = int(pc.sum(pc.and_(both, pc.not_equal(known, before))).as_py() or 0)
+            known = pc.coalesce(known, before)
+        columns.append(pa.concat_arrays([_flat(known), rest]))
+    return pa.table(columns, schema=new.schema), changed
+
+
 def _strangers(log_id: str, texts: Texts) -> InputError:
     """What to say when no id of the interactions is in the item table."""
     table_id = texts.example
