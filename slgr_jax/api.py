@@ -150,7 +150,9 @@ def train(
       UserError: bad data, teacher or knobs, or a step that was not finite, each with its fix.
     """
     values = knob_values(tuple(config.sections().values()), knobs)
-    # Absolute: a run is found from wherever it is evaluated.
+    # Absolute: a run is found from wherever it is evaluated, and resumed.
+    if values.get("init_from"):
+        values["init_from"] = os.path.abspath(values["init_from"])
     run = config.make_run(os.path.abspath(data), os.path.abspath(workdir), **values)
     config.check_used(run, values.keys())
     if run.train.kernels != "xla":

@@ -93,6 +93,14 @@ class RunConfig:
                 "--gate=calibrated with reference among --gate_inputs"
             )
         workdir = os.path.realpath(self.workdir)
+        if self.train.init_slots != "keep" and not self.train.init_from:
+            raise ConfigError(
+                f"--init_slots={self.train.init_slots} is not used without --init_from=RUN; drop it"
+            )
+        if self.train.init_from and os.path.realpath(self.train.init_from) == workdir:
+            raise ConfigError(
+                f"--init_from={self.train.init_from} is --workdir itself; choose another --workdir"
+            )
         if workdir in map(os.path.realpath, self.gate.members):
             raise ConfigError(
                 f"--reference_runs={self.gate.reference_runs} names --workdir={self.workdir} "

@@ -25,6 +25,8 @@ ORDERS = ("random", "both", "one")
 STRUCTURED = ("json_schema", "json_object", "none")
 # What services call the most tokens of an answer.
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+# Items that a carried list could not name.
+NEW_ITEMS = ("error", "below", "unknown")
 # How teachers are made one.
 FUSIONS = ("reciprocal", "rrf", "borda", "mean")
 
@@ -52,8 +54,9 @@ class ImportConfig(Section):
 
     scores: str = knob(
         "",
-        "Parquet, Arrow or CSV file with user, item, score (empty score: not answered), or user, "
-        "item, rank (1 the best), or user, preferred, other[, margin]; ids as in the raw data",
+        "Parquet, Arrow, JSON lines or CSV file with user, item, score (empty score: not "
+        "answered), or user, item, rank (1 the best), or user, preferred, other[, margin]; ids as "
+        "in the raw data",
     )
     built_from: str = knob(
         "train_only",
@@ -358,6 +361,27 @@ class CombineConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig(Section):
+    """export: a product as a file with external ids."""
+
+    out: str = knob("", "file to write: .csv, .parquet or .jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class CarryConfig(Section):
+    """carry: a product of the dataset that DATA was appended to."""
+
+    parent: str = knob("", "dataset directory that has the product: DATA's parent", flag="from")
+    new_items: str = knob(
+        "error",
+        "where unlisted items rank below the lists: items that the parent had not rank below, too, "
+        "though the teacher could not name them (below); or unlisted items become unknown, and "
+        "only the order within the lists is kept (unknown)",
+        choices=NEW_ITEMS,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportConfig(Section):
     """report: where the teacher is right."""
 
@@ -380,5 +404,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     EmbedConfig,
     NearestConfig,
     CombineConfig,
+    ExportConfig,
+    CarryConfig,
     ReportConfig,
 )

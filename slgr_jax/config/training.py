@@ -11,6 +11,7 @@ from slgr_jax.errors import ConfigError, listing
 NEGATIVES = ("uniform", "popularity", "in_batch")
 KERNELS = ("auto", "native", "xla")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
+INIT_SLOTS = ("keep", "reset")
 TABLE_DTYPES = ("float32", "bfloat16")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
@@ -149,6 +150,18 @@ class TrainConfig(Section):
         "seconds between two checkpoints; one is also written at the end",
         minimum=0,
         maximum=COUNT,
+    )
+    init_from: str = knob(
+        "",
+        "WORKDIR of a run to begin with: same backbone and widths, on the same data or on those "
+        "that --data was made from with slgr prepare --append; new users and items begin afresh",
+    )
+    init_slots: str = knob(
+        "keep",
+        "--init_from: what the optimiser has gathered about old rows: keep = small steps for them "
+        "and large ones for new rows, best in few epochs; reset = large ones for all, better after "
+        "many",
+        choices=INIT_SLOTS,
     )
     restart: bool = knob(False, "delete what --workdir holds and start anew, instead of resuming")
     seed: int = knob(

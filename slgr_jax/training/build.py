@@ -21,7 +21,7 @@ from slgr_jax.sampling import arrays as arrays_lib
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
 from slgr_jax.sampling.context import HISTORY
 from slgr_jax.sampling.negatives import SamplingPlan
-from slgr_jax.training import objectives, restore
+from slgr_jax.training import checkpoint, objectives, restore, warm_start
 from slgr_jax.training.step import Trainer
 
 
@@ -77,6 +77,9 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     plan = _plan(run, dataset, backbone, interactions, arrays.drawn, native=native)
     trainer = Trainer(run, backbone, guidance, layout, plan)
     _check_devices(trainer)
+    begins = run.train.restart or not checkpoint.exists(run.workdir)
+    if run.train.init_from and begins:
+        warm_start.check(trainer, dataset)
     return Experiment(run, dataset, trainer, jax.device_put(arrays, layout.replicated))
 
 

@@ -20,7 +20,7 @@ import pathlib
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from slgr_jax.errors import ManifestError, UserError
@@ -183,11 +183,7 @@ class Checkpoints:
         return restored
 
     def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
-        latest = self._checkpointer.latest
-        if latest is None:
-            raise ManifestError(
-                f"{self._workdir} holds no finished checkpoint; train first (slgr train)"
-            )
+        latest = self._latest()
         try:
             with _damage(self._root / str(latest.step)):
                 restored = self._checkpointer.load_checkpointables(latest.step, targets)
@@ -201,9 +197,28 @@ class Checkpoints:
         assert isinstance(restored, dict)
         return restored
 
+    def _latest(self) -> Any:
+        latest = self._checkpointer.latest
+        if latest is None:
+            raise ManifestError(
+                f"{self._workdir} holds no finished checkpoint; train first (slgr train)"
+            )
+        return latest
+
     def _newest_step(self) -> int:
         """The step of the newest finished checkpoint on disk; -1 without one."""
         return max(steps_in(self._root), default=-1)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of the newest checkpoint's state, by its path.
+
+        Raises:
+          ManifestError: there is none, or it is damaged.
+        """
+        latest = self._latest()
+        with _damage(self._root / str(latest.step)):
+            saved = self._checkpointer.checkpointables_metadata(latest.step).metadata[_STATE]
+            return shapes_by_path(saved, lambda leaf: tuple(leaf.shape))
 
     def close(self) -> None:
         """Wait for the save under way and release the background threads."""
@@ -211,9 +226,31 @@ class Checkpoints:
         self._checkpointer.close()
 
 
+def shapes_by_path(
+    tree: Any, shape_of: Callable[[Any], tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """`tables/user` and so on -> shape, of the leaves of nested dictionaries and lists."""
+    if isinstance(tree, dict):
+        branches = [(str(name), branch) for name, branch in tree.items()]
+    elif isinstance(tree, list | tuple):
+        branches = [(str(place), branch) for place, branch in enumerate(tree)]
+    else:
+        return {} if tree is None else {"": shape_of(tree)}
+    shapes = {}
+    for name, branch in branches:
+        for path, shape in shapes_by_path(branch, shape_of).items():
+            shapes[f"{name}/{path}".rstrip("/")] = shape
+    return shapes
+
+
 def steps_in(root: pathlib.Path) -> list[int]:
     """The steps of the finished checkpoints under RUN/checkpoints."""
     return [int(path.name) for path in root.glob("*") if path.name.isdigit()]
+
+
+def exists(workdir: str) -> bool:
+    """Whether a run has a finished checkpoint."""
+    return bool(steps_in(pathlib.Path(workdir) / DIRECTORY))
 
 
 def clear(workdir: str) -> None:

@@ -223,6 +223,8 @@ class Loop:
     def train(self) -> None:
         """Train until every run is over, or a stop is asked for: each has its outcome then."""
         for at, seed in self._live:
+            if seed.run.train.init_from and not seed.progress.step:
+                self._validate_beginning(at, seed)
             if seed.over:
                 self._finish(at, seed, "finished")
         while self._live:
@@ -238,6 +240,21 @@ class Loop:
                     self._finish(at, seed, "interrupted")
                 elif whole and self._due():
                     self._save(at, seed)
+
+    def _validate_beginning(self, at: int, seed: SeedRun) -> None:
+        """Validate what --init_from gave: the state to beat, and the best if nothing does."""
+        programs = self._programs
+        seed.best = programs.serving(self._engine.state(at), self._experiment.arrays.context)
+        if not programs.validate.possible:
+            return
+        metrics = programs.validate(seed.best)
+        value = metrics[seed.run.train.early_stop_metric]
+        seed.progress = dataclasses.replace(seed.progress, best_metric=value)
+        record = {"epoch": 0, **{f"valid/{name}": metric for name, metric in metrics.items()}}
+        line = f"epoch    0  begins with valid {seed.run.train.early_stop_metric} {value:.4f}"
+        if len(self._seeds) > 1:
+            line = f"seed {seed.run.train.seed}  {line}"
+        seed.log.record(0, record, line)
 
     def _round(self) -> bool:
         """Run up to the next validation; False if a stop was asked for first."""
@@ -456,7 +473,8 @@ def open_log(run: config.RunConfig, programs: Programs, progress: Progress) -> T
         speaks = jax.process_index() == 0  # for all processes of the job
         return TrainingLog(
             run.workdir,
-            epoch=progress.epoch,
+            # Not even the record of a validation before any step is kept.
+            epoch=progress.epoch if progress.step else -1,
             total=run.train.epochs * programs.per_epoch,
             trackers=Trackers(run) if speaks and run.train.tracker_names else None,
         )

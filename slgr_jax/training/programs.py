@@ -14,6 +14,7 @@ from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import DotBackbone, JointBackbone, SequenceBackbone
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
+from slgr_jax.training import warm_start
 from slgr_jax.training.build import Experiment
 from slgr_jax.training.state import Learner, TrainState, init_state, make_serving_state
 from slgr_jax.training.step import Trainer
@@ -102,8 +103,11 @@ class Programs:
 def make_programs(experiment: Experiment) -> Programs:
     """The programs of the runs of an experiment."""
     trainer = experiment.trainer
+    init = _make_init(trainer)
+    if trainer.config.train.init_from:
+        init = warm_start.beginning(trainer, experiment.dataset, init)
     return Programs(
-        init=_make_init(trainer),
+        init=init,
         key=jax.jit(_draw_key, out_shardings=trainer.layout.replicated),
         serving=make_serving_state(trainer),
         finite=jax.jit(functools.partial(_finite, trainer)),

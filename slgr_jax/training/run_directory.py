@@ -81,15 +81,29 @@ def reference_checkpoints(run: config.RunConfig) -> list[dict[str, Any]]:
     `checkpoint` is the SHA-256 of Orbax's notes: how far the loop was, its best metric, and when it
     was written, to the nanosecond. A copy of a run has the same.
     """
-    checkpoints = []
-    for workdir in run.reference_runs:
-        step, notes = _newest_notes(workdir)
-        sha256 = hashlib.sha256(notes).hexdigest()
-        checkpoints.append({"run": os.path.abspath(workdir), "step": step, "checkpoint": sha256})
-    return checkpoints
+    return [_checkpoint_of(workdir, "--reference_runs") for workdir in run.reference_runs]
 
 
-def _newest_notes(workdir: str) -> tuple[int, bytes]:
+def _checkpoint_of(workdir: str, knob: str) -> dict[str, Any]:
+    step, notes = _newest_notes(workdir, knob)
+    sha256 = hashlib.sha256(notes).hexdigest()
+    return {"run": os.path.abspath(workdir), "step": step, "checkpoint": sha256}
+
+
+def origin(run: config.RunConfig) -> dict[str, Any] | None:
+    """Which checkpoint a run with --init_from began with, as `reference_checkpoints` has it.
+
+    A run that has a checkpoint of its own began before: what its record says holds. None without
+    --init_from, or where that record is gone.
+    """
+    if not run.train.init_from:
+        return None
+    if checkpoint.exists(run.workdir):
+        return (read_record(run.workdir) or {}).get("init_from")
+    return _checkpoint_of(run.train.init_from, "--init_from")
+
+
+def _newest_notes(workdir: str, knob: str) -> tuple[int, bytes]:
     """The step of a run's newest checkpoint, and Orbax's notes on it."""
     root = pathlib.Path(workdir) / checkpoint.DIRECTORY
     while steps := checkpoint.steps_in(root):
@@ -99,12 +113,12 @@ def _newest_notes(workdir: str) -> tuple[int, bytes]:
             # A run that still trains has just replaced it.
             if max(checkpoint.steps_in(root), default=-1) <= max(steps):
                 raise
-    raise ConfigError(f"--reference_runs: {workdir} holds no finished checkpoint; train it first")
+    raise ConfigError(f"{knob}: {workdir} holds no finished checkpoint; train it first")
 
 
 def other_reference_runs(workdir: str, run: config.RunConfig) -> str | None:
     """How the reference runs of `run` differ from those that the run in `workdir` had, if so."""
-    record, now = _record(workdir), reference_checkpoints(run)
+    record, now = read_record(workdir), reference_checkpoints(run)
     if record is None:
         names = [read_config(workdir).gate.reference_runs, run.gate.reference_runs]
         return None if names[0] == names[1] else " -> ".join(names)
@@ -117,11 +131,11 @@ def other_reference_runs(workdir: str, run: config.RunConfig) -> str | None:
 
 def recorded(workdir: str) -> dict[str, Any] | None:
     """The hashes that `run.json` names; None if there is none."""
-    found = _record(workdir)
+    found = read_record(workdir)
     return None if found is None else {key: found[key] for key in _RECORDED}
 
 
-def _record(workdir: str) -> dict[str, Any] | None:
+def read_record(workdir: str) -> dict[str, Any] | None:
     """What `run.json` says; None if there is none."""
     path = pathlib.Path(workdir) / RECORD
     if not path.is_file():
@@ -234,6 +248,7 @@ def write_record(
         "id_map_hash": dataset.manifest.id_map_hash,
         "teacher_hash": teacher_hash(run),
         "reference_runs": reference_checkpoints(run),
+        "init_from": origin(run),
         "users": dataset.n_users,
         "items": dataset.n_items,
         "train_pairs": int(dataset.history.sum()),

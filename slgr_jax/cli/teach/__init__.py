@@ -9,6 +9,8 @@
     slgr teach ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
     slgr teach collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
     slgr teach combine --data=DATA --name=NAME --names=TEACHER,TEACHER[,...]
+    slgr teach export --data=DATA --name=NAME --out=FILE
+    slgr teach carry --data=DATA2 --from=DATA --name=NAME
     slgr teach inspect --data=DATA --name=NAME
     slgr teach report --data=DATA --name=NAME [--out=FOLDER]
 
@@ -25,9 +27,11 @@ from slgr_jax.cli import flags
 from slgr_jax.cli.teach import (
     ask,
     candidates,
+    carry,
     collect,
     combine,
     embed,
+    export,
     import_scores,
     inspect,
     nearest,
@@ -52,6 +56,8 @@ COMMANDS: Mapping[str, SubCommand] = {
     "ask": ask.COMMAND,
     "collect": collect.COMMAND,
     "combine": combine.COMMAND,
+    "export": export.COMMAND,
+    "carry": carry.COMMAND,
     "inspect": inspect.COMMAND,
     "report": report.COMMAND,
 }

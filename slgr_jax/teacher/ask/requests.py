@@ -131,7 +131,7 @@ def _unsealed(manifest: schema.RequestManifest) -> tuple[schema.RequestManifest,
     return dataclasses.replace(manifest, plan=plan), stated
 
 
-def _write_manifest(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.RequestManifest:
+def write_manifest(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.RequestManifest:
     """Write it with its checksum; returns what was written."""
     plain, _ = _unsealed(manifest)
     checksum = sealed.checksum(plain)
@@ -157,9 +157,9 @@ def _write_rest(
                     "index": (*files["index"], index),
                 },
             )
-            manifest = _write_manifest(root, manifest)
+            manifest = write_manifest(root, manifest)
             bar.update(index.rows)
-    return _write_manifest(root, dataclasses.replace(manifest, complete=True))
+    return write_manifest(root, dataclasses.replace(manifest, complete=True))
 
 
 def _refuse_foreign(root: pathlib.Path, fingerprint: str, *, overwrite: bool) -> None:
@@ -190,7 +190,7 @@ def _resume(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.Requ
             files = {key: listed[:whole] for key, listed in written.files.items()}
             complete = written.complete and whole == len(written.files["index"])
             manifest = dataclasses.replace(manifest, files=files, complete=complete)
-    manifest = _write_manifest(root, manifest)
+    manifest = write_manifest(root, manifest)
 
     listed = {file.path for key in manifest.files for file in manifest.files[key]}
     for pattern in ("requests-*.jsonl*", "index-*.arrow*", ".requests-*.partial*"):

@@ -15,7 +15,7 @@ from slgr_jax.config import CollectConfig, TeachConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.teacher.collect import answer_log
-from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products import preferences, training_items
 
 
 def write(
@@ -58,6 +58,11 @@ def write(
     words = prompts <= {"pairwise", "pointwise"}
     ranked = options.aggregate == "rank" or prompts == {"ranking"}
     hidden = any(source["training_items"] == "hidden" for source in log.sources)
+    if not hidden:
+        # Of a log that was carried over: items that its prompts asked about, and that are training
+        # items by now.
+        table, dropped = training_items.drop(table, dataset, f"answer log {common.name!r}")
+        counts |= {name: count for name, count in dropped.items() if count}
     return preferences.write_product(
         dataset,
         common.name,

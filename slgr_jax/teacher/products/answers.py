@@ -1,13 +1,14 @@
 """A file of teacher answers with external ids -> rows of indices, checked.
 
-Parquet, the Arrow file and stream formats and CSV are read; the first bytes decide. Every
-refusal names the file, a row (counted from 1, a CSV header not counted) and the fix.
+Parquet, the Arrow file and stream formats, JSON lines and CSV are read; the first bytes decide.
+Every refusal names the file, a row (counted from 1, a CSV header not counted) and the fix.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "scores": ("score", "rank"),
     "preferences": ("margin",),
 }
+_ITEM_NAMES = frozenset(itertools.chain.from_iterable(_ITEM_COLUMNS.values()))
 RANK = "rank"  # the score_kind, and the column, of numbers of which 1 is the best
 _BINARY_HEADS = (b"PAR1", b"ARRO", b"\xff\xff\xff\xff")
 
@@ -159,6 +161,9 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
     if head in _BINARY_HEADS:
         return shards.read_table(path)
 
+    if head.startswith(b"{"):
+        return _read_json_lines(path)
+
     separator = {"\\t": "\t"}.get(delimiter, delimiter)
     numbers = itertools.chain.from_iterable(_NUMBERS.values())
     item_columns = itertools.chain.from_iterable(_ITEM_COLUMNS.values())
@@ -185,6 +190,44 @@ def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
         raise InputError(
             f"{path} cannot be read as CSV, Parquet or Arrow: {reason}{fix}"
         ) from error
+
+
+def _read_json_lines(path: pathlib.Path) -> pa.Table:
+    """A JSON object a line; ids are text or whole numbers, numbers may be null."""
+    number_names = {*itertools.chain.from_iterable(_NUMBERS.values())}
+    records: list[dict[str, object]] = []
+    with open(path, encoding="utf-8") as lines:
+        try:
+            for line in lines:
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise InputError(f"{path}: row {len(records) + 1} is no JSON object")
+                    records.append(record)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: row {len(records) + 1} is not JSON: {error}") from error
+
+    columns = {}
+    for name in dict.fromkeys(itertools.chain.from_iterable(records)):
+        values = [record.get(name) for record in records]
+        is_id = name == "user" or name in _ITEM_NAMES
+        texts = [_json_text(value, is_id=is_id) for value in values]
+        for row, (value, text) in enumerate(zip(values, texts, strict=True), start=1):
+            if text is None and value is not None and (is_id or name in number_names):
+                wanted = "text or a whole number" if is_id else "a number"
+                raise InputError(
+                    f"{path}: row {row} has {name} {json.dumps(value)[:80]}; give {wanted}"
+                )
+        columns[name] = pa.array(texts, pa.string())
+    return pa.table(columns)
+
+
+def _json_text(value: object, *, is_id: bool) -> str | None:
+    """A JSON text or number as text, exactly; None for what is neither, or no id."""
+    if isinstance(value, str):
+        return value
+    kinds = int if is_id else int | float
+    return repr(value) if isinstance(value, kinds) and not isinstance(value, bool) else None
 
 
 def _kind(columns: Sequence[str], path: pathlib.Path) -> str:

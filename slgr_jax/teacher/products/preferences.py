@@ -35,6 +35,7 @@ __all__ = [
     "product_path",
     "products",
     "report",
+    "stored",
     "usable_pairs",
     "write_product",
 ]
@@ -56,6 +57,7 @@ class Provenance:
       unlisted: one of `schema.UNLISTED`.
       training_items: one of `schema.TRAINING_ITEMS`.
       model, prompt_hash, score_kind: free text for reports.
+      carried_from: split hash of the parent dataset whose product this was; empty otherwise.
     """
 
     built_from: str = "train_only"
@@ -64,6 +66,7 @@ class Provenance:
     prompt_hash: str = ""
     score_kind: str = "score"
     training_items: str = "shown"
+    carried_from: str = ""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -109,6 +112,18 @@ def load(
         manifest.kind, tables, dataset.n_users, dataset.n_items, str(root)
     )
     return rows.make(manifest, arrays, offsets)
+
+
+def stored(dataset: Dataset, name: str) -> tuple[pa.Table, schema.TeacherManifest]:
+    """Every row of the product `name`, unanswered ones too, checked and ordered as by `load`.
+
+    Raises:
+      ManifestError, ShardError: as `load`.
+    """
+    root, manifest = _find(dataset, name)
+    tables = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
+    arrays, _ = rows.gather(manifest.kind, tables, dataset.n_users, dataset.n_items, str(root))
+    return rows.table_of(manifest.kind, arrays), manifest
 
 
 def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherManifest]:
@@ -449,6 +464,8 @@ def report(manifest: schema.TeacherManifest) -> str:
         f"  assumed: built_from={manifest.built_from}: {stated}; {unlisted}",
     ]
 
+    if manifest.carried_from:
+        lines.append(f"  carried over from split {manifest.carried_from[:8]}")
     if echoed := counts.get(training_items.DROPPED, 0):
         lines.append(
             f"  {echoed:,} answers of {counts[training_items.USERS]:,} users on their own training "

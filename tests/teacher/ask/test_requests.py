@@ -284,7 +284,7 @@ def damage_by_a_kill(root):
     found = schema.read_request_manifest(root)
     files = {key: listed[:3] for key, listed in found.files.items()}
     partly = dataclasses.replace(found, complete=False, files=files)
-    requests._write_manifest(root, partly)
+    requests.write_manifest(root, partly)
     (root / ".requests-00003.jsonl.7-0123abcd.partial.jsonl").write_bytes(b"{half")
     (root / "index-00003.arrow").write_bytes(b"ARROW1 half")
 

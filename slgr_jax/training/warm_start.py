@@ -1,0 +1,280 @@
+"""A run that begins where another one ended: `slgr train --init_from=RUN --data=DATA2`.
+
+    tables    the rows of RUN's users, items and categories, with their optimiser slots, are the
+              first rows; those behind them are as fresh as in any run
+    params    copied, with their optimiser's state; those of the guidance where it is the same
+    step, draws, patience    begin anew
+
+The rows and parameters are RUN's best, as it serves them, and the slots its last: a checkpoint
+keeps no others. --init_slots=reset lets them, and Adam's moments, begin anew. A backbone that
+propagates whole tables (LightGCN) serves what they become, so that there its last rows are taken.
+
+DATA2 must be what RUN was trained on, or made from it by `slgr prepare --append`; no row that RUN
+learned from, or was chosen by, may be evaluated now. RUN is read once, when a run begins: a run
+that is resumed has all of it in its own checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from slgr_jax import config
+from slgr_jax.data import lineage
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.guidance import make_guidance
+from slgr_jax.models.backbones import DotBackbone
+from slgr_jax.models.embedding_table import RowFormat, RowOptimizer
+from slgr_jax.training import checkpoint, run_directory
+from slgr_jax.training.state import Learner, TrainState, abstract_serving, abstract_state
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The run that another begins from.
+
+    Attributes:
+      config: as it was started; rows: of each of its tables, without padding.
+      shapes: of every array of its state, by path.
+    """
+
+    workdir: str
+    config: config.RunConfig
+    rows: Mapping[str, int]
+    shapes: Shapes
+
+
+def check(learner: Learner, dataset: Dataset) -> None:
+    """Refuse a --init_from that this run cannot begin from.
+
+    Raises:
+      ConfigError: RUN is no run, is another model, has seen what is evaluated now, or was trained
+        on data that this dataset does not descend from.
+      ManifestError: it has no checkpoint, or a damaged one.
+    """
+    _origin(learner, dataset)
+
+
+def beginning(
+    learner: Learner, dataset: Dataset, fresh: Callable[[np.int32], TrainState]
+) -> Callable[[np.int32], TrainState]:
+    """Seed -> the state that a run with --init_from begins with.
+
+    Args:
+      fresh: seed -> a fresh state; its rows stay where RUN has none.
+    """
+
+    @functools.cache
+    def kept() -> _Kept:
+        return _read(learner, _origin(learner, dataset))
+
+    def begin(seed: np.int32) -> TrainState:
+        state, of_run = fresh(seed), kept()
+        params, opt_state = {**state.params, **of_run.params}, state.opt_state
+        if of_run.opt_state is not None:
+            opt_state = of_run.opt_state
+        tables = {
+            name: _grown(learner, state.tables[name], rows) for name, rows in of_run.tables.items()
+        }
+        return TrainState(state.step, tables, params, opt_state)
+
+    return begin
+
+
+# --- what RUN is ------------------------------------------------------------------------------
+
+
+def _origin(learner: Learner, dataset: Dataset) -> Origin:
+    run = learner.config
+    workdir = run.train.init_from
+    source = run_directory.read_config(workdir)
+    record = run_directory.read_record(workdir)
+    if record is None:
+        raise ConfigError(f"--init_from={workdir} holds no {run_directory.RECORD}; train it first")
+    _check_data(workdir, record, dataset)
+    if source.model.backbone != run.model.backbone:
+        raise ConfigError(
+            f"--init_from={workdir} has --backbone={source.model.backbone}, this run "
+            f"--backbone={run.model.backbone}; give it the same"
+        )
+    for name in ("table_optimizer", "table_dtype"):
+        was, now = (getattr(each.optimizer, name) for each in (source, run))
+        if was != now:
+            raise ConfigError(
+                f"--init_from={workdir} has --{name}={was}, this run --{name}={now}: its rows "
+                "carry another optimiser's state; give it the same"
+            )
+    saved = checkpoint.Checkpoints(workdir, writable=False)
+    try:
+        shapes = saved.shapes()
+    finally:
+        saved.close()
+    rows = {name: int(table["rows"]) for name, table in record["tables"].items()}
+    origin = Origin(workdir, source, rows, shapes)
+    _check_shapes(learner, origin)
+    return origin
+
+
+def _check_data(workdir: str, record: Mapping[str, Any], dataset: Dataset) -> None:
+    line = lineage.line_from(dataset.manifest, record)
+    if line is None:
+        raise ConfigError(
+            f"--init_from={workdir} was trained on split {record['split_hash'][:8]}, and "
+            f"{dataset.path} (split {dataset.manifest.split_hash[:8]}) is neither that nor made "
+            "from it: add the new interactions with slgr prepare --append"
+        )
+    if backward := lineage.moved_backward(line):
+        moved = ", ".join(f"{count} {key}" for key, count in backward.items())
+        raise ConfigError(
+            f"--init_from={workdir} has seen rows that {dataset.path} evaluates ({moved}): its "
+            "metrics would flatter; train anew without --init_from"
+        )
+
+
+def _check_shapes(learner: Learner, origin: Origin) -> None:
+    """Refuse another number of columns, fewer rows, or parameters of another shape."""
+    specs = learner.backbone.tables
+    if set(specs) != set(origin.rows):
+        raise ConfigError(
+            f"--init_from={origin.workdir} has tables {listing(sorted(origin.rows))}, this run "
+            f"{listing(sorted(specs))}; give it the same knobs, and the data the same columns"
+        )
+    for name, spec in specs.items():
+        if origin.rows[name] > spec.rows:
+            raise ConfigError(
+                f"--init_from={origin.workdir} has {origin.rows[name]} rows in table {name}, this "
+                f"run {spec.rows}: rows are only added"
+            )
+    wanted = _shapes_of(_abstract(learner, origin))
+    wrong = [
+        f"{path} {list(origin.shapes.get(path, ()))} there, {list(shape)} here"
+        for path, shape in wanted.items()
+        if path.startswith(("tables/", "params/backbone")) and origin.shapes.get(path) != shape
+    ]
+    if wrong:
+        raise ConfigError(
+            f"--init_from={origin.workdir} is of other shapes: {listing(wrong)}; give it the same "
+            "knobs (where a longer history widened a window, --max_history keeps the old one)"
+        )
+
+
+def _learner_of(learner: Learner, origin: Origin) -> Learner:
+    """What RUN trained, if its model has this run's shapes."""
+    source = origin.config
+    return Learner(source, learner.backbone, make_guidance(source), learner.layout)
+
+
+def _abstract(learner: Learner, origin: Origin) -> TrainState:
+    """The state of RUN, if its shapes are those of this run's model and its own guidance."""
+    state = abstract_state(_learner_of(learner, origin))
+    layout = learner.layout
+    tables = {}
+    for name, leaf in state.tables.items():
+        rows, *_ = origin.shapes.get(f"tables/{name}", (0,))
+        # Padded for the devices that RUN had.
+        split = layout.table_sharding if rows % layout.table_shards == 0 else layout.replicated
+        tables[name] = jax.ShapeDtypeStruct((rows, leaf.shape[1]), leaf.dtype, sharding=split)
+    return TrainState(state.step, tables, state.params, state.opt_state)  # type: ignore[arg-type]
+
+
+def _shapes_of(state: TrainState) -> dict[str, tuple[int, ...]]:
+    trees = {"tables": state.tables, "params": state.params}
+    return checkpoint.shapes_by_path(trees, lambda leaf: leaf.shape)
+
+
+# --- what is taken of it ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What a run takes over: packed rows without padding, dense parameters, their optax state."""
+
+    tables: Mapping[str, jax.Array]
+    params: Mapping[str, Any]
+    opt_state: Any  # None: begins anew, as the guidance does
+
+
+def _read(learner: Learner, origin: Origin) -> _Kept:
+    of_run = _learner_of(learner, origin)
+    backbone = learner.backbone
+    serving = abstract_serving(of_run)
+    values: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(
+            (origin.rows[name], leaf.shape[1]), leaf.dtype, sharding=leaf.sharding
+        )
+        for name, leaf in serving.values.items()
+    }
+    saved = checkpoint.Checkpoints(origin.workdir, writable=False)
+    try:
+        state, best = saved.restore(
+            _abstract(learner, origin), dataclasses.replace(serving, values=values)
+        )
+    finally:
+        saved.close()
+
+    rows = {name: table[: origin.rows[name]] for name, table in state.tables.items()}
+    params: dict[str, Any] = dict(state.params)
+    if not (isinstance(backbone, DotBackbone) and backbone.whole):
+        rows = {
+            name: _with_values(packed, best.values[name], backbone.tables[name].width)
+            for name, packed in rows.items()
+        }
+        params = {"backbone": best.params, "guidance": best.guidance}
+    opt_state = state.opt_state
+    if learner.config.train.init_slots == "reset":
+        opt_state = None
+        rows = {
+            name: _with_fresh_slots(packed, backbone.tables[name].width, learner.row_optimizer)
+            for name, packed in rows.items()
+        }
+    if not _same_guidance(learner.config, origin.config):
+        del params["guidance"]
+        opt_state = None
+    return _Kept(rows, params, opt_state)
+
+
+def _with_values(
+    packed: Num[Array, "R W"], values: Float[Array, "R D"], width: int
+) -> Num[Array, "R W"]:
+    """Packed rows with other values and the slots that they have."""
+    row_format = RowFormat.of(packed, width)
+    return row_format.pack(values, row_format.unpack(packed)[1])
+
+
+def _with_fresh_slots(
+    packed: Num[Array, "R W"], width: int, optimizer: RowOptimizer
+) -> Num[Array, "R W"]:
+    """Packed rows with their values and the slots of rows that no step has touched."""
+    row_format = RowFormat.of(packed, width)
+    values, slots = row_format.unpack(packed)
+    return row_format.pack(values, jnp.broadcast_to(optimizer.initial(width), slots.shape))
+
+
+def _same_guidance(run: config.RunConfig, source: config.RunConfig) -> bool:
+    """Whether a gate means the same in both: one guidance, one gate, one list of inputs."""
+    if not (run.guided and source.guided):
+        return run.guided == source.guided
+    alike = [
+        (each.guidance.guidance, each.gate.gate, each.gate.gate_inputs) for each in (run, source)
+    ]
+    return alike[0] == alike[1]
+
+
+def _grown(learner: Learner, fresh: jax.Array, rows: jax.Array) -> jax.Array:
+    """`fresh` with `rows` as its first ones."""
+    put = jax.jit(
+        lambda table, first: jnp.asarray(table).at[: first.shape[0]].set(first),
+        donate_argnums=0,
+        out_shardings=learner.layout.table_sharding,
+    )
+    return put(fresh, rows)
