@@ -162,9 +162,12 @@ def _check_shapes(learner: Learner, origin: Origin) -> None:
         if path.startswith(("tables/", "params/backbone")) and origin.shapes.get(path) != shape
     ]
     if wrong:
+        run = dataclasses.replace(origin.config, model=learner.config.model)
+        knobs = listing(config.differences(origin.config, run)) if run != origin.config else "none"
         raise ConfigError(
-            f"--init_from={origin.workdir} is of other shapes: {listing(wrong)}; give it the same "
-            "knobs (where a longer history widened a window, --max_history keeps the old one)"
+            f"--init_from={origin.workdir} is of other shapes: {listing(wrong)}; knobs of the "
+            f"model that differ: {knobs}; give it the same (where a longer history widened a "
+            "window, --max_history keeps the old one)"
         )
 
 

@@ -225,7 +225,7 @@ def test_a_gate_is_copied_where_it_is_the_same(days, tmp_path):
     ("knobs", "words"),
     [
         ({"backbone": "lightgcn"}, "has --backbone=mf, this run --backbone=lightgcn"),
-        ({"dim": 16}, r"tables/user \[\d+, 16\] there, \[\d+, 32\] here"),
+        ({"dim": 16}, r"tables/user \[\d+, 16\] there, \[\d+, 32\] here.*--dim: 8 -> 16"),
         ({"table_optimizer": "sgd"}, "has --table_optimizer=adagrad, this run --table_optim.*=sgd"),
         ({"table_dtype": "bfloat16"}, "has --table_dtype=float32, this run --table_dtype=bfloat16"),
         ({"init_from": "nowhere"}, "nowhere is not a run"),

@@ -25,7 +25,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
     out = flags.section_from_flags(config.ExportConfig).out
     manifest, table = export.export(dataset, common.name, out, overwrite=common.overwrite)
     print(f"wrote {table.num_rows:,} rows ({', '.join(table.column_names)}) to {out}; back again:")
-    print("  " + export.command(manifest, table, out, "DATA"))
+    print("  " + export.command(manifest, table, out, common.data))
 
 
 COMMAND = SubCommand(
