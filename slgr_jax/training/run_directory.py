@@ -103,7 +103,7 @@ def origin(run: config.RunConfig) -> dict[str, Any] | None:
     return _checkpoint_of(run.train.init_from, "--init_from")
 
 
-def _newest_notes(workdir: str, knob: str) -> tuple[int, bytes]:
+def _newest_notes(workdir: str, knob: str = "--reference_runs") -> tuple[int, bytes]:
     """The step of a run's newest checkpoint, and Orbax's notes on it."""
     root = pathlib.Path(workdir) / checkpoint.DIRECTORY
     while steps := checkpoint.steps_in(root):

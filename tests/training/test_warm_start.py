@@ -84,37 +84,36 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("slots", ["keep", "reset"])
-def test_old_rows_are_the_runs_and_new_ones_are_fresh(days, tmp_path, kind, slots):
+def test_old_rows_are_the_runs_and_new_ones_are_fresh(days, tmp_path, kind):
     day1, day2 = days
-    source = trained(day1, tmp_path / "run", **KINDS[kind])
-    again = {"init_from": source.workdir, "init_slots": slots, "seed": 5}
-    run = run_of(day2, tmp_path / "next", **KINDS[kind], **again)
-    experiment, state = begin(day2, run)
-    trainer = experiment.trainer
-    fresh = state_lib.init_state(trainer, 5)
+    source = trained(day1, tmp_path / "run", **{**KINDS[kind], "epochs": 1})
     served = restore.restore_run(source.workdir).serving
-    untouched = trainer.row_optimizer.initial
+    for slots in ("keep", "reset"):
+        again = {"init_from": source.workdir, "init_slots": slots, "seed": 5}
+        experiment, state = begin(day2, run_of(day2, tmp_path / "next", **KINDS[kind], **again))
+        trainer = experiment.trainer
+        fresh = jax.jit(lambda t=trainer: state_lib.init_state(t, 5))()
 
-    for name, spec in trainer.backbone.tables.items():
-        old = {"user": day1.n_users, "item": day1.n_items}[name]
-        row_format = RowFormat.of(state.tables[name], spec.width)
-        values, kept = (np.asarray(x) for x in row_format.unpack(state.tables[name]))
-        np.testing.assert_array_equal(
-            np.asarray(state.tables[name])[old:], np.asarray(fresh.tables[name])[old:]
-        )
-        if kind != "lightgcn":  # which serves what its rows become
-            np.testing.assert_array_equal(values[:old], np.asarray(served.values[name]))
-        initial = np.broadcast_to(untouched(spec.width), kept[:old].shape)
-        assert (kept[:old] == initial).all() == (slots == "reset")
-    for ours, theirs in zip(
-        jax.tree.leaves(state.params["backbone"]), jax.tree.leaves(served.params), strict=True
-    ):
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-    assert int(state.step) == 0
-    moments = [np.abs(np.asarray(x)).sum() for x in jax.tree.leaves(state.opt_state)]
-    if kind == "sasrec":
-        assert (sum(moments) == 0) == (slots == "reset")
+        for name, spec in trainer.backbone.tables.items():
+            old = {"user": day1.n_users, "item": day1.n_items}[name]
+            row_format = RowFormat.of(state.tables[name], spec.width)
+            values, kept = (np.asarray(x) for x in row_format.unpack(state.tables[name]))
+            np.testing.assert_array_equal(
+                np.asarray(state.tables[name])[old:], np.asarray(fresh.tables[name])[old:]
+            )
+            if kind != "lightgcn":  # which serves what its rows become
+                np.testing.assert_array_equal(values[:old], np.asarray(served.values[name]))
+            initial = trainer.row_optimizer.initial(spec.width)
+            assert (kept[:old] == np.broadcast_to(initial, kept[:old].shape)).all() == (
+                slots == "reset"
+            )
+        params = (state.params["backbone"], served.params)
+        for ours, theirs in zip(*map(jax.tree.leaves, params), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+        assert int(state.step) == 0
+        moments = sum(np.abs(np.asarray(x)).sum() for x in jax.tree.leaves(state.opt_state))
+        if kind == "sasrec":
+            assert (moments == 0) == (slots == "reset")
 
 
 def test_scores_of_old_users_and_items_are_the_runs_to_the_bit(days, first, tmp_path):
