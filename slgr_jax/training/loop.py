@@ -243,18 +243,14 @@ class Loop:
 
     def _validate_beginning(self, at: int, seed: SeedRun) -> None:
         """Validate what --init_from gave: the state to beat, and the best if nothing does."""
-        programs = self._programs
-        seed.best = programs.serving(self._engine.state(at), self._experiment.arrays.context)
+        programs, context = self._programs, self._experiment.arrays.context
+        seed.best = programs.serving(self._engine.state(at), context)
         if not programs.validate.possible:
             return
-        metrics = programs.validate(seed.best)
-        value = metrics[seed.run.train.early_stop_metric]
-        seed.progress = dataclasses.replace(seed.progress, best_metric=value)
-        record = {"epoch": 0, **{f"valid/{name}": metric for name, metric in metrics.items()}}
-        line = f"epoch    0  begins with valid {seed.run.train.early_stop_metric} {value:.4f}"
-        if len(self._seeds) > 1:
-            line = f"seed {seed.run.train.seed}  {line}"
-        seed.log.record(0, record, line)
+        metrics, name = programs.validate(seed.best), seed.run.train.early_stop_metric
+        seed.progress = dataclasses.replace(seed.progress, best_metric=metrics[name])
+        record = {"epoch": 0, **{f"valid/{key}": metric for key, metric in metrics.items()}}
+        self._record(seed, record, f"epoch    0  begins with valid {name} {metrics[name]:.4f}")
 
     def _round(self) -> bool:
         """Run up to the next validation; False if a stop was asked for first."""
@@ -305,9 +301,11 @@ class Loop:
         if seed.progress.best_epoch == seed.progress.epoch:
             seed.best = serving
         seed.watch(record["train/loss"], self._experiment.trainer.plan.n_items)
-        if len(self._seeds) > 1:
-            line = f"seed {seed.run.train.seed}  {line}"
-        seed.log.record(seed.progress.step, record, line)
+        self._record(seed, record, line)
+
+    def _record(self, seed: SeedRun, record: dict[str, float | int], line: str) -> None:
+        prefix = f"seed {seed.run.train.seed}  " if len(self._seeds) > 1 else ""
+        seed.log.record(seed.progress.step, record, prefix + line)
 
     def _due(self) -> bool:
         every = self._experiment.config.train.checkpoint_every_s
@@ -473,8 +471,7 @@ def open_log(run: config.RunConfig, programs: Programs, progress: Progress) -> T
         speaks = jax.process_index() == 0  # for all processes of the job
         return TrainingLog(
             run.workdir,
-            # Not even the record of a validation before any step is kept.
-            epoch=progress.epoch if progress.step else -1,
+            epoch=progress.epoch if progress.step else -1,  # -1: keeps no record at all
             total=run.train.epochs * programs.per_epoch,
             trackers=Trackers(run) if speaks and run.train.tracker_names else None,
         )
