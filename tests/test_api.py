@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -264,7 +265,18 @@ def test_a_comparison_of_arms(prepared, tmp_path, caplog):
     (report,) = comparison.reports.values()
     assert report["protocol"]["arms"] == ["none", "global"]
     assert report["protocol"]["seeds"] == 2
-    assert str(comparison) == (tmp_path / "report.md").read_text()
+    (text,) = comparison.texts.values()
+    assert text == (tmp_path / "report.md").read_text()
+
+    # What it ends with: the small table, in three files too.
+    row = next(row for row in report["rows"] if row["primary"] and row["slice"] == "overall")
+    assert str(comparison).startswith("in short (log, teacher llm, test, mean of 2 seeds):")
+    assert f"{row['mean']:.4f}" in str(comparison)
+    with open(tmp_path / "summary.csv", encoding="utf-8") as file:
+        first = next(csv.DictReader(file))
+    assert (first["arm"], float(first["overall"])) == (row["arm"], row["mean"])
+    assert (tmp_path / "summary.md").is_file()
+    assert (tmp_path / "summary.tex").is_file()
     assert "epoch    2" in next(tmp_path.rglob("train.log")).read_text()
     assert not any(record.getMessage().startswith("epoch") for record in caplog.records)
 
