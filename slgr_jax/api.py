@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from slgr_jax.evaluation.results import EvaluatedRun
     from slgr_jax.experiments.comparison import Comparison
     from slgr_jax.experiments.study import TuneResult
+    from slgr_jax.reports.inspection import Inspection
     from slgr_jax.serving.export import Exported
     from slgr_jax.serving.recommendation_files import Written
     from slgr_jax.serving.trained_run import TrainedRun
@@ -297,6 +298,28 @@ def export(
     shards.check_target(out, overwrite=overwrite)
     run = load(workdir, checkpoint, data=data)
     return export_lib.export(run, request, out, overwrite=overwrite)
+
+
+def inspect(*, workdir: PathLike = "", data: PathLike = "") -> Inspection:
+    """What a run or a dataset directory is, every byte of it checked; `slgr inspect`.
+
+    Args:
+      workdir: directory of a run; or
+      data: dataset directory.
+
+    Returns:
+      `facts`, and `faults`: what is damaged or missing, empty where nothing is.
+
+    Raises:
+      UserError: there is no such run or dataset, or its first file is damaged.
+    """
+    from slgr_jax.reports import inspection
+
+    if bool(os.fspath(workdir)) == bool(os.fspath(data)):
+        raise ConfigError("give one of workdir=RUN and data=DATA")
+    if workdir:
+        return inspection.inspect_run(os.fspath(workdir))
+    return inspection.inspect_data(os.fspath(data))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

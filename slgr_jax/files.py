@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks that end with their process, the user's cache.
+"""Files that are whole or absent, and the user's cache.
 
 Standard library only: every other package may use it.
 """
@@ -6,30 +6,12 @@ Standard library only: every other package may use it.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import pathlib
-import platform
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 PathLike = str | os.PathLike[str]
-
-# What flock says where the file system keeps no locks (some network mounts).
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-
-
-class LockHeldError(Exception):
-    """Another process holds the lock.
-
-    Attributes:
-      holder: `PID on HOST`, or empty where the lock is on a directory, which names nobody.
-    """
-
-    def __init__(self, path: PathLike, holder: str) -> None:
-        super().__init__(f"{os.fspath(path)} is held by {holder or 'another process'}")
-        self.holder = holder
 
 
 def atomically(
@@ -82,47 +64,6 @@ def sync(path: PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def hold(path: PathLike) -> Iterator[bool]:
-    """Hold an exclusive lock on a directory, or on a file that is made where it is missing.
-
-    The system lets go however the process ends. A locked file holds `PID on HOST`, for whoever
-    finds it locked; a directory is locked without a trace.
-
-    Yields:
-      Whether there is a lock: False on a file system that has none, where a second process
-      gets past this call.
-
-    Raises:
-      LockHeldError: another process holds it.
-      OSError: the file cannot be made or opened.
-    """
-    is_directory = os.path.isdir(path)
-    flags = os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    try:
-        locked = _lock(descriptor, path, is_directory)
-        if not is_directory:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()} on {platform.node()}".encode(), 0)
-        yield locked
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: PathLike, is_directory: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        text = b"" if is_directory else os.pread(descriptor, 300, 0)
-        raise LockHeldError(path, text.decode("utf-8", "replace").strip()) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
 
 
 def cache_directory(*parts: str) -> pathlib.Path:

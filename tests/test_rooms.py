@@ -27,7 +27,7 @@ ROOMS = (
     ("kernels",),
     ("config",),
     ("mesh",),
-    ("errors", "files"),
+    ("errors", "files", "json_files", "locks"),
 )
 # Of the groups of teacher/: what each may import of the others.
 TEACHER: dict[str, set[str]] = {

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Collection
 from typing import Any
 
+from slgr_jax import json_files
 from slgr_jax.errors import ConfigError, listing
 
 # Upper bounds of knobs that have none of their own. What is past them fits no machine, and would
@@ -109,8 +110,10 @@ class Section:
 
 
 def to_json(config: Any) -> str:
-    """A config as JSON text, one key a field; `from_json` reads it back."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+    """A config as JSON text, one key a field and a checksum; `from_json` reads it back."""
+    return (
+        json.dumps(json_files.sealed(dataclasses.asdict(config)), indent=2, sort_keys=True) + "\n"
+    )
 
 
 def from_json(
@@ -125,8 +128,10 @@ def from_json(
       ConfigError: not JSON, an unknown key, a value of another type or outside its range.
     """
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = json_files.loads(text)
+        if isinstance(values, dict):
+            values = json_files.unsealed(values)
+    except ValueError as error:
         raise ConfigError(f"{where} is damaged: {error}") from error
     if upgrade is not None:
         upgrade(values)

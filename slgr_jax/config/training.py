@@ -185,7 +185,9 @@ class TrainConfig(Section):
         "trackers that are told what log.jsonl holds, with commas: tensorboard, wandb, mlflow "
         "(extras of these names); their own environment variables say where",
     )
-    verify_checksums: bool = knob(True, "check every shard's SHA-256 when loading")
+    verify_checksums: bool = knob(
+        True, "check the checksum of every shard and checkpoint when loading"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from slgr_jax import config, files
+from slgr_jax import config, files, json_files
 from slgr_jax.errors import ManifestError, ShardError, listing
 
 MANIFEST = "manifest.json"
@@ -318,6 +318,8 @@ AnyManifest = (
     | AnswerManifest
     | EmbeddingManifest
 )
+# These carry a checksum in a field of theirs (`teacher.products.sealed`).
+_SELF_SEALED = frozenset({REQUESTS_FORMAT, ANSWERS_FORMAT})
 _CLASSES: Mapping[str, type[AnyManifest]] = {
     DATASET_FORMAT: DatasetManifest,
     TEACHER_FORMAT: TeacherManifest,
@@ -368,7 +370,10 @@ def write_manifest(
 
     It appears only when it is whole, so that one which is there can be replaced.
     """
-    text = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
+    values = dataclasses.asdict(manifest)
+    if manifest.format not in _SELF_SEALED:
+        values = json_files.sealed(values)
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     files.write_atomically(pathlib.Path(directory) / file_name, text, durable=True)
 
 
@@ -444,9 +449,11 @@ def _read_json(
             f"{directory} holds no {file_name}: it is not a finished product; make it with {maker}"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = sealed = json_files.loads(path.read_bytes())
+    except ValueError as error:
         raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
+    if isinstance(raw, dict) and expected not in _SELF_SEALED:
+        raw = {name: value for name, value in raw.items() if name != json_files.CHECKSUM}
     if not isinstance(raw, dict) or raw.get("format") != expected:
         stored = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise ManifestError(f"{path} describes {stored!r}, expected {expected!r}")
@@ -472,7 +479,10 @@ def _read_json(
                 f"{path} is damaged: {field.name} is {json.dumps(raw[field.name])[:80]}; "
                 f"make it again with {maker}"
             )
-    return raw
+    try:
+        return raw if expected in _SELF_SEALED else json_files.unsealed(sealed)
+    except ValueError as error:
+        raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
 
 
 def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:

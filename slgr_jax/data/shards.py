@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 from slgr_jax.data.schema import MANIFEST, ShardFile, check_schema
 from slgr_jax.errors import InputError, ShardError, printable
-from slgr_jax.files import LockHeldError, PathLike, hold
+from slgr_jax.files import PathLike
 from slgr_jax.files import sync as sync
+from slgr_jax.locks import LockHeldError, LockLostError, hold
 
 # Temporary directories that were not touched for so long, and that nobody holds, are leftovers.
 _LEFTOVER_S = 60.0
@@ -101,14 +102,14 @@ def _remove_leftovers(target: pathlib.Path) -> None:
     A process that is about to take its lock could lose its empty directory: only old ones go.
     """
     for path in target.parent.glob(f"{glob.escape(_staging_prefix(target))}*"):
-        with contextlib.suppress(OSError, LockHeldError):
+        # The heartbeat's file of a lock goes with its directory.
+        with contextlib.suppress(OSError, LockHeldError, LockLostError):
             if time.time() - path.stat().st_mtime < _LEFTOVER_S:
                 continue
             if path.name.endswith("-old") and not target.exists():
                 continue  # what `target` held until the process that replaced it was killed
-            with hold(path) as is_locked:
-                if is_locked:
-                    shutil.rmtree(path, ignore_errors=True)
+            with hold(path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(out: PathLike, *, overwrite: bool) -> None:
@@ -133,18 +134,24 @@ def check_target(out: PathLike, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def locked(directory: PathLike) -> Iterator[None]:
-    """Hold a directory against other writers; the system lets go however the process ends.
+    """Hold a directory against other writers, as `locks.hold` does.
 
     Raises:
-      InputError: another process holds it.
+      InputError: another process holds it, or took it over meanwhile.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(hold(directory))
-        except LockHeldError as error:
-            message = f"{directory} is being written by another process; wait for it"
-            raise InputError(message) from error
-        yield
+    try:
+        with hold(directory):
+            yield
+    except LockHeldError as error:
+        holder = f" ({error.holder})" if error.holder else ""
+        raise InputError(
+            f"{directory} is being written by another process{holder}; wait for it"
+        ) from error
+    except LockLostError as error:
+        raise InputError(
+            f"{directory} was taken over by {error.holder or 'another process'}, because this "
+            "process was not heard of; wait for that one, then give the same command again"
+        ) from error
 
 
 def sha256_of(path: PathLike) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from slgr_jax import json_files
+from slgr_jax.errors import ConfigError
 from slgr_jax.files import write_atomically
 
 OUTCOME, ROWS, LOG = "outcome.json", "rows.json", "log.jsonl"
@@ -34,8 +36,22 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """What a JSON file holds; None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a JSON file holds; None where there is none.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    return _loads(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+def _loads(text: str | bytes, where: str) -> Any:
+    try:
+        return json_files.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{where} is damaged ({error}); put back a copy, or remove the run's directory to "
+            "train it again"
+        ) from error
 
 
 def outcome(workdir: PathLike) -> dict[str, Any] | None:
@@ -58,8 +74,10 @@ def evaluated(workdir: PathLike) -> bool:
 def log(workdir: PathLike) -> list[dict[str, Any]]:
     """The records of log.jsonl, one a validation."""
     path = pathlib.Path(workdir) / LOG
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
+    return [_loads(line, f"{path}, line {number},") for number, line in enumerate(lines, start=1)]
 
 
 def slices(workdir: PathLike) -> dict[str, dict[str, Any]]:

@@ -1,54 +1,44 @@
-"""Checkpoints: one atomic Orbax v1 directory holds all that a run needs to go on.
+"""Checkpoints: one atomic directory holds all that a run needs to go on, and a list of its files.
 
-A checkpoint has the train state (step, tables with optimiser slots, parameters, optax state),
-the best serving state so far, and the loop's progress (epoch, counters, partial sums) as
-JSON. All three become visible together, so neither a kill nor a full disk can leave "best"
-and "last" at odds. The draws are a function of (seed, step): there is no iterator to save.
+A checkpoint has the train state (step, tables with optimiser slots, parameters, optax state) and
+the best serving state so far, as Orbax v1 writes them, and a manifest (checkpoint_manifest.py) with
+the loop's progress (epoch, counters, partial sums) and every file's checksum. All become visible
+together, so neither a kill nor a full disk can leave "best" and "last" at odds. The draws are a
+function of (seed, step): there is no iterator to save.
+
+    Orbax writes STEP.partial; the manifest is written into it; STEP.partial is renamed to STEP;
+    the checkpoint before it is renamed to OLD.removed, and removed.
 
 Orbax takes half as long to import as JAX: it is, once there is something to restore or to save.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-import dataclasses
 import errno
-import functools
-import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
+from slgr_jax import files
 from slgr_jax.errors import ManifestError, UserError
 from slgr_jax.models.scoring import ServingState
+from slgr_jax.training import checkpoint_manifest
+from slgr_jax.training.checkpoint_manifest import DIRECTORY, ArrayShape
+from slgr_jax.training.checkpoint_manifest import Progress as Progress
 from slgr_jax.training.state import TrainState
 
-DIRECTORY = "checkpoints"
 _STATE, _BEST = "state", "best"
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where the loop stands; plain numbers, saved with the state.
-
-    Attributes:
-      step: steps done.
-      epoch: whole epochs done.
-      sums: sums of metrics since the last validation.
-      best_metric, best_epoch: the best validation so far; epoch 0 is the initial state.
-      stale: validations since then.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    best_metric: float | None = None
-    best_epoch: int = 0
-    stale: int = 0
+# What a save that was cut short leaves, in this version (STEP.partial, OLD.removed) and in Orbax.
+_LEFTOVER = re.compile(r"\d+\.(partial|removed|orbax-checkpoint-tmp).*")
 
 
 @contextlib.contextmanager
@@ -102,9 +92,18 @@ class Checkpoints:
     Args:
       workdir: the run's directory.
       writable: also removes what an interrupted save left behind.
+      verify: compare every file's checksum before it is restored; sizes always are.
+      may_write: called before a save and before it becomes visible; what it raises stops it.
     """
 
-    def __init__(self, workdir: str, *, writable: bool) -> None:
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        writable: bool,
+        verify: bool = True,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
         self._workdir = workdir
         self._root = root = pathlib.Path(workdir).absolute() / DIRECTORY
         if root.exists() and not root.is_dir():
@@ -113,39 +112,52 @@ class Checkpoints:
             )
         if writable:
             root.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _remove_leftovers(root)
         elif not root.is_dir():
             raise ManifestError(f"{workdir} holds no checkpoints; train first (slgr train)")
-        self._writable = writable
-        self._pending: Any = None
-
-    @functools.cached_property
-    def _checkpointer(self) -> Any:
-        from orbax.checkpoint import v1 as ocp
-
-        return ocp.training.Checkpointer(
-            self._root,
-            preservation_policy=ocp.training.preservation_policies.LatestN(1),
-            cleanup_tmp_directories=self._writable,
-        )
+        self._verify, self._may_write = verify, may_write
+        self._saved_step = max(checkpoint_manifest.steps_in(root), default=-1)
+        self._publisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
 
     def save(self, state: TrainState, best: ServingState, progress: Progress) -> None:
         """Start writing a checkpoint; a checkpoint of this very step is left as it is.
 
-        Orbax replaces a step by deleting it first, and a kill in between would lose it. The loop
+        To replace a step is to delete it first, and a kill in between would lose it. The loop
         therefore saves a step once, with all that belongs to it. The arrays are copied off the
         device before this returns, so the state may be donated to the next step at once.
         """
         self.wait()
-        latest = self._checkpointer.latest
-        if latest is not None and latest.step == progress.step:
+        if self._saved_step == progress.step:
             return
+        self._may_write()
+        from orbax.checkpoint import v1 as ocp
+
+        trees = {_STATE: state, _BEST: best}
+        shapes = array_shapes(trees)
+        partial = self._root / f"{progress.step}.partial"
         with _disk_errors(self._root):
-            self._pending = self._checkpointer.save_checkpointables_async(
-                progress.step,
-                {_STATE: state, _BEST: best},
-                force=True,
-                custom_metadata={"progress": json.dumps(dataclasses.asdict(progress))},
-            )
+            written = ocp.save_checkpointables_async(partial, trees)
+        self._pending = self._publisher.submit(self._publish, partial, written, progress, shapes)
+        self._saved_step = progress.step
+
+    def _publish(
+        self, partial: pathlib.Path, written: Any, progress: Progress, shapes: list[ArrayShape]
+    ) -> None:
+        """List what Orbax has written, make it visible, remove the checkpoints before it."""
+        written.result()
+        if jax.process_index():
+            return  # the first process of a job speaks for all
+        checkpoint_manifest.write(partial, progress, shapes)
+        self._may_write()
+        earlier = checkpoint_manifest.steps_in(self._root)
+        partial.rename(self._root / str(progress.step))
+        files.sync(self._root)
+        for step in earlier:
+            removed = self._root / f"{step}.removed"
+            (self._root / str(step)).rename(removed)
+            shutil.rmtree(removed)
 
     def wait(self) -> None:
         """Wait for the save under way; its error, if any, is raised here."""
@@ -156,14 +168,8 @@ class Checkpoints:
 
     def progress(self) -> Progress | None:
         """What the newest whole checkpoint says of the loop; None if there is none."""
-        if not any(self._root.iterdir()):
-            return None
-        latest = self._checkpointer.latest
-        if latest is None:
-            return None
-        with _damage(self._root / str(latest.step)):
-            metadata = self._checkpointer.checkpointables_metadata(latest.step).custom_metadata
-            return Progress(**json.loads(metadata["progress"]))
+        manifest = checkpoint_manifest.newest(self._root, checkpoint_manifest.read)
+        return None if manifest is None else manifest.progress
 
     def restore(self, state: TrainState, serving: ServingState) -> tuple[TrainState, ServingState]:
         """The newest checkpoint, laid out as its abstract states say."""
@@ -183,31 +189,20 @@ class Checkpoints:
         return restored
 
     def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
-        latest = self._latest()
-        try:
-            with _damage(self._root / str(latest.step)):
-                restored = self._checkpointer.load_checkpointables(latest.step, targets)
-        except ManifestError:
-            # A run that still trains replaces its checkpoint: take the one after it.
-            if self._writable or self._newest_step() <= latest.step:
-                raise
-            self._checkpointer.close()
-            del self._checkpointer
-            return self._load(targets)
-        assert isinstance(restored, dict)
-        return restored
+        from orbax.checkpoint import v1 as ocp
 
-    def _latest(self) -> Any:
-        latest = self._checkpointer.latest
-        if latest is None:
+        def load(directory: pathlib.Path) -> dict[str, Any]:
+            checkpoint_manifest.verify(directory, contents=self._verify)
+            with _damage(directory):
+                restored: dict[str, Any] = ocp.load_checkpointables(directory, targets)
+                return restored
+
+        restored = checkpoint_manifest.newest(self._root, load)
+        if restored is None:
             raise ManifestError(
                 f"{self._workdir} holds no finished checkpoint; train first (slgr train)"
             )
-        return latest
-
-    def _newest_step(self) -> int:
-        """The step of the newest finished checkpoint on disk; -1 without one."""
-        return max(steps_in(self._root), default=-1)
+        return restored
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array of the newest checkpoint's state, by its path.
@@ -215,42 +210,49 @@ class Checkpoints:
         Raises:
           ManifestError: there is none, or it is damaged.
         """
-        latest = self._latest()
-        with _damage(self._root / str(latest.step)):
-            saved = self._checkpointer.checkpointables_metadata(latest.step).metadata[_STATE]
-            return shapes_by_path(saved, lambda leaf: tuple(leaf.shape))
+        manifest = checkpoint_manifest.newest(self._root, checkpoint_manifest.read)
+        if manifest is None:
+            raise ManifestError(
+                f"{self._workdir} holds no finished checkpoint; train first (slgr train)"
+            )
+        prefix = f"{_STATE}/"
+        return {
+            array.name.removeprefix(prefix): array.shape
+            for array in manifest.arrays
+            if array.name.startswith(prefix)
+        }
 
     def close(self) -> None:
-        """Wait for the save under way and release the background threads."""
-        self.wait()
-        self._checkpointer.close()
+        """Wait for the save under way and release the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._publisher.shutdown()
 
 
-def shapes_by_path(
-    tree: Any, shape_of: Callable[[Any], tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """`tables/user` and so on -> shape, of the leaves of nested dictionaries and lists."""
-    if isinstance(tree, dict):
-        branches = [(str(name), branch) for name, branch in tree.items()]
-    elif isinstance(tree, list | tuple):
-        branches = [(str(place), branch) for place, branch in enumerate(tree)]
-    else:
-        return {} if tree is None else {"": shape_of(tree)}
-    shapes = {}
-    for name, branch in branches:
-        for path, shape in shapes_by_path(branch, shape_of).items():
-            shapes[f"{name}/{path}".rstrip("/")] = shape
-    return shapes
+def array_shapes(trees: Mapping[str, Any]) -> list[ArrayShape]:
+    """Name (`tables/user`), shape and type of every array of what is saved."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(dict(trees))
+    return [
+        ArrayShape(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            tuple(leaf.shape),
+            str(leaf.dtype),
+            leaf.size * leaf.dtype.itemsize,
+        )
+        for path, leaf in leaves
+    ]
 
 
-def steps_in(root: pathlib.Path) -> list[int]:
-    """The steps of the finished checkpoints under RUN/checkpoints."""
-    return [int(path.name) for path in root.glob("*") if path.name.isdigit()]
+def _remove_leftovers(root: pathlib.Path) -> None:
+    for path in root.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def exists(workdir: str) -> bool:
     """Whether a run has a finished checkpoint."""
-    return bool(steps_in(pathlib.Path(workdir) / DIRECTORY))
+    return bool(checkpoint_manifest.steps_in(pathlib.Path(workdir) / DIRECTORY))
 
 
 def clear(workdir: str) -> None:

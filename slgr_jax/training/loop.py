@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -416,8 +416,8 @@ def train(run: config.RunConfig) -> Outcome:
     with _stop_on_signal() as stop, jax.transfer_guard("disallow"):
         with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
             experiment = build(run, dataset)
-        with run_directory.opened(run, dataset):
-            return _train_one(experiment, stop)
+        with run_directory.opened(run, dataset) as may_write:
+            return _train_one(experiment, stop, may_write)
 
 
 def load_data(run: config.RunConfig) -> Dataset:
@@ -436,14 +436,21 @@ def load_data(run: config.RunConfig) -> Dataset:
     return dataset_lib.load(run.data, verify=run.train.verify_checksums)
 
 
-def _train_one(experiment: Experiment, stop: threading.Event) -> Outcome:
+def _train_one(
+    experiment: Experiment, stop: threading.Event, may_write: Callable[[], None]
+) -> Outcome:
     run, trainer = experiment.config, experiment.trainer
     seed_number = np.int32(run.train.seed)
     with jax.transfer_guard("allow"):
         programs = make_programs(experiment)
         key = programs.key(seed_number)
         run_steps = make_run_steps(trainer)
-        saved = checkpoint.Checkpoints(run.workdir, writable=True)
+        saved = checkpoint.Checkpoints(
+            run.workdir,
+            writable=True,
+            verify=run.train.verify_checksums,
+            may_write=may_write,
+        )
         progress = saved.progress()
         if progress is None:
             progress = Progress()

@@ -266,9 +266,9 @@ def _train_group(
     with contextlib.ExitStack() as stack:
         seeds = []
         for run in runs:
-            stack.enter_context(run_directory.opened(run, experiment.dataset))
+            may_write = stack.enter_context(run_directory.opened(run, experiment.dataset))
             loop.write_record(experiment, run, programs)
-            saved = checkpoint.Checkpoints(run.workdir, writable=True)
+            saved = checkpoint.Checkpoints(run.workdir, writable=True, may_write=may_write)
             stack.callback(saved.close)
             log = stack.enter_context(loop.open_log(run, programs, checkpoint.Progress()))
             seeds.append(loop.SeedRun(run, saved, log))

@@ -122,7 +122,7 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
     layout = make_layout()
     learner = Learner(run, backbone, make_guidance(run), layout)
     placed = jax.device_put(looked_up, layout.replicated)
-    saved = checkpoint.Checkpoints(workdir, writable=False)
+    saved = checkpoint.Checkpoints(workdir, writable=False, verify=run.train.verify_checksums)
     try:
         if which == "best":
             serving = saved.restore_best(abstract_serving(learner))

@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from slgr_jax import __version__, config, files
+from slgr_jax import __version__, config, files, json_files, locks
 from slgr_jax.config import knobs
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation.results import METRICS, PER_USER, PICTURE
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import checkpoint, tracking
+from slgr_jax.training import checkpoint, checkpoint_manifest, tracking
 from slgr_jax.training.step import Trainer
 
 CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
@@ -78,16 +77,22 @@ def _upgrade(values: Any) -> None:
 def reference_checkpoints(run: config.RunConfig) -> list[dict[str, Any]]:
     """Where each reference run lies, and which checkpoint it holds.
 
-    `checkpoint` is the SHA-256 of Orbax's notes: how far the loop was, its best metric, and when it
-    was written, to the nanosecond. A copy of a run has the same.
+    `checkpoint` is the checksum of its manifest, which has those of all files: a copy of a run has
+    the same.
     """
     return [_checkpoint_of(workdir, "--reference_runs") for workdir in run.reference_runs]
 
 
 def _checkpoint_of(workdir: str, knob: str) -> dict[str, Any]:
-    step, notes = _newest_notes(workdir, knob)
-    sha256 = hashlib.sha256(notes).hexdigest()
-    return {"run": os.path.abspath(workdir), "step": step, "checkpoint": sha256}
+    root = pathlib.Path(workdir) / checkpoint_manifest.DIRECTORY
+    manifest = checkpoint_manifest.newest(root, checkpoint_manifest.read)
+    if manifest is None:
+        raise ConfigError(f"{knob}: {workdir} holds no finished checkpoint; train it first")
+    return {
+        "run": os.path.abspath(workdir),
+        "step": manifest.progress.step,
+        "checkpoint": manifest.checksum,
+    }
 
 
 def origin(run: config.RunConfig) -> dict[str, Any] | None:
@@ -101,19 +106,6 @@ def origin(run: config.RunConfig) -> dict[str, Any] | None:
     if checkpoint.exists(run.workdir):
         return (read_record(run.workdir) or {}).get("init_from")
     return _checkpoint_of(run.train.init_from, "--init_from")
-
-
-def _newest_notes(workdir: str, knob: str = "--reference_runs") -> tuple[int, bytes]:
-    """The step of a run's newest checkpoint, and Orbax's notes on it."""
-    root = pathlib.Path(workdir) / checkpoint.DIRECTORY
-    while steps := checkpoint.steps_in(root):
-        try:
-            return max(steps), (root / str(max(steps)) / "_CHECKPOINT_METADATA").read_bytes()
-        except FileNotFoundError:
-            # A run that still trains has just replaced it.
-            if max(checkpoint.steps_in(root), default=-1) <= max(steps):
-                raise
-    raise ConfigError(f"{knob}: {workdir} holds no finished checkpoint; train it first")
 
 
 def other_reference_runs(workdir: str, run: config.RunConfig) -> str | None:
@@ -131,8 +123,8 @@ def other_reference_runs(workdir: str, run: config.RunConfig) -> str | None:
 
 def recorded(workdir: str) -> dict[str, Any] | None:
     """The hashes that `run.json` names; None if there is none."""
-    found = read_record(workdir)
-    return None if found is None else {key: found[key] for key in _RECORDED}
+    hashes = read_record(workdir)
+    return None if hashes is None else {key: hashes[key] for key in _RECORDED}
 
 
 def read_record(workdir: str) -> dict[str, Any] | None:
@@ -141,9 +133,9 @@ def read_record(workdir: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        return found | {key: found[key] for key in _RECORDED}
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        resolved = json_files.unsealed(json_files.loads(path.read_bytes()))
+        return resolved | {key: resolved[key] for key in _RECORDED}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{path} is damaged; restore it, or remove it: training writes it again"
         ) from error
@@ -166,8 +158,11 @@ def teacher_hash(run: config.RunConfig) -> str:
 
 
 @contextlib.contextmanager
-def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
+def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[Callable[[], None]]:
     """Hold a run's directory, with its config written, against other processes.
+
+    Yields:
+      `may_write`, which raises a ConfigError once another process has taken the directory over.
 
     Raises:
       ConfigError: it cannot be made, is not a run's, is held, or holds a run that computes
@@ -180,8 +175,8 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
-    with contextlib.ExitStack() as stack:
-        _hold(stack, root)
+    with _lost(root), contextlib.ExitStack() as stack:
+        may_write = _hold(stack, root)
         if run.train.restart:
             checkpoint.clear(run.workdir)
             for name in (CONFIG, RECORD, METRICS, PER_USER, PICTURE, tracking.STATE):
@@ -191,22 +186,41 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[None]:
         # Who trains from this file (--config) does not ask to delete anything.
         settled = dataclasses.replace(run, train=dataclasses.replace(run.train, restart=False))
         files.write_atomically(root / CONFIG, knobs.to_json(settled))
-        yield
+        yield may_write
 
 
-def _hold(stack: contextlib.ExitStack, root: pathlib.Path) -> None:
-    """Lock the run until the stack is closed."""
+def _hold(stack: contextlib.ExitStack, root: pathlib.Path) -> Callable[[], None]:
+    """Lock the run until the stack is closed; what raises once the lock is lost."""
     if jax.process_index():
-        return  # the processes of one job share the run; the first speaks for all
+        return lambda: None  # the processes of one job share the run; the first speaks for all
     try:
-        stack.enter_context(files.hold(root / LOCK))
-    except files.LockHeldError as error:
+        lock = stack.enter_context(locks.hold(root / LOCK))
+    except locks.LockHeldError as error:
         raise ConfigError(
             f"{root} is being trained by another process ({error.holder}); stop that one "
             "or choose another --workdir"
         ) from error
     except OSError as error:
         raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
+
+    def may_write() -> None:
+        with _lost(root):
+            lock.check()
+
+    return may_write
+
+
+@contextlib.contextmanager
+def _lost(root: pathlib.Path) -> Iterator[None]:
+    """Say a lost lock in our own way."""
+    try:
+        yield
+    except locks.LockLostError as error:
+        raise ConfigError(
+            f"{root} was taken over by {error.holder or 'another process'}, because this process "
+            "was not heard of; nothing more is written here, the checkpoint before is kept: let "
+            "that one finish, or stop it and give the same command again"
+        ) from error
 
 
 def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | None) -> None:
@@ -263,5 +277,5 @@ def write_record(
             for name, spec in trainer.backbone.tables.items()
         },
     }
-    text = json.dumps(facts | resolved, indent=2) + "\n"
+    text = json.dumps(json_files.sealed(facts | resolved), indent=2) + "\n"
     files.write_atomically(pathlib.Path(run.workdir) / RECORD, text)

@@ -22,6 +22,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+from slgr_jax import json_files
+from slgr_jax.errors import ConfigError
 from slgr_jax.files import write_atomically
 from slgr_jax.training.tracking import Trackers
 
@@ -164,7 +166,7 @@ class TrainingLog:
 def _epoch_of(line: str) -> int | None:
     """The epoch of a record; None where there is none: the line a kill or a full disk cut short."""
     try:
-        epoch = json.loads(line)["epoch"]
-    except (json.JSONDecodeError, TypeError, KeyError):
+        epoch = json_files.loads(line)["epoch"]
+    except (ValueError, TypeError, KeyError):
         return None
     return epoch if isinstance(epoch, int) else None

@@ -192,7 +192,7 @@ def _abstract(learner: Learner, origin: Origin) -> TrainState:
 
 def _shapes_of(state: TrainState) -> dict[str, tuple[int, ...]]:
     trees = {"tables": state.tables, "params": state.params}
-    return checkpoint.shapes_by_path(trees, lambda leaf: leaf.shape)
+    return {array.name: array.shape for array in checkpoint.array_shapes(trees)}
 
 
 # --- what is taken of it ------------------------------------------------------------------------

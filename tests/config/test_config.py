@@ -208,20 +208,30 @@ def test_knobs_of_another_guidance_are_refused(guidance):
 
 def test_a_knob_newer_than_the_run_has_its_default():
     values = json.loads(knobs.to_json(RunConfig("d", "w", model=ModelConfig(dim=3))))
-    del values["model"]["item_bias"]
+    del values["model"]["item_bias"], values["checksum"]
     assert knobs.from_json(RunConfig, json.dumps(values), "config").model == ModelConfig(dim=3)
 
 
 def test_an_integer_is_a_float_where_a_float_is_meant():
     values = json.loads(knobs.to_json(RunConfig("d", "w")))
     values["optimizer"]["lr"] = 1
+    del values["checksum"]
     lr = knobs.from_json(RunConfig, json.dumps(values), "config").optimizer.lr
     assert (lr, type(lr)) == (1.0, float)
+
+
+def test_a_value_that_changed_into_another_valid_one_is_damage():
+    text = knobs.to_json(RunConfig("d", "w", model=ModelConfig(dim=3)))
+    assert knobs.from_json(RunConfig, text, "config").model.dim == 3
+    with pytest.raises(ConfigError, match=r"config is damaged: its SHA-256 is \w+, it states '\w+"):
+        knobs.from_json(RunConfig, text.replace('"dim": 3', '"dim": 2'), "config")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[" * 50_000, "x is damaged: maximum recursion depth"),
+        ("9" * 5_000, "x is damaged: Exceeds the limit"),
         ('{"data": "d", "wor', "x is damaged: "),
         ("[1]", r"x is \[1\]; expected an object"),
         ('{"data": "d"}', "x: missing key workdir"),

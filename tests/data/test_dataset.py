@@ -138,7 +138,16 @@ def test_an_index_outside_the_map_is_refused(directory: pathlib.Path) -> None:
 
 def test_manifests_are_checked(directory: pathlib.Path) -> None:
     path = directory / schema.MANIFEST
-    whole = json.loads(path.read_text())
+    sealed = path.read_text()
+    path.write_text(sealed.replace('"created": "20', '"created": "30'))
+    with pytest.raises(ManifestError, match=r"is damaged \(its SHA-256 is .*slgr prepare"):
+        dataset.load(directory)
+    for monster in ("[" * 50_000, "9" * 5_000):
+        path.write_text(monster)
+        with pytest.raises(ManifestError, match="is damaged"):
+            dataset.load(directory)
+    whole = json.loads(sealed)
+    del whole["checksum"]  # of an earlier version: accepted
     for damage, message in (
         ({"format": "other"}, "describes 'other', expected 'slgr_jax.dataset'"),
         ({"version": 99}, "has version 99, this code reads 1"),

@@ -13,7 +13,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
-from slgr_jax import files
+from slgr_jax import locks
 from slgr_jax.data import schema, shards
 from slgr_jax.errors import InputError, ShardError
 
@@ -217,7 +217,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: pathlib.Path) -> None:
         os.utime(path, (time.time() - ages[name],) * 2)
     others = tmp_path / ".e.partial-killed"
     others.mkdir()
-    with files.hold(paths["held"]), shards.atomic_directory(tmp_path / "d"):
+    with locks.hold(paths["held"]), shards.atomic_directory(tmp_path / "d"):
         left = sorted(name for name, path in paths.items() if path.exists())
         assert left == [
             "before-old",

@@ -16,7 +16,7 @@ from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.experiments import pool, results, tuning
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import loop, multi_seed
+from slgr_jax.training import checkpoint_manifest, loop, multi_seed
 
 
 def test_seeds_train_together_on_accelerators_only(tmp_path, monkeypatch):
@@ -93,8 +93,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     unsure = dataclasses.replace(plan, knobs=knobs).config("mf", "paper", {}, root.parent / "b")
     pool.train_runs([unsure], workers=1, root=tmp_path)
     assert pool.finished(unsure)
-    (notes,) = other.glob("checkpoints/*/_CHECKPOINT_METADATA")
-    notes.write_text(notes.read_text() + " ")  # a member that was trained anew
+    (step,) = other.glob("checkpoints/*")  # a member that was trained anew
+    later = dataclasses.replace(checkpoint_manifest.read(step).progress, stale=99)
+    checkpoint_manifest.write(step, later, ())
     assert not pool.finished(unsure)
 
     pool.evaluate_runs([run], workers=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -30,7 +32,15 @@ from slgr_jax.config import (
     knobs,
 )
 from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
-from slgr_jax.training import build, checkpoint, loop, restore, run_directory
+from slgr_jax.training import (
+    build,
+    checkpoint,
+    checkpoint_manifest,
+    loop,
+    restore,
+    run_directory,
+    training_log,
+)
 from slgr_jax.training import state as state_lib
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -208,14 +218,14 @@ def test_restoring_what_never_trained(tmp_path):
 def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
     """Replacing deletes first: a kill in between would lose the only one."""
     dataset = worlds.random_dataset(tmp_path / "d")
-    saved, real = [], ocp.training.Checkpointer.save_checkpointables_async
+    saved, real = [], ocp.save_checkpointables_async
 
-    def spy(self, step, items, **options):
+    def spy(path, items, **options):
         assert not options.get("overwrite")
-        saved.append(step)
-        return real(self, step, items, **options)
+        saved.append(int(path.name.removesuffix(".partial")))
+        return real(path, items, **options)
 
-    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", spy)
+    monkeypatch.setattr(ocp, "save_checkpointables_async", spy)
     often = SMALL | {"train": dataclasses.replace(SMALL["train"], checkpoint_every_s=0.0)}
     loop.train(worlds.run_config(dataset, tmp_path / "run", **often))
     per_epoch = -(-len(dataset.train) // 32)
@@ -229,17 +239,24 @@ def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
     assert len(saved) == len(set(saved))
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["arrays", "manifest"])
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monkeypatch, when):
     dataset = worlds.random_dataset(tmp_path / "d")
     short = SMALL | {"train": dataclasses.replace(SMALL["train"], epochs=2)}
     loop.train(worlds.run_config(dataset, tmp_path / "run", **short))
     before = _values(tmp_path / "run")
 
     def full(*args: object, **options: object) -> None:
+        if when == "manifest":
+            raise OSError(errno.ENOSPC, "No space left on device")
         raise ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device')
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full)
+        module, name = {
+            "arrays": (ocp, "save_checkpointables_async"),
+            "manifest": (checkpoint_manifest, "write"),
+        }[when]
+        patch.setattr(module, name, full)
         with pytest.raises(UserError, match=r"no space left.*again to resume"):
             loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
     after = _values(tmp_path / "run")
@@ -248,6 +265,35 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monke
     loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
     loop.train(worlds.run_config(dataset, tmp_path / "whole", **SMALL))
     _assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, monkeypatch):
+    """A file system without locks, and a process that stood still for longer than it may."""
+
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    dataset = worlds.random_dataset(tmp_path / "d")
+    run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
+    heartbeat = tmp_path / "run" / ".lock.heartbeat"
+    seen = []
+
+    def take_over(event):
+        seen.append(heartbeat.read_text())
+        heartbeat.write_text("7 on there\nanother token\n1\n")
+
+    with (
+        training_log.listening(take_over),
+        pytest.raises(ConfigError, match=r"run was taken over by 7 on there, .*give the same com"),
+    ):
+        loop.train(run)
+    assert seen[0].startswith(f"{os.getpid()} on ")
+    assert not checkpoint_manifest.steps_in(tmp_path / "run" / checkpoint.DIRECTORY)
+    assert heartbeat.read_text().startswith("7 on there")  # not ours to remove
+    heartbeat.unlink()
+    assert loop.train(run).epoch == 6
+    assert not heartbeat.exists()
 
 
 def test_checkpoint_restores_on_another_topology(tmp_path):
