@@ -176,7 +176,7 @@ class SeedRun:
         )
         return NonFiniteError(
             f"seed {self.run.train.seed} ({self.run.workdir}): {what} not finite; {good}; lower "
-            "--lr or --lambda, or raise --l2"
+            "--lr, --dense_lr or --lambda, or raise --l2"
         )
 
 
@@ -295,6 +295,9 @@ class Loop:
         programs = self._programs
         serving = programs.serving(self._engine.state(at), self._experiment.arrays.context)
         metrics = programs.validate(serving) if programs.validate.possible else None
+        name = seed.run.train.early_stop_metric
+        if metrics is not None and name not in metrics:  # scores of which nothing can be measured
+            raise seed.fail(f"validation after step {seed.progress.step - 1}: {name}")
         seed.progress, record, line = close_epoch(
             self._experiment.trainer, seed.progress, metrics, seconds
         )

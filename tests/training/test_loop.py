@@ -40,6 +40,7 @@ from slgr_jax.training import (
     restore,
     run_directory,
     training_log,
+    validation,
 )
 from slgr_jax.training import state as state_lib
 
@@ -172,6 +173,13 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
     after = _values(tmp_path / "run")
     assert np.isfinite(after["item"]).all()
     np.testing.assert_array_equal(after["item"], before["item"])
+
+
+def test_a_validation_without_a_finite_metric_names_what_to_lower(tmp_path, monkeypatch):
+    dataset = worlds.random_dataset(tmp_path / "d")
+    monkeypatch.setattr(validation.Validation, "__call__", lambda self, serving: {"n": 0.0})
+    with pytest.raises(NonFiniteError, match=r"validation after step 4: ndcg@10 not finite; .*--d"):
+        loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
 
 
 def test_run_record_states_what_was_resolved(tmp_path):
