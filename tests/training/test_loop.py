@@ -178,7 +178,7 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_a_validation_without_a_finite_metric_names_what_to_lower(tmp_path, monkeypatch):
     dataset = worlds.random_dataset(tmp_path / "d")
     monkeypatch.setattr(validation.Validation, "__call__", lambda self, serving: {"n": 0.0})
-    with pytest.raises(NonFiniteError, match=r"validation after step 4: ndcg@10 not finite; .*--d"):
+    with pytest.raises(NonFiniteError, match=r"validation after step 7: ndcg@10 not finite; .*--d"):
         loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
 
 
