@@ -24,6 +24,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from slgr_jax import json_files
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.config.run import sections
 from slgr_jax.errors import ConfigError, listing
@@ -56,6 +57,8 @@ def read(path: str) -> dict[str, Any]:
                 raise ConfigError(f"{path}: {name} is given twice")
             values[name] = inner
 
+    # A run's own: who edits a copy of its config.json means what it says now.
+    values.pop(json_files.CHECKSUM, None)
     if values.pop("restart", False):
         raise ConfigError(
             f"{path}: restart deletes a run; remove it, and give --restart on the command line once"

@@ -84,7 +84,7 @@ def inspect_run(workdir: str) -> Inspection:
     lines, faults = [f"{workdir}: {_what(run)}"], []  # type: list[str], list[str]
 
     with _noted(faults):
-        facts["resolved"] = run_directory.record(workdir)
+        facts["resolved"] = run_directory.read_record(workdir)
     lines.append(f"  data: {_where_data_are(workdir, run, facts)}")
     if run.reference_runs:
         with _noted(faults):

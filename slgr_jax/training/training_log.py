@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Any
 
 from slgr_jax import json_files
-from slgr_jax.errors import ConfigError
 from slgr_jax.files import write_atomically
 from slgr_jax.training.tracking import Trackers
 
