@@ -13,8 +13,10 @@ import pytest
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data import features as features_lib
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.features import Feature
 from slgr_jax.errors import ConfigError
 from slgr_jax.kernels import build
 from slgr_jax.mesh import Layout, make_layout
@@ -54,6 +56,7 @@ def write_dataset(
     timed: bool = True,
     ratings: bool = False,
     categories: int = 0,
+    features: Sequence[Feature] = (),
 ) -> Dataset:
     """A finished dataset directory from [n, 2] index pairs; external ids are `u0`, `i0`, ...
 
@@ -61,6 +64,7 @@ def write_dataset(
       timed: the order of a part's pairs is their order in time.
       ratings: 1 to 5, a function of the pair.
       categories: item i has categories `c{i % categories}` and, if i is even, `c{i // 2 % ...}`.
+      features: of all users and items (`features.of_texts`, `features.numeric`).
     """
     parts = {"train": train, "valid": valid, "test": test}
     files = {}
@@ -93,7 +97,9 @@ def write_dataset(
     ).cast(schema.ITEMS)
     files["users"] = shards.write_shards(path, "users", users, rows_per_shard=10**6)
     files["items"] = shards.write_shards(path, "items", items, rows_per_shard=10**6)
+    files |= features_lib.write(path, features, rows_per_shard=10**6)
     manifest = schema.DatasetManifest(
+        features=features_lib.described(features),
         name="world",
         created="2026-01-01T00:00:00+00:00",
         source={},
@@ -106,6 +112,16 @@ def write_dataset(
     )
     schema.write_manifest(path, manifest)
     return dataset_lib.load(path)
+
+
+def feature(
+    name: str, side: str, rows: Sequence[Sequence[str]], *, trained: np.ndarray | None = None
+) -> Feature:
+    """A feature from the values of each user (item): multi-valued where one has several."""
+    counts = np.array([len(row) for row in rows])
+    texts = pa.array([text for row in rows for text in row], pa.string())
+    known = np.ones(len(rows), bool) if trained is None else trained
+    return features_lib.of_texts(name, side, counts, texts, known, multi=bool(counts.max() > 1))
 
 
 def _categories(item: int, count: int) -> list[str] | None:

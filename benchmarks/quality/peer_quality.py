@@ -1,6 +1,7 @@
 """What the models of RecBole and RecTools reach on a dataset directory, for a table beside ours.
 
     python benchmarks/quality/peer_quality.py --data=DATA --models=DeepFM,DCNV2 --peer_python=PYTHON
+    python benchmarks/quality/peer_quality.py --data=DATA --models=DeepFM --features=all ...
     python benchmarks/quality/peer_quality.py --data=DATA --models=GRU4Rec --rows=next_item ...
     python benchmarks/quality/peer_quality.py --data=DATA --models=DIN --rows=clicks_in_order ...
     python benchmarks/quality/peer_quality.py --data=DATA --peer=rectools --models=SASRec \\
@@ -11,8 +12,8 @@ runs with its own evaluator and its own early stopping on validation. RecTools h
 of that kind: its own fit_partial, a few epochs at a time, and the same metrics of its recommended
 lists.
 
-  clicks           labels are rating >= --rating_threshold, features are user and item, parts are
-                   those of DATA; AUC and log-loss of pooled rows
+  clicks           labels are rating >= --rating_threshold, features are user and item and those
+                   of --features, parts are those of DATA; AUC and log-loss of pooled rows
   clicks_in_order  the same labels, each row with the items its user rated before; each user's last
                    two rows are left out (as --split=leave_last)
   next_item        all interactions, each user's last two left out; full ranking
@@ -24,6 +25,7 @@ import json
 import pathlib
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,8 @@ from absl import flags as absl_flags
 
 from slgr_jax.cli import flags
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data import features as features_lib
+from slgr_jax.data.features import Feature
 from slgr_jax.errors import ConfigError, InputError, UserError, listing
 
 HERE = pathlib.Path(__file__).parent
@@ -43,6 +47,9 @@ absl_flags.DEFINE_enum(
     "clicks",
     ["clicks", "clicks_in_order", "next_item"],
     "what is learned and evaluated",
+)
+absl_flags.DEFINE_string(
+    "features", "none", "clicks: features of users and items, as slgr train's --features"
 )
 absl_flags.DEFINE_float("rating_threshold", 4.0, "clicks: label 1 from this rating on")
 absl_flags.DEFINE_string("options", "{}", "the peer's settings as JSON, over those printed")
@@ -79,6 +86,7 @@ RECTOOLS: dict[str, Any] = {
 }  # fmt: skip
 SETTINGS = {"clicks": CLICKS, "clicks_in_order": CLICKS | IN_ORDER, "next_item": NEXT_ITEM}
 _KINDS = {"label": "label:float", "timestamp": "timestamp:float"}
+_FEATURE_KINDS = {"categorical": "token", "multi": "token_seq", "numeric": "float"}
 
 
 def write_rows(
@@ -112,14 +120,46 @@ def write_rows(
         (folder / "rows" / f"rows{suffix}.inter").write_text(text + "\n", encoding="utf-8")
 
 
+def write_features(
+    features: Sequence[Feature], rows: Mapping[str, int], folder: pathlib.Path
+) -> dict[str, list[str]]:
+    """Write rows.user and rows.item, values by their codes; the columns to load, by side."""
+    columns_of: dict[str, list[str]] = {}
+    for side, count in rows.items():
+        of_side = [feature for feature in features if feature.side == side]
+        if not of_side:
+            continue
+        columns = [list(map(str, range(count))), *map(_texts_of, of_side)]
+        header = [f"{side}_id:token", *(f"{f.name}:{_FEATURE_KINDS[f.kind]}" for f in of_side)]
+        lines = ["\t".join(row) for row in (header, *zip(*columns, strict=True))]
+        (folder / "rows" / f"rows.{side}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        columns_of[side] = [f"{side}_id", *(feature.name for feature in of_side)]
+    return columns_of
+
+
+def _texts_of(feature: Feature) -> list[str]:
+    if feature.kind == "numeric":
+        return [f"{number:g}" for number in np.nan_to_num(feature.standardised())]
+    counts, codes = feature.ragged()
+    rows = np.split(codes, np.cumsum(counts)[:-1])
+    return [" ".join(map(str, row.tolist())) for row in rows]
+
+
 def main(_: list[str]) -> None:
     given = flags.FLAGS
     if given.peer == "rectools" and given.rows != "next_item":
         raise ConfigError(f"--rows={given.rows}: RecTools has sequence models; use next_item")
+    if given.rows != "clicks" and given.features != "none":
+        raise ConfigError(f"--rows={given.rows}: features go with --rows=clicks")
     data = dataset_lib.load(given.data)
     with tempfile.TemporaryDirectory() as name:
         write_rows(data, pathlib.Path(name), given.rows, given.rating_threshold)
         settings = RECTOOLS if given.peer == "rectools" else COMMON | SETTINGS[given.rows]
+        if given.features != "none":
+            chosen = features_lib.choose(data.known_features, given.features, data.path)
+            counts = {"user": data.n_users, "item": data.n_items}
+            loaded = write_features(chosen, counts, pathlib.Path(name))
+            settings = settings | {"load_col": settings["load_col"] | loaded}
         settings = settings | json.loads(given.options)
         options = settings | {"checkpoint_dir": f"{name}/saved"}
         print(json.dumps(settings), flush=True)
@@ -138,6 +178,9 @@ if __name__ == "__main__":
     flags.run(
         main,
         usage=__doc__,
-        own=("data", "peer", "models", "rows", "rating_threshold", "options", "peer_python"),
+        own=(
+            *("data", "peer", "models", "rows", "features", "rating_threshold", "options"),
+            "peer_python",
+        ),
         required=("data", "models"),
     )

@@ -94,6 +94,9 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         if name in guidance and not run.guided:
             fix = "add --guidance=pairwise (or pointwise, rrd) with --teacher=NAME"
             unused.append(f"--{name}={_text(value)} is not used with --guidance=none; {fix}")
+        elif name == "most_feature_values" and run.model.features == "none":
+            text = f"--{name}={_text(value)} is not used with --features=none"
+            unused.append(f"{text}; add --features=all")
         elif name in _APPLIES and not _does(run, _APPLIES[name], values):
             flag, goes_with = _APPLIES[name]
             now, wanted = _resolved(run, flag, values), map(_text, goes_with)

@@ -55,6 +55,15 @@ class ModelConfig(Section):
     most_categories: int = knob(
         8, "click backbones: categories kept of an item", minimum=1, maximum=WIDTH
     )
+    features: str = knob(
+        "none",
+        "features of users and items to use: none, all that the dataset has, or names (age,gender) "
+        "as slgr prepare kept them; fields of click backbones, for others added to a user's and an "
+        "item's row. sasrec, gru4rec, bert4rec: items' alone",
+    )
+    most_feature_values: int = knob(
+        16, "values kept of a multi-valued feature, the first of its row", minimum=1, maximum=WIDTH
+    )
     mask_probability: float = knob(
         0.2, "bert4rec: share of events that are masked and predicted", above=0, below=1
     )

@@ -84,6 +84,19 @@ class PrepareConfig(Section):
         "categories", "--items_input: column with lists, or text split at '|'; used if present"
     )
     items_columns: str = knob("", "--items_input without a header line: its column names in order")
+    users_input: str = knob(
+        "", "csv, jsonl, parquet: user table (csv, Parquet or Arrow with --user_column) to attach"
+    )
+    users_columns: str = knob("", "--users_input without a header line: its column names in order")
+    user_features: str = knob(
+        "",
+        "columns of the user table to keep as features, as age:numeric,gender,tags:multi(;): "
+        "kinds are categorical, multi (split at '|') and numeric. Empty: of recbole all that its "
+        "header types but postal codes, of movielens all, else none; none = none",
+    )
+    item_features: str = knob(
+        "", "likewise of the item table (--items_input); its categories are a feature anyway"
+    )
     delimiter: str = knob(",", "csv: column separator; tab is '\\t'")
     quote: str = knob(
         "auto", "csv: character around quoted fields, or none; auto = '\"', none between tabs"

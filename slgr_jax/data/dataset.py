@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from slgr_jax.config import SliceConfig
+from slgr_jax.data import features as features_lib
 from slgr_jax.data import schema, shards
+from slgr_jax.data.features import Feature
 from slgr_jax.errors import ShardError
 
 if TYPE_CHECKING:
@@ -179,6 +181,7 @@ class Dataset:
     test: Part
     user_ids: pa.Array  # [U] string: external ids
     items: pa.Table  # schema.ITEMS, row i is item i
+    features: tuple[Feature, ...] = ()  # as prepared; `known_features` has the categories too
 
     @property
     def n_users(self) -> int:
@@ -202,6 +205,12 @@ class Dataset:
         """[I] int32: distinct training users of each item."""
         pairs = self.positives(("train",))
         return np.bincount(pairs.indices, minlength=self.n_items).astype(np.int32)
+
+    @functools.cached_property
+    def known_features(self) -> tuple[Feature, ...]:
+        """What --features may name: those prepared, and the items' categories."""
+        categories = features_lib.categories(self.items, self.popularity > 0)
+        return self.features if categories is None else (*self.features, categories)
 
     def part(self, name: str) -> Part:
         """The part called `train`, `valid` or `test`."""
@@ -274,7 +283,9 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     for name in schema.PARTS:
         table = shards.read_shards(root, manifest.files[name], schema.INTERACTIONS, verify=verify)
         parts[name] = _part(table, f"{root}/{name}", users.num_rows, items.num_rows)
+    rows = {"user": users.num_rows, "item": items.num_rows}
     return Dataset(
+        features=features_lib.read(root, manifest, rows, verify=verify),
         path=root,
         manifest=manifest,
         user_ids=users.column("user_id").combine_chunks(),

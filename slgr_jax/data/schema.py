@@ -5,6 +5,8 @@ A dataset directory:
     manifest.json                  written last: a directory without it is not a dataset
     users.arrow                    row u is user u: external id, optional text
     items.arrow                    row i is item i: external id, title, text, categories
+    user_features.arrow            row u is user u: a column a feature; item_features.arrow likewise
+    feature_values.arrow           the vocabularies of features, in the order of their codes
     train/part-00000-of-00002.arrow   valid/...   test/...
     teacher/NAME/manifest.json     teacher products built for this split
     teacher/NAME/part-...
@@ -68,6 +70,10 @@ ITEMS = pa.schema(
         pa.field("text", pa.string()),
         pa.field("categories", pa.list_(pa.string())),
     ]
+)
+# One row per value of a categorical or multi-valued feature of users or items (`side`).
+FEATURE_VALUES = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("side", "feature", "value")]
 )
 # One row per (user, item) the teacher was asked about, sorted by user; a null score is an item
 # the teacher did not answer: it is masked and never forms a preference.
@@ -192,8 +198,10 @@ class DatasetManifest:
     counts: Mapping[str, int]
     id_map_hash: str
     split_hash: str
-    files: Mapping[str, tuple[ShardFile, ...]]  # keys: train, valid, test, users, items
+    files: Mapping[str, tuple[ShardFile, ...]]  # keys: train, valid, test, users, items, ...
     parents: tuple[Mapping[str, Any], ...] = ()
+    # Of users and items, what each feature is (`features.described`), in the order of columns.
+    features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     format: str = DATASET_FORMAT
     version: int = VERSION
 
@@ -464,7 +472,8 @@ def _read_json(
         )
     fields = dataclasses.fields(_CLASSES[expected])
     names = {field.name for field in fields}
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    no_default = dataclasses.MISSING
+    needed = {f.name for f in fields if f.default is no_default and f.default_factory is no_default}
     missing, unknown = sorted(needed - set(raw)), sorted(set(raw) - names)
     if missing or unknown:
         raise ManifestError(

@@ -26,8 +26,18 @@ from jaxtyping import Array, Bool, Float, Int
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
-from slgr_jax.models.backbones.base import AnyBackbone, DotBackbone, FactorModel, Ids, dots
+from slgr_jax.models.backbones.base import (
+    AnyBackbone,
+    DotBackbone,
+    FactorModel,
+    Ids,
+    dots,
+    feature_tables,
+    with_features_added,
+)
+from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import Context, Queries
+from slgr_jax.sampling.features import FeatureSlots
 
 Tables = Mapping[str, jax.Array]
 Leaves = Any  # a pytree of float arrays
@@ -157,10 +167,28 @@ class RowAccess:
         backbone = self.backbone
         if isinstance(backbone, DotBackbone) and backbone.whole:
             return frozenset(backbone.tables)
-        return reads.whole
+        added = feature_tables(backbone)
+        return reads.whole | {added[name] for name in reads.whole if name in added}
 
     def _ids(self, context: Context, reads: Reads) -> dict[str, Ids]:
-        """Every group of ids by name; sides of candidates as `name/side`."""
+        """Every group of ids by name, with the rows of features that are added to them."""
+        groups, added = self._named_ids(context, reads), feature_tables(self.backbone)
+        if not added:
+            return groups
+        return {
+            group: {
+                **by_table,
+                **{
+                    added[name]: _slots(context, name).rows[ids]
+                    for name, ids in by_table.items()
+                    if name in added
+                },
+            }
+            for group, by_table in groups.items()
+        }
+
+    def _named_ids(self, context: Context, reads: Reads) -> dict[str, Ids]:
+        """Every group of ids that the backbone names; sides of candidates as `name/side`."""
         groups = dict(reads.rows)
         for name, candidates in reads.candidates.items():
             for side, ids in candidate_ids(self.backbone, context, candidates).items():
@@ -207,16 +235,27 @@ class RowAccess:
         dropout: Dropout,
     ) -> View:
         values = self._propagated(params, leaves, context, dropout)
-        rows = self._gathered(leaves["rows"], values, self._ids(context, reads))
+        ids = self._named_ids(context, reads)
+        rows = self._gathered(leaves["rows"], values, ids)
+        for name, feature_table in feature_tables(self.backbone).items():
+            if name in values:
+                continue  # whole tables have theirs
+            slots = _slots(context, name)
+            for group, by_table in ids.items():
+                if name in by_table:
+                    of_slots = leaves["rows"][group][feature_table]
+                    added = features_lib.total(slots, by_table[name], of_slots)
+                    rows[group][name] = rows[group][name] + added
         return _RowsView(self.backbone, params, context, reads, rows, values)
 
     def _propagated(
         self, params: Mapping[str, Any], leaves: Leaves, context: Context, dropout: Dropout
     ) -> Mapping[str, jax.Array]:
-        backbone, values = self.backbone, leaves["whole"]
+        backbone = self.backbone
+        values = with_features_added(backbone, leaves["whole"], context)
         if isinstance(backbone, DotBackbone) and backbone.whole:
             return backbone.propagate(params, values, context, dropout=dropout)
-        return dict(values)
+        return values
 
     def _gathered(
         self,
@@ -238,11 +277,12 @@ class RowAccess:
         }
 
     def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
-        rows = self._gathered(leaves["rows"], leaves["whole"], self._ids(context, reads))
+        ids = self._ids(context, reads)
+        rows = self._gathered(leaves["rows"], leaves["whole"], ids)
         totals: dict[str, jax.Array] = {}
         for group, by_table in rows.items():
             name = group.split("/")[0]
-            for part in by_table.values():
+            for part in _used_slots(by_table, ids[group], context).values():
                 squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
                 totals[name] = totals[name] + squares if name in totals else squares
         return totals
@@ -292,6 +332,28 @@ class RowAccess:
                 native=self.native,
             )
         return new_tables, new_slots
+
+
+def _slots(context: Context, table: str) -> FeatureSlots:
+    """The slots of the features of a table's rows, which the context has where they are read."""
+    slots = None if context.features is None else context.features.slots(table)
+    assert slots is not None, f"the backbone reads features of {table}"
+    return slots
+
+
+def _used_slots(
+    rows: Mapping[str, jax.Array], ids: Ids, context: Context
+) -> Mapping[str, jax.Array]:
+    """Rows by table, 0 in the slots of features that are not used."""
+    if context.features is None:
+        return rows
+    out = dict(rows)
+    for table, feature_table in features_lib.TABLES.items():
+        slots = context.features.slots(table)
+        if slots is not None and feature_table in rows:
+            used = features_lib.is_used(slots, ids[table])
+            out[feature_table] = jnp.where(used[..., None], rows[feature_table], 0.0)
+    return out
 
 
 def _sides(

@@ -1,4 +1,4 @@
-"""What a backbone may look up while it scores: histories in time order, item fields, the graph.
+"""What a backbone may look up while it scores: histories, item fields, features, the graph.
 
 All of it is resident on the devices, made on the host from a dataset, and only what the backbone
 says it reads (`Backbone.reads`) is made. Nothing after a query's moment is ever looked up.
@@ -20,9 +20,13 @@ import pyarrow.compute as pc
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from slgr_jax.config import CLICK_BACKBONES, ModelConfig
+from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.data.features import Feature
+from slgr_jax.sampling.features import Features, FeatureSizes, make_slots, padded
 
-HISTORY, FIELDS, GRAPH = "history", "fields", "graph"
+HISTORY, FIELDS, FEATURES, GRAPH = "history", "fields", "features", "graph"
 
 
 @struct.dataclass
@@ -89,6 +93,7 @@ class Context:
     histories: Histories | None = None
     fields: Fields | None = None
     graph: Graph | None = None
+    features: Features | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +105,8 @@ class Sizes:
     categories: int = 0  # distinct categories of items; 0 where items have none
     categories_per_item: int = 0  # F
     longest_history: int = 0  # events of the user who has most; 0 where no history is read
+    user_features: FeatureSizes | None = None
+    item_features: FeatureSizes | None = None
 
 
 def recent(
@@ -132,21 +139,65 @@ def categories_of(
     return categories, place < fields.counts[items][..., None]
 
 
-def make_context(dataset: Dataset, reads: Collection[str], *, most_categories: int) -> Context:
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The features that a run reads.
+
+    Attributes:
+      features: of users and of items.
+      most_values: values kept of a multi-valued feature, in the order of the input.
+    """
+
+    features: tuple[Feature, ...] = ()
+    most_values: int = 1
+
+    def of(self, side: str) -> list[Feature]:
+        """Those of users, or of items."""
+        return [feature for feature in self.features if feature.side == side]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over them; empty without any."""
+        return features_lib.digest(self.features)
+
+
+def choose_features(model: ModelConfig, dataset: Dataset) -> Chosen:
+    """The features that --features names, without what is a field of click backbones anyway.
+
+    Raises:
+      ConfigError: the dataset does not have them.
+    """
+    if model.features == "none":
+        return Chosen()
+    named = features_lib.choose(dataset.known_features, model.features, dataset.path)
+    if model.backbone in CLICK_BACKBONES:
+        named = tuple(feature for feature in named if feature.name != features_lib.CATEGORIES)
+    return Chosen(named, model.most_feature_values)
+
+
+def make_context(
+    dataset: Dataset, reads: Collection[str], *, most_categories: int, chosen: Chosen | None = None
+) -> Context:
     """The resident arrays (host arrays) that a backbone with these `reads` looks up.
 
     Args:
-      reads: of HISTORY, FIELDS, GRAPH.
+      reads: of HISTORY, FIELDS, FEATURES, GRAPH.
       most_categories: categories kept of an item that has more, in the order the item names them.
+      chosen: the features of FEATURES; None: none.
     """
+    chosen = chosen or Chosen()
+    slots = [make_slots(chosen.of(side), chosen.most_values)[0] for side in features_lib.SIDES]
     return Context(
         _histories(dataset) if HISTORY in reads else None,
         _fields(dataset, most_categories)[0] if FIELDS in reads else None,
         _graph(dataset.positives(("train",)), dataset.n_items) if GRAPH in reads else None,
+        Features(*slots) if FEATURES in reads else None,
     )
 
 
-def sizes(dataset: Dataset, reads: Collection[str], *, most_categories: int) -> Sizes:
+def sizes(
+    dataset: Dataset, reads: Collection[str], *, most_categories: int, chosen: Chosen | None = None
+) -> Sizes:
     """What shapes a backbone with these `reads` on `dataset`."""
     names, width = 0, 0
     if FIELDS in reads:
@@ -156,7 +207,11 @@ def sizes(dataset: Dataset, reads: Collection[str], *, most_categories: int) -> 
     if HISTORY in reads:
         events = np.concatenate([dataset.train.users, dataset.valid.users])
         longest = int(np.bincount(events, minlength=1).max())
-    return Sizes(dataset.n_users, dataset.n_items, names, width, longest)
+    users, items = (
+        make_slots(chosen.of(side), chosen.most_values)[1] if chosen else None
+        for side in features_lib.SIDES
+    )
+    return Sizes(dataset.n_users, dataset.n_items, names, width, longest, users, items)
 
 
 def host32(x: np.ndarray) -> Any:
@@ -182,17 +237,7 @@ def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:
     counts = np.asarray(pc.fill_null(pc.list_value_length(column), 0)).astype(np.int64)
     flat = pc.list_flatten(column).dictionary_encode()  # a null list flattens to nothing
     codes = np.asarray(flat.indices)
-    start = np.cumsum(counts) - counts
-
-    # Places past an item's last category repeat it: they are not counted, and touch no other row.
-    width = max(1, min(int(counts.max(initial=0)), most))
-    kept = np.minimum(counts, width)
-    place = np.minimum(np.arange(width)[None, :], np.maximum(kept - 1, 0)[:, None])
-    if codes.size:
-        entry = np.minimum(start[:, None] + place, codes.size - 1)
-        categories = np.where(kept[:, None] > 0, codes[entry], 0)
-    else:
-        categories = np.zeros((dataset.n_items, width), np.int64)
+    kept, categories = padded(counts, codes, most)
     return Fields(host32(categories), host32(kept)), len(flat.dictionary)
 
 

@@ -38,6 +38,7 @@ from slgr_jax.models.backbones.base import (
     Params,
     SequenceBackbone,
     dots,
+    feature_tables,
     item_tables,
 )
 from slgr_jax.models.row_access import Candidates, Reads, View
@@ -366,6 +367,8 @@ def dot_model(backbone: AnyBackbone, *, native: bool) -> FactorModel | None:
     """How the CPU kernels can serve every row that scoring a backbone's pairs reads, if they
     can."""
     if not native or not isinstance(backbone, DotBackbone) or backbone.dropout > 0:
+        return None
+    if feature_tables(backbone):  # a row is the sum of several
         return None
     return backbone.factor_model
 

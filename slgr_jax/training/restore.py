@@ -83,8 +83,9 @@ def backbone_and_context(
             f"--backbone={run.model.backbone} reads histories, and {dataset.path} has no times; "
             f"{fix}"
         )
-    looked_up = context_lib.make_context(dataset, reads, most_categories=most)
-    sizes = context_lib.sizes(dataset, reads, most_categories=most)
+    chosen = context_lib.choose_features(run.model, dataset)
+    looked_up = context_lib.make_context(dataset, reads, most_categories=most, chosen=chosen)
+    sizes = context_lib.sizes(dataset, reads, most_categories=most, chosen=chosen)
     return make_backbone(run.model, sizes, native=native), looked_up
 
 
@@ -111,6 +112,11 @@ def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -
         raise ConfigError(
             f"{workdir} was trained on another split or id map than {dataset.path} now holds "
             f"(split {dataset.manifest.split_hash[:8]}); point --data back or train again"
+        )
+    if run_directory.same_features(workdir, run, dataset) is False:
+        raise ConfigError(
+            f"{workdir} was trained with --features={run.model.features}, and those of "
+            f"{dataset.path} are others now; point --data back or train again"
         )
     return _restored(workdir, run, dataset, which)
 
@@ -158,7 +164,14 @@ def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[Rest
                     "dataset"
                 )
         reference = _restored(workdir, trained, dataset, "best")
-        kind = (reference.backbone.reads, trained.model.most_categories)
+        model = trained.model
+        features = context_lib.choose_features(model, dataset).digest
+        kind = (
+            reference.backbone.reads,
+            model.most_categories,
+            features,
+            model.most_feature_values,
+        )
         looked_up = shared.setdefault(kind, dataclasses.replace(reference.context, graph=None))
         restored.append(dataclasses.replace(reference, context=looked_up))
     return restored

@@ -29,6 +29,7 @@ from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation.results import METRICS, PER_USER, PICTURE
+from slgr_jax.sampling.context import choose_features
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import checkpoint, checkpoint_manifest, tracking
 from slgr_jax.training.step import Trainer
@@ -149,6 +150,15 @@ def trained_on(workdir: str, dataset: Dataset) -> bool | None:
     return all(was[key] == getattr(dataset.manifest, key) for key in ("split_hash", "id_map_hash"))
 
 
+def same_features(workdir: str, run: config.RunConfig, dataset: Dataset) -> bool | None:
+    """Whether the features that a run read are what `dataset` holds; None if there is no record."""
+    record = read_record(workdir)
+    if record is None:
+        return None
+    # Records of runs before there were features do not name them: these read none.
+    return bool(record.get("features_hash", "") == choose_features(run.model, dataset).digest)
+
+
 def teacher_hash(run: config.RunConfig) -> str:
     """SHA-256 over the checksums of the teacher's shards; empty without guidance."""
     if run.guidance.guidance == "none":
@@ -182,7 +192,7 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[Callable[[], Non
             for name in (CONFIG, RECORD, METRICS, PER_USER, PICTURE, tracking.STATE):
                 (root / name).unlink(missing_ok=True)
         elif (root / CONFIG).is_file():
-            _refuse_changes(read_config(run.workdir), run, trained_on(run.workdir, dataset))
+            _refuse_changes(read_config(run.workdir), run, dataset)
         # Who trains from this file (--config) does not ask to delete anything.
         settled = dataclasses.replace(run, train=dataclasses.replace(run.train, restart=False))
         files.write_atomically(root / CONFIG, knobs.to_json(settled))
@@ -223,7 +233,8 @@ def _lost(root: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | None) -> None:
+def _refuse_changes(old: config.RunConfig, run: config.RunConfig, dataset: Dataset) -> None:
+    same = trained_on(run.workdir, dataset)
     changed = config.differences(old, run)
     changed = [text for text in changed if text[2:].split(":")[0] not in RESUMABLE]
     moved = os.path.abspath(old.data) != os.path.abspath(run.data)
@@ -233,6 +244,8 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, same: bool | N
     was = recorded(run.workdir)
     if was is not None and was["teacher_hash"] != teacher_hash(run) and not changed:
         changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
+    if not changed and same_features(run.workdir, run, dataset) is False:
+        changed.append(f"--features: {run.model.features} are others in {run.data} now")
     if not changed and (other := other_reference_runs(run.workdir, run)):
         changed.append(f"--reference_runs: {other}")
     if changed:
@@ -261,6 +274,7 @@ def write_record(
         "split_hash": dataset.manifest.split_hash,
         "id_map_hash": dataset.manifest.id_map_hash,
         "teacher_hash": teacher_hash(run),
+        "features_hash": choose_features(run.model, dataset).digest,
         "reference_runs": reference_checkpoints(run),
         "init_from": origin(run),
         "users": dataset.n_users,

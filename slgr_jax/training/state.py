@@ -22,6 +22,7 @@ from slgr_jax.guidance.base import Guidance
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
+from slgr_jax.models.backbones.base import with_features_added
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
 
@@ -110,8 +111,9 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
             name: embedding_table.values_of(state.tables[name], spec)
             for name, spec in backbone.tables.items()
         }
+        values = with_features_added(backbone, values, context)
         if isinstance(backbone, DotBackbone) and backbone.whole:
-            values = backbone.propagate(params, values, context)
+            values |= backbone.propagate(params, values, context)
         return ServingState(params, values, state.params["guidance"])
 
     return jax.jit(pick)

@@ -116,7 +116,7 @@ def _items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Files]:
     if not json_lines.is_json(metadata.head(name, 64)):
         item_reader = tables.named_items(config)
         assert item_reader is not None  # there is an --items_input
-        return item_reader
+        return item_reader.texts, item_reader.file
     return _metadata_reader(metadata, name, config), metadata
 
 

@@ -11,6 +11,8 @@ the parent's, over both together:
     global_time, leave_last    anew over all rows: yesterday's test becomes training
     ratio             the parent's rows keep their part, the new ones are drawn (`more_by_ratio`)
 
+The parent's features are left out.
+
 A pre-made split has no rule, and places in a line (s3rec) begin at 0 again: both are refused.
 """
 
@@ -53,6 +55,11 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
       ConfigError: a knob contradicts the parent, or its split cannot be extended.
       ManifestError, ShardError: the parent is no dataset, or is damaged.
     """
+    if config.user_features or config.item_features or config.users_input:
+        raise ConfigError(
+            "--append leaves features and user tables out: drop --user_features, --item_features "
+            "and --users_input, or prepare all rows anew without --append"
+        )
     manifest = schema.read_dataset_manifest(config.append)
     settings = _settings(manifest, config, given)
     _check_target(config)

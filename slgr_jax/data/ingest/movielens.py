@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import schema
-from slgr_jax.data.ingest import tables, texts
+from slgr_jax.data.ingest import feature_columns, tables, texts
 from slgr_jax.data.ingest.archive import Files
 from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.delimited import DelimitedFile, pick
+from slgr_jax.data.ingest.feature_columns import Declared, FeatureColumns
 from slgr_jax.data.ingest.tables import Piece, Raw
 from slgr_jax.data.ingest.text_lines import Dialect
 from slgr_jax.data.ingest.texts import Texts
@@ -67,6 +68,7 @@ def ratings(config: PrepareConfig) -> Raw:
         tuple(opened),
         lambda wanted: _items(files, main, config),
         lambda wanted: _users(files, main, config),
+        _features(files, main, config),
     )
 
 
@@ -110,10 +112,42 @@ def _items(files: Files, main: str, config: PrepareConfig) -> Texts | None:
 
 def _users(files: Files, main: str, config: PrepareConfig) -> Texts | None:
     if name := files.beside(main, "u.user"):
-        return _texts(files, name, config, "|", 5, _people_100k, schema.USERS)
+        return _texts(files, name, config, "|", 5, _described_100k, schema.USERS)
     if name := files.beside(main, "users.dat"):
-        return _texts(files, name, config, "::", 5, _people_1m, schema.USERS)
+        return _texts(files, name, config, "::", 5, _described_1m, schema.USERS)
     return None
+
+
+def _features(files: Files, main: str, config: PrepareConfig) -> dict[str, FeatureColumns]:
+    """Age, gender and occupation of users; what is known of movies are their categories."""
+    wanted = feature_columns.declared(config.user_features, "user_features")
+    if items := feature_columns.declared(config.item_features, "item_features"):
+        raise InputError(
+            f"--item_features={config.item_features}: MovieLens has no column {items[0].name}; its "
+            "genres are the feature categories anyway"
+        )
+    age, rows_of, separator = "numeric", _people_100k, "|"
+    name = files.beside(main, "u.user")
+    if name is None:
+        age, rows_of, separator = "categorical", _people_1m, "::"
+        name = files.beside(main, "users.dat")
+    if name is None:
+        if wanted:
+            raise InputError(f"--user_features={config.user_features}: {files.path} has no users")
+        return {}
+    count = LineCount(files.where(name))
+    lines = split_lines(
+        files.text(name, config.encoding)[0], separator, 5, count, drop=tables.drops(config)
+    )
+    people = pa.Table.from_pylist(list(rows_of(lines)), schema=_PEOPLE)
+    known = (
+        Declared("age", age),
+        Declared("gender", "categorical"),
+        Declared("occupation", "categorical"),
+    )
+    chosen = feature_columns.pick(wanted, known, _PEOPLE.names[1:], count.where)
+    columns = tuple((entry, people.column(entry.name)) for entry in chosen)
+    return {"user": FeatureColumns(count.where, people.column("user_id"), columns)}
 
 
 def _texts(
@@ -192,15 +226,33 @@ def _genres(text: str) -> list[str]:
 
 
 # Postal codes are left out: they name people more than tastes.
+_PEOPLE = pa.schema([(name, pa.string()) for name in ("user_id", "age", "gender", "occupation")])
+
+
 def _people_100k(lines: Fields) -> Rows:
     for fields in lines:
-        text = f"age: {fields[1]}; gender: {fields[2]}; occupation: {fields[3]}"
-        yield {"user_id": fields[0], "text": text}
+        yield dict(zip(_PEOPLE.names, fields, strict=False))
 
 
 def _people_1m(lines: Fields) -> Rows:
-    for fields in lines:
-        age = _AGES_1M.get(fields[2], fields[2])
-        is_job = fields[3].isdecimal() and len(fields[3]) < 3 and int(fields[3]) < len(_JOBS_1M)
-        job = _JOBS_1M[int(fields[3])] if is_job else fields[3]
-        yield {"user_id": fields[0], "text": f"age: {age}; gender: {fields[1]}; occupation: {job}"}
+    for user, gender, age, job, *_ in lines:
+        is_job = job.isdecimal() and len(job) < 3 and int(job) < len(_JOBS_1M)
+        yield {
+            "user_id": user,
+            "age": _AGES_1M.get(age, age),
+            "gender": gender,
+            "occupation": _JOBS_1M[int(job)] if is_job else job,
+        }
+
+
+def _described_100k(lines: Fields) -> Rows:
+    return map(_described, _people_100k(lines))
+
+
+def _described_1m(lines: Fields) -> Rows:
+    return map(_described, _people_1m(lines))
+
+
+def _described(person: Mapping[str, object]) -> Mapping[str, object]:
+    text = "; ".join(f"{name}: {person[name]}" for name in _PEOPLE.names[1:])
+    return {"user_id": person["user_id"], "text": text}

@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
+from slgr_jax.data import features as features_lib
 from slgr_jax.data import lineage, schema, shards
-from slgr_jax.data.ingest import interactions, sources, split, texts
+from slgr_jax.data.features import Feature
+from slgr_jax.data.ingest import feature_columns, interactions, sources, split, texts
 from slgr_jax.data.ingest.bad_rows import told
 from slgr_jax.data.ingest.interactions import Log
 from slgr_jax.data.ingest.tables import Raw
@@ -44,11 +46,14 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
     log, user_ids, item_ids = _compact(log, user_ids, item_ids)
 
     user_texts, item_texts = raw.users(user_ids), raw.items(item_ids)
-    users, _ = texts.attach(user_ids, user_texts, schema.USERS)
+    users, users_met = texts.attach(user_ids, user_texts, schema.USERS)
     items, items_met = texts.attach(item_ids, item_texts, schema.ITEMS)
+    features = _features(raw, config, log, {"user": user_ids, "item": item_ids})
     source = describe_source(config, raw, (item_texts, user_texts), items_met)
+    if config.users_input:
+        source["users_in_table"] = users_met
     name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
-    return write(config, name, log, users, items, source, described, filters)
+    return write(config, name, log, users, items, source, described, filters, features=features)
 
 
 def describe_source(
@@ -75,6 +80,26 @@ def describe_source(
     if tables[0] is not None:
         source["items_in_table"] = items_met
     return source
+
+
+def _features(
+    raw: Raw, config: PrepareConfig, log: Log, ids: Mapping[str, pa.Array]
+) -> tuple[Feature, ...]:
+    """The features of users and items, by the values of those with training interactions."""
+    assert log.parts is not None
+    features: list[Feature] = []
+    for side, indices in (("user", log.users), ("item", log.items)):
+        counts = np.bincount(indices[log.parts == split.TRAIN], minlength=len(ids[side]))
+        columns = raw.features.get(side)
+        features += feature_columns.encode(
+            columns, side, ids[side], counts > 0, decimal=config.decimal
+        )
+    if any(f.side == "item" and f.name == features_lib.CATEGORIES for f in features):
+        raise InputError(
+            f"an item feature may not be called {features_lib.CATEGORIES}: the items' categories "
+            "(--categories_column) are a feature by that name already"
+        )
+    return tuple(features)
 
 
 def _rule(config: PrepareConfig) -> str:
@@ -245,6 +270,7 @@ def write(
     described: Mapping[str, Any],
     filters: Mapping[str, Any],
     parents: tuple[lineage.Parent, ...] = (),
+    features: tuple[Feature, ...] = (),
 ) -> schema.DatasetManifest:
     """Write the dataset directory `config.out`, its manifest last.
 
@@ -264,6 +290,7 @@ def write(
             key: shards.write_shards(root, key, table, rows_per_shard=config.rows_per_shard)
             for key, table in tables.items()
         }
+        files |= features_lib.write(root, features, rows_per_shard=config.rows_per_shard)
         for code, part in enumerate(schema.PARTS):
             table = _interactions(log, code)
             files[part] = shards.write_shards(
@@ -280,6 +307,7 @@ def write(
             split_hash=schema.split_hash(pairs),
             files=files,
             parents=parents,
+            features=features_lib.described(features),
         )
         schema.write_manifest(root, manifest)
     return manifest
@@ -327,6 +355,7 @@ def summary(manifest: schema.DatasetManifest) -> str:
         met = manifest.source["items_in_table"]
         share = 100 * met / max(1, counts["items"])
         lines.append(f"  items in the item table: {met:,} of {counts['items']:,} ({share:.1f} %)")
+    lines += [f"  {line}" for line in feature_columns.summary(manifest.features)]
     if core := filters.get("k_core"):
         lines.append(
             f"  k-core: {core['user_core']} per user, {core['item_core']} per item, "

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import schema
-from slgr_jax.data.ingest import tables, texts
+from slgr_jax.data.ingest import feature_columns, tables, texts
 from slgr_jax.data.ingest.archive import Files
 from slgr_jax.data.ingest.delimited import DelimitedFile, FileRows, pick
+from slgr_jax.data.ingest.feature_columns import Declared, FeatureColumns
 from slgr_jax.data.ingest.tables import Piece, Raw
 from slgr_jax.data.ingest.text_lines import Dialect
 from slgr_jax.data.ingest.texts import Texts
@@ -20,6 +21,8 @@ from slgr_jax.errors import InputError, listing
 
 _PRESPLIT = re.compile(r"\.(train|valid|test)\.inter$")
 _TABS = Dialect(delimiter="\t", quote="")
+# Types of a header -> kinds of features; float_seq, a vector, is none.
+_KINDS = {"token": "categorical", "token_seq": "multi", "float": "numeric"}
 
 
 def atomic_files(config: PrepareConfig) -> Raw:
@@ -38,6 +41,7 @@ def atomic_files(config: PrepareConfig) -> Raw:
         tuple(opened),
         lambda wanted: _items(files, f"{stem}.item", config),
         lambda wanted: _users(files, f"{stem}.user", config),
+        _features(files, stem, config),
         name=stem.rsplit("/", 1)[-1],
     )
 
@@ -138,7 +142,20 @@ def _items(files: Files, name: str, config: PrepareConfig) -> Texts | None:
     file = _text_file(files, name, "item_id", config)
     if file is None:
         return None
-    kinds = file.kinds
+    fields = {"item": "item_id", **_item_roles(file.kinds)}
+    drop = tables.drops(config)
+    rows = file.texts(fields, drop=drop)
+    if not rows.count.rows:
+        return None
+    years = rows.columns.pop("year", None)
+    if years is not None and "title" in rows.columns:
+        rows.columns["title"] = _with_year(rows.columns["title"], years)
+    label = f"{file.where}: column item_id"
+    return texts.of_rows(rows, label, separator=" ", drop=drop)
+
+
+def _item_roles(kinds: Mapping[str, str]) -> dict[str, str]:
+    """title, text, categories, year -> the field of an .item file that is it, where one is."""
 
     def first(words: tuple[str, ...], allowed: tuple[str, ...]) -> str | None:
         for field, kind in kinds.items():
@@ -147,21 +164,53 @@ def _items(files: Files, name: str, config: PrepareConfig) -> Texts | None:
         return None
 
     fields = {
-        "item": "item_id",
         "title": first(("title", "name"), ("token", "token_seq")),
         "text": first(("description", "overview", "text"), ("token", "token_seq")),
         "categories": first(("class", "genre", "categor", "tag"), ("token_seq",)),
         "year": first(("year",), ("token", "float")),
     }
-    drop = tables.drops(config)
-    rows = file.texts({role: field for role, field in fields.items() if field}, drop=drop)
-    if not rows.count.rows:
-        return None
-    years = rows.columns.pop("year", None)
-    if years is not None and "title" in rows.columns:
-        rows.columns["title"] = _with_year(rows.columns["title"], years)
-    label = f"{file.where}: column item_id"
-    return texts.of_rows(rows, label, separator=" ", drop=drop)
+    return {role: field for role, field in fields.items() if field}
+
+
+def _features(files: Files, stem: str, config: PrepareConfig) -> dict[str, FeatureColumns]:
+    """The fields of .user and .item that are features, by side."""
+    by_side: dict[str, FeatureColumns] = {}
+    for side, flag in (("user", config.user_features), ("item", config.item_features)):
+        wanted = feature_columns.declared(flag, f"{side}_features")
+        file = _text_file(files, f"{stem}.{side}", f"{side}_id", config)
+        if file is None and wanted:
+            raise InputError(
+                f"--{side}_features={flag}: {files.path} has no {stem.rsplit('/', 1)[-1]}.{side}"
+            )
+        if file is not None:
+            by_side[side] = _feature_columns(file, side, wanted, tables.drops(config))
+    return by_side
+
+
+def _feature_columns(
+    file: _AtomicFile, side: str, wanted: Collection[Declared] | None, drop: bool
+) -> FeatureColumns:
+    """The features of a file: those wanted, or all but texts, categories and postal codes."""
+    kinds = {field: kind for field, kind in file.kinds.items() if field != f"{side}_id"}
+    vectors = [entry.name for entry in wanted or () if kinds.get(entry.name) == "float_seq"]
+    if vectors:
+        raise InputError(f"{file.where}: column {listing(vectors)} is float_seq, not a feature")
+    left_out: Collection[str] = [field for field in kinds if "zip" in field]
+    if side == "item":
+        roles = _item_roles(file.kinds)
+        left_out = [*left_out, *(field for role, field in roles.items() if role != "year")]
+    known = [
+        Declared(field, _KINDS[kind], " ")
+        for field, kind in kinds.items()
+        if kind in _KINDS and (wanted is not None or field not in left_out)
+    ]
+    chosen = feature_columns.pick(
+        None if wanted is None else tuple(wanted), known, kinds, file.where
+    )
+    rows = file.texts({f: f for f in (f"{side}_id", *(e.name for e in chosen))}, drop=drop)
+    return FeatureColumns(
+        file.where, rows.columns[f"{side}_id"], tuple((e, rows.columns[e.name]) for e in chosen)
+    )
 
 
 def _with_year(titles: pa.ChunkedArray, years: pa.ChunkedArray) -> pa.ChunkedArray:

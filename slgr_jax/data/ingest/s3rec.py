@@ -63,13 +63,14 @@ def sequences(config: PrepareConfig) -> Raw:
         by_attributes = None if attributes is None else _items(files, attributes)
         if item_reader is None:
             return by_attributes
-        return _with_categories(item_reader[0](wanted), by_attributes)
+        return _with_categories(item_reader.texts(wanted), by_attributes)
 
     return Raw(
         (_read(files, name, config),),
-        (files,) if item_reader is None else (files, item_reader[1]),
+        (files,) if item_reader is None else (files, item_reader.file),
         items,
         tables.nothing,
+        {"item": item_reader.features} if item_reader and item_reader.features else {},
         name=stem,
     )
 

@@ -20,6 +20,34 @@ _READERS: Mapping[str, Callable[[PrepareConfig], Raw]] = {
 }
 
 
+def _check_tables(config: PrepareConfig) -> None:
+    """Refuse knobs of a user table or of features where nothing would read them."""
+    named = ("csv", "jsonl", "parquet")
+    if config.users_input and config.source not in named:
+        raise ConfigError(
+            f"--users_input is not used with --source={config.source}; it goes with "
+            f"{listing(named)}"
+        )
+    if config.source in ("movielens", "recbole"):
+        return
+    readers = {
+        "user": (config.user_features, config.users_input, named),
+        "item": (config.item_features, config.items_input, (*named, "s3rec")),
+    }
+    for side, (features, table, layouts) in readers.items():
+        if not features or features == "none":
+            continue
+        if config.source not in layouts:
+            raise ConfigError(
+                f"--{side}_features is not used with --source={config.source}; it goes with "
+                f"movielens, recbole, {listing(layouts)}"
+            )
+        if not table:
+            raise ConfigError(
+                f"--{side}_features={features} are columns of a table: add --{side}s_input=FILE"
+            )
+
+
 def read(config: PrepareConfig) -> Raw:
     """Read the interactions of `config.input` (and of the pre-made parts).
 
@@ -36,6 +64,7 @@ def read(config: PrepareConfig) -> Raw:
             f"--items_input is not used with --source={config.source}: item texts are found "
             "beside the interactions"
         )
+    _check_tables(config)
     if config.columns and config.source not in ("csv", "amazon"):
         raise ConfigError(
             f"--columns is not used with --source={config.source}: it names the columns of a csv "

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
-from slgr_jax.data.ingest import arrow_files, json_lines, text_lines, texts
+from slgr_jax.data import shards
+from slgr_jax.data.ingest import arrow_files, feature_columns, json_lines, text_lines, texts
 from slgr_jax.data.ingest.archive import Files, reading
 from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.delimited import ID_ROLES, DelimitedFile, FileRows, pick
+from slgr_jax.data.ingest.feature_columns import Declared, FeatureColumns
 from slgr_jax.data.ingest.text_lines import Dialect
 from slgr_jax.data.ingest.texts import Texts
 from slgr_jax.errors import ConfigError, InputError, printable
@@ -73,6 +75,7 @@ class Raw:
     files: tuple[Files, ...]
     items: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.ITEMS, any order
     users: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.USERS
+    features: Mapping[str, FeatureColumns] = dataclasses.field(default_factory=dict)  # by side
     name: str = ""  # what the files call the data set; empty if nothing better than --input
 
 
@@ -130,11 +133,15 @@ def named_columns(config: PrepareConfig) -> Raw:
                     "another; give one of them"
                 )
             pieces.append(Piece.of(rows, part or piece_part, chosen))
-    read_items = named_items(config)
-    if read_items is None:
-        return Raw(tuple(pieces), tuple(opened), nothing, nothing)
-    items, source = read_items
-    return Raw(tuple(pieces), (*opened, source), items, nothing)
+    items, users = named_items(config), _named_users(config)
+    tables = {"item": items, "user": users}
+    return Raw(
+        tuple(pieces),
+        (*opened, *(table.file for table in tables.values() if table is not None)),
+        nothing if items is None else items.texts,
+        nothing if users is None else users.texts,
+        {side: table.features for side, table in tables.items() if table and table.features},
+    )
 
 
 _Named = tuple[str | None, dict[str, str], FileRows]
@@ -192,14 +199,23 @@ def _json_rows(
     )
 
 
-# --- item tables ---------------------------------------------------------------------------
+# --- item and user tables ------------------------------------------------------------------
 
 
-def named_items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Files] | None:
-    """How to read --items_input, one column per role, and its file; None where there is none.
+@dataclasses.dataclass(frozen=True)
+class NamedTable:
+    """A table of items or users with named columns."""
+
+    file: Files
+    texts: Callable[[pa.Array], Texts]
+    features: FeatureColumns | None = None
+
+
+def named_items(config: PrepareConfig) -> NamedTable | None:
+    """--items_input, one column per role; None where there is none.
 
     Raises:
-      InputError: it lacks the column of ids, or cannot be read.
+      InputError: it lacks the column of ids or of a feature, or cannot be read.
     """
     if not config.items_input:
         return None
@@ -210,32 +226,88 @@ def named_items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Fil
         "text": config.text_column,
         "categories": config.categories_column,
     }
-    name = files.single
-    head = b"" if name is None else files.head(name, 64)
-    if name is not None and json_lines.is_json(head):
-        return _json_items(files, name, config, wanted), files
+    features = feature_columns.declared(config.item_features, "item_features") or ()
+    if (name := _json_of(files)) is not None:
+        _refuse_features(files, name, features)
+        return NamedTable(files, _json_items(files, name, config, wanted))
 
-    if name is None or arrow_files.is_arrow(head):
-        names = [name for held in arrow_files.parts_of(files).values() for name in held]
-        chosen, rows = arrow_files.read(files, names, wanted, required=["item"])
-    else:
-        chosen, rows = _delimited_items(files, name, config, wanted)
-    label = f"{files.path}: column {printable(chosen['item'])}"
+    rows, of_features = _named_rows_of(files, config, wanted, features, config.items_columns)
+    label = f"{files.path}: column {printable(wanted['item'])}"
     items = texts.of_rows(rows, label, separator="|", drop=drops(config))
-    return lambda wanted_ids: items, files
+    return NamedTable(files, lambda wanted_ids: items, of_features)
 
 
-def _delimited_items(
-    files: Files, name: str, config: PrepareConfig, wanted: Mapping[str, str]
-) -> tuple[dict[str, str], FileRows]:
+def _named_users(config: PrepareConfig) -> NamedTable | None:
+    """--users_input: ids, text and features; None where there is none."""
+    if not config.users_input:
+        return None
+    files = Files(config.users_input)
+    features = feature_columns.declared(config.user_features, "user_features") or ()
+    if (name := _json_of(files)) is not None:
+        raise InputError(f"{files.where(name)} holds JSON; write the user table as csv or Parquet")
+    wanted = {"user": config.user_column, "text": config.text_column}
+    rows, of_features = _named_rows_of(files, config, wanted, features, config.users_columns)
+    label = f"{files.path}: column {printable(wanted['user'])}"
+    users = texts.users_of_rows(rows, label, drop=drops(config))
+    return NamedTable(files, lambda wanted_ids: users, of_features)
+
+
+def _json_of(files: Files) -> str | None:
+    """The name of a table that is one file of JSON; None if it is none."""
+    name = files.single
+    return name if name is not None and json_lines.is_json(files.head(name, 64)) else None
+
+
+def _refuse_features(files: Files, name: str, features: Collection[Declared]) -> None:
+    if features:
+        raise InputError(
+            f"{files.where(name)} holds JSON; features are read from a csv, Parquet or Arrow table"
+        )
+
+
+def _named_rows_of(
+    files: Files,
+    config: PrepareConfig,
+    wanted: Mapping[str, str],
+    features: tuple[Declared, ...],
+    header: str,
+) -> tuple[FileRows, FeatureColumns]:
+    """The rows of a table whose first role is that of its ids, and its features.
+
+    Args:
+      header: the command line's names of its columns; empty: its first line.
+    """
+    side = next(iter(wanted))
+    roles = {**wanted, **{f"feature {entry.name}": entry.name for entry in features}}
+    name = files.single
+    if name is None or arrow_files.is_arrow(files.head(name, 64)):
+        names = [name for held in arrow_files.parts_of(files).values() for name in held]
+        present = shards.column_names(files.path_of(names[0]))
+        feature_columns.pick(features, (), present, files.where(names[0]))
+        _, rows = arrow_files.read(files, names, roles, required=[side])
+    else:
+        rows = _delimited_rows(files, name, config, roles, features, header)
+    found = tuple((entry, rows.columns[f"feature {entry.name}"]) for entry in features)
+    return rows, FeatureColumns(rows.count.where, rows.columns[side], found)
+
+
+def _delimited_rows(
+    files: Files,
+    name: str,
+    config: PrepareConfig,
+    roles: Mapping[str, str],
+    features: tuple[Declared, ...],
+    header: str,
+) -> FileRows:
+    side = next(iter(roles))
     dialect = dialect_of_texts(files, name, text_lines.dialect_of(config), config)
-    names = column_list(config.items_columns, "items_columns")
-    file = DelimitedFile(files, name, dialect, names)
-    chosen = pick(file.names, wanted, file.where, required=["item"], first_line=True)
+    file = DelimitedFile(files, name, dialect, column_list(header, f"{side}s_columns"))
+    chosen = pick(file.names, roles, file.where, required=[side], first_line=True)
+    feature_columns.pick(features, (), file.names, file.where)
     rows = file.read(chosen, drop=drops(config), ids=(), is_log=False)
     if dialect.encoding != "utf-8-sig":
         rows.count.note = f"read as {dialect.encoding}"
-    return chosen, rows
+    return rows
 
 
 def dialect_of_texts(files: Files, name: str, dialect: Dialect, config: PrepareConfig) -> Dialect:

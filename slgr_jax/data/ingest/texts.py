@@ -159,6 +159,22 @@ def of_rows(rows: FileRows, label: str, *, separator: str, drop: bool) -> Texts:
     return Texts(table, rows.count.where, rows.count, example)
 
 
+def users_of_rows(rows: FileRows, label: str, *, drop: bool) -> Texts:
+    """The user table of a file that was read as columns; of several rows with an id, the first."""
+    raw = rows.columns
+    sieve = Sieve(len(raw["user"]), count=rows.count if drop else None, numbers=rows.numbers)
+    columns.check_ids(raw["user"], label, sieve)
+    kept = pa.array(sieve.keep)
+    (codes,), ids = columns.encode_ids([raw["user"].filter(kept)], [label])
+    _, first = np.unique(codes, return_index=True)
+    told = pa.nulls(len(ids), pa.string())
+    if "text" in raw:
+        column = columns.decoded(raw["text"]).filter(kept).take(first)
+        told = _flat(_plain_column(_as_text(column, f"{label.rsplit(': ', 1)[0]}: text")))
+    example = ids[0].as_py() if len(ids) else ""
+    return Texts(pa.table([ids, told], schema=schema.USERS), rows.count.where, rows.count, example)
+
+
 def of_records(
     records: Iterable[tuple[int, Row]],
     fields: Mapping[str, Sequence[str]],

@@ -14,6 +14,7 @@ from slgr_jax.models.backbones.base import (
     JointBackbone,
     SequenceBackbone,
     missing_members,
+    with_features,
 )
 from slgr_jax.models.backbones.bert4rec import BERT4Rec
 from slgr_jax.models.backbones.click import make_click
@@ -21,7 +22,8 @@ from slgr_jax.models.backbones.gru4rec import GRU4Rec
 from slgr_jax.models.backbones.lightgcn import LightGCN
 from slgr_jax.models.backbones.mf import MatrixFactorization
 from slgr_jax.models.backbones.sasrec import SASRec
-from slgr_jax.sampling.context import FIELDS, GRAPH, HISTORY, Sizes
+from slgr_jax.sampling.context import FEATURES, FIELDS, GRAPH, HISTORY, Sizes
+from slgr_jax.sampling.features import TABLES
 
 __all__ = [
     "AnyBackbone",
@@ -69,13 +71,14 @@ def register(
       maker: gives a `DotBackbone`, `SequenceBackbone` or `JointBackbone`.
       losses: of `config.LOSSES`, those it can learn by; the first is what --loss=auto means.
       defaults: knobs, by command-line name, that default otherwise for it.
-      reads: of HISTORY, FIELDS, GRAPH (`sampling.context`), what it looks up besides its tables.
+      reads: of HISTORY, FIELDS, FEATURES, GRAPH (`sampling.context`), what it looks up besides
+        its tables.
       sequence: whether it is a `SequenceBackbone`, which learns from windows of histories.
 
     Raises:
       ConfigError: the name is taken, a loss is unknown, or `reads` names what there is not.
     """
-    known = (HISTORY, FIELDS, GRAPH)
+    known = (HISTORY, FIELDS, FEATURES, GRAPH)
     unknown = sorted(set(reads) - set(known))
     if unknown:
         raise ConfigError(
@@ -87,7 +90,8 @@ def register(
 
 def reads_of(config: ModelConfig) -> frozenset[str]:
     """What of the `Context` the backbone that `config` names may look up."""
-    return frozenset(_ENTRIES[config.backbone].reads(config))
+    reads = frozenset(_ENTRIES[config.backbone].reads(config))
+    return reads | {FEATURES} if config.features != "none" else reads
 
 
 def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) -> AnyBackbone:
@@ -100,6 +104,7 @@ def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) ->
       ConfigError: settings that contradict each other, or a registered maker gave no backbone.
     """
     backbone = _ENTRIES[config.backbone].make(config, sizes, native=native)
+    backbone = with_features(backbone, sizes)
     missing = missing_members(backbone)
     if missing:
         raise ConfigError(
@@ -112,7 +117,25 @@ def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) ->
             f"--backbone={config.backbone} reads {listing(undeclared)}, and was registered with "
             f"reads={sorted(reads_of(config))}; name them there"
         )
+    if config.features != "none":
+        _check_features(backbone, config, sizes)
     return backbone
+
+
+def _check_features(backbone: AnyBackbone, config: ModelConfig, sizes: Sizes) -> None:
+    """Refuse features that the backbone would not look at."""
+    sides = {"user": sizes.user_features, "item": sizes.item_features}
+    unread = [
+        side
+        for side, of_side in sides.items()
+        if of_side is not None and TABLES[side] not in backbone.tables
+    ]
+    given = [side for side, of_side in sides.items() if of_side is not None]
+    if unread and (unread == given or config.features != "all"):
+        raise ConfigError(
+            f"--features={config.features}: --backbone={config.backbone} reads no features of "
+            f"{listing(f'{side}s' for side in unread)}; drop them"
+        )
 
 
 def _dot(config: ModelConfig, sizes: Sizes) -> dict[str, Any]:

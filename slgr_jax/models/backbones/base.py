@@ -15,7 +15,9 @@ vectors whose dot product is the score, I items.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -24,7 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.models.embedding_table import TableSpec
-from slgr_jax.sampling.context import Context, Queries
+from slgr_jax.sampling import features as features_lib
+from slgr_jax.sampling.context import FEATURES, Context, Queries, Sizes
 
 Ids = Mapping[str, Int[Array, "..."]]  # table name -> ids of the rows that are read, any shape
 TableRows = Mapping[str, jax.Array]  # table name -> the rows that were read, [..., D]
@@ -56,7 +59,8 @@ class Backbone(Protocol):
 
     @property
     def reads(self) -> frozenset[str]:
-        """What of the `Context` it looks up: HISTORY, FIELDS, GRAPH of `data.context`."""
+        """What of the `Context` it looks up: HISTORY, FIELDS, FEATURES, GRAPH of
+        `sampling.context`."""
         ...
 
     @property
@@ -121,9 +125,16 @@ class DotBackbone(Backbone, Protocol):
 
 
 class ItemTableBackbone:
-    """What most of them share: tables as they are, and row i of table `item` as item i's vector."""
+    """What most of them share: tables as they are, and row i of table `item` as item i's vector.
+
+    Attributes:
+      feature_tables: table -> the table of features whose rows are added to its rows.
+    """
 
     whole = False
+    tables: Mapping[str, TableSpec]
+    reads: frozenset[str]
+    feature_tables: Mapping[str, str] = types.MappingProxyType({})
 
     def propagate(
         self,
@@ -219,6 +230,50 @@ AnyBackbone = DotBackbone | JointBackbone
 def dots(states: Float[Array, "... E"], vectors: Float[Array, "... C E"]) -> Float[Array, "... C"]:
     """Scores of C candidates for each state."""
     return jnp.einsum("...e,...ce->...c", states, vectors)
+
+
+def with_features(backbone: AnyBackbone, sizes: Sizes) -> AnyBackbone:
+    """A copy of an `ItemTableBackbone` that adds the features of users and items to their rows.
+
+    Wherever its methods see a row of `user`, it is
+      p_u + sum over the features f of u of what f comes to (`sampling.features`),
+    and of `item` likewise (LightFM, Kula 2015, arXiv 1507.08439, section 3): an item's bias too.
+    Serving keeps the sums in place of the rows. Other backbones, and sides without a table or
+    without features, are as they were.
+    """
+    if not isinstance(backbone, ItemTableBackbone):
+        return backbone
+    by_table = {"user": sizes.user_features, "item": sizes.item_features}
+    of_table: dict[str, str] = {}
+    tables = dict(backbone.tables)
+    for name, side in by_table.items():
+        if side is not None and name in backbone.tables:
+            of_table[name] = features_lib.TABLES[name]
+            tables[of_table[name]] = dataclasses.replace(backbone.tables[name], rows=side.rows)
+    if not of_table:
+        return backbone
+    composed = copy.copy(backbone)
+    composed.feature_tables, composed.tables = of_table, tables
+    composed.reads = backbone.reads | {FEATURES}
+    return composed
+
+
+def feature_tables(backbone: AnyBackbone) -> Mapping[str, str]:
+    """Table -> the table of features whose rows are added to its rows; {} for most backbones."""
+    return backbone.feature_tables if isinstance(backbone, ItemTableBackbone) else {}
+
+
+def with_features_added(
+    backbone: AnyBackbone, values: Mapping[str, Float[Array, "_ D"]], context: Context
+) -> dict[str, Float[Array, "_ D"]]:
+    """Whole tables, those of users and items with their features added."""
+    out = dict(values)
+    for name, feature_table in feature_tables(backbone).items():
+        assert context.features is not None
+        slots = context.features.slots(name)
+        if name in values and slots is not None:
+            out[name] = values[name] + features_lib.total_of_all(slots, values[feature_table])
+    return out
 
 
 def item_tables(backbone: DotBackbone, context: Context) -> frozenset[str]:

@@ -2,16 +2,17 @@
 
 A row, (query, candidate), has these fields, each of width D:
   user; item; the mean of the item's categories;
-  the mean of the last L events' items; the mean of the events' category means.
-Categories where the data have some, history unless it is switched off. `Din` gets the events
-themselves. A mean of nothing is a vector of zeros: an item without categories, a query without
-events. An event's item reads the same table as a candidate.
+  the mean of the last L events' items; the mean of the events' category means;
+  each feature of the user and of the item (`sampling.features`), and the mean of the events' own.
+Categories where the data have some, history unless it is switched off, features where --features
+names some. `Din` gets the events themselves. A mean of nothing is a vector of zeros: an item
+without categories, a query without events. An event's item reads the same table as a candidate.
 
 DeepFM and xDeepFM add a first-order term: a number for each id, averaged as its field is. It is
 the last entry of the id's row, of width D + 1, so that it costs no table of its own.
 
 Shape letters: N queries, C candidates, L events, F categories of an item, T fields of an item
-(1 or 2), Q fields of the query, W width of a row (D or D + 1).
+(itself, categories, features), Q fields of the query, W width of a row (D or D + 1).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from slgr_jax.models.backbones.interactions import (
     XDeepFm,
 )
 from slgr_jax.models.embedding_table import TableSpec
+from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import (
+    FEATURES,
     FIELDS,
     HISTORY,
     Context,
@@ -56,7 +59,8 @@ FIRST_ORDER = frozenset({"deepfm", "xdeepfm"})
 
 
 class ClickModel:
-    """A network over fields as a `JointBackbone`: tables `user`, `item`, `category`."""
+    """A network over fields as a `JointBackbone`: tables `user`, `item`, `category`, those of
+    features."""
 
     def __init__(
         self,
@@ -76,30 +80,57 @@ class ClickModel:
         counts = {"user": sizes.users, "item": sizes.items}
         if self._categories:
             counts["category"] = sizes.categories
+        by_side = {"user": sizes.user_features, "item": sizes.item_features}
+        self._features = {
+            side: 0 if of_side is None else of_side.features for side, of_side in by_side.items()
+        }
+        for side, of_side in by_side.items():
+            if of_side is not None:
+                counts[features_lib.TABLES[side]] = of_side.rows
         width = dim + first_order
         self.tables: Mapping[str, TableSpec] = {
             name: TableSpec(count, width, init_std) for name, count in counts.items()
         }
-        self.reads = frozenset([HISTORY] * history + [FIELDS] * self._categories)
+        reads = {HISTORY: history, FIELDS: self._categories, FEATURES: any(by_side.values())}
+        self.reads = frozenset(name for name, is_read in reads.items() if is_read)
         self.dropout = dropout
 
     def init(self, key: jax.Array) -> Params:
-        parts = 1 + self._categories
+        parts = 1 + self._categories + self._features["item"]
+        of_user = 1 + self._features["user"]
         item = jnp.zeros((1, 1, parts, self._dim))
         if isinstance(self._network, Din):
-            query, real = jnp.zeros((1, 1, self._dim)), jnp.zeros((1, 1), bool)
+            query, real = jnp.zeros((1, of_user, self._dim)), jnp.zeros((1, 1), bool)
             return self._network.init(key, query, item, item, real)["params"]
-        count = 1 + parts * (1 + self._history)
+        count = of_user + parts * (1 + self._history)
         return self._network.init(key, jnp.zeros((1, count, self._dim)))["params"]
 
     def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
-        """`user` [N]; `item` [N, C + L], candidates then events; `category` [N, C + L, F]."""
+        """`user` [N]; `item` [N, C + L], candidates then events; `category` [N, C + L, F]; those of
+        features, `user_feature` [N, S] and `item_feature` [N, C + L, S]."""
         seen, _ = self._items(context, queries, items)
         ids = {"user": queries.users, "item": seen}
         if self._categories:
             assert context.fields is not None
             ids["category"] = categories_of(context.fields, seen)[0]
+        for side, named in (("user", queries.users), ("item", seen)):
+            if self._features[side]:
+                ids[features_lib.TABLES[side]] = self._slots(context, side).rows[named]
         return ids
+
+    def _slots(self, context: Context, side: str) -> features_lib.FeatureSlots:
+        slots = None if context.features is None else context.features.slots(side)
+        assert slots is not None
+        return slots
+
+    def _feature_fields(
+        self, rows: TableRows, context: Context, side: str, named: Int[Array, "..."]
+    ) -> list[Float[Array, "... P W"]]:
+        """[the fields of a side's features]; [] without any."""
+        if not self._features[side]:
+            return []
+        of_slots = rows[features_lib.TABLES[side]]
+        return [features_lib.each(self._slots(context, side), named, of_slots)]
 
     def score(
         self,
@@ -118,8 +149,11 @@ class ClickModel:
             counted = categories_of(context.fields, seen)[1]
             means = _mean(rows["category"], counted)
             fields = jnp.concatenate([fields, means[:, :, None, :]], axis=2)
+        of_items = self._feature_fields(rows, context, "item", seen)
+        fields = jnp.concatenate([fields, *of_items], axis=2)
         target, events = fields[:, : items.shape[1]], fields[:, items.shape[1] :]
-        query = rows["user"][:, None, :]
+        of_users = self._feature_fields(rows, context, "user", queries.users)
+        query = jnp.concatenate([rows["user"][:, None, :], *of_users], axis=1)
         if self._history and not isinstance(self._network, Din):
             n, length, *shape = events.shape
             mean = _mean(events.reshape(n, length, -1), real)
