@@ -156,6 +156,12 @@ class Chosen:
         return [feature for feature in self.features if feature.side == side]
 
     @property
+    def cut(self) -> int:
+        """Values of multi-valued features that are not kept."""
+        counts = [feature.ragged()[0] for feature in self.features if feature.kind == "multi"]
+        return sum(int(np.maximum(each - self.most_values, 0).sum()) for each in counts)
+
+    @property
     def digest(self) -> str:
         """SHA-256 over them; empty without any."""
         return features_lib.digest(self.features)

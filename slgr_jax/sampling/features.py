@@ -66,12 +66,10 @@ class FeatureSizes:
     Attributes:
       rows: T.
       features: F.
-      cut: values that no slot was left for.
     """
 
     rows: int
     features: int
-    cut: int
 
 
 def make_slots(
@@ -84,7 +82,7 @@ def make_slots(
     """
     if not features:
         return None, None
-    rows, weights, first, cut = [], [], 0, 0
+    rows, weights, first = [], [], 0
     for feature in features:
         if feature.kind == "numeric":
             numbers = feature.standardised()[:, None]
@@ -95,7 +93,6 @@ def make_slots(
             continue
         counts, codes = feature.ragged()
         kept, chosen = padded(counts, codes, most)
-        cut += int(np.sum(np.maximum(counts - chosen.shape[1], 0)))
         used = np.arange(chosen.shape[1])[None, :] < np.maximum(kept, 1)[:, None]
         missing = kept[:, None] == 0
         rows.append(first + np.where(missing, len(feature.values), chosen))
@@ -106,7 +103,7 @@ def make_slots(
         _host(np.concatenate(weights, axis=1), np.float32),
         tuple(part.shape[1] for part in rows),
     )
-    return slots, FeatureSizes(first, len(features), cut)
+    return slots, FeatureSizes(first, len(features))
 
 
 def padded(counts: np.ndarray, codes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

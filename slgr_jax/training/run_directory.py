@@ -259,7 +259,7 @@ def write_record(
     run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved: int
 ) -> None:
     """Write `run.json`: what the config resolved to on this machine."""
-    slices = dataset.slices(run.slices)
+    slices, features = dataset.slices(run.slices), choose_features(run.model, dataset)
     devices = trainer.layout.mesh.devices.ravel()
     facts = {
         "slgr_jax": __version__,
@@ -274,7 +274,9 @@ def write_record(
         "split_hash": dataset.manifest.split_hash,
         "id_map_hash": dataset.manifest.id_map_hash,
         "teacher_hash": teacher_hash(run),
-        "features_hash": choose_features(run.model, dataset).digest,
+        "features_hash": features.digest,
+        "features": [f"{feature.side}.{feature.name}" for feature in features.features],
+        "feature_values_cut": features.cut,
         "reference_runs": reference_checkpoints(run),
         "init_from": origin(run),
         "users": dataset.n_users,

@@ -12,7 +12,7 @@ from slgr_jax.config import ModelConfig
 from slgr_jax.data import features as features_lib
 from slgr_jax.errors import ConfigError
 from slgr_jax.sampling import features
-from slgr_jax.sampling.context import choose_features
+from slgr_jax.sampling.context import Chosen, choose_features
 
 NUMBERS = np.array([1.0, np.nan, 3.0, 5.0])
 TAGS = [["b", "a", "b", "c"], [], ["c"], ["a", "c"]]  # of four users
@@ -41,7 +41,8 @@ def _expected(table: np.ndarray, user: int, most: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("most", [1, 2, 9])
 def test_each_feature_is_its_closed_form(most: int) -> None:
     slots, sizes = features.make_slots(_three(), most)
-    assert sizes == features.FeatureSizes(rows=9, features=3, cut={1: 3, 2: 1, 9: 0}[most])
+    assert sizes == features.FeatureSizes(rows=9, features=3)
+    assert Chosen(tuple(_three()), most).cut == {1: 3, 2: 1, 9: 0}[most]
     slots = jax.tree.map(jnp.asarray, slots)
     assert slots.widths == (1, min(most, 3), 1)
     table = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
