@@ -346,9 +346,15 @@ def test_many_seeds_train_with_features(data, tmp_path):
     [
         ({"features": "gruop"}, "has no feature 'gruop'; it has group, tags, price"),
         ({"features": "group", "backbone": "sasrec"}, "sasrec reads no features of users"),
-        ({"most_feature_values": 3}, "is not used with --features=none"),
     ],
 )
 def test_refusals(data, knobs, message):
     with pytest.raises(ConfigError, match=message):
         build.build(_run(data, "run", **knobs), data, worlds.one_device())
+
+
+def test_a_cap_without_features_is_refused(data):
+    run = _run(data, "run", most_feature_values=3)
+    with pytest.raises(ConfigError, match="is not used with --features=none; add --features=all"):
+        config.check_used(run, ["most_feature_values"])
+    config.check_used(_run(data, "run", features="all"), ["most_feature_values"])
