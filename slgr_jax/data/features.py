@@ -124,6 +124,14 @@ def numeric(name: str, side: str, numbers: np.ndarray, trained: np.ndarray) -> F
     return Feature(name, side, "numeric", pa.chunked_array([column]), (), mean, deviation or 1.0)
 
 
+def extended(feature: Feature, rows: int) -> Feature:
+    """The feature of `rows` users or items, the first of which are those it has: the rest have no
+    value."""
+    more = pa.nulls(rows - len(feature.column), feature.column.type)
+    column = pa.chunked_array([*feature.column.chunks, more], feature.column.type)
+    return dataclasses.replace(feature, column=column)
+
+
 def categories(items: pa.Table, trained: np.ndarray) -> Feature | None:
     """The items' categories as a feature; None where no item has any."""
     counts, names = flat(items.column("categories"))

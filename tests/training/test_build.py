@@ -102,9 +102,7 @@ def test_moved_data_are_found_again(dataset, workdir, tmp_path):
     del values["checksum"]  # as in a run of an earlier version
     values["data"] = str(tmp_path / "gone")
     (workdir / run_directory.CONFIG).write_text(json.dumps(values))
-    with pytest.raises(
-        ConfigError, match=r"gone, which is not there; .*slgr evaluate .*--data=NEW"
-    ):
+    with pytest.raises(ConfigError, match=r"gone, which is not there; .*--data=NEW"):
         restore.restore_run(str(workdir))
     _open(_run(moved, workdir), moved)
     assert restore.restore_run(str(workdir)).dataset.path == moved.path

@@ -11,7 +11,8 @@ the parent's, over both together:
     global_time, leave_last    anew over all rows: yesterday's test becomes training
     ratio             the parent's rows keep their part, the new ones are drawn (`more_by_ratio`)
 
-The parent's features are left out.
+The parent's features stay, with its vocabularies, means and deviations; new users and items have
+none.
 
 A pre-made split has no rule, and places in a line (s3rec) begin at 0 again: both are refused.
 """
@@ -29,6 +30,7 @@ import pyarrow.compute as pc
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data import features as features_lib
 from slgr_jax.data import lineage, schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.ingest import interactions, prepare, sources, split, texts, times
@@ -57,8 +59,8 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
     """
     if config.user_features or config.item_features or config.users_input:
         raise ConfigError(
-            "--append leaves features and user tables out: drop --user_features, --item_features "
-            "and --users_input, or prepare all rows anew without --append"
+            "--append keeps the parent's features and reads no others: drop --user_features, "
+            "--item_features and --users_input, or prepare all rows anew without --append"
         )
     manifest = schema.read_dataset_manifest(config.append)
     settings = _settings(manifest, config, given)
@@ -102,6 +104,10 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
         described,
         counts,
         parents=lineage.record(manifest, _moved(log, old_parts)),
+        features=tuple(
+            features_lib.extended(feature, len(user_ids if feature.side == "user" else item_ids))
+            for feature in parent.features
+        ),
     )
 
 

@@ -289,3 +289,24 @@ def test_a_kill_leaves_nothing_half(tmp_path):
     assert {path: path.read_bytes() for path in before} == before
     child = prepared(tmp_path, "out", NEW, append=parent.path)
     assert json.loads((child.path / "manifest.json").read_text())["parents"]
+
+
+def test_features_stay_and_new_users_have_none(tmp_path):
+    table = tmp_path / "users.csv"
+    table.write_text(
+        "user,age,gender\n" + "".join(f"u{u},{20 + u},{'fm'[u % 2]}\n" for u in range(9))
+    )
+    knobs = {"users_input": table, "user_features": "age:numeric,gender"}
+    parent = prepared(tmp_path, "old", OLD, **knobs)
+    child = prepared(tmp_path, "new", NEW, append=parent.path)
+    assert [feature.name for feature in child.features] == ["age", "gender"]
+    for before, after in zip(parent.features, child.features, strict=True):
+        old_rows = len(before.column)
+        assert len(after.column) == child.n_users > old_rows
+        assert after.column.slice(0, old_rows).to_pylist() == before.column.to_pylist()
+        assert after.column.slice(old_rows).null_count == child.n_users - old_rows
+        assert (after.values, after.mean, after.deviation) == (
+            before.values, before.mean, before.deviation,
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="keeps the parent's features and reads no others"):
+        prepared(tmp_path, "newer", NEW, append=parent.path, **knobs)
