@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from absl import flags as absl_flags
 
 import slgr_jax as sl
 from slgr_jax import config
+from slgr_jax.config import RunConfig, knobs
 from slgr_jax.config.keywords import knob_values
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.training import loop
@@ -228,6 +230,19 @@ def test_evaluation_has_the_numbers_of_validation_and_of_the_files(prepared, tmp
     assert evaluation.draw() == tmp_path / "run" / "metrics.png"
 
 
+def test_an_unfinished_run_is_said_to_be(prepared, tmp_path, caplog):
+    sl.train(prepared / "data", tmp_path / "run", **SMALL)
+    with caplog.at_level(logging.WARNING, logger="slgr_jax"):
+        sl.evaluate(tmp_path / "run", baselines="none")
+        assert not caplog.records
+        more = knobs.from_json(RunConfig, (tmp_path / "run" / "config.json").read_text(), "config")
+        more = dataclasses.replace(more, train=dataclasses.replace(more.train, epochs=9))
+        (tmp_path / "run" / "config.json").write_text(knobs.to_json(more))
+        sl.evaluate(tmp_path / "run", baselines="none")
+    (record,) = caplog.records
+    assert "run is not finished: epoch 2 of at most 9" in record.getMessage()
+
+
 def test_baselines_need_no_run(prepared, tmp_path):
     evaluation = sl.evaluate(data=prepared / "data", out=tmp_path, baselines="popular")
     assert [run.label for run in evaluation.runs] == ["popular"]
@@ -282,10 +297,10 @@ def test_a_comparison_of_arms(prepared, tmp_path, caplog):
 
 
 def test_a_comparison_refuses_what_its_arms_set(tmp_path):
-    for knobs, message in (
+    for given, message in (
         ({"gate": "rule"}, "--gate=rule is set by the arms of a comparison"),
         ({"seeds": 1}, "--seeds=1 is below its minimum 2"),
         ({"preset": "table9"}, "--preset=table9 is not one of: table2, table3"),
     ):
         with pytest.raises(ConfigError, match=message):
-            sl.compare(tmp_path, tmp_path / "out", **knobs)
+            sl.compare(tmp_path, tmp_path / "out", **given)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import pathlib
 
 from slgr_jax.evaluation import results
 from slgr_jax.evaluation.ranking_metrics import PartResult, Values
 from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.reports import gate_evaluation
-from slgr_jax.serving import load
-from slgr_jax.training import tracking
+from slgr_jax.serving import TrainedRun, load
+from slgr_jax.training import checkpoint_manifest, loop, tracking
+
+LOGGER = logging.getLogger(__name__)
 
 
 def evaluate_run(
@@ -23,6 +27,7 @@ def evaluate_run(
       data: where its dataset is now; None: where it was trained.
     """
     run = load(workdir, which, data=data)
+    _say_unfinished(run)
     gate = gate_evaluation.evaluate_gate(run)
     parts: dict[str, PartResult] = {}
     rows: dict[str, dict[str, Values]] = {}
@@ -50,3 +55,17 @@ def _test_metrics(run: EvaluatedRun) -> dict[str, float]:
         for metric, value in values.items()
         if value is not None
     }
+
+
+def _say_unfinished(run: TrainedRun) -> None:
+    """Warn where more training would change the numbers."""
+    root = pathlib.Path(run.workdir) / checkpoint_manifest.DIRECTORY
+    manifest = checkpoint_manifest.newest(root, checkpoint_manifest.read)
+    train = run.config.train
+    if manifest is not None and not loop.over(train, manifest.progress):
+        LOGGER.warning(
+            "%s is not finished: epoch %d of at most %d; the same slgr train goes on",
+            run.workdir,
+            manifest.progress.epoch,
+            train.epochs,
+        )
