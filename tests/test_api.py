@@ -26,6 +26,8 @@ from slgr_jax.config.keywords import knob_values
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 REPO = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"epochs": 2, "batch_size": 32, "dim": 8}
 HEAVY = {"jax", "numpy", "pyarrow", "scipy", "matplotlib", "absl"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +23,21 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.kernels import build
 from slgr_jax.mesh import Layout, make_layout
 from slgr_jax.teacher.products import preferences
+from slgr_jax.training import restore
 
 
 def one_device(**options: int) -> Layout:
     """A layout on a single device, whatever the test process has."""
     return make_layout(devices=jax.devices()[:1], **options)
+
+
+@contextlib.contextmanager
+def runs_on(count: int) -> Iterator[None]:
+    """Runs are trained, restored and evaluated on the first `count` devices."""
+    layout = functools.partial(make_layout, devices=jax.devices()[:count])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restore, "make_layout", layout)
+        yield
 
 
 def random_pairs(seed: int, n_users: int, n_items: int, per_user: int) -> np.ndarray:

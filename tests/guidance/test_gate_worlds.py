@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import worlds
 
 from slgr_jax import config, testing
 from slgr_jax.reports import calibration
 from slgr_jax.reports.run_evaluation import evaluate_run
 from slgr_jax.serving import load
-from slgr_jax.training import loop, restore
+from slgr_jax.training import loop
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 WORLD = {"n_users": 1200, "n_items": 400, "history_max": 100, "known_per_valid": 4, "seed": 3}
 RUN = {
@@ -29,11 +28,6 @@ RUN = {
     "pooled_auc": False,
     "verify_checksums": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
 
 
 def _world(tmp_path, teacher, **more):

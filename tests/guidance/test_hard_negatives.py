@@ -21,14 +21,11 @@ from slgr_jax.sampling.preferences import draw_pairs
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import build, loop, restore
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 N_USERS, N_ITEMS = 24, 30
 MF = {"dim": 4, "init_std": 2.0, "batch_size": 32, "epochs": 2, "kernels": "xla"}
 GUIDED = MF | {"guidance": "pairwise", "teacher": "t", "gate": "constant", "hard_negatives": 5}
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +46,8 @@ def world(tmp_path_factory):
         preferences.import_scores(
             dataset, path, name, provenance=provenance, keep_training_items=True
         )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
-        for name, seed in (("a", 0), ("b", 1)):
-            loop.train(config.make_run(str(dataset.path), str(root / name), seed=seed, **MF))
+    for name, seed in (("a", 0), ("b", 1)):
+        loop.train(config.make_run(str(dataset.path), str(root / name), seed=seed, **MF))
     return dataset, root / "a", root / "b"
 
 

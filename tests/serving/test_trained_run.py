@@ -14,6 +14,8 @@ from slgr_jax.reports.run_evaluation import evaluate_run
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 N_USERS, N_ITEMS = 24, 30
 
 

@@ -29,6 +29,8 @@ from slgr_jax.reports.run_evaluation import evaluate_run
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import checkpoint, loop, restore, run_directory
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 REPO = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
     "model": ModelConfig(dim=4),
@@ -249,6 +251,7 @@ def test_a_teacher_of_one_user_is_enough(dataset, tmp_path, rows):
     assert not (tmp_path / "far").exists()
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_without_validation_the_last_state_is_the_best(tmp_path):
     pairs = worlds.random_pairs(0, 8, 12, 4)
     dataset = worlds.write_dataset(
@@ -260,6 +263,7 @@ def test_without_validation_the_last_state_is_the_best(tmp_path):
     assert found.parts["test"].slices["overall"]["n"] == len(set(pairs[1::2, 0].tolist()))
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize(("n_users", "n_items"), [(1, 6), (6, 1)])
 def test_one_user_or_one_item(tmp_path, n_users, n_items):
     pairs = [[u, i] for u in range(n_users) for i in range(n_items)]

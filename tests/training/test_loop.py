@@ -31,6 +31,7 @@ from slgr_jax.config import (
     TrainConfig,
     knobs,
 )
+from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
 from slgr_jax.training import (
     build,
@@ -43,6 +44,8 @@ from slgr_jax.training import (
     validation,
 )
 from slgr_jax.training import state as state_lib
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -84,12 +87,26 @@ class _StopAfter(threading.Event):
         return self.left < 0
 
 
-@pytest.mark.parametrize("asks", [1, 2, 7, 13])
-def test_resume_is_bit_identical(tmp_path, monkeypatch, asks):
-    """Stopped in the middle of an epoch or at its end, resumed: same log, same tables."""
-    dataset = worlds.random_dataset(tmp_path / "d")
-    whole = worlds.run_config(dataset, tmp_path / "whole", **SMALL)
-    assert loop.train(whole).status == "finished"
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return worlds.random_dataset(tmp_path_factory.mktemp("data") / "d")
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """`SMALL`, trained without a stop; not to be changed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert loop.train(worlds.run_config(dataset, workdir, **SMALL)).status == "finished"
+    return workdir
+
+
+@pytest.fixture
+def finished(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of it, to go on from or to be damaged."""
+    return pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def _assert_resumes(dataset: Dataset, whole: pathlib.Path, tmp_path, monkeypatch, asks) -> None:
     split = worlds.run_config(dataset, tmp_path / "split", **SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_stop_on_signal", lambda: contextlib.nullcontext(_StopAfter(asks)))
@@ -97,31 +114,37 @@ def test_resume_is_bit_identical(tmp_path, monkeypatch, asks):
     outcome = loop.train(split)
     assert outcome.status == "finished"
     assert outcome.epoch == 6
-    _assert_same(tmp_path / "whole", tmp_path / "split")
+    _assert_same(whole, tmp_path / "split")
 
 
-def test_resume_with_more_epochs_goes_on(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d")
-    whole = worlds.run_config(dataset, tmp_path / "whole", **SMALL)
-    loop.train(whole)
+@pytest.mark.parametrize("asks", [1, 2, 7, 13])
+def test_resume_is_bit_identical(dataset, whole, tmp_path, monkeypatch, asks):
+    """Stopped in the middle of an epoch or at its end, resumed: same log, same tables."""
+    _assert_resumes(dataset, whole, tmp_path, monkeypatch, asks)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_resume_on_eight_devices_is_bit_identical(dataset, tmp_path, monkeypatch):
+    loop.train(worlds.run_config(dataset, tmp_path / "whole", **SMALL))
+    _assert_resumes(dataset, tmp_path / "whole", tmp_path, monkeypatch, 7)
+
+
+def test_resume_with_more_epochs_goes_on(dataset, whole, tmp_path):
     short = dataclasses.replace(SMALL["train"], epochs=2)
     loop.train(worlds.run_config(dataset, tmp_path / "split", **SMALL | {"train": short}))
     loop.train(worlds.run_config(dataset, tmp_path / "split", **SMALL))
-    _assert_same(tmp_path / "whole", tmp_path / "split")
+    _assert_same(whole, tmp_path / "split")
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d")
-    loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
+def test_other_settings_are_refused_by_name(dataset, finished):
     other = SMALL | {"optimizer": OptimizerConfig(lr=0.5)}
     with pytest.raises(ConfigError, match=r"--lr: 0.05 -> 0.5.*--restart"):
-        loop.train(worlds.run_config(dataset, tmp_path / "run", **other))
+        loop.train(worlds.run_config(dataset, finished, **other))
     again = other | {"train": dataclasses.replace(SMALL["train"], restart=True)}
-    assert loop.train(worlds.run_config(dataset, tmp_path / "run", **again)).epoch == 6
+    assert loop.train(worlds.run_config(dataset, finished, **again)).epoch == 6
 
 
-def test_best_is_the_best_validation_and_patience_stops(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_best_is_the_best_validation_and_patience_stops(dataset, tmp_path):
     sections = SMALL | {
         "optimizer": OptimizerConfig(lr=0.5),
         "train": TrainConfig(epochs=200, patience=4),
@@ -137,9 +160,8 @@ def test_best_is_the_best_validation_and_patience_stops(tmp_path):
 
 
 @pytest.mark.parametrize(("lr", "warns"), [(1e6, True), (0.5, False)])
-def test_a_loss_that_runs_away_is_said_once(tmp_path, caplog, lr, warns):
+def test_a_loss_that_runs_away_is_said_once(dataset, tmp_path, caplog, lr, warns):
     """Every number stays finite, and the run ends as if all were well."""
-    dataset = worlds.random_dataset(tmp_path / "d")
     epochs = dataclasses.replace(SMALL["train"], epochs=2)
     sections = SMALL | {"optimizer": OptimizerConfig(lr=lr), "train": epochs}
     with caplog.at_level(logging.WARNING, logger="slgr_jax"):
@@ -149,8 +171,7 @@ def test_a_loss_that_runs_away_is_said_once(tmp_path, caplog, lr, warns):
     assert all("lower --lr (1e+06)" in text for text in said)
 
 
-def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(dataset, tmp_path):
     good = SMALL | {"train": dataclasses.replace(SMALL["train"], epochs=2)}
     run = worlds.run_config(dataset, tmp_path / "run", **good)
     loop.train(run)
@@ -175,26 +196,22 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
     np.testing.assert_array_equal(after["item"], before["item"])
 
 
-def test_a_validation_without_a_finite_metric_names_what_to_lower(tmp_path, monkeypatch):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_a_validation_without_a_finite_metric_names_what_to_lower(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(validation.Validation, "__call__", lambda self, serving: {"n": 0.0})
     with pytest.raises(NonFiniteError, match=r"validation after step 7: ndcg@10 not finite; .*--d"):
         loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
 
 
-def test_run_record_states_what_was_resolved(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d")
-    run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
-    loop.train(run)
+def test_run_record_states_what_was_resolved(dataset, whole):
+    run = worlds.run_config(dataset, whole, **SMALL)
     assert run_directory.read_config(run.workdir) == run
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record = json.loads((whole / "run.json").read_text())
     assert record["split_hash"] == dataset.manifest.split_hash
     assert record["steps_per_epoch"] == -(-len(dataset.train) // 32)
     assert record["cold_users"] == int(dataset.slices(run.slices).cold_users.sum())
 
 
-def test_tensorboard_files_hold_the_log(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_tensorboard_files_hold_the_log(dataset, tmp_path):
     sections = SMALL | {"train": dataclasses.replace(SMALL["train"], track="tensorboard", epochs=2)}
     loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))
     files = list((tmp_path / "run" / "tensorboard").iterdir())
@@ -204,7 +221,8 @@ def test_tensorboard_files_hold_the_log(tmp_path):
 
 def test_dataset_swapped_under_a_run_is_refused(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
-    run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
+    one_epoch = SMALL | {"train": dataclasses.replace(SMALL["train"], epochs=1)}
+    run = worlds.run_config(dataset, tmp_path / "run", **one_epoch)
     loop.train(run)
     shutil.rmtree(tmp_path / "d")
     other = worlds.random_dataset(tmp_path / "d", seed=9)
@@ -212,10 +230,9 @@ def test_dataset_swapped_under_a_run_is_refused(tmp_path):
         restore.restore_run(run.workdir)
 
 
-def test_restoring_what_never_trained(tmp_path):
+def test_restoring_what_never_trained(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"not a run.*slgr train"):
         restore.restore_run(str(tmp_path))
-    dataset = worlds.random_dataset(tmp_path / "d")
     run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(knobs.to_json(run))
@@ -223,9 +240,8 @@ def test_restoring_what_never_trained(tmp_path):
         restore.restore_run(run.workdir)
 
 
-def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
+def test_a_checkpoint_is_never_replaced_only_followed(dataset, tmp_path, monkeypatch):
     """Replacing deletes first: a kill in between would lose the only one."""
-    dataset = worlds.random_dataset(tmp_path / "d")
     saved, real = [], ocp.save_checkpointables_async
 
     def spy(path, items, **options):
@@ -248,8 +264,9 @@ def test_a_checkpoint_is_never_replaced_only_followed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["arrays", "manifest"])
-def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monkeypatch, when):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(
+    dataset, whole, tmp_path, monkeypatch, when
+):
     short = SMALL | {"train": dataclasses.replace(SMALL["train"], epochs=2)}
     loop.train(worlds.run_config(dataset, tmp_path / "run", **short))
     before = _values(tmp_path / "run")
@@ -271,18 +288,16 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(tmp_path, monke
     for name in before:
         np.testing.assert_array_equal(after[name], before[name])
     loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
-    loop.train(worlds.run_config(dataset, tmp_path / "whole", **SMALL))
-    _assert_same(tmp_path / "whole", tmp_path / "run")
+    _assert_same(whole, tmp_path / "run")
 
 
-def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, monkeypatch):
+def test_a_run_that_another_process_took_over_writes_nothing_more(dataset, tmp_path, monkeypatch):
     """A file system without locks, and a process that stood still for longer than it may."""
 
     def refuse(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    dataset = worlds.random_dataset(tmp_path / "d")
     run = worlds.run_config(dataset, tmp_path / "run", **SMALL)
     heartbeat = tmp_path / "run" / ".lock.heartbeat"
     seen = []
@@ -304,9 +319,9 @@ def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, monk
     assert not heartbeat.exists()
 
 
-def test_checkpoint_restores_on_another_topology(tmp_path):
+@pytest.mark.usefixtures("eight_devices")
+def test_checkpoint_restores_on_another_topology(dataset, tmp_path):
     """Written with 4 table shards, read with 8 and with 1."""
-    dataset = worlds.random_dataset(tmp_path / "d")
     sections = SMALL | {"train": dataclasses.replace(SMALL["train"], table_shards=4, epochs=2)}
     run = worlds.run_config(dataset, tmp_path / "run", **sections)
     loop.train(run)
@@ -355,8 +370,7 @@ def _wait_for_epochs(process: subprocess.Popen[str], workdir: pathlib.Path, coun
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
-def test_a_signal_saves_and_exits_as_interrupted(tmp_path, name):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_a_signal_saves_and_exits_as_interrupted(dataset, tmp_path, name):
     process = _start(dataset, tmp_path / "run", "--epochs=100000")
     _wait_for_epochs(process, tmp_path / "run", 3)
     process.send_signal(getattr(signal, name))
@@ -374,9 +388,10 @@ def test_a_signal_saves_and_exits_as_interrupted(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_kill_9_while_saving_loses_nothing(tmp_path):
+def test_kill_9_while_saving_loses_nothing(dataset, tmp_path, monkeypatch):
     """A checkpoint after every dispatch, killed at random moments: each restart goes on."""
-    dataset = worlds.random_dataset(tmp_path / "d")
+    # What is killed may have been writing to it.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
     workdir, seen = tmp_path / "run", 0
     for round_ in range(3):
         process = _start(dataset, workdir, "--epochs=100000")
@@ -416,8 +431,7 @@ BAD = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", BAD)
-def test_bad_flags_give_one_line(tmp_path, flag):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_bad_flags_give_one_line(dataset, tmp_path, flag):
     found = _launch(f"--data={dataset.path}", f"--workdir={tmp_path / 'run'}", flag)
     assert found.returncode == 2, found.stderr
     lines = found.stderr.strip().splitlines()
@@ -448,8 +462,7 @@ def test_help_teaches_without_importing_jax():
     assert not imported & {"jax", "pyarrow", "flax", "numpy"}
 
 
-def test_guidance_needs_a_product_of_this_dataset(tmp_path):
-    dataset = worlds.random_dataset(tmp_path / "d")
+def test_guidance_needs_a_product_of_this_dataset(dataset, tmp_path):
     sections = SMALL | {"guidance": GuidanceConfig(guidance="pairwise", teacher="nobody")}
     with pytest.raises(ManifestError, match="nobody"):
         loop.train(worlds.run_config(dataset, tmp_path / "run", **sections))

@@ -24,6 +24,8 @@ from slgr_jax.training import (
 )
 from slgr_jax.training import state as state_lib
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SMALL = {
     "dim": 8,
     "batch_size": 32,
@@ -51,11 +53,6 @@ SASREC = {
     "epochs": 4,
     "patience": 1,
 }
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
 
 
 def _dataset(path: pathlib.Path):
@@ -115,14 +112,14 @@ def _assert_as_alone(alone: list[config.RunConfig], group: list[config.RunConfig
         pytest.param(SASREC, id="sasrec", marks=pytest.mark.slow),
     ],
 )
-def test_seeds_together_are_the_seeds_alone(tmp_path, one_device, knobs):
+def test_seeds_together_are_the_seeds_alone(tmp_path, knobs):
     dataset = _dataset(tmp_path / "d")
     _assert_as_alone(
         _runs(dataset, tmp_path / "alone", **knobs), _runs(dataset, tmp_path / "group", **knobs)
     )
 
 
-def test_initial_states_are_those_of_the_seeds_to_the_bit(tmp_path, one_device):
+def test_initial_states_are_those_of_the_seeds_to_the_bit(tmp_path):
     """Steps too small to change a float32 leave the tables as they began."""
     dataset = _dataset(tmp_path / "d")
     still = {"table_optimizer": "sgd", "lr": 1e-30, "l2": 0.0, "epochs": 1}
@@ -146,9 +143,7 @@ def _stamps(run: config.RunConfig) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(
-    tmp_path, one_device, monkeypatch
-):
+def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(tmp_path, monkeypatch):
     dataset = _dataset(tmp_path / "d")
     knobs = {"lr": 0.3, "patience": 1}
     whole = _runs(dataset, tmp_path / "whole", **knobs)
@@ -186,7 +181,7 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(
     assert [record["epoch"] for record in _log(more)] == list(range(1, 14))
 
 
-def test_a_nan_names_its_seed(tmp_path, one_device, monkeypatch):
+def test_a_nan_names_its_seed(tmp_path, monkeypatch):
     real = programs._make_init
 
     def poisoned(trainer):

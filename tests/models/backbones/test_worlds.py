@@ -9,6 +9,8 @@ from slgr_jax.config import BACKBONES, CLICK_BACKBONES, SEQUENCE_BACKBONES, make
 from slgr_jax.evaluation import full_ranking, ranking_metrics
 from slgr_jax.training import loop, restore
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 _SEQUENCE = {"lr": 0.03, "dense_lr": 0.01, "hidden": 16, "epochs": 80, "batch_size": 24}
 _CLICK = {"lr": 0.02, "dense_lr": 0.02, "mlp": (16,), "cin": (8,)}
 _EACH = {
@@ -19,10 +21,9 @@ _EACH = {
 }
 
 
-def _recall_at_1(tmp_path, monkeypatch, **knobs):
-    """Training on one device (compiling for eight takes most of the time), then full ranking."""
+def _recall_at_1(tmp_path, **knobs):
+    """Training, then full ranking."""
     dataset = worlds.checkerboard(tmp_path / "d", size=24)
-    monkeypatch.setattr(restore, "make_layout", lambda **_: worlds.one_device())
     common = {"dim": 8, "epochs": 60, "patience": 0, "dropout": 0.0, "batch_size": 128}
     run = make_run(str(dataset.path), str(tmp_path / "run"), **{**common, **knobs})
     loop.train(run)
@@ -39,12 +40,12 @@ def _recall_at_1(tmp_path, monkeypatch, **knobs):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_checkerboard_is_solved(tmp_path, monkeypatch, backbone):
+def test_checkerboard_is_solved(tmp_path, backbone):
     """Every user's withheld item of the right colour comes first among the unseen ones."""
     knobs = {"eval_every": 20, "backbone": backbone, **_EACH[backbone]}
-    assert _recall_at_1(tmp_path, monkeypatch, **knobs) == 1.0
+    assert _recall_at_1(tmp_path, **knobs) == 1.0
 
 
-def test_checkerboard_is_solved_by_lazy_adam(tmp_path, monkeypatch):
+def test_checkerboard_is_solved_by_lazy_adam(tmp_path):
     knobs = {"table_optimizer": "lazy_adam", "lr": 0.02, "l2": 0.001, "eval_every": 60}
-    assert _recall_at_1(tmp_path, monkeypatch, **knobs) == 1.0
+    assert _recall_at_1(tmp_path, **knobs) == 1.0
