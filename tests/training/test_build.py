@@ -154,7 +154,7 @@ def test_a_damaged_config_is_named_and_restart_mends_it(dataset, workdir, conten
         with pytest.raises(ConfigError, match=r"config\.json is .*; restore it, or .*--restart"):
             attempt()
     _open(_run(dataset, workdir, restart=True), dataset)
-    assert run_directory.read_config(str(workdir)) == _run(dataset, workdir, restart=True)
+    assert run_directory.read_config(str(workdir)) == _run(dataset, workdir)
 
 
 def _checkpoint_files(workdir: pathlib.Path, parent: str) -> list[pathlib.Path]:
