@@ -9,6 +9,7 @@ import math
 import pytest
 
 from slgr_jax import config
+from slgr_jax.cli import teach
 from slgr_jax.config import (
     EvaluationConfig,
     GateConfig,
@@ -97,7 +98,8 @@ def test_sizes_beyond_memory_are_refused_by_name():
 
 
 def test_flag_names_are_distinct_within_a_command():
-    for sections in ((config.PrepareConfig,), config.TEACH_SECTIONS, RUN_SECTIONS):
+    of_teach = [command.flag_sections() for command in teach.COMMANDS.values()]
+    for sections in ((config.PrepareConfig,), *of_teach, RUN_SECTIONS):
         names = [knobs.flag_name(f) for section in sections for f in dataclasses.fields(section)]
         assert len(set(names)) == len(names)
 

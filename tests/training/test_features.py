@@ -288,6 +288,7 @@ def test_resuming_is_exact_and_refuses_other_features(tmp_path):
     # The same split and ids, another price: neither goes on, nor is it read back.
     other = _groups(tmp_path / "other")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    del manifest["checksum"]  # what an earlier version wrote has none
     (price,) = (f for f in manifest["features"]["item"] if f["name"] == "price")
     price["mean"] += 1
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
@@ -304,6 +305,7 @@ def test_records_without_features_are_of_runs_without(data, tmp_path):
     loop.train(run)
     path = tmp_path / "run" / run_directory.RECORD
     record = json.loads(path.read_text())
+    del record["checksum"]
     assert record.pop("features_hash") == ""
     path.write_text(json.dumps(record))
     assert run_directory.same_features(run.workdir, run, data)

@@ -19,7 +19,14 @@ import worlds
 from slgr_jax.config import ModelConfig, SamplerConfig, TrainConfig
 from slgr_jax.errors import ConfigError
 from slgr_jax.reports.run_evaluation import evaluate_run
-from slgr_jax.training import checkpoint, loop, run_directory, tracking, training_log
+from slgr_jax.training import (
+    checkpoint,
+    checkpoint_manifest,
+    loop,
+    run_directory,
+    tracking,
+    training_log,
+)
 
 SMALL = {
     "model": ModelConfig(dim=8),
@@ -146,7 +153,7 @@ def test_a_missing_package_is_said_before_the_first_step(run, service, monkeypat
     monkeypatch.setitem(tracking._MAKERS, "wandb", absent)
     with pytest.raises(ConfigError, match=r"--track=wandb needs .*pip install 'slgr_jax\[wandb\]'"):
         loop.train(run)
-    assert not checkpoint.steps_in(pathlib.Path(run.workdir) / checkpoint.DIRECTORY)
+    assert not checkpoint_manifest.steps_in(pathlib.Path(run.workdir) / checkpoint.DIRECTORY)
 
 
 def test_unknown_trackers_are_refused():
@@ -167,7 +174,7 @@ def test_a_run_of_the_old_flag_is_read(run):
     loop.train(_more(run, track=""))
     path = pathlib.Path(run.workdir) / run_directory.CONFIG
     old = json.loads(path.read_text())
-    del old["train"]["track"]
+    del old["train"]["track"], old["checksum"]
     path.write_text(json.dumps(old | {"train": old["train"] | {"tensorboard": True}}))
     assert run_directory.read_config(run.workdir) == _more(run, track="tensorboard")
 
