@@ -131,15 +131,22 @@ def train(
     workdir: PathLike,
     *,
     progress: Callable[[TrainingProgress], None] | None = None,
+    workers: int | None = None,
     **knobs: Any,
 ) -> Outcome:
     """Train a recommender in `workdir`, or resume what is there; `slgr train`.
+
+    With `guidance="auto"` several runs are trained, in WORKDIR/candidates, and the one that
+    validation prefers is left in WORKDIR: without guidance, unless a guided one is better by more
+    than noise (`slgr_jax.experiments.auto`). With more than one worker they are trained by
+    processes that import the calling script: guard it with `if __name__ == "__main__":`.
 
     Args:
       data: dataset directory.
       workdir: directory of the run: config, log, checkpoints.
       progress: called after every dispatch of steps and every validation, from the calling thread;
-        what it raises ends training, and the last checkpoint stays.
+        what it raises ends training, and the last checkpoint stays. Not of `guidance="auto"`.
+      workers: of `guidance="auto"`: processes on a CPU; 0, or None: one per core.
       **knobs: of a run (`slgr_jax.config.sections()`): backbone, guidance, teacher, gate, lr, ...;
         one that is not given has the backbone's own default.
 
@@ -152,9 +159,16 @@ def train(
     """
     values = knob_values(tuple(config.sections().values()), knobs)
     # Absolute: a run is found from wherever it is evaluated, and resumed.
+    data, workdir = os.path.abspath(data), os.path.abspath(workdir)
     if values.get("init_from"):
         values["init_from"] = os.path.abspath(values["init_from"])
-    run = config.make_run(os.path.abspath(data), os.path.abspath(workdir), **values)
+    if values.get("guidance") == config.AUTO:
+        return _train_auto(data, workdir, values, workers)
+    if workers is not None:
+        raise ConfigError(
+            f"--workers={workers} is not used for one run; add --guidance=auto or drop it"
+        )
+    run = config.make_run(data, workdir, **values)
     config.check_used(run, values.keys())
     if run.train.kernels != "xla":
         from slgr_jax.kernels import build
@@ -172,6 +186,13 @@ def train(
 
     with training_log.listening(None if progress is None else allowed):
         return loop.train(run)
+
+
+def _train_auto(data: str, workdir: str, values: Mapping[str, Any], workers: int | None) -> Outcome:
+    from slgr_jax.experiments import auto
+
+    plan = auto.make_plan(data, pathlib.Path(workdir), values)
+    return auto.train(plan, workers=workers or 0, restart=values.get("restart", False))
 
 
 # --------------------------------------------------------------------- what a run is worth

@@ -4,7 +4,7 @@ A section is a frozen dataclass whose fields are made with `knob`. `flags.py` de
 command line from the same fields, so a default or a help text is never written twice.
 """
 
-from slgr_jax.config.applies import check_used
+from slgr_jax.config.applies import check_auto, check_used
 from slgr_jax.config.backbones import (
     BACKBONE_DEFAULTS,
     BACKBONES,
@@ -18,6 +18,7 @@ from slgr_jax.config.backbones import (
 from slgr_jax.config.baselines import BASELINES, BaselineConfig
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
+    AUTO,
     GATE_INPUTS,
     GATES,
     GUIDANCE,
@@ -77,6 +78,7 @@ from slgr_jax.config.training import (
 from slgr_jax.config.tune import TuneConfig
 
 __all__ = [
+    "AUTO",
     "AskConfig",
     "BACKBONES",
     "BACKBONE_DEFAULTS",
@@ -140,6 +142,7 @@ __all__ = [
     "TuneConfig",
     "UNCERTAINTIES",
     "UNLISTED",
+    "check_auto",
     "check_used",
     "differences",
     "learns_from_sequences",

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slgr_jax.config.backbones import BUILT_IN, CLICK_BACKBONES, SEQUENCE_BACKBONES
-from slgr_jax.config.guidance import GateConfig, GuidanceConfig
+from slgr_jax.config.guidance import GateConfig, GuidanceConfig, PairwiseConfig, RRDConfig
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.config.run import RunConfig
 from slgr_jax.errors import ConfigError, listing
@@ -105,6 +105,30 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
             unused.append(f"--{name}={_text(value)} is not used with --{flag}={_text(now)}; {fix}")
     if unused:
         raise ConfigError(f"{'; '.join(unused)}; or drop {'them' if len(unused) > 1 else 'it'}")
+
+
+def check_auto(given: Mapping[str, Any]) -> None:
+    """Refuse knobs that --guidance=auto chooses itself, even at their defaults, and no teacher.
+
+    Args:
+      given: knobs that a user gives, by command-line name.
+
+    Raises:
+      ConfigError: the knobs, and what to do.
+    """
+    if not given.get("teacher"):
+        raise ConfigError(
+            "--guidance=auto needs --teacher=NAME, a product under DATA/teacher (make one with "
+            "slgr teach)"
+        )
+    set_there = _names(GateConfig, PairwiseConfig, RRDConfig)
+    clash = [f"--{name}={_text(value)}" for name, value in given.items() if name in set_there]
+    if clash:
+        them = "them" if len(clash) > 1 else "it"
+        raise ConfigError(
+            f"--guidance=auto chooses gate and loss itself: drop {listing(clash)}, or name the "
+            f"guidance to use {them} with, --guidance=pairwise for instance"
+        )
 
 
 def _names(*sections: type[Any]) -> set[str]:

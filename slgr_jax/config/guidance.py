@@ -11,6 +11,7 @@ from slgr_jax.config.knobs import BATCH, FLOAT, WIDTH, Section, knob
 from slgr_jax.errors import ConfigError, listing
 
 # Lists, so that one's own can be added: `register_guidance`, `register_gate`.
+AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by validation
 GUIDANCE = ["none", "pairwise", "pointwise", "rrd"]
 GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "confidence", "gain")
 GATES = ["paper", "constant", "rule", "budget", "calibrated"]
@@ -43,7 +44,7 @@ def register_gate(name: str, *, supervised: bool) -> None:
 
 
 def _register(name: str, names: list[str], flag: str) -> None:
-    if name in names:
+    if name in (*names, AUTO):
         raise ConfigError(
             f"--{flag}={name} is there already; choose another name than {listing(names)}"
         )
@@ -58,7 +59,8 @@ class GuidanceConfig(Section):
         "none",
         "use of the teacher in training; pairwise = its preferences; pointwise = squared error of "
         "sigmoid(score) and its score, scaled to [0, 1]; rrd = its lists in order, above what they "
-        "leave out (relaxed ranking distillation). Each goes through --gate",
+        "leave out (relaxed ranking distillation). Each goes through --gate. slgr train takes auto "
+        "too: none, or pairwise with the gate and lambda that validation prefers beyond noise",
         choices=GUIDANCE,
     )
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
@@ -81,6 +83,14 @@ class GuidanceConfig(Section):
         minimum=0,
         maximum=1,
     )
+
+    def __post_init__(self) -> None:
+        if self.guidance == AUTO:
+            raise ConfigError(
+                "--guidance=auto is a choice among runs, which slgr train alone makes, and no "
+                f"guidance that one run has; give one of {listing(GUIDANCE)}"
+            )
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -301,7 +301,8 @@ def choose(
     unknown = [arm for arm in asked if arm not in (*ARMS, *CONTROLS)]
     if unknown:
         known = listing((*ARMS, *CONTROLS), limit=99)
-        raise ConfigError(f"--guidance: {listing(unknown)} is not one of: {known}")
+        hint = "; slgr train alone takes auto" if config.AUTO in unknown else ""
+        raise ConfigError(f"--guidance: {listing(unknown)} is not one of: {known}{hint}")
 
     unknown = [arm for arm in wanted if arm not in CONTROLS]
     if unknown:

@@ -16,6 +16,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.evaluation.ranking_metrics import bins
 from slgr_jax.files import atomically
+from slgr_jax.reports import teacher_recommendation
 from slgr_jax.reports.plots import COLORS
 from slgr_jax.reports.tables import markdown_table, text_table
 from slgr_jax.teacher.audit import accuracy as accuracy_lib
@@ -224,19 +225,20 @@ def coverage_table(audit: TeacherAudit) -> list[dict[str, Any]]:
 
 
 def terminal(audit: TeacherAudit) -> str:
-    """The verdict and the main table."""
+    """The verdict, the main table and what to do."""
     lines = [*verdict(audit)]
     if audit.deciding:
         lines += ["", f"known pairs of {_KNOWN[audit.deciding]}:"]
         lines.append(text_table(agreement_table(audit, audit.deciding)))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *teacher_recommendation.recommend(audit)])
 
 
 def markdown(audit: TeacherAudit) -> str:
     """The whole report."""
     manifest = audit.manifest
     parts = [f"# How accurate is the teacher {manifest.name}?"]
-    parts.append("\n".join(f"- {line}" for line in verdict(audit)))
+    said = [*verdict(audit), *teacher_recommendation.recommend(audit)]
+    parts.append("\n".join(f"- {line}" for line in said))
     parts.append(f"![accuracy and coverage by slice]({PICTURE})")
 
     for known in dict.fromkeys(row.known for row in audit.agreement):
@@ -276,6 +278,7 @@ def as_json(audit: TeacherAudit) -> dict[str, Any]:
     for row, agreement in zip(data["agreement"], audit.agreement, strict=True):
         row["believed"] = agreement.believed
     verdicts = {"verdict": verdict(audit), "deciding": audit.deciding}
+    verdicts["recommendation"] = teacher_recommendation.recommend(audit)
     return verdicts | {key: plain(value) for key, value in data.items()}
 
 

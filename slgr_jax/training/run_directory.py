@@ -179,6 +179,27 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[Callable[[], Non
         something else.
     """
     root = pathlib.Path(run.workdir)
+    with held(root) as may_write:
+        if run.train.restart:
+            clear(root)
+        elif (root / CONFIG).is_file():
+            _refuse_changes(read_config(run.workdir), run, dataset)
+        # Who trains from this file (--config) does not ask to delete anything.
+        settled = dataclasses.replace(run, train=dataclasses.replace(run.train, restart=False))
+        files.write_atomically(root / CONFIG, knobs.to_json(settled))
+        yield may_write
+
+
+@contextlib.contextmanager
+def held(root: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Make a run's directory and hold it against other processes.
+
+    Yields:
+      `may_write`, as of `opened`.
+
+    Raises:
+      ConfigError: it cannot be made, is not a run's, or is held.
+    """
     if (root / schema.MANIFEST).is_file():
         raise ConfigError(f"{root} is a dataset or a teacher product; choose another --workdir")
     try:
@@ -186,17 +207,14 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[Callable[[], Non
     except OSError as error:
         raise ConfigError(f"--workdir={root} cannot be made: {error.strerror}") from error
     with _lost(root), contextlib.ExitStack() as stack:
-        may_write = _hold(stack, root)
-        if run.train.restart:
-            checkpoint.clear(run.workdir)
-            for name in (CONFIG, RECORD, METRICS, PER_USER, PICTURE, tracking.STATE):
-                (root / name).unlink(missing_ok=True)
-        elif (root / CONFIG).is_file():
-            _refuse_changes(read_config(run.workdir), run, dataset)
-        # Who trains from this file (--config) does not ask to delete anything.
-        settled = dataclasses.replace(run, train=dataclasses.replace(run.train, restart=False))
-        files.write_atomically(root / CONFIG, knobs.to_json(settled))
-        yield may_write
+        yield _hold(stack, root)
+
+
+def clear(root: pathlib.Path) -> None:
+    """Delete the run in `root`, which the caller holds."""
+    checkpoint.clear(str(root))
+    for name in (CONFIG, RECORD, METRICS, PER_USER, PICTURE, tracking.STATE):
+        (root / name).unlink(missing_ok=True)
 
 
 def _hold(stack: contextlib.ExitStack, root: pathlib.Path) -> Callable[[], None]:

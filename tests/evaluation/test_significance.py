@@ -156,3 +156,34 @@ def test_holm_keeps_the_family_wise_error():
     trials = rng.random((2000, 5))
     rejected = np.mean([min(significance.holm(list(row))) <= 0.05 for row in trials])
     assert rejected == pytest.approx(0.05, abs=0.015)
+
+
+# --- several comparisons at once ------------------------------------------------------------------
+
+
+def test_the_greatest_of_flipped_sums_by_all_flips():
+    d = np.random.default_rng(3).normal(0.3, 1.0, (10, 3))
+    z = d.sum(axis=0) / np.sqrt((d**2).sum(axis=0))
+    flips = np.array(list(itertools.product((1, -1), repeat=10)))
+    greatest = (flips @ d / np.sqrt((d**2).sum(axis=0))).max(axis=1)
+    exact = (greatest[:, None] >= z * (1 - 1e-12)).mean(axis=0)
+    np.testing.assert_allclose(significance.max_sign_flip(d), exact, atol=0.03)
+    # A comparison that is there twice is not corrected for twice; one of zeros is none.
+    doubled = np.concatenate([d, d, np.zeros((10, 1))], axis=1)
+    np.testing.assert_allclose(
+        significance.max_sign_flip(doubled)[:3], significance.max_sign_flip(d), atol=0.03
+    )
+    assert significance.max_sign_flip(doubled)[-1] == 1.0
+    assert significance.max_sign_flip(np.zeros((4, 2))) == [1.0, 1.0]
+
+
+def test_no_effect_is_rejected_one_time_in_twenty_whatever_is_tried():
+    rng, rejected, naive = np.random.default_rng(0), 0, 0
+    for trial in range(300):
+        common = rng.normal(size=(60, 1))
+        d = common + rng.normal(size=(60, 8))  # eight arms against one base
+        best = min(significance.max_sign_flip(d, resamples=199, seed=trial))
+        rejected += best < 0.05
+        naive += scipy_stats.ttest_1samp(d, 0, alternative="greater").pvalue.min() < 0.05
+    assert rejected / 300 < 0.09
+    assert naive / 300 > 0.14

@@ -3,7 +3,8 @@
     slgr teach report --data=DATA --name=NAME
     slgr teach report --data=DATA --name=NAME --price_in=0.15 --price_out=0.6 --out=FOLDER
 
-By slice and margin, beside popularity and item-item on the same pairs; position bias; cost.
+By slice and margin, beside popularity and item-item on the same pairs; position bias; cost. Ends
+with what to do: the command that trains with it, or "leave it".
 Writes Markdown, PNG and JSON to DATA/reports/NAME.
 """
 
@@ -31,9 +32,9 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
         prices=(costs.price_in, costs.price_out),
         seed=common.seed,
     )
-    print(teacher_audit.terminal(audit))
     out = costs.out or dataset.path / "reports" / common.name
-    print("wrote " + ", ".join(map(str, teacher_audit.write(audit, out))))
+    paths = teacher_audit.write(audit, out)
+    print(f"wrote {', '.join(map(str, paths))}\n\n{teacher_audit.terminal(audit)}")
 
 
 COMMAND = SubCommand(

@@ -108,10 +108,12 @@ class TeacherAudit:
     """Everything that the report says.
 
     Attributes:
+      data: directory of the dataset.
       ordered: known -> share of the known pairs looked at that the teacher orders.
       answers: position bias and self-consistency; None without an answer log.
     """
 
+    data: str
     manifest: schema.TeacherManifest
     coverage: tuple[Coverage, ...]
     agreement: tuple[Agreement, ...]
@@ -175,6 +177,7 @@ def measure(
             rows += _agreement(dataset, source, pairs, cuts, cosines, near, set(of_items))
 
     return TeacherAudit(
+        data=str(dataset.path),
         manifest=teacher.manifest,
         coverage=tuple(_coverage(dataset, teacher, slices, history_bins, popularity_bins)),
         agreement=tuple(rows),
