@@ -14,13 +14,17 @@ import pytest
 from absl import flags as absl_flags
 
 from slgr_jax import config
-from slgr_jax.cli import flags
-from slgr_jax.config import TEACH_SECTIONS, PrepareConfig, RunConfig, knobs
+from slgr_jax.cli import flags, teach
+from slgr_jax.config import PrepareConfig, RunConfig, knobs
 from slgr_jax.errors import ConfigError
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 RUN_SECTIONS = tuple(config.sections().values())
-COMMANDS = {"prepare": (PrepareConfig,), "teach": TEACH_SECTIONS, "train": RUN_SECTIONS}
+COMMANDS = {
+    "prepare": (PrepareConfig,),
+    **{f"teach {name}": command.flag_sections() for name, command in teach.COMMANDS.items()},
+    "train": RUN_SECTIONS,
+}
 
 
 @pytest.fixture(params=COMMANDS)
@@ -117,7 +121,7 @@ def test_two_knobs_of_one_name_are_a_defect(run_flags):
 SCRIPT = """
 import sys
 from slgr_jax import errors
-from slgr_jax.cli import flags
+from slgr_jax.cli import flags, teach
 
 def main(rest):
     if rest == ["user"]:
