@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 # The knobs of `slgr teach` that an import uses, beside DATA and NAME.
-IMPORT_COMMON = ("model", "delimiter", "rows_per_shard", "overwrite")
+IMPORT_COMMON = ("model", "delimiter", "rows_per_shard", "overwrite", "subtitles")
 
 
 # --------------------------------------------------------------------- from files to a run
@@ -84,10 +84,11 @@ def import_teacher(
     Args:
       data: dataset directory, or a loaded `slgr_jax.data.dataset.Dataset`.
       scores: Parquet, Arrow or CSV file with user, item, score (empty: not answered), or user,
-        item, rank (1 the best), or user, preferred, other[, margin]; ids as in the raw data.
+        item, rank (1 the best), or user, preferred, other[, margin]; ids as in the raw data, or
+        titles of items (items_as="titles").
       name: what training calls the product: `teacher=NAME`.
       **knobs: of `slgr_jax.config.ImportConfig` (built_from, unlisted, unknown, append, ...), and
-        model, delimiter, rows_per_shard, overwrite.
+        model, delimiter, rows_per_shard, overwrite, subtitles.
 
     Returns:
       The product's manifest: what it is built from, counts, coverage.
@@ -123,6 +124,8 @@ def import_teacher(
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,
         to_existing=options.append,
+        items_as=options.items_as,
+        subtitles=common.subtitles,
     )
 
 

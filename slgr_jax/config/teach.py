@@ -18,7 +18,11 @@ SCORERS = ("wordllama", "transformers")
 # What makes vectors of texts.
 EMBEDDERS = ("wordllama", "transformers")
 # What a request asks for, by the form of its answer.
-PROMPTS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
+PROMPTS = ("listwise", "ranking", "pairwise", "pointwise", "rating", "free_list")
+# Most items of a list (free_list: titles) where --list_size is 0.
+LIST_SIZES = {"free_list": 50, "": 20}
+# What a request for a free list shows to choose from.
+CATALOGUES = ("none", "all")
 ORDERS = ("random", "both", "one")
 # How a request states the form of its answer: a JSON schema with its labels and range of scores,
 # any JSON object, or words alone.
@@ -46,6 +50,12 @@ class TeachConfig(Section):
     delimiter: str = knob(",", "import: CSV column separator; tab is '\\t'")
     rows_per_shard: int = knob(4_194_304, "most rows in one Arrow shard", minimum=1)
     overwrite: bool = knob(False, "replace what NAME holds when it exists")
+    subtitles: bool = knob(
+        False,
+        "titles (import --items_as=titles, collect of free lists): one without a subtitle also "
+        "means the only item that has it before one (Sapiens: A Brief History); wrong where it "
+        "means another (Mad Max, of which DATA has Mad Max: Fury Road)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,12 @@ class ImportConfig(Section):
         "error",
         "rows with an id that DATA does not have; drop counts them",
         choices=("error", "drop"),
+    )
+    items_as: str = knob(
+        "ids",
+        "what names the items: ids of the raw data, or titles (what names no item, or two, is "
+        "dropped and counted)",
+        choices=("ids", "titles"),
     )
     append: bool = knob(
         False,
@@ -185,14 +201,32 @@ class RequestConfig(Section):
     prompt: str = knob(
         "listwise",
         "listwise = a score per item of a list, ranking = the list in order, pairwise = one of "
-        "two items, pointwise = yes or no for one item, rating = 1 to 5 for one item",
+        "two items, pointwise = yes or no for one item, rating = 1 to 5 for one item, free_list = "
+        "titles of the LLM's own choice, best first",
         choices=PROMPTS,
     )
     template: str = knob("", "text file to use instead of the one that comes with --prompt")
     history_items: int = knob(10, "training items in the prompt: the last by time", minimum=1)
-    list_size: int = knob(20, "listwise, ranking: most items in one request", minimum=2)
+    list_size: int = knob(
+        0,
+        "listwise, ranking: most items in one request; free_list: titles to ask for; 0 = "
+        f"{LIST_SIZES['']}, free_list {LIST_SIZES['free_list']}",
+        minimum=0,
+    )
+    catalogue: str = knob(
+        "none",
+        "free_list: none = the LLM chooses from the world at large, and titles that DATA lacks are "
+        "counted; all = from the titles of all items, which the prompt shows",
+        choices=CATALOGUES,
+    )
+    catalogue_tokens: int = knob(
+        32_000, "free_list: most tokens of a catalogue that a prompt shows", minimum=1
+    )
     permutations: int = knob(
-        1, "listwise, ranking: how often the same list is asked, in another order", minimum=1
+        1,
+        "listwise, ranking: how often the same list is asked, in another order; free_list: how "
+        "often a user is asked (another order of the catalogue, or --temperature)",
+        minimum=1,
     )
     pairs: int = knob(20, "pairwise: most pairs per user, calibration pairs first", minimum=1)
     orders: str = knob(

@@ -136,10 +136,21 @@ ANSWERS = pa.schema(
         pa.field("score", pa.float32()),
     ]
 )
-# One row per accepted answer, in the order of ANSWERS (whose rows with position 0 begin an answer);
-# `sample` counts the answers that one request asked for (n > 1), `cut` is an answer that ended too
-# early, `digest` is of its scores, tokens are null where not told. Of several rows of a (request,
-# sample) the last holds.
+# One row per title of an accepted answer that is a free list, as it was written, `position` counted
+# from 0, the best first. Which item it means is derived anew each time.
+TITLES = pa.schema(
+    [
+        pa.field("request", pa.int64(), nullable=False),
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("permutation", pa.int32(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
+    ]
+)
+# One row per accepted answer, in the order of ANSWERS or TITLES (whose rows with position 0 begin
+# an answer); `sample` counts the answers that one request asked for (n > 1), `cut` is an answer
+# that ended too early, `digest` is of its scores or titles, tokens are null where not told. Of
+# several rows of a (request, sample) the last holds.
 ANSWERED = pa.schema(
     [
         pa.field("request", pa.int64(), nullable=False),

@@ -322,7 +322,8 @@ def _answers(dataset: Dataset, name: str) -> str:
     root = answer_log.log_path(dataset.path, name)
     rows, manifest = answer_log.load_log(dataset, name)
     refused = sum(1 for _ in quarantine.read(root, manifest.files["quarantine"]))
-    return f"answers {name}: {rows.num_rows:,} scores that hold, {refused:,} results in quarantine"
+    what = "titles" if answer_log.is_free(manifest) else "scores"
+    return f"answers {name}: {rows.num_rows:,} {what} that hold, {refused:,} results in quarantine"
 
 
 # By the directory under DATA: what checks a product and says what it is.

@@ -61,7 +61,9 @@ def make(
     answers = cost = None
     root = answer_log.log_path(dataset.path, name)
     if root.is_dir():
-        answers = consistency.measure(answer_log.load_log(dataset, name)[0])
+        rows, log = answer_log.load_log(dataset, name)
+        if not answer_log.is_free(log):  # which shows nothing in an order
+            answers = consistency.measure(rows)
         cost = _cost(root / answer_log.LEDGER, prices)
 
     slices = SliceConfig()
@@ -150,7 +152,7 @@ def verdict(audit: TeacherAudit) -> list[str]:
         where = "overall" if "all" in wrong else f"on: {'; '.join(wrong)}"
         lines.append(f"It is wrong more often than right {where}.")
 
-    if audit.deciding == "validation":
+    if audit.deciding == "validation" and audit.manifest.unlisted != "below":
         lines.append(
             "These answers may be easier or harder than those it was asked for; calibration "
             "candidates (slgr teach candidates) test it on hidden training items."

@@ -70,6 +70,7 @@ COMMAND = SubCommand(
     parts={
         config.RequestConfig: (
             *("prompt", "template", "history_items", "list_size", "permutations", "pairs"),
+            *("catalogue", "catalogue_tokens"),
             *("orders", "max_requests", "max_tokens", "max_cost", "price_in", "price_out"),
             *("structured", "dry_run"),
         )

@@ -32,7 +32,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
 COMMAND = SubCommand(
     usage=__doc__ or "",
     work=work,
-    common=("model", "rows_per_shard", "overwrite"),
+    common=("model", "rows_per_shard", "overwrite", "subtitles"),
     sections=(config.CollectConfig,),
     required=("results",),
 )

@@ -2,6 +2,7 @@
 
     slgr teach import --data=DATA --name=my_llm --scores=answers.csv --model=some-llm
     slgr teach import --data=DATA --name=my_lists --scores=lists.parquet --unlisted=below
+    slgr teach import --data=DATA --name=my_lists --scores=titles.csv --items_as=titles
     slgr teach import --data=DATA --name=my_llm --scores=more.csv --append
 
 The file has user, item, score (an empty score: not answered), or user, item, rank (1 the best), or

@@ -2,6 +2,7 @@
 
     slgr teach requests --data=DATA --name=my_llm --model=some-llm
     slgr teach requests --data=DATA --name=my_llm --model=some-llm --prompt=pairwise --logprobs
+    slgr teach requests --data=DATA --name=my_llm --model=some-llm --prompt=free_list
     slgr teach requests --data=DATA --name=my_llm --dry_run
     slgr teach requests --data=DATA --name=my_llm --open --more_tokens=4
 

@@ -5,6 +5,7 @@
     pairwise   {"choice": "A"}            A or B
     pointwise  {"answer": "Yes"}          Yes or No
     rating     {"rating": 4}              1 to 5
+    free_list  {"titles": ["Heat", ...]}  titles, the best first
 
 Schemas keep to what hosted services and vLLM, llama.cpp and Ollama take: an object, all of its keys
 required and no others. `uniqueItems` is not among it: OpenAI and what follows its subset answer 400
@@ -26,14 +27,16 @@ KEYS: Mapping[str, str] = {
     "pairwise": "choice",
     "pointwise": "answer",
     "rating": "rating",
+    "free_list": "titles",
 }
-# Tokens of an answer: all of it, and more for each candidate (`"A": 0.85, `, `"A", `).
+# Tokens of an answer: all of it, and more for each candidate (`"A": 0.85, `, `"A", `) or title.
 _JSON_TOKENS: Mapping[str, tuple[int, int]] = {
     "listwise": (2, 7),
     "ranking": (6, 4),
     "pairwise": (7, 0),
     "pointwise": (7, 0),
     "rating": (7, 0),
+    "free_list": (6, 12),
 }
 _WORD_TOKENS: Mapping[str, tuple[int, int]] = {
     "listwise": (2, 7),
@@ -41,6 +44,7 @@ _WORD_TOKENS: Mapping[str, tuple[int, int]] = {
     "pairwise": (1, 0),
     "pointwise": (1, 0),
     "rating": (1, 0),
+    "free_list": (2, 12),
 }
 
 
@@ -54,7 +58,8 @@ def answer_schema(form: str, shown: int, score_range: tuple[int, int] = (0, 1)) 
 
     Args:
       form: one of `config.PROMPTS`.
-      shown: number of candidates of the request; their labels are A, B, ...
+      shown: number of candidates of the request; their labels are A, B, ...; of a free list the
+        number of titles.
       score_range: listwise: lowest and highest score.
     """
     labels = [label(place) for place in range(shown)]
@@ -70,6 +75,16 @@ def answer_schema(form: str, shown: int, score_range: tuple[int, int] = (0, 1)) 
                 "description": "every label once, the best first",
                 "items": items,
                 "minItems": shown,
+                "maxItems": shown,
+            }
+        }
+    elif form == "free_list":
+        properties = {
+            KEYS[form]: {
+                "type": "array",
+                "description": "titles, the best first",
+                "items": {"type": "string"},
+                "minItems": 1,
                 "maxItems": shown,
             }
         }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slgr_jax.config import RequestConfig, SliceConfig
+from slgr_jax.config import LIST_SIZES, RequestConfig, SliceConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError
@@ -121,23 +121,47 @@ class Asker:
     offsets: np.ndarray  # [U + 1] into the candidates
 
     def of_user(self, user: int) -> list[tuple[int, np.ndarray]]:
-        """`user_requests` of one user."""
+        """`user_requests` of one user; of a free list the catalogue that each shows."""
+        if self.options.prompt == "free_list":
+            return self._free_lists(user)
         candidates_of_user = slice(self.offsets[user], self.offsets[user + 1])
         items = self.drawn.items[candidates_of_user]
         tests = (self.drawn.reasons[candidates_of_user] & _CALIBRATION) > 0
         hidden = np.isin(items, self.drawn.hidden.row(user))
         return user_requests(user, items, tests, hidden, self.options, self.seed)
 
+    def _free_lists(self, user: int) -> list[tuple[int, np.ndarray]]:
+        """Items that have a text and that the user may still choose, in another order each time;
+        none where no catalogue is shown. Hidden training items are among them."""
+        repeats = range(self.options.permutations)
+        if self.options.catalogue == "none":
+            return [(k, np.zeros(0, np.int32)) for k in repeats]
+        trained = self.dataset.positives(("train",)).row(user)
+        chosen = trained[~np.isin(trained, self.drawn.hidden.row(user))]
+        shown = np.setdiff1d(_described(self.lines), chosen)
+        rng = np.random.default_rng((self.seed, user))
+        return [(k, rng.permutation(shown)) for k in repeats]
+
     def response_format(self, shown: int) -> dict[str, Any] | None:
         """What a request about `shown` candidates says of the form of its answer."""
         options = self.options
+        if options.prompt == "free_list":
+            shown = options.list_size
         return answer_form.response_format(
             options.prompt, shown, options.structured, self.score_range
         )
 
     def answer_tokens(self) -> tuple[int, int]:
-        """Tokens of a whole answer: (of all of it, more for each candidate)."""
-        return answer_form.answer_tokens(self.options.prompt, self.options.structured)
+        """Tokens of a whole answer: (of all of it, more for each candidate that is shown)."""
+        whole, each = answer_form.answer_tokens(self.options.prompt, self.options.structured)
+        if self.options.prompt == "free_list":
+            return whole + each * self.options.list_size, 0
+        return whole, each
+
+
+def _described(lines: Sequence[str]) -> np.ndarray:
+    """Items that have a text, ascending."""
+    return np.flatnonzero(np.array([bool(line) for line in lines])).astype(np.int32)
 
 
 def asker(
@@ -151,8 +175,10 @@ def asker(
     """What `plan` and `requests.write` need; the template is read here, and refused here.
 
     Raises:
-      ConfigError: the template or the range of scores cannot be used.
+      ConfigError: the template, the size of lists, the catalogue or the range of scores cannot be
+        used.
     """
+    options = _sized(options, lines)
     if len(score_range) != 2 or score_range[0] >= score_range[1]:
         shown = ",".join(map(str, score_range))
         raise ConfigError(f"--score_range={shown} is not a lowest and a highest score, e.g. 0,1")
@@ -165,8 +191,33 @@ def asker(
         options.template,
         structured=options.structured,
         score_range=lowest_highest,
+        catalogue=options.catalogue,
+        count=options.list_size,
     )
     return Asker(dataset, drawn, template, lines, options, seed, lowest_highest, offsets)
+
+
+def _sized(options: RequestConfig, lines: Sequence[str]) -> RequestConfig:
+    """The options with the size of their lists; refuses a catalogue that no prompt holds."""
+    if options.list_size == 1:
+        raise ConfigError("--list_size=1 is no list: give 2 or more, or 0 for the default")
+    sizes = LIST_SIZES
+    size = options.list_size or sizes.get(options.prompt, sizes[""])
+    if options.prompt != "free_list":
+        if options.catalogue != "none":
+            raise ConfigError(
+                f"--catalogue={options.catalogue} is of --prompt=free_list; --prompt="
+                f"{options.prompt} shows its candidates"
+            )
+    elif options.catalogue == "all":
+        tokens = int(prompts.token_counter()[1]([line + "\n" for line in lines if line]).sum())
+        if tokens > options.catalogue_tokens:
+            raise ConfigError(
+                f"--catalogue=all: the {_described(lines).size:,} titles are about {tokens:,} "
+                f"tokens, more than --catalogue_tokens={options.catalogue_tokens:,}; raise it if "
+                "the model reads as many, or use --catalogue=none"
+            )
+    return dataclasses.replace(options, list_size=size)
 
 
 def shown_history(asker: Asker) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,9 @@
 
 A template is a text file with `$history` and `$candidates` (`$$` is a dollar sign), as of
 `string.Template`; `$answer` is the sentence that asks for the form of the answer, `$lowest` and
-`$highest` are the range of scores. Candidates are shown with short labels, so that an answer is
-read by label and never by title. `templates/` has one template a form of answer.
+`$highest` are the range of scores, `$count` is the length of a free list. Candidates are shown with
+short labels, so that an answer is read by label and not by title; a free list is titles, and its
+template has no `$candidates` unless the catalogue is shown. `templates/` has one a form of answer.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from slgr_jax.config import LIST_SIZES
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 FIELDS = ("history", "candidates")
-OPTIONAL_FIELDS = ("answer", "lowest", "highest")
+OPTIONAL_FIELDS = ("answer", "lowest", "highest", "count")
 # Forms of answer that show their candidates with labels.
 LABELLED = frozenset({"listwise", "ranking", "pairwise"})
 _MOST_TEXT = 120  # characters of a description that stands for a missing title
@@ -40,6 +42,8 @@ _AS_JSON: Mapping[str, str] = {
     "else.",
     "rating": "Answer with one JSON object that has one digit from 1 (not at all) to 5 "
     '(perfectly), such as {"rating": 3}, and nothing else.',
+    "free_list": 'Answer with one JSON object that has the titles in order, such as {"titles": '
+    '["The best title (1999)", "The next title"]}, and nothing else.',
 }
 _IN_WORDS: Mapping[str, str] = {
     "listwise": _AS_JSON["listwise"],
@@ -47,6 +51,7 @@ _IN_WORDS: Mapping[str, str] = {
     "pairwise": "Answer with one letter, A or B, and nothing else.",
     "pointwise": "Answer with one word, Yes or No, and nothing else.",
     "rating": "Answer with one digit from 1 (not at all) to 5 (perfectly), and nothing else.",
+    "free_list": "Answer with a numbered list, one title a line, and nothing else.",
 }
 
 
@@ -120,7 +125,13 @@ class Template:
 
 
 def read_template(
-    form: str, path: str = "", *, structured: str = "json_schema", score_range: Range = (0, 1)
+    form: str,
+    path: str = "",
+    *,
+    structured: str = "json_schema",
+    score_range: Range = (0, 1),
+    catalogue: str = "none",
+    count: int = LIST_SIZES["free_list"],
 ) -> Template:
     """The template in the file `path`, or the one that comes with a form of answer.
 
@@ -129,12 +140,16 @@ def read_template(
       path: a file of the user's; empty: the one of `templates/`.
       structured: one of `config.STRUCTURED`, for the words of `$answer`.
       score_range: `$lowest` and `$highest`.
+      catalogue: free_list: one of `config.CATALOGUES`; none: the template has no $candidates.
+      count: `$count`.
 
     Raises:
       ConfigError: no such file, not UTF-8, a gap that is missing or that nothing fills, or
         `structured` is json_object and the template never says JSON (services refuse that).
     """
-    source = pathlib.Path(path) if path else TEMPLATES / f"{form}.txt"
+    shows_none = form == "free_list" and catalogue == "none"
+    own = f"{form}_catalogue" if form == "free_list" and not shows_none else form
+    source = pathlib.Path(path) if path else TEMPLATES / f"{own}.txt"
     try:
         text = source.read_text(encoding="utf-8").rstrip() + "\n"
     except (OSError, UnicodeDecodeError) as error:
@@ -144,13 +159,15 @@ def read_template(
         raise ConfigError(f"--template={source} has a bare $; write $$ for a dollar sign")
 
     gaps = set(template.get_identifiers())
-    missing = sorted(set(FIELDS) - gaps)
-    unknown = sorted(gaps - set(FIELDS) - set(OPTIONAL_FIELDS))
+    fields = FIELDS[:1] if shows_none else FIELDS
+    missing = sorted(set(fields) - gaps)
+    unknown = sorted(gaps - set(fields) - set(OPTIONAL_FIELDS))
     if missing or unknown:
         raise ConfigError(
             f"--template={source}: missing {listing(missing)}; unknown {listing(unknown)}; a "
-            "template has $history and $candidates, each at least once, and may have "
-            f"{listing('$' + name for name in OPTIONAL_FIELDS)}"
+            f"template has {' and '.join('$' + name for name in fields)}, each at least once, and "
+            f"may have {listing('$' + name for name in OPTIONAL_FIELDS)}"
+            + ("; $candidates needs --catalogue=all" if shows_none else "")
         )
     if structured == "json_object" and "answer" not in gaps and "json" not in text.lower():
         raise ConfigError(
@@ -163,6 +180,7 @@ def read_template(
         "answer": instruction(form, structured, score_range),
         "lowest": str(lowest),
         "highest": str(highest),
+        "count": str(count),
     }
     used = "".join(wording[name] for name in OPTIONAL_FIELDS if name in gaps)
     return Template(text, wording, hashlib.sha256((text + used).encode()).hexdigest()[:16])

@@ -41,7 +41,7 @@ URL = "/v1/chat/completions"
 _NOT_ASKED = frozenset(
     {
         *("candidate_set", "out", "dry_run", "open", "more_tokens", "price_in", "price_out"),
-        *("max_requests", "max_tokens", "max_cost"),
+        *("max_requests", "max_tokens", "max_cost", "catalogue_tokens"),
     }
 )
 _INDEX_BITS = 36  # of a request's number; the rest, up to 63, is of the fingerprint
@@ -72,9 +72,11 @@ def write(
     if not model:
         raise ConfigError("missing --model: the LLM that is to answer, as its server calls it")
 
+    _refuse_repeats(asker.options)
     options = dataclasses.asdict(asker.options)
+    unused = _NOT_ASKED if asker.options.prompt == "free_list" else _NOT_ASKED | {"catalogue"}
     decides: dict[str, Any] = {
-        "options": {name: value for name, value in options.items() if name not in _NOT_ASKED},
+        "options": {name: value for name, value in options.items() if name not in unused},
         "users": hashlib.sha256(np.packbits(planned.users).tobytes()).hexdigest(),
         "template": asker.template.text,
         "lines": hashlib.sha256("\n".join(asker.lines).encode()).hexdigest(),
@@ -112,6 +114,18 @@ def write(
     with shards.locked(root):
         manifest = _resume(root, manifest)
         return manifest if manifest.complete else _write_rest(asker, planned, manifest, root)
+
+
+def _refuse_repeats(options: RequestConfig) -> None:
+    """Refuse to pay several times for one answer: the same prompt at temperature 0."""
+    if options.prompt != "free_list" or options.catalogue != "none":
+        return
+    if options.permutations > 1 and not options.temperature:
+        raise ConfigError(
+            f"--permutations={options.permutations} asks the same prompt as often, which has one "
+            "answer at --temperature=0: add --temperature=0.7, or --catalogue=all to show the "
+            "catalogue in another order each time"
+        )
 
 
 def read_manifest(root: pathlib.Path) -> schema.RequestManifest:

@@ -123,9 +123,16 @@ class TeacherAudit:
 
     @property
     def deciding(self) -> str:
-        """Which labelled preferences the verdict rests on: held-in ones, where there are any."""
+        """Which labelled preferences the verdict rests on: held-in ones, where there are any.
+
+        Of a free list nobody knows which hidden items it left out: what it says of those that it
+        lists flatters it, and validation goes first.
+        """
         known = {row.known for row in self.agreement if row.pairs}
-        return HELD_IN if HELD_IN in known else VALIDATION if known else ""
+        order = (HELD_IN, VALIDATION)
+        if self.manifest.unlisted == "below":
+            order = order[::-1]
+        return next((source for source in order if source in known), "")
 
 
 def measure(

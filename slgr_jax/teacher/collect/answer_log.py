@@ -2,6 +2,7 @@
 
     DATA/answers/NAME/manifest.json            replaced after every shard, with a checksum of itself
     DATA/answers/NAME/answers-00000.arrow      scores as parsed: schema.ANSWERS
+                                               (free lists: titles as written, schema.TITLES)
     DATA/answers/NAME/answered-00000.arrow     a row an accepted answer: schema.ANSWERED
     DATA/answers/NAME/quarantine.jsonl         what could not be used, and why (`quarantine.py`)
     DATA/answers/NAME/ledger.json              what was paid for: tokens
@@ -94,7 +95,9 @@ def _damaged(path: pathlib.Path, why: str) -> str:
 
 
 def load_log(dataset: Dataset, name: str) -> tuple[pa.Table, schema.AnswerManifest]:
-    """Every row of the log NAME that holds (schema.ANSWERS), and its manifest.
+    """Every row of the log NAME that holds, and its manifest.
+
+    The rows are schema.TITLES where the answers are free lists, else schema.ANSWERS.
 
     Answers that a later one stands in for are left out.
 
@@ -104,7 +107,8 @@ def load_log(dataset: Dataset, name: str) -> tuple[pa.Table, schema.AnswerManife
     """
     root = log_path(dataset.path, name)
     manifest = read_manifest(dataset, name)
-    rows = shards.read_shards(root, manifest.files["answers"], schema.ANSWERS)
+    columns = schema.TITLES if is_free(manifest) else schema.ANSWERS
+    rows = shards.read_shards(root, manifest.files["answers"], columns)
     answered = shards.read_shards(root, manifest.files["answered"], schema.ANSWERED)
 
     answer = answer_numbers(rows)
@@ -115,6 +119,11 @@ def load_log(dataset: Dataset, name: str) -> tuple[pa.Table, schema.AnswerManife
             f"a copy, or remove {root} and run slgr teach collect again over all results"
         )
     return rows.filter(pa.array(holds[answer])) if answer.size else rows, manifest
+
+
+def is_free(manifest: schema.AnswerManifest) -> bool:
+    """Whether the answers of a log are free lists of titles."""
+    return bool(manifest.sources[0]["prompt"] == "free_list")
 
 
 def answer_numbers(rows: pa.Table) -> np.ndarray:
@@ -169,7 +178,8 @@ class AcceptedAnswer(NamedTuple):
       row: of its request in the index; sample: which of the request's answers.
       scores: of the candidates in shown order, NaN where none; of two compared items one number,
         the probability that the first is preferred.
-      digest: of the scores; cut: the answer ended too early.
+      titles: of a free list, in order; then there are no scores.
+      digest: of scores and titles; cut: the answer ended too early.
       prompt_tokens, completion_tokens: None where not told.
     """
 
@@ -180,6 +190,7 @@ class AcceptedAnswer(NamedTuple):
     cut: bool
     prompt_tokens: int | None
     completion_tokens: int | None
+    titles: tuple[str, ...] = ()
 
 
 class Log:
@@ -206,21 +217,21 @@ class Log:
 
     def add(self, index: RequestIndex, answer: AcceptedAnswer) -> None:
         """Take in one accepted answer."""
-        row, scores = answer.row, answer.scores
-        items = index.shown(row)
-        size = scores.size
-        second = items[1:2] if size < items.size else np.full(size, -1, np.int32)
-        self._answers.append(
-            (
-                np.full(size, index.requests[row]),
-                np.full(size, index.users[row]),
-                items[:size],
-                second,
-                np.arange(size, dtype=np.int32),
-                np.full(size, index.permutations[row]),
-                scores,
+        row = answer.row
+        size = len(answer.titles) or answer.scores.size
+        request = np.full(size, index.requests[row])
+        user = np.full(size, index.users[row])
+        position = np.arange(size, dtype=np.int32)
+        permutation = np.full(size, index.permutations[row])
+        if answer.titles:
+            titles = np.array(answer.titles, object)
+            self._answers.append((request, user, position, permutation, titles))
+        else:
+            items = index.shown(row)
+            second = items[1:2] if size < items.size else np.full(size, -1, np.int32)
+            self._answers.append(
+                (request, user, items[:size], second, position, permutation, answer.scores)
             )
-        )
         self._answered.append(
             (
                 int(index.requests[row]),
@@ -250,13 +261,14 @@ class Log:
     def _tables(self) -> dict[str, pa.Table]:
         columns = [np.concatenate(column) for column in zip(*self._answers, strict=True)]
         arrays = [pa.array(column) for column in columns]
+        answered = pa.table(
+            [list(column) for column in zip(*self._answered, strict=True)], schema=schema.ANSWERED
+        )
+        if is_free(self.manifest):
+            return {"answers": pa.table(arrays, schema=schema.TITLES), "answered": answered}
         arrays[3] = pa.array(columns[3], mask=columns[3] < 0)
         arrays[6] = pa.array(columns[6], mask=np.isnan(columns[6]))
-        answered = [list(column) for column in zip(*self._answered, strict=True)]
-        return {
-            "answers": pa.table(arrays, schema=schema.ANSWERS),
-            "answered": pa.table(answered, schema=schema.ANSWERED),
-        }
+        return {"answers": pa.table(arrays, schema=schema.ANSWERS), "answered": answered}
 
     def write_ledger(self, answered: pa.Table) -> dict[str, Any]:
         """Write ledger.json from every accepted answer and the quarantine; returns its content."""

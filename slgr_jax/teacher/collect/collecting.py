@@ -37,6 +37,7 @@ from slgr_jax.teacher.collect.result_files import Record, ResultFiles
 from slgr_jax.teacher.collect.scales import ScaleTally
 from slgr_jax.teacher.collect.shown import Shown
 from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products.titles import TitleIndex
 
 
 @dataclasses.dataclass
@@ -121,7 +122,16 @@ def collect(
         manifest = _manifest(dataset, common, root, source)
         index.remember(shards.read_shards(root, manifest.files["answered"], schema.ANSWERED))
         log = Log(root, manifest, common.rows_per_shard)
-        collector = Collector(index, log, item_titles(dataset), source.prompt, score_range)
+        collector = Collector(
+            index,
+            log,
+            item_titles(dataset),
+            source.prompt,
+            score_range,
+            list_size=int(source.options["list_size"]),
+            catalogue=TitleIndex.of(dataset) if source.prompt == "free_list" else None,
+            subtitles=common.subtitles,
+        )
         try:
             collector.read(files)
         finally:
@@ -145,7 +155,20 @@ def collect(
         )
     rows, manifest = answer_log.load_log(dataset, common.name)
     written = derive.write(dataset, common, options, rows, manifest, ledger, states)
-    return written, "\n".join(filter(None, (tally.report(root, states), files.report())))
+    told = (tally.report(root, states), files.report(), _unknown_hidden(manifest, written))
+    return written, "\n".join(filter(None, told))
+
+
+def _unknown_hidden(log: schema.AnswerManifest, written: schema.TeacherManifest) -> str:
+    """A line where prompts hid training items and nobody knows any more which ones."""
+    hid = any(source["training_items"] == "hidden" for source in log.sources)
+    if not hid or written.training_items == "hidden":
+        return ""
+    sets = listing(sorted({str(source["candidates"]) for source in log.sources}))
+    return (
+        f"  the candidate set {sets} is not what was asked with: which training items its prompts "
+        "hid is lost, and all answers on training items are dropped"
+    )
 
 
 def _score_range(options: CollectConfig) -> tuple[float, float]:
@@ -167,12 +190,13 @@ def _manifest(
         "training_items": source.training_items,
         "logprobs": bool(source.options["logprobs"]),
         "candidates": source.candidates,
+        "candidates_hash": source.candidates_hash,
         "requests": int(source.plan["requests"]),
     }
     if (root / schema.MANIFEST).is_file():
         manifest = answer_log.read_manifest(dataset, common.name)
-        paired = {held["prompt"] == "pairwise" for held in manifest.sources}
-        if paired and paired != {source.prompt == "pairwise"}:
+        kinds = {_kind(str(held["prompt"])) for held in manifest.sources}
+        if kinds and kinds != {_kind(source.prompt)}:
             raise ConfigError(
                 f"{root} holds answers to {manifest.sources[0]['prompt']} prompts, which do not "
                 f"mix with {source.prompt} ones; choose another --name"
@@ -194,6 +218,11 @@ def _manifest(
     return answer_log.write_manifest(root, manifest)
 
 
+def _kind(prompt: str) -> str:
+    """Answers of one kind go into one product."""
+    return prompt if prompt in ("pairwise", "free_list") else "scores"
+
+
 # --- reading results into the log --------------------------------------------------------------
 
 
@@ -205,6 +234,8 @@ class Collector:
       index: the requests that were asked; log: where answers go.
       titles: [I] the texts that stand for each item (`item_titles`).
       form: of the answers, one of `config.PROMPTS`; score_range: lowest and highest score.
+      list_size: free_list: how many titles were asked for; catalogue, subtitles: what they are
+        looked up in, and how.
       tally: what became of what was read.
     """
 
@@ -213,6 +244,9 @@ class Collector:
     titles: Sequence[tuple[str, ...]]
     form: str
     score_range: tuple[float, float]
+    list_size: int = 0
+    catalogue: TitleIndex | None = None
+    subtitles: bool = False
     tally: Tally = dataclasses.field(default_factory=Tally)
 
     def read(self, files: ResultFiles) -> None:
@@ -257,11 +291,16 @@ class Collector:
         if row is None:
             asked = f"{told.custom_id!r} is of none of the {index.requests.size:,} requests"
             return Refused(told.custom_id, "foreign custom_id", asked)
-        items = index.shown(row)
-        shown = Shown(items.size, [self.titles[item] for item in items])
-        answer = results.parse(self.form, told, shown, self.score_range)
+        answer = results.parse(self.form, told, self._shown(row), self.score_range)
         if isinstance(answer, Refused):
             return answer
+        if self.catalogue is not None:
+            matches = self.catalogue.match(answer.titles, subtitles=self.subtitles)
+            if all(match.item < 0 for match in matches):
+                seen = ", ".join(answer.titles[:3])
+                return Refused(
+                    told.custom_id, "none of the catalogue", f"{len(matches)} titles: {seen}"
+                )
 
         digest = _digest(answer)
         known = index.known(row, told.sample)
@@ -282,6 +321,7 @@ class Collector:
             cut=answer.cut,
             prompt_tokens=told.prompt_tokens,
             completion_tokens=told.completion_tokens,
+            titles=answer.titles,
         )
         self.log.add(index, accepted)
         tally.replaced += replaces
@@ -292,9 +332,16 @@ class Collector:
             self._flush()
         return None
 
+    def _shown(self, row: int) -> Shown:
+        """What a request showed; of a free list only how many titles it asked for."""
+        if self.catalogue is not None:
+            return Shown(self.list_size)
+        items = self.index.shown(row)
+        return Shown(items.size, [self.titles[item] for item in items])
+
 
 def _digest(answer: results.Answer) -> int:
-    data = answer.scores.tobytes() + bytes([answer.cut])
+    data = answer.scores.tobytes() + bytes([answer.cut]) + "\n".join(answer.titles).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 

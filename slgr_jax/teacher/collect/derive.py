@@ -14,7 +14,7 @@ import pyarrow as pa
 from slgr_jax.config import CollectConfig, TeachConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
-from slgr_jax.teacher.collect import answer_log
+from slgr_jax.teacher.collect import answer_log, free_lists
 from slgr_jax.teacher.products import preferences, training_items
 
 
@@ -30,7 +30,8 @@ def write(
     """Write DATA/teacher/NAME from all `rows` of an answer log.
 
     Args:
-      rows: schema.ANSWERS; log: the log's manifest; ledger: what ledger.json holds.
+      rows: schema.ANSWERS, or of free lists schema.TITLES.
+      log: the log's manifest; ledger: what ledger.json holds.
       states: how many requests are complete, cut, refused, failed and missing.
     """
     counts = {
@@ -41,8 +42,15 @@ def write(
         "prompt_tokens": int(ledger["accepted"]["prompt_tokens"]),
         "completion_tokens": int(ledger["accepted"]["completion_tokens"]),
     }
+    free = answer_log.is_free(log)
     paired = log.sources[0]["prompt"] == "pairwise"
-    if paired:
+    hidden = any(source["training_items"] == "hidden" for source in log.sources)
+    if free:
+        known = free_lists.hidden_items(dataset, log)
+        hidden = hidden and known is not None
+        table, of_titles = free_lists.scores(rows, dataset, known, subtitles=common.subtitles)
+        counts |= of_titles
+    elif paired:
         users, low, high, p = _pair_probabilities(rows, dataset.n_items)
         if options.pairs_to == "preferences":
             table, counts["dropped_undecided_pairs"] = _preferences(users, low, high, p)
@@ -56,9 +64,8 @@ def write(
 
     prompts = {source["prompt"] for source in log.sources}
     words = prompts <= {"pairwise", "pointwise"}
-    ranked = options.aggregate == "rank" or prompts == {"ranking"}
-    hidden = any(source["training_items"] == "hidden" for source in log.sources)
-    if not hidden:
+    ranked = free or options.aggregate == "rank" or prompts == {"ranking"}
+    if not hidden and not free:
         # Of a log that was carried over: items that its prompts asked about, and that are training
         # items by now.
         table, dropped = training_items.drop(table, dataset, f"answer log {common.name!r}")
@@ -69,7 +76,7 @@ def write(
         table,
         provenance=preferences.Provenance(
             built_from="train_only",
-            unlisted="unknown",
+            unlisted="below" if free else "unknown",
             model=joined("model"),
             prompt_hash=joined("template_hash"),
             score_kind="prob" if words else "rank" if ranked else "score",

@@ -80,13 +80,12 @@ def _readings(
         hole = "\n" + _HOLE * (value.end - value.start - 2) + "\n"
         blanked = blanked[: value.start] + hole + blanked[value.end :]
     blanked = _STRING_BESIDE.sub(_without_notes, blanked)
-    parts = _parts(shown.without_titles(blanked), values)
+    parts = text_parts(shown.without_titles(blanked), values)
 
     held = [] if values else _python_value(text)
     said: list[tuple[int, Reading]] = []
     for start, value in [*_joined_rows(values), *((0, v) for v in held)]:
-        key = _KEY_BEFORE.search(text[max(start - 60, 0) : start])
-        mark = thoughts.mark_of_key(key[1]) if key else None
+        mark = mark_before(text, start)
         if mark != "skip":
             inside = read_json(value, shown, ordered=ordered)
             said += [(start, reading.marked(mark)) for reading in inside]
@@ -107,6 +106,12 @@ def _readings(
         reading = dataclasses.replace(reading, section=number)
         marked.append(reading.marked(parts[number].mark if reading.mark == "plain" else None))
     return marked, why
+
+
+def mark_before(text: str, start: int) -> str | None:
+    """The mark of the key before a value (see `thoughts.mark_of_key`), in an object cut off."""
+    key = _KEY_BEFORE.search(text[max(start - 60, 0) : start])
+    return thoughts.mark_of_key(key[1]) if key else None
 
 
 def _without_notes(match: re.Match[str]) -> str:
@@ -146,20 +151,22 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-class _Part(NamedTuple):
+class TextPart(NamedTuple):
+    """A stretch of an answer and its mark: plain, draft, example or final."""
+
     start: int
     end: int
     mark: str
 
 
-def _parts(text: str, values: Sequence[JsonValue]) -> list[_Part]:
+def text_parts(text: str, values: Sequence[JsonValue]) -> list[TextPart]:
     """The text between marks. What a correction follows is taken back, as a draft is; an example
     ends with its line, or with the JSON value that it is."""
-    parts = [_Part(0, len(text), "plain")]
+    parts = [TextPart(0, len(text), "plain")]
 
     def begin(position: int, mark: str) -> None:
         parts[-1] = parts[-1]._replace(end=position)
-        parts.append(_Part(position, len(text), mark))
+        parts.append(TextPart(position, len(text), mark))
 
     for cue in thoughts.cues(text):
         if cue.kind == "example":

@@ -66,6 +66,13 @@ KINDS: Mapping[str, Kind] = {
     "refusal": Kind("refused", "change the prompt (--template) or the model, then ask again"),
     "cut off": Kind("refused", f"raise --answer_tokens, then {_ASK_AGAIN}"),
     "no scores by label": Kind("refused", f"{_FORM}; a template of your own has to ask for labels"),
+    "no titles": Kind(
+        "refused", f"a list of titles is read, numbered or one a line, and no prose: {_FORM}"
+    ),
+    "none of the catalogue": Kind(
+        "refused", "show the model what there is to choose from (--catalogue=all), or what the "
+        f"items are (--template): {_NEW}"
+    ),
     "none of the labels": Kind(
         "refused", f"{_FORM}; a template of your own needs $answer, or has to ask for labels alone"
     ),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slgr_jax.teacher.collect import list_answers, word_answers
+from slgr_jax.teacher.collect import list_answers, title_answers, word_answers
 from slgr_jax.teacher.collect.completions import Completion, word_shares
 from slgr_jax.teacher.collect.readings import ListRefused
 from slgr_jax.teacher.collect.refusals import Refused
@@ -28,10 +28,12 @@ class Answer:
 
     Of two compared items there is one number: the probability that the first is preferred.
     `cut` answers ended before every candidate had a score; what they had said is kept.
+    A free list has `titles`, in order, and no scores.
     """
 
     scores: np.ndarray
     cut: bool = False
+    titles: tuple[str, ...] = ()
 
 
 def parse(
@@ -42,7 +44,7 @@ def parse(
     Args:
       form: one of `config.PROMPTS`; for lists see `list_answers.read_list`.
       completion: the answer.
-      shown: the candidates that it was about.
+      shown: the candidates that it was about; of a free list as many as titles were asked for.
       score_range: lowest and highest score asked for; mapped to 0 and 1.
     """
     text, custom_id = completion.text, completion.custom_id
@@ -51,6 +53,11 @@ def parse(
         if isinstance(scores, ListRefused):
             return Refused(custom_id, scores.kind, scores.detail)
         return Answer(*scores)
+    if form == "free_list":
+        listed = title_answers.read_titles(text, shown.size, cut=completion.cut)
+        if isinstance(listed, ListRefused):
+            return Refused(custom_id, listed.kind, listed.detail)
+        return Answer(np.zeros(0, np.float32), listed[1], listed[0])
     if form == "pairwise":
         said = word_answers.read_choice(text, shown)
         return _of_words(completion, said, _LABELS, np.array([1.0, 0.0]), "no single choice")

@@ -6,9 +6,6 @@ Every refusal names the file, a row (counted from 1, a CSV header not counted) a
 
 from __future__ import annotations
 
-import csv
-import itertools
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,26 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
-from slgr_jax.data import schema, shards
+from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.teacher.products import answer_files, titled_answers, titles
+from slgr_jax.teacher.products.answer_files import ITEM_COLUMNS, NUMBERS
+from slgr_jax.teacher.products.titles import TitleIndex
 
 PathLike = str | os.PathLike[str]
 
-# Columns of each kind: the user, the items, then the number.
-_ITEM_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "scores": ("item",),
-    "preferences": ("preferred", "other"),
-}
-_NUMBERS: Mapping[str, tuple[str, ...]] = {
-    "scores": ("score", "rank"),
-    "preferences": ("margin",),
-}
-_ITEM_NAMES = frozenset(itertools.chain.from_iterable(_ITEM_COLUMNS.values()))
 RANK = "rank"  # the score_kind, and the column, of numbers of which 1 is the best
-_BINARY_HEADS = (b"PAR1", b"ARRO", b"\xff\xff\xff\xff")
 
 
 class AnswerTable(NamedTuple):
@@ -61,34 +49,41 @@ def read(
     unknown: str = "error",
     duplicates: str = "error",
     delimiter: str = ",",
+    items_as: str = "ids",
+    subtitles: bool = False,
 ) -> AnswerTable:
     """The answers in `path` as a table of indices, and what was left out.
 
     Args:
       path: columns user, item, score (an empty score: not answered), or user, item, rank (1 the
         best; the score is then -rank), or user, preferred, other and optionally margin (1 where
-        there is no such column).
+        there is no such column). Titles may be in a column title in place of item.
       dataset: whose ids they are; compared as exact text, integers as decimal digits.
       score_kind: rank: the column score holds ranks, too.
       unknown: rows with an id that `dataset` does not have: error, or drop.
       duplicates: rows that disagree about one pair: error, or mean. For preferences the mean
         is over signed margins, so opposite rows of equal margin cancel and are dropped.
       delimiter: CSV column separator.
+      items_as: what names the items: ids, or titles. Rows whose title means no item or two are
+        dropped and counted; of a user's titles of one item the best score counts.
+      subtitles: see `TitleIndex.match`.
 
     Raises:
       InputError, ShardError: the file cannot be used.
-      ConfigError: `unknown` or `duplicates` is none of its choices.
+      ConfigError: `unknown`, `duplicates` or `items_as` is none of its choices.
     """
     for name, value, choices in (
         ("unknown", unknown, ("error", "drop")),
         ("duplicates", duplicates, ("error", "mean")),
+        ("items_as", items_as, ("ids", "titles")),
     ):
         if value not in choices:
             raise ConfigError(f"--{name}={value!r} is not one of: {listing(choices)}")
 
     path = pathlib.Path(path)
-    raw = _read_any(path, delimiter)
-    kind = _kind(raw.column_names, path)
+    titled = items_as == "titles"
+    raw = answer_files.read(path, delimiter, titled=titled)
+    kind = answer_files.kind_of(raw.column_names, path, titled=titled)
     if raw.num_rows == 0:
         raise InputError(f"{path} has no rows: a teacher needs at least one answer")
     column = _number_column(raw.column_names, kind, score_kind)
@@ -97,11 +92,26 @@ def read(
     if ranked:
         numbers = _turned(numbers, column, path)
 
-    texts, indices = _indices(raw, kind, dataset, path)
     counts = {"file_rows": raw.num_rows}
+    texts = {name: _text(raw.column(name), name, path) for name in ("user", *ITEM_COLUMNS[kind])}
+    indices = _indices(texts, dataset, only="user" if titled else "")
+    rows = np.arange(raw.num_rows)
+    if titled:
+        users, names = texts["user"], {name: texts[name] for name in ITEM_COLUMNS[kind]}
+        scores = numbers if kind == "scores" else None
+        named, of_titles = titled_answers.items_of(
+            users, names, scores, dataset, subtitles=subtitles
+        )
+        indices |= named
+        counts |= of_titles
+        rows = _rows_with_items(named, path, counts)
+        texts = {name: column.take(pa.array(rows)) for name, column in texts.items()}
+        indices = {name: values[rows] for name, values in indices.items()}
+    _refuse_itself(indices, texts, rows, path)
+
     keep = _known(texts, indices, dataset, path, unknown, counts)
-    rows = np.flatnonzero(keep)
-    columns = {name: values[rows] for name, values in indices.items()}
+    columns = {name: values[keep] for name, values in indices.items()}
+    rows = rows[keep]
 
     merge = _merge_scores if kind == "scores" else _merge_preferences
     table = merge(columns, numbers[rows], rows + 1, dataset.n_items, duplicates == "mean", path)
@@ -110,33 +120,56 @@ def read(
 
 
 def _indices(
-    raw: pa.Table, kind: str, dataset: Dataset, path: pathlib.Path
-) -> tuple[dict[str, pa.ChunkedArray], dict[str, np.ndarray]]:
-    """By column of ids: their texts, and their indices in `dataset`; -1 where it has none."""
+    texts: Mapping[str, pa.ChunkedArray], dataset: Dataset, *, only: str = ""
+) -> dict[str, np.ndarray]:
+    """By column of ids (one of them, or all): their indices in `dataset`; -1 where it has none."""
     item_ids = dataset.items.column("item_id").combine_chunks()
-    ids = {"user": dataset.user_ids, **dict.fromkeys(_ITEM_COLUMNS[kind], item_ids)}
-    texts = {name: _text(raw.column(name), name, path) for name in ids}
-    indices = {
-        name: pc.fill_null(pc.index_in(text, value_set=ids[name]), -1).to_numpy()
+    return {
+        name: pc.fill_null(
+            pc.index_in(text, value_set=dataset.user_ids if name == "user" else item_ids), -1
+        ).to_numpy()
         for name, text in texts.items()
+        if only in ("", name)
     }
 
-    if kind == "preferences":
-        same = pc.equal(texts["preferred"], texts["other"]).to_numpy(zero_copy_only=False)
-        if same.any():
-            row = _first(same)
-            raise InputError(
-                f"{path}: row {row} prefers item {texts['other'][row - 1].as_py()!r} over itself"
-            )
-    return texts, indices
+
+def _rows_with_items(
+    items: Mapping[str, np.ndarray], path: pathlib.Path, counts: Mapping[str, int]
+) -> np.ndarray:
+    """Rows whose titles all mean an item, ascending."""
+    named = np.all([column >= 0 for column in items.values()], axis=0)
+    if not named.any():
+        raise InputError(
+            f"{path}: no row names an item of the catalogue by its title; {titles.report(counts)}. "
+            "If the column holds ids, leave --items_as=titles out"
+        )
+    return np.flatnonzero(named)
+
+
+def _refuse_itself(
+    indices: Mapping[str, np.ndarray],
+    texts: Mapping[str, pa.ChunkedArray],
+    rows: np.ndarray,
+    path: pathlib.Path,
+) -> None:
+    if "other" not in texts:
+        return
+    same = pc.equal(texts["preferred"], texts["other"]).to_numpy(zero_copy_only=False)
+    same = same | ((indices["preferred"] == indices["other"]) & (indices["other"] >= 0))
+    if same.any():
+        place = int(np.argmax(same))
+        raise InputError(
+            f"{path}: row {rows[place] + 1} prefers item {texts['other'][place].as_py()!r} over "
+            "itself"
+        )
 
 
 def _number_column(columns: Sequence[str], kind: str, score_kind: str) -> str:
     """The column of numbers: score before rank, unless ranks are meant."""
-    choices = [name for name in _NUMBERS[kind] if name in columns]
+    choices = [name for name in NUMBERS[kind] if name in columns]
     if score_kind == RANK and RANK in choices:
         return RANK
-    return choices[0] if choices else _NUMBERS[kind][0]
+    return choices[0] if choices else NUMBERS[kind][0]
 
 
 def _turned(ranks: np.ndarray, column: str, path: pathlib.Path) -> np.ndarray:
@@ -148,107 +181,6 @@ def _turned(ranks: np.ndarray, column: str, path: pathlib.Path) -> np.ndarray:
             "If more is better, name the column score and leave --score_kind=rank out"
         )
     return -ranks
-
-
-def _read_any(path: pathlib.Path, delimiter: str) -> pa.Table:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give a Parquet, Arrow or CSV file with answers")
-
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if not head:
-        raise InputError(f"{path} is empty: a teacher needs at least one answer")
-    if head in _BINARY_HEADS:
-        return shards.read_table(path)
-
-    if head.startswith(b"{"):
-        return _read_json_lines(path)
-
-    separator = {"\\t": "\t"}.get(delimiter, delimiter)
-    numbers = itertools.chain.from_iterable(_NUMBERS.values())
-    item_columns = itertools.chain.from_iterable(_ITEM_COLUMNS.values())
-    wanted = {"user", *numbers, *item_columns}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as text:
-            header = next(csv.reader(text, delimiter=separator), [])
-        if len(set(header)) != len(header):
-            raise InputError(f"{path} names a column twice: {listing(header)}")
-        _kind(header, path)
-        return pacsv.read_csv(
-            path,
-            parse_options=pacsv.ParseOptions(delimiter=separator),
-            convert_options=pacsv.ConvertOptions(
-                column_types=dict.fromkeys(wanted, pa.string()),
-                include_columns=[name for name in header if name in wanted] or None,
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-    except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        fix = "; save it as UTF-8" if "utf-8" in reason.lower() else ""
-        raise InputError(
-            f"{path} cannot be read as CSV, Parquet or Arrow: {reason}{fix}"
-        ) from error
-
-
-def _read_json_lines(path: pathlib.Path) -> pa.Table:
-    """A JSON object a line; ids are text or whole numbers, numbers may be null."""
-    number_names = {*itertools.chain.from_iterable(_NUMBERS.values())}
-    records: list[dict[str, object]] = []
-    with open(path, encoding="utf-8") as lines:
-        try:
-            for line in lines:
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise InputError(f"{path}: row {len(records) + 1} is no JSON object")
-                    records.append(record)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: row {len(records) + 1} is not JSON: {error}") from error
-
-    columns = {}
-    for name in dict.fromkeys(itertools.chain.from_iterable(records)):
-        values = [record.get(name) for record in records]
-        is_id = name == "user" or name in _ITEM_NAMES
-        texts = [_json_text(value, is_id=is_id) for value in values]
-        for row, (value, text) in enumerate(zip(values, texts, strict=True), start=1):
-            if text is None and value is not None and (is_id or name in number_names):
-                wanted = "text or a whole number" if is_id else "a number"
-                raise InputError(
-                    f"{path}: row {row} has {name} {json.dumps(value)[:80]}; give {wanted}"
-                )
-        columns[name] = pa.array(texts, pa.string())
-    return pa.table(columns)
-
-
-def _json_text(value: object, *, is_id: bool) -> str | None:
-    """A JSON text or number as text, exactly; None for what is neither, or no id."""
-    if isinstance(value, str):
-        return value
-    kinds = int if is_id else int | float
-    return repr(value) if isinstance(value, kinds) and not isinstance(value, bool) else None
-
-
-def _kind(columns: Sequence[str], path: pathlib.Path) -> str:
-    names = set(columns)
-    if {"user", "item"} <= names and names & set(_NUMBERS["scores"]):
-        return "scores"
-    if {"user", "preferred", "other"} <= names:
-        return "preferences"
-    raise InputError(
-        f"{path} has columns {listing(columns)}; expected user, item, score, or "
-        "user, item, rank (1 the best), or user, preferred, other and optionally margin"
-        + _other_delimiter(columns)
-    )
-
-
-def _other_delimiter(columns: Sequence[str]) -> str:
-    """What to add where one column holds the names of all; empty elsewhere."""
-    for mark, flag in ((";", "';'"), ("\t", "'\\t'"), ("|", "'|'"), (",", ",")):
-        if len(columns) == 1 and mark in columns[0]:
-            return f"; the first line holds {mark!r}: add --delimiter={flag}"
-    return ""
 
 
 def _text(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedArray:
@@ -368,20 +300,16 @@ def _known(
 
 def _title_hint(strangers: Sequence[str], dataset: Dataset) -> str:
     """What to do where texts that are no ids are titles; empty where none of them is."""
-    ids = dataset.items.column("item_id").to_pylist()
-    titles = dataset.items.column("title").to_pylist()
-    item_of = {
-        " ".join(title.split()).casefold(): item
-        for item, title in zip(ids, titles, strict=True)
-        if title
-    }
-    meant = {text: item_of.get(" ".join(text.split()).casefold()) for text in strangers}
-    matches = [text for text, item in meant.items() if item is not None]
-    if not matches:
+    ids = dataset.items.column("item_id")
+    matches = TitleIndex.of(dataset).match(strangers)
+    meant = [(text, match.item) for text, match in zip(strangers, matches, strict=True)]
+    meant = [(text, item) for text, item in meant if item >= 0]
+    if not meant:
         return ""
+    text, item = meant[0]
     return (
-        f"{len(matches)} of these are titles ({matches[0]!r} is item {meant[matches[0]]!r}): give "
-        "the ids of the raw data in their place, or prepare the data with titles as ids"
+        f"{len(meant)} of these are titles ({text!r} is item {ids[item].as_py()!r}): add "
+        "--items_as=titles, or give the ids of the raw data in their place"
     )
 
 

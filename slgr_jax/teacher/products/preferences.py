@@ -20,7 +20,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.dataset import load as load_dataset
 from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
-from slgr_jax.teacher.products import answers, rows, training_items
+from slgr_jax.teacher.products import answers, rows, titles, training_items
 from slgr_jax.teacher.products.coverage import measure
 from slgr_jax.teacher.products.rows import Teacher, usable_pairs
 from slgr_jax.teacher.products.same_split import refuse_other_split
@@ -217,6 +217,8 @@ def import_scores(
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
     to_existing: bool = False,
+    items_as: str = "ids",
+    subtitles: bool = False,
 ) -> schema.TeacherManifest:
     """Turn a file of teacher answers with external ids into the product DATA/teacher/NAME.
 
@@ -240,6 +242,8 @@ def import_scores(
       rows_per_shard: most rows in one shard.
       overwrite: replace the product if there is one.
       to_existing: add to the product that there is, see `append`; its provenance stays.
+      items_as: ids, or titles (see `titles.TitleIndex`; what names no item or two is dropped and
+        counted); subtitles: see `TitleIndex.match`.
 
     Raises:
       InputError: the file cannot be used; the message names the row.
@@ -248,10 +252,19 @@ def import_scores(
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     provenance = provenance or Provenance()
     hidden = _hides_training_items(dataset, name, provenance, overwrite, to_existing)
-    keep = keep_training_items or hidden
-    table, counts, score_kind = _read_answers(
-        scores_file, dataset, provenance.score_kind, unknown, duplicates, delimiter, keep
+    table, counts, score_kind = answers.read(
+        scores_file,
+        dataset,
+        score_kind=provenance.score_kind,
+        unknown=unknown,
+        duplicates=duplicates,
+        delimiter=delimiter,
+        items_as=items_as,
+        subtitles=subtitles,
     )
+    if not (keep_training_items or hidden):
+        table, dropped = training_items.drop(table, dataset, str(scores_file))
+        counts |= dropped
 
     if to_existing:
         return append(dataset, name, table, counts=counts, rows_per_shard=rows_per_shard)
@@ -277,31 +290,6 @@ def _hides_training_items(
         return product.training_items == "hidden"
     shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
     return provenance.training_items == "hidden"
-
-
-def _read_answers(
-    scores_file: PathLike,
-    dataset: Dataset,
-    score_kind: str,
-    unknown: str,
-    duplicates: str,
-    delimiter: str,
-    keep_training_items: bool,
-) -> answers.AnswerTable:
-    """`answers.read`, without the answers on training items unless these are kept."""
-    table, counts, score_kind = answers.read(
-        scores_file,
-        dataset,
-        score_kind=score_kind,
-        unknown=unknown,
-        duplicates=duplicates,
-        delimiter=delimiter,
-    )
-
-    if not keep_training_items:
-        table, dropped = training_items.drop(table, dataset, str(scores_file))
-        counts |= dropped
-    return answers.AnswerTable(table, counts, score_kind)
 
 
 def write_product(
@@ -469,8 +457,10 @@ def report(manifest: schema.TeacherManifest) -> str:
     if echoed := counts.get(training_items.DROPPED, 0):
         lines.append(
             f"  {echoed:,} answers of {counts[training_items.USERS]:,} users on their own training "
-            "items were dropped: they echo the prompt (--keep_training_items keeps them)"
+            "items were dropped: they echo the prompt (import --keep_training_items keeps them)"
         )
+    if of_titles := titles.report(counts):
+        lines.append(f"  {of_titles}")
     if extra:
         lines.append("  " + ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in extra.items()))
     if not share["users"]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError
 
 # Counts of a manifest: rows that were dropped, and users who had some.
 DROPPED, USERS = "dropped_training_item_rows", "users_with_training_items"
 
 
-def drop(table: pa.Table, dataset: Dataset, where: str) -> tuple[pa.Table, dict[str, int]]:
+def drop(
+    table: pa.Table, dataset: Dataset, where: str, *, hidden: Csr | None = None
+) -> tuple[pa.Table, dict[str, int]]:
     """The rows that name no training item of their user, and counts of the others.
 
     Args:
@@ -20,6 +22,7 @@ def drop(table: pa.Table, dataset: Dataset, where: str) -> tuple[pa.Table, dict[
         items is a training item.
       dataset: training interactions.
       where: names the table in errors.
+      hidden: [U] training items that stay: the prompts hid them.
 
     Raises:
       InputError: every answer is on a training item of its user: nothing would be taught.
@@ -27,6 +30,9 @@ def drop(table: pa.Table, dataset: Dataset, where: str) -> tuple[pa.Table, dict[
     trained = dataset.positives(("train",))
     owners = np.repeat(np.arange(dataset.n_users, dtype=np.int64), trained.counts)
     keys = owners * dataset.n_items + trained.indices  # ascending: rows of a Csr are
+    if hidden is not None:
+        hiding = np.repeat(np.arange(dataset.n_users, dtype=np.int64), hidden.counts)
+        keys = keys[~np.isin(keys, hiding * dataset.n_items + hidden.indices)]
 
     users = table.column("user").to_numpy()
     echoes = np.zeros(table.num_rows, bool)

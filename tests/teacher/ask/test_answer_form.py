@@ -13,7 +13,7 @@ from slgr_jax.teacher.ask import answer_form, prompts
 from slgr_jax.teacher.collect import results
 from slgr_jax.teacher.collect.shown import Shown
 
-FORMS = ("listwise", "ranking", "pairwise", "pointwise", "rating")
+FORMS = ("listwise", "ranking", "pairwise", "pointwise", "rating", "free_list")
 # Keywords that hosted services and open servers enforce; `uniqueItems` makes them refuse a request.
 PORTABLE = {
     *("type", "properties", "required", "additionalProperties", "enum", "items", "description"),
@@ -123,6 +123,10 @@ def test_every_answer_that_a_schema_admits_is_read_as_what_it_says():
         assert read("ranking", {"order": order}, 3) == pytest.approx(expected)
     assert [read("pairwise", {"choice": name}, 2) for name in "AB"] == [[1.0], [0.0]]
     assert [read("pointwise", {"answer": name}, 1) for name in ("Yes", "No")] == [[1.0], [0.0]]
+    titles = {"titles": ["Heat (1995)", "1984"]}
+    completion = results.Completion("x", json.dumps(titles))
+    assert admits(answer_form.answer_schema("free_list", 2), titles)
+    assert results.parse("free_list", completion, Shown(2)).titles == ("Heat (1995)", "1984")
     ratings = [read("rating", {"rating": digit}, 1)[0] for digit in range(1, 6)]
     assert ratings == np.linspace(0, 1, 5).tolist()
 

@@ -184,7 +184,7 @@ def test_pairs_are_distinct_and_calibration_comes_first(world, drawn):
 
 
 def test_the_plan_is_what_is_written(world, drawn, tmp_path):
-    for prompt in ("listwise", "ranking", "pairwise", "pointwise", "rating"):
+    for prompt in ("listwise", "ranking", "pairwise", "pointwise", "rating", "free_list"):
         one, planned, source = make(world, prompt=prompt, price_in=2.0, price_out=3.0)
         requests.write(one, planned, source, tmp_path / prompt, model="m")
         rows = asked(tmp_path / prompt)

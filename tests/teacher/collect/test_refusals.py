@@ -38,6 +38,7 @@ ANSWERS = (
         "order against scores",
         "A > B > C; but A 0.1",
     ),
+    ("free_list", "I cannot do that.", "no titles", "'I cannot do that.'"),
     ("listwise", "I cannot do that.", "none of the labels", "'I cannot do that.'"),
     ("listwise", "A is liked, and B is not.", "no scores by label", "'A is liked, and B is not.'"),
     ("listwise", "A 0.9 B 0.5", "numbers without a label", "'A 0.9 B 0.5'"),
@@ -78,7 +79,7 @@ def test_a_record_that_holds_no_answer_is_shown(line, kind, seen):
     assert seen in refused.detail
 
 
-@pytest.mark.parametrize("form", ["listwise", "ranking", "pairwise", "pointwise", "rating"])
+@pytest.mark.parametrize("form", config.PROMPTS)
 def test_an_answer_that_ended_before_it_said_anything_wants_more_tokens(form):
     refused = parse("The person of this history prefers", form, 2, finish="length")
     assert refused.kind == "cut off"
@@ -103,5 +104,5 @@ def test_advice_can_be_followed():
 
 def test_every_kind_is_known_to_a_test():
     known = {kind for _, _, kind, _ in ANSWERS} | {kind for _, kind, _ in ENVELOPES}
-    elsewhere = {"foreign custom_id", "another answer", "cut off"}
+    elsewhere = {"foreign custom_id", "another answer", "cut off", "none of the catalogue"}
     assert known | elsewhere == set(KINDS)

@@ -117,7 +117,11 @@ def test_titles_in_place_of_ids_get_a_hint(make_dataset, tmp_path, unknown):
     titles = ["Alien", "Heat (1995)", None, "The  Net", "Se7en", "Amélie"]
     data = make_dataset(titles=titles)
     path = csv_file(tmp_path, "user,item,score\n007,the net,1\n007,Amélie,0.5\n")
-    with pytest.raises(InputError, match=r"2 of these are titles \('the net' is item 'café'\)"):
+    with pytest.raises(
+        InputError,
+        match=r"2 of these are titles \('the net' is item 'café'\): add "
+        r"--items_as=titles",
+    ):
         preferences.import_scores(data, path, "t", unknown=unknown)
     neither = csv_file(tmp_path, "user,item,score\n007,Nothing,1\n")
     with pytest.raises(InputError, match=r"correct the file|external ids, not indices"):
