@@ -32,9 +32,9 @@ from slgr_jax.errors import ConfigError
 if TYPE_CHECKING:
     from slgr_jax.data.dataset import Dataset
     from slgr_jax.data.schema import DatasetManifest, TeacherManifest
-    from slgr_jax.evaluation.results import EvaluatedRun
     from slgr_jax.experiments.comparison import Comparison
-    from slgr_jax.experiments.study import TuneResult
+    from slgr_jax.experiments.study_results import TuneResult
+    from slgr_jax.reports.evaluation import Evaluation
     from slgr_jax.reports.inspection import Inspection
     from slgr_jax.serving.export import Exported
     from slgr_jax.serving.recommendation_files import Written
@@ -346,60 +346,6 @@ def inspect(*, workdir: PathLike = "", data: PathLike = "") -> Inspection:
     return inspection.inspect_data(os.fspath(data))
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Evaluation:
-    """Runs and baselines, ranked; `print` shows their tables.
-
-    Attributes:
-      runs: results of each, runs first; `runs[0].parts["test"].slices["overall"]` is a mapping of
-        metrics.
-      metric: what is tested and drawn.
-      out: directory of the picture and of the baselines' files.
-    """
-
-    runs: tuple[EvaluatedRun, ...]
-    metric: str
-    out: pathlib.Path
-
-    def table(self, *, bins: bool = False, definitions: bool = False) -> str:
-        """The tables as text, `verdict` last.
-
-        Args:
-          bins: with the bins by history and popularity.
-          definitions: with those of the metrics.
-        """
-        from slgr_jax.reports import tables
-
-        whole = tables.render(self.runs, self.metric, bins=bins, definitions=definitions)
-        return f"{whole}\n{self.verdict()}"
-
-    def verdict(self) -> str:
-        """The small table and what was found, in words."""
-        from slgr_jax.reports import verdict
-
-        return verdict.render(self.runs, self.metric)
-
-    def write_summary(self) -> list[pathlib.Path]:
-        """Write the small table as OUT/summary.md (with the verdict), .csv and .tex."""
-        from slgr_jax.reports import verdict
-
-        return verdict.write(self.runs, self.metric, self.out)
-
-    def draw(self) -> pathlib.Path:
-        """Draw `metric` by slice; the path of the picture, OUT/metrics.png."""
-        from slgr_jax.evaluation import results
-        from slgr_jax.reports import plots
-
-        return plots.draw(self.runs, self.metric, self.out / results.PICTURE)
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def __repr__(self) -> str:
-        labels = ", ".join(run.label for run in self.runs)
-        return f"Evaluation({labels}; {self.metric}, out {str(self.out)!r})"
-
-
 def evaluate(
     workdirs: PathLike | Sequence[PathLike] = (),
     *,
@@ -433,27 +379,9 @@ def evaluate(
     _check_evaluated(places, data, out, checkpoint)
     options = section_of(config.BaselineConfig, knob_values((config.BaselineConfig,), knobs))
 
-    from slgr_jax.data import dataset as dataset_lib
-    from slgr_jax.evaluation import baselines
-    from slgr_jax.reports import run_evaluation, tables
-    from slgr_jax.training import run_directory
+    from slgr_jax.reports import evaluation
 
-    labels = tables.labels(places)
-    configs = [run_directory.read_config(place) for place in places]
-    configs = configs or [config.RunConfig(data, out)]
-    for run in configs:
-        metric = tables.choose_metric(metric, run.evaluation)
-
-    evaluated = [
-        run_evaluation.evaluate_run(place, label, checkpoint, data=data or None)
-        for place, label in zip(places, labels, strict=True)
-    ]
-    dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
-    where = pathlib.Path(out or places[0])
-    evaluated += baselines.evaluate_baselines(options, configs[0], dataset, where, taken=labels)
-    if not evaluated:
-        raise ConfigError("--baselines=none without --workdir leaves nothing to evaluate")
-    return Evaluation(tuple(evaluated), metric, where)
+    return evaluation.evaluate(places, data, out, metric, checkpoint, options)
 
 
 def _check_evaluated(workdirs: Sequence[str], data: str, out: str, checkpoint: str) -> None:

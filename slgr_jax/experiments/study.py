@@ -29,6 +29,7 @@ from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments import pool, results, search_space
 from slgr_jax.experiments.pool import LOGGER
 from slgr_jax.experiments.search_space import Choice, SearchSpace
+from slgr_jax.experiments.study_results import TrialResult, TuneResult, shown_settings
 from slgr_jax.files import write_atomically
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from slgr_jax.training.training_log import TrainingProgress
 
 STORE, BEST, TRIALS, NAME = "study.journal", "best.toml", "trials", "slgr_jax"
-SHOWN = 10  # trials in the table
 _TRIES = 3  # of a trial whose process does not live to its end
 
 
@@ -74,78 +74,6 @@ class StudyPlan:
     def metric(self) -> str:
         """What is maximised, of validation."""
         return self.runs(search_space.corners(self.space)[0])[0].train.early_stop_metric
-
-
-@dataclasses.dataclass(frozen=True)
-class TrialResult:
-    """What a trial came to.
-
-    Attributes:
-      number: as Optuna counts.
-      state: complete, pruned (stopped early), diverged or failed (its process died every time).
-      value: mean over seeds of the best validation; None unless complete.
-      epoch: of the first seed's best validation, or at which it was pruned.
-      settings: the values of the searched knobs.
-      directory: of its runs.
-      default: whether these are the defaults.
-    """
-
-    number: int
-    state: str
-    value: float | None
-    epoch: int | None
-    settings: Mapping[str, Any]
-    directory: str
-    default: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneResult:
-    """A study's trials, best first; `print` shows them.
-
-    Attributes:
-      metric: what was maximised, of validation.
-      trials: all that ended.
-      config_file: the best one's settings, for `slgr train --config`.
-      ends: what of the best is at the end of its range.
-    """
-
-    metric: str
-    trials: tuple[TrialResult, ...]
-    config_file: pathlib.Path
-    ends: tuple[str, ...] = ()
-
-    @property
-    def best(self) -> TrialResult:
-        """The trial with the greatest value."""
-        return self.trials[0]
-
-    def __str__(self) -> str:
-        lines = [f"{'trial':>5}  {'valid ' + self.metric:>14}  {'epoch':>5}  settings"]
-        for trial in self.trials[:SHOWN]:
-            value = trial.state if trial.value is None else f"{trial.value:.4f}"
-            mark = "  (the defaults)" if trial.default else ""
-            epoch = "" if trial.epoch is None else trial.epoch
-            lines.append(f"{trial.number:5}  {value:>14}  {epoch:>5}  {_shown(trial)}{mark}")
-        if (rest := len(self.trials) - SHOWN) > 0:
-            lines.append(f"... {rest} more")
-        lines += [f"{end}; a wider one may be better" for end in self.ends]
-        return "\n".join(
-            [
-                *lines,
-                f"best: trial {self.best.number}, settings in {self.config_file}; train it:",
-                f"  slgr train --config={self.config_file} --workdir=RUN",
-                "or look at the test part with the run that it has already:",
-                f"  slgr evaluate --workdir={pathlib.Path(self.best.directory) / 'seed0'}",
-            ]
-        )
-
-
-def _shown(trial: TrialResult) -> str:
-    return ", ".join(
-        f"{name} {format(value, '.4g') if isinstance(value, float) else value}"
-        for name, value in trial.settings.items()
-    )
 
 
 # --------------------------------------------------------------------- the whole
@@ -234,7 +162,12 @@ def _show(plan: StudyPlan, study: Study, trial: TrialResult) -> None:
     ended = sum(map(_has_ended, study.trials))
     value = trial.state if trial.value is None else f"{trial.value:.4f}"
     LOGGER.info(
-        "[%d/%d] trial %d: %s  %s", ended, plan.options.trials, trial.number, value, _shown(trial)
+        "[%d/%d] trial %d: %s  %s",
+        ended,
+        plan.options.trials,
+        trial.number,
+        value,
+        shown_settings(trial),
     )
 
 

@@ -1,0 +1,93 @@
+"""Runs and baselines evaluated together, and what is shown of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from slgr_jax import config
+from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation import baselines, results
+from slgr_jax.evaluation.results import EvaluatedRun
+from slgr_jax.reports import run_evaluation, tables, verdict
+from slgr_jax.training import run_directory
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Evaluation:
+    """Runs and baselines, ranked; `print` shows their tables.
+
+    Attributes:
+      runs: results of each, runs first; `runs[0].parts["test"].slices["overall"]` is a mapping of
+        metrics.
+      metric: what is tested and drawn.
+      out: directory of the picture and of the baselines' files.
+    """
+
+    runs: tuple[EvaluatedRun, ...]
+    metric: str
+    out: pathlib.Path
+
+    def table(self, *, bins: bool = False, definitions: bool = False) -> str:
+        """The tables as text, `verdict` last.
+
+        Args:
+          bins: with the bins by history and popularity.
+          definitions: with those of the metrics.
+        """
+        whole = tables.render(self.runs, self.metric, bins=bins, definitions=definitions)
+        return f"{whole}\n{self.verdict()}"
+
+    def verdict(self) -> str:
+        """The small table and what was found, in words."""
+        return verdict.render(self.runs, self.metric)
+
+    def write_summary(self) -> list[pathlib.Path]:
+        """Write the small table as OUT/summary.md (with the verdict), .csv and .tex."""
+        return verdict.write(self.runs, self.metric, self.out)
+
+    def draw(self) -> pathlib.Path:
+        """Draw `metric` by slice; the path of the picture, OUT/metrics.png."""
+        from slgr_jax.reports import plots  # matplotlib is slow to import
+
+        return plots.draw(self.runs, self.metric, self.out / results.PICTURE)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        labels = ", ".join(run.label for run in self.runs)
+        return f"Evaluation({labels}; {self.metric}, out {str(self.out)!r})"
+
+
+def evaluate(
+    workdirs: Sequence[str],
+    data: str,
+    out: str,
+    metric: str,
+    checkpoint: str,
+    options: config.BaselineConfig,
+) -> Evaluation:
+    """Evaluate runs, and baselines on the first one's data; arguments as of `slgr_jax.evaluate`.
+
+    Raises:
+      UserError: there is no such run, metric or baseline, or nothing to evaluate.
+    """
+    labels = tables.labels(workdirs)
+    configs = [run_directory.read_config(workdir) for workdir in workdirs]
+    configs = configs or [config.RunConfig(data, out)]
+    for run in configs:
+        metric = tables.choose_metric(metric, run.evaluation)
+
+    evaluated = [
+        run_evaluation.evaluate_run(workdir, label, checkpoint, data=data or None)
+        for workdir, label in zip(workdirs, labels, strict=True)
+    ]
+    dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
+    where = pathlib.Path(out or workdirs[0])
+    evaluated += baselines.evaluate_baselines(options, configs[0], dataset, where, taken=labels)
+    if not evaluated:
+        raise ConfigError("--baselines=none without --workdir leaves nothing to evaluate")
+    return Evaluation(tuple(evaluated), metric, where)
