@@ -14,7 +14,7 @@ from slgr_jax import config
 from slgr_jax.config import config_file
 from slgr_jax.errors import ConfigError
 from slgr_jax.experiments import pool, results, study
-from slgr_jax.training import checkpoint, run_directory, training_log
+from slgr_jax.training import checkpoint, checkpoint_manifest, run_directory, training_log
 from slgr_jax.training.training_log import TrainingProgress
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
@@ -82,7 +82,7 @@ def test_a_small_study_ends_with_settings_that_train_again(data, tmp_path):
         workdir = pathlib.Path(trial.directory) / "seed0"
         assert trial.value == max(record["valid/ndcg@10"] for record in results.log(workdir))
         assert not (workdir / "metrics.json").exists()  # the test part was not read
-        kept = checkpoint.steps_in(workdir / checkpoint.DIRECTORY)
+        kept = checkpoint_manifest.steps_in(workdir / checkpoint.DIRECTORY)
         assert bool(kept) == (trial == result.best)
 
     found = config_file.read(str(out / "best.toml"))
