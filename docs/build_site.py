@@ -69,6 +69,7 @@ def _groups() -> Iterator[tuple[str, list[type[Section]]]]:
     yield "slgr teach", list(dict.fromkeys(config.TEACH_SECTIONS))
     yield "slgr train", list(config.sections().values())
     yield "slgr evaluate", [config.BaselineConfig]
+    yield "slgr serve", [config.ServeConfig]
 
 
 def _row(field: dataclasses.Field[Any]) -> str:

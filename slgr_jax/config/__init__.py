@@ -38,6 +38,7 @@ from slgr_jax.config.guidance import (
 from slgr_jax.config.model import ModelConfig
 from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
 from slgr_jax.config.run import RunConfig, differences, make_run, sections
+from slgr_jax.config.serve import ServeConfig
 from slgr_jax.config.teach import (
     BUILT_FROM,
     EMBEDDERS,
@@ -133,6 +134,7 @@ __all__ = [
     "SPLITS",
     "SamplerConfig",
     "ScoreConfig",
+    "ServeConfig",
     "SliceConfig",
     "TABLE_DTYPES",
     "TABLE_OPTIMIZERS",
