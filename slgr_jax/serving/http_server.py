@@ -138,7 +138,6 @@ class Service:
         """Whether it is ready, what it serves, its limits, and what it has done."""
         run, config = self._run, self._config
         manifest = run.dataset.manifest
-        refuses = self._lists.refuses_new if self._ready else ""
         body = {
             "status": "ready" if self._ready else "starting",
             "run": run.workdir,
@@ -152,7 +151,6 @@ class Service:
                 "titles": self._titles is not None,
                 "example_user": next(iter(self._users), None),
             },
-            "new_users": refuses or True,
             "k": config.k,
             "limits": {
                 name: getattr(config, name)
@@ -161,7 +159,11 @@ class Service:
             "requests": self._requests,
             "waiting": len(self._known) + len(self._new),
             "known_users": {"listed": self._known.answered, "calls": self._known.calls},
-            "new_users_listed": {"listed": self._new.answered, "calls": self._new.calls},
+            "new_users": {
+                "listed": self._new.answered,
+                "calls": self._new.calls,
+                "refused": self._lists.refuses_new if self._ready else "",
+            },
         }
         return _Json(body, 200 if self._ready else 503)
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -18,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import server_process
 from jax import monitoring
 from starlette.testclient import TestClient
 
@@ -28,7 +24,6 @@ from slgr_jax.serving.compiled_lists import Options
 from slgr_jax.serving.histories import History
 from slgr_jax.serving.http_server import Service, make_app
 
-REPO = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ServeConfig(
     k=3, max_k=8, batch_users=8, batch_new_users=2, max_users=4, max_items=4, max_filter=5
 )
@@ -212,7 +207,7 @@ def test_health_says_what_is_served(client, trained):
     assert health["data"]["split_hash"] == data.manifest.split_hash
     assert (health["data"]["users"], health["data"]["items"]) == (24, 30)
     assert health["limits"]["max_k"] == 8
-    assert health["new_users"] is True
+    assert health["new_users"]["refused"] == ""
 
 
 def test_a_full_queue_and_a_server_that_is_not_ready_are_503(trained, monkeypatch):
@@ -288,32 +283,17 @@ def test_a_port_in_use_and_limits_at_odds_are_refused():
 
 
 def test_the_command_finishes_what_is_under_way_when_it_is_stopped(trained):
-    with http_server.listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "slgr_jax.cli", "serve", f"--workdir={trained('mf').workdir}"]
-    options = [f"--port={port}", "--max_items=1", "--batch_new_users=1", "--batch_wait_ms=2000"]
-    address = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [*command, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"},
-    )
-    try:
-        assert process.stdout is not None
-        while "ready" not in (line := process.stdout.readline()):
-            assert line, process.communicate()
-        with socket.create_connection(("127.0.0.1", port)) as half, ThreadPoolExecutor(1) as thread:
-            half.sendall(b"GET /health HTTP/1.1\r\n")  # a client that never finishes
-            under_way = thread.submit(
-                lambda: urllib.request.urlopen(f"{address}/recommend?users=u1", timeout=60).status
-            )
-            while b'"waiting": 1' not in urllib.request.urlopen(f"{address}/health").read():
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-            assert under_way.result() == 200
-            out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, out, err) == (0, "stopped\n", "")
+    options = ["--max_items=1", "--batch_new_users=1", "--batch_wait_ms=2000"]
+    with (
+        server_process.started(trained("mf").workdir, *options) as (address, process),
+        ThreadPoolExecutor(1) as threads,
+    ):
+        under_way = threads.submit(
+            lambda: urllib.request.urlopen(f"{address}/recommend?users=u1", timeout=60).status
+        )
+        while b'"waiting": 1' not in urllib.request.urlopen(f"{address}/health").read():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert under_way.result() == 200
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (0, "stopped\n", "")
