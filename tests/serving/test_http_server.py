@@ -25,7 +25,7 @@ from slgr_jax.serving.histories import History
 from slgr_jax.serving.http_server import Service, make_app
 
 SMALL = ServeConfig(
-    k=3, max_k=8, batch_users=8, batch_new_users=2, max_users=4, max_items=4, max_filter=5
+    k=3, max_k=8, batch_users=8, batch_new_users=4, max_users=4, max_items=9, max_filter=5
 )
 
 
@@ -128,11 +128,10 @@ def test_nothing_is_compiled_once_it_is_ready(client):
     monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
-    items = [f"i{i}" for i in range(4)]
-    for count in (1, 2, 3, 4):
-        for names in (["a"], ["a", "b"], ["a", "b", "c"]):
-            body = {"histories": dict.fromkeys(names, items[:count])}
-            assert client.post("/recommend", json=body).status_code == 200
+    items = [f"i{i}" for i in range(9)]
+    for counts in ([1], [3, 3], [5, 6, 7], [9], [1, 1, 9, 9], [4, 8, 1, 2]):
+        body = {"histories": {str(user): items[:count] for user, count in enumerate(counts)}}
+        assert client.post("/recommend", json=body).status_code == 200
     for options in ({"deny": ["i1"]}, {"mask_seen": False, "allow": ["i1", "i2"]}):
         for who in ({"users": ["u1"]}, {"histories": {"a": ["i1"], "b": ["i2"]}}):
             assert client.post("/recommend", json=who | options).status_code == 200
@@ -158,7 +157,7 @@ def test_nothing_is_compiled_once_it_is_ready(client):
         ({"users": ["u1"], "mask_seen": "no"}, 422, 'mask_seen="no" is neither'),
         ({"users": ["u1"], "n": 3}, 422, "unknown field n; fields: users, histories, k,"),
         ({"users": ["u1"] * 5}, 413, "users: 5 of them; this server takes at most 4 (--max_users)"),
-        ({"histories": {"x": ["i1"] * 5}}, 413, 'history of "x": 5 of them'),
+        ({"histories": {"x": ["i1"] * 10}}, 413, 'history of "x": 10 of them'),
         ({"users": ["u1"], "deny": ["i1"] * 6}, 413, "deny: 6 of them"),
         ({"users": ["u" * (1 << 20)]}, 413, "the body is over 1048576 bytes"),
         ([1], 422, "the body is [1]; give an object"),
