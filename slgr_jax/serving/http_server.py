@@ -112,11 +112,12 @@ class Service:
         def start() -> None:
             try:
                 self._lists.compile(self._stopping.is_set)
-                self._ready = not self._stopping.is_set()
             except Exception as error:
                 self.failure = error
                 failed()
-            else:
+                return
+            if not self._stopping.is_set():
+                self._ready = True
                 LOGGER.info("ready: every program is compiled")
 
         async with self._known, self._new:
