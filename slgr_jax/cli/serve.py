@@ -1,4 +1,4 @@
-"""A small HTTP server that recommends, for known users and new ones, with a page to try it.
+"""An HTTP server that recommends to known users and new ones, with a page to try it.
 
     slgr serve --workdir=RUN
     slgr serve --workdir=RUN --port=8000 --max_k=50 --batch_users=64
