@@ -121,24 +121,32 @@ def test_baselines_are_tested_apart_and_say_what_was_chosen(tmp_path):
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_picture_shows_every_run(tmp_path, count):
     runs = random_runs(tmp_path, ("base", "better", "best")[:count])
+    if count == 3:
+        facts = {"name": "best", "settings": {}, "tuned_on": "valid", "tried": []}
+        runs[2] = dataclasses.replace(runs[2], baseline=facts)
     path = plots.draw(runs, "ndcg@10", tmp_path / "out" / "metrics.png")
     assert os.listdir(tmp_path / "out") == ["metrics.png"]
     pixels = matplotlib.image.imread(path)[:, :, :3]
     assert pixels.shape[1] > 1000
-    for place, color in enumerate(plots.COLORS):
+    for color, drawn in ((plots.RUN, True), (plots.FIRST, count > 1), (plots.BASELINE, count > 1)):
         wanted = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        drawn = np.sum(np.all(np.abs(pixels - wanted) < 0.01, axis=2))
-        if color != "#000000":  # the axes are black
-            assert (drawn > 2000) == (place < count), color
+        pixels_of_it = np.sum(np.all(np.abs(pixels - wanted) < 0.01, axis=2))
+        assert (pixels_of_it > 2000) == drawn, color
 
 
-def test_the_panels_leave_out_empty_slices(tmp_path):
-    panels = dict(plots.panels(random_runs(tmp_path, ("a",)), "test"))
-    assert panels["users and items"] == list(results.MAIN_SLICES)
-    assert "history<=5" not in panels["users by training history"]
-    assert "history 6-10" in panels["users by training history"]
-    assert plots._tick("popularity 11-20", {1200}) == "11–20\nn = 1,200"
-    assert plots._tick("tail_items", {3, 4}) == "tail items\nn = varies"
+def test_slices_in_which_nothing_is_seen_are_not_drawn(tmp_path):
+    (run,) = random_runs(tmp_path, ("a",))
+    assert plots.panels([run], "test", "ndcg@10") == list(plots.SLICES)
+    slices = dict(run.parts["test"].slices)
+    slices["tail_items"] = {**slices["tail_items"], "ndcg@10": 0.0}
+    slices["cold_users"] = {**slices["cold_users"], "ndcg@10": None}
+    part = dataclasses.replace(run.parts["test"], slices=slices)
+    run = dataclasses.replace(run, parts={"test": part})
+    assert plots.panels([run], "test", "ndcg@10") == ["overall", "warm_users"]
+    slices |= {name: {**values, "ndcg@10": 0.0} for name, values in slices.items()}
+    nothing = dataclasses.replace(run, parts={"test": dataclasses.replace(part, slices=slices)})
+    with pytest.raises(ConfigError, match="ndcg@10 has no value but 0 on the test part"):
+        plots.draw([nothing], "ndcg@10", tmp_path / "none.png")
 
 
 def test_labels_tell_runs_apart():
