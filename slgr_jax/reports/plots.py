@@ -15,8 +15,9 @@ from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.files import atomically
 from slgr_jax.reports import verdict
 
-# Of Okabe and Ito's palette: distinct with colour-blindness and in grey.
-RUN, FIRST, BASELINE = "#0072B2", "#56B4E9", "#BBBBBB"
+# Okabe and Ito's palette: distinct with colour-blindness and in grey.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+RUN, FIRST, BASELINE = COLORS[0], COLORS[4], "#BBBBBB"
 SLICES = ("overall", "cold_users", "warm_users", "tail_items")
 
 

@@ -138,6 +138,8 @@ def encode(
         return ()
     present = np.asarray(table.ids.is_valid().to_numpy())
     places = np.flatnonzero(present)
+    if not places.size:  # a table of nobody says nothing
+        return ()
     label = f"{table.where}: ids"
     (codes,), table_ids = columns.encode_ids([table.ids.filter(pa.array(present))], [label])
     _, first = np.unique(codes, return_index=True)

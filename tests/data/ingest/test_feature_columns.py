@@ -241,3 +241,14 @@ def test_movielens_users(tmp_path: pathlib.Path) -> None:
 )
 def test_what_a_flag_names(text: str, expected: tuple[Declared, ...] | None) -> None:
     assert feature_columns.declared(text, "user_features") == expected
+
+
+def test_a_table_of_nobody_has_no_features(tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = "".join(f"u{k % 3}\ti{k % 4}\t{k}\n" for k in range(12))
+    header = "user_id:token\titem_id:token\ttimestamp:float\n"
+    (tmp_path / "in" / "x.inter").write_text(header + rows)
+    (tmp_path / "in" / "x.user").write_text("user_id:token\tage:float\n")
+    places = {"input": str(tmp_path / "in"), "out": str(tmp_path / "out")}
+    prepare.prepare(PrepareConfig(source="recbole", **places))
+    assert dataset_lib.load(tmp_path / "out").features == ()
