@@ -104,13 +104,13 @@ def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) ->
       ConfigError: settings that contradict each other, or a registered maker gave no backbone.
     """
     backbone = _ENTRIES[config.backbone].make(config, sizes, native=native)
-    backbone = with_features(backbone, sizes)
     missing = missing_members(backbone)
     if missing:
         raise ConfigError(
             f"--backbone={config.backbone}: {type(backbone).__name__} has no {listing(missing)}, "
             "which slgr_jax.models.backbones.base asks of a backbone"
         )
+    backbone = with_features(backbone, sizes)
     undeclared = sorted(backbone.reads - reads_of(config))
     if undeclared:
         raise ConfigError(

@@ -99,7 +99,7 @@ def test_what_cannot_be_registered_is_named():
         backbones.register("mf", _make_toy)
     with pytest.raises(ConfigError, match=r"losses=\('l2',\) of backbone 'toy': give some of bpr"):
         backbones.register("toy", _make_toy, losses=("l2",))
-    with pytest.raises(ConfigError, match="'toy' reads weather; there is only history, fields, g"):
+    with pytest.raises(ConfigError, match="'toy' reads weather; there is only history, fields, f"):
         backbones.register("toy", _make_toy, reads={"weather"})
     assert "toy" not in config.BACKBONES
 
