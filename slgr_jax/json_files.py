@@ -37,7 +37,11 @@ def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: it is not what was summed.
     """
     rest = {name: value for name, value in values.items() if name != CHECKSUM}
-    if CHECKSUM in values and (computed := _sha256(rest)) != (stated := values[CHECKSUM]):
+    if CHECKSUM not in values:
+        return rest
+    # The first answer logs summed an empty checksum too; what they hold was paid for.
+    computed, stated = _sha256(rest), values[CHECKSUM]
+    if stated not in (computed, _sha256({**rest, CHECKSUM: ""})):
         raise ValueError(f"its SHA-256 is {computed[:12]}, it states {str(stated)[:12]!a}")
     return rest
 

@@ -28,7 +28,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -291,10 +291,7 @@ class RequestManifest:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerManifest:
-    """What an answer log holds. Shards are added; none is ever rewritten.
-
-    `checksum` is of everything else (`collect.answer_log.checksum`).
-    """
+    """What an answer log holds. Shards are added; none is ever rewritten."""
 
     name: str
     dataset: str
@@ -303,7 +300,6 @@ class AnswerManifest:
     sources: tuple[Mapping[str, Any], ...]  # a request directory each: what was asked, and how
     counts: Mapping[str, int]
     files: Mapping[str, tuple[ShardFile, ...]]  # keys: answers, answered, quarantine (jsonl)
-    checksum: str
     format: str = ANSWERS_FORMAT
     version: int = VERSION
 
@@ -337,8 +333,7 @@ AnyManifest = (
     | AnswerManifest
     | EmbeddingManifest
 )
-# These carry a checksum in a field of theirs (`teacher.products.sealed`).
-_SELF_SEALED = frozenset({REQUESTS_FORMAT, ANSWERS_FORMAT})
+Written = TypeVar("Written", bound=AnyManifest)
 _CLASSES: Mapping[str, type[AnyManifest]] = {
     DATASET_FORMAT: DatasetManifest,
     TEACHER_FORMAT: TeacherManifest,
@@ -382,18 +377,16 @@ def split_hash(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(
-    directory: str | os.PathLike[str], manifest: AnyManifest, file_name: str = MANIFEST
-) -> None:
-    """Write a manifest, flushed to disk: the last file of a directory that is whole.
+def write_manifest(directory: str | os.PathLike[str], manifest: Written) -> Written:
+    """Write a manifest, flushed to disk: the last file of a directory that is whole; returns it.
 
     It appears only when it is whole, so that one which is there can be replaced.
     """
-    values = dataclasses.asdict(manifest)
-    if manifest.format not in _SELF_SEALED:
-        values = json_files.sealed(values)
+    values = json_files.sealed(dataclasses.asdict(manifest))
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    files.write_atomically(pathlib.Path(directory) / file_name, text, durable=True)
+    name = REQUESTS_MANIFEST if isinstance(manifest, RequestManifest) else MANIFEST
+    files.write_atomically(pathlib.Path(directory) / name, text, durable=True)
+    return manifest
 
 
 def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
@@ -422,7 +415,9 @@ def read_candidate_manifest(directory: str | os.PathLike[str]) -> CandidateManif
 
 def read_request_manifest(directory: str | os.PathLike[str]) -> RequestManifest:
     """Read requests.json; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, REQUESTS_FORMAT, "slgr teach requests", file_name=REQUESTS_MANIFEST)
+    raw = _read_json(
+        directory, REQUESTS_FORMAT, "slgr teach requests --overwrite", file_name=REQUESTS_MANIFEST
+    )
     return RequestManifest(**_with_files(raw, ("requests", "index"), directory))
 
 
@@ -471,7 +466,7 @@ def _read_json(
         raw = sealed = json_files.loads(path.read_bytes())
     except ValueError as error:
         raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
-    if isinstance(raw, dict) and expected not in _SELF_SEALED:
+    if isinstance(raw, dict):
         raw = {name: value for name, value in raw.items() if name != json_files.CHECKSUM}
     if not isinstance(raw, dict) or raw.get("format") != expected:
         stored = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
@@ -500,7 +495,7 @@ def _read_json(
                 f"make it again with {maker}"
             )
     try:
-        return raw if expected in _SELF_SEALED else json_files.unsealed(sealed)
+        return json_files.unsealed(sealed)
     except ValueError as error:
         raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
 

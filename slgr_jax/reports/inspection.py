@@ -311,7 +311,7 @@ def _candidates(dataset: Dataset, name: str) -> str:
 
 def _requests(dataset: Dataset, name: str) -> str:
     root = requests.directory(dataset.path, name)
-    manifest = requests.read_manifest(root)
+    manifest = schema.read_request_manifest(root)
     requests.load_index(root, manifest)
     written = sum(1 for _ in requests.read_lines(root, manifest))
     state = "complete" if manifest.complete else "not complete (slgr teach requests goes on)"

@@ -61,10 +61,11 @@ def _write_open(
     options: config.RequestConfig,
     root: pathlib.Path,
 ) -> None:
+    from slgr_jax.data import schema
     from slgr_jax.teacher.ask import requests as files
 
     factors = token_factors(dataset, common, options)
-    written = files.write_open(root, files.read_manifest(root), factors)
+    written = files.write_open(root, schema.read_request_manifest(root), factors)
     print(files.report_open(written, len(factors)))
 
 

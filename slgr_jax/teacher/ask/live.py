@@ -110,7 +110,7 @@ def ask(
     if limits.max_cost and not (limits.price_in or limits.price_out):
         raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
 
-    manifest = requests.read_manifest(root)
+    manifest = schema.read_request_manifest(root)
     if not manifest.complete:
         raise InputError(f"{root} is not finished: run slgr teach requests again first")
     path = results_path(root, manifest)

@@ -25,17 +25,16 @@ import tqdm
 from slgr_jax.config import TOKEN_LIMITS, RequestConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.schema import ShardFile
-from slgr_jax.errors import ConfigError, InputError, ShardError
+from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
 from slgr_jax.files import atomically, write_atomically
 from slgr_jax.teacher.ask import candidates, prompts
 from slgr_jax.teacher.ask.asking import Asker, AskingPlan, shown_history
-from slgr_jax.teacher.products import preferences, sealed
+from slgr_jax.teacher.products import preferences
 
 PathLike = str | os.PathLike[str]
 Row = tuple[int, str, int, int, np.ndarray]  # of schema.REQUESTS
 
 OPEN = "requests-open-"  # what `write_open` names its files with
-_CHECKSUM = "checksum"  # the key of `plan` that holds the manifest's
 URL = "/v1/chat/completions"
 # Options that change nothing in a request; what the budget cuts is in the planned users.
 _NOT_ASKED = frozenset(
@@ -112,7 +111,7 @@ def write(
     _refuse_foreign(root, fingerprint, overwrite=overwrite)
     root.mkdir(parents=True, exist_ok=True)
     with shards.locked(root):
-        manifest = _resume(root, manifest)
+        manifest = _resume(root, manifest, overwrite=overwrite)
         return manifest if manifest.complete else _write_rest(asker, planned, manifest, root)
 
 
@@ -126,32 +125,6 @@ def _refuse_repeats(options: RequestConfig) -> None:
             "answer at --temperature=0: add --temperature=0.7, or --catalogue=all to show the "
             "catalogue in another order each time"
         )
-
-
-def read_manifest(root: pathlib.Path) -> schema.RequestManifest:
-    """What the requests at `root` ask, and how far they are written.
-
-    Raises:
-      ManifestError: there is none, or it is damaged.
-    """
-    path = root / schema.REQUESTS_MANIFEST
-    fix = "put back a copy, or write the requests again with slgr teach requests --overwrite"
-    return sealed.read(path, schema.read_request_manifest, _unsealed, fix)
-
-
-def _unsealed(manifest: schema.RequestManifest) -> tuple[schema.RequestManifest, str]:
-    plan = dict(manifest.plan)
-    stated = str(plan.pop(_CHECKSUM, "nothing"))
-    return dataclasses.replace(manifest, plan=plan), stated
-
-
-def write_manifest(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.RequestManifest:
-    """Write it with its checksum; returns what was written."""
-    plain, _ = _unsealed(manifest)
-    checksum = sealed.checksum(plain)
-    manifest = dataclasses.replace(plain, plan={**plain.plan, _CHECKSUM: checksum})
-    schema.write_manifest(root, manifest, schema.REQUESTS_MANIFEST)
-    return manifest
 
 
 def _write_rest(
@@ -171,15 +144,15 @@ def _write_rest(
                     "index": (*files["index"], index),
                 },
             )
-            manifest = write_manifest(root, manifest)
+            manifest = schema.write_manifest(root, manifest)
             bar.update(index.rows)
-    return write_manifest(root, dataclasses.replace(manifest, complete=True))
+    return schema.write_manifest(root, dataclasses.replace(manifest, complete=True))
 
 
 def _refuse_foreign(root: pathlib.Path, fingerprint: str, *, overwrite: bool) -> None:
     if (root / schema.REQUESTS_MANIFEST).is_file():
-        written = read_manifest(root)
-        if written.fingerprint != fingerprint and not overwrite:
+        written = _there(root, overwrite=overwrite)
+        if written is not None and written.fingerprint != fingerprint and not overwrite:
             raise InputError(
                 f"{root} holds other requests ({written.model}, {written.prompt}, "
                 f"{written.plan['requests']} requests); choose another --name or --out, or add "
@@ -189,22 +162,38 @@ def _refuse_foreign(root: pathlib.Path, fingerprint: str, *, overwrite: bool) ->
         raise InputError(f"{root} holds no {schema.REQUESTS_MANIFEST}; choose another --out")
 
 
-def _resume(root: pathlib.Path, manifest: schema.RequestManifest) -> schema.RequestManifest:
+def _there(root: pathlib.Path, *, overwrite: bool) -> schema.RequestManifest | None:
+    """The manifest at `root`; None without one, or where a damaged one is to be replaced.
+
+    Raises:
+      ManifestError: it is damaged, and not to be replaced.
+    """
+    if not (root / schema.REQUESTS_MANIFEST).is_file():
+        return None
+    try:
+        return schema.read_request_manifest(root)
+    except ManifestError:
+        if not overwrite:
+            raise
+        return None
+
+
+def _resume(
+    root: pathlib.Path, manifest: schema.RequestManifest, *, overwrite: bool
+) -> schema.RequestManifest:
     """`manifest` with the whole files that `root` already holds; what is of other requests goes."""
-    same = False
-    if (root / schema.REQUESTS_MANIFEST).is_file():
-        written = read_manifest(root)
-        same = written.fingerprint == manifest.fingerprint
-        if same:
-            whole = 0
-            for pair in zip(written.files["requests"], written.files["index"], strict=True):
-                if not all(_is_whole(root, file) for file in pair):
-                    break
-                whole += 1
-            files = {key: listed[:whole] for key, listed in written.files.items()}
-            complete = written.complete and whole == len(written.files["index"])
-            manifest = dataclasses.replace(manifest, files=files, complete=complete)
-    manifest = write_manifest(root, manifest)
+    written = _there(root, overwrite=overwrite)
+    same = written is not None and written.fingerprint == manifest.fingerprint
+    if written is not None and same:
+        whole = 0
+        for pair in zip(written.files["requests"], written.files["index"], strict=True):
+            if not all(_is_whole(root, file) for file in pair):
+                break
+            whole += 1
+        files = {key: listed[:whole] for key, listed in written.files.items()}
+        complete = written.complete and whole == len(written.files["index"])
+        manifest = dataclasses.replace(manifest, files=files, complete=complete)
+    manifest = schema.write_manifest(root, manifest)
 
     listed = {file.path for key in manifest.files for file in manifest.files[key]}
     for pattern in ("requests-*.jsonl*", "index-*.arrow*", ".requests-*.partial*"):

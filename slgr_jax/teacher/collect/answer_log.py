@@ -16,7 +16,6 @@ Shape letters: n rows of the log.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -50,19 +49,6 @@ def log_path(data: PathLike, name: str) -> pathlib.Path:
 # --- the manifest ------------------------------------------------------------------------------
 
 
-def checksum(manifest: schema.AnswerManifest) -> str:
-    """SHA-256 of everything in a manifest but the checksum itself."""
-    fields = dataclasses.asdict(dataclasses.replace(manifest, checksum=""))
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def write_manifest(root: pathlib.Path, manifest: schema.AnswerManifest) -> schema.AnswerManifest:
-    """Write the manifest with its checksum; returns what was written."""
-    sealed = dataclasses.replace(manifest, checksum=checksum(manifest))
-    schema.write_manifest(root, sealed)
-    return sealed
-
-
 def read_manifest(dataset: Dataset, name: str) -> schema.AnswerManifest:
     """The manifest of the log NAME.
 
@@ -73,21 +59,20 @@ def read_manifest(dataset: Dataset, name: str) -> schema.AnswerManifest:
     path = root / schema.MANIFEST
     try:
         manifest = schema.read_answer_manifest(root)
-        matches = manifest.checksum == checksum(manifest)
-    except _DAMAGE as error:
-        if isinstance(error, UserError) and not path.is_file():
+    except UserError as error:
+        if not path.is_file():
             raise
-        raise ManifestError(_damaged(path, str(error)[:200])) from error
-    if not matches:
-        raise ManifestError(_damaged(path, f"no match for its checksum {manifest.checksum[:12]}"))
+        raise ManifestError(f"{error}: {_fix(path)}") from error
+    except _DAMAGE as error:
+        raise ManifestError(f"{path} is damaged ({str(error)[:200]}): {_fix(path)}") from error
     candidates.refuse_other_split(dataset, manifest, f"answer log {name!r}")
     return manifest
 
 
-def _damaged(path: pathlib.Path, why: str) -> str:
+def _fix(path: pathlib.Path) -> str:
     return (
-        f"{path} is damaged ({why}): put back a copy, or remove {path.parent} and run slgr teach "
-        "collect again over all results"
+        f"put back a copy, or remove {path.parent} and run slgr teach collect again over all "
+        "results"
     )
 
 
@@ -253,7 +238,7 @@ class Log:
                 shard = shards.write_shard(self.root, f"{key}-{number:05d}.arrow", table)
                 files[key] = (*files[key], shard)
         if files != self.manifest.files:
-            self.manifest = write_manifest(
+            self.manifest = schema.write_manifest(
                 self.root, dataclasses.replace(self.manifest, files=files)
             )
         self._answers, self._answered, self._rows = [], [], 0

@@ -52,18 +52,18 @@ def carry_answers(
         stamped = dataclasses.replace(answers, **stamp)
         target = answer_log.log_path(dataset.path, name)
         written.append(
-            _copied(log, target, lambda root: answer_log.write_manifest(root, stamped), overwrite)
+            _copied(log, target, lambda root: schema.write_manifest(root, stamped), overwrite)
         )
     asked = requests.directory(parent.path, name)
     if (asked / schema.REQUESTS_MANIFEST).is_file():
-        source = requests.read_manifest(asked)
+        source = schema.read_request_manifest(asked)
         refuse_other_split(parent, source, f"{asked}")
         requests.load_index(asked, source)
         restamped = dataclasses.replace(source, **stamp)
         target = requests.directory(dataset.path, name)
         written.append(
             _copied(
-                asked, target, lambda root: requests.write_manifest(root, restamped), overwrite,
+                asked, target, lambda root: schema.write_manifest(root, restamped), overwrite,
                 manifest=schema.REQUESTS_MANIFEST,
             )
         )  # fmt: skip

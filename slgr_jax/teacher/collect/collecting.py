@@ -109,7 +109,7 @@ def collect(
     score_range = _score_range(options)
     root = answer_log.log_path(dataset.path, common.name)
     asked = requests.directory(dataset.path, common.name, options.requests)
-    source = requests.read_manifest(asked)
+    source = schema.read_request_manifest(asked)
     candidates.refuse_other_split(dataset, source, f"{asked}")
     files = result_files.choose(options.results, asked)
     product = preferences.product_path(dataset.path, common.name)
@@ -213,9 +213,8 @@ def _manifest(
             sources=(about,),
             counts={},
             files={"answers": (), "answered": (), "quarantine": ()},
-            checksum="",
         )
-    return answer_log.write_manifest(root, manifest)
+    return schema.write_manifest(root, manifest)
 
 
 def _kind(prompt: str) -> str:

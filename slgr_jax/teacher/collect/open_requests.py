@@ -48,7 +48,7 @@ def open_requests(
       ShardError: a file of theirs is missing or damaged.
     """
     asked = requests.directory(dataset.path, name, os.fspath(directory))
-    source = requests.read_manifest(asked)
+    source = schema.read_request_manifest(asked)
     candidates.refuse_other_split(dataset, source, f"{asked}")
     table = requests.load_index(asked, source)
     index = RequestIndex(table)

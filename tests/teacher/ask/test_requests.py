@@ -284,7 +284,7 @@ def damage_by_a_kill(root):
     found = schema.read_request_manifest(root)
     files = {key: listed[:3] for key, listed in found.files.items()}
     partly = dataclasses.replace(found, complete=False, files=files)
-    requests.write_manifest(root, partly)
+    schema.write_manifest(root, partly)
     (root / ".requests-00003.jsonl.7-0123abcd.partial.jsonl").write_bytes(b"{half")
     (root / "index-00003.arrow").write_bytes(b"ARROW1 half")
 
@@ -452,10 +452,16 @@ def test_a_damaged_manifest_is_named_and_never_believed(world, drawn, tmp_path):
     for data in damaged:
         path.write_bytes(data)
         try:
-            read = requests.read_manifest(tmp_path / "r")
+            read = schema.read_request_manifest(tmp_path / "r")
         except ManifestError as error:
             messages.append(str(error))
         else:
             assert read == manifest  # what changed was white space, or nothing
     assert len(messages) > 250
     assert all(str(tmp_path / "r") in message for message in messages)
+
+    # What the message says to do works.
+    path.write_bytes(whole.replace(b'"m"', b'"n"'))
+    with pytest.raises(ManifestError, match="make it again with slgr teach requests --overwrite"):
+        write(world, tmp_path / "r", max_requests=20)
+    assert write(world, tmp_path / "r", max_requests=20, overwrite=True) == manifest

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from teacher.collect.asked_world import answered, ask, gather, put, scores_of
 
+from slgr_jax.data import schema
 from slgr_jax.data.schema import MANIFEST
 from slgr_jax.errors import ManifestError, ShardError
 from slgr_jax.teacher.collect import answer_log
@@ -126,6 +127,6 @@ def test_shards_that_disagree_are_named(log):
     manifest = answer_log.read_manifest(world, "t")
     files = dict(manifest.files)
     files["answered"] = files["answered"][:-1]
-    answer_log.write_manifest(root, type(manifest)(**{**vars(manifest), "files": files}))
+    schema.write_manifest(root, type(manifest)(**{**vars(manifest), "files": files}))
     with pytest.raises(ShardError, match="answers and answered shards disagree"):
         answer_log.load_log(world, "t")

@@ -52,7 +52,7 @@ def ask(data, *, name="t", drawn_as="plain", **options):
     asker = asking.asker(data, drawn, prompts.item_lines(data), given, 0)
     root = requests.directory(data.path, name)
     requests.write(asker, asking.plan(asker), source, root, model="fake")
-    index = requests.load_index(root, requests.read_manifest(root)).to_pylist()
+    index = requests.load_index(root, schema.read_request_manifest(root)).to_pylist()
     ids = {}
     for row in index:
         ids.setdefault(row["user"], []).append(row["custom_id"])
@@ -60,7 +60,7 @@ def ask(data, *, name="t", drawn_as="plain", **options):
 
 
 def bodies(root):
-    return [line["body"] for line in requests.read_lines(root, requests.read_manifest(root))]
+    return [line["body"] for line in requests.read_lines(root, schema.read_request_manifest(root))]
 
 
 def listed(data, name="t"):

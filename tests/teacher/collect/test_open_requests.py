@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -73,5 +74,19 @@ def test_a_damaged_log_is_named(world, tmp_path):
         open_requests(world, "t")
     manifest = root / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"fake"', '"Fake"'))
-    with pytest.raises(ManifestError, match=r"manifest\.json is damaged .*checksum"):
+    with pytest.raises(
+        ManifestError, match=r"manifest\.json is damaged .*SHA-256 .* over all results"
+    ):
         open_requests(world, "t")
+
+
+def test_a_log_of_the_first_version_is_read(world, tmp_path):
+    """Its checksum was of itself too, empty; what it holds was paid for."""
+    lines = answered(ask(world, list_size=4))
+    gather(world, put(tmp_path / "a.jsonl", lines))
+    path = answer_log.log_path(world.path, "t") / "manifest.json"
+    first = json.loads(path.read_text()) | {"checksum": ""}
+    first["checksum"] = hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
+    manifest = answer_log.read_manifest(world, "t")
+    path.write_text(json.dumps(first))
+    assert answer_log.read_manifest(world, "t") == manifest
