@@ -376,21 +376,11 @@ def evaluate(
         workdirs = [workdirs]
     places = [os.fspath(workdir) for workdir in workdirs]
     data, out = os.fspath(data), os.fspath(out)
-    _check_evaluated(places, data, out, checkpoint)
     options = section_of(config.BaselineConfig, knob_values((config.BaselineConfig,), knobs))
 
     from slgr_jax.reports import evaluation
 
     return evaluation.evaluate(places, data, out, metric, checkpoint, options)
-
-
-def _check_evaluated(workdirs: Sequence[str], data: str, out: str, checkpoint: str) -> None:
-    if checkpoint not in ("best", "last"):
-        raise ConfigError(f"--checkpoint={checkpoint!r} is not one of: best, last")
-    if not workdirs and not (data and out):
-        raise ConfigError(
-            "missing --workdir, or --data and --out in its place; see slgr evaluate --help"
-        )
 
 
 def compare(

@@ -75,6 +75,13 @@ def evaluate(
     Raises:
       UserError: there is no such run, metric or baseline, or nothing to evaluate.
     """
+    if checkpoint not in ("best", "last"):
+        raise ConfigError(f"--checkpoint={checkpoint!r} is not one of: best, last")
+    if not workdirs and not (data and out):
+        raise ConfigError(
+            "missing --workdir, or --data and --out in its place; see slgr evaluate --help"
+        )
+
     labels = tables.labels(workdirs)
     configs = [run_directory.read_config(workdir) for workdir in workdirs]
     configs = configs or [config.RunConfig(data, out)]
