@@ -33,17 +33,17 @@ _KNOWN = {
 _HOW = f"""\
 A known pair is an item that the user chose (training items that had been hidden from the teacher,
 or validation items) beside one without a training or validation interaction. Accuracy is the share
-of the known pairs that are ordered right, averaged within each user, then over users; [low, high]
-is its 95 % interval over users. Beside it, on the very same pairs: *popularity* (more training
-users) and *item-item* (cosines with the user's training items; a hidden item is scored as if the
-user had not chosen it), where a tie counts one half. *gain* is accuracy - item-item, with the
-interval of the paired difference. Believed are slices of {FEWEST_USERS} users or more where the
-whole intervals are above one half and above a gain of 0: about one slice in forty gains by chance
-alone. Cold, tail, history and popularity count training interactions; items are those that were
-chosen. Matched pairs are of two items neither of which is more than 1.5 times as popular as the
-other; slices of items by popularity are believed on matched pairs only, as on the others a coin
-beats whatever knows that few choose an unpopular item. What users did not choose they may still
-like: accuracies compare, they do not certify."""
+of the known pairs that are ordered right: pairs count alike, so that random answers, free lists
+too, come to one half. [low, high] is its 95 % interval, over users. Beside it, on the very same
+pairs: *popularity* (more training users) and *item-item* (cosines with the user's training items;
+a hidden item is scored as if the user had not chosen it), where a tie counts one half. *gain* is
+accuracy - item-item, with the interval of the paired difference. Believed are slices of
+{FEWEST_USERS} users or more where the whole intervals are above one half and above a gain of 0:
+about one slice in forty gains by chance alone. Cold, tail, history and popularity count training
+interactions; items are those that were chosen. Matched pairs are of two items neither of which is
+more than 1.5 times as popular as the other; slices of items by popularity are believed on matched
+pairs only, as on the others a coin beats whatever knows that few choose an unpopular item. What
+users did not choose they may still like: accuracies compare, they do not certify."""
 
 
 def make(

@@ -71,10 +71,10 @@ def test_an_echo_of_the_data_is_left(right, product, control):
 
 def test_a_teacher_that_tosses_a_coin_is_left(tmp_path):
     dataset = write_world(tmp_path / "data", 0.5)
-    for product, word in (("pairs", "no better than a coin"), ("lists", "worse than a coin")):
+    for product in ("pairs", "lists"):
         lines = recommend(audit(dataset, product))
         assert lines[0] == "Recommended: leave it."
-        assert word in lines[1]
+        assert "no better than a coin" in lines[1]
 
 
 def test_an_unknown_teacher_is_left_to_validation(right):
@@ -84,8 +84,9 @@ def test_an_unknown_teacher_is_left_to_validation(right):
 
 
 def agreement(accuracies, item_item, *, name="all", popularity=0.5):
-    accuracy, low, high = interval(accuracies)
-    gain, gain_low, gain_high = interval(accuracies - item_item)
+    users = np.arange(accuracies.size)  # a pair each
+    accuracy, low, high = interval(users, accuracies)
+    gain, gain_low, gain_high = interval(users, accuracies - item_item)
     return Agreement(
         known="validation", slice=name, matched=False, leans=False, pairs=999,
         users=accuracies.size, accuracy=accuracy, low=max(low, 0.0), high=min(high, 1.0),

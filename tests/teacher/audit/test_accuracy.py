@@ -10,6 +10,7 @@ import statistics
 import numpy as np
 import pyarrow as pa
 import pytest
+import worlds
 from scipy import stats
 
 from slgr_jax import config
@@ -226,7 +227,7 @@ def test_what_the_data_know(world, source, dense):
     assert close < 0.1 * len(items)
 
 
-def test_accuracy_is_a_mean_over_users(world):
+def test_accuracy_is_a_share_of_pairs(world):
     teacher, said = product(world, training_items="hidden")
     found = accuracy.measure(
         world, teacher, history_bins=BINS, popularity_bins=ITEM_BINS, most_pairs=N_ITEMS
@@ -254,15 +255,12 @@ def test_accuracy_is_a_mean_over_users(world):
             by_user = {}
             for row in filter(inside, pairs):
                 by_user.setdefault(row[0], []).append(float(row[3]))
-            means = [statistics.mean(values) for values in by_user.values()]
+            values = list(itertools.chain.from_iterable(by_user.values()))
             row = rows[source, name]
-            assert (row.pairs, row.users) == (sum(map(len, by_user.values())), len(means))
-            assert row.accuracy == pytest.approx(statistics.mean(means))
+            assert (row.pairs, row.users) == (len(values), len(by_user))
+            assert row.accuracy == pytest.approx(statistics.mean(values))
             assert row.gain == pytest.approx(row.accuracy - row.item_item)
-            if len(means) > 1:
-                test = stats.ttest_1samp(means, 0).confidence_interval(0.95)
-                assert row.low == pytest.approx(max(test.low, 0))
-                assert row.high == pytest.approx(min(test.high, 1))
+            assert row.low <= row.accuracy <= row.high or len(by_user) == 1
     assert rows[VALIDATION, "matched: all"].pairs < rows[VALIDATION, "all"].pairs
     assert found.deciding == HELD_IN
     useful = preferences.usable_pairs(teacher) > 0
@@ -273,6 +271,73 @@ def test_accuracy_is_a_mean_over_users(world):
     assert shown["items"] == (N_ITEMS, len(named))
     tail = set(np.flatnonzero(slices.tail_items).tolist())
     assert shown["tail items"] == (len(tail), len(tail & named))
+
+
+def test_the_interval_is_over_users():
+    rng = np.random.default_rng(0)
+    once = rng.random(25)
+    test = stats.ttest_1samp(once, 0).confidence_interval(0.95)
+    pair_each = accuracy.interval(np.arange(25), once)
+    assert pair_each == pytest.approx((once.mean(), test.low, test.high))
+    # The same pairs ten times over tell no more about the users.
+    assert accuracy.interval(np.repeat(np.arange(25), 10), np.repeat(once, 10)) == pytest.approx(
+        pair_each
+    )
+    # Users of unequal numbers of pairs, all theirs alike: as a bootstrap over users has it.
+    counts = rng.integers(1, 30, 200)
+    users, values = np.repeat(np.arange(200), counts), np.repeat(rng.random(200) < 0.7, counts)
+    mean, low, high = accuracy.interval(users, values.astype(float))
+    sums = np.bincount(users, weights=values)
+    drawn = rng.integers(0, 200, (4000, 200))
+    shares = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    assert (low, mean, high) == pytest.approx(
+        (np.quantile(shares, 0.025), values.mean(), np.quantile(shares, 0.975)), abs=0.006
+    )
+    assert np.isnan(accuracy.interval(np.zeros(3), np.arange(3.0))[1:]).all()
+
+
+def free_lists(dataset, listed):
+    """The audit of lists of what `listed` [U, I] bool says, in random order."""
+    users, items = np.nonzero(listed)
+    scores = np.random.default_rng(9).random(users.size).astype(np.float32)
+    columns = [users.astype(np.int32), items.astype(np.int32), scores]
+    table = pa.table(columns, schema=schema.TEACHER_SCORES)
+    stated = Provenance(unlisted="below", training_items="none")
+    preferences.write_product(dataset, "free", table, provenance=stated, overwrite=True)
+    return accuracy.measure(dataset, preferences.load(dataset, "free"), history_bins=BINS)
+
+
+@pytest.mark.parametrize("length", [2, 10])
+def test_random_free_lists_are_right_half_of_the_time(tmp_path, length):
+    rng = np.random.default_rng(length)
+    dataset = worlds.random_dataset(tmp_path / "data", n_users=400, n_items=N_ITEMS)
+    taken = dataset.positives(("train",)).matrix(N_ITEMS).toarray() > 0
+    rows = []
+    for _ in range(5):
+        order = np.where(taken, 2, rng.random(taken.shape)).argsort(axis=1).argsort(axis=1)
+        rows.append(free_lists(dataset, (order < length) & ~taken).agreement[0])
+    assert {row.known for row in rows} == {VALIDATION}
+    assert np.mean([row.accuracy for row in rows]) == pytest.approx(0.5, abs=0.03)
+    assert sum(row.low <= 0.5 <= row.high for row in rows) >= 4
+
+
+@pytest.mark.parametrize(("chosen_listed", "others_listed"), [(0.4, 0.05), (0.1, 0.1), (0.05, 0.3)])
+def test_free_lists_of_known_accuracy(tmp_path, chosen_listed, others_listed):
+    """An item is listed at a known rate: right is listed over unlisted, wrong the reverse."""
+    rng = np.random.default_rng(1)
+    pairs = worlds.random_pairs(3, 400, 60, 4)
+    dataset = worlds.write_dataset(
+        tmp_path / "data", pairs[::4], np.concatenate([pairs[1::4], pairs[2::4]]), pairs[3::4],
+        n_users=400, n_items=60,
+    )  # fmt: skip
+    is_chosen = dataset.positives(("valid",)).matrix(60).toarray() > 0
+    listed = rng.random(is_chosen.shape) < np.where(is_chosen, chosen_listed, others_listed)
+    # Both listed, in random order, is right half of the time.
+    both = chosen_listed * others_listed
+    right, wrong = chosen_listed - both / 2, others_listed - both / 2
+    found = free_lists(dataset, listed).agreement[0]
+    assert found.accuracy == pytest.approx(right / (right + wrong), abs=0.04)
+    assert found.low < right / (right + wrong) < found.high
 
 
 def all_knowing(dataset, likes):
