@@ -104,7 +104,7 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
             if method == "mean":
                 said.append(_scaled(scores, low, high))
             else:
-                said.append(_of_ranks(_ranks(users, scores), lengths, method, rrf_k))
+                said.append(_of_ranks(rows.ranks(users, scores), lengths, method, rrf_k))
 
         pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
         owners, items = np.divmod(pairs, bound)
@@ -146,18 +146,6 @@ def _of_ranks(ranks: np.ndarray, lengths: np.ndarray, method: str, rrf_k: int) -
     if method == "borda":
         return 1 - (ranks - 1) / np.repeat(lengths, lengths)
     return 1 / (ranks + (rrf_k if method == "rrf" else 0))
-
-
-def _ranks(users: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """[n] float64: rank of each score among those of its user, the highest 1; ties share their
-    mean rank. `users` ascend, and the scores of a user."""
-    last, new = np.ones((2, users.size), bool)  # the last row of its user; the first of its ties
-    last[:-1] = users[1:] != users[:-1]
-    new[1:] = last[:-1] | (scores[1:] != scores[:-1])
-    ends, ties = np.flatnonzero(last), np.flatnonzero(new)
-    after = np.repeat(ends + 1, np.diff(ends, prepend=-1))
-    widths = np.diff(ties, append=users.size)
-    return after - np.repeat(ties + (widths - 1) / 2, widths)
 
 
 def combine(

@@ -73,6 +73,18 @@ def usable_pairs(teacher: Teacher, *, min_gap: float = 0.0) -> np.ndarray:
     return pairs
 
 
+def ranks(users: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """[n] float64: rank of each score among those of its user, the highest 1; ties share their
+    mean rank. `users` ascend, and the scores of a user."""
+    last, new = np.ones((2, users.size), bool)  # the last row of its user; the first of its ties
+    last[:-1] = users[1:] != users[:-1]
+    new[1:] = last[:-1] | (scores[1:] != scores[:-1])
+    ends, ties = np.flatnonzero(last), np.flatnonzero(new)
+    after = np.repeat(ends + 1, np.diff(ends, prepend=-1))
+    widths = np.diff(ties, append=users.size)
+    return after - np.repeat(ties + (widths - 1) / 2, widths)
+
+
 def over_users(offsets: np.ndarray, work: Callable[[int, int], None]) -> None:
     """Call `work(first, last)` for ranges of users that cover all rows, on all cores.
 
