@@ -353,6 +353,7 @@ def evaluate(
     out: PathLike = "",
     metric: str = "",
     checkpoint: str = "best",
+    blend: str = "",
     **knobs: Any,
 ) -> Evaluation:
     """Rank the whole catalogue for every user, in validation and test; `slgr evaluate`.
@@ -367,6 +368,8 @@ def evaluate(
       out: directory of the picture and of baselines; the first run's unless given.
       metric: metric to test and to draw; ndcg@10 unless given.
       checkpoint: state to evaluate, best or last.
+      blend: name of a teacher; each run and baseline is also shown with w / rank in the teacher's
+        list added to its scores, w by validation: nothing is trained.
       **knobs: of `slgr_jax.config.BaselineConfig`: baselines, ease_lambdas, ...
 
     Raises:
@@ -380,7 +383,7 @@ def evaluate(
 
     from slgr_jax.reports import evaluation
 
-    return evaluation.evaluate(places, data, out, metric, checkpoint, options)
+    return evaluation.evaluate(places, data, out, metric, checkpoint, options, blend)
 
 
 def compare(

@@ -3,12 +3,15 @@
     slgr evaluate --workdir=RUN
     slgr evaluate --workdir=RUN --workdir=RUN2 --metric=recall@20 --out=COMPARISON
     slgr evaluate --data=DATA --out=COMPARISON --baselines=popular,ease,ials
+    slgr evaluate --workdir=RUN --blend=TEACHER
 
 Writes metrics.json and per_user.parquet into each run, prints the tables and ends with the one to
 read first, which OUT/summary.md, .csv and .tex hold too, and what was found, in words. Training
 items are masked; test also masks validation items. With several runs of one data set, each is
 tested against the first, user by user. Baselines, fitted on the first run's data, stand beside
-the runs; their files go to OUT/baselines/NAME.
+the runs; their files go to OUT/baselines/NAME. With --blend each is also shown with w / rank in
+TEACHER's list added to its scores (OUT/blends): the cheapest use of a list, which guidance must
+beat.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ def define() -> None:
     )
     absl_flags.DEFINE_bool("bins", False, "also print the history and popularity bins")
     absl_flags.DEFINE_bool("definitions", False, "also print how each metric is defined")
+    absl_flags.DEFINE_string(
+        "blend",
+        "",
+        "teacher under DATA/teacher whose lists are added when scoring: score + w / rank, w by "
+        "validation ndcg@10",
+    )
     absl_flags.DEFINE_string("checkpoint", "best", "state to evaluate: best or last")
 
 
@@ -49,6 +58,7 @@ def main(_: list[str]) -> None:
         out=given.out,
         metric=given.metric,
         checkpoint=given.checkpoint,
+        blend=given.blend,
         **flags.given_knobs(BaselineConfig),
     )
     from slgr_jax.evaluation import results

@@ -1,7 +1,8 @@
 """Recommenders that take seconds, so that a run's numbers have something to stand beside.
 
 Each gives, for every setting to try, scores that `full_ranking.rank` takes; `tune` keeps the
-setting with the best validation ndcg@10. All learn from training interactions alone.
+setting with the best validation ndcg@10 (of labelled rows: auc). All learn from training
+interactions alone, whatever their rating. `baseline_evaluation.py` shows them beside a run.
 
 Shape letters: U users, I items, B users of a chunk, D width.
 """
@@ -10,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -22,19 +21,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from scipy.linalg import lapack
 
-from slgr_jax.config import BaselineConfig, RunConfig
+from slgr_jax.config import BaselineConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
-from slgr_jax.evaluation import full_ranking, results
+from slgr_jax.evaluation import click_metrics, full_ranking
 from slgr_jax.evaluation.device_ranking import DeviceCsr, ScoreUsers
 from slgr_jax.evaluation.ranking_metrics import per_user
-from slgr_jax.evaluation.results import EvaluatedRun
-from slgr_jax.mesh import make_layout
+from slgr_jax.sampling.labelled_rows import LabelledRows
 
-TUNED_ON = "ndcg@10"
+TUNED_ON, TUNED_ON_ROWS = "ndcg@10", "rows_auc"
+_ROW_USERS = 256  # users whose rows are scored at once
 # At the peak: X^T X in float32, its inverse in float64, that in float32, the best weights so far,
 # and their like on the device.
 _EASE_BYTES = 24
+# Co-occurrences and cosines in float32, and the cosines on the device.
+_ITEM_ITEM_BYTES = 12
 # Items: 1,682 take 0.4 s of one core for each lambda, and the time grows with their cube.
 _EASE_BY_DEFAULT = 5_000
 _HISTORY_STEP = 16  # items of one user's history that one loop step marks
@@ -142,12 +143,7 @@ class Ease:
           ConfigError: the catalogue needs more memory than `gb`.
         """
         n = dataset.n_items
-        if not self.fits(n):
-            raise ConfigError(
-                f"EASE over {n} items needs {_EASE_BYTES * n**2 / 1e9:.1f} GB, more than "
-                f"--ease_gb={self.gb:g}; raise it, or leave ease out of --baselines"
-            )
-
+        _check_memory("ease", _EASE_BYTES * n**2, self.gb, n)
         positives = dataset.positives(("train",))
         offsets: Any = positives.offsets.astype(np.int32)
         indices: Any = positives.indices
@@ -176,6 +172,55 @@ def _ease_weights(gram: np.ndarray, l2: float) -> np.ndarray:
     weights += weights.T
     weights /= -diagonal[None, :]
     return weights
+
+
+# ------------------------------------------------------------------------ item-item
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemItem:
+    """s_u = x_u C, C_ij = n_ij / sqrt(n_i n_j) off the diagonal: cosines of items' training users.
+
+    n_i users have item i, n_ij have both (Sarwar et al. 2001). Memory O(I^2).
+
+    Attributes:
+      gb: most memory, in gigabytes.
+    """
+
+    gb: float = math.inf
+
+    @property
+    def grid(self) -> Sequence[Settings]:
+        return [{}]
+
+    def fit(self, dataset: Dataset, grid: Sequence[Settings]) -> Iterator[Fitted]:
+        """As for `Baseline`.
+
+        Raises:
+          ConfigError: the catalogue needs more memory than `gb`.
+        """
+        n = dataset.n_items
+        _check_memory("item_item", _ITEM_ITEM_BYTES * n**2, self.gb, n)
+        positives = dataset.positives(("train",))
+        x = positives.matrix(n)
+        weights = (x.T @ x).toarray()
+        scale = (1 / np.sqrt(np.maximum(dataset.popularity, 1))).astype(np.float32)
+        weights *= scale[:, None]
+        weights *= scale[None, :]
+        np.fill_diagonal(weights, 0)
+        offsets: Any = positives.offsets.astype(np.int32)
+        indices: Any = positives.indices
+        for _ in grid:
+            yield Fitted(_ease_scores, EaseState(DeviceCsr(offsets, indices), weights))
+
+
+def _check_memory(name: str, needed: int, gb: float, n_items: int) -> None:
+    if needed > gb * 1e9:
+        shown = {"ease": "EASE"}.get(name, name)
+        raise ConfigError(
+            f"{shown} over {n_items} items needs {needed / 1e9:.1f} GB, more than "
+            f"--ease_gb={gb:g}; raise it, or leave {name} out of --baselines"
+        )
 
 
 # ------------------------------------------------------------------------ iALS
@@ -254,7 +299,7 @@ class Tuned(NamedTuple):
     Attributes:
       fitted: the model, on the devices.
       settings: what it was fitted with.
-      tried: each setting with its validation ndcg@10; empty if none was ranked.
+      tried: each setting with its validation ndcg@10 (rows_auc); empty if none was ranked.
     """
 
     fitted: Fitted
@@ -269,6 +314,7 @@ def tune(
     mesh: Mesh | None = None,
     kernels: str = "auto",
     users_per_chunk: int = 1024,
+    rows: LabelledRows | None = None,
 ) -> Tuned:
     """Fit every setting on train; keep the best on validation, the first among equals.
 
@@ -277,11 +323,11 @@ def tune(
     Args:
       baseline, dataset: what to fit, on what.
       mesh, kernels, users_per_chunk: as for `full_ranking.rank`.
+      rows: labelled validation rows, whose auc chooses in place of the ranking's ndcg@10.
     """
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    valid, seen = dataset.positives(("valid",)), dataset.positives(("train",))
     grid = baseline.grid
-    if not valid.indices.size:
+    if not len(dataset.valid):
         grid = grid[len(grid) // 2 :][:1]
 
     models = baseline.fit(dataset, grid)
@@ -294,21 +340,11 @@ def tune(
         if len(grid) == 1:
             return Tuned(fitted, settings, [])
 
-        ranked = full_ranking.rank(
-            fitted.score_users,
-            fitted.state,
-            valid,
-            seen,
-            dataset.n_items,
-            users_per_chunk=users_per_chunk,
-            top_k=0,
-            pooled_auc=False,
-            mesh=mesh,
-            kernels=kernels,
-        )
-        values = per_user(ranked, (10,)).values[TUNED_ON]
-        value = float(np.mean(values)) if values.size else 0.0  # all of validation may be masked
-        tried.append({**settings, TUNED_ON: value})
+        if rows is None:
+            name, value = TUNED_ON, _ndcg(fitted, dataset, mesh, kernels, users_per_chunk)
+        else:
+            name, value = TUNED_ON_ROWS, click_metrics.auc(row_scores(fitted, rows), rows.labels)
+        tried.append({**settings, name: value})
         if best is None or value > best[0]:
             best = value, fitted, settings
         del fitted
@@ -316,6 +352,44 @@ def tune(
     assert best is not None, "a grid has at least one setting"
     _, fitted, settings = best
     return Tuned(fitted, settings, tried)
+
+
+def _ndcg(
+    fitted: Fitted, dataset: Dataset, mesh: Mesh | None, kernels: str, users_per_chunk: int
+) -> float:
+    """Validation ndcg@10."""
+    ranked = full_ranking.rank(
+        fitted.score_users,
+        fitted.state,
+        dataset.positives(("valid",)),
+        dataset.positives(("train",)),
+        dataset.n_items,
+        users_per_chunk=users_per_chunk,
+        top_k=0,
+        pooled_auc=False,
+        mesh=mesh,
+        kernels=kernels,
+    )
+    values = per_user(ranked, (10,)).values[TUNED_ON]
+    return float(np.mean(values)) if values.size else 0.0  # all of validation may be masked
+
+
+def row_scores(fitted: Fitted, rows: LabelledRows) -> np.ndarray:
+    """[n] float32: the scores of labelled rows. They order items, and are no logits."""
+    score = jax.jit(fitted.score_users)
+    users, place = np.unique(rows.users, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    out = np.empty(len(rows), np.float32)
+    for begin in range(0, users.size, _ROW_USERS):
+        of_chunk = users[begin : begin + _ROW_USERS]
+        padded = np.full(_ROW_USERS, of_chunk[0], np.int32)
+        padded[: of_chunk.size] = of_chunk
+        low, high = np.searchsorted(place[order], [begin, begin + _ROW_USERS])
+        chosen = order[low:high]
+        out[chosen] = np.asarray(score(fitted.state, padded))[
+            place[chosen] - begin, rows.items[chosen]
+        ]
+    return out
 
 
 def chosen(options: BaselineConfig, n_items: int) -> tuple[str, ...]:
@@ -327,10 +401,25 @@ def chosen(options: BaselineConfig, n_items: int) -> tuple[str, ...]:
     return () if options.baselines == "none" else tuple(dict.fromkeys(names))
 
 
+def left_out(options: BaselineConfig, n_items: int) -> str:
+    """Why EASE is not among the baselines that were asked for with `auto`; empty where it is."""
+    if options.baselines != "auto" or "ease" in chosen(options, n_items):
+        return ""
+    if n_items <= _EASE_BY_DEFAULT:
+        return f"EASE is left out: over {n_items:,} items it needs more than --ease_gb"
+    return (
+        f"EASE is left out: its time grows with the cube of the items, of which there are "
+        f"{n_items:,}; --baselines=popular,ease fits it all the same, and --ease_lambdas=LAMBDA "
+        "tries one value in place of seven"
+    )
+
+
 def make_baseline(name: str, options: BaselineConfig) -> Baseline:
     """The baseline called `name`."""
     if name == "ease":
         return _ease(options)
+    if name == "item_item":
+        return ItemItem(options.ease_gb)
     if name == "ials":
         return Ials(
             options.ials_dim,
@@ -343,85 +432,3 @@ def make_baseline(name: str, options: BaselineConfig) -> Baseline:
 
 def _ease(options: BaselineConfig) -> Ease:
     return Ease(options.ease_lambdas, options.ease_gb)
-
-
-def evaluate_baselines(
-    options: BaselineConfig,
-    config: RunConfig,
-    dataset: Dataset,
-    out: str | os.PathLike[str],
-    *,
-    taken: Sequence[str] = (),
-) -> list[EvaluatedRun]:
-    """Tune and rank each baseline as a run is; write its files to `out`/baselines/NAME.
-
-    There are none beside a run that ranks nothing (--noranking).
-
-    Args:
-      options: which, and their grids.
-      config: the run they stand beside: slices, cut-offs, who ranks.
-      dataset: what that run was trained on.
-      out: directory of results.
-      taken: labels that runs have; a baseline of the same name says that it is a baseline.
-    """
-    if not config.evaluation.ranking:
-        return []
-
-    # Scores of a baseline order items; they are not logits, so labelled rows are not for them.
-    evaluation = dataclasses.replace(config.evaluation, rows="none")
-    config = dataclasses.replace(config, evaluation=evaluation)
-    layout = make_layout()
-    mesh = layout.mesh if layout.devices > 1 else None
-
-    evaluated = []
-    for name in chosen(options, dataset.n_items):
-        directory = pathlib.Path(out, "baselines", name)
-        label = f"{name} (baseline)" if name in taken else name
-        baseline = make_baseline(name, options)
-        result = _evaluate(name, baseline, config, dataset, directory, label, mesh)
-        results.write_run(result)
-        evaluated.append(result)
-    return evaluated
-
-
-def _evaluate(
-    name: str,
-    baseline: Baseline,
-    config: RunConfig,
-    dataset: Dataset,
-    directory: pathlib.Path,
-    label: str,
-    mesh: Mesh | None,
-) -> EvaluatedRun:
-    """Tune one baseline and rank every part with it."""
-    kernels = config.train.kernels
-    fitted, settings, tried = tune(
-        baseline,
-        dataset,
-        mesh=mesh,
-        kernels=kernels,
-        users_per_chunk=config.evaluation.eval_users_per_chunk,
-    )
-    parts = full_ranking.evaluate_dataset(
-        fitted.score_users,
-        fitted.state,
-        dataset,
-        config.slices,
-        config.evaluation,
-        mesh=mesh,
-        kernels=kernels,
-    )
-    return EvaluatedRun(
-        workdir=str(directory),
-        label=label,
-        config=config,
-        dataset=dataset,
-        checkpoint="none",
-        parts=parts,
-        baseline={
-            "name": name,
-            "settings": settings,
-            "tuned_on": f"valid {TUNED_ON}",
-            "tried": tried,
-        },
-    )

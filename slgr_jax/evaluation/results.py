@@ -40,6 +40,8 @@ class EvaluatedRun:
       rows: part -> slice -> metrics of labelled rows; {} with --rows=none.
       baseline: name, settings, tuned_on, tried; None of a run.
       gate: `gate_evaluation.judge`; None without a gate.
+      blend: of a run with a teacher's lists added when it scores: run (the label of what they were
+        added to), teacher, weight, tuned_on, tried; None of others.
     """
 
     workdir: str
@@ -51,6 +53,12 @@ class EvaluatedRun:
     rows: Mapping[str, Mapping[str, Values]] = dataclasses.field(default_factory=dict)
     baseline: Mapping[str, Any] | None = None
     gate: Mapping[str, Any] | None = None
+    blend: Mapping[str, Any] | None = None
+
+    @property
+    def is_run(self) -> bool:
+        """Something that was trained, and nothing added to it."""
+        return self.baseline is None and self.blend is None
 
 
 def thresholds(run: EvaluatedRun) -> dict[str, Any]:
@@ -82,6 +90,8 @@ def metrics_json(run: EvaluatedRun) -> dict[str, Any]:
         out["rows_definitions"] = dict(click_metrics.DEFINITIONS)
     if run.baseline is not None:
         out["baseline"] = dict(run.baseline)
+    if run.blend is not None:
+        out["blend"] = dict(run.blend)
     if run.gate is not None:
         out["gate"] = dict(run.gate)
     return out | {"thresholds": thresholds(run), "definitions": dict(DEFINITIONS)}

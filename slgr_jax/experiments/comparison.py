@@ -248,21 +248,25 @@ def _count_tests(rows: Sequence[Mapping[str, Any]]) -> int:
 def _baselines(
     plan: ComparisonPlan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Most popular and, where it takes seconds, EASE, by slice; none where nothing is ranked."""
-    from slgr_jax.evaluation import baselines
+    """Most popular and, where it takes seconds, EASE, by slice, of each backbone's primary metric:
+    of the ranking, or of the labelled rows of those that stop by them."""
+    from slgr_jax.evaluation import baseline_evaluation
 
-    ranked = [run for run in runs if run.evaluation.ranking]
-    if not ranked:
-        return []
-    metrics = dict.fromkeys(primary[run.model.backbone] for run in ranked)
-    evaluated = baselines.evaluate_baselines(config.BaselineConfig(), ranked[0], data, plan.out)
-    return [
-        {"baseline": baseline.label, "slice": name, "users": values["n"]}
-        | {metric: values.get(metric) for metric in metrics}
-        for baseline in evaluated
-        for name in results.MAIN_SLICES
-        for values in [baseline.parts["test"].slices[name]]
-    ]
+    of_metric = {primary[run.model.backbone]: run for run in reversed(runs)}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for metric, run in of_metric.items():
+        for baseline in baseline_evaluation.evaluate_baselines(
+            config.BaselineConfig(), run, data, plan.out
+        ):
+            by_rows = metric.startswith("rows_")
+            by_slice = baseline.rows["test"] if by_rows else baseline.parts["test"].slices
+            for name in results.MAIN_SLICES:
+                values = by_slice[name]
+                row: dict[str, Any] = {"baseline": baseline.label, "slice": name}
+                row |= {"rows" if by_rows else "users": values["n"]}
+                row[metric] = values.get(metric.removeprefix("rows_"))
+                rows.setdefault((baseline.label, name), {}).update(row)
+    return list(rows.values())
 
 
 def write(report: Mapping[str, Any], out: pathlib.Path) -> str:

@@ -69,12 +69,13 @@ def short_rows(report: Mapping[str, Any]) -> list[Row]:
             line["p seeds"] = against.get("p_seeds_holm")
             line["p users"] = against.get("p_users_holm")
 
-    baselines: dict[str, Row] = {}
+    baselines: dict[tuple[str, str], Row] = {}
     for row in report["baselines"]:
-        if row["slice"] in _SHORT:
-            metric = next(name for name in row if name not in ("baseline", "slice", "users"))
+        if row["slice"] not in _SHORT:
+            continue
+        for metric in row.keys() - {"baseline", "slice", "users", "rows"}:
             line = {"backbone": "-", "metric": metric, "arm": row["baseline"]}
-            line = baselines.setdefault(row["baseline"], line)
+            line = baselines.setdefault((metric, row["baseline"]), line)
             line[row["slice"].replace("_", " ")] = row[metric]
     return [*shown.values(), *baselines.values()]
 

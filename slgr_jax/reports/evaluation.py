@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from slgr_jax import config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.errors import ConfigError
-from slgr_jax.evaluation import baselines, results
+from slgr_jax.evaluation import baseline_evaluation, baselines, blending, results
+from slgr_jax.evaluation.blending import Lists
 from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.reports import run_evaluation, tables, verdict
+from slgr_jax.serving import load
+from slgr_jax.teacher.products import preferences
 from slgr_jax.training import run_directory
 
 
@@ -24,11 +27,13 @@ class Evaluation:
         metrics.
       metric: what is tested and drawn.
       out: directory of the picture and of the baselines' files.
+      left_out: why a baseline is not there; empty where none is missing.
     """
 
     runs: tuple[EvaluatedRun, ...]
     metric: str
     out: pathlib.Path
+    left_out: str = ""
 
     def table(self, *, bins: bool = False, definitions: bool = False) -> str:
         """The tables as text, `verdict` last.
@@ -38,7 +43,8 @@ class Evaluation:
           definitions: with those of the metrics.
         """
         whole = tables.render(self.runs, self.metric, bins=bins, definitions=definitions)
-        return f"{whole}\n{self.verdict()}"
+        note = f"{self.left_out}\n\n" if self.left_out else ""
+        return f"{whole}\n{note}{self.verdict()}"
 
     def verdict(self) -> str:
         """The small table and what was found, in words."""
@@ -69,6 +75,7 @@ def evaluate(
     metric: str,
     checkpoint: str,
     options: config.BaselineConfig,
+    blend: str = "",
 ) -> Evaluation:
     """Evaluate runs, and baselines on the first one's data; arguments as of `slgr_jax.evaluate`.
 
@@ -94,7 +101,30 @@ def evaluate(
     ]
     dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
     where = pathlib.Path(out or workdirs[0])
-    evaluated += baselines.evaluate_baselines(options, configs[0], dataset, where, taken=labels)
+    lists = blending.lists_of(dataset, preferences.load(dataset, blend)) if blend else None
+    beside = baseline_evaluation.evaluate_baselines(
+        options, configs[0], dataset, where, taken=labels, lists=lists
+    )
+    if lists is not None:
+        evaluated += [_blended(run, lists, where) for run in evaluated]
+    evaluated += beside
     if not evaluated:
         raise ConfigError("--baselines=none without --workdir leaves nothing to evaluate")
-    return Evaluation(tuple(evaluated), metric, where)
+    left_out = baselines.left_out(options, dataset.n_items)
+    return Evaluation(tuple(evaluated), metric, where, left_out)
+
+
+def _blended(run: EvaluatedRun, lists: Lists, out: pathlib.Path) -> EvaluatedRun:
+    """A run with a teacher's lists added to its scores; writes its files."""
+    if not run.parts:
+        raise ConfigError(
+            f"--blend={lists.name} adds to the scores of a ranking, and {run.workdir} ranks "
+            "nothing (--noranking)"
+        )
+    trained = load(run.workdir, run.checkpoint, data=str(run.dataset.path))
+    scored = {
+        part: (trained.score_users, trained.restored.scoring(part)) for part in ("valid", "test")
+    }
+    blended = baseline_evaluation.blend(run, scored, lists, out, mesh=trained.restored.mesh)
+    results.write_run(blended)
+    return blended

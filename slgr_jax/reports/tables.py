@@ -356,7 +356,7 @@ def render(
     """
     first = runs[0]
     families = {
-        "run": [run for run in runs[1:] if run.baseline is None],
+        "run": [run for run in runs[1:] if run.is_run],
         "baseline": [run for run in runs[1:] if run.baseline is not None],
     }
     splits = {run.dataset.manifest.split_hash for run in runs}
@@ -377,6 +377,7 @@ def render(
                     f"{part}: {metric} user by user, each {family} minus {first.label}",
                     text_table(rows) + _PAIRED_NOTE.format(least=LEAST_DIFFERENT),
                 ]
+        out += _blend_lines(runs, part, metric)
     for part in sorted(first.rows):
         out += [f"{part}: labelled rows", text_table(click_rows(runs, part))]
 
@@ -389,6 +390,34 @@ def render(
         out.append("no paired tests: the runs were trained on different splits\n")
     out += [_settings_line(run) for run in runs if run.baseline is not None]
     return "\n".join([*out, footer(first, definitions=definitions)])
+
+
+def blend_rows(runs: Sequence[EvaluatedRun], part: str, metric: str) -> list[dict[str, Any]]:
+    """Each run with a teacher's lists added against that run without, as in `paired_rows`; Holm's
+    correction is over all of them."""
+    by_label = {run.label: run for run in runs}
+    rows = [
+        row
+        for run in runs
+        if run.blend is not None
+        for row in paired_rows([by_label[run.blend["run"]], run], part, metric)
+    ]
+    tested = [row for row in rows if row["p"] is not None]
+    for row, p_holm in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["p_holm"] = p_holm
+    return rows
+
+
+def _blend_lines(runs: Sequence[EvaluatedRun], part: str, metric: str) -> list[str]:
+    rows = blend_rows(runs, part, metric)
+    if not rows:
+        return []
+    weights = ", ".join(f"{r.label}: w {r.blend['weight']:.4g}" for r in runs if r.blend)
+    optimistic = "; w was chosen on this part" if part == "valid" else ""
+    return [
+        f"{part}: {metric} user by user, score + w / rank in the teacher's list minus score alone",
+        f"{text_table(rows)}{weights}, by validation{optimistic}\n",
+    ]
 
 
 def _settings_line(run: EvaluatedRun) -> str:

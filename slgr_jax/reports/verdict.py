@@ -28,7 +28,7 @@ def part_of(runs: Sequence[EvaluatedRun]) -> str:
 
 def summary_rows(runs: Sequence[EvaluatedRun], metric: str) -> list[dict[str, Any]]:
     """A row per run: `metric` by slice, how much of the catalogue its lists cover, how popular
-    their items are; of labelled rows the AUC by slice and the log loss."""
+    their items are; of labelled rows alone the AUC by slice and the log loss."""
     part = part_of(runs)
     if part not in runs[0].parts:
         return [_row_metrics(run, part) for run in runs]
@@ -57,10 +57,13 @@ def _row_metrics(run: EvaluatedRun, part: str) -> dict[str, Any]:
 def lines(runs: Sequence[EvaluatedRun], metric: str) -> list[str]:
     """The verdict: a line per run against the first, one about the baselines, one of caution."""
     part = part_of(runs)
-    trained = [run for run in runs if run.baseline is None]
+    trained = [run for run in runs if run.is_run]
     baselines = [run for run in runs if run.baseline is not None]
     if part not in runs[0].parts:
-        return ["Labelled rows alone: nothing is tested user by user; see rows_per_user.parquet."]
+        out = ["Labelled rows alone: nothing is tested user by user; see rows_per_user.parquet."]
+        if trained and baselines:
+            out.append(_against_baselines(trained, baselines, part, "auc", of_rows=True))
+        return out
     if len({run.dataset.manifest.split_hash for run in runs}) > 1:
         return ["No verdict: the runs were trained on different splits."]
 
@@ -69,6 +72,9 @@ def lines(runs: Sequence[EvaluatedRun], metric: str) -> list[str]:
         out += _against_first(trained, part, metric)
     if trained and baselines:
         out.append(_against_baselines(trained, baselines, part, metric))
+        if part in runs[0].rows:
+            out.append(_against_baselines(trained, baselines, part, "auc", of_rows=True))
+    out += _blends(runs, part, metric)
     if len(trained) > 1:
         out.append(
             "One run each: `slgr compare` repeats this over seeds, tunes all alike and adds "
@@ -124,15 +130,32 @@ def _numbers(row: Mapping[str, Any]) -> str:
     return f"{row['this']:.4f} to {row['first']:.4f} ({_relative(row)}, {interval}, {p})"
 
 
+def _blends(runs: Sequence[EvaluatedRun], part: str, metric: str) -> list[str]:
+    """A line per run with a teacher's lists added: what they add without any training."""
+    labels = {run.label: run for run in runs if run.blend is not None}
+    rows = [row for row in tables.blend_rows(runs, part, metric) if row["slice"] == "overall"]
+    return [
+        f"{row['run']} (score + w / rank, no training) {_word(row)} "
+        f"{(labels[row['run']].blend or {})['run']}: {_numbers(row)}."
+        for row in rows
+    ]
+
+
 def _against_baselines(
-    runs: Sequence[EvaluatedRun], baselines: Sequence[EvaluatedRun], part: str, metric: str
+    runs: Sequence[EvaluatedRun],
+    baselines: Sequence[EvaluatedRun],
+    part: str,
+    metric: str,
+    *,
+    of_rows: bool = False,
 ) -> str:
     def value(run: EvaluatedRun) -> float:
-        overall = run.parts[part].slices["overall"][metric]
+        slices = run.rows[part] if of_rows else run.parts[part].slices
+        overall = slices["overall"][metric]
         return math.nan if overall is None else float(overall)
 
     best_run, best_baseline = max(runs, key=value), max(baselines, key=value)
-    words = f"{best_baseline.label} ({value(best_baseline):.4f})"
+    words = f"{best_baseline.label} ({'auc of labelled rows ' * of_rows}{value(best_baseline):.4f})"
     if value(best_baseline) >= value(best_run):
         return f"The baseline {words}, which learns nothing from an LLM, is above every run."
     return f"{best_run.label} ({value(best_run):.4f}) is above the best baseline, {words}."

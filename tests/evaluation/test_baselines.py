@@ -16,13 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import worlds
+from sklearn import metrics as sklearn_metrics
 
 from slgr_jax.config import BaselineConfig, EvaluationConfig, SamplerConfig, TrainConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Csr, Dataset, Part
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import baselines, full_ranking
+from slgr_jax.evaluation.baseline_evaluation import evaluate_baselines
 from slgr_jax.mesh import make_layout
+from slgr_jax.reports import tables
+from slgr_jax.sampling import labelled_rows
 from slgr_jax.training import loop
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch" / "evaluate.py"
@@ -241,7 +245,7 @@ def test_which_baselines_are_chosen(options, n_items, names):
 
 @pytest.mark.parametrize("given", ["knn", "popular,", "auto,ease", ""])
 def test_unknown_names_are_refused(given):
-    with pytest.raises(ConfigError, match="choose from auto, none, popular, ease, ials"):
+    with pytest.raises(ConfigError, match="choose from auto, none, popular, item_item, ease"):
         BaselineConfig(baselines=given)
 
 
@@ -253,15 +257,79 @@ def test_each_name_makes_its_baseline():
     assert isinstance(by_name["ials"], baselines.Ials)
 
 
-def test_a_run_that_ranks_nothing_has_no_baselines_and_rows_are_not_theirs(dataset, tmp_path):
-    options = BaselineConfig(baselines="popular")
-    evaluation = EvaluationConfig(ranking=False, rows="sampled")
-    silent = worlds.run_config(dataset, tmp_path, evaluation=evaluation)
-    assert baselines.evaluate_baselines(options, silent, dataset, tmp_path) == []
-    both = worlds.run_config(dataset, tmp_path, evaluation=EvaluationConfig(rows="sampled"))
-    (result,) = baselines.evaluate_baselines(options, both, dataset, tmp_path)
-    assert result.config.evaluation.rows == "none"
-    assert result.parts["test"].slices["overall"]["n"] > 0
+def test_item_item_is_the_cosine_of_training_users(dataset):
+    fitted = baselines.tune(baselines.ItemItem(), dataset).fitted
+    x = _dense(dataset, "train")
+    norms = np.maximum(np.linalg.norm(x, axis=0), 1)
+    cosines = (x.T @ x) / norms[:, None] / norms[None, :]
+    np.fill_diagonal(cosines, 0)
+    np.testing.assert_allclose(_all_scores(fitted, dataset), x @ cosines, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"item_item over 60 items needs .* --ease_gb=1e-06"):
+        next(baselines.ItemItem(1e-6).fit(dataset, [{}]))
+
+
+@pytest.mark.parametrize(
+    ("options", "n_items", "why"),
+    [
+        ({}, 5000, ""),
+        ({"baselines": "popular"}, 10**6, ""),
+        ({"baselines": "ease"}, 10**6, ""),
+        ({}, 16_859, "cube of the items, of which there are 16,859; --baselines=popular,ease"),
+        ({"ease_gb": 0.5}, 5000, "it needs more than --ease_gb"),
+    ],
+)
+def test_ease_that_is_left_out_is_explained(options, n_items, why):
+    text = baselines.left_out(BaselineConfig(**options), n_items)
+    assert why in text
+    assert bool(text) == bool(why)
+
+
+def test_rows_are_scored_as_the_catalogue_is(dataset, monkeypatch):
+    monkeypatch.setattr(baselines, "_ROW_USERS", 7)  # several chunks, the last not full
+    fitted = baselines.tune(baselines.Ease((20,)), dataset).fitted
+    rows = labelled_rows.sampled_rows(dataset, "test", seed=0)
+    expected = _all_scores(fitted, dataset)[rows.users, rows.items]
+    np.testing.assert_allclose(baselines.row_scores(fitted, rows), expected, rtol=1e-6)
+
+
+def test_labelled_rows_choose_a_setting_by_their_auc(dataset):
+    rows = labelled_rows.sampled_rows(dataset, "valid", seed=0)
+    tuned = baselines.tune(baselines.Ease(GRID), dataset, rows=rows)
+    x = _dense(dataset, "train")
+    values = [
+        sklearn_metrics.roc_auc_score(rows.labels, (x @ _ridge(x, l2))[rows.users, rows.items])
+        for l2 in GRID
+    ]
+    assert [row["rows_auc"] for row in tuned.tried] == pytest.approx(values, abs=1e-4)
+    assert tuned.settings == {"lambda": GRID[int(np.argmax(values))]}
+
+
+def test_baselines_stand_beside_labelled_rows(dataset, tmp_path):
+    options = BaselineConfig(baselines="popular,ease", ease_lambdas=(5, 100))
+    for ranking, stops_by, tuned_on in (
+        (False, "rows_auc", "valid rows_auc"),
+        (True, "rows_auc", "valid rows_auc"),
+        (True, "ndcg@10", "valid ndcg@10"),
+    ):
+        evaluation = EvaluationConfig(ranking=ranking, rows="sampled", row_negatives=2)
+        train = TrainConfig(early_stop_metric=stops_by)
+        run = worlds.run_config(dataset, tmp_path, evaluation=evaluation, train=train)
+        popular, ease = evaluate_baselines(options, run, dataset, tmp_path)
+        assert (set(ease.parts), set(ease.rows)) == (
+            {"valid", "test"} if ranking else set(), {"valid", "test"},
+        )  # fmt: skip
+        assert ease.baseline["tuned_on"] == tuned_on
+        # The very rows of a run.
+        rows = labelled_rows.make_rows(dataset, "test", evaluation, run.loss)
+        scores = dataset.popularity[rows.items]
+        values = popular.rows["test"]["overall"]
+        assert values["auc"] == pytest.approx(sklearn_metrics.roc_auc_score(rows.labels, scores))
+        assert values["gauc"] > 0.5
+        assert (values["log_loss"], values["n"]) == (None, len(rows))
+        written = json.loads((tmp_path / "baselines" / "popular" / "metrics.json").read_text())
+        assert written["rows"]["test"]["overall"]["auc"] == values["auc"]
+        text = tables.render([popular, ease], "rows_auc" if not ranking else "ndcg@10")
+        assert "test: labelled rows" in text
 
 
 def _launch(*flags: str) -> str:
@@ -280,7 +348,7 @@ def test_the_command_needs_no_run(dataset, tmp_path):
     assert "baseline popular: no settings" in shown
     options = BaselineConfig(ease_lambdas=(5, 20, 100))
     config = worlds.run_config(dataset, tmp_path)
-    here = baselines.evaluate_baselines(options, config, dataset, tmp_path / "here")
+    here = evaluate_baselines(options, config, dataset, tmp_path / "here")
     assert [result.label for result in here] == ["popular", "ease"]
     for result in here:
         name = result.label
