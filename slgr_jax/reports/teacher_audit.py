@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from slgr_jax.config import ReportConfig, SliceConfig
+from slgr_jax.config import BaselineConfig, ReportConfig, SliceConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.evaluation.ranking_metrics import bins
 from slgr_jax.files import atomically
-from slgr_jax.reports import teacher_recommendation
+from slgr_jax.reports import added_value, teacher_recommendation
 from slgr_jax.reports.plots import COLORS
 from slgr_jax.reports.tables import markdown_table, text_table
 from slgr_jax.teacher.audit import accuracy as accuracy_lib
@@ -26,6 +26,12 @@ from slgr_jax.teacher.collect import answer_log
 from slgr_jax.teacher.products import preferences
 
 MARKDOWN, JSON, PICTURE = "report.md", "report.json", "report.png"
+_FREE = BaselineConfig()
+_ADDED = """\
+Validation NDCG@10 of recommenders that cost nothing, *alone* and with w / rank in the teacher's
+list *added* to their scores. Each user's w was chosen by the other half of the users; *w* is that
+of all of them. [low, high] is the 95 % interval of the gain over users. Users without a list count,
+with a gain of 0."""
 _KNOWN = {
     "held-in": "training items that had been hidden from the teacher",
     "validation": "validation items",
@@ -47,12 +53,19 @@ users did not choose they may still like: accuracies compare, they do not certif
 
 
 def make(
-    dataset: Dataset, name: str, options: ReportConfig, *, prices: tuple[float, float], seed: int
+    dataset: Dataset,
+    name: str,
+    options: ReportConfig,
+    *,
+    prices: tuple[float, float],
+    seed: int,
+    free: BaselineConfig = _FREE,
 ) -> TeacherAudit:
     """Measure the product `name`, with its answer log DATA/answers/NAME where there is one.
 
     Args:
       prices: money per million prompt tokens, per million answer tokens.
+      free: the recommenders that its lists are added to.
 
     Raises:
       ManifestError, ShardError: there is no such product, or it or the log cannot be used.
@@ -67,7 +80,7 @@ def make(
         cost = _cost(root / answer_log.LEDGER, prices)
 
     slices = SliceConfig()
-    return accuracy_lib.measure(
+    audit = accuracy_lib.measure(
         dataset,
         teacher,
         history_bins=bins("history", slices.history_bins),
@@ -78,6 +91,8 @@ def make(
         answers=answers,
         cost=cost,
     )
+    value = added_value.measure(dataset, teacher, free, seed=seed)
+    return dataclasses.replace(audit, value=value)
 
 
 def _cost(path: pathlib.Path, prices: tuple[float, float]) -> accuracy_lib.Cost | None:
@@ -167,11 +182,12 @@ def _gain(row: Agreement) -> str:
 def _rest(audit: TeacherAudit) -> list[str]:
     share = {row.slice: row.covered / row.total for row in audit.coverage}
     rest = ("users", "cold users", "items", "tail items")
-    lines = [
+    lines = [] if audit.value is None else added_value.said(audit.value)
+    lines.append(
         "It has something to say on "
         + ", ".join(f"{share[name]:.0%} of {name}" for name in rest if name in share)
         + "."
-    ]
+    )
 
     answers, cost = audit.answers, audit.cost
     if answers is not None and answers.both_orders:
@@ -232,6 +248,9 @@ def terminal(audit: TeacherAudit) -> str:
     if audit.deciding:
         lines += ["", f"known pairs of {_KNOWN[audit.deciding]}:"]
         lines.append(text_table(agreement_table(audit, audit.deciding)))
+    if audit.value is not None:
+        lines += ["", "validation NDCG@10 of score + w / rank in its list, cross-fitted:"]
+        lines.append(text_table(added_value.table(audit.value)))
     return "\n".join([*lines, "", *teacher_recommendation.recommend(audit)])
 
 
@@ -250,6 +269,9 @@ def markdown(audit: TeacherAudit) -> str:
         )
         parts.append(markdown_table(agreement_table(audit, known)).rstrip())
 
+    if audit.value is not None:
+        table = markdown_table(added_value.table(audit.value)).rstrip()
+        parts += ["## Added when scoring", _ADDED, table]
     parts += ["## Coverage", markdown_table(coverage_table(audit)).rstrip()]
     if audit.answers is not None and (audit.answers.pairs or audit.answers.twice_listed):
         rows = [

@@ -3,8 +3,9 @@
     slgr teach report --data=DATA --name=NAME
     slgr teach report --data=DATA --name=NAME --price_in=0.15 --price_out=0.6 --out=FOLDER
 
-By slice and margin, beside popularity and item-item on the same pairs; position bias; cost. Ends
-with what to do: the command that trains with it, or "leave it".
+By slice and margin, beside popularity and item-item on the same pairs; what its lists are worth
+alone, and what they add when scoring to popular, item-item and EASE; position bias; cost. Ends with
+what to do: the command that trains with it, or "leave it".
 Writes Markdown, PNG and JSON to DATA/reports/NAME.
 """
 
@@ -31,6 +32,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
         flags.section_from_flags(config.ReportConfig),
         prices=(costs.price_in, costs.price_out),
         seed=common.seed,
+        free=flags.section_from_flags(config.BaselineConfig),
     )
     out = costs.out or dataset.path / "reports" / common.name
     paths = teacher_audit.write(audit, out)
@@ -41,6 +43,6 @@ COMMAND = SubCommand(
     usage=__doc__ or "",
     work=work,
     common=("seed",),
-    sections=(config.ReportConfig,),
+    sections=(config.ReportConfig, config.BaselineConfig),
     parts={config.RequestConfig: ("price_in", "price_out", "out")},
 )

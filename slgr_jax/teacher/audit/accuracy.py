@@ -22,6 +22,7 @@ from slgr_jax.config import SliceConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset, Slices
 from slgr_jax.teacher.audit import known_pairs
+from slgr_jax.teacher.audit.added_value import AddedValue
 from slgr_jax.teacher.audit.consistency import Consistency
 from slgr_jax.teacher.audit.known_pairs import HELD_IN, VALIDATION, AuditPairs
 from slgr_jax.teacher.products.coverage import useful
@@ -113,6 +114,7 @@ class TeacherAudit:
       data: directory of the dataset.
       ordered: known -> share of the known pairs looked at that the teacher orders.
       answers: position bias and self-consistency; None without an answer log.
+      value: what its lists add at scoring time; None where there are none, or nothing to judge by.
     """
 
     data: str
@@ -122,6 +124,7 @@ class TeacherAudit:
     ordered: Mapping[str, float]
     answers: Consistency | None
     cost: Cost | None
+    value: AddedValue | None = None
 
     @property
     def deciding(self) -> str:
