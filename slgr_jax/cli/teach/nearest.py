@@ -3,7 +3,8 @@
     slgr teach nearest --data=DATA --name=near50 --listed=50
     slgr teach nearest --data=DATA --name=near50 --embeddings=my_vectors
 
-Without --embeddings the vectors are wordllama's, of the item texts.
+Without --embeddings the vectors are wordllama's, of the item texts. Vectors of --embeddings are
+centred first (--nocentre: as they are).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 The L best items of the whole catalogue outside the user's training items are the list; every other
 item ranks below it (`unlisted="below"`), as with an LLM that writes its recommendations freely.
-Vectors are those of `scorers.Cosine` (token vectors by field, whitened), or an embedding product.
+Vectors are those of `scorers.Cosine` (token vectors by field, whitened), or an embedding product,
+centred first.
 
 Shape letters: U users, I items, D width of a vector, L length of a list.
 """
@@ -17,7 +18,7 @@ import pyarrow as pa
 from slgr_jax.config import NearestConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
-from slgr_jax.errors import InputError
+from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.teacher.local import embeddings, scorers
 from slgr_jax.teacher.local.vectors import Vectors, unit
 from slgr_jax.teacher.products import preferences
@@ -68,6 +69,31 @@ def nearest(
     return tuple(x.astype(kind) for x, kind in zip(columns, kinds, strict=True))  # type: ignore[return-value]
 
 
+def centred(
+    items: Vectors, users: Vectors, seen: Csr, *, users_from: str
+) -> tuple[Vectors, Vectors]:
+    """Both without the mean vector that all items (all users) share.
+
+    Vectors of most language models lie in a narrow cone: their mean makes every cosine near 1, and
+    lists of everybody the items nearest to it (Mu and Viswanath 2018, arXiv 1702.01417).
+
+    Args:
+      users_from: of the embedding product; history: users are made anew of the centred items.
+    """
+    items = _without_mean(items)
+    if users_from == "history":
+        return items, embeddings.mean_of_history(seen, items)
+    return items, _without_mean(users)
+
+
+def _without_mean(vectors: Vectors) -> Vectors:
+    if not vectors.has.any():
+        return vectors
+    directions = unit(vectors.values.astype(np.float32))
+    values = np.where(vectors.has[:, None], directions - directions[vectors.has].mean(axis=0), 0)
+    return Vectors(values.astype(np.float32), vectors.has & (values != 0).any(axis=1))
+
+
 def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> schema.TeacherManifest:
     """Write DATA/teacher/NAME from texts (wordllama), or from DATA/embeddings/`--embeddings`.
 
@@ -75,7 +101,13 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
       UserError: the extra `llm` is not installed.
       ManifestError, ShardError: the embeddings do not fit or are damaged.
       InputError: there is nothing to list.
+      ConfigError: --nocentre without --embeddings.
     """
+    if not (options.centre or options.embeddings):
+        raise ConfigError(
+            "--nocentre is for --embeddings=NAME: the vectors of the item texts are centred and "
+            "whitened field by field; drop it"
+        )
     shards.check_target(
         preferences.product_path(dataset.path, common.name), overwrite=common.overwrite
     )
@@ -85,12 +117,16 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
         product = embeddings.load(dataset, options.embeddings)
         items, users = product.items, product.users
         manifest = product.manifest
+        if options.centre:
+            items, users = centred(items, users, seen, users_from=manifest.users_from)
         model, prompt_hash, built_from = manifest.model, manifest.prompt_hash, manifest.built_from
+        kind = "cosine of centred vectors" if options.centre else "cosine"
     else:
         cosine = scorers.Cosine(dataset, scorers.WordLlama())
         items = Vectors(cosine.vectors, cosine.described)
         users = embeddings.mean_of_history(seen, items)
         model, prompt_hash, built_from = cosine.name, cosine.prompt_hash, "train_only"
+        kind = "cosine"
     columns = nearest(items, users, seen, options.listed)
 
     if not columns[0].size:
@@ -106,7 +142,7 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
         training_items="none",
         model=model,
         prompt_hash=prompt_hash,
-        score_kind=f"cosine, nearest {options.listed}",
+        score_kind=f"{kind}, nearest {options.listed}",
     )
     return preferences.write_product(
         dataset,

@@ -7,7 +7,7 @@ import pytest
 
 from slgr_jax.config import EmbedConfig, NearestConfig, TeachConfig
 from slgr_jax.data.dataset import Csr
-from slgr_jax.errors import InputError, ManifestError
+from slgr_jax.errors import ConfigError, InputError, ManifestError
 from slgr_jax.teacher.local import embeddings, nearest
 from slgr_jax.teacher.local.vectors import Vectors
 from slgr_jax.teacher.products import preferences
@@ -80,21 +80,67 @@ def test_product_of_embeddings(make_dataset, tmp_path):
     np.savez(path, ids=np.array(ids), emb=values)
     common = TeachConfig(data=str(dataset.path), name="v", model="mine")
     embeddings.embed(dataset, common, EmbedConfig(vectors=str(path)))
-    made = TeachConfig(data=str(dataset.path), name="near")
-    manifest = nearest.write(dataset, made, NearestConfig(listed=2, embeddings="v"))
-    assert (manifest.model, manifest.unlisted, manifest.training_items) == ("mine", "below", "none")
-    assert manifest.counts["rows"] == 4
-    teacher = preferences.load(dataset, "near")
-    listed = {
-        u: set(teacher.items[teacher.offsets[u] : teacher.offsets[u + 1]].tolist())
-        for u in range(dataset.n_users)
-    }
-    assert listed == {0: {1, 3}, 1: {2, 1}}  # never a training item
+    # User 0 has a. Around the mean of all directions c is less opposite to a than d is: cosines
+    # -.9945 and -.9999; as they are 0 and .11. A training item is never listed.
+    for centre, expected in ((True, {0: {1, 2}, 1: {2, 1}}), (False, {0: {1, 3}, 1: {2, 1}})):
+        made = TeachConfig(data=str(dataset.path), name=f"near{centre}")
+        options = NearestConfig(listed=2, embeddings="v", centre=centre)
+        manifest = nearest.write(dataset, made, options)
+        said = (manifest.model, manifest.unlisted, manifest.training_items)
+        assert said == ("mine", "below", "none")
+        assert manifest.counts["rows"] == 4
+        assert ("centred" in manifest.score_kind) == centre
+        teacher = preferences.load(dataset, f"near{centre}")
+        listed = {
+            u: set(teacher.items[teacher.offsets[u] : teacher.offsets[u + 1]].tolist())
+            for u in range(dataset.n_users)
+        }
+        assert listed == expected
+
+
+@pytest.mark.parametrize("users_from", ["history", "text"])
+def test_a_mean_that_all_vectors_share_is_taken_away(users_from):
+    """With it every cosine is near 1; vectors without it are those of a dense recomputation."""
+    rng = np.random.default_rng(0)
+    shared = 20 * rng.normal(size=6)
+    items = _vectors(rng, 40, 6, missing=(4,))
+    items = Vectors(np.where(items.has[:, None], items.values + shared, 0), items.has)
+    seen = Csr.from_pairs(np.repeat(np.arange(9), 4), rng.permutation(40)[:36], 10)
+    users = embeddings.mean_of_history(seen, items)
+    if users_from == "text":
+        users = _vectors(rng, 10, 6, missing=(9,))
+        users = Vectors(np.where(users.has[:, None], users.values + shared, 0), users.has)
+    centred = nearest.centred(items, users, seen, users_from=users_from)
+
+    def directions(vectors):
+        lengths = np.linalg.norm(vectors.values[vectors.has], axis=1, keepdims=True)
+        unit = vectors.values[vectors.has] / lengths
+        return unit - unit.mean(axis=0)
+
+    np.testing.assert_allclose(
+        centred[0].values[items.has], directions(items), rtol=1e-4, atol=1e-6
+    )
+    assert centred[0].has.tolist() == items.has.tolist()
+    assert centred[1].has.tolist() == users.has.tolist()
+    if users_from == "text":
+        expected = directions(users)
+    else:
+        sums = seen.matrix(40).toarray() @ centred[0].values
+        expected = (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9))[:9]
+    np.testing.assert_allclose(centred[1].values[users.has], expected, rtol=1e-3, atol=1e-6)
+
+    before, after = (
+        nearest.nearest(*vectors, Csr.empty(10), 40)[2] for vectors in ((items, users), centred)
+    )
+    assert before.min() > 0.95
+    assert np.abs(after).mean() < 0.6
 
 
 def test_errors_name_what_is_missing(make_dataset):
     dataset = make_dataset(users=["u", "v"], items=["a", "b"], train={0: [0]}, valid={}, test={})
     common = TeachConfig(data=str(dataset.path), name="near")
+    with pytest.raises(ConfigError, match="--nocentre is for --embeddings=NAME"):
+        nearest.write(dataset, common, NearestConfig(centre=False))
     with pytest.raises(ManifestError, match="has no embeddings 'nope'"):
         nearest.write(dataset, common, NearestConfig(embeddings="nope"))
     nothing = Vectors(np.zeros((2, 3), np.float32), np.zeros(2, bool))
