@@ -419,7 +419,8 @@ def compare(
       backbones: recommenders; mf by default.
       guidance: arms; none, global, pointwise, rule, paper and calibrated by default.
       arm: more arms, each `NAME:knob=value,knob=value`.
-      controls: controls besides: constant, shuffled, popularity, item_item; all by default.
+      controls: controls besides: constant, shuffled, consensus, popularity, item_item, ease,
+        ials; all but ials by default.
       matched_to: arm that controls copy; empty: the first that has a gate.
       focus: arm that the verdict is about; empty: `matched_to`.
       seeds: runs of an arm, at least 2.

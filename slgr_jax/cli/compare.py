@@ -15,8 +15,9 @@ Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, 
 calibrated; hard negatives (what the teacher lists against what `none` would recommend
 instead, calibrated with the margin of `none` among its inputs) and global_hard_negatives (the same
 pairs, alpha 1); --arm for others (reference_runs=none: the run of `none` of the same seed).
-Controls, in every report: constant (the matched gate's mean alpha), shuffled (another user's
-answers), popularity and item_item as teachers.
+Controls, in every report: constant (the matched gate's mean alpha); shuffled (another user's
+answers, without this user's own training items); and as teachers consensus (what the LLM names
+most, the same for everybody), popularity, item_item, EASE (ease; ials where it is asked for).
 
 Called again it goes on where it was: finished runs are known by their settings and data. Other
 knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
@@ -66,7 +67,9 @@ def define() -> None:
         "arm", [], "one more arm: NAME:knob=value,knob=value; may be given several times"
     )
     absl_flags.DEFINE_list(
-        "controls", list(arms.CONTROLS), "controls besides; --controls= for none of them"
+        "controls",
+        list(arms.DEFAULT_CONTROLS),
+        f"controls besides, of {', '.join(arms.CONTROLS)}; --controls= for none of them",
     )
     absl_flags.DEFINE_string(
         "matched_to", "", f"arm that controls copy; the first there is of {', '.join(arms.GATED)}"

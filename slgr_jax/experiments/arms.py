@@ -46,8 +46,10 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
 GATED = ("hard_negatives", "calibrated", "paper", "budget", "rule")
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
-# too: they change one thing. The other two teach something else, and are tuned like any arm.
+# too: they change one thing. The others teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)
+# iALS needs an extra.
+DEFAULT_CONTROLS = tuple(control for control in CONTROLS if control != "ials")
 UNTUNED = ("constant", "shuffled")
 
 # Guidance losses that are tried: of a gate whose alpha is a probability, and of others. Where alpha

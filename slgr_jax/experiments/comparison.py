@@ -86,7 +86,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
     if not request.teacher and request.guidance and set(request.guidance) != {"none"}:
         raise ConfigError("missing --teacher; without one only --guidance=none can be measured")
     arms_asked = DEFAULT_ARMS if request.guidance is None else request.guidance
-    controls = arms.CONTROLS if request.controls is None else request.controls
+    controls = arms.DEFAULT_CONTROLS if request.controls is None else request.controls
     more_arms = dict(map(arms.own_arm, request.arm))
     if not request.teacher:
         arms_asked, controls, more_arms = ("none",), (), {}
@@ -288,13 +288,14 @@ def write(report: Mapping[str, Any], out: pathlib.Path) -> str:
 def make_controls(plan: ComparisonPlan) -> None:
     """Write the control products that are not there."""
     from slgr_jax.data import dataset
+    from slgr_jax.evaluation import teacher_lists
     from slgr_jax.teacher.products import controls
 
     wanted = [arm for arm in plan.arms if arm in controls.CONTROLS]
     if wanted:
         data = dataset.load(plan.data)
         for control in wanted:
-            LOGGER.info("control %s", controls.ensure(data, plan.teacher, control))
+            LOGGER.info("control %s", teacher_lists.ensure_control(data, plan.teacher, control))
 
 
 # --------------------------------------------------------------------- several data sets

@@ -8,6 +8,7 @@ from comparisons import plan_of
 from slgr_jax import config
 from slgr_jax.errors import ConfigError
 from slgr_jax.experiments import arms
+from slgr_jax.teacher.products import controls
 
 
 def test_arms_are_ordered_and_matched():
@@ -61,13 +62,13 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
     teachers = {arm: run.guidance.teacher for arm, run in runs.items()}
     assert teachers == {
         **dict.fromkeys(("global", "rule", "paper", "constant"), "llm"),
-        **{c: f"llm.{c}" for c in ("shuffled", "popularity", "item_item")},
+        **{c: f"llm.{c}" for c in controls.CONTROLS},
         "none": "",
     }
     gates = {arm: run.gate.gate for arm, run in runs.items() if arm != "none"}
     assert gates == {
         **{arm: arm for arm in ("rule", "paper", "constant")},
-        **dict.fromkeys(("shuffled", "popularity", "item_item"), "paper"),
+        **dict.fromkeys(controls.CONTROLS, "paper"),
         "global": "constant",
     }
     assert runs["global"].gate.alpha == 1.0

@@ -77,28 +77,137 @@ def world(tmp_path, monkeypatch):
     return worlds.random_dataset(tmp_path / "data", n_users=40, n_items=30)
 
 
-def test_shuffled_users_trade_whole_lists_of_about_the_same_length(world):
+@pytest.mark.parametrize("hidden", [True, False])
+def test_shuffled_users_trade_whole_answers_of_about_the_same_number(world, hidden):
     rows = random_answers(world, 1)
     assert len({row[0] for row in rows}) % 2 == 1  # three of them trade in a ring
-    product(world, rows, built_from="prefix", unlisted="below")
+    told = {"training_items": "hidden"} if hidden else {}
+    product(world, rows, built_from="prefix", **told)
     assert controls.ensure(world, "llm", "shuffled") == "llm.shuffled"
     old, new = lists_of(rows_of(world, "llm")), lists_of(rows_of(world, "llm.shuffled"))
-    assert set(old) == set(new)
-    assert sorted(map(repr, old.values())) == sorted(map(repr, new.values()))
-    assert all(new[user] != old[user] for user in old)
+    train = worlds.pairs_of(world.train.users, world.train.items)
+    echoes = sum((user, item) in train for user, listed in new.items() for item, _ in listed)
+    if hidden:  # they test the teacher
+        assert echoes > 10
+        assert sorted(map(repr, old.values())) == sorted(map(repr, new.values()))
+    else:
+        assert echoes == 0
+    for user, listed in new.items():
+        whole = [
+            giver
+            for giver, theirs in old.items()
+            if giver != user
+            and listed == [row for row in theirs if hidden or (user, row[0]) not in train]
+        ]
+        assert whole, user
 
     def answers(found):
         return np.array([sum(score is not None for _, score in found[u]) for u in sorted(found)])
 
-    # Two users trade, of neighbouring numbers of answers; at random they would differ by 2.3.
-    assert np.abs(answers(old) - answers(new)).mean() < 0.5
+    if hidden:
+        # Two users trade, of neighbouring numbers of answers; at random they would differ by 2.3.
+        assert np.abs(answers(old) - answers(new)).mean() < 0.5
     manifest = preferences.load(world, "llm.shuffled").manifest
-    assert (manifest.built_from, manifest.unlisted) == ("prefix", "below")
+    assert (manifest.built_from, manifest.unlisted) == ("prefix", "unknown")
     assert manifest.model.startswith("control: shuffled of llm (answers ")
     first = rows_of(world, "llm.shuffled")
-    product(world, rows, name="same")
+    product(world, rows, name="same", **told)
     controls.write(world, "same", "shuffled", seed=1)
     assert rows_of(world, "same.shuffled") != first
+
+
+def test_shuffled_lists_have_their_length_and_scores_and_no_echo(world):
+    rows = random_answers(world, 1, missing=0.0, items_per_user=(4, 12))
+    product(world, rows, unlisted="below")
+    controls.ensure(world, "llm", "shuffled")
+    old, new = lists_of(rows_of(world, "llm")), lists_of(rows_of(world, "llm.shuffled"))
+    train = worlds.pairs_of(world.train.users, world.train.items)
+    assert set(old) == set(new)
+    for user, listed in new.items():
+        assert not any((user, item) in train for item, _ in listed)
+        assert len({item for item, _ in listed}) == len(listed)
+        assert sorted(score for _, score in listed) == sorted(score for _, score in old[user])
+        # The first of them are another user's, in that user's order.
+        order = [item for item, _ in sorted(listed, key=lambda row: -row[1])]
+        shared = []
+        for giver, theirs in old.items():
+            ranked = [item for item, _ in sorted(theirs, key=lambda row: -row[1])]
+            fresh = [item for item in ranked if (user, item) not in train][: len(order)]
+            if giver != user and order[: len(fresh)] == fresh:
+                shared.append(len(fresh))
+        assert max(shared) > 0.3 * len(order), user
+    manifest = preferences.load(world, "llm.shuffled").manifest
+    assert manifest.counts["train_pairs"] == 0
+    # The numbers of users that name an item are about those of the product: popular items stay so.
+    named = [
+        np.bincount([row[1] for row in rows_of(world, name)], minlength=world.n_items)
+        for name in ("llm", "llm.shuffled")
+    ]
+    assert np.corrcoef(*named)[0, 1] > 0.3
+
+
+def test_the_crowd_lists_what_is_named_most_the_same_for_everybody(world):
+    rows = random_answers(world, 3, missing=0.0)
+    product(world, rows, unlisted="below")
+    controls.ensure(world, "llm", "consensus")
+    votes = [sum(item == row[1] for row in rows) for item in range(world.n_items)]
+    train = worlds.pairs_of(world.train.users, world.train.items)
+    old, new = lists_of(rows), lists_of(rows_of(world, "llm.consensus"))
+    for user, listed in new.items():
+        fresh = [i for i in range(world.n_items) if (user, i) not in train and votes[i]]
+        best = sorted(fresh, key=lambda i: (-votes[i], i))[: len(old[user])]
+        assert sorted(best) == sorted(item for item, _ in listed)
+        assert all(score == votes[item] for item, score in listed)
+    assert set(old) == set(new)
+
+
+def test_the_crowd_without_lists(tiny):
+    product(tiny, [(0, 4, 0.5), (0, 5, 0.25), (2, 5, 0.75), (3, 4, None)])
+    controls.ensure(tiny, "llm", "consensus")
+    assert rows_of(tiny, "llm.consensus") == [
+        (0, 4, 0.5), (0, 5, 0.5), (2, 5, 0.5), (3, 4, None),
+    ]  # fmt: skip
+    # 4 is preferred once and loses twice, 5 twice and never, 3 the rest: -1/3, 1, -1/2 of ...
+    pairs = [(0, 4, 3, 1.0), (1, 5, 4, 1.0), (2, 5, 4, 1.0), (3, 3, 2, 1.0)]
+    product(tiny, pairs, name="pairs")
+    controls.ensure(tiny, "pairs", "consensus")
+    scores = {2: -1.0, 3: 0.0, 4: -1 / 3, 5: 1.0}
+    assert [row[:3] for row in rows_of(tiny, "pairs.consensus")] == [
+        (0, 3, 4), (1, 5, 4), (2, 5, 4), (3, 3, 2),
+    ]  # fmt: skip
+    margins = [row[3] for row in rows_of(tiny, "pairs.consensus")]
+    assert margins == pytest.approx([abs(scores[a] - scores[b]) for _, a, b, _ in pairs])
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_recommender_takes_the_place_of_the_teacher(world, hidden):
+    """Its scores are the caller's; coverage and lengths are the product's."""
+    scores = np.random.default_rng(0).random((world.n_users, world.n_items)).astype(np.float32)
+    fitted = []
+
+    def fit(name):
+        fitted.append(name)
+        return lambda users: scores[users]
+
+    rows = random_answers(world, 3, missing=0.0)
+    told = {"training_items": "hidden"} if hidden else {}
+    product(world, rows, unlisted="below", **told)
+    product(world, rows, name="asked", **told)
+    for _ in range(2):  # what is there is not fitted again
+        controls.ensure(world, "llm", "ease", fit=fit)
+        controls.ensure(world, "asked", "ials", fit=fit)
+    assert fitted == ["ease", "ials"]
+    train = worlds.pairs_of(world.train.users, world.train.items)
+    for user, listed in lists_of(rows_of(world, "llm.ease")).items():
+        fresh = [i for i in range(world.n_items) if (user, i) not in train]
+        length = len(lists_of(rows)[user])
+        assert {i for i, _ in listed} == set(sorted(fresh, key=lambda i: -scores[user, i])[:length])
+    for user, item, score in rows_of(world, "asked.ials"):
+        assert score == scores[user, item]
+    manifests = [preferences.load(world, name).manifest for name in ("llm.ease", "asked.ials")]
+    # Nothing was hidden from what is fitted on train.
+    said = ["none" if hidden else "shown", "shown"]
+    assert [manifest.training_items for manifest in manifests] == said
 
 
 def test_a_teacher_of_one_user_cannot_be_shuffled(tiny):
@@ -168,7 +277,11 @@ def test_preferences_are_turned_to_the_scores_order(tiny):
     controls.ensure(tiny, "llm", "popularity")
     assert rows_of(tiny, "llm.popularity") == [(0, 0, 4, 3.0), (2, 1, 5, 3.0)]
     controls.ensure(tiny, "llm", "shuffled")
-    assert rows_of(tiny, "llm.shuffled") == [(0, 5, 1, 0.5), (2, 0, 4, 1.0), (2, 1, 2, 1.0)]
+    # User 0 has item 1 in training and user 2 item 0: answers on these would be echo.
+    train = worlds.pairs_of(tiny.train.users, tiny.train.items)
+    assert {(0, 1), (2, 0)} <= train
+    assert not {(2, 1), (2, 2)} & train
+    assert rows_of(tiny, "llm.shuffled") == [(2, 1, 2, 1.0)]
 
 
 def test_what_is_there_is_kept_and_what_is_stale_refused(tiny):
@@ -182,7 +295,9 @@ def test_what_is_there_is_kept_and_what_is_stale_refused(tiny):
     told = preferences.Provenance()
     answers = table.cast(schema.TEACHER_SCORES)
     preferences.write_product(tiny, "llm", answers, provenance=told, overwrite=True)
-    with pytest.raises(ConfigError, match="controls other answers than llm holds; remove it"):
+    with pytest.raises(
+        ConfigError, match="controls other answers than llm holds, or was made otherwise; remove it"
+    ):
         controls.ensure(tiny, "llm", "popularity")
 
 
