@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from slgr_jax.config.baselines import BASELINES
 from slgr_jax.config.knobs import Section, knob
 
 # What a teacher product was built from; the loader refuses `includes_eval`.
@@ -160,7 +161,11 @@ class CandidateConfig(Section):
         0.1, "tail items are this share of the catalogue", minimum=0, maximum=1
     )
     tail_users: int = knob(20, "users drawn per tail item", minimum=0)
-    run: str = knob("", "WORKDIR of a trained run, for the two hard sets; empty: none of them")
+    run: str = knob(
+        "",
+        "WORKDIR of a trained run: for the two hard sets (empty: none of them); from_run: whose "
+        "lists",
+    )
     hard_top: int = knob(10, "items per user at the top of the run's unseen items", minimum=0)
     hard_uncertain: int = knob(
         5, "items per user whose score the run is least sure of (nearest 0)", minimum=0
@@ -369,9 +374,25 @@ class EmbedConfig(Section):
 class NearestConfig(Section):
     """nearest: each user's nearest items by text, as a list over the whole catalogue."""
 
-    listed: int = knob(50, "length of a user's list", minimum=1)
+    listed: int = knob(50, "length of a user's list (from_run, from_baseline: likewise)", minimum=1)
     embeddings: str = knob(
         "", "vectors of DATA/embeddings/NAME (embed); empty = wordllama's of the item texts"
+    )
+    centre: bool = knob(
+        True,
+        "--embeddings: subtract the mean item vector first, which vectors of most language models "
+        "share and which tells items not apart (users without a history: the mean user vector)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeTeacherConfig(Section):
+    """from_baseline: a recommender without an LLM as the teacher."""
+
+    baseline: str = knob(
+        "ease",
+        "whose lists: popular, item_item, ease or ials (extra ials)",
+        choices=BASELINES,
     )
 
 
@@ -437,6 +458,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     CollectConfig,
     EmbedConfig,
     NearestConfig,
+    FreeTeacherConfig,
     CombineConfig,
     ExportConfig,
     CarryConfig,

@@ -26,7 +26,9 @@ GOOD = "user,item,score\n007,01,0.5\n007,1,0.25\nΩμέγα,电影,3\nΩμέγα
 
 
 ALL = {
-    flag_name(field) for section in config.TEACH_SECTIONS for field in dataclasses.fields(section)
+    flag_name(field)
+    for section in (*config.TEACH_SECTIONS, config.BaselineConfig)
+    for field in dataclasses.fields(section)
 }
 
 

@@ -38,9 +38,8 @@ def dataset(tmp_path_factory):
 
 
 def measure(dataset, name, **options):
-    return added_value.measure(
-        dataset, preferences.load(dataset, name), BaselineConfig(**{"ease_lambdas": (20,)} | options)
-    )
+    asked = BaselineConfig(**{"ease_lambdas": (20,)} | options)
+    return added_value.measure(dataset, preferences.load(dataset, name), asked)
 
 
 def test_what_knows_adds_and_what_does_not_adds_nothing(dataset):
@@ -71,8 +70,9 @@ def test_the_report_says_what_it_is_worth(dataset, tmp_path):
     best = audit.value.best
     said = added_value.said(audit.value)
     assert f"teacher that costs nothing, {best.name}: added when scoring" in said[0]
-    assert f"it adds to it (validation NDCG@10, cross-fitted: overall {best.overall.gain:+.4f}" in (
-        said[0]
+    assert (
+        f"it adds to it (validation NDCG@10, cross-fitted: overall {best.overall.gain:+.4f}"
+        in (said[0])
     )
     assert said[1].startswith(f"Its lists alone have NDCG@10 {audit.value.alone['overall']:.4f}")
     paths = teacher_audit.write(audit, tmp_path)

@@ -8,6 +8,8 @@
     slgr teach requests --data=DATA --name=NAME --model=LLM [--dry_run]
     slgr teach ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
     slgr teach collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
+    slgr teach from_run --data=DATA --name=NAME --run=WORKDIR [--listed=50]
+    slgr teach from_baseline --data=DATA --name=NAME [--baseline=ease] [--listed=50]
     slgr teach combine --data=DATA --name=NAME --names=TEACHER,TEACHER[,...]
     slgr teach export --data=DATA --name=NAME --out=FILE
     slgr teach carry --data=DATA2 --from=DATA --name=NAME
@@ -15,7 +17,8 @@
     slgr teach report --data=DATA --name=NAME [--out=FOLDER]
 
 To ask an LLM of your own: candidates, requests, ask (or a batch service), collect, report.
-With answers in a file already: import, report. Without any LLM: score or nearest.
+With answers in a file already: import, report. Without an LLM: score or nearest read the texts of
+items, from_run and from_baseline (EASE, ...) interactions alone; combine mixes them with the LLM's.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from slgr_jax.cli.teach import (
     combine,
     embed,
     export,
+    from_baseline,
+    from_run,
     import_scores,
     inspect,
     nearest,
@@ -55,6 +60,8 @@ COMMANDS: Mapping[str, SubCommand] = {
     "requests": requests.COMMAND,
     "ask": ask.COMMAND,
     "collect": collect.COMMAND,
+    "from_run": from_run.COMMAND,
+    "from_baseline": from_baseline.COMMAND,
     "combine": combine.COMMAND,
     "export": export.COMMAND,
     "carry": carry.COMMAND,
@@ -66,7 +73,7 @@ COMMANDS: Mapping[str, SubCommand] = {
 def help_text() -> str:
     """The sub-commands, with a line each."""
     lines = [USAGE.strip(), "", "Commands:"]
-    lines += [f"  {name:11} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:13} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", f"{NAME} COMMAND --help shows the flags that a command uses."])
 
 
