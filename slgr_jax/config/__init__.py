@@ -79,6 +79,7 @@ from slgr_jax.config.training import (
     TrainConfig,
 )
 from slgr_jax.config.tune import TuneConfig
+from slgr_jax.config.vectors import INIT_HOWS, VectorConfig
 
 __all__ = [
     "AUTO",
@@ -108,6 +109,7 @@ __all__ = [
     "GUIDANCE_LOSSES",
     "GateConfig",
     "GuidanceConfig",
+    "INIT_HOWS",
     "ImportConfig",
     "KERNELS",
     "LOSSES",
@@ -148,6 +150,7 @@ __all__ = [
     "TuneConfig",
     "UNCERTAINTIES",
     "UNLISTED",
+    "VectorConfig",
     "check_auto",
     "check_used",
     "differences",

@@ -97,6 +97,9 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name == "most_feature_values" and run.model.features == "none":
             text = f"--{name}={_text(value)} is not used with --features=none"
             unused.append(f"{text}; add --features=all")
+        elif name in ("init_how", "init_scale") and not run.vectors.init_products:
+            text = f"--{name}={_text(value)} is not used without initial vectors"
+            unused.append(f"{text}; add --init_item_vectors=NAME (slgr teach embed)")
         elif name in _APPLIES and not _does(run, _APPLIES[name], values):
             flag, goes_with = _APPLIES[name]
             now, wanted = _resolved(run, flag, values), map(_text, goes_with)

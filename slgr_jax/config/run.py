@@ -20,6 +20,7 @@ from slgr_jax.config.guidance import (
 from slgr_jax.config.knobs import Section, flag_name
 from slgr_jax.config.model import ModelConfig
 from slgr_jax.config.training import LossConfig, OptimizerConfig, SamplerConfig, TrainConfig
+from slgr_jax.config.vectors import VectorConfig
 from slgr_jax.errors import ConfigError, listing
 
 
@@ -30,6 +31,7 @@ class RunConfig:
     data: str
     workdir: str
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    vectors: VectorConfig = dataclasses.field(default_factory=VectorConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
@@ -54,6 +56,7 @@ class RunConfig:
             )
         self._check_methods()
         self._check_reference_runs()
+        self._check_vectors()
         self._check_loss()
 
     def _check_methods(self) -> None:
@@ -106,6 +109,13 @@ class RunConfig:
                 f"--reference_runs={self.gate.reference_runs} names --workdir={self.workdir} "
                 f"itself; name runs "
                 "that were trained before it"
+            )
+
+    def _check_vectors(self) -> None:
+        if self.train.init_from and self.vectors.init_products:
+            names = listing(f"--init_{table}_vectors" for table in self.vectors.init_products)
+            raise ConfigError(
+                f"{names} and --init_from both say what rows begin with; drop one of them"
             )
 
     def _check_loss(self) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,33 @@ from slgr_jax.sampling import random_bits
 
 @dataclasses.dataclass(frozen=True)
 class TableSpec:
-    """Size and initialisation of one table: entries ~ N(0, init_std^2 / width)."""
+    """Size and initialisation of one table: entries ~ N(0, init_std^2 / width).
+
+    Attributes:
+      scalars: how many of a row's last entries are no part of its vector (a bias, say).
+    """
 
     rows: int
     width: int
     init_std: float
+    scalars: int = 0
+
+    @property
+    def vector_width(self) -> int:
+        """E: how many of a row's first entries are its vector."""
+        return self.width - self.scalars
+
+
+class InitialRows(NamedTuple):
+    """What the rows of a table begin with, where it is given.
+
+    Attributes:
+      values: [Rp, E] the vector of each row, E = `TableSpec.vector_width`.
+      given: [Rp] which rows have one; the others, padding among them, are drawn.
+    """
+
+    values: Float[Array, "Rp E"]
+    given: Bool[Array, "Rp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,24 +320,32 @@ def init_table(
     optimizer: RowOptimizer,
     layout: Layout,
     dtype: str = "float32",
+    initial: InitialRows | None = None,
 ) -> Num[Array, "Rp W"]:
     """A fresh table [Rp, W], created shard by shard on the devices of `layout`.
 
     The values do not depend on the number of devices. Each is a function of its row and column,
     so that no second array of the table's size is ever made.
+
+    Args:
+      initial: what rows begin with instead; None: all are drawn.
     """
     rows, width = layout.padded_rows(spec.rows), spec.width
-    initial = optimizer.initial(width)
-    row_format = RowFormat(width, initial.size, dtype)
+    first_slots = optimizer.initial(width)
+    row_format = RowFormat(width, first_slots.size, dtype)
 
-    def make(key: jax.Array) -> jax.Array:
+    def make(key: jax.Array, initial: InitialRows | None) -> jax.Array:
         ids = jnp.arange(rows, dtype=jnp.int32)
         values = random_bits.normal(random_bits.of_rows(key, ids, width))
         values = values * np.float32(spec.init_std / np.sqrt(width))
-        slots = jnp.broadcast_to(initial[None, :], (rows, initial.size))
+        if initial is not None:
+            drawn = values[:, : spec.vector_width]
+            vectors = jnp.where(initial.given[:, None], initial.values, drawn)
+            values = jnp.concatenate([vectors, values[:, spec.vector_width :]], axis=1)
+        slots = jnp.broadcast_to(first_slots[None, :], (rows, first_slots.size))
         return row_format.pack(values, slots)
 
-    return jax.jit(make, out_shardings=layout.table_sharding)(key)
+    return jax.jit(make, out_shardings=layout.table_sharding)(key, initial)
 
 
 def values_of(table: Num[Array, "Rp W"], spec: TableSpec) -> Float[Array, "R D"]:

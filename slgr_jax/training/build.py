@@ -6,6 +6,7 @@ config + dataset -> backbone, context, guidance, sampling plan, device arrays, l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
@@ -17,11 +18,12 @@ from slgr_jax.guidance.base import Sources
 from slgr_jax.kernels import build as kernel_build
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone, SequenceBackbone
+from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.sampling import arrays as arrays_lib
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
 from slgr_jax.sampling.context import HISTORY
 from slgr_jax.sampling.negatives import SamplingPlan
-from slgr_jax.training import checkpoint, objectives, restore, warm_start
+from slgr_jax.training import checkpoint, initial_values, objectives, restore, warm_start
 from slgr_jax.training.step import Trainer
 
 
@@ -32,12 +34,15 @@ class Experiment:
     Attributes:
       trainer: what is compiled into its steps.
       arrays: what these draw from, on the devices.
+      initial: table -> what its rows begin with, on the host; {} where all are drawn, and in a run
+        that goes on.
     """
 
     config: RunConfig
     dataset: Dataset
     trainer: Trainer
     arrays: DeviceArrays
+    initial: Mapping[str, InitialRows]
 
 
 def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Experiment:
@@ -80,7 +85,8 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     begins = run.train.restart or not checkpoint.exists(run.workdir)
     if run.train.init_from and begins:
         warm_start.check(trainer, dataset)
-    return Experiment(run, dataset, trainer, jax.device_put(arrays, layout.replicated))
+    initial = initial_values.initial_rows(run, dataset, backbone, layout) if begins else {}
+    return Experiment(run, dataset, trainer, jax.device_put(arrays, layout.replicated), initial)
 
 
 def _window(backbone: AnyBackbone) -> int:

@@ -30,7 +30,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import NonFiniteError, listing
 from slgr_jax.evaluation import ranking_metrics
 from slgr_jax.models.scoring import ServingState
-from slgr_jax.training import checkpoint, run_directory
+from slgr_jax.training import checkpoint, initial_values, run_directory
 from slgr_jax.training.build import Experiment, build
 from slgr_jax.training.checkpoint import Checkpoints, Progress
 from slgr_jax.training.programs import Programs, make_programs, put_number
@@ -493,6 +493,7 @@ def write_record(experiment: Experiment, run: config.RunConfig, programs: Progra
         run,
         experiment.dataset,
         experiment.trainer,
+        experiment.initial,
         steps_per_epoch=programs.per_epoch,
         steps_per_dispatch=programs.dispatch,
     )
@@ -509,4 +510,5 @@ def opening(start: str, experiment: Experiment, programs: Programs) -> str:
         f"{start}: {run.model.backbone} on {dataset.manifest.name}, {dataset.n_users} users x "
         f"{dataset.n_items} items, {len(dataset.train)} training interactions, "
         f"{programs.per_epoch} steps an epoch, {layout.devices} x {kind}, guidance: {guidance}"
+        f"{initial_values.summary(experiment.initial, dataset)}"
     )

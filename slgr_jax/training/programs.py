@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import DotBackbone, JointBackbone, SequenceBackbone
+from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
 from slgr_jax.training import warm_start
@@ -58,11 +59,22 @@ def _draw_key(seed: jax.Array) -> jax.Array:
     return jax.random.key_data(jax.random.key(seed + 1))
 
 
-def _make_init(learner: Learner) -> Callable[[np.int32], TrainState]:
-    """Jitted `init_state`: seed -> a fresh state, laid out as the steps want it."""
+def _make_init(
+    learner: Learner, initial: Mapping[str, InitialRows]
+) -> Callable[[np.int32], TrainState]:
+    """Jitted `init_state`: seed -> a fresh state, laid out as the steps want it.
+
+    Args:
+      initial: host arrays, an argument of the program: as constants they would be compiled.
+    """
     everywhere = learner.layout.replicated
     layout = TrainState(everywhere, learner.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
-    return jax.jit(functools.partial(init_state, learner), out_shardings=layout)
+    program = jax.jit(functools.partial(init_state, learner), out_shardings=layout)
+
+    def init(seed: np.int32) -> TrainState:
+        return program(seed, jax.device_put(dict(initial), learner.layout.table_sharding))
+
+    return init
 
 
 def _finite(learner: Learner, state: TrainState) -> dict[str, jax.Array]:
@@ -103,7 +115,7 @@ class Programs:
 def make_programs(experiment: Experiment) -> Programs:
     """The programs of the runs of an experiment."""
     trainer = experiment.trainer
-    init = _make_init(trainer)
+    init = _make_init(trainer, experiment.initial)
     if trainer.config.train.init_from:
         init = warm_start.beginning(trainer, experiment.dataset, init)
     return Programs(

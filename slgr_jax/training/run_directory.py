@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,9 +29,16 @@ from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation.results import METRICS, PER_USER, PICTURE
+from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.sampling.context import choose_features
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import checkpoint, checkpoint_manifest, tracking
+from slgr_jax.training import (
+    checkpoint,
+    checkpoint_manifest,
+    initial_values,
+    tracking,
+    vector_products,
+)
 from slgr_jax.training.step import Trainer
 
 CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
@@ -264,6 +271,8 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, dataset: Datas
         changed.append(f"--teacher: {run.guidance.teacher} holds other answers now")
     if not changed and same_features(run.workdir, run, dataset) is False:
         changed.append(f"--features: {run.model.features} are others in {run.data} now")
+    if not changed and (vectors := vector_products.changed(run, dataset, read_record(run.workdir))):
+        changed.append(vectors)
     if not changed and (other := other_reference_runs(run.workdir, run)):
         changed.append(f"--reference_runs: {other}")
     if changed:
@@ -273,8 +282,25 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, dataset: Datas
         )
 
 
+def _initial_rows(
+    run: config.RunConfig, dataset: Dataset, initial: Mapping[str, InitialRows]
+) -> dict[str, dict[str, int]]:
+    """By table: how many rows began with a vector, and how many as drawn.
+
+    Of a run that has a checkpoint, what its record says holds, as of `origin`.
+    """
+    if not checkpoint.exists(run.workdir):
+        return initial_values.counts(initial, dataset)
+    recorded: dict[str, dict[str, int]] = (read_record(run.workdir) or {}).get("initial_rows", {})
+    return recorded
+
+
 def write_record(
-    run: config.RunConfig, dataset: Dataset, trainer: Trainer, **resolved: int
+    run: config.RunConfig,
+    dataset: Dataset,
+    trainer: Trainer,
+    initial: Mapping[str, InitialRows],
+    **resolved: int,
 ) -> None:
     """Write `run.json`: what the config resolved to on this machine."""
     slices, features = dataset.slices(run.slices), choose_features(run.model, dataset)
@@ -295,6 +321,8 @@ def write_record(
         "features_hash": features.digest,
         "features": [f"{feature.side}.{feature.name}" for feature in features.features],
         "feature_values_cut": features.cut,
+        "vectors": vector_products.record(run, dataset),
+        "initial_rows": _initial_rows(run, dataset, initial),
         "reference_runs": reference_checkpoints(run),
         "init_from": origin(run),
         "users": dataset.n_users,

@@ -7,7 +7,8 @@ draws. Restoring needs a `Learner` alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
 from slgr_jax.models.backbones.base import with_features_added
+from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
 
@@ -76,15 +78,28 @@ class Learner:
         return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
 
 
-def init_state(learner: Learner, seed: int | Int[Array, ""]) -> TrainState:
-    """A fresh state on the devices of the layout; the same values on any number of devices."""
+def init_state(
+    learner: Learner,
+    seed: int | Int[Array, ""],
+    initial: Mapping[str, InitialRows] = types.MappingProxyType({}),
+) -> TrainState:
+    """A fresh state on the devices of the layout; the same values on any number of devices.
+
+    Args:
+      initial: table -> what its rows begin with, where they are not drawn.
+    """
     key = jax.random.key(seed)
     names = sorted(learner.backbone.tables)
     keys = dict(zip(["", *names], jax.random.split(key, len(names) + 1), strict=True))
     optimizer, dtype = learner.row_optimizer, learner.config.optimizer.table_dtype
     tables = {
         name: embedding_table.init_table(
-            keys[name], learner.backbone.tables[name], optimizer, learner.layout, dtype
+            keys[name],
+            learner.backbone.tables[name],
+            optimizer,
+            learner.layout,
+            dtype,
+            initial.get(name),
         )
         for name in names
     }

@@ -89,7 +89,8 @@ class ClickModel:
                 counts[features_lib.TABLES[side]] = of_side.rows
         width = dim + first_order
         self.tables: Mapping[str, TableSpec] = {
-            name: TableSpec(count, width, init_std) for name, count in counts.items()
+            name: TableSpec(count, width, init_std, scalars=int(first_order))
+            for name, count in counts.items()
         }
         reads = {HISTORY: history, FIELDS: self._categories, FEATURES: any(by_side.values())}
         self.reads = frozenset(name for name, is_read in reads.items() if is_read)

@@ -41,8 +41,8 @@ class MatrixFactorization(ItemTableBackbone):
         dropout: float,
     ) -> None:
         self.tables: Mapping[str, TableSpec] = {
-            "user": TableSpec(n_users, dim, init_std),
-            "item": TableSpec(n_items, dim, init_std),
+            "user": TableSpec(n_users, dim, init_std, scalars=int(item_bias)),
+            "item": TableSpec(n_items, dim, init_std, scalars=int(item_bias)),
         }
         self.dropout = dropout
         self.factor_model = FactorModel("user", "item", item_bias)

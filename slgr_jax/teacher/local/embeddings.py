@@ -274,6 +274,21 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         evaluation data.
       ShardError: a shard is missing, truncated or corrupt, or holds a vector that is not finite.
     """
+    root, manifest = product_path(dataset.path, name), read_manifest(dataset, name)
+    sizes = {"items": dataset.n_items, "users": dataset.n_users}
+    read = {
+        table_name: _read(root, manifest, table_name, rows, verify)
+        for table_name, rows in sizes.items()
+    }
+    return Embeddings(manifest, **read)
+
+
+def read_manifest(dataset: Dataset, name: str) -> schema.EmbeddingManifest:
+    """The manifest of DATA/embeddings/NAME, which fits `dataset`, or refuse the product.
+
+    Raises:
+      ManifestError: as `load`.
+    """
     root = product_path(dataset.path, name)
     if not (root / schema.MANIFEST).is_file():
         available = sorted(path.parent.name for path in root.parent.glob(f"*/{schema.MANIFEST}"))
@@ -291,13 +306,7 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
         )
     if manifest.dtype not in ("float32", "float16"):
         raise ManifestError(f"{root}: dtype {manifest.dtype!r} is not one of: float32, float16")
-
-    sizes = {"items": dataset.n_items, "users": dataset.n_users}
-    read = {
-        table_name: _read(root, manifest, table_name, rows, verify)
-        for table_name, rows in sizes.items()
-    }
-    return Embeddings(manifest, **read)
+    return manifest
 
 
 def _read(
