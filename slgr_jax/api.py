@@ -232,6 +232,7 @@ def recommend(
     item_column: str = "",
     data: PathLike = "",
     checkpoint: str = "best",
+    context: Mapping[str, object] | None = None,
     overwrite: bool = False,
 ) -> Written:
     """The best items of users, as a file; `slgr recommend`. In memory: `load(workdir).recommend`.
@@ -248,6 +249,7 @@ def recommend(
       unknown: ids that the run does not know: refuse, or skip (and count).
       user_column, item_column: names of columns in CSV and Parquet files; user and item if empty.
       data, checkpoint: as of `load`.
+      context: features of interactions to ask in, by name (`TrainedRun.in_context`).
       overwrite: replace `out` where it is there.
 
     Returns:
@@ -274,7 +276,7 @@ def recommend(
         item_column=item_column,
     )
     recommendation_files.check_out(out, overwrite=overwrite)
-    run = load(workdir, checkpoint, data=data)
+    run = load(workdir, checkpoint, data=data).in_context(context or {})
     if not histories:
         return recommendation_files.recommend(run, request, out)
     from slgr_jax.serving import read_histories

@@ -13,16 +13,22 @@ Files of ids are text (one id a line), CSV or TSV with a header, or Parquet. --a
 with a user column beside the item's hold for the users they name, each for its own items; with
 such an --allow a user that it does not name gets nothing.
 
+Models that read features of interactions list as of each user's last one; --context=hour=18
+--context=device=phone asks about everybody at six on a phone.
+
 --histories has the events (user, item and perhaps a time) of users that the run has never seen:
 they are folded in, and nothing that was trained changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from absl import flags as absl_flags
 
 from slgr_jax import api
 from slgr_jax.cli import flags
+from slgr_jax.errors import ConfigError
 
 USAGE = __doc__ or ""
 
@@ -44,9 +50,23 @@ def define() -> None:
     )
     absl_flags.DEFINE_string("user_column", "", "column of users in CSV and Parquet; user if empty")
     absl_flags.DEFINE_string("item_column", "", "column of items in CSV and Parquet; item if empty")
+    absl_flags.DEFINE_multi_string(
+        "context", [], "NAME=VALUE of a feature of interactions to list in; once for each"
+    )
     absl_flags.DEFINE_bool("overwrite", False, "replace --out where it is there")
     absl_flags.DEFINE_string("checkpoint", "best", "state to recommend with: best or last")
     absl_flags.DEFINE_string("data", "", "where the dataset of the run is now, if it was moved")
+
+
+def _context(entries: Sequence[str]) -> dict[str, object]:
+    """NAME=VALUE as a mapping; of a name that is there several times, all of its values."""
+    values: dict[str, list[str]] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"--context={entry!r} is not NAME=VALUE, as hour=18")
+        values.setdefault(name, []).append(value)
+    return {name: texts[0] if len(texts) == 1 else texts for name, texts in values.items()}
 
 
 def main(_: list[str]) -> None:
@@ -58,6 +78,7 @@ def main(_: list[str]) -> None:
         given.users,
         given.out,
         histories=given.histories,
+        context=_context(given.context),
         data=given.data,
         checkpoint=given.checkpoint,
         overwrite=given.overwrite,

@@ -57,9 +57,10 @@ class ModelConfig(Section):
     )
     features: str = knob(
         "none",
-        "features of users and items to use: none, all that the dataset has, or names (age,gender) "
-        "as slgr prepare kept them; fields of click backbones, for others added to a user's and an "
-        "item's row. sasrec, gru4rec, bert4rec: items' alone",
+        "features of users, items and interactions to use: none, all that the dataset has, or "
+        "names (age,gender) as slgr prepare kept them; fields of click backbones, for others added "
+        "to a user's and an item's row. sasrec, gru4rec, bert4rec: items' alone; interactions' are "
+        "for click backbones alone",
     )
     most_feature_values: int = knob(
         16, "values kept of a multi-valued feature, the first of its row", minimum=1, maximum=WIDTH

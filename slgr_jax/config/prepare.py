@@ -97,6 +97,11 @@ class PrepareConfig(Section):
     item_features: str = knob(
         "", "likewise of the item table (--items_input); its categories are a feature anyway"
     )
+    interaction_features: str = knob(
+        "",
+        "likewise of the interactions' own columns, as hour:categorical,device (csv, Parquet, "
+        "recbole): what holds while a user is asked, never what came of it. Empty: none",
+    )
     delimiter: str = knob(",", "csv: column separator; tab is '\\t'")
     quote: str = knob(
         "auto", "csv: character around quoted fields, or none; auto = '\"', none between tabs"

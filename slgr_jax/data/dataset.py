@@ -283,7 +283,11 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     for name in schema.PARTS:
         table = shards.read_shards(root, manifest.files[name], schema.INTERACTIONS, verify=verify)
         parts[name] = _part(table, f"{root}/{name}", users.num_rows, items.num_rows)
-    rows = {"user": users.num_rows, "item": items.num_rows}
+    rows = {
+        "user": users.num_rows,
+        "item": items.num_rows,
+        features_lib.INTERACTION: sum(map(len, parts.values())),
+    }
     return Dataset(
         features=features_lib.read(root, manifest, rows, verify=verify),
         path=root,

@@ -1,15 +1,18 @@
-"""What is known of users and items besides interactions: features, as a dataset holds them.
+"""What is known of users, items and interactions besides who had what: features, as a dataset holds
+them.
 
     categorical  one value of a vocabulary
     multi        any number of them, in the order of the file, without repeats
     numeric      a number; models read it standardised, (x - mean) / deviation
 
-The vocabulary, the mean and the deviation are those of users (items) with training interactions:
-of any other value nothing could be learned, so that it counts as missing. Missing is a value of
-its own, behind those of the vocabulary. Features decide neither the split nor the ids: a teacher
-product fits whatever they are.
+The vocabulary, the mean and the deviation are those of users (items) with training interactions,
+and of training interactions: of any other value nothing could be learned, so that it counts as
+missing. Missing is a value of its own, behind those of the vocabulary. Features decide neither the
+split nor the ids: a teacher product fits whatever they are.
 
-Shape letters: R users or items, n values of all of them.
+Features of interactions have a row each, in the order of the parts: train, valid, test.
+
+Shape letters: R users, items or interactions, n values of all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ import pyarrow.compute as pc
 from slgr_jax.data import schema, shards
 from slgr_jax.errors import ConfigError, ManifestError, ShardError, listing
 
-SIDES = ("user", "item")
+INTERACTION = "interaction"
+SIDES = ("user", "item", INTERACTION)
 CATEGORIES = "categories"  # the feature that the items' categories are, by themselves
 _VALUES = "feature_values"
 # Kind -> the type of its column: a code, codes, a number; null is missing.
@@ -41,15 +45,15 @@ TYPES: Mapping[str, pa.DataType] = {
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One feature of all users, or of all items.
+    """One feature of all users, of all items, or of all interactions.
 
     Attributes:
       name: as the input has it.
-      side: user or item.
+      side: user, item or interaction.
       kind: categorical, multi or numeric.
       column: [R] of `TYPES[kind]`; null is missing.
       values: the vocabulary, in the order of the codes; empty where numeric.
-      mean, deviation: of a number over users (items) with training interactions.
+      mean, deviation: of a number over users (items) with training interactions, or over these.
     """
 
     name: str
@@ -83,7 +87,14 @@ def _ints(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def of_texts(
-    name: str, side: str, counts: np.ndarray, texts: pa.Array, trained: np.ndarray, *, multi: bool
+    name: str,
+    side: str,
+    counts: np.ndarray,
+    texts: pa.Array,
+    trained: np.ndarray,
+    *,
+    multi: bool,
+    known: Feature | None = None,
 ) -> Feature:
     """A categorical or multi-valued feature.
 
@@ -91,35 +102,48 @@ def of_texts(
       counts: [R] how many of `texts` each user (item) has; at most 1 where not multi.
       texts: [n] values, row by row.
       trained: [R] who has training interactions: only their values are in the vocabulary.
+      known: a feature whose vocabulary this one's begins with.
     """
     owners = np.repeat(np.arange(counts.size), counts)
     values = pc.unique(texts.filter(pa.array(trained[owners])))
     values = values.take(pc.sort_indices(values))
+    if known is not None:
+        vocabulary = pa.array(known.values, pa.string())
+        unknown = pc.invert(pc.is_in(values, value_set=vocabulary))
+        values = pa.concat_arrays([vocabulary, values.filter(unknown)])
     codes = pc.fill_null(pc.index_in(texts, value_set=values), -1).to_numpy().astype(np.int64)
 
     # Of a value that a row repeats, the first; of one that is in no vocabulary, none.
     _, first = np.unique(owners * (len(values) + 1) + codes, return_index=True)
     kept = np.sort(first)
     kept = kept[codes[kept] >= 0]
-    owners, known = owners[kept], pa.array(codes[kept], pa.int32())
+    owners, kept_codes = owners[kept], pa.array(codes[kept], pa.int32())
     left = np.bincount(owners, minlength=counts.size)
     column: pa.Array
     if multi:
         offsets = pa.array(np.concatenate([[0], np.cumsum(left)]), pa.int32())
-        column = pa.ListArray.from_arrays(offsets, known, mask=pa.array(left == 0))
+        column = pa.ListArray.from_arrays(offsets, kept_codes, mask=pa.array(left == 0))
     else:
         place = np.cumsum(left) - 1
-        column = known.take(pa.array(place, mask=left == 0))
+        column = kept_codes.take(pa.array(place, mask=left == 0))
     kind = "multi" if multi else "categorical"
     return Feature(name, side, kind, pa.chunked_array([column]), tuple(values.to_pylist()))
 
 
-def numeric(name: str, side: str, numbers: np.ndarray, trained: np.ndarray) -> Feature:
-    """A feature from the number of each user (item), NaN where there is none."""
-    known = numbers[trained & ~np.isnan(numbers)]
-    mean = float(known.mean()) if known.size else 0.0
-    deviation = float(known.std()) if known.size else 0.0
+def numeric(
+    name: str, side: str, numbers: np.ndarray, trained: np.ndarray, *, known: Feature | None = None
+) -> Feature:
+    """A feature from the number of each user (item), NaN where there is none.
+
+    Args:
+      known: a feature whose mean and deviation this one has.
+    """
     column = pa.array(numbers.astype(np.float32), from_pandas=True)  # NaN becomes null
+    if known is not None:
+        return dataclasses.replace(known, column=pa.chunked_array([column]))
+    stated = numbers[trained & ~np.isnan(numbers)]
+    mean = float(stated.mean()) if stated.size else 0.0
+    deviation = float(stated.std()) if stated.size else 0.0
     # A number that is always the same says nothing: 0 for everybody.
     return Feature(name, side, "numeric", pa.chunked_array([column]), (), mean, deviation or 1.0)
 
@@ -130,6 +154,22 @@ def extended(feature: Feature, rows: int) -> Feature:
     more = pa.nulls(rows - len(feature.column), feature.column.type)
     column = pa.chunked_array([*feature.column.chunks, more], feature.column.type)
     return dataclasses.replace(feature, column=column)
+
+
+def joined(old: Feature, new: Feature) -> tuple[Feature, int]:
+    """`new`, whose first rows are those of `old`, with what only `old` says; and how many of these
+    rows say something else in `new`.
+
+    Args:
+      new: with `old` as what it is `known` by, so that codes mean the same in both.
+    """
+    rows = len(new.column)
+    both = pa.chunked_array([*extended(old, rows).column.chunks, *new.column.chunks])
+    says = np.asarray(new.column.is_valid())
+    column = both.take(pa.array(np.arange(rows) + rows * says))
+    was, now = old.column.to_pylist(), column.slice(0, len(old.column)).to_pylist()
+    changed = sum(a is not None and a != b for a, b in zip(was, now, strict=True))
+    return dataclasses.replace(new, column=column), changed
 
 
 def categories(items: pa.Table, trained: np.ndarray) -> Feature | None:
@@ -151,8 +191,8 @@ def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 
 def choose(known: Sequence[Feature], names: str, where: object) -> tuple[Feature, ...]:
-    """The features that --features names: none, all, or names; one that users and items share
-    means both.
+    """The features that --features names: none, all, or names; one that several sides share means
+    all of these.
 
     Raises:
       ConfigError: there is none of that name, or none at all.
@@ -161,8 +201,8 @@ def choose(known: Sequence[Feature], names: str, where: object) -> tuple[Feature
         return ()
     if not known:
         raise ConfigError(
-            f"--features={names}: {where} has no features; prepare it again with --user_features "
-            "or --item_features"
+            f"--features={names}: {where} has no features; prepare it again with --user_features, "
+            "--item_features or --interaction_features"
         )
     if names == "all":
         return tuple(known)
@@ -174,6 +214,49 @@ def choose(known: Sequence[Feature], names: str, where: object) -> tuple[Feature
             f"{listing(dict.fromkeys(feature.name for feature in known))}"
         )
     return tuple(feature for feature in known if feature.name in wanted)
+
+
+def of_values(
+    features: Sequence[Feature], values: Mapping[str, object], where: object
+) -> tuple[Feature, ...]:
+    """`features` of a single row, which has the values given by name; the others are missing.
+
+    Args:
+      where: whose features they are, for messages.
+
+    Raises:
+      ConfigError: there is no such feature, or no such value of it.
+    """
+    names = [feature.name for feature in features]
+    if unknown := [name for name in values if name not in names]:
+        raise ConfigError(
+            f"{where} reads no feature of interactions called {listing(map(repr, unknown))}; it "
+            f"reads {listing(names)}"
+        )
+    return tuple(_of_value(feature, values.get(feature.name)) for feature in features)
+
+
+def _of_value(feature: Feature, value: object) -> Feature:
+    content: Any = None
+    if value is not None and feature.kind == "numeric":
+        try:
+            content = float(str(value))
+        except ValueError:
+            content = float("nan")
+        if not np.isfinite(content):
+            raise ConfigError(f"{feature.name}={value!r} is no finite number")
+    elif value is not None:
+        several = feature.kind == "multi" and isinstance(value, list | tuple)
+        texts = [str(each) for each in value] if several else [str(value)]  # type: ignore[attr-defined]
+        if odd := [text for text in texts if text not in feature.values]:
+            raise ConfigError(
+                f"{feature.name}={odd[0]!r}: no training interaction has this value; there are "
+                f"{listing(feature.values, limit=8)} ({len(feature.values)} in all)"
+            )
+        codes = [feature.values.index(text) for text in texts]
+        content = (codes or None) if feature.kind == "multi" else codes[0]
+    column = pa.chunked_array([pa.array([content], TYPES[feature.kind])])
+    return dataclasses.replace(feature, column=column)
 
 
 def digest(features: Sequence[Feature]) -> str:
@@ -236,7 +319,7 @@ def read(
     """The features of a dataset directory.
 
     Args:
-      rows: side -> how many users, how many items there are.
+      rows: side -> how many users, items, interactions there are.
 
     Raises:
       ManifestError: the manifest does not say what they are.

@@ -351,7 +351,7 @@ def _used_slots(
     for table, feature_table in features_lib.TABLES.items():
         slots = context.features.slots(table)
         if slots is not None and feature_table in rows:
-            used = features_lib.is_used(slots, ids[table])
+            used = features_lib.is_used(slots, ids[feature_table])
             out[feature_table] = jnp.where(used[..., None], rows[feature_table], 0.0)
     return out
 

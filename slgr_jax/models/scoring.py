@@ -126,11 +126,14 @@ def score_rows(
         where = jax.tree.leaves(scoring.serving)[0].sharding
         out = []
         for begin in range(0, len(rows), _ROWS):
-            piece = [x[begin : begin + _ROWS] for x in (rows.users, rows.as_of, rows.items)]
-            padded = [np.pad(x, (0, _ROWS - x.size), mode="edge") for x in piece]
-            users, as_of, items = jax.device_put(padded, where)
-            queries = Queries(users, None if scoring.as_of is None else as_of)
-            out.append((chunk(scoring, queries, items), piece[0].size))
+            columns = (rows.users, rows.as_of, rows.items, rows.interactions)
+            piece = [None if x is None else x[begin : begin + _ROWS] for x in columns]
+            padded = [
+                None if x is None else np.pad(x, (0, _ROWS - x.size), mode="edge") for x in piece
+            ]
+            users, as_of, items, asked = jax.device_put(padded, where)
+            queries = Queries(users, None if scoring.as_of is None else as_of, asked)
+            out.append((chunk(scoring, queries, items), min(_ROWS, len(rows) - begin)))
         scores = [np.asarray(jax.device_get(part))[:size] for part, size in out]
         return np.concatenate([np.zeros(0, np.float32), *scores])
 

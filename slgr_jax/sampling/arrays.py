@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.config import SamplerConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError
-from slgr_jax.sampling.context import Context, host32
+from slgr_jax.sampling.context import Context, host32, interaction_rows
 
 # Keys from one of `Excluded.marks` to the next: a cache line of them (kLine of draws.cc).
 MARKED = 16
@@ -80,12 +80,15 @@ class Targets:
       users, items: of each; a window's are those of its last event.
       as_of: how many events the user has before it; None where no history is read.
       labels: 1 or 0; None where every interaction is a positive.
+      interactions: each as `context.interaction_rows` counts it; None where nobody reads its
+        features.
     """
 
     users: Int[Array, "m"]
     items: Int[Array, "m"]
     as_of: Int[Array, "m"] | None
     labels: Float[Array, "m"] | None
+    interactions: Int[Array, "m"] | None = None
 
 
 @struct.dataclass
@@ -168,6 +171,7 @@ def targets(
     threshold: float,
     power: float = 0.0,
     left_out: Csr | None = None,
+    features: bool = False,
 ) -> Targets:
     """The training interactions to learn from, in the order of the part (user, then time).
 
@@ -179,6 +183,7 @@ def targets(
       threshold: label 1 from this rating on; 0: all are positives.
       power: an interaction is there max(1, round(rating^power)) times; 0: once.
       left_out: interactions not to learn from.
+      features: whether the backbone reads those of interactions.
 
     Raises:
       InputError: nothing is left, labels without ratings, or labels that are all the same.
@@ -212,7 +217,13 @@ def targets(
     if power:
         chosen = np.repeat(chosen, _times(dataset, chosen, power))
     as_of = host32(place[chosen]) if history else None
-    return Targets(host32(part.users[chosen]), host32(part.items[chosen]), as_of, labels)
+    return Targets(
+        host32(part.users[chosen]),
+        host32(part.items[chosen]),
+        as_of,
+        labels,
+        host32(interaction_rows(dataset, "train")[chosen]) if features else None,
+    )
 
 
 def _times(dataset: Dataset, chosen: np.ndarray, power: float) -> np.ndarray:

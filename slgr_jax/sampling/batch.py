@@ -133,7 +133,8 @@ def draw_targets(
         shape = (*users.shape, count)
         items = jnp.concatenate([items, negative.reshape(shape)], axis=-1)
         weights = jnp.min(able.reshape(shape), axis=-1)
-    return Queries(users, as_of), items, weights, labels
+    asked = None if targets.interactions is None else targets.interactions[chosen]
+    return Queries(users, as_of, asked), items, weights, labels
 
 
 def shared_log_expected(

@@ -23,8 +23,15 @@ from jaxtyping import Array, Bool, Int
 from slgr_jax.config import CLICK_BACKBONES, ModelConfig
 from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Csr, Dataset
-from slgr_jax.data.features import Feature
-from slgr_jax.sampling.features import Features, FeatureSizes, make_slots, padded
+from slgr_jax.data.features import INTERACTION, Feature
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.sampling.features import (
+    Features,
+    FeatureSizes,
+    FeatureSlots,
+    make_slots,
+    padded,
+)
 
 HISTORY, FIELDS, FEATURES, GRAPH = "history", "fields", "features", "graph"
 
@@ -37,10 +44,13 @@ class Queries:
       users: [N]; or [S, N], those of S steps that were drawn at once.
       as_of: [N] how many of the user's `Histories` events lie before the moment: a backbone looks
         at none of the later ones. None where the backbone reads no history.
+      interactions: [N] in whose circumstances (hour, device) each is asked, as
+        `interaction_rows` counts them; None: in those of the user's last event before the moment.
     """
 
     users: Int[Array, "*N"]
     as_of: Int[Array, "*N"] | None = None
+    interactions: Int[Array, "*N"] | None = None
 
 
 @struct.dataclass
@@ -107,6 +117,26 @@ class Sizes:
     longest_history: int = 0  # events of the user who has most; 0 where no history is read
     user_features: FeatureSizes | None = None
     item_features: FeatureSizes | None = None
+    interaction_features: FeatureSizes | None = None
+
+
+def at_interactions(context: Context, queries: Queries) -> Queries:
+    """The queries, each with the interaction whose features hold; as they are where none are read.
+
+    A user without an event before the moment has the row of interactions of which nothing is
+    known, the last one. Of a context with one row (`TrainedRun.in_context`) everybody has that.
+    """
+    slots = None if context.features is None else context.features.interaction
+    if slots is None:
+        return queries
+    unknown = slots.rows.shape[0] - 1
+    chosen = queries.interactions
+    if chosen is None:
+        assert context.histories is not None, "the last event is one of the history"
+        assert queries.as_of is not None
+        last = context.histories.offsets[queries.users] + queries.as_of - 1
+        chosen = jnp.where(queries.as_of > 0, last, unknown)
+    return Queries(queries.users, queries.as_of, jnp.minimum(chosen, unknown))
 
 
 def recent(
@@ -144,7 +174,7 @@ class Chosen:
     """The features that a run reads.
 
     Attributes:
-      features: of users and of items.
+      features: of users, of items and of interactions.
       most_values: values kept of a multi-valued feature, in the order of the input.
     """
 
@@ -152,7 +182,7 @@ class Chosen:
     most_values: int = 1
 
     def of(self, side: str) -> list[Feature]:
-        """Those of users, or of items."""
+        """Those of users, of items or of interactions."""
         return [feature for feature in self.features if feature.side == side]
 
     @property
@@ -178,6 +208,15 @@ def choose_features(model: ModelConfig, dataset: Dataset) -> Chosen:
     named = features_lib.choose(dataset.known_features, model.features, dataset.path)
     if model.backbone in CLICK_BACKBONES:
         named = tuple(feature for feature in named if feature.name != features_lib.CATEGORIES)
+    else:
+        of_interactions = [feature for feature in named if feature.side == INTERACTION]
+        if of_interactions and (model.features != "all" or of_interactions == list(named)):
+            raise ConfigError(
+                f"--features={model.features}: --backbone={model.backbone} reads no features of "
+                f"interactions ({listing(feature.name for feature in of_interactions)}); drop "
+                f"them, or use one of {listing(CLICK_BACKBONES)}"
+            )
+        named = tuple(feature for feature in named if feature.side != INTERACTION)
     return Chosen(named, model.most_feature_values)
 
 
@@ -192,7 +231,8 @@ def make_context(
       chosen: the features of FEATURES; None: none.
     """
     chosen = chosen or Chosen()
-    slots = [make_slots(chosen.of(side), chosen.most_values)[0] for side in features_lib.SIDES]
+    slots = [make_slots(chosen.of(side), chosen.most_values)[0] for side in ("user", "item")]
+    slots.append(_interaction_slots(dataset, chosen))
     return Context(
         _histories(dataset) if HISTORY in reads else None,
         _fields(dataset, most_categories)[0] if FIELDS in reads else None,
@@ -213,11 +253,11 @@ def sizes(
     if HISTORY in reads:
         events = np.concatenate([dataset.train.users, dataset.valid.users])
         longest = int(np.bincount(events, minlength=1).max())
-    users, items = (
+    by_side = [
         make_slots(chosen.of(side), chosen.most_values)[1] if chosen else None
         for side in features_lib.SIDES
-    )
-    return Sizes(dataset.n_users, dataset.n_items, names, width, longest, users, items)
+    ]
+    return Sizes(dataset.n_users, dataset.n_items, names, width, longest, *by_side)
 
 
 def host32(x: np.ndarray) -> Any:
@@ -230,11 +270,44 @@ def _histories(dataset: Dataset) -> Histories:
     train, valid = dataset.train, dataset.valid
     users = np.concatenate([train.users, valid.users])
     items = np.concatenate([train.items, valid.items])
-    order = np.argsort(users, kind="stable")  # each part is sorted by user and time
+    order = _events_by_user(dataset)
     offsets = np.zeros(dataset.n_users + 1, np.int64)
     np.cumsum(np.bincount(users, minlength=dataset.n_users), out=offsets[1:])
     trained = np.bincount(train.users, minlength=dataset.n_users)
     return Histories(host32(offsets), host32(items[order]), host32(trained))
+
+
+def _events_by_user(dataset: Dataset) -> np.ndarray:
+    """[n] the events of training, then those of validation, ordered by user."""
+    users = np.concatenate([dataset.train.users, dataset.valid.users])
+    return np.argsort(users, kind="stable")  # each part is sorted by user and time
+
+
+def interaction_rows(dataset: Dataset, part: str) -> np.ndarray:
+    """[n] int32 where the features of a part's interactions are among `Features.interaction`.
+
+    Those of training and validation are where `Histories` has the event; those of test follow.
+    """
+    trained, events = len(dataset.train), len(dataset.train) + len(dataset.valid)
+    if part == "test":
+        return np.arange(events, events + len(dataset.test), dtype=np.int32)
+    row = np.empty(events, np.int32)
+    row[_events_by_user(dataset)] = np.arange(events, dtype=np.int32)
+    return row[:trained] if part == "train" else row[trained:]
+
+
+def _interaction_slots(dataset: Dataset, chosen: Chosen) -> FeatureSlots | None:
+    """Those of all interactions, and of one of which nothing is known."""
+    features = chosen.of(INTERACTION)
+    if not features:
+        return None
+    parts = len(features[0].column)
+    with_unknown = [features_lib.extended(feature, parts + 1) for feature in features]
+    slots, _ = make_slots(with_unknown, chosen.most_values)
+    assert slots is not None
+    events = _events_by_user(dataset)
+    order = np.concatenate([events, np.arange(events.size, parts + 1)])
+    return FeatureSlots(slots.rows[order], slots.weights[order], slots.widths)
 
 
 def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:

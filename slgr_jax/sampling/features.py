@@ -1,4 +1,5 @@
-"""Features on the devices: which rows of a feature table each user (or item) has, how weighed.
+"""Features on the devices: which rows of a feature table each user (item, interaction) has, how
+weighed.
 
 All features of a side share one table; each has its values' rows, then one for missing. A user's
 slots name rows of it, and what a feature comes to is the weighted sum over its slots:
@@ -11,7 +12,8 @@ slots name rows of it, and what a feature comes to is the weighted sum over its 
 (mean pooling and value times embedding, as RecBole and DeepCTR have them). Slots that are not used
 repeat one that is, with weight 0: they touch no other row.
 
-Shape letters: R users or items, S slots of one, F features, T rows of the table, D width.
+Shape letters: R users, items or interactions, S slots of one, F features, T rows of the table,
+D width.
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from slgr_jax.data.features import Feature
+from slgr_jax.data.features import INTERACTION, Feature
 
-# Table whose row is a user's (an item's) -> the table of their features.
-TABLES = {"user": "user_feature", "item": "item_feature"}
+# Side -> the table of its features; users' and items' own rows are in the table of that name.
+TABLES = {
+    "user": "user_feature",
+    "item": "item_feature",
+    INTERACTION: "interaction_feature",
+}
 
 
 @struct.dataclass
 class FeatureSlots:
-    """The slots of every user, or of every item.
+    """The slots of every user, of every item, or of every interaction.
 
     Attributes:
       rows: [R, S] rows of the feature table.
@@ -53,10 +59,12 @@ class Features:
 
     user: FeatureSlots | None
     item: FeatureSlots | None
+    interaction: FeatureSlots | None = None  # ordered as `context.interaction_rows` says
 
     def slots(self, table: str) -> FeatureSlots | None:
-        """Those whose rows are added to, or stand beside, rows of `user` or `item`."""
-        return {"user": self.user, "item": self.item}.get(table)
+        """Those of a side: their rows are added to, or stand beside, rows of `user` or `item`."""
+        by_side = {"user": self.user, "item": self.item, INTERACTION: self.interaction}
+        return by_side.get(table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +169,8 @@ def total_of_all(slots: FeatureSlots, table: Float[Array, "T D"]) -> Float[Array
     return jax.lax.scan(add, zeros, (slots.rows.T, slots.weights.T))[0]
 
 
-def is_used(slots: FeatureSlots, ids: Int[Array, "..."]) -> Bool[Array, "... S"]:
-    """Which slots of `ids` count."""
-    return slots.weights[ids] != 0
+def is_used(slots: FeatureSlots, rows: Int[Array, "... S"]) -> Bool[Array, "... S"]:
+    """Which slots count, of those that name `rows`: not those that repeat the one before."""
+    first = np.zeros(sum(slots.widths), bool)
+    first[np.cumsum((0, *slots.widths[:-1]))] = True
+    return jnp.where(jnp.broadcast_to(first, rows.shape), True, rows != jnp.roll(rows, 1, axis=-1))

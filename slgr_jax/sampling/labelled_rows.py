@@ -17,8 +17,10 @@ from jaxtyping import Float, Int
 from slgr_jax.config import EvaluationConfig, LossConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import InputError
 from slgr_jax.sampling import arrays
+from slgr_jax.sampling.context import interaction_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +31,15 @@ class LabelledRows:
       users, items: [n] int32.
       as_of: [n] int32: events of the user before the row's moment, in `context.Histories` order.
       labels: [n] float32: 1 positive, 0 negative.
+      interactions: [n] int32: whose features hold, as `context.interaction_rows` counts them: the
+        row's own, of a drawn negative its positive's. None where the dataset has none.
     """
 
     users: Int[np.ndarray, "n"]
     items: Int[np.ndarray, "n"]
     as_of: Int[np.ndarray, "n"]
     labels: Float[np.ndarray, "n"]
+    interactions: Int[np.ndarray, "n"] | None = None
 
     def __len__(self) -> int:
         return int(self.users.size)
@@ -78,6 +83,7 @@ def sampled_rows(
     items[:, 1:] = _outside(cut, np.repeat(users, negatives), dataset.n_items, rng).reshape(
         users.size, negatives
     )
+    asked = _interactions(dataset, part)
     labels = np.zeros(items.shape, np.float32)
     labels[:, 0] = 1.0
     return LabelledRows(
@@ -85,7 +91,14 @@ def sampled_rows(
         items=items.reshape(-1),
         as_of=np.repeat(as_of[eligible], width),
         labels=labels.reshape(-1),
+        interactions=None if asked is None else np.repeat(asked[eligible], width),
     )
+
+
+def _interactions(dataset: Dataset, part: str) -> Int[np.ndarray, "n"] | None:
+    if not any(feature.side == INTERACTION for feature in dataset.features):
+        return None
+    return interaction_rows(dataset, part)
 
 
 def _outside(
@@ -127,7 +140,11 @@ def rated_rows(dataset: Dataset, part: str, *, threshold: float) -> LabelledRows
             f"{threshold:g} ({ratings}); choose a threshold that leaves rows on both sides"
         )
     return LabelledRows(
-        interactions.users, interactions.items, dataset.moments(part), liked.astype(np.float32)
+        interactions.users,
+        interactions.items,
+        dataset.moments(part),
+        liked.astype(np.float32),
+        _interactions(dataset, part),
     )
 
 

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.data.features import INTERACTION, of_values
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.evaluation import click_metrics, full_ranking
 from slgr_jax.evaluation.ranking_metrics import PartResult, Values
@@ -46,7 +47,8 @@ from slgr_jax.models.scoring import (
     score_rows,
 )
 from slgr_jax.sampling import arrays, labelled_rows
-from slgr_jax.sampling.context import Queries
+from slgr_jax.sampling.context import Queries, choose_features
+from slgr_jax.sampling.features import make_slots
 from slgr_jax.sampling.preferences import pair_facts
 from slgr_jax.serving.fold_in import FoldedUsers, Folder
 from slgr_jax.serving.histories import History
@@ -171,6 +173,29 @@ class TrainedRun:
         """
         items = item_filter(self, allow, deny)
         return Recommender(self, k, mask_seen=mask_seen, items=items, batch_users=batch_users)
+
+    def in_context(self, values: Mapping[str, object]) -> TrainedRun:
+        """This run, asked in given circumstances: every list and score is as of these, and not as
+        of each user's last interaction. Labelled rows keep their own.
+
+        Args:
+          values: feature of interactions -> its value, of a multi-valued one a list; those that are
+            not named are unknown.
+
+        Raises:
+          ConfigError: this run reads no such feature, or a value is none that it has learned.
+        """
+        chosen = choose_features(self.config.model, self.dataset)
+        features = of_values(chosen.of(INTERACTION), values, self.workdir)
+        slots, _ = make_slots(features, chosen.most_values)
+        context = self.restored.context
+        if slots is None:
+            return self
+        assert context.features is not None
+        placed = jax.device_put(slots, jax.tree.leaves(self.restored.serving)[0].sharding)
+        features_here = dataclasses.replace(context.features, interaction=placed)
+        asked = dataclasses.replace(context, features=features_here)
+        return TrainedRun(self.workdir, dataclasses.replace(self.restored, context=asked))
 
     @functools.cached_property
     def seen(self) -> Csr:

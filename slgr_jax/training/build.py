@@ -21,7 +21,7 @@ from slgr_jax.models.backbones import AnyBackbone, SequenceBackbone
 from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.sampling import arrays as arrays_lib
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
-from slgr_jax.sampling.context import HISTORY
+from slgr_jax.sampling.context import HISTORY, Context
 from slgr_jax.sampling.negatives import SamplingPlan
 from slgr_jax.training import checkpoint, initial_values, objectives, restore, warm_start
 from slgr_jax.training.step import Trainer
@@ -76,7 +76,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         sources = Sources(run, dataset, backbone, reference_runs)
         guidance_arrays, left_out = guidance.arrays(sources)
 
-    targets = _targets(run, dataset, backbone, left_out)
+    targets = _targets(run, dataset, backbone, context, left_out)
     interactions = dataclasses.replace(interactions, targets=targets)
     arrays = DeviceArrays(interactions, context, guidance_arrays)
     plan = _plan(run, dataset, backbone, interactions, arrays.drawn, native=native)
@@ -94,7 +94,11 @@ def _window(backbone: AnyBackbone) -> int:
 
 
 def _targets(
-    run: RunConfig, dataset: Dataset, backbone: AnyBackbone, left_out: Csr | None
+    run: RunConfig,
+    dataset: Dataset,
+    backbone: AnyBackbone,
+    context: Context,
+    left_out: Csr | None,
 ) -> Targets | None:
     """What is drawn instead of training pairs, where their time, label, rating or number counts,
     or where some are left out."""
@@ -111,6 +115,7 @@ def _targets(
         threshold=loss.rating_threshold,
         power=power,
         left_out=left_out,
+        features=context.features is not None and context.features.interaction is not None,
     )
 
 

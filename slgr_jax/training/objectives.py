@@ -45,7 +45,7 @@ from slgr_jax.models.row_access import Candidates, Reads, View
 from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.batch import Batch
-from slgr_jax.sampling.context import Context, recent
+from slgr_jax.sampling.context import Context, at_interactions, recent
 from slgr_jax.sampling.negatives import SamplingPlan
 
 GUIDANCE, BOTH, TRIPLES = "guidance", "triples and guidance", "triples"
@@ -126,6 +126,10 @@ def _apart(candidates: Candidates | None) -> dict[str, Candidates]:
     return {} if candidates is None else {GUIDANCE: candidates}
 
 
+def _at_interactions(candidates: Candidates, context: Context) -> Candidates:
+    return Candidates(at_interactions(context, candidates.queries), candidates.items)
+
+
 def _as_pairs(candidates: Candidates) -> Candidates:
     """[G, C] candidates as [G * C / 2, 2]: queries are repeated, one after the other."""
     pairs = candidates.items.shape[1] // 2
@@ -156,7 +160,11 @@ class Triples:
             return Reads({TRIPLES: triples, **_apart(candidates)}, {})
         if candidates is None:
             return Reads({BOTH: triples}, {})
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), triples, _as_pairs(candidates))
+        both = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b]),
+            _at_interactions(triples, context),
+            _as_pairs(_at_interactions(candidates, context)),
+        )
         return Reads({BOTH: both}, {})
 
     def _merged(self, view: View, inputs: Inputs) -> tuple[Guided, Guided]:

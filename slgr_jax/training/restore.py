@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from slgr_jax import config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import make_guidance
 from slgr_jax.guidance.base import ReferenceRun
@@ -75,6 +76,15 @@ def backbone_and_context(
       ConfigError: a history is wanted of a dataset without times.
     """
     reads, most = reads_of(run.model), run.model.most_categories
+    chosen = context_lib.choose_features(run.model, dataset)
+    if of_interactions := chosen.of(INTERACTION):
+        reads |= {HISTORY}  # the last event before a moment says in which circumstances
+        if dataset.train.timestamps is None:
+            raise ConfigError(
+                f"--features={run.model.features}: {dataset.path} has no times, so that no "
+                f"interaction is a user's last, whose {of_interactions[0].name} a ranking could "
+                "take; prepare it with --time_column, or leave features of interactions out"
+            )
     if HISTORY in reads and dataset.train.timestamps is None:
         fix = "give them (--time_column of slgr prepare; any increasing number will do)"
         if run.model.backbone in config.CLICK_BACKBONES:
@@ -83,7 +93,6 @@ def backbone_and_context(
             f"--backbone={run.model.backbone} reads histories, and {dataset.path} has no times; "
             f"{fix}"
         )
-    chosen = context_lib.choose_features(run.model, dataset)
     looked_up = context_lib.make_context(dataset, reads, most_categories=most, chosen=chosen)
     sizes = context_lib.sizes(dataset, reads, most_categories=most, chosen=chosen)
     return make_backbone(run.model, sizes, native=native), looked_up

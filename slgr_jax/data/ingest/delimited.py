@@ -234,7 +234,7 @@ def pick(
     missing = [column for column in missing if column not in names]
     if missing:
         advice = _advice(names) if first_line else ""
-        knobs = listing(f"--{_KNOBS.get(role, role)}_column" for role in required)
+        knobs = listing(dict.fromkeys(map(_knob, required)))
         raise InputError(
             f"{where} has no column {listing(missing)}; columns found: {listing(names)}; name "
             f"them with {knobs}{advice}"
@@ -244,6 +244,13 @@ def pick(
     if twice:
         raise InputError(f"{where} has column {listing(twice)} more than once; rename one of them")
     return chosen
+
+
+def _knob(role: str) -> str:
+    """The flag that names the column of a role."""
+    if role.startswith("feature "):
+        return "--interaction_features"
+    return f"--{_KNOBS.get(role, role)}_column"
 
 
 def _advice(names: Sequence[str]) -> str:

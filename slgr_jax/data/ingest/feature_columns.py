@@ -1,6 +1,7 @@
-"""Columns of user and item tables as features: which, of which kind, and made exact.
+"""Columns of user and item tables, and of interactions, as features: which, of which kind, exact.
 
---user_features and --item_features name columns, each with a kind where it is not plain:
+--user_features, --item_features and --interaction_features name columns, each with a kind where it
+is not plain:
 
     age:numeric,gender,genres:multi,tags:multi(;)
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +56,30 @@ class FeatureColumns:
     where: str
     ids: pa.ChunkedArray
     columns: tuple[tuple[Declared, pa.ChunkedArray], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Whom the values of columns belong to.
+
+    Attributes:
+      where: the file or files, for messages.
+      name_of: row -> what to call it in messages.
+      trained: [R] who has training interactions, or which are.
+      known: features of a parent dataset, by name, with whose codes these are to agree.
+    """
+
+    side: str
+    where: str
+    name_of: Callable[[int], str]
+    trained: np.ndarray
+    decimal: str = "."
+    known: Mapping[str, Feature] = dataclasses.field(default_factory=dict)
+
+
+def role(entry: Declared) -> str:
+    """What a feature's column is called among the columns of a file."""
+    return f"feature {entry.name}"
 
 
 def declared(text: str, knob: str) -> tuple[Declared, ...] | None:
@@ -123,6 +148,7 @@ def encode(
     trained: np.ndarray,
     *,
     decimal: str = ".",
+    known: Mapping[str, Feature] | None = None,
 ) -> tuple[Feature, ...]:
     """The features of users or items in index order.
 
@@ -130,6 +156,7 @@ def encode(
       ids: [R] external ids of the data set.
       trained: [R] who has training interactions.
       decimal: the character before the fraction of numbers that are text.
+      known: as of `Rows`.
 
     Raises:
       InputError: no id is in the table, a value is none of its kind, or a kind is not plain.
@@ -150,21 +177,40 @@ def encode(
             f"{ids[0].as_py()!r}, those of the table as {table_ids[0].as_py()!r}"
         )
     row_of_id = pa.array(places[first]).take(rows)
+    owners = Rows(
+        side, table.where, lambda row: f"id {ids[row].as_py()!r}", trained, decimal, known or {}
+    )
+    return tuple(
+        encode_column(entry, column.take(row_of_id), owners) for entry, column in table.columns
+    )
 
-    def feature(entry: Declared, column: pa.ChunkedArray) -> Feature:
-        values = columns.decoded(column.take(row_of_id))
-        where = f"{table.where}: column {printable(entry.name)}"
-        kind = entry.kind or _kind_of(values, where, entry.name, decimal)
-        if kind == "numeric":
-            numbers = _numbers(values, ids, where, decimal)
-            return features_lib.numeric(entry.name, side, numbers, trained)
-        lists = _lists(values, where, entry.separator or SEPARATOR, multi=kind == "multi")
-        counts, texts = features_lib.flat(lists)
-        return features_lib.of_texts(
-            entry.name, side, counts, texts, trained, multi=kind == "multi"
+
+def encode_column(entry: Declared, column: pa.ChunkedArray, rows: Rows) -> Feature:
+    """A column, [R] as it was found, as a feature.
+
+    Raises:
+      InputError: a value is none of its kind, or the kind is not plain.
+      ConfigError: the parent's feature of that name is of another kind.
+    """
+    values, name = columns.decoded(column), entry.name
+    where = f"{rows.where}: column {printable(name)}"
+    known = rows.known.get(name)
+    if known is not None and entry.kind not in ("", known.kind):
+        raise ConfigError(
+            f"{where} is {entry.kind}, and the feature {name} of the dataset that this is appended "
+            f"to is {known.kind}: say {name}:{known.kind}, or prepare all rows anew"
         )
-
-    return tuple(feature(entry, column) for entry, column in table.columns)
+    kind = known.kind if known is not None else entry.kind
+    kind = kind or _kind_of(values, where, name, rows.decimal)
+    if kind == "numeric":
+        numbers = _numbers(values, rows, where)
+        return features_lib.numeric(name, rows.side, numbers, rows.trained, known=known)
+    multi = kind == "multi"
+    lists = _lists(values, where, entry.separator or SEPARATOR, multi=multi)
+    counts, texts = features_lib.flat(lists)
+    return features_lib.of_texts(
+        name, rows.side, counts, texts, rows.trained, multi=multi, known=known
+    )
 
 
 def _kind_of(column: pa.ChunkedArray, where: str, name: str, decimal: str) -> str:
@@ -194,11 +240,11 @@ def _stripped(column: pa.ChunkedArray, decimal: str) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
 
 
-def _numbers(column: pa.ChunkedArray, ids: pa.Array, where: str, decimal: str) -> np.ndarray:
+def _numbers(column: pa.ChunkedArray, rows: Rows, where: str) -> np.ndarray:
     """[R] float64, NaN where there is none."""
     kind = column.type
     if columns.is_text(kind):
-        column = _stripped(column, decimal)
+        column = _stripped(column, rows.decimal)
         bad = columns.failures(column, pa.float64())
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         bad = np.zeros(len(column), bool)
@@ -213,7 +259,7 @@ def _numbers(column: pa.ChunkedArray, ids: pa.Array, where: str, decimal: str) -
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise InputError(
-            f"{where}: {columns.quoted(column[row])} of id {ids[row].as_py()!r} is no finite "
+            f"{where}: {columns.quoted(column[row])} of {rows.name_of(row)} is no finite "
             f"number ({int(bad.sum())} such); leave it empty where there is none, or say "
             "NAME:categorical"
         )

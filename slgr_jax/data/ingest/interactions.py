@@ -9,17 +9,21 @@ numbers on.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
+from slgr_jax.data import features as features_lib
 from slgr_jax.data import schema
-from slgr_jax.data.ingest import columns, split, tables, times
+from slgr_jax.data.features import Feature
+from slgr_jax.data.ingest import columns, feature_columns, split, tables, times
 from slgr_jax.data.ingest.bad_rows import Sieve
+from slgr_jax.data.ingest.feature_columns import Declared, Rows
 from slgr_jax.data.ingest.tables import Piece, Raw
-from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.errors import ConfigError, InputError, listing, printable
 
 _PART_CODES = {name: code for code, name in enumerate(schema.PARTS)}
 
@@ -28,7 +32,8 @@ _PART_CODES = {name: code for code, name in enumerate(schema.PARTS)}
 class Log:
     """Interactions as aligned arrays of length n, in input order.
 
-    `users` and `items` index the sorted ids; `parts` is None until a split is known.
+    `users` and `items` index the sorted ids; `parts` is None until a split is known. `rows` says
+    which row each was, counted through all pieces, where its features are to be found.
     """
 
     users: np.ndarray  # [n] int32
@@ -36,6 +41,7 @@ class Log:
     times: np.ndarray | None  # [n] int64 microseconds
     ratings: np.ndarray | None  # [n] float32
     parts: np.ndarray | None  # [n] int8
+    rows: np.ndarray | None = None  # [n] int64; None where interactions have no features
 
     def __len__(self) -> int:
         return int(self.users.size)
@@ -48,7 +54,15 @@ class Log:
             None if self.times is None else self.times[keep],
             None if self.ratings is None else self.ratings[keep],
             None if self.parts is None else self.parts[keep],
+            None if self.rows is None else self.rows[keep],
         )
+
+    def in_order(self, code: int) -> np.ndarray:
+        """Where the rows of a part are, sorted by user, time, item: as a dataset has them."""
+        places = np.flatnonzero(self.parts == code)
+        users, items = self.users[places], self.items[places]
+        keys = (items, users) if self.times is None else (items, self.times[places], users)
+        return places[np.lexsort(keys)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +75,7 @@ class _Values:
     unit: str | None
     ratings: np.ndarray | None
     parts: np.ndarray | None
+    rows: np.ndarray  # of the piece, each as it was counted
 
 
 def read_log(raw: Raw, config: PrepareConfig) -> tuple[Log, pa.Array, pa.Array, str | None]:
@@ -88,6 +103,10 @@ def read_log(raw: Raw, config: PrepareConfig) -> tuple[Log, pa.Array, pa.Array, 
         _joined([value.ratings for value in values], "ratings"),
         _joined([value.parts for value in values], "parts"),
     )
+    if raw.of_interactions:
+        first = np.cumsum([0, *map(len, pieces)])[:-1]
+        rows = [begin + value.rows for begin, value in zip(first, values, strict=True)]
+        log = dataclasses.replace(log, rows=np.concatenate(rows))
     return log, user_ids, item_ids, next(iter(units.values()), None)
 
 
@@ -125,8 +144,9 @@ def _values(piece: Piece, config: PrepareConfig) -> _Values:
 
     users, items = piece.columns["user"], piece.columns["item"]
     keep = sieve.keep
-    if keep.all():
-        return _Values(users, items, micros, unit, ratings, parts)
+    rows = np.flatnonzero(keep)
+    if rows.size == keep.size:
+        return _Values(users, items, micros, unit, ratings, parts, rows)
     if not keep.any():
         raise InputError(f"{piece.where} has no rows left: {piece.count.examples[0]}")
     mask = pa.array(keep)
@@ -137,6 +157,55 @@ def _values(piece: Piece, config: PrepareConfig) -> _Values:
         unit,
         None if ratings is None else ratings[keep],
         None if parts is None else parts[keep],
+        rows,
+    )
+
+
+def features_of(
+    raw: Raw,
+    log: Log,
+    config: PrepareConfig,
+    known: Mapping[str, Feature] | None = None,
+    *,
+    first: int = 0,
+) -> tuple[Feature, ...]:
+    """The features of the rows of all pieces, by the values of those that are training rows.
+
+    Args:
+      known: of a parent dataset, by name.
+      first: rows of `log` below this number are in no piece; the pieces' begin here.
+
+    Raises:
+      InputError: a value is none of its kind, or the kind is not plain.
+    """
+    if not raw.of_interactions:
+        return ()
+    assert log.rows is not None
+    assert log.parts is not None
+    trained = np.zeros(sum(map(len, raw.pieces)), bool)
+    of_training = log.rows[log.parts == split.TRAIN] - first
+    trained[of_training[of_training >= 0]] = True
+    owners = Rows(
+        features_lib.INTERACTION,
+        raw.pieces[0].where if len(raw.pieces) == 1 else str(config.input),
+        lambda row: f"row {row + 1}",
+        trained,
+        config.decimal,
+        known or {},
+    )
+
+    def column(entry: Declared) -> pa.ChunkedArray:
+        of_pieces = [columns.decoded(p.columns[feature_columns.role(entry)]) for p in raw.pieces]
+        kinds = {str(piece.type) for piece in of_pieces}
+        if len(kinds) > 1:
+            raise InputError(
+                f"column {printable(entry.name)} has types {listing(sorted(kinds))} in the input "
+                "files; make them alike"
+            )
+        return pa.chunked_array([chunk for piece in of_pieces for chunk in piece.chunks])
+
+    return tuple(
+        feature_columns.encode_column(entry, column(entry), owners) for entry in raw.of_interactions
     )
 
 

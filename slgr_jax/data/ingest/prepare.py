@@ -85,7 +85,8 @@ def describe_source(
 def _features(
     raw: Raw, config: PrepareConfig, log: Log, ids: Mapping[str, pa.Array]
 ) -> tuple[Feature, ...]:
-    """The features of users and items, by the values of those with training interactions."""
+    """The features of users and items, by the values of those with training interactions, and of
+    interactions, by those of training."""
     assert log.parts is not None
     features: list[Feature] = []
     for side, indices in (("user", log.users), ("item", log.items)):
@@ -99,7 +100,15 @@ def _features(
             f"an item feature may not be called {features_lib.CATEGORIES}: the items' categories "
             "(--categories_column) are a feature by that name already"
         )
-    return tuple(features)
+    of_rows = interactions.features_of(raw, log, config)
+    return (*features, *(in_part_order(feature, log) for feature in of_rows))
+
+
+def in_part_order(feature: Feature, log: Log) -> Feature:
+    """A feature of all rows as one of those in the log, in the order of the dataset's parts."""
+    assert log.rows is not None
+    places = np.concatenate([log.in_order(code) for code in range(len(schema.PARTS))])
+    return dataclasses.replace(feature, column=feature.column.take(pa.array(log.rows[places])))
 
 
 def _rule(config: PrepareConfig) -> str:
@@ -241,10 +250,7 @@ def _compact(log: Log, user_ids: pa.Array, item_ids: pa.Array) -> tuple[Log, pa.
 
 def _interactions(log: Log, code: int) -> pa.Table:
     """The rows of one part as `schema.INTERACTIONS`, sorted by user, time, item."""
-    assert log.parts is not None
-    part = log.where(log.parts == code)
-    keys = (part.items, part.users) if part.times is None else (part.items, part.times, part.users)
-    part = part.where(np.lexsort(keys))
+    part = log.where(log.in_order(code))
     n = len(part)
     times, ratings = part.times, part.ratings
     return pa.table(

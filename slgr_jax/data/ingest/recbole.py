@@ -28,12 +28,15 @@ _KINDS = {"token": "categorical", "token_seq": "multi", "float": "numeric"}
 def atomic_files(config: PrepareConfig) -> Raw:
     """NAME.inter or its pre-split parts, with NAME.item and NAME.user where they are."""
     pieces, opened, main = [], [], ""
+    wanted = tables.interaction_features(config)
+    of_interactions: tuple[Declared, ...] = ()
     for part, path in tables.inputs(config):
         files = Files(path)
         opened.append(files)
         for piece_part, name in _inter_files(files, part, config):
             main = main or name
-            pieces.append(_interactions(files, name, piece_part, config))
+            piece, of_interactions = _interactions(files, name, piece_part, config, wanted)
+            pieces.append(piece)
     files = opened[0]
     stem = re.sub(r"(\.(train|valid|test))?\.inter$", "", main)
     return Raw(
@@ -42,6 +45,7 @@ def atomic_files(config: PrepareConfig) -> Raw:
         lambda wanted: _items(files, f"{stem}.item", config),
         lambda wanted: _users(files, f"{stem}.user", config),
         _features(files, stem, config),
+        of_interactions,
         name=stem.rsplit("/", 1)[-1],
     )
 
@@ -116,7 +120,10 @@ class _AtomicFile:
         return {role: f"{field}:{self.kinds[field]}" for role, field in columns.items()}
 
 
-def _interactions(files: Files, name: str, part: str | None, config: PrepareConfig) -> Piece:
+def _interactions(
+    files: Files, name: str, part: str | None, config: PrepareConfig, features: tuple[Declared, ...]
+) -> tuple[Piece, tuple[Declared, ...]]:
+    """An .inter file, and `features` with what its header says of them."""
     dialect = Dialect(delimiter="\t", quote="", encoding=config.encoding)
     file = _AtomicFile(files, name, dialect)
     wanted = tables.wanted_columns(config)
@@ -124,8 +131,14 @@ def _interactions(files: Files, name: str, part: str | None, config: PrepareConf
         if wanted[role] not in file.kinds:
             wanted[role] = f"{role}_id"
     required = ["user", "item", *(["split"] if config.split_column else [])]
+    _refuse_vectors(file, features)
+    known = [
+        Declared(field, _KINDS[kind], " ") for field, kind in file.kinds.items() if kind in _KINDS
+    ]
+    features = feature_columns.pick(features, known, file.kinds, file.where)
+    wanted |= {feature_columns.role(entry): entry.name for entry in features}
     chosen = pick(list(file.kinds), wanted, file.where, required=required)
-    return Piece.of(file.log(chosen, drop=tables.drops(config)), part, chosen)
+    return Piece.of(file.log(chosen, drop=tables.drops(config)), part, chosen), features
 
 
 def _text_file(files: Files, name: str, key: str, config: PrepareConfig) -> _AtomicFile | None:
@@ -192,9 +205,7 @@ def _feature_columns(
 ) -> FeatureColumns:
     """The features of a file: those wanted, or all but texts, categories and postal codes."""
     kinds = {field: kind for field, kind in file.kinds.items() if field != f"{side}_id"}
-    vectors = [entry.name for entry in wanted or () if kinds.get(entry.name) == "float_seq"]
-    if vectors:
-        raise InputError(f"{file.where}: column {listing(vectors)} is float_seq, not a feature")
+    _refuse_vectors(file, wanted or ())
     left_out: Collection[str] = [field for field in kinds if "zip" in field]
     if side == "item":
         roles = _item_roles(file.kinds)
@@ -211,6 +222,12 @@ def _feature_columns(
     return FeatureColumns(
         file.where, rows.columns[f"{side}_id"], tuple((e, rows.columns[e.name]) for e in chosen)
     )
+
+
+def _refuse_vectors(file: _AtomicFile, wanted: Collection[Declared]) -> None:
+    vectors = [entry.name for entry in wanted if file.kinds.get(entry.name) == "float_seq"]
+    if vectors:
+        raise InputError(f"{file.where}: column {listing(vectors)} is float_seq, not a feature")
 
 
 def _with_year(titles: pa.ChunkedArray, years: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -28,6 +28,12 @@ def _check_tables(config: PrepareConfig) -> None:
             f"--users_input is not used with --source={config.source}; it goes with "
             f"{listing(named)}"
         )
+    of_interactions = config.interaction_features
+    if of_interactions not in ("", "none") and config.source not in ("recbole", *named):
+        raise ConfigError(
+            f"--interaction_features is not used with --source={config.source}; it goes with "
+            f"recbole, {listing(named)}"
+        )
     if config.source in ("movielens", "recbole"):
         return
     readers = {

@@ -41,7 +41,8 @@ class Piece:
     Attributes:
       where: the file, for messages.
       part: train, valid or test where the file is one part; None where a rule decides.
-      columns: role (`ROLES`) -> column; user and item always, the others where present.
+      columns: role (`ROLES`) -> column; user and item always, the others where present; and those
+        of features (`feature_columns.role`).
       names: role -> the column's name in the file.
       count: the lines of the file.
       numbers: [n] the rows' numbers in the file, from 1; None: 1 to n.
@@ -76,6 +77,7 @@ class Raw:
     items: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.ITEMS, any order
     users: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.USERS
     features: Mapping[str, FeatureColumns] = dataclasses.field(default_factory=dict)  # by side
+    of_interactions: tuple[Declared, ...] = ()  # features, whose columns each piece has
     name: str = ""  # what the files call the data set; empty if nothing better than --input
 
 
@@ -117,11 +119,31 @@ def chosen_columns(config: PrepareConfig) -> dict[str, str]:
     }
 
 
+def interaction_features(config: PrepareConfig) -> tuple[Declared, ...]:
+    """The columns of the interactions that are to be features.
+
+    Raises:
+      ConfigError: one has another role, and what it says is no context of the interaction.
+    """
+    features = feature_columns.declared(config.interaction_features, "interaction_features") or ()
+    by_column = {column: role for role, column in wanted_columns(config).items() if column}
+    for entry in features:
+        if (taken := by_column.get(entry.name)) is not None:
+            raise ConfigError(
+                f"--interaction_features={config.interaction_features}: {entry.name} is the column "
+                f"of the {taken}, which is no feature; write what may be known before the "
+                "interaction (as the hour of its time) to a column of its own"
+            )
+    return features
+
+
 def named_columns(config: PrepareConfig) -> Raw:
     """csv, jsonl, parquet: one column per role, named on the command line."""
-    wanted = wanted_columns(config)
+    features = interaction_features(config)
+    of_features = {feature_columns.role(entry): entry.name for entry in features}
+    wanted = {**wanted_columns(config), **of_features}
     # A column that the user named must be there; the default name is taken if it is.
-    required = list(dict.fromkeys(["user", "item", *chosen_columns(config)]))
+    required = list(dict.fromkeys(["user", "item", *chosen_columns(config), *of_features]))
     pieces, opened = [], []
     for part, path in inputs(config):
         files = Files(path)
@@ -141,6 +163,7 @@ def named_columns(config: PrepareConfig) -> Raw:
         nothing if items is None else items.texts,
         nothing if users is None else users.texts,
         {side: table.features for side, table in tables.items() if table and table.features},
+        of_interactions=features,
     )
 
 
@@ -166,6 +189,7 @@ def _named_rows(
     if arrow_files.is_arrow(head):
         raise InputError(f"{files.where(name)} is Parquet or Arrow: add --source=parquet")
     if config.source == "jsonl" or json_lines.is_json(head):
+        _refuse_features(files, name, interaction_features(config))
         yield None, *_json_rows(files, name, config, wanted, required)
         return
     file = DelimitedFile(
@@ -278,7 +302,7 @@ def _named_rows_of(
       header: the command line's names of its columns; empty: its first line.
     """
     side = next(iter(wanted))
-    roles = {**wanted, **{f"feature {entry.name}": entry.name for entry in features}}
+    roles = {**wanted, **{feature_columns.role(entry): entry.name for entry in features}}
     name = files.single
     if name is None or arrow_files.is_arrow(files.head(name, 64)):
         names = [name for held in arrow_files.parts_of(files).values() for name in held]
@@ -287,8 +311,8 @@ def _named_rows_of(
         _, rows = arrow_files.read(files, names, roles, required=[side])
     else:
         rows = _delimited_rows(files, name, config, roles, features, header)
-    found = tuple((entry, rows.columns[f"feature {entry.name}"]) for entry in features)
-    return rows, FeatureColumns(rows.count.where, rows.columns[side], found)
+    read = tuple((entry, rows.columns[feature_columns.role(entry)]) for entry in features)
+    return rows, FeatureColumns(rows.count.where, rows.columns[side], read)
 
 
 def _delimited_rows(

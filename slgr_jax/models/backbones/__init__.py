@@ -111,11 +111,14 @@ def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) ->
             "which slgr_jax.models.backbones.base asks of a backbone"
         )
     backbone = with_features(backbone, sizes)
-    undeclared = sorted(backbone.reads - reads_of(config))
+    read = reads_of(config)
+    if sizes.interaction_features is not None:  # the moment says which was the last interaction
+        read |= {HISTORY}
+    undeclared = sorted(backbone.reads - read)
     if undeclared:
         raise ConfigError(
             f"--backbone={config.backbone} reads {listing(undeclared)}, and was registered with "
-            f"reads={sorted(reads_of(config))}; name them there"
+            f"reads={sorted(read)}; name them there"
         )
     if config.features != "none":
         _check_features(backbone, config, sizes)

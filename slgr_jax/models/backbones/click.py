@@ -3,7 +3,9 @@
 A row, (query, candidate), has these fields, each of width D:
   user; item; the mean of the item's categories;
   the mean of the last L events' items; the mean of the events' category means;
-  each feature of the user and of the item (`sampling.features`), and the mean of the events' own.
+  each feature of the user and of the item (`sampling.features`), and the mean of the events' own;
+  each feature of the interaction: of the query, the same for all of its candidates
+  (`context.at_interactions`).
 Categories where the data have some, history unless it is switched off, features where --features
 names some. `Din` gets the events themselves. A mean of nothing is a vector of zeros: an item
 without categories, a query without events. An event's item reads the same table as a candidate.
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
 from slgr_jax.models.backbones.base import (
     Dropout,
@@ -48,6 +51,7 @@ from slgr_jax.sampling.context import (
     Context,
     Queries,
     Sizes,
+    at_interactions,
     categories_of,
     recent,
 )
@@ -80,7 +84,11 @@ class ClickModel:
         counts = {"user": sizes.users, "item": sizes.items}
         if self._categories:
             counts["category"] = sizes.categories
-        by_side = {"user": sizes.user_features, "item": sizes.item_features}
+        by_side = {
+            "user": sizes.user_features,
+            "item": sizes.item_features,
+            INTERACTION: sizes.interaction_features,
+        }
         self._features = {
             side: 0 if of_side is None else of_side.features for side, of_side in by_side.items()
         }
@@ -92,29 +100,31 @@ class ClickModel:
             name: TableSpec(count, width, init_std, scalars=int(first_order))
             for name, count in counts.items()
         }
-        reads = {HISTORY: history, FIELDS: self._categories, FEATURES: any(by_side.values())}
+        moments = history or by_side[INTERACTION] is not None
+        reads = {HISTORY: moments, FIELDS: self._categories, FEATURES: any(by_side.values())}
         self.reads = frozenset(name for name, is_read in reads.items() if is_read)
         self.dropout = dropout
 
     def init(self, key: jax.Array) -> Params:
         parts = 1 + self._categories + self._features["item"]
-        of_user = 1 + self._features["user"]
+        of_query = 1 + self._features["user"] + self._features[INTERACTION]
         item = jnp.zeros((1, 1, parts, self._dim))
         if isinstance(self._network, Din):
-            query, real = jnp.zeros((1, of_user, self._dim)), jnp.zeros((1, 1), bool)
+            query, real = jnp.zeros((1, of_query, self._dim)), jnp.zeros((1, 1), bool)
             return self._network.init(key, query, item, item, real)["params"]
-        count = of_user + parts * (1 + self._history)
+        count = of_query + parts * (1 + self._history)
         return self._network.init(key, jnp.zeros((1, count, self._dim)))["params"]
 
     def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
         """`user` [N]; `item` [N, C + L], candidates then events; `category` [N, C + L, F]; those of
-        features, `user_feature` [N, S] and `item_feature` [N, C + L, S]."""
+        features, `user_feature` and `interaction_feature` [N, S], `item_feature` [N, C + L, S]."""
         seen, _ = self._items(context, queries, items)
         ids = {"user": queries.users, "item": seen}
         if self._categories:
             assert context.fields is not None
             ids["category"] = categories_of(context.fields, seen)[0]
-        for side, named in (("user", queries.users), ("item", seen)):
+        interactions = at_interactions(context, queries).interactions
+        for side, named in (("user", queries.users), ("item", seen), (INTERACTION, interactions)):
             if self._features[side]:
                 ids[features_lib.TABLES[side]] = self._slots(context, side).rows[named]
         return ids
@@ -154,6 +164,9 @@ class ClickModel:
         fields = jnp.concatenate([fields, *of_items], axis=2)
         target, events = fields[:, : items.shape[1]], fields[:, items.shape[1] :]
         of_users = self._feature_fields(rows, context, "user", queries.users)
+        interactions = at_interactions(context, queries).interactions
+        if interactions is not None:
+            of_users += self._feature_fields(rows, context, INTERACTION, interactions)
         query = jnp.concatenate([rows["user"][:, None, :], *of_users], axis=1)
         if self._history and not isinstance(self._network, Din):
             n, length, *shape = events.shape
