@@ -2,12 +2,14 @@
 
     tables    the rows of RUN's users, items and categories, with their optimiser slots, are the
               first rows; those behind them are as fresh as in any run
+    features  each value's row, by the value: new ones are fresh
     params    copied, with their optimiser's state; those of the guidance where it is the same
     step, draws, patience    begin anew
 
 The rows and parameters are RUN's best, as it serves them, and the slots its last: a checkpoint
 keeps no others. --init_slots=reset lets them, and Adam's moments, begin anew. A backbone that
-propagates whole tables (LightGCN) serves what they become, so that there its last rows are taken.
+propagates whole tables (LightGCN), or adds features to rows, serves what these become, so that
+there its last rows are taken.
 
 DATA2 must be what RUN was trained on, or made from it by `slgr prepare --append`; no row that RUN
 learned from, or was chosen by, may be evaluated now. RUN is read once, when a run begins: a run
@@ -18,21 +20,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from slgr_jax import config
+from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import lineage
 from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.features import Feature
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.guidance import make_guidance
 from slgr_jax.models.backbones import DotBackbone
+from slgr_jax.models.backbones.base import feature_tables
 from slgr_jax.models.embedding_table import RowFormat, RowOptimizer
+from slgr_jax.sampling import features as features_lib
+from slgr_jax.sampling.context import choose_features
 from slgr_jax.training import checkpoint, run_directory
 from slgr_jax.training.state import Learner, TrainState, abstract_serving, abstract_state
 
@@ -46,12 +54,15 @@ class Origin:
     Attributes:
       config: as it was started; rows: of each of its tables, without padding.
       shapes: of every array of its state, by path.
+    places: table of features -> [rows] where its rows are here, -1 where a value is no more; of
+      every other table, whose rows stay the first ones, none.
     """
 
     workdir: str
     config: config.RunConfig
     rows: Mapping[str, int]
     shapes: Shapes
+    places: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def check(learner: Learner, dataset: Dataset) -> None:
@@ -84,7 +95,8 @@ def beginning(
         if of_run.opt_state is not None:
             opt_state = of_run.opt_state
         tables = {
-            name: _grown(learner, state.tables[name], rows) for name, rows in of_run.tables.items()
+            name: _grown(learner, state.tables[name], rows, of_run.places.get(name))
+            for name, rows in of_run.tables.items()
         }
         return TrainState(state.step, tables, params, opt_state)
 
@@ -121,8 +133,58 @@ def _origin(learner: Learner, dataset: Dataset) -> Origin:
         saved.close()
     rows = {name: int(table["rows"]) for name, table in record["tables"].items()}
     origin = Origin(workdir, source, rows, shapes)
+    places = _feature_places(learner, origin, dataset)
     _check_shapes(learner, origin)
-    return origin
+    return dataclasses.replace(origin, places=places)
+
+
+def _feature_places(
+    learner: Learner, origin: Origin, dataset: Dataset
+) -> Mapping[str, Int[np.ndarray, "rows"]]:
+    """As of `Origin.places`. Vocabularies grow in the middle of a table, which holds several.
+
+    Raises:
+      ConfigError: RUN's data are no longer what it read, or it read other features.
+    """
+    model, workdir = origin.config.model, origin.workdir
+    if not set(features_lib.TABLES.values()) & set(origin.rows):
+        return {}
+    data = origin.config.data
+    was = dataset_lib.load(data, verify=False) if os.path.isdir(data) else None
+    if was is None or not run_directory.same_features(workdir, origin.config, was):
+        raise ConfigError(
+            f"--init_from={workdir} read features of {data}, which is not there or has others now; "
+            "it says which row is which value: put it back"
+        )
+    before, now = choose_features(model, was), choose_features(learner.config.model, dataset)
+    names = [[(f.side, f.name, f.kind) for f in chosen.features] for chosen in (before, now)]
+    if names[0] != names[1]:
+        there, here = ([f"{side} {name} ({kind})" for side, name, kind in each] for each in names)
+        raise ConfigError(
+            f"--init_from={workdir} reads the features {listing(there)}, this run {listing(here)}; "
+            "give it the same --features"
+        )
+    places: dict[str, np.ndarray] = {}
+    for side, table in features_lib.TABLES.items():
+        if table in origin.rows:
+            places[table] = _places(before.of(side), now.of(side))
+    return places
+
+
+def _places(before: Sequence[Feature], now: Sequence[Feature]) -> Int[np.ndarray, "rows"]:
+    """Row of a feature table -> the same value's row in the table of `now` (`make_slots`)."""
+    rows: list[int] = []
+    first = 0
+    for old, new in zip(before, now, strict=True):
+        if old.kind == "numeric":
+            rows += [first, first + 1]
+            first += 2
+            continue
+        code = {value: first + place for place, value in enumerate(new.values)}
+        missing = first + len(new.values)
+        rows += [*(code.get(value, -1) for value in old.values), missing]
+        first = missing + 1
+    return np.array(rows, np.int32)
 
 
 def _check_data(workdir: str, record: Mapping[str, Any], dataset: Dataset) -> None:
@@ -205,6 +267,7 @@ class _Kept:
     tables: Mapping[str, jax.Array]
     params: Mapping[str, Any]
     opt_state: Any  # None: begins anew, as the guidance does
+    places: Mapping[str, np.ndarray]  # as of `Origin`
 
 
 def _read(learner: Learner, origin: Origin) -> _Kept:
@@ -227,7 +290,8 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
 
     rows = {name: table[: origin.rows[name]] for name, table in state.tables.items()}
     params: dict[str, Any] = dict(state.params)
-    if not (isinstance(backbone, DotBackbone) and backbone.whole):
+    whole = isinstance(backbone, DotBackbone) and backbone.whole
+    if not (whole or feature_tables(backbone)):
         rows = {
             name: _with_values(packed, best.values[name], backbone.tables[name].width)
             for name, packed in rows.items()
@@ -243,7 +307,7 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
     if not _same_guidance(learner.config, origin.config):
         del params["guidance"]
         opt_state = None
-    return _Kept(rows, params, opt_state)
+    return _Kept(rows, params, opt_state, origin.places)
 
 
 def _with_values(
@@ -273,8 +337,18 @@ def _same_guidance(run: config.RunConfig, source: config.RunConfig) -> bool:
     return alike[0] == alike[1]
 
 
-def _grown(learner: Learner, fresh: jax.Array, rows: jax.Array) -> jax.Array:
-    """`fresh` with `rows` as its first ones."""
+def _grown(
+    learner: Learner, fresh: jax.Array, rows: jax.Array, places: np.ndarray | None
+) -> jax.Array:
+    """`fresh` with `rows` as its first ones, or at `places`."""
+    if places is not None:
+        known = np.flatnonzero(places >= 0)
+        put_at = jax.jit(
+            lambda table, at, rows: jnp.asarray(table).at[at].set(rows),
+            donate_argnums=0,
+            out_shardings=learner.layout.table_sharding,
+        )
+        return put_at(fresh, places[known], rows[known])
     put = jax.jit(
         lambda table, first: jnp.asarray(table).at[: first.shape[0]].set(first),
         donate_argnums=0,

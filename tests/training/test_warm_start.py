@@ -253,3 +253,59 @@ def test_data_that_the_run_does_not_lead_to(days, first, tmp_path):
     moved = back.manifest.parents[0]["moved"]["train to test"]
     with pytest.raises(ConfigError, match=f"has seen rows that .*{moved} train to test"):
         build.build(run_of(back, tmp_path / "next", init_from=first.workdir), back)
+
+
+@pytest.mark.parametrize("backbone", ["mf", "deepfm"])
+def test_rows_of_features_go_where_their_value_is(tmp_path, backbone):
+    """A vocabulary that grows moves those behind it, in one table: each value keeps its row."""
+    header = "user,group,band"
+
+    def table(name: str, rows: list[str]) -> pathlib.Path:
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join([header, *rows]) + "\n")
+        return path
+
+    pairs = np.random.default_rng(1).permutation(worlds.random_pairs(0, 20, 25, 8)).tolist()
+    first = table("t1", [f"u{u:02},g{u % 2},b{u % 3}" for u in range(20)])
+    knobs = {"users_input": first, "user_features": "group,band", "split": "ratio"}
+    day1 = prepared(tmp_path, "day1", pairs, START, **knobs)
+    later = table("t2", ["u20,a_group,a_band", "u21,g1,b2"])
+    new = [(20, k) for k in range(8)] + [(u, (5 * u + 1) % 25) for u in range(20)] + [(21, 3)]
+    day2 = prepared(tmp_path, "day2", new, START + 10**6, append=day1.path, users_input=later)
+    values = {feature.name: feature.values for feature in day2.features}
+    assert values == {"group": ("g0", "g1", "a_group"), "band": ("b0", "b1", "b2", "a_band")}
+
+    knobs = {"backbone": backbone, "features": "all"}
+    source = trained(day1, tmp_path / "run", epochs=1, **knobs)
+    _, was = begin(day1, run_of(day1, tmp_path / "same", init_from=source.workdir, **knobs))
+    again = {"init_from": source.workdir, "seed": 5}
+    experiment, state = begin(day2, run_of(day2, tmp_path / "next", **knobs, **again))
+    fresh = jax.jit(lambda: state_lib.init_state(experiment.trainer, 5))()
+    rows, old, new_rows = (np.asarray(each.tables["user_feature"]) for each in (state, was, fresh))
+    # g0 g1 - b0 b1 b2 - there, g0 g1 a_group - b0 b1 b2 a_band - here
+    np.testing.assert_array_equal(rows[[0, 1, 3, 4, 5, 6, 8]], old[:7])
+    np.testing.assert_array_equal(rows[[2, 7]], new_rows[[2, 7]])
+    with pytest.raises(ConfigError, match=r"user group .categorical.*give it the same --features"):
+        build.build(
+            run_of(day2, tmp_path / "x", init_from=source.workdir, **knobs | {"features": "band"}),
+            day2,
+        )
+    shutil.rmtree(day1.path)
+    with pytest.raises(ConfigError, match="says which row is which value: put it back"):
+        build.build(run_of(day2, tmp_path / "x", init_from=source.workdir, **knobs), day2)
+
+
+def test_rows_of_mf_with_features_are_the_rows_and_not_the_sums(tmp_path):
+    """What is served has features added: to begin with that would add them twice."""
+    users = tmp_path / "u.csv"
+    users.write_text("user,group\n" + "".join(f"u{u:02},g{u % 2}\n" for u in range(20)))
+    pairs = np.random.default_rng(1).permutation(worlds.random_pairs(0, 20, 25, 8)).tolist()
+    data = prepared(tmp_path, "d", pairs, START, users_input=users, user_features="group")
+    source = trained(data, tmp_path / "run", epochs=1, features="group", lr=0.1)
+    experiment, state = begin(
+        data, run_of(data, tmp_path / "n", features="group", init_from=source.workdir)
+    )
+    served = state_lib.make_serving_state(experiment.trainer)(state, experiment.arrays.context)
+    last = restore.restore_run(source.workdir, "last").serving
+    for name in ("user", "item", "user_feature"):
+        np.testing.assert_allclose(served.values[name], last.values[name], rtol=1e-5, atol=1e-7)

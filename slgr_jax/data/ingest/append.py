@@ -11,8 +11,9 @@ the parent's, over both together:
     global_time, leave_last    anew over all rows: yesterday's test becomes training
     ratio             the parent's rows keep their part, the new ones are drawn (`more_by_ratio`)
 
-The parent's features stay, with its vocabularies, means and deviations; new users and items have
-none.
+The parent's features stay, and are read of the new users, items and rows, by the parent's
+vocabularies, means and deviations: a value keeps its code, new ones come behind the others. What a
+new table says of somebody known holds where it says something. No feature is added.
 
 A pre-made split has no rule, and places in a line (s3rec) begin at 0 again: both are refused.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,19 @@ from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import features as features_lib
 from slgr_jax.data import lineage, schema, shards
 from slgr_jax.data.dataset import Dataset
-from slgr_jax.data.ingest import interactions, prepare, sources, split, texts, times
+from slgr_jax.data.features import Feature
+from slgr_jax.data.ingest import (
+    feature_columns,
+    interactions,
+    prepare,
+    sources,
+    split,
+    texts,
+    times,
+)
 from slgr_jax.data.ingest.interactions import Log
-from slgr_jax.errors import ConfigError, InputError, printable
+from slgr_jax.data.ingest.tables import Raw
+from slgr_jax.errors import ConfigError, InputError, listing, printable
 
 # Settings of a dataset that one made from it shares, with what stands for "as it was".
 _SETTINGS = (
@@ -57,13 +68,8 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
       ConfigError: a knob contradicts the parent, or its split cannot be extended.
       ManifestError, ShardError: the parent is no dataset, or is damaged.
     """
-    if config.user_features or config.item_features or config.users_input:
-        raise ConfigError(
-            "--append keeps the parent's features and reads no others: drop --user_features, "
-            "--item_features and --users_input, or prepare all rows anew without --append"
-        )
     manifest = schema.read_dataset_manifest(config.append)
-    settings = _settings(manifest, config, given)
+    settings = _with_features(manifest, _settings(manifest, config, given))
     _check_target(config)
     prepare.check_out(settings)
     parent = dataset_lib.load(config.append)
@@ -93,7 +99,10 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
     user_texts, item_texts = raw.users(user_ids), raw.items(item_ids)
     users, items, met, changed = _texts(parent, user_ids, item_ids, user_texts, item_texts)
     source = prepare.describe_source(settings, raw, (item_texts, user_texts), met)
-    source["texts_changed"] = changed
+    features, changed_features = _features(
+        parent, raw, settings, log, {"user": user_ids, "item": item_ids}
+    )
+    source["texts_changed"] = changed | changed_features
     return prepare.write(
         settings,
         printable(config.name or manifest.name),
@@ -104,10 +113,7 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
         described,
         counts,
         parents=lineage.record(manifest, _moved(log, old_parts)),
-        features=tuple(
-            features_lib.extended(feature, len(user_ids if feature.side == "user" else item_ids))
-            for feature in parent.features
-        ),
+        features=features,
     )
 
 
@@ -151,6 +157,34 @@ def _settings(
                 f"{of_parent[name]}; drop it, or prepare all rows anew without --append"
             )
     return dataclasses.replace(config, **of_parent)
+
+
+def _with_features(manifest: schema.DatasetManifest, config: PrepareConfig) -> PrepareConfig:
+    """`config`, which names the parent's features where it names none and can read them.
+
+    Raises:
+      ConfigError: it names a feature that the parent has not.
+    """
+    tables = {
+        "user": config.users_input,
+        "item": config.items_input,
+        features_lib.INTERACTION: config.input,
+    }
+    for side, table in tables.items():
+        knob = f"{side}_features"
+        of_parent = {entry["name"]: entry["kind"] for entry in manifest.features.get(side, ())}
+        wanted = feature_columns.declared(getattr(config, knob), knob)
+        odd = [entry.name for entry in wanted or () if entry.name not in of_parent]
+        if odd:
+            raise ConfigError(
+                f"--{knob}: {config.append} has no {side} feature {listing(odd)} (it has "
+                f"{listing(of_parent)}); --append adds none: prepare all rows anew to have more"
+            )
+        if wanted is None and table and of_parent:
+            text = ",".join(f"{name}:{kind}" for name, kind in of_parent.items())
+            named: dict[str, Any] = {knob: text}
+            config = dataclasses.replace(config, **named)
+    return config
 
 
 def _settings_of(manifest: schema.DatasetManifest) -> dict[str, Any]:
@@ -225,12 +259,18 @@ def _joined(
     ratings = log.ratings
     if counted:  # how often each row stands for its pair
         ratings = np.ones(len(log), np.float32)
+    rows = None
+    if any(feature.side == features_lib.INTERACTION for feature in parent.features):
+        n_old = sum(map(len, parts))
+        new_rows = np.arange(len(log)) if log.rows is None else log.rows
+        rows = np.concatenate([np.arange(n_old), n_old + new_rows])
     joined = Log(
         np.concatenate([*(part.users for part in parts), users[log.users]]),
         np.concatenate([*(part.items for part in parts), items[log.items]]),
         both([part.timestamps for part in parts], log.times),
         both([part.ratings for part in parts], ratings),
         None,
+        rows,
     )
     return joined, user_ids, item_ids
 
@@ -346,6 +386,58 @@ def _moved(log: Log, old_parts: np.ndarray) -> dict[str, int]:
         for new in range(len(schema.PARTS))
         if old != new
     }
+
+
+# --- features -------------------------------------------------------------------------------
+
+
+def _features(
+    parent: Dataset, raw: Raw, config: PrepareConfig, log: Log, ids: Mapping[str, pa.Array]
+) -> tuple[tuple[Feature, ...], dict[str, int]]:
+    """The parent's features with what the new tables and rows say; what differs, as of `_texts`."""
+    features: list[Feature] = []
+    changed: dict[str, int] = {}
+    assert log.parts is not None
+    for side, indices in (("user", log.users), ("item", log.items)):
+        of_parent = {feature.name: feature for feature in parent.features if feature.side == side}
+        columns = raw.features.get(side)
+        if columns is not None:
+            kept = tuple(entry for entry in columns.columns if entry[0].name in of_parent)
+            columns = dataclasses.replace(columns, columns=kept)
+        counts = np.bincount(indices[log.parts == split.TRAIN], minlength=len(ids[side]))
+        encoded = feature_columns.encode(
+            columns, side, ids[side], counts > 0, decimal=config.decimal, known=of_parent
+        )
+        stated = {feature.name: feature for feature in encoded}
+        for name, feature in of_parent.items():
+            if name not in stated:
+                features.append(features_lib.extended(feature, len(ids[side])))
+                continue
+            both, differ = features_lib.joined(feature, stated[name])
+            features.append(both)
+            changed |= {f"{side} feature {name}": differ} if differ else {}
+    return (*features, *_of_interactions(parent, raw, config, log)), changed
+
+
+def _of_interactions(
+    parent: Dataset, raw: Raw, config: PrepareConfig, log: Log
+) -> Iterator[Feature]:
+    """The parent's features of interactions, of its rows and of the new ones."""
+    of_parent = [f for f in parent.features if f.side == features_lib.INTERACTION]
+    if not of_parent:
+        return
+    n_old, n_new = len(of_parent[0].column), sum(map(len, raw.pieces))
+    encoded = interactions.features_of(
+        raw, log, config, {feature.name: feature for feature in of_parent}, first=n_old
+    )
+    stated = {feature.name: feature for feature in encoded}
+    for feature in of_parent:
+        if new := stated.get(feature.name):
+            column = pa.chunked_array([*feature.column.chunks, *new.column.chunks])
+            everything = dataclasses.replace(new, column=column)
+        else:
+            everything = features_lib.extended(feature, n_old + n_new)
+        yield prepare.in_part_order(everything, log)
 
 
 # --- texts ----------------------------------------------------------------------------------

@@ -291,11 +291,15 @@ def test_a_kill_leaves_nothing_half(tmp_path):
     assert json.loads((child.path / "manifest.json").read_text())["parents"]
 
 
-def test_features_stay_and_new_users_have_none(tmp_path):
-    table = tmp_path / "users.csv"
-    table.write_text(
-        "user,age,gender\n" + "".join(f"u{u},{20 + u},{'fm'[u % 2]}\n" for u in range(9))
-    )
+def users_table(path: pathlib.Path, rows: list[tuple[str, str, str]]) -> pathlib.Path:
+    return write_csv(path, rows, "user,age,gender")
+
+
+OLD_USERS = [(f"u{u}", str(20 + u), "fm"[u % 2]) for u in range(9)]
+
+
+def test_features_stay_and_users_without_a_table_have_none(tmp_path):
+    table = users_table(tmp_path / "users.csv", OLD_USERS)
     knobs = {"users_input": table, "user_features": "age:numeric,gender"}
     parent = prepared(tmp_path, "old", OLD, **knobs)
     child = prepared(tmp_path, "new", NEW, append=parent.path)
@@ -308,5 +312,84 @@ def test_features_stay_and_new_users_have_none(tmp_path):
         assert (after.values, after.mean, after.deviation) == (
             before.values, before.mean, before.deviation,
         )  # fmt: skip
-    with pytest.raises(ConfigError, match="keeps the parent's features and reads no others"):
-        prepared(tmp_path, "newer", NEW, append=parent.path, **knobs)
+
+
+def test_new_users_get_their_features_by_the_parents_codes(tmp_path):
+    """Codes, means and deviations are the parent's; a new value comes behind; what is new holds."""
+    table = users_table(tmp_path / "users.csv", OLD_USERS)
+    knobs = {"users_input": table, "user_features": "age:numeric,gender"}
+    parent = prepared(tmp_path, "old", OLD, **knobs)
+    more = users_table(
+        tmp_path / "more.csv",
+        [("a", "70", "d"), ("zz", "", "m"), ("u1", "33", ""), ("u2", "", "d"), ("u3", "23", "m")],
+    )
+    rows = [*NEW, *[(user, f"i{k:02}", START + 9_000 + k, 3) for k, user in enumerate(("a", "zz"))]]
+    child = prepared(tmp_path, "new", rows, append=parent.path, users_input=more)
+    age, gender = child.features
+    assert (age.mean, age.deviation) == (parent.features[0].mean, parent.features[0].deviation)
+    assert gender.values == ("f", "m", "d")  # in code order: d, before f in the alphabet, is last
+    stated = {user: (float(old), sex) for user, old, sex in OLD_USERS}
+    stated |= {"a": (70.0, "d"), "zz": (None, "m"), "u1": (33.0, "m"), "u2": (22.0, "d")}
+    ids = child.user_ids.to_pylist()
+    assert age.column.to_pylist() == [stated[user][0] for user in ids]
+    assert [gender.values[code] for code in gender.column.to_pylist()] == [
+        stated[user][1] for user in ids
+    ]
+    changed = child.manifest.source["texts_changed"]
+    assert (changed["user feature age"], changed["user feature gender"]) == (1, 1)
+    assert (
+        json.loads((child.path / "manifest.json").read_text())["features"]["user"][1]["values"] == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"user_features": "shoe"}, "has no user feature shoe .it has age, gender."),
+        ({"user_features": "gender:multi"}, "say gender:categorical, or prepare all rows anew"),
+        ({"item_features": "price"}, "has no item feature price"),
+    ],
+)
+def test_features_that_the_parent_has_not_are_refused(tmp_path, knobs, message):
+    table = users_table(tmp_path / "users.csv", OLD_USERS)
+    parent = prepared(
+        tmp_path, "old", OLD, users_input=table, user_features="age:numeric,gender"
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        prepared(tmp_path, "new", NEW, append=parent.path, users_input=table, **knobs)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("split", ["global_time", "ratio"])
+def test_rows_keep_and_get_their_own_features(tmp_path, split):
+    """Each row of the child says what its line says, by plain loops; codes are the parent's."""
+    header = f"{HEADER},device"
+
+    def on(rows: list[Row], devices: str) -> list[Any]:
+        return [(*row, devices[k % len(devices)]) for k, row in enumerate(rows)]
+
+    old, new = on(OLD, "mt"), on(NEW, "tam")
+    parent = prepared(
+        tmp_path, "old", old, header=header, split=split, interaction_features="device"
+    )
+    child = prepared(tmp_path, "new", new, header=header, append=parent.path)
+    (before,), (after,) = parent.features, child.features
+    assert before.values == ("m", "t")
+    # Where the new rows are the latest they are evaluated: what they alone say is never learned.
+    assert after.values == (("m", "t", "a") if split == "ratio" else ("m", "t"))
+    line: dict[tuple[str, str], str] = {}
+    for user, item, *_, device in [*old, *new]:
+        line.setdefault((user, item), device)
+    users, items = child.user_ids.to_pylist(), child.items["item_id"].to_pylist()
+    pairs = [
+        (users[u], items[i])
+        for part in schema.PARTS
+        for u, i in zip(child.part(part).users, child.part(part).items, strict=True)
+    ]
+    expected = [line[p] if line[p] in after.values else None for p in pairs]
+    codes = after.column.to_pylist()
+    assert [None if code is None else after.values[code] for code in codes] == expected
+    none = prepared(
+        tmp_path, "none", new, header=header, append=parent.path, interaction_features="none"
+    )
+    assert none.features[0].missing == len(pairs) - len(before.column)
