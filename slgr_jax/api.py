@@ -24,7 +24,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slgr_jax import config
+from slgr_jax import cluster, config
 from slgr_jax.config.keywords import knob_values, section_of
 from slgr_jax.config.knobs import Section, flag_name
 from slgr_jax.errors import ConfigError
@@ -144,6 +144,9 @@ def train(
     than noise (`slgr_jax.experiments.auto`). With more than one worker they are trained by
     processes that import the calling script: guard it with `if __name__ == "__main__":`.
 
+    Several processes train one run where each calls this with the same arguments and its own
+    `process_id` (docs/cluster.md), before anything else in it uses JAX.
+
     Args:
       data: dataset directory.
       workdir: directory of the run: config, log, checkpoints.
@@ -151,21 +154,32 @@ def train(
         what it raises ends training, and the last checkpoint stays. Not of `guidance="auto"`.
       workers: of `guidance="auto"`: processes on a CPU; 0, or None: one per core.
       **knobs: of a run (`slgr_jax.config.sections()`): backbone, guidance, teacher, gate, lr, ...;
-        one that is not given has the backbone's own default.
+        one that is not given has the backbone's own default; and of
+        `slgr_jax.config.ClusterConfig`: coordinator, processes, process_id, ...
 
     Returns:
-      How it ended: status (finished, or interrupted by a signal of `loop.STOPS`, which saves
+      How it ended: status (finished, or interrupted by a signal of `agreement.STOPS`, which saves
       first), epoch, best metric. The same call goes on with what was interrupted.
 
     Raises:
       UserError: bad data, teacher or knobs, or a step that was not finite, each with its fix.
     """
-    values = knob_values(tuple(config.sections().values()), knobs)
+    sections = tuple(config.sections().values())
+    values = knob_values((*sections, config.ClusterConfig), knobs)
+    job = section_of(config.ClusterConfig, values)
+    of_job = {flag_name(field) for field in dataclasses.fields(config.ClusterConfig)}
+    values = {name: value for name, value in values.items() if name not in of_job}
+    place = cluster.place(job.coordinator, job.processes, job.process_id, job.cluster)
     # Absolute: a run is found from wherever it is evaluated, and resumed.
     data, workdir = os.path.abspath(data), os.path.abspath(workdir)
     if values.get("init_from"):
         values["init_from"] = os.path.abspath(values["init_from"])
     if values.get("guidance") == config.AUTO:
+        if place is not None:
+            raise ConfigError(
+                f"--guidance=auto trains many small runs in one process, and this is one of "
+                f"{place.processes}; start it alone, or with --cluster=none"
+            )
         return _train_auto(data, workdir, values, workers)
     if workers is not None:
         raise ConfigError(
@@ -173,11 +187,12 @@ def train(
         )
     run = config.make_run(data, workdir, **values)
     config.check_used(run, values.keys())
-    if run.train.kernels != "xla":
+    if run.train.kernels != "xla" and place is None:
         from slgr_jax.kernels import build
 
         # Before JAX is imported: a machine's first run waits for what is left to compile.
         build.begin(*build.units_of(run))
+    cluster.start(place, heartbeat_s=job.heartbeat_s, timeout_s=job.start_timeout_s)
     import jax
 
     from slgr_jax.training import loop, training_log

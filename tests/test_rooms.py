@@ -26,7 +26,7 @@ ROOMS = (
     ("data",),
     ("kernels",),
     ("config",),
-    ("mesh",),
+    ("cluster", "mesh"),
     ("errors", "files", "json_files", "locks"),
 )
 # Of the groups of teacher/: what each may import of the others.

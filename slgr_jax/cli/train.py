@@ -13,24 +13,36 @@ users, corrected for all that were tried, and once more with the next seed). RUN
 numbers; the last line is the command that trains the kept run directly.
 
 Calling it again with the same flags resumes the run. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2
-save and exit. Exit status: 0 finished, 2 an error to mend, 75 interrupted: the same command
-goes on, so that a scheduler may requeue it. --verbosity=-1 leaves out the lines of epochs. Compiled
-programs are kept in ~/.cache/slgr_jax (JAX_COMPILATION_CACHE_DIR moves them): the next run starts
-sooner.
+save and exit, in the middle of a validation too, which is done again. Exit status: 0 finished, 2 an
+error to mend, 75 interrupted: the same command goes on, so that a scheduler may requeue it.
+--verbosity=-1 leaves out the lines of epochs. Compiled programs are kept in ~/.cache/slgr_jax
+(JAX_COMPILATION_CACHE_DIR moves them): the next run starts sooner.
+
+Several processes train one run when each is started with the same flags and
+--coordinator=HOST:PORT --processes=N --process_id=0..N-1, or by srun or on the hosts of a TPU
+slice, where these are found. --data and --workdir must be on a file system that all share. A signal
+to any of them stops all; one that is lost ends the others with status 75 (docs/cluster.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from slgr_jax import api, config
+from slgr_jax import api, cluster, config
 from slgr_jax.cli import console, flags
+from slgr_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from slgr_jax.training.loop import Outcome
+    from slgr_jax.training.training_log import TrainingProgress
 
 USAGE = __doc__ or ""
-SECTIONS = tuple(config.sections().values())
+SECTIONS = (*config.sections().values(), config.ClusterConfig)
 
 
 def define() -> None:
@@ -47,25 +59,56 @@ def define() -> None:
 
 def main(_: list[str]) -> None:
     """Train, with a progress bar on a terminal, and say how it ended."""
+    try:
+        _train()
+    except Exception as error:
+        if cluster.processes() == 1:
+            raise
+        # JAX would wait at this process's end for others, which may be gone.
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+            cluster.leave("a defect, see above", 1)
+        cluster.leave(str(error), flags.EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        if cluster.processes() == 1:
+            raise
+        cluster.leave("interrupted before anything was saved", flags.EXIT_KILLED)
+
+
+def _train() -> None:
     given = flags.FLAGS
     knobs = flags.given_knobs(*SECTIONS)
     if knobs.get("guidance") == config.AUTO:
         _train_auto(knobs)
         return
-    with console.progress_bar() as progress:
+    with console.progress_bar() as show:
+
+        def progress(event: TrainingProgress) -> None:
+            if cluster.is_first():
+                show(event)
+
         outcome = api.train(
             given.data, given.workdir, progress=progress, workers=given.workers, **knobs
         )
 
-    metric = config.make_run(given.data, given.workdir, **knobs).train.early_stop_metric
+    if cluster.is_first():
+        _say(outcome, knobs)
+    if outcome.status == "interrupted":
+        raise SystemExit(flags.EXIT_INTERRUPTED)
+
+
+def _say(outcome: Outcome, knobs: Mapping[str, Any]) -> None:
+    """One line of how a run ended."""
+    given = flags.FLAGS
+    of_job = {field.name for field in dataclasses.fields(config.ClusterConfig)}
+    run_knobs = {name: value for name, value in knobs.items() if name not in of_job}
+    metric = config.make_run(given.data, given.workdir, **run_knobs).train.early_stop_metric
     best = "" if outcome.best_metric is None else f" ({outcome.best_metric:.4f})"
     print(
         f"{outcome.status} after epoch {outcome.epoch}, step {outcome.step}, in "
         f"{outcome.seconds:.1f} s; best {metric} at epoch {outcome.best_epoch}{best}; "
         f"run: {given.workdir}"
     )
-    if outcome.status == "interrupted":
-        raise SystemExit(flags.EXIT_INTERRUPTED)
 
 
 def _train_auto(knobs: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from slgr_jax.config.backbones import (
     register_backbone,
 )
 from slgr_jax.config.baselines import BASELINES, BaselineConfig
+from slgr_jax.config.cluster import CLUSTERS, ClusterConfig
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
     AUTO,
@@ -90,7 +91,9 @@ __all__ = [
     "BUILT_FROM",
     "BaselineConfig",
     "CLICK_BACKBONES",
+    "CLUSTERS",
     "CandidateConfig",
+    "ClusterConfig",
     "CarryConfig",
     "CollectConfig",
     "CombineConfig",

@@ -41,6 +41,7 @@ from slgr_jax.evaluation.ranking_metrics import (
     summarize_part,
 )
 from slgr_jax.kernels import build as kernel_build
+from slgr_jax.mesh import put
 
 # Scores of a chunk that a CPU ranks fastest: XLA's programs while they fit the caches, the kernels
 # from where the product of the factors runs at its best.
@@ -87,7 +88,7 @@ class _Scorer:
     def put(self, tree: Any) -> Any:
         """The arrays, whole, on every device."""
         mesh = self.mesh
-        return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+        return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
     def put_rows(self, csr: Csr) -> DeviceCsr:
         """The ragged rows on every device."""
@@ -103,6 +104,7 @@ class _Scorer:
         users: np.ndarray,
         call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
         listable: Listable | None = None,
+        between_chunks: Callable[[], None] = lambda: None,
     ) -> Iterator[Any]:
         """(slice of `users`, host copy of `call(scores, chunk, its users)`) for every chunk.
 
@@ -111,10 +113,11 @@ class _Scorer:
         by_user = None if self.mesh is None else device_ranking.by_user(self.mesh)
         waiting: list[tuple[slice, Any]] = []
         for begin in range(0, users.size, self.chunk):
+            between_chunks()
             of_chunk = users[begin : begin + self.chunk]
             padded = np.full(self.chunk, -1, np.int32)
             padded[: of_chunk.size] = of_chunk
-            chunk = jax.device_put(padded, by_user)
+            chunk = put(padded, by_user)
 
             scores = self._score(self._room, self._state, chunk)
             if listable is not None:
@@ -276,6 +279,7 @@ def rank(
     pooled_auc: bool = True,
     mesh: Mesh | None = None,
     kernels: str = "auto",
+    between_chunks: Callable[[], None] = lambda: None,
 ) -> Ranking:
     """Rank every user that has relevant items over all items that are not masked.
 
@@ -288,6 +292,7 @@ def rank(
       seen: [U] rows of masked items; a relevant item among them is dropped and counted.
       top_k: length of `Ranking.top_items`; 0 for none.
       pooled_auc: also compute `Ranking.pooled_auc`.
+      between_chunks: called between two chunks of users; what it raises ends the ranking.
 
     Raises:
       NonFiniteError: a score is NaN or infinite.
@@ -307,7 +312,7 @@ def rank(
 
     pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
     top = np.empty((users.size, min(top_k, n_items)), np.int32)
-    for places, ranks in scorer.each(users, dispatch):
+    for places, ranks in scorer.each(users, dispatch, between_chunks=between_chunks):
         of_chunk = users[places]
         _refuse_nonfinite(of_chunk, ranks["bad"])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.kernels import cpu
+from slgr_jax.mesh import put
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.models.backbones.base import item_tables
 from slgr_jax.models.row_access import Candidates, Dropout, candidate_ids, candidate_scores
@@ -112,26 +113,40 @@ def reference_scores(
 _ROWS = 4096
 
 
-def score_rows(
-    backbone: AnyBackbone,
-) -> Callable[[Scoring, LabelledRows], np.ndarray]:
-    """(scoring, rows) -> [n] logits of labelled rows, each as of its own moment."""
+class ScoreRows(Protocol):
+    """(scoring, rows) -> [n] logits; `between_chunks` is called between two chunks of rows."""
+
+    def __call__(
+        self,
+        scoring: Scoring,
+        rows: LabelledRows,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> np.ndarray: ...
+
+
+def score_rows(backbone: AnyBackbone) -> ScoreRows:
+    """What scores labelled rows, each as of its own moment."""
 
     @jax.jit
     def chunk(scoring: Scoring, queries: Queries, items: jax.Array) -> jax.Array:
         return pair_scores(backbone, scoring, Candidates(queries, items[:, None]))[:, 0]
 
-    def score(scoring: Scoring, rows: LabelledRows) -> np.ndarray:
+    def score(
+        scoring: Scoring,
+        rows: LabelledRows,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
         # Whole on every device that the tables are whole on.
         where = jax.tree.leaves(scoring.serving)[0].sharding
         out = []
         for begin in range(0, len(rows), _ROWS):
+            between_chunks()
             columns = (rows.users, rows.as_of, rows.items, rows.interactions)
             piece = [None if x is None else x[begin : begin + _ROWS] for x in columns]
             padded = [
                 None if x is None else np.pad(x, (0, _ROWS - x.size), mode="edge") for x in piece
             ]
-            users, as_of, items, asked = jax.device_put(padded, where)
+            users, as_of, items, asked = put(padded, where)
             queries = Queries(users, None if scoring.as_of is None else as_of, asked)
             out.append((chunk(scoring, queries, items), min(_ROWS, len(rows) - begin)))
         scores = [np.asarray(jax.device_get(part))[:size] for part, size in out]

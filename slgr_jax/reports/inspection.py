@@ -26,7 +26,7 @@ from slgr_jax.teacher.ask import candidates, requests
 from slgr_jax.teacher.collect import answer_log, quarantine
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import checkpoint_manifest, loop, run_directory
+from slgr_jax.training import checkpoint_manifest, epochs, run_directory
 from slgr_jax.training.checkpoint_manifest import CheckpointManifest
 
 # Of a train state and of a serving state, the fields with a row per user or item.
@@ -162,7 +162,7 @@ def _checkpoint(
     root: pathlib.Path, run: RunConfig, manifest: CheckpointManifest, facts: dict[str, Any]
 ) -> list[str]:
     progress = manifest.progress
-    finished = loop.over(run.train, progress)
+    finished = epochs.over(run.train, progress)
     facts |= {
         "finished": finished,
         "step": progress.step,

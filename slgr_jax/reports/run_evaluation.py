@@ -11,7 +11,7 @@ from slgr_jax.evaluation.ranking_metrics import PartResult, Values
 from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.reports import gate_evaluation
 from slgr_jax.serving import TrainedRun, load
-from slgr_jax.training import checkpoint_manifest, loop, tracking
+from slgr_jax.training import checkpoint_manifest, epochs, tracking
 
 LOGGER = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _say_unfinished(run: TrainedRun) -> None:
     root = pathlib.Path(run.workdir) / checkpoint_manifest.DIRECTORY
     manifest = checkpoint_manifest.newest(root, checkpoint_manifest.read)
     train = run.config.train
-    if manifest is not None and not loop.over(train, manifest.progress):
+    if manifest is not None and not epochs.over(train, manifest.progress):
         LOGGER.warning(
             "%s is not finished: epoch %d of at most %d; the same slgr train goes on",
             run.workdir,

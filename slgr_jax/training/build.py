@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import jax
-
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
@@ -86,7 +84,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     if run.train.init_from and begins:
         warm_start.check(trainer, dataset)
     initial = initial_values.initial_rows(run, dataset, backbone, layout) if begins else {}
-    return Experiment(run, dataset, trainer, jax.device_put(arrays, layout.replicated), initial)
+    return Experiment(run, dataset, trainer, layout.put(arrays), initial)
 
 
 def _window(backbone: AnyBackbone) -> int:

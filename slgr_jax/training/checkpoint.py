@@ -9,6 +9,12 @@ function of (seed, step): there is no iterator to save.
     Orbax writes STEP.partial; the manifest is written into it; STEP.partial is renamed to STEP;
     the checkpoint before it is renamed to OLD.removed, and removed.
 
+A validation that was interrupted is done again at the step where it was, which is then saved again:
+STEP makes way before the renaming, and a kill in between leaves a STEP.partial with a manifest,
+which is whole, and is put in place when the run goes on.
+
+Of the processes of a job each writes its part of the arrays; the first does all the rest.
+
 Orbax takes half as long to import as JAX: it is, once there is something to restore or to save.
 """
 
@@ -28,7 +34,8 @@ from typing import Any
 
 import jax
 
-from slgr_jax import files
+from slgr_jax import cluster, files
+from slgr_jax.data.schema import MANIFEST
 from slgr_jax.errors import ManifestError, UserError
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.training import checkpoint_manifest
@@ -110,61 +117,73 @@ class Checkpoints:
             raise ManifestError(
                 f"{root} is not a directory; remove it, or choose another --workdir"
             )
-        if writable:
+        if writable and cluster.is_first():
             root.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                _remove_leftovers(root)
-        elif not root.is_dir():
+            _clear_leftovers(root)
+        elif not writable and not root.is_dir():
             raise ManifestError(f"{workdir} holds no checkpoints; train first (slgr train)")
         self._verify, self._may_write = verify, may_write
-        self._saved_step = max(checkpoint_manifest.steps_in(root), default=-1)
+        self._saved: Progress | None = None  # by this object
         self._publisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 
     def save(self, state: TrainState, best: ServingState, progress: Progress) -> None:
-        """Start writing a checkpoint; a checkpoint of this very step is left as it is.
+        """Start writing a checkpoint; one of this very progress is left as it is.
 
-        To replace a step is to delete it first, and a kill in between would lose it. The loop
-        therefore saves a step once, with all that belongs to it. The arrays are copied off the
-        device before this returns, so the state may be donated to the next step at once.
+        The arrays are copied off the device before this returns, so the state may be donated to
+        the next step at once.
         """
         self.wait()
-        if self._saved_step == progress.step:
+        if progress == (self._saved or self.progress()):
             return
-        self._may_write()
+        cluster.together(self._may_write)
         from orbax.checkpoint import v1 as ocp
 
         trees = {_STATE: state, _BEST: best}
         shapes = array_shapes(trees)
         partial = self._root / f"{progress.step}.partial"
-        with _disk_errors(self._root):
+        # Over several processes Orbax compares the directory's name, by a collective.
+        with _disk_errors(self._root), jax.transfer_guard("allow"):
             written = ocp.save_checkpointables_async(partial, trees)
         self._pending = self._publisher.submit(self._publish, partial, written, progress, shapes)
-        self._saved_step = progress.step
+        self._saved = progress
 
     def _publish(
         self, partial: pathlib.Path, written: Any, progress: Progress, shapes: list[ArrayShape]
     ) -> None:
         """List what Orbax has written, make it visible, remove the checkpoints before it."""
         written.result()
-        if jax.process_index():
-            return  # the first process of a job speaks for all
+        if not cluster.is_first():
+            return
         checkpoint_manifest.write(partial, progress, shapes)
         self._may_write()
         earlier = checkpoint_manifest.steps_in(self._root)
+        if progress.step in earlier:
+            self._remove(progress.step, lambda: partial.rename(self._root / str(progress.step)))
+            return
         partial.rename(self._root / str(progress.step))
         files.sync(self._root)
         for step in earlier:
-            removed = self._root / f"{step}.removed"
-            (self._root / str(step)).rename(removed)
-            shutil.rmtree(removed)
+            self._remove(step)
+
+    def _remove(self, step: int, replace: Callable[[], object] = lambda: None) -> None:
+        removed = self._root / f"{step}.removed"
+        (self._root / str(step)).rename(removed)
+        replace()
+        files.sync(self._root)
+        shutil.rmtree(removed)
 
     def wait(self) -> None:
         """Wait for the save under way; its error, if any, is raised here."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+
+        def finish() -> None:
             with _disk_errors(self._root):
                 pending.result()
+
+        cluster.together(finish)
 
     def progress(self) -> Progress | None:
         """What the newest whole checkpoint says of the loop; None if there is none."""
@@ -192,7 +211,8 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         def load(directory: pathlib.Path) -> dict[str, Any]:
-            checkpoint_manifest.verify(directory, contents=self._verify)
+            contents = self._verify and cluster.is_first()  # one reads every byte for all
+            checkpoint_manifest.verify(directory, contents=contents)
             with _damage(directory):
                 restored: dict[str, Any] = ocp.load_checkpointables(directory, targets)
                 return restored
@@ -244,7 +264,15 @@ def array_shapes(trees: Mapping[str, Any]) -> list[ArrayShape]:
     ]
 
 
-def _remove_leftovers(root: pathlib.Path) -> None:
+def _clear_leftovers(root: pathlib.Path) -> None:
+    """Finish what a save that was cut short had begun to put in place; remove the rest."""
+    for path in root.iterdir():
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        step = root / path.name.partition(".")[0]
+        whole = path.suffix == ".partial" and (path / MANIFEST).is_file()
+        if whole and not step.exists() and (root / f"{step.name}.removed").exists():
+            path.rename(step)
     for path in root.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

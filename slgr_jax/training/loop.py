@@ -10,27 +10,25 @@ One loop serves one seed and many: what advances their states is an `Engine`, he
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from slgr_jax import config
+from slgr_jax import cluster, config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import NonFiniteError, listing
 from slgr_jax.evaluation import ranking_metrics
 from slgr_jax.models.scoring import ServingState
-from slgr_jax.training import checkpoint, initial_values, run_directory
+from slgr_jax.training import agreement, checkpoint, epochs, initial_values, run_directory
 from slgr_jax.training.build import Experiment, build
 from slgr_jax.training.checkpoint import Checkpoints, Progress
 from slgr_jax.training.programs import Programs, make_programs, put_number
@@ -43,8 +41,6 @@ LOGGER = logging.getLogger(__name__)
 
 # A loss so many times that of a recommender that knows nothing: training does not come back.
 _DIVERGED = 1e3
-# Signals that mean: save and leave. Schedulers send some of them before a job's time is over.
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,30 +60,6 @@ class Outcome:
     best_epoch: int
     best_metric: float | None
     seconds: float
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that any of `STOPS` sets; a second SIGINT interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    old = {number: signal.getsignal(number) for number in STOPS}
-    # What is ignored stays so: nohup means that a closed terminal is no reason to stop.
-    old = {number: handler for number, handler in old.items() if handler != signal.SIG_IGN}
-
-    def handle(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, old.get(signal.SIGINT, signal.SIG_IGN))
-
-    for number in old:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------- engine
@@ -152,7 +124,7 @@ class SeedRun:
     @property
     def over(self) -> bool:
         """Epochs or patience are used up."""
-        return over(self.run.train, self.progress)
+        return epochs.over(self.run.train, self.progress)
 
     def watch(self, loss: float, n_items: int) -> None:
         """Warn once when the loss is far above that of a recommender that knows nothing.
@@ -180,16 +152,6 @@ class SeedRun:
         )
 
 
-def next_epoch(train: config.TrainConfig, progress: Progress) -> int:
-    """The epoch after which the next validation comes."""
-    return min((progress.epoch // train.eval_every + 1) * train.eval_every, train.epochs)
-
-
-def over(train: config.TrainConfig, progress: Progress) -> bool:
-    """Epochs or patience are used up."""
-    return progress.epoch >= train.epochs or 0 < train.patience <= progress.stale
-
-
 class Loop:
     """The epochs of N seeds; every one that is not over stands at the same step.
 
@@ -210,9 +172,10 @@ class Loop:
         stop: threading.Event | None = None,
     ) -> None:
         self._experiment, self._programs, self._engine = experiment, programs, engine
-        self._seeds = seeds
-        self._interruptible, self._stop = interruptible, stop or threading.Event()
-        self._in_flight: list[Any] = []
+        self._seeds, self._interruptible = seeds, interruptible
+        layout, wanted = experiment.trainer.layout, stop or threading.Event()
+        self._agreement = agreement.make_agreement(layout, wanted, self._due)
+        self._in_flight: list[Any] = []  # what the engine reads, and the wishes sent with it
         self._begin = self._last_save = time.monotonic()
 
     @property
@@ -223,54 +186,62 @@ class Loop:
     def train(self) -> None:
         """Train until every run is over, or a stop is asked for: each has its outcome then."""
         for at, seed in self._live:
-            if seed.run.train.init_from and not seed.progress.step:
-                self._validate_beginning(at, seed)
-            if seed.over:
+            begins = bool(seed.run.train.init_from) and not seed.progress.step
+            if begins and not self._validate_beginning(at, seed):
+                self._finish(at, seed, "interrupted")
+            elif seed.over:
                 self._finish(at, seed, "finished")
         while self._live:
             begin = time.monotonic()
             whole = self._round()
             seconds = time.monotonic() - begin
             for at, seed in self._live:
-                if whole:
-                    self._validate(at, seed, seconds)
-                if whole and seed.over and not self._stop.is_set():
+                validated = whole and self._validate(at, seed, seconds)
+                if validated and seed.over:
                     self._finish(at, seed, "finished")
-                elif self._stop.is_set():
+                elif self._agreement.stop:
                     self._finish(at, seed, "interrupted")
-                elif whole and self._due():
+                elif validated and self._agreement.save:
                     self._save(at, seed)
 
-    def _validate_beginning(self, at: int, seed: SeedRun) -> None:
-        """Validate what --init_from gave: the state to beat, and the best if nothing does."""
+    def _validate_beginning(self, at: int, seed: SeedRun) -> bool:
+        """Validate what --init_from gave: the state to beat, and the best if nothing does.
+
+        False if a stop was asked for meanwhile.
+        """
         programs, context = self._programs, self._experiment.arrays.context
         seed.best = programs.serving(self._engine.state(at), context)
         if not programs.validate.possible:
-            return
-        metrics, name = programs.validate(seed.best), seed.run.train.early_stop_metric
+            return True
+        name = seed.run.train.early_stop_metric
+        try:
+            metrics = programs.validate(seed.best, self._agreement.between_chunks)
+        except agreement.InterruptedValidation:
+            return False
         seed.progress = dataclasses.replace(seed.progress, best_metric=metrics[name])
         record = {"epoch": 0, **{f"valid/{key}": metric for key, metric in metrics.items()}}
         self._record(seed, record, f"epoch    0  begins with valid {name} {metrics[name]:.4f}")
+        return True
 
     def _round(self) -> bool:
         """Run up to the next validation; False if a stop was asked for first."""
         programs = self._programs
         progress, train = self._live[0][1].progress, self._live[0][1].run.train
         start = progress.epoch * programs.per_epoch
-        step, end = progress.step, next_epoch(train, progress) * programs.per_epoch
+        step, end = progress.step, epochs.next_epoch(train, progress) * programs.per_epoch
         while step < end:
             done = step - start
             count = min(programs.dispatch - done % programs.dispatch, end - step)
-            self._in_flight.append(self._engine.advance(count))
+            self._in_flight.append((self._engine.advance(count), self._agreement.cast()))
             step += count
             for _, seed in self._live:
                 seed.progress = dataclasses.replace(seed.progress, step=step)
             if len(self._in_flight) > 1:
                 self._read()
             if step < end and self._interruptible:  # that of `end` comes after its validation
-                if self._stop.is_set():
+                if self._agreement.stop:
                     return False
-                if self._due():
+                if self._agreement.save:
                     for at, seed in self._live:
                         self._save(at, seed)
         self._drain()
@@ -282,29 +253,40 @@ class Loop:
             self._read()
 
     def _read(self) -> None:
-        by_seed = self._engine.read(self._in_flight.pop(0))
+        sums, votes = self._in_flight.pop(0)
+        by_seed = self._engine.read(sums)
+        self._agreement.count(votes)
         for at, seed in self._live:
             sums, health = by_seed[at]
             if health.step >= 0:
                 raise seed.fail(_leaves_at_fault(self._experiment.trainer, health))
-            seed.progress = _add_sums(seed.progress, sums)
+            seed.progress = epochs.add_sums(seed.progress, sums)
             seed.log.advance(seed.progress.step)
 
-    def _validate(self, at: int, seed: SeedRun, seconds: float) -> None:
-        """Validate a run, keep its best state, count towards its patience."""
+    def _validate(self, at: int, seed: SeedRun, seconds: float) -> bool:
+        """Validate a run, keep its best state, count towards its patience.
+
+        False if a stop was asked for meanwhile: whoever goes on from this step does it again.
+        """
         programs = self._programs
         serving = programs.serving(self._engine.state(at), self._experiment.arrays.context)
-        metrics = programs.validate(serving) if programs.validate.possible else None
+        metrics = None
+        if programs.validate.possible:
+            try:
+                metrics = programs.validate(serving, self._agreement.between_chunks)
+            except agreement.InterruptedValidation:
+                return False
         name = seed.run.train.early_stop_metric
         if metrics is not None and name not in metrics:  # scores of which nothing can be measured
             raise seed.fail(f"validation after step {seed.progress.step - 1}: {name}")
-        seed.progress, record, line = close_epoch(
+        seed.progress, record, line = epochs.close_epoch(
             self._experiment.trainer, seed.progress, metrics, seconds
         )
         if seed.progress.best_epoch == seed.progress.epoch:
             seed.best = serving
         seed.watch(record["train/loss"], self._experiment.trainer.plan.n_items)
         self._record(seed, record, line)
+        return True
 
     def _record(self, seed: SeedRun, record: dict[str, float | int], line: str) -> None:
         prefix = f"seed {seed.run.train.seed}  " if len(self._seeds) > 1 else ""
@@ -325,6 +307,7 @@ class Loop:
         assert seed.best is not None, "the first validation is the best so far"
         seed.saved.save(state, seed.best, seed.progress)
         self._last_save = time.monotonic()
+        self._agreement.saved()
 
     def _finish(self, at: int, seed: SeedRun, status: str) -> None:
         self._save(at, seed)
@@ -337,59 +320,6 @@ def _leaves_at_fault(trainer: Trainer, health: Health) -> str:
     names = trainer.leaf_names
     bad = [name for bit, name in enumerate(names) if int(health.leaves) >> bit & 1]
     return f"step {int(health.step)}: {listing(bad)}"
-
-
-def _add_sums(progress: Progress, sums: Mapping[str, Any]) -> Progress:
-    """The progress with a dispatch's sums added to those since the last validation."""
-    total = dict(progress.sums)
-    for name, value in sums.items():
-        total[name] = total.get(name, 0.0) + float(value)
-    return dataclasses.replace(progress, sums=total)
-
-
-def close_epoch(
-    trainer: Trainer, progress: Progress, metrics: Mapping[str, float] | None, seconds: float
-) -> tuple[Progress, dict[str, float | int], str]:
-    """Keep the best validation, count towards the patience.
-
-    Args:
-      progress: with the sums of all steps since the last validation.
-      metrics: of this validation; None: there is nothing to validate on.
-      seconds: that those steps took.
-
-    Returns:
-      The progress after it, whose `best_epoch` is its `epoch` if this state is the best so far;
-      what the log records of it; the line to show.
-    """
-    sums, train = progress.sums, trainer.config.train
-    means = {
-        name: value / sums["steps"]
-        for name, value in sums.items()
-        if name not in ("steps", "triples")
-    }
-    epoch = next_epoch(train, progress)
-    rate = sums["triples"] / max(seconds, 1e-9)
-    record: dict[str, float | int] = {"epoch": epoch}
-    record |= {f"train/{name}": value for name, value in means.items()}
-    record["triples_per_s"] = round(rate)
-
-    text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
-    if trainer.guidance is not None:
-        text += f"  guidance {means['guidance_loss']:.4f}"
-        text += "".join(f"  {name} {means[name]:.3f}" for name in trainer.guidance.metrics[:1])
-    value, best = None, progress.best_metric
-    if metrics is not None:
-        record |= {f"valid/{name}": metric for name, metric in metrics.items()}
-        value = metrics[train.early_stop_metric]
-        text += f"  valid {train.early_stop_metric} {value:.4f}"
-
-    progress = dataclasses.replace(progress, epoch=epoch, sums={})
-    if value is None or best is None or value > best:
-        progress = dataclasses.replace(progress, best_metric=value, best_epoch=epoch, stale=0)
-        text += "" if value is None else " *"
-    else:
-        progress = dataclasses.replace(progress, stale=progress.stale + 1)
-    return progress, record, f"{text}  {rate / 1e6:.2f} M triples/s"
 
 
 def outcome(status: str, progress: Progress, seconds: float) -> Outcome:
@@ -410,15 +340,17 @@ def outcome(status: str, progress: Progress, seconds: float) -> Outcome:
 def train(run: config.RunConfig) -> Outcome:
     """Train `run` in its workdir, resuming what is there.
 
-    `STOPS` save and return an `interrupted` outcome; the same call goes on later.
+    `agreement.STOPS` save and return an `interrupted` outcome; the same call goes on later. The
+    processes of a job (`cluster.start`) all call this.
 
     Raises:
       UserError: bad data, teacher, config or a non-finite step, each with its fix.
     """
-    dataset = load_data(run)
-    with _stop_on_signal() as stop, jax.transfer_guard("disallow"):
+    with agreement.stop_on_signal() as stop, cluster.session(), jax.transfer_guard("disallow"):
+        dataset = cluster.together(lambda: load_data(run))
+        agreement.refuse_other_settings(run, dataset)
         with jax.transfer_guard("allow"):  # set-up: constants and keys are made here
-            experiment = build(run, dataset)
+            experiment = cluster.together(lambda: build(run, dataset))
         with run_directory.opened(run, dataset) as may_write:
             return _train_one(experiment, stop, may_write)
 
@@ -448,13 +380,16 @@ def _train_one(
         programs = make_programs(experiment)
         key = programs.key(seed_number)
         run_steps = make_run_steps(trainer)
-        saved = checkpoint.Checkpoints(
-            run.workdir,
-            writable=True,
-            verify=run.train.verify_checksums,
-            may_write=may_write,
+        saved = cluster.together(
+            lambda: checkpoint.Checkpoints(
+                run.workdir,
+                writable=True,
+                verify=run.train.verify_checksums,
+                may_write=may_write,
+            )
         )
-        progress = saved.progress()
+        progress = cluster.together(saved.progress)
+        agreement.refuse_other_progress(run.workdir, progress)
         if progress is None:
             progress = Progress()
             state = programs.init(seed_number)
@@ -462,7 +397,7 @@ def _train_one(
         else:
             state, best = saved.restore(abstract_state(trainer), abstract_serving(trainer))
 
-    write_record(experiment, run, programs)
+    cluster.together(lambda: write_record(experiment, run, programs))
     engine = OneSeed(experiment, run_steps, state, key)
     del state  # the first dispatch takes its memory
     with open_log(run, programs, progress) as log:
@@ -478,12 +413,13 @@ def _train_one(
 def open_log(run: config.RunConfig, programs: Programs, progress: Progress) -> TrainingLog:
     """The log of a run that stands at `progress`."""
     with jax.transfer_guard("allow"):  # a tracker may look at the devices
-        speaks = jax.process_index() == 0  # for all processes of the job
+        speaks = cluster.is_first()  # for all processes of the job
         return TrainingLog(
             run.workdir,
             epoch=progress.epoch if progress.step else -1,  # -1: keeps no record at all
             total=run.train.epochs * programs.per_epoch,
             trackers=Trackers(run) if speaks and run.train.tracker_names else None,
+            silent=not speaks,
         )
 
 

@@ -29,7 +29,7 @@ from slgr_jax.config import RunConfig, differences
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.sampling.arrays import DeviceArrays
-from slgr_jax.training import checkpoint, loop, run_directory
+from slgr_jax.training import checkpoint, epochs, loop, run_directory
 from slgr_jax.training.build import Experiment, build
 from slgr_jax.training.loop import SeedSums
 from slgr_jax.training.programs import Programs, make_programs, put_number
@@ -71,7 +71,7 @@ def train_seeds(runs: Sequence[RunConfig], *, together: int = 0) -> list[loop.Ou
         progress = saved[run.workdir]
         if progress is None:
             continue
-        if loop.over(run.train, progress):
+        if epochs.over(run.train, progress):
             outcomes[run.workdir] = loop.outcome("finished", progress, 0.0)
             continue
         outcomes[run.workdir] = loop.train(run)

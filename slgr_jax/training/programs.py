@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slgr_jax.mesh import put
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import DotBackbone, JointBackbone, SequenceBackbone
 from slgr_jax.models.embedding_table import InitialRows
@@ -47,7 +48,7 @@ def steps_per_dispatch(trainer: Trainer) -> int:
 
 def put_number(trainer: Trainer, number: int) -> jax.Array:
     """A number on every device."""
-    return jax.device_put(np.int32(number), trainer.layout.replicated)
+    return trainer.layout.put(np.int32(number))
 
 
 # What runs once at the start is a program each, with the seed as an argument: run line by line it
@@ -72,7 +73,7 @@ def _make_init(
     program = jax.jit(functools.partial(init_state, learner), out_shardings=layout)
 
     def init(seed: np.int32) -> TrainState:
-        return program(seed, jax.device_put(dict(initial), learner.layout.table_sharding))
+        return program(seed, put(dict(initial), learner.layout.table_sharding))
 
     return init
 

@@ -136,7 +136,7 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
     # One table shard, whatever the run had: a serving state is the same on any layout.
     layout = make_layout()
     learner = Learner(run, backbone, make_guidance(run), layout)
-    placed = jax.device_put(looked_up, layout.replicated)
+    placed = layout.put(looked_up)
     saved = checkpoint.Checkpoints(workdir, writable=False, verify=run.train.verify_checksums)
     try:
         if which == "best":

@@ -4,7 +4,7 @@ config.json    every knob (config.RunConfig); a file for --config
 run.json       versions, devices, hashes, sizes and thresholds that the knobs resolved to
 log.jsonl      one object a validation (training_log.py)
 tracking.json  which runs of trackers are this run's (tracking.py)
-.lock          held while a process trains; names it
+.lock          held while a run trains; names its process, the first of a job
 checkpoints/   state, best state, progress (checkpoint.py)
 metrics.json, per_user.parquet, metrics.png    slgr evaluate
 """
@@ -17,13 +17,15 @@ import json
 import os
 import pathlib
 import platform
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from slgr_jax import __version__, config, files, json_files, locks
+from slgr_jax import __version__, cluster, config, files, json_files, locks
 from slgr_jax.config import knobs
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
@@ -42,6 +44,8 @@ from slgr_jax.training import (
 from slgr_jax.training.step import Trainer
 
 CONFIG, RECORD, LOCK = "config.json", "run.json", ".lock"
+# How long a file that another process has made may take to be seen.
+_SHARED_S = 5.0
 _RECORDED = ("split_hash", "id_map_hash", "teacher_hash")
 # Knobs that may change when a run is resumed: none of them changes what a step computes.
 RESUMABLE = frozenset(
@@ -186,15 +190,64 @@ def opened(run: config.RunConfig, dataset: Dataset) -> Iterator[Callable[[], Non
         something else.
     """
     root = pathlib.Path(run.workdir)
-    with held(root) as may_write:
-        if run.train.restart:
-            clear(root)
-        elif (root / CONFIG).is_file():
-            _refuse_changes(read_config(run.workdir), run, dataset)
-        # Who trains from this file (--config) does not ask to delete anything.
-        settled = dataclasses.replace(run, train=dataclasses.replace(run.train, restart=False))
-        files.write_atomically(root / CONFIG, knobs.to_json(settled))
+    with contextlib.ExitStack() as stack:
+
+        def open_() -> Callable[[], None]:
+            if not cluster.is_first():
+                return lambda: None
+            may_write = stack.enter_context(held(root))
+            _take(root, run, dataset)
+            return may_write
+
+        may_write = cluster.together(open_)
+        _refuse_unshared(root)
         yield may_write
+
+
+def _take(root: pathlib.Path, run: config.RunConfig, dataset: Dataset) -> None:
+    """Make the directory that the caller holds this run's.
+
+    Raises:
+      ConfigError: it holds a run that computes something else.
+    """
+    if run.train.restart:
+        clear(root)
+    elif (root / CONFIG).is_file():
+        _refuse_changes(read_config(run.workdir), run, dataset)
+    # Who trains from this file (--config) does not ask to delete anything.
+    settled = dataclasses.replace(run, train=dataclasses.replace(run.train, restart=False))
+    files.write_atomically(root / CONFIG, knobs.to_json(settled))
+
+
+def _refuse_unshared(root: pathlib.Path) -> None:
+    """Refuse a directory that is another one on some process of the job.
+
+    Raises:
+      ConfigError: a process does not see what the first one writes there.
+    """
+    if cluster.processes() == 1:
+        return
+    # A name that nobody has asked for: no network file system remembers that it is missing.
+    name = cluster.first(f".shared-{secrets.token_hex(8)}")
+    if cluster.is_first():
+        (root / name).touch()
+    host = cluster.first(platform.node())
+
+    def look() -> None:
+        limit = time.monotonic() + _SHARED_S
+        while not (root / name).exists():
+            if time.monotonic() > limit:
+                raise ConfigError(
+                    f"--workdir={root} is not the directory that process 0 on {host} writes to: "
+                    "all processes of a job need one, on a file system that they share"
+                )
+            time.sleep(0.05)
+
+    try:
+        cluster.together(look)
+    finally:
+        if cluster.is_first():
+            (root / name).unlink()
 
 
 @contextlib.contextmanager
@@ -226,8 +279,6 @@ def clear(root: pathlib.Path) -> None:
 
 def _hold(stack: contextlib.ExitStack, root: pathlib.Path) -> Callable[[], None]:
     """Lock the run until the stack is closed; what raises once the lock is lost."""
-    if jax.process_index():
-        return lambda: None  # the processes of one job share the run; the first speaks for all
     try:
         lock = stack.enter_context(locks.hold(root / LOCK))
     except locks.LockHeldError as error:
@@ -302,7 +353,12 @@ def write_record(
     initial: Mapping[str, InitialRows],
     **resolved: int,
 ) -> None:
-    """Write `run.json`: what the config resolved to on this machine."""
+    """Write `run.json`: what the config resolved to on this machine.
+
+    One process does for a job.
+    """
+    if not cluster.is_first():
+        return
     slices, features = dataset.slices(run.slices), choose_features(run.model, dataset)
     devices = trainer.layout.mesh.devices.ravel()
     facts = {

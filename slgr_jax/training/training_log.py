@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -90,13 +91,21 @@ class TrainingLog:
         validation which was logged before its checkpoint could be written.
       total: steps at most, for the progress callback.
       trackers: told what the file holds, also of records that are kept and they missed.
+      silent: write and log nothing: another process of the job does.
     """
 
     def __init__(
-        self, workdir: str, *, epoch: int, total: int, trackers: Trackers | None = None
+        self,
+        workdir: str,
+        *,
+        epoch: int,
+        total: int,
+        trackers: Trackers | None = None,
+        silent: bool = False,
     ) -> None:
         self._workdir, self._total = workdir, total
-        self._path = pathlib.Path(workdir) / LOG
+        self._path = pathlib.Path(os.devnull) if silent else pathlib.Path(workdir) / LOG
+        self._silent = silent
         self._trackers, self._status = trackers, "failed"
         for record in self._keep_until(epoch):
             self._track(record["step"], record)
@@ -105,7 +114,7 @@ class TrainingLog:
 
     def _keep_until(self, epoch: int) -> list[dict[str, Any]]:
         """Drop the records past an epoch; those that stay."""
-        if not self._path.exists():
+        if self._silent or not self._path.exists():
             return []
         kept, records = [], []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -138,7 +147,8 @@ class TrainingLog:
 
     def say(self, line: str) -> None:
         """Log one line for people."""
-        LOGGER.info("%s", line)
+        if not self._silent:
+            LOGGER.info("%s", line)
 
     def end(self, status: str) -> None:
         """Note how the run ended, for the trackers: finished or interrupted."""

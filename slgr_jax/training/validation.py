@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
+from slgr_jax import cluster
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.evaluation import click_metrics, full_ranking, ranking_metrics
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_rows, score_users
@@ -32,8 +36,14 @@ class Validation:
         """Whether there is anything to validate on."""
         return self._relevant.indices.size > 0
 
-    def __call__(self, serving: ServingState) -> dict[str, float]:
-        """Metrics by name; those that are not defined on this data are left out."""
+    def __call__(
+        self, serving: ServingState, between_chunks: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Metrics by name, on every process; those that are not defined on this data are left out.
+
+        Args:
+          between_chunks: called between two chunks of users or rows; may raise.
+        """
         scoring = Scoring(serving, self._context, moments(self._context, "valid"))
         metrics: ranking_metrics.Values = {}
         if self._config.ranking:
@@ -48,11 +58,17 @@ class Validation:
                 pooled_auc=False,
                 mesh=self._mesh,
                 kernels=self._kernels,
+                between_chunks=between_chunks,
             )
             per_user = ranking_metrics.per_user(ranking, self._config.ks)
             metrics = ranking_metrics.summarize(per_user)
         if self._rows is not None:
-            scores = self._score_rows(scoring, self._rows)
+            scores = self._score_rows(scoring, self._rows, between_chunks)
             by_slice = click_metrics.summarize_rows(self._rows, scores, self._slices)
             metrics |= {f"rows_{name}": value for name, value in by_slice["overall"].items()}
-        return {name: float(value) for name, value in metrics.items() if value is not None}
+        values = {name: float(value) for name, value in metrics.items() if value is not None}
+        if cluster.processes() == 1:
+            return values
+        # Processors may round a mean in their own way, and all must choose the same best state.
+        agreed: dict[str, float] = json.loads(cluster.first(json.dumps(values)))
+        return agreed

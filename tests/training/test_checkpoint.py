@@ -188,6 +188,17 @@ def test_what_an_interrupted_save_left_is_not_read_and_is_removed(copied):
     assert {path.name for path in directory.parent.iterdir()} == {str(step), "notes"}
 
 
+def test_a_kill_while_a_step_is_saved_again_leaves_the_newer_one(copied):
+    """Between STEP -> STEP.removed and STEP.partial -> STEP, where there is no STEP."""
+    workdir, directory = copied
+    shutil.copytree(directory, removed := directory.with_name(f"{directory.name}.removed"))
+    (removed / "of the older").touch()
+    directory.rename(directory.with_name(f"{directory.name}.partial"))
+    Checkpoints(str(workdir), writable=True).close()
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+    checkpoint_manifest.verify(directory)
+
+
 # --- beside a run that trains ---------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ from slgr_jax.config import (
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, ManifestError, NonFiniteError, UserError
 from slgr_jax.training import (
+    agreement,
     build,
     checkpoint,
     checkpoint_manifest,
@@ -109,7 +110,7 @@ def finished(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 def _assert_resumes(dataset: Dataset, whole: pathlib.Path, tmp_path, monkeypatch, asks) -> None:
     split = worlds.run_config(dataset, tmp_path / "split", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_on_signal", lambda: contextlib.nullcontext(_StopAfter(asks)))
+        patch.setattr(agreement, "stop_on_signal", lambda: contextlib.nullcontext(_StopAfter(asks)))
         assert loop.train(split).status == "interrupted"
     outcome = loop.train(split)
     assert outcome.status == "finished"
@@ -121,6 +122,31 @@ def _assert_resumes(dataset: Dataset, whole: pathlib.Path, tmp_path, monkeypatch
 def test_resume_is_bit_identical(dataset, whole, tmp_path, monkeypatch, asks):
     """Stopped in the middle of an epoch or at its end, resumed: same log, same tables."""
     _assert_resumes(dataset, whole, tmp_path, monkeypatch, asks)
+
+
+@pytest.mark.parametrize("epoch", [1, 6])
+def test_a_stop_within_a_validation_leaves_it_to_the_next_call(
+    dataset, whole, tmp_path, monkeypatch, epoch
+):
+    """It ends between two chunks of users; the last one is saved again, at the same step."""
+    split = worlds.run_config(dataset, tmp_path / "split", **SMALL)
+    stop, real, validated = threading.Event(), validation.Validation.__call__, []
+
+    def validate(self, serving, between_chunks):
+        validated.append(stop.is_set())
+        if len(validated) == epoch:
+            stop.set()
+        return real(self, serving, between_chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement, "stop_on_signal", lambda: contextlib.nullcontext(stop))
+        patch.setattr(validation.Validation, "__call__", validate)
+        outcome = loop.train(split)
+    assert (outcome.status, outcome.epoch, outcome.step) == ("interrupted", epoch - 1, epoch * 8)
+    assert len(_log(tmp_path / "split")) == epoch - 1
+    assert loop.train(split).status == "finished"
+    _assert_same(whole, tmp_path / "split")
+    assert loop.train(split).epoch == 6, "the step that was saved again is the newest"
 
 
 @pytest.mark.usefixtures("eight_devices")
@@ -197,7 +223,7 @@ def test_a_nan_names_step_and_leaf_and_keeps_the_last_good_checkpoint(dataset, t
 
 
 def test_a_validation_without_a_finite_metric_names_what_to_lower(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(validation.Validation, "__call__", lambda self, serving: {"n": 0.0})
+    monkeypatch.setattr(validation.Validation, "__call__", lambda *_: {"n": 0.0})
     with pytest.raises(NonFiniteError, match=r"validation after step 7: ndcg@10 not finite; .*--d"):
         loop.train(worlds.run_config(dataset, tmp_path / "run", **SMALL))
 

@@ -16,6 +16,7 @@ from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.training import (
     build,
     checkpoint,
+    epochs,
     loop,
     multi_seed,
     programs,
@@ -152,7 +153,7 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(tmp_path,
     first = expected[over].epoch
     assert sum(outcome.epoch > first for outcome in expected), "one ends before another"
 
-    group, real = _runs(dataset, tmp_path / "killed", **knobs), loop.close_epoch
+    group, real = _runs(dataset, tmp_path / "killed", **knobs), epochs.close_epoch
 
     def kill(trainer, progress, metrics, seconds):
         if progress.epoch == first:  # the round after the first one ended
@@ -160,7 +161,7 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(tmp_path,
         return real(trainer, progress, metrics, seconds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "close_epoch", kill)
+        patch.setattr(epochs, "close_epoch", kill)
         with pytest.raises(KeyboardInterrupt):
             multi_seed.train_seeds(group)
     before = _stamps(group[over])

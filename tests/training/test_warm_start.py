@@ -19,7 +19,7 @@ from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.errors import ConfigError, UserError
 from slgr_jax.models.embedding_table import RowFormat
 from slgr_jax.teacher.products import carry
-from slgr_jax.training import build, loop, multi_seed, programs, restore
+from slgr_jax.training import agreement, build, loop, multi_seed, programs, restore
 from slgr_jax.training import state as state_lib
 
 START = 1_500_000_000
@@ -168,7 +168,7 @@ def test_resuming_does_not_need_the_run_again_and_is_bit_identical(
     trained(day2, tmp_path / "whole", init_from=str(gone))
     split = run_of(day2, tmp_path / "split", init_from=str(gone))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_on_signal", lambda: contextlib.nullcontext(_StopAfter(4)))
+        patch.setattr(agreement, "stop_on_signal", lambda: contextlib.nullcontext(_StopAfter(4)))
         assert loop.train(split).status == "interrupted"
     before = json.loads((tmp_path / "split/run.json").read_text())["init_from"]
     shutil.rmtree(gone)

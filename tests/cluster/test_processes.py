@@ -1,0 +1,248 @@
+"""A job of 2 processes x 2 devices, for real: its start, its votes, what a lost process does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import worlds
+
+from slgr_jax.config import make_run
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.training import loop
+
+pytestmark = pytest.mark.slow
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+SMALL = {"dim": 8, "batch_size": 32, "patience": 0, "steps_per_dispatch": 3}
+# `slgr train`, where a second has twice its length.
+SKEWED = """
+import sys, time
+real = time.monotonic
+time.monotonic = lambda: 2 * real()
+from slgr_jax.cli import main
+main.main(["slgr", "train", *sys.argv[1:]])
+"""
+
+
+@dataclasses.dataclass
+class Ended:
+    """How a process ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of an error for people; JAX's own log has other ones."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Job:
+    """Two processes that run `slgr train` together."""
+
+    def __init__(
+        self,
+        *flags: str,
+        each: Sequence[Sequence[str]] = ((), ()),
+        environ: Sequence[dict[str, str]] = ({}, {}),
+        cwd: Sequence[pathlib.Path] = (REPO, REPO),
+        code: Sequence[str] = ("", ""),
+    ) -> None:
+        """Start them; `each`, `environ`, `cwd` and `code` (in place of the command) by process."""
+        shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+        shared["PYTHONPATH"] = str(REPO)
+        command = [str(REPO / "launch" / "train.py")]
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, *(["-c", code[at]] if code[at] else command)),
+                    *(*flags, *each[at]),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=shared | environ[at],
+                cwd=cwd[at],
+            )
+            for at in (0, 1)
+        ]
+
+    def wait_for_epochs(self, workdir: pathlib.Path, count: int) -> None:
+        limit, log = time.monotonic() + 200, workdir / "log.jsonl"
+        while time.monotonic() < limit and all(x.poll() is None for x in self.processes):
+            if log.exists() and len(log.read_text().splitlines()) >= count:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"no {count} epochs: {self.end()}")
+
+    def end(self) -> list[Ended]:
+        ended = []
+        for process in self.processes:
+            try:
+                out, err = process.communicate(timeout=200)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+            ended.append(Ended(process.returncode, out, err))
+        return ended
+
+
+def by_flags(port: int | None = None) -> list[list[str]]:
+    port = free_port() if port is None else port
+    shared = [f"--coordinator=localhost:{port}", "--processes=2"]
+    return [[*shared, f"--process_id={at}"] for at in (0, 1)]
+
+
+def by_slurm() -> list[dict[str, str]]:
+    """What `srun --ntasks=2` says to each task."""
+    shared = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    shared |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": str(time.monotonic_ns() % 97)}
+    return [{**shared, "SLURM_PROCID": str(at)} for at in (0, 1)]
+
+
+def flags_of(dataset: Dataset, workdir: pathlib.Path | str, **knobs: object) -> list[str]:
+    values = {**SMALL, "data": dataset.path, "workdir": workdir, **knobs}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    world = worlds.random_dataset(tmp_path_factory.mktemp("data") / "d", ratings=True)
+    rng = np.random.default_rng(0)
+    items = np.concatenate([np.sort(rng.permutation(30)[:6]) for _ in range(40)])
+    users = np.repeat(np.arange(40), 6)
+    worlds.teach(
+        world, users.astype(np.int32), items.astype(np.int32), rng.random(240).astype(np.float32)
+    )
+    return world
+
+
+def curve(workdir: pathlib.Path) -> np.ndarray:
+    """[epochs, 3] epoch, loss and ndcg@10."""
+    records = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    return np.array([[r["epoch"], r["train/loss"], r["valid/ndcg@10"]] for r in records])
+
+
+def same_curve(workdir: pathlib.Path, dataset: Dataset, tmp_path: pathlib.Path, **knobs) -> None:
+    """The curve of a run is that of one device."""
+    with worlds.runs_on(1):
+        whole = tmp_path / f"{workdir.name}-whole"
+        loop.train(make_run(str(dataset.path), str(whole), **{**SMALL, **knobs}))
+    np.testing.assert_allclose(curve(workdir), curve(whole), rtol=2e-4, atol=2e-4)
+
+
+def test_a_signal_to_one_stops_both_at_a_step_and_one_process_goes_on(dataset, tmp_path):
+    """Guided; by flags; process 1 has a clock of its own, and a checkpoint is due all the time."""
+    workdir = tmp_path / "run"
+    knobs = {"guidance": "pairwise", "teacher": "t", "lambda": 0.5}
+    job = Job(
+        *flags_of(dataset, workdir, epochs=100_000, checkpoint_every_s=0.2, **knobs),
+        each=by_flags(),
+        code=("", SKEWED),
+    )
+    job.wait_for_epochs(workdir, 4)
+    job.processes[1].send_signal(signal.SIGTERM)
+    first, second = job.end()
+    assert (first.status, second.status) == (75, 75), (first, second)
+    table = first.out.splitlines()[:3]
+    assert table[0].split() == [
+        *("process", "host", "PID", "devices", "device", "memory", "host", "memory")
+    ]
+    assert [line.split()[0] for line in table[1:]] == ["0", "1"]
+    assert all("2 x cpu" in line for line in table[1:])
+    assert "interrupted after epoch" in first.out
+    assert "epoch" not in second.out, "one process speaks for all"
+
+    done = len(curve(workdir))
+    with worlds.runs_on(1):
+        run = make_run(str(dataset.path), str(workdir), **{**SMALL, **knobs, "epochs": done + 2})
+        assert loop.train(run).epoch == done + 2
+    same_curve(workdir, dataset, tmp_path, epochs=done + 2, **knobs)
+
+
+def test_a_killed_process_ends_the_other_and_what_is_left_goes_on(dataset, tmp_path):
+    """As Slurm starts it; four devices of one process go on."""
+    workdir = tmp_path / "run"
+    flags = flags_of(dataset, workdir, epochs=100_000, checkpoint_every_s=0)
+    job = Job(*flags, environ=by_slurm())
+    job.wait_for_epochs(workdir, 3)
+    job.processes[1].kill()
+    begin = time.monotonic()
+    first, second = job.end()
+    assert (first.status, second.status) == (75, -signal.SIGKILL), (first, second)
+    assert time.monotonic() - begin < 60, (
+        "the heartbeat's time; a closed connection is seen at once"
+    )
+    assert len(first.errors) == 1, first.err
+    assert "error: process 1 (" in first.errors[0]
+    assert "the same command goes on from it" in first.errors[0]
+
+    done = len(curve(workdir))
+    with worlds.runs_on(4):
+        loop.train(make_run(str(dataset.path), str(workdir), **{**SMALL, "epochs": done + 1}))
+    same_curve(workdir, dataset, tmp_path, epochs=done + 1)
+
+
+def test_an_error_of_one_is_the_same_line_on_both(dataset, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dataset.path, damaged)
+    shard = next((damaged / "train").glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    flags = flags_of(dataset, tmp_path / "run", epochs=1)
+    cluster = by_flags()
+    ended = Job(*flags, each=(cluster[0], [*cluster[1], f"--data={damaged}"])).end()
+    assert [x.status for x in ended] == [2, 2], ended
+    assert ended[0].errors == ended[1].errors
+    assert "process 1 on " in ended[0].errors[0]
+    assert str(shard) in ended[0].errors[0]
+
+
+def test_a_directory_that_is_not_shared_is_one_line_on_both(dataset, tmp_path):
+    cwd = (tmp_path / "a", tmp_path / "b")
+    for path in cwd:
+        path.mkdir()
+    flags = flags_of(dataset, "/proc/self/cwd/run", epochs=1)
+    ended = Job(*flags, each=by_flags(), cwd=cwd).end()
+    assert [x.status for x in ended] == [2, 2], ended
+    assert ended[0].errors == ended[1].errors
+    assert "is not the directory that process 0" in ended[0].errors[0]
+    assert not any((cwd[0] / "run").glob(".shared*"))
+
+
+def test_unequal_devices_are_one_line_on_both(dataset, tmp_path):
+    flags = flags_of(dataset, tmp_path / "run", epochs=1)
+    ended = Job(*flags, each=by_flags(), environ=({}, {"JAX_NUM_CPU_DEVICES": "3"})).end()
+    assert [x.status for x in ended] == [2, 2], ended
+    assert ended[0].errors == ended[1].errors
+    assert "process 0 has 2 devices and process 1" in ended[0].errors[0]
+    assert "has 3; give every process as many" in ended[0].errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_process_that_never_comes_is_named(dataset, tmp_path, absent):
+    flags = flags_of(dataset, tmp_path / "run", epochs=1, start_timeout_s=1)
+    cluster = by_flags()
+    cluster[absent] = ["--help"]
+    ended = Job(*flags, each=cluster).end()[1 - absent]
+    assert ended.status == 2, ended
+    assert len(ended.err.splitlines()) == 1, ended.err
+    assert ("of 2 processes 1 did not come" if absent else "found no process 0") in ended.err
