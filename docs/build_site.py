@@ -67,7 +67,7 @@ def knobs_page() -> str:
 def _groups() -> Iterator[tuple[str, list[type[Section]]]]:
     yield "slgr prepare", [config.PrepareConfig]
     yield "slgr teach", list(dict.fromkeys(config.TEACH_SECTIONS))
-    yield "slgr train", list(config.sections().values())
+    yield "slgr train", [*config.sections().values(), config.ClusterConfig]
     yield "slgr evaluate", [config.BaselineConfig]
     yield "slgr serve", [config.ServeConfig]
 

@@ -136,9 +136,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def curve(workdir: pathlib.Path) -> np.ndarray:
-    """[epochs, 3] epoch, loss and ndcg@10."""
+    """[epochs, numbers] what the log has of each epoch, without what a clock put there."""
     records = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
-    return np.array([[r["epoch"], r["train/loss"], r["valid/ndcg@10"]] for r in records])
+    names = sorted(records[0].keys() - {"time", "triples_per_s"})
+    assert any(name.startswith("valid/") for name in names)
+    return np.array([[record[name] for name in names] for record in records])
 
 
 def same_curve(workdir: pathlib.Path, dataset: Dataset, tmp_path: pathlib.Path, **knobs) -> None:
@@ -199,6 +201,47 @@ def test_a_killed_process_ends_the_other_and_what_is_left_goes_on(dataset, tmp_p
     with worlds.runs_on(4):
         loop.train(make_run(str(dataset.path), str(workdir), **{**SMALL, "epochs": done + 1}))
     same_curve(workdir, dataset, tmp_path, epochs=done + 1)
+
+
+# Runs of one job, one after another, as a program of one's own would: by name, their knobs.
+RUNS = {
+    "lightgcn": {"backbone": "lightgcn", "table_shards": 4},
+    "sasrec": {"backbone": "sasrec", "max_history": 8, "layers": 1, "dropout": 0.0},
+    "deepfm": {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "rows": "sampled"},
+}
+TRAIN = """
+import json, sys
+import slgr_jax
+data, out, runs, *job = sys.argv[1:]
+job = dict(flag[2:].split("=") for flag in job)
+job |= {name: int(job[name]) for name in ("processes", "process_id")}
+for name, knobs in json.loads(runs).items():
+    slgr_jax.train(data, f"{out}/{name}", **knobs, **job)
+"""
+
+
+def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path):
+    """1 x 1 = 2 x 2, and 1 x 4 where rows are scored; a graph's tables are split over both."""
+    runs = {name: {**SMALL, "epochs": 2, **knobs} for name, knobs in RUNS.items()}
+    job = Job(
+        *(str(dataset.path), str(tmp_path / "2x2"), json.dumps(runs)),
+        each=by_flags(),
+        code=(TRAIN, TRAIN),
+    )
+    for devices, name in ((1, "lightgcn"), (1, "sasrec"), (1, "deepfm"), (4, "deepfm")):
+        with worlds.runs_on(devices):
+            workdir = tmp_path / f"1x{devices}" / name
+            knobs = {**runs[name], "table_shards": 1}
+            loop.train(make_run(str(dataset.path), str(workdir), **knobs))
+    ended = job.end()
+    assert [x.status for x in ended] == [0, 0], ended
+    for name in runs:
+        alone = curve(tmp_path / "1x1" / name)
+        assert len(alone) == 2
+        for workdir in tmp_path.glob(f"*x*/{name}"):
+            np.testing.assert_allclose(curve(workdir), alone, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert (tmp_path / "1x4" / "deepfm").is_dir()
+    assert all((tmp_path / "2x2" / name).is_dir() for name in runs)
 
 
 def test_an_error_of_one_is_the_same_line_on_both(dataset, tmp_path):
