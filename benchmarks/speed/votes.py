@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -52,7 +53,11 @@ def child(data: str, place: str, lengths: list[int], repeats: int, seconds: floa
     trainer = experiment.trainer
     made = programs.make_programs(experiment)
     state, key = made.init(np.int32(0)), made.key(np.int32(0))
-    run_steps = step.make_run_steps(trainer)
+    jitted: Any = step.make_run_steps(trainer)
+    run_steps = jitted.lower(
+        state, experiment.arrays, key, programs.put_number(trainer, 1)
+    ).compile()
+    cluster.first("compiled")
     votes = agreement.make_agreement(trainer.layout, threading.Event(), lambda: False)
 
     def turn(count: int, dispatches: int, *, voting: bool) -> float:

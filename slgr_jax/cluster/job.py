@@ -117,6 +117,9 @@ def _introduce(job: Channel) -> None:
     for row in rows:
         line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
         say_first(line.rstrip())
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("start")  # connects the devices while all are here
 
 
 def _facts() -> dict[str, Any]:

@@ -379,7 +379,7 @@ def _train_one(
     with jax.transfer_guard("allow"):
         programs = make_programs(experiment)
         key = programs.key(seed_number)
-        run_steps = make_run_steps(trainer)
+        run_steps: Any = make_run_steps(trainer)
         saved = cluster.together(
             lambda: checkpoint.Checkpoints(
                 run.workdir,
@@ -396,6 +396,10 @@ def _train_one(
             best = programs.serving(state, experiment.arrays.context)
         else:
             state, best = saved.restore(abstract_state(trainer), abstract_serving(trainer))
+        if cluster.processes() > 1:
+            # Gloo waits half a minute for whoever is still compiling, and then ends the job.
+            lowered = run_steps.lower(state, experiment.arrays, key, put_number(trainer, 1))
+            run_steps = cluster.together(lowered.compile)
 
     cluster.together(lambda: write_record(experiment, run, programs))
     engine = OneSeed(experiment, run_steps, state, key)
