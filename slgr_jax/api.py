@@ -178,7 +178,7 @@ def train(
         if place is not None:
             raise ConfigError(
                 f"--guidance=auto trains many small runs in one process, and this is one of "
-                f"{place.processes}; start it alone, or with --cluster=none"
+                f"{place.processes}; start it alone, inside a Slurm step with --cluster=none"
             )
         return _train_auto(data, workdir, values, workers)
     if workers is not None:

@@ -57,6 +57,10 @@ def place(
     """
     if processes == 1 and process_id in (-1, 0):
         return None
+    if cluster == "none" and (coordinator or processes or process_id >= 0):
+        raise ConfigError(
+            "--cluster=none trains alone: drop --coordinator, --processes and --process_id, or it"
+        )
     detected = _detected(cluster, environ)
     if detected is None and not (coordinator or processes or process_id >= 0):
         return None

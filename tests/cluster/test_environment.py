@@ -65,6 +65,7 @@ def test_the_first_of_a_list_of_nodes(nodes, first):
         ({"coordinator": "h:1", "processes": 2, "process_id": 2}, "--process_id=2 is not below"),
         ({"coordinator": "h", "processes": 2, "process_id": 0}, "--coordinator=h is not HOST:PORT"),
         ({"coordinator": "h:99999", "processes": 2, "process_id": 0}, "is not HOST:PORT"),
+        ({"cluster": "none", "processes": 2}, "--cluster=none trains alone: drop --coordinator"),
         ({"cluster": "slurm"}, "--cluster=slurm, but the environment names no job"),
     ],
 )
