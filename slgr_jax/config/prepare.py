@@ -78,6 +78,12 @@ class PrepareConfig(Section):
         "csv, jsonl, parquet, s3rec: item table (csv, JSON lines, Parquet or Arrow with "
         "--item_column) to attach; amazon: metadata jsonl",
     )
+    keep_items: bool = knob(
+        False,
+        "items of the item table without interactions (or that a filter left none) stay in the "
+        "catalogue, behind the others: candidates everywhere, tail; uniform negatives are drawn "
+        "from them too, popularity's never",
+    )
     title_column: str = knob("title", "--items_input: column with titles; used if present")
     text_column: str = knob("text", "--items_input: column with descriptions; used if present")
     categories_column: str = knob(

@@ -56,6 +56,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
         options,
         seed=common.seed,
         diversity=spread,
+        counts={"items_without_text": sum(not line for line in lines)},
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,
     )

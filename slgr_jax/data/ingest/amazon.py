@@ -109,7 +109,7 @@ def _headerless(files: Files, name: str, file: DelimitedFile) -> list[str]:
     )
 
 
-def _items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Files]:
+def _items(config: PrepareConfig) -> tuple[Callable[[pa.Array | None], Texts], Files]:
     """How to read --items_input (metadata, or a table with named columns), and its file."""
     metadata = Files(config.items_input)
     name = metadata.choose(lambda n: "meta" in n, "metadata jsonl (meta...)", config.name)
@@ -120,21 +120,23 @@ def _items(config: PrepareConfig) -> tuple[Callable[[pa.Array], Texts], Files]:
     return _metadata_reader(metadata, name, config), metadata
 
 
-def _metadata_reader(files: Files, name: str, config: PrepareConfig) -> Callable[[pa.Array], Texts]:
+def _metadata_reader(
+    files: Files, name: str, config: PrepareConfig
+) -> Callable[[pa.Array | None], Texts]:
     text_lines.check_encoding(config.encoding)
     fields: Mapping[str, tuple[str, ...]] = _METADATA_FIELDS
     chosen = tables.chosen_columns(config)
     if "item" in chosen:
         fields = {**fields, "item_id": (chosen["item"], *fields["item_id"])}
 
-    def read(wanted: pa.Array) -> Texts:
+    def read(wanted: pa.Array | None) -> Texts:
         count = LineCount(files.where(name))
         drop = tables.drops(config)
         return texts.of_records(
             json_lines.objects(files, name, config.encoding, count, drop=drop),
             fields,
             count,
-            wanted=set(wanted.to_pylist()),
+            wanted=None if wanted is None else set(wanted.to_pylist()),
             separator=None,
             drop=drop,
         )

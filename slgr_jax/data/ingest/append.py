@@ -96,7 +96,7 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
     log, described = _split(log, old_parts, settings, len(manifest.parents) + 1)
     described["time_unit"] = manifest.split.get("time_unit", unit)
 
-    user_texts, item_texts = raw.users(user_ids), raw.items(item_ids)
+    user_texts, item_texts, item_ids = prepare.read_texts(raw, settings, user_ids, item_ids)
     users, items, met, changed = _texts(parent, user_ids, item_ids, user_texts, item_texts)
     source = prepare.describe_source(settings, raw, (item_texts, user_texts), met)
     features, changed_features = _features(

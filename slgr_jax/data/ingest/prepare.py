@@ -45,7 +45,7 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
     described["time_unit"] = unit
     log, user_ids, item_ids = _compact(log, user_ids, item_ids)
 
-    user_texts, item_texts = raw.users(user_ids), raw.items(item_ids)
+    user_texts, item_texts, item_ids = read_texts(raw, config, user_ids, item_ids)
     users, users_met = texts.attach(user_ids, user_texts, schema.USERS)
     items, items_met = texts.attach(item_ids, item_texts, schema.ITEMS)
     features = _features(raw, config, log, {"user": user_ids, "item": item_ids})
@@ -54,6 +54,26 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
         source["users_in_table"] = users_met
     name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
     return write(config, name, log, users, items, source, described, filters, features=features)
+
+
+def read_texts(
+    raw: Raw, config: PrepareConfig, user_ids: pa.Array, item_ids: pa.Array
+) -> tuple[Texts | None, Texts | None, pa.Array]:
+    """Texts of users and of items; and the items' ids, with --keep_items all of the table's behind.
+
+    Raises:
+      ConfigError: --keep_items without an item table.
+    """
+    user_texts = raw.users(user_ids)
+    item_texts = raw.items(None if config.keep_items else item_ids)
+    if not config.keep_items:
+        return user_texts, item_texts, item_ids
+    if item_texts is None:
+        raise ConfigError(
+            "--keep_items keeps the items of an item table, and there is none: add "
+            "--items_input=FILE"
+        )
+    return user_texts, item_texts, texts.with_table_ids(item_ids, item_texts)
 
 
 def describe_source(
@@ -334,6 +354,10 @@ def _counts(
         evaluated = np.unique(pairs[part][0])
         counts[f"{part}_users"] = int(evaluated.size)
         counts[f"{part}_users_without_train"] = int(np.count_nonzero(~seen_users[evaluated]))
+    evaluated_items = [pairs[part][1] for part in ("valid", "test")]
+    for of_part in evaluated_items:
+        seen_items[of_part] = True
+    counts["items_without_interactions"] = int(np.count_nonzero(~seen_items))
     counts["items_with_title"] = int(items.num_rows - items.column("title").null_count)
     return counts
 
@@ -361,6 +385,8 @@ def summary(manifest: schema.DatasetManifest) -> str:
         met = manifest.source["items_in_table"]
         share = 100 * met / max(1, counts["items"])
         lines.append(f"  items in the item table: {met:,} of {counts['items']:,} ({share:.1f} %)")
+    if alone := counts.get("items_without_interactions"):
+        lines.append(f"  items without interactions, candidates all the same: {alone:,}")
     lines += [f"  {line}" for line in feature_columns.summary(manifest.features)]
     if core := filters.get("k_core"):
         lines.append(

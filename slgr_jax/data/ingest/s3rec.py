@@ -59,7 +59,7 @@ def sequences(config: PrepareConfig) -> Raw:
     attributes = files.beside(name, f"{stem}{_ATTRIBUTES}")
     item_reader = tables.named_items(config)
 
-    def items(wanted: pa.Array) -> Texts | None:
+    def items(wanted: pa.Array | None) -> Texts | None:
         by_attributes = None if attributes is None else _items(files, attributes)
         if item_reader is None:
             return by_attributes

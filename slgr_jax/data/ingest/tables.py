@@ -74,14 +74,15 @@ class Raw:
 
     pieces: tuple[Piece, ...]
     files: tuple[Files, ...]
-    items: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.ITEMS, any order
+    # Wanted ids (None: all of the table) -> rows of schema.ITEMS, any order.
+    items: Callable[[pa.Array | None], Texts | None]
     users: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.USERS
     features: Mapping[str, FeatureColumns] = dataclasses.field(default_factory=dict)  # by side
     of_interactions: tuple[Declared, ...] = ()  # features, whose columns each piece has
     name: str = ""  # what the files call the data set; empty if nothing better than --input
 
 
-def nothing(wanted: pa.Array) -> None:
+def nothing(wanted: pa.Array | None) -> None:
     """No texts."""
     return None
 
@@ -231,7 +232,7 @@ class NamedTable:
     """A table of items or users with named columns."""
 
     file: Files
-    texts: Callable[[pa.Array], Texts]
+    texts: Callable[[pa.Array | None], Texts]
     features: FeatureColumns | None = None
 
 
@@ -343,7 +344,7 @@ def dialect_of_texts(files: Files, name: str, dialect: Dialect, config: PrepareC
 
 def _json_items(
     files: Files, name: str, config: PrepareConfig, wanted: Mapping[str, str]
-) -> Callable[[pa.Array], Texts]:
+) -> Callable[[pa.Array | None], Texts]:
     where = files.where(name)
     names = json_lines.field_names(files, name, config.encoding)
     chosen = pick(names, {"item": wanted["item"]}, where, required=["item"])
@@ -352,13 +353,13 @@ def _json_items(
         **{column: [wanted[column]] for column in ("title", "text", "categories")},
     }
 
-    def read(wanted_ids: pa.Array) -> Texts:
+    def read(wanted_ids: pa.Array | None) -> Texts:
         count = LineCount(where)
         return texts.of_records(
             json_lines.objects(files, name, config.encoding, count, drop=drops(config)),
             fields,
             count,
-            wanted=set(wanted_ids.to_pylist()),
+            wanted=None if wanted_ids is None else set(wanted_ids.to_pylist()),
             separator="|",
             drop=drops(config),
         )

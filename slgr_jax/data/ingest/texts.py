@@ -180,11 +180,11 @@ def of_records(
     fields: Mapping[str, Sequence[str]],
     count: LineCount,
     *,
-    wanted: Collection[str],
+    wanted: Collection[str] | None,
     separator: str | None,
     drop: bool,
 ) -> Texts:
-    """The item table of JSON lines; only rows of the wanted ids are kept.
+    """The item table of JSON lines; only rows of the wanted ids are kept, or all (None).
 
     Args:
       records: (row number, record).
@@ -212,7 +212,7 @@ def of_records(
             count.drop(message)
             continue
         example = example or item
-        if item not in wanted:
+        if wanted is not None and item not in wanted:
             continue
         categories = json_lines.texts_in(values.get("categories"))
         if separator and isinstance(values.get("categories"), str):
@@ -269,6 +269,13 @@ def attach(ids: pa.Array, texts: Texts | None, layout: pa.Schema) -> tuple[pa.Ta
         raise _strangers(ids[0].as_py(), texts)
     joined = [_flat(texts.table.column(name)).take(rows) for name in layout.names[1:]]
     return pa.table([ids, *joined], schema=layout), met
+
+
+def with_table_ids(ids: pa.Array, texts: Texts) -> pa.Array:
+    """`ids`, then those of a table that are not among them, in the order of their text."""
+    of_table = _flat(texts.table.column(0))
+    others = of_table.filter(pc.invert(pc.is_in(of_table, value_set=ids)))
+    return pa.concat_arrays([ids, others.take(pc.sort_indices(others))])
 
 
 def merged(old: pa.Table, new: pa.Table) -> tuple[pa.Table, dict[str, int]]:

@@ -389,10 +389,16 @@ def report(manifest: schema.CandidateManifest) -> str:
         "excluded": "a user's own validation and test items are never asked about: what is not "
         "asked about is then more likely one of them",
     }[manifest.evaluation]
+    without_text = ""
+    if untold := counts.get("items_without_text"):
+        without_text = (
+            f"\n  {untold:,} items have no title and no text: no teacher is asked about them, the "
+            "recommender ranks them like any other"
+        )
     return (
         f"candidates {manifest.name}: {counts['pairs']:,} pairs of {counts['users']:,} users and "
         f"{counts['items']:,} items, for {manifest.dataset} split {manifest.split_hash[:8]}\n"
         f"  by reason: {drawn}\n"
         f"  {counts['hidden']:,} training items are hidden from prompts, to test the teacher on\n"
-        f"  {evaluation}; cold users' items are spread over {manifest.diversity}"
+        f"  {evaluation}; cold users' items are spread over {manifest.diversity}{without_text}"
     )
