@@ -6,22 +6,24 @@ which shows these lines as they are: on standard output, warnings on standard er
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from slgr_jax import progress
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from slgr_jax.training.training_log import TrainingProgress
 
 LOGGER = logging.getLogger("slgr_jax")
 
 
 class _Lines(logging.Handler):
-    """Writes each record as one line; `bar` is the progress bar it must not write into."""
-
-    bar: Any = None
+    """Writes each record as one line, not into a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
@@ -29,11 +31,7 @@ class _Lines(logging.Handler):
         stream = sys.stderr if warning else sys.stdout
         if warning:
             line = f"{record.levelname.lower()}: {line}"
-
-        if self.bar is None or self.bar.disable:
-            print(line, file=stream, flush=True)
-        else:
-            self.bar.write(line, file=stream)
+        progress.write(line, stream)
 
 
 _LINES = _Lines(logging.INFO)
@@ -47,25 +45,19 @@ def install(*, quiet: bool = False) -> None:
         LOGGER.addHandler(_LINES)
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[TrainingProgress], None]]:
     """A progress callback for `slgr_jax.train` that draws a bar of steps on a terminal.
 
     Where standard error is a file or a pipe nothing is drawn.
     """
-    from tqdm import tqdm
+    with contextlib.ExitStack() as stack:
+        bars: list[tqdm] = []
 
-    def show(progress: TrainingProgress) -> None:
-        if _LINES.bar is None:
-            # disable=None: a bar on a terminal, nothing in a log file.
-            _LINES.bar = tqdm(
-                total=progress.total, initial=progress.step, unit="step", disable=None, leave=False
-            )
-        _LINES.bar.update(progress.step - _LINES.bar.n)
+        def show(done: TrainingProgress) -> None:
+            if not bars:
+                bar = progress.bar(done.total, "step", initial=done.step)
+                bars.append(stack.enter_context(bar))
+            bars[0].update(done.step - bars[0].n)
 
-    try:
         yield show
-    finally:
-        if _LINES.bar is not None:
-            _LINES.bar.close()
-        _LINES.bar = None

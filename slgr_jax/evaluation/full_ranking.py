@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from slgr_jax import progress
 from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
@@ -110,6 +111,17 @@ class _Scorer:
 
         The device is one chunk ahead of the host.
         """
+        with progress.bar(users.size, "user") as bar:
+            for places, result in self._each(users, call, listable):
+                yield places, result
+                bar.update(users[places].size)
+
+    def _each(
+        self,
+        users: np.ndarray,
+        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
+        listable: Listable | None,
+    ) -> Iterator[Any]:
         by_user = None if self.mesh is None else device_ranking.by_user(self.mesh)
         waiting: list[tuple[slice, Any]] = []
         for begin in range(0, users.size, self.chunk):

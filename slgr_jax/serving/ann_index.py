@@ -9,17 +9,20 @@ Shape letters: U users, I items, E width, n queries, K neighbours.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from slgr_jax import progress
 from slgr_jax.errors import ConfigError
 
 INSTALL = "pip install 'slgr_jax[export]' (from a checkout: pip install -e '.[export]')"
 INDEXES = ("none", "usearch")
 # Inner products are no metric, and a graph needs more links and wider searches for them.
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 32, 256, 256
+_ADDED = 8192  # items that are added at once
 SAMPLE = 1000  # users whose lists are compared with brute force
 
 
@@ -41,7 +44,12 @@ def build(items: Float[np.ndarray, "I E"]) -> Any:
         expansion_add=EXPANSION_ADD,
         expansion_search=EXPANSION_SEARCH,
     )
-    index.add(np.arange(len(items), dtype=np.uint64), items)
+    keys = np.arange(len(items), dtype=np.uint64)
+    with progress.bar(len(items), "item", label="index") as bar:
+        for begin in range(0, len(items), _ADDED):
+            part = slice(begin, begin + _ADDED)
+            index.add(keys[part], items[part])
+            bar.update(len(keys[part]))
     return index
 
 
@@ -70,7 +78,8 @@ def recall(
     exact = np.concatenate(
         [np.argpartition(-(part @ items.T), k - 1)[:, :k] for part in _pieces(chosen, len(items))]
     )
-    listed = np.concatenate([_keys(index, query, k)[None, :] for query in chosen])
+    shown: Iterator[np.ndarray] = progress.over(list(chosen), "query")
+    listed = np.concatenate([_keys(index, query, k)[None, :] for query in shown])
     hits = [np.isin(some, true).sum() for some, true in zip(listed, exact, strict=True)]
     return float(np.mean(hits) / k), size
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from slgr_jax import progress
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.evaluation.ranking_metrics import TopItems
@@ -254,10 +255,11 @@ def _write(recommender: Recommender, users: np.ndarray, path: pathlib.Path) -> n
     def write(partial: pathlib.Path) -> None:
         writer = WRITERS[path.suffix.lower()](partial)
         try:
-            for begin in range(0, users.size, block):
-                top = recommender.top(users[begin : begin + block])
-                counts[begin : begin + block] = (top.items >= 0).sum(axis=1)
-                writer.write_table(_long_table(recommender.run, top))
+            with progress.bar(users.size, "user"):  # ranking moves it
+                for begin in range(0, users.size, block):
+                    top = recommender.top(users[begin : begin + block])
+                    counts[begin : begin + block] = (top.items >= 0).sum(axis=1)
+                    writer.write_table(_long_table(recommender.run, top))
         finally:
             writer.close()
 

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
+from slgr_jax import progress
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.data.features import INTERACTION, of_values
@@ -247,7 +248,7 @@ class TrainedRun:
             return query_vectors(backbone, scoring, scoring.queries(users))
 
         parts = []
-        for begin in range(0, n_users, chunk):
+        for begin in progress.over(range(0, n_users, chunk), "part", label="vectors"):
             users = np.minimum(np.arange(begin, begin + chunk, dtype=np.int32), n_users - 1)
             parts.append(np.asarray(of_users(scoring, users)))
         items = np.asarray(catalogue_vectors(backbone, scoring))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from slgr_jax import progress
 from slgr_jax.cli import console
 from slgr_jax.training.training_log import TrainingProgress
 
@@ -52,10 +53,10 @@ def test_a_handler_of_the_root_logger_does_not_show_the_lines_again():
 
 
 def test_no_bar_in_a_file(capsys):
-    with console.progress_bar() as progress:
-        progress(TrainingProgress("run", 10, 100))
+    with console.progress_bar() as show:
+        show(TrainingProgress("run", 10, 100))
         LOGGER.info("epoch 1")
-        progress(TrainingProgress("run", 20, 100))
+        show(TrainingProgress("run", 20, 100))
     assert capsys.readouterr() == ("epoch 1\n", "")
 
 
@@ -63,14 +64,15 @@ def test_on_a_terminal_lines_stand_above_the_bar(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
-    with console.progress_bar() as progress:
-        progress(TrainingProgress("run", 10, 100))
-        bar = console._LINES.bar
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    with console.progress_bar() as show:
+        show(TrainingProgress("run", 10, 100))
+        ((_, bar),) = progress._OPEN
         assert (bar.n, bar.total) == (10, 100)
         LOGGER.info("epoch 1")
-        progress(TrainingProgress("run", 60, 100))
+        show(TrainingProgress("run", 60, 100))
         assert bar.n == 60
-    assert console._LINES.bar is None
+    assert not progress._OPEN
     text = screen.getvalue()
     assert "10/100" in text
     # The line has the screen's line to itself: the bar was cleared before and is drawn again after.
@@ -83,10 +85,10 @@ def test_a_bar_ends_with_what_fails_within_it(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
 
     def fail():
-        with console.progress_bar() as progress:
-            progress(TrainingProgress("run", 10, 100))
+        with console.progress_bar() as show:
+            show(TrainingProgress("run", 10, 100))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert console._LINES.bar is None
+    assert not progress._OPEN

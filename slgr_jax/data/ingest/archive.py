@@ -95,6 +95,12 @@ class Files:
         assert self._zip is None
         return self._root / name
 
+    def size(self, name: str) -> int | None:
+        """Bytes that `open` reads of a file; None where it is a gz file."""
+        if self._zip is not None:
+            return self._zip.getinfo(name).file_size
+        return None if name.endswith(".gz") else self.path_of(name).stat().st_size
+
     def head(self, name: str, size: int = 1 << 16) -> bytes:
         """The first bytes of a file, inflated."""
         with self.open(name) as file, reading(self.where(name)):

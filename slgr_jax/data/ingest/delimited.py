@@ -8,16 +8,21 @@ import dataclasses
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from slgr_jax import progress
 from slgr_jax.data.ingest import text_lines
 from slgr_jax.data.ingest.archive import Files, reading
 from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.text_lines import CheckedLines, Dialect
 from slgr_jax.errors import InputError, listing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 ID_ROLES = ("user", "item", "split")
 _ID = pa.dictionary(pa.int32(), pa.string())
@@ -41,6 +46,18 @@ class FileRows:
     columns: dict[str, pa.ChunkedArray]
     count: LineCount
     numbers: np.ndarray | None = None
+
+
+class _Counted:
+    """A file of which a bar says how far it has been read."""
+
+    def __init__(self, file: BinaryIO, bar: tqdm) -> None:
+        self._file, self._bar = file, bar
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._bar.update(len(data))
+        return data
 
 
 class DelimitedFile:
@@ -146,9 +163,14 @@ class DelimitedFile:
             return "skip"
 
         dialect, width = self._dialect, len(self.names)
-        with self._files.open(self._name) as file, reading(self.where):
+        size = self._files.size(self._name)
+        with (
+            self._files.open(self._name) as file,
+            reading(self.where),
+            progress.bar(size, "B", label="read", scale=True) as bar,
+        ):
             lines = CheckedLines(
-                file,
+                _Counted(file, bar),
                 LineCount(self.where),
                 dialect,
                 has_header=self._has_header,

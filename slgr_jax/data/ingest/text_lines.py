@@ -11,7 +11,7 @@ import codecs
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -117,6 +117,12 @@ def encoding_of_texts(file: BinaryIO, encoding: str) -> str:
     return next(iter(decoders), "latin-1")
 
 
+class Readable(Protocol):
+    """What of a file is asked."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 class CheckedLines:
     """A readable stream of the rows of a text file, in UTF-8 and without the header.
 
@@ -132,7 +138,7 @@ class CheckedLines:
 
     def __init__(
         self,
-        file: BinaryIO,
+        file: Readable,
         count: LineCount,
         dialect: Dialect,
         *,

@@ -21,8 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-import tqdm
-
+from slgr_jax import progress
 from slgr_jax.config import AskConfig, RequestConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.errors import ConfigError, InputError, UserError
@@ -267,9 +266,7 @@ class _Run:
         """Ask every request that has no whole answer."""
         n_requests = sum(file.rows for file in manifest.files["requests"])
         free = threading.BoundedSemaphore(self._options.concurrency)
-        bar = tqdm.tqdm(
-            total=n_requests, initial=len(self._history.whole), unit="request", disable=None
-        )
+        opened = progress.bar(n_requests, "request", initial=len(self._history.whole))
 
         def work(line: dict[str, Any]) -> None:
             try:
@@ -285,7 +282,8 @@ class _Run:
                     bar.set_postfix_str(f"cost {self._budget.spent.cost:.4f}", refresh=False)
                     bar.update(0)
 
-        with bar, concurrent.futures.ThreadPoolExecutor(self._options.concurrency) as pool:
+        workers = concurrent.futures.ThreadPoolExecutor(self._options.concurrency)
+        with opened as bar, workers as pool:
             try:
                 for line in self._open(root, manifest):
                     while not free.acquire(timeout=0.1):

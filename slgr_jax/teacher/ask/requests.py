@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tqdm
 
+from slgr_jax import progress
 from slgr_jax.config import TOKEN_LIMITS, RequestConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.schema import ShardFile
@@ -132,9 +132,8 @@ def _write_rest(
 ) -> schema.RequestManifest:
     written = sum(file.rows for file in manifest.files["index"])
     stream = _stream(asker, planned, manifest, skip=written)
-    with tqdm.tqdm(
-        total=int(planned.facts["requests"]), initial=written, unit="request", disable=None
-    ) as bar:
+    total = int(planned.facts["requests"])
+    with progress.bar(total, "request", initial=written) as bar:
         for lines, index in _shards(stream, asker.options, root, len(manifest.files["index"])):
             files = manifest.files
             manifest = dataclasses.replace(

@@ -13,8 +13,7 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
-import tqdm
-
+from slgr_jax import progress
 from slgr_jax.config import CollectConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
@@ -255,7 +254,7 @@ class Collector:
           InputError: a file cannot be read, or most scores are on another scale.
         """
         total = sum(path.stat().st_size for path in files.paths)
-        with tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        with progress.bar(total, "B", scale=True) as bar:
             for path in files.paths:
                 for record in result_files.records(path):
                     self._take_record(record)

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
+from slgr_jax import progress
 from slgr_jax.errors import InputError, UserError
 from slgr_jax.teacher.local.parts import Parts
 from slgr_jax.teacher.local.vectors import unit
@@ -118,7 +118,7 @@ class Likelihood:
 
         size = max(_USERS_PER_PART, self._model.batch, -(-len(rows) // _MOST_PARTS))
         out = np.full(users.size, np.nan, np.float32)
-        with tqdm(total=len(rows), unit=" users", disable=None if keep else True) as bar:
+        with progress.bar(len(rows), " users") as bar:
             for number, begin in enumerate(range(0, len(rows), size)):
                 chunk = slice(begin, begin + size)
                 item_lists = [items[row] for row in rows[chunk]]
@@ -261,7 +261,7 @@ class Transformers:
         width = int(self._model.config.get_text_config().hidden_size)
         vectors = np.zeros((len(texts), width), np.float32)
         with self._torch.inference_mode():
-            for row, ids in enumerate(tqdm(self.encode(texts), unit=" texts", disable=None)):
+            for row, ids in enumerate(progress.over(self.encode(texts), " texts")):
                 if ids:
                     tokens = self._torch.tensor([ids], device=self._model.device)
                     states = self._model(tokens, output_hidden_states=True).hidden_states[-1]

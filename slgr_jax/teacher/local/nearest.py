@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from slgr_jax import progress
 from slgr_jax.config import NearestConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
@@ -48,7 +49,7 @@ def nearest(
     chunk = max(1, _SCORED_BYTES // (4 * max(usable.size, 1)))
 
     pieces = []
-    for begin in range(0, able.size, chunk):
+    for begin in progress.over(range(0, able.size, chunk), "part", label="nearest"):
         owners = able[begin : begin + chunk]
         scores = unit(users.values[owners]) @ catalogue
         rows, hidden = histories[owners].nonzero()

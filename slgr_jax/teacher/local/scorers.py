@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
+from slgr_jax import progress
 from slgr_jax.config import CandidateConfig, ScoreConfig, SliceConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
@@ -95,7 +96,8 @@ class WordLlama:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Mean of the token vectors of each text, L2-normalised, [n, 256] float32."""
-        chunks = [self._embed(texts[k : k + _CHUNK]) for k in range(0, len(texts), _CHUNK)]
+        begins = progress.over(range(0, len(texts), _CHUNK), "part", label="texts")
+        chunks = [self._embed(texts[k : k + _CHUNK]) for k in begins]
         return np.concatenate(chunks) if chunks else np.zeros((0, self._vectors.shape[1]), "f4")
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -210,7 +212,7 @@ class Cosine:
         shown = Csr.from_pairs(shown_users, shown_items, self._n_users)
         means = profiles(shown, self.vectors)
         out = np.empty(users.size, np.float32)
-        for start in range(0, users.size, _CHUNK):
+        for start in progress.over(range(0, users.size, _CHUNK), "part", label="scores"):
             part = slice(start, start + _CHUNK)
             out[part] = np.einsum("nd,nd->n", means[users[part]], self.vectors[items[part]])
         out[~_filled(means)[users]] = np.nan
