@@ -44,10 +44,10 @@ class World:
     relevant: tuple[np.ndarray, np.ndarray]
 
 
-def make(size: Size) -> World:
+def make(size: Size, width: int = WIDTH) -> World:
     """The world of `size`, the same in every process."""
     rng = np.random.default_rng(0)
-    factors = [rng.normal(size=(n, WIDTH)).astype(np.float32) for n in (size.users, size.items)]
+    factors = [rng.normal(size=(n, width)).astype(np.float32) for n in (size.users, size.items)]
     users = np.sort(rng.choice(size.users, size.ranked, replace=False)).astype(np.int32)
     seen, relevant = (
         (np.repeat(users, count), rng.integers(0, size.items, count * users.size))
