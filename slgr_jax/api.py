@@ -245,6 +245,7 @@ def recommend(
     unknown: str = "refuse",
     user_column: str = "",
     item_column: str = "",
+    new_items: PathLike = "",
     data: PathLike = "",
     checkpoint: str = "best",
     context: Mapping[str, object] | None = None,
@@ -263,6 +264,8 @@ def recommend(
       allow, deny: files of the only items to list, and of items not to; or of (user, item).
       unknown: ids that the run does not know: refuse, or skip (and count).
       user_column, item_column: names of columns in CSV and Parquet files; user and item if empty.
+      new_items: file of vectors of items that the run has never seen, which may be listed too
+        (`TrainedRun.with_items`).
       data, checkpoint: as of `load`.
       context: features of interactions to ask in, by name (`TrainedRun.in_context`).
       overwrite: replace `out` where it is there.
@@ -291,7 +294,7 @@ def recommend(
         item_column=item_column,
     )
     recommendation_files.check_out(out, overwrite=overwrite)
-    run = load(workdir, checkpoint, data=data).in_context(context or {})
+    run = _load_with_items(workdir, checkpoint, data, new_items).in_context(context or {})
     if not histories:
         return recommendation_files.recommend(run, request, out)
     from slgr_jax.serving import read_histories
@@ -312,6 +315,7 @@ def export(
     index: str = "none",
     scorer: bool = False,
     k: int | None = None,
+    new_items: PathLike = "",
     data: PathLike = "",
     checkpoint: str = "best",
     overwrite: bool = False,
@@ -325,6 +329,7 @@ def export(
       index: of the item vectors: none, or usearch.
       scorer: write the scorer as StableHLO, with its weights.
       k: length of the scorer's lists and of those that judge the index; None: 10.
+      new_items: as of `recommend`.
       data, checkpoint: as of `load`.
       overwrite: replace `out` where it is an export.
 
@@ -337,8 +342,20 @@ def export(
     request = export_lib.ExportRequest(format, index, scorer, k)
     request.check()
     shards.check_target(out, overwrite=overwrite)
-    run = load(workdir, checkpoint, data=data)
+    run = _load_with_items(workdir, checkpoint, data, new_items)
     return export_lib.export(run, request, out, overwrite=overwrite)
+
+
+def _load_with_items(
+    workdir: PathLike, checkpoint: str, data: PathLike, items: PathLike
+) -> TrainedRun:
+    """A run, and the items of a file of vectors behind its own."""
+    run = load(workdir, checkpoint, data=data)
+    if not items:
+        return run
+    from slgr_jax.serving import new_items
+
+    return run.with_items(*new_items.read_items(items))
 
 
 def inspect(*, workdir: PathLike = "", data: PathLike = "") -> Inspection:

@@ -35,6 +35,12 @@ def define() -> None:
     absl_flags.DEFINE_integer(
         "k", None, "length of the scorer's lists and of those that judge the index; 10 if not given"
     )
+    absl_flags.DEFINE_string(
+        "new_items",
+        "",
+        "file of vectors of items that the run has never seen (Parquet with item and vector, npz, "
+        "batch results), which its --item_vectors adapter scores",
+    )
     absl_flags.DEFINE_bool("overwrite", False, "replace --out where it is an export")
     absl_flags.DEFINE_string("checkpoint", "best", "state to export: best or last")
     absl_flags.DEFINE_string("data", "", "where the dataset of the run is now, if it was moved")
@@ -43,7 +49,7 @@ def define() -> None:
 def main(_: list[str]) -> None:
     """Export, and say what was written."""
     given = flags.FLAGS
-    names = ("format", "index", "scorer", "k", "overwrite", "checkpoint", "data")
+    names = ("format", "index", "scorer", "k", "overwrite", "checkpoint", "data", "new_items")
     options = {name: given[name].value for name in names}
     print(api.export(given.workdir, given.out, **options))
 

@@ -53,6 +53,12 @@ def define() -> None:
     absl_flags.DEFINE_multi_string(
         "context", [], "NAME=VALUE of a feature of interactions to list in; once for each"
     )
+    absl_flags.DEFINE_string(
+        "new_items",
+        "",
+        "file of vectors of items that the run has never seen (Parquet with item and vector, npz, "
+        "batch results), which its --item_vectors adapter scores",
+    )
     absl_flags.DEFINE_bool("overwrite", False, "replace --out where it is there")
     absl_flags.DEFINE_string("checkpoint", "best", "state to recommend with: best or last")
     absl_flags.DEFINE_string("data", "", "where the dataset of the run is now, if it was moved")
@@ -72,7 +78,8 @@ def _context(entries: Sequence[str]) -> dict[str, object]:
 def main(_: list[str]) -> None:
     """Recommend, and say how many users and rows."""
     given = flags.FLAGS
-    names = ("k", "mask_seen", "allow", "deny", "unknown", "user_column", "item_column")
+    names = ["k", "mask_seen", "allow", "deny", "unknown", "user_column", "item_column"]
+    names.append("new_items")
     written = api.recommend(
         given.workdir,
         given.users,

@@ -117,6 +117,17 @@ class RunConfig:
             raise ConfigError(
                 f"{names} and --init_from both say what rows begin with; drop one of them"
             )
+        for side in ("item", "user"):
+            if self.vectors.alone(side) and side not in self.vectors.products:
+                raise ConfigError(
+                    f"--no{side}_rows leaves {side}s their vectors alone: add "
+                    f"--{side}_vectors=NAME (slgr teach embed), or drop it"
+                )
+            if self.vectors.alone(side) and side in self.vectors.init_products:
+                raise ConfigError(
+                    f"--init_{side}_vectors={self.vectors.init_products[side]} is what rows begin "
+                    f"with, and --no{side}_rows leaves none; drop one of them"
+                )
 
     def _check_loss(self) -> None:
         backbone, loss = self.model.backbone, self.loss

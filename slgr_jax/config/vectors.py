@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from slgr_jax.config.knobs import FLOAT, Section, knob
+from slgr_jax.config.knobs import FLOAT, WIDTH, Section, knob
+from slgr_jax.config.training import TABLE_DTYPES
 
 INIT_HOWS = ("pca", "variance", "uniform", "random", "all")
 
@@ -36,6 +37,35 @@ class VectorConfig(Section):
         above=0,
         maximum=FLOAT,
     )
+
+    item_vectors: str = knob(
+        "",
+        "add to each item's row what an adapter, learned with the rest, makes of its vector of "
+        "this product, which stays as it is; click backbones: one more field. An item that "
+        "training never saw is scored by its vector",
+    )
+    user_vectors: str = knob("", "the same for users: mf, lightgcn and click backbones")
+    item_rows: bool = knob(
+        True,
+        "learn a row of its own for each item; --noitem_rows: what its vector comes to is all",
+    )
+    user_rows: bool = knob(True, "the same for users")
+    adapter_hidden: tuple[int, ...] = knob(
+        (), "widths of the adapter's hidden layers; none = a linear map", minimum=1, maximum=WIDTH
+    )
+    vector_dtype: str = knob(
+        "bfloat16", "storage of --item_vectors and --user_vectors", choices=TABLE_DTYPES
+    )
+
+    @property
+    def products(self) -> dict[str, str]:
+        """Side -> the product whose vectors stay beside training."""
+        named = {"item": self.item_vectors, "user": self.user_vectors}
+        return {side: name for side, name in named.items() if name}
+
+    def alone(self, side: str) -> bool:
+        """Whether a side has vectors and no rows."""
+        return not (self.item_rows if side == "item" else self.user_rows)
 
     @property
     def init_products(self) -> dict[str, str]:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
+from slgr_jax.models.backbones import adapters
 from slgr_jax.models.backbones.base import (
     AnyBackbone,
     DotBackbone,
@@ -168,16 +169,28 @@ class RowAccess:
         if isinstance(backbone, DotBackbone) and backbone.whole:
             return frozenset(backbone.tables)
         added = feature_tables(backbone)
-        return reads.whole | {added[name] for name in reads.whole if name in added}
+        named = reads.whole | {added[name] for name in reads.whole if name in added}
+        return named & frozenset(backbone.tables)
+
+    def _whole_vectors(self, context: Context, reads: Reads) -> dict[str, jax.Array]:
+        """Name -> stored vectors of every row, where the loss needs every row."""
+        backbone = self.backbone
+        whole = isinstance(backbone, DotBackbone) and backbone.whole
+        return {
+            name: embedding_table.every_row(
+                context.vectors_of(adapter.side), adapter.stored, self.layout
+            )
+            for name, adapter in adapters.of(backbone).items()
+            if whole or name in reads.whole
+        }
 
     def _ids(self, context: Context, reads: Reads) -> dict[str, Ids]:
-        """Every group of ids by name, with the rows of features that are added to them."""
+        """Every group of ids of trained rows by name, with those of features added to them."""
         groups, added = self._named_ids(context, reads), feature_tables(self.backbone)
-        if not added:
-            return groups
+        tables = self.backbone.tables
         return {
             group: {
-                **by_table,
+                **{name: ids for name, ids in by_table.items() if name in tables},
                 **{
                     added[name]: _slots(context, name).rows[ids]
                     for name, ids in by_table.items()
@@ -234,7 +247,7 @@ class RowAccess:
         reads: Reads,
         dropout: Dropout,
     ) -> View:
-        values = self._propagated(params, leaves, context, dropout)
+        values = self._propagated(params, leaves, context, reads, dropout)
         ids = self._named_ids(context, reads)
         rows = self._gathered(leaves["rows"], values, ids)
         for name, feature_table in feature_tables(self.backbone).items():
@@ -245,14 +258,36 @@ class RowAccess:
                 if name in by_table:
                     of_slots = leaves["rows"][group][feature_table]
                     added = features_lib.total(slots, by_table[name], of_slots)
-                    rows[group][name] = rows[group][name] + added
+                    row = rows[group].get(name)
+                    rows[group][name] = added if row is None else row + added
+        for group, by_table in ids.items():
+            vectors = self._vectors(context, by_table, values)
+            rows[group] = adapters.added(self.backbone, params, rows[group], vectors)
         return _RowsView(self.backbone, params, context, reads, rows, values)
 
+    def _vectors(
+        self, context: Context, ids: Ids, values: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Name -> stored vectors of a group's ids; not of whole tables, which have theirs."""
+        return {
+            name: embedding_table.lookup(
+                context.vectors_of(adapter.side), ids[name], adapter.stored.width, self.layout
+            )
+            for name, adapter in adapters.of(self.backbone).items()
+            if name in ids and name not in values
+        }
+
     def _propagated(
-        self, params: Mapping[str, Any], leaves: Leaves, context: Context, dropout: Dropout
+        self,
+        params: Mapping[str, Any],
+        leaves: Leaves,
+        context: Context,
+        reads: Reads,
+        dropout: Dropout,
     ) -> Mapping[str, jax.Array]:
         backbone = self.backbone
         values = with_features_added(backbone, leaves["whole"], context)
+        values = adapters.added(backbone, params, values, self._whole_vectors(context, reads))
         if isinstance(backbone, DotBackbone) and backbone.whole:
             return backbone.propagate(params, values, context, dropout=dropout)
         return values
@@ -272,6 +307,7 @@ class RowAccess:
             group: {
                 name: gather(name, wanted) if name in values else rows[group][name]
                 for name, wanted in by_table.items()
+                if name in values or name in rows[group]
             }
             for group, by_table in ids.items()
         }
@@ -285,6 +321,9 @@ class RowAccess:
             for part in _used_slots(by_table, ids[group], context).values():
                 squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
                 totals[name] = totals[name] + squares if name in totals else squares
+        for group, named in self._named_ids(context, reads).items():  # of vectors alone
+            queries = next(iter(named.values())).shape[0]
+            totals.setdefault(group.split("/")[0], jnp.zeros(queries))
         return totals
 
     def finite(self, leaves: Leaves) -> dict[str, jax.Array]:

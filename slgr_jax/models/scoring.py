@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import put
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, JointBackbone
+from slgr_jax.models.backbones.adapters import row_specs
 from slgr_jax.models.backbones.base import item_tables
 from slgr_jax.models.row_access import Candidates, Dropout, candidate_ids, candidate_scores
 from slgr_jax.sampling.context import Context, Queries
@@ -191,7 +192,7 @@ def _joint(backbone: JointBackbone) -> Callable[[Scoring, jax.Array], jax.Array]
     """One query at a time, a tile of the catalogue at a time: memory does not grow with either."""
 
     def score(scoring: Scoring, users: jax.Array) -> jax.Array:
-        n_items = backbone.tables["item"].rows
+        n_items = row_specs(backbone)["item"].rows
         size = min(TILE, n_items)
         tiles = -(-n_items // size)
         items = jnp.minimum(jnp.arange(tiles * size, dtype=jnp.int32), n_items - 1)

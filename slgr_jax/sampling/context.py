@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.compute as pc
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Num
 
 from slgr_jax.config import CLICK_BACKBONES, ModelConfig
 from slgr_jax.data import features as features_lib
@@ -97,13 +97,49 @@ class Graph:
 
 
 @struct.dataclass
+class FrozenVectors:
+    """Vectors that are looked up like rows and never written; None where a side has none.
+
+    Each is a table without optimiser slots (`models.embedding_table.RowFormat`) of R rows with
+    padding: Z numbers, then 1 where the row has a vector, 0 where it has none.
+    """
+
+    item: Num[Array, "Rp W"] | None = None
+    user: Num[Array, "Rp W"] | None = None
+
+
+@struct.dataclass
 class Context:
-    """What backbones read besides their tables; None for what this run's backbone does not."""
+    """What backbones read besides their tables; None for what this run's backbone does not.
+
+    Training alone reads `vectors`: serving keeps what they come to among its rows.
+    """
 
     histories: Histories | None = None
     fields: Fields | None = None
     graph: Graph | None = None
     features: Features | None = None
+    vectors: FrozenVectors | None = None
+
+    def vectors_of(self, side: str) -> Num[Array, "Rp W"]:
+        """The table of the vectors of items or of users, which the run has."""
+        assert self.vectors is not None, "this context is serving's: it has no vectors"
+        table = self.vectors.item if side == "item" else self.vectors.user
+        assert table is not None, f"the run has no vectors of {side}s"
+        return table
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorSizes:
+    """What shapes an adapter.
+
+    Attributes:
+      width: Z, numbers of a vector.
+      alone: whether vectors stand in place of rows.
+    """
+
+    width: int
+    alone: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +154,8 @@ class Sizes:
     user_features: FeatureSizes | None = None
     item_features: FeatureSizes | None = None
     interaction_features: FeatureSizes | None = None
+    user_vectors: VectorSizes | None = None
+    item_vectors: VectorSizes | None = None
 
 
 def at_interactions(context: Context, queries: Queries) -> Queries:
@@ -253,11 +291,12 @@ def sizes(
     if HISTORY in reads:
         events = np.concatenate([dataset.train.users, dataset.valid.users])
         longest = int(np.bincount(events, minlength=1).max())
-    by_side = [
+    users, items, interactions = (
         make_slots(chosen.of(side), chosen.most_values)[1] if chosen else None
         for side in features_lib.SIDES
-    ]
-    return Sizes(dataset.n_users, dataset.n_items, names, width, longest, *by_side)
+    )
+    counts = (dataset.n_users, dataset.n_items, names, width, longest)
+    return Sizes(*counts, users, items, interactions)
 
 
 def host32(x: np.ndarray) -> Any:

@@ -145,6 +145,11 @@ class Folder:
                 f"--backbone={name} has tables {listing(odd)}; folding in knows what the tables "
                 "user, item and category hold, and no others: train anew for new users"
             )
+        if run.config.vectors.user_vectors:
+            raise ConfigError(
+                f"--user_vectors={run.config.vectors.user_vectors}: a new user has no vector, and "
+                "folding in fits none: train anew for new users"
+            )
         whole = isinstance(self._backbone, DotBackbone) and self._backbone.whole
         if whole and not isinstance(self._backbone, LightGCN):
             raise ConfigError(

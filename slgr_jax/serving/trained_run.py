@@ -51,6 +51,7 @@ from slgr_jax.sampling import arrays, labelled_rows
 from slgr_jax.sampling.context import Queries, choose_features
 from slgr_jax.sampling.features import make_slots
 from slgr_jax.sampling.preferences import pair_facts
+from slgr_jax.serving import new_items
 from slgr_jax.serving.fold_in import FoldedUsers, Folder
 from slgr_jax.serving.histories import History
 from slgr_jax.serving.recommender import (
@@ -253,6 +254,13 @@ class TrainedRun:
             parts.append(np.asarray(of_users(scoring, users)))
         items = np.asarray(catalogue_vectors(backbone, scoring))
         return Vectors(np.concatenate(parts)[:n_users], items)
+
+    def with_items(self, ids: Sequence[str], vectors: Float[np.ndarray, "n Z"]) -> TrainedRun:
+        """This run with new items behind its own, scored by its adapter from their vectors.
+
+        See `new_items.with_items`, and `new_items.read_items` for files.
+        """
+        return new_items.with_items(self, ids, vectors)
 
     # ---------------------------------------------------------------------------- the gate
 

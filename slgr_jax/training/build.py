@@ -14,14 +14,21 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import make_guidance
 from slgr_jax.guidance.base import Sources
 from slgr_jax.kernels import build as kernel_build
-from slgr_jax.mesh import Layout
+from slgr_jax.mesh import Layout, put
 from slgr_jax.models.backbones import AnyBackbone, SequenceBackbone
 from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.sampling import arrays as arrays_lib
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
 from slgr_jax.sampling.context import HISTORY, Context
 from slgr_jax.sampling.negatives import SamplingPlan
-from slgr_jax.training import checkpoint, initial_values, objectives, restore, warm_start
+from slgr_jax.training import (
+    checkpoint,
+    initial_values,
+    objectives,
+    restore,
+    vector_products,
+    warm_start,
+)
 from slgr_jax.training.step import Trainer
 
 
@@ -60,6 +67,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         units=kernel_build.step_units(run),
     )
     backbone, context = restore.backbone_and_context(run, dataset, native=native)
+    context = dataclasses.replace(context, vectors=vector_products.frozen(run, dataset, layout))
     slices = dataset.slices(run.slices)
     interactions = arrays_lib.interactions(
         dataset, run.sampler, slices.cold_users, slices.tail_items
@@ -84,7 +92,14 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     if run.train.init_from and begins:
         warm_start.check(trainer, dataset)
     initial = initial_values.initial_rows(run, dataset, backbone, layout) if begins else {}
-    return Experiment(run, dataset, trainer, layout.put(arrays), initial)
+    # Vectors are split as tables are; everything else is whole on every device.
+    bare = dataclasses.replace(context, vectors=None)
+    placed = layout.put(dataclasses.replace(arrays, context=bare))
+    if context.vectors is not None:
+        vectors = put(context.vectors, layout.table_sharding)
+        whole = dataclasses.replace(placed.context, vectors=vectors)
+        placed = dataclasses.replace(placed, context=whole)
+    return Experiment(run, dataset, trainer, placed, initial)
 
 
 def _window(backbone: AnyBackbone) -> int:

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slgr_jax.config import RunConfig
 from slgr_jax.guidance.base import Guidance
 from slgr_jax.models import losses
+from slgr_jax.models.backbones import adapters
 from slgr_jax.models.backbones.base import (
     AnyBackbone,
     DotBackbone,
@@ -376,7 +377,7 @@ def dot_model(backbone: AnyBackbone, *, native: bool) -> FactorModel | None:
     can."""
     if not native or not isinstance(backbone, DotBackbone) or backbone.dropout > 0:
         return None
-    if feature_tables(backbone):  # a row is the sum of several
+    if feature_tables(backbone) or adapters.of(backbone):  # a row is the sum of several
         return None
     return backbone.factor_model
 

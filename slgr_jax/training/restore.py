@@ -22,7 +22,7 @@ from slgr_jax.models.backbones import AnyBackbone, make_backbone, reads_of
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
 from slgr_jax.sampling import context as context_lib
 from slgr_jax.sampling.context import HISTORY, Context
-from slgr_jax.training import checkpoint, run_directory
+from slgr_jax.training import checkpoint, run_directory, vector_products
 from slgr_jax.training.state import Learner, abstract_serving, abstract_state, make_serving_state
 
 
@@ -70,7 +70,7 @@ class RestoredRun:
 def backbone_and_context(
     run: config.RunConfig, dataset: Dataset, *, native: bool
 ) -> tuple[AnyBackbone, Context]:
-    """The run's backbone, and the host arrays that it looks up.
+    """The run's backbone, and the host arrays that it looks up, without vectors.
 
     Raises:
       ConfigError: a history is wanted of a dataset without times.
@@ -95,7 +95,8 @@ def backbone_and_context(
         )
     looked_up = context_lib.make_context(dataset, reads, most_categories=most, chosen=chosen)
     sizes = context_lib.sizes(dataset, reads, most_categories=most, chosen=chosen)
-    return make_backbone(run.model, sizes, native=native), looked_up
+    sizes = dataclasses.replace(sizes, **vector_products.sizes(run, dataset))
+    return make_backbone(run.model, sizes, run.vectors, native=native), looked_up
 
 
 def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -> RestoredRun:
@@ -143,7 +144,9 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
             serving = saved.restore_best(abstract_serving(learner))
         else:
             state = saved.restore_state(abstract_state(learner))
-            serving = make_serving_state(learner)(state, placed)
+            vectors = vector_products.frozen(run, dataset, layout)
+            reads = dataclasses.replace(placed, vectors=jax.device_put(vectors, layout.replicated))
+            serving = make_serving_state(learner)(state, reads)
     finally:
         saved.close()
     return RestoredRun(learner, dataset, serving, placed)

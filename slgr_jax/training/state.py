@@ -22,7 +22,7 @@ from slgr_jax.config import RunConfig
 from slgr_jax.guidance.base import Guidance
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
-from slgr_jax.models.backbones import AnyBackbone, DotBackbone
+from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
 from slgr_jax.models.backbones.base import with_features_added
 from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.models.scoring import ServingState
@@ -106,7 +106,10 @@ def init_state(
 
     def dense(key: jax.Array) -> tuple[dict[str, Any], Any]:
         for_backbone, for_guidance = jax.random.split(key)
-        params: dict[str, Any] = {"backbone": learner.backbone.init(for_backbone), "guidance": {}}
+        params: dict[str, Any] = {
+            "backbone": adapters.init_params(learner.backbone, for_backbone),
+            "guidance": {},
+        }
         if learner.guidance is not None:
             params["guidance"] = learner.guidance.init(for_guidance)
         return params, learner.optimizer.init(params)
@@ -127,11 +130,20 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
             for name, spec in backbone.tables.items()
         }
         values = with_features_added(backbone, values, context)
+        values = adapters.added(backbone, params, values, _stored(backbone, context))
         if isinstance(backbone, DotBackbone) and backbone.whole:
             values |= backbone.propagate(params, values, context)
         return ServingState(params, values, state.params["guidance"])
 
     return jax.jit(pick)
+
+
+def _stored(backbone: AnyBackbone, context: Context) -> dict[str, jax.Array]:
+    """Name -> the stored vectors of every row."""
+    return {
+        name: embedding_table.values_of(context.vectors_of(adapter.side), adapter.stored)
+        for name, adapter in adapters.of(backbone).items()
+    }
 
 
 def abstract_state(learner: Learner) -> TrainState:
@@ -147,7 +159,7 @@ def abstract_serving(learner: Learner) -> ServingState:
     state = abstract_state(learner)
     values = {
         name: jax.ShapeDtypeStruct((spec.rows, spec.width), jnp.float32)
-        for name, spec in learner.backbone.tables.items()
+        for name, spec in adapters.row_specs(learner.backbone).items()
     }
     shapes = ServingState(state.params["backbone"], values, state.params["guidance"])  # type: ignore[arg-type]
     return _abstract(shapes, jax.tree.map(lambda _: learner.layout.replicated, shapes))

@@ -37,6 +37,7 @@ from slgr_jax.models import losses
 from slgr_jax.models.row_access import Access, Candidates, DotAccess, Leaves, Reads, RowAccess
 from slgr_jax.sampling.arrays import DeviceArrays
 from slgr_jax.sampling.batch import Batch, draw
+from slgr_jax.sampling.context import Context
 from slgr_jax.sampling.negatives import SamplingPlan, generators
 from slgr_jax.training import objectives
 from slgr_jax.training.state import Learner, TrainState
@@ -112,6 +113,12 @@ class Trainer(Learner):
 RunSteps = Callable[
     [TrainState, DeviceArrays, jax.Array, jax.Array], tuple[TrainState, Sums, Health]
 ]
+
+
+def by_rows(whole: Any, rows: Any) -> DeviceArrays:
+    """Specs (or shardings) of the device arrays: vectors as tables are, everything else whole."""
+    context = Context(whole, whole, whole, whole, rows)
+    return DeviceArrays(whole, context, whole)
 
 
 def make_run_steps(trainer: Trainer) -> RunSteps:
@@ -212,7 +219,7 @@ def train_step(
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, whole, whole, lanes, lanes, whole, whole),
+            in_specs=(rows, rows, whole, whole, lanes, lanes, by_rows(whole, rows), whole),
             out_specs=(rows, rows, whole, whole, whole, whole),
             check_vma=False,  # replicas of a table see the same gathered updates
         )

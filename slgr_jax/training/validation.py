@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -20,7 +21,8 @@ class Validation:
     def __init__(self, learner: Learner, dataset: Dataset, context: Context) -> None:
         config = learner.config
         self._config, self._kernels = config.evaluation, config.train.kernels
-        self._context = context
+        # What vectors come to is among the rows of a serving state.
+        self._context = dataclasses.replace(context, vectors=None)
         self._score = score_users(learner.backbone)
         self._score_rows = score_rows(learner.backbone)
         self._relevant = dataset.positives(("valid",))

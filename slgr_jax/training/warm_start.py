@@ -8,8 +8,8 @@
 
 The rows and parameters are RUN's best, as it serves them, and the slots its last: a checkpoint
 keeps no others. --init_slots=reset lets them, and Adam's moments, begin anew. A backbone that
-propagates whole tables (LightGCN), or adds features to rows, serves what these become, so that
-there its last rows are taken.
+propagates whole tables (LightGCN), or adds features or what vectors come to, serves what rows
+become, so that there its last rows are taken.
 
 DATA2 must be what RUN was trained on, or made from it by `slgr prepare --append`; no row that RUN
 learned from, or was chosen by, may be evaluated now. RUN is read once, when a run begins: a run
@@ -36,7 +36,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.features import Feature
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.guidance import make_guidance
-from slgr_jax.models.backbones import DotBackbone
+from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
 from slgr_jax.models.backbones.base import feature_tables
 from slgr_jax.models.embedding_table import RowFormat, RowOptimizer
 from slgr_jax.sampling import features as features_lib
@@ -52,7 +52,8 @@ class Origin:
     """The run that another begins from.
 
     Attributes:
-      config: as it was started; rows: of each of its tables, without padding.
+      config: as it was started; rows: of each of its tables, without padding; served: of each that
+        it serves, what vectors come to among them.
       shapes: of every array of its state, by path.
     places: table of features -> [rows] where its rows are here, -1 where a value is no more; of
       every other table, whose rows stay the first ones, none.
@@ -61,6 +62,7 @@ class Origin:
     workdir: str
     config: config.RunConfig
     rows: Mapping[str, int]
+    served: Mapping[str, int]
     shapes: Shapes
     places: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -132,7 +134,11 @@ def _origin(learner: Learner, dataset: Dataset) -> Origin:
     finally:
         saved.close()
     rows = {name: int(table["rows"]) for name, table in record["tables"].items()}
-    origin = Origin(workdir, source, rows, shapes)
+    made = {
+        name: int(record[f"{adapter.side}s"])
+        for name, adapter in adapters.of(learner.backbone).items()
+    }
+    origin = Origin(workdir, source, rows, {**made, **rows}, shapes)
     places = _feature_places(learner, origin, dataset)
     _check_shapes(learner, origin)
     return dataclasses.replace(origin, places=places)
@@ -276,7 +282,7 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
     serving = abstract_serving(of_run)
     values: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(
-            (origin.rows[name], leaf.shape[1]), leaf.dtype, sharding=leaf.sharding
+            (origin.served[name], leaf.shape[1]), leaf.dtype, sharding=leaf.sharding
         )
         for name, leaf in serving.values.items()
     }
@@ -290,8 +296,7 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
 
     rows = {name: table[: origin.rows[name]] for name, table in state.tables.items()}
     params: dict[str, Any] = dict(state.params)
-    whole = isinstance(backbone, DotBackbone) and backbone.whole
-    if not (whole or feature_tables(backbone)):
+    if not _serves_sums(backbone):
         rows = {
             name: _with_values(packed, best.values[name], backbone.tables[name].width)
             for name, packed in rows.items()
@@ -308,6 +313,12 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
         del params["guidance"]
         opt_state = None
     return _Kept(rows, params, opt_state, origin.places)
+
+
+def _serves_sums(backbone: AnyBackbone) -> bool:
+    """Whether what is served in place of a table's rows is not these rows."""
+    propagates = isinstance(backbone, DotBackbone) and backbone.whole
+    return propagates or bool(feature_tables(backbone) or adapters.of(backbone))
 
 
 def _with_values(

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from slgr_jax.config import CLICK_BACKBONES, ModelConfig, register_backbone
+from slgr_jax.config import CLICK_BACKBONES, ModelConfig, VectorConfig, register_backbone
 from slgr_jax.errors import ConfigError, listing
+from slgr_jax.models.backbones.adapters import with_vectors
 from slgr_jax.models.backbones.base import (
     AnyBackbone,
     DotBackbone,
@@ -94,10 +95,17 @@ def reads_of(config: ModelConfig) -> frozenset[str]:
     return reads | {FEATURES} if config.features != "none" else reads
 
 
-def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) -> AnyBackbone:
+def make_backbone(
+    config: ModelConfig,
+    sizes: Sizes,
+    vectors: VectorConfig | None = None,
+    *,
+    native: bool = False,
+) -> AnyBackbone:
     """The backbone that `config.backbone` names, for a dataset's sizes.
 
     Args:
+      vectors: how vectors are read, where `sizes` has some.
       native: let CPU kernels do what they can (one CPU device).
 
     Raises:
@@ -122,7 +130,8 @@ def make_backbone(config: ModelConfig, sizes: Sizes, *, native: bool = False) ->
         )
     if config.features != "none":
         _check_features(backbone, config, sizes)
-    return backbone
+    adapted: AnyBackbone = with_vectors(backbone, vectors or VectorConfig(), sizes)
+    return adapted
 
 
 def _check_features(backbone: AnyBackbone, config: ModelConfig, sizes: Sizes) -> None:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from slgr_jax.models.backbones.adapters import NONE, Adapter
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import FEATURES, Context, Queries, Sizes
@@ -129,12 +130,15 @@ class ItemTableBackbone:
 
     Attributes:
       feature_tables: table -> the table of features whose rows are added to its rows.
+      adapters, vector_fields: see `adapters.Adapted`.
     """
 
     whole = False
     tables: Mapping[str, TableSpec]
     reads: frozenset[str]
     feature_tables: Mapping[str, str] = types.MappingProxyType({})
+    adapters: Mapping[str, Adapter] = NONE
+    vector_fields = False
 
     def propagate(
         self,
@@ -271,8 +275,9 @@ def with_features_added(
     for name, feature_table in feature_tables(backbone).items():
         assert context.features is not None
         slots = context.features.slots(name)
-        if name in values and slots is not None:
-            out[name] = values[name] + features_lib.total_of_all(slots, values[feature_table])
+        if feature_table in values and slots is not None:
+            total = features_lib.total_of_all(slots, values[feature_table])
+            out[name] = out[name] + total if name in out else total
     return out
 
 

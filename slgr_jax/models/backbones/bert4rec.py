@@ -133,13 +133,13 @@ class BERT4Rec(ItemTableBackbone):
         mask_probability: float,
     ) -> None:
         self.tables: Mapping[str, TableSpec] = {"item": TableSpec(n_items, dim, init_std)}
-        self.length = length
+        self.length, self._dim = length, dim
         self.dropout = dropout
         self._mask_probability = mask_probability
         self._network = Cloze(layers, heads, hidden, init_std)
 
     def init(self, key: jax.Array) -> Params:
-        shape = (1, self.length, self.tables["item"].width)
+        shape = (1, self.length, self._dim)
         real = jnp.ones(shape[:2], bool)
         variables = self._network.init(key, jnp.zeros(shape), real, real, at=last_place(real))
         return variables["params"]

@@ -4,6 +4,7 @@ A row, (query, candidate), has these fields, each of width D:
   user; item; the mean of the item's categories;
   the mean of the last L events' items; the mean of the events' category means;
   each feature of the user and of the item (`sampling.features`), and the mean of the events' own;
+  what their vectors come to (`adapters`), and the mean of the events' own;
   each feature of the interaction: of the query, the same for all of its candidates
   (`context.at_interactions`).
 Categories where the data have some, history unless it is switched off, features where --features
@@ -27,6 +28,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
+from slgr_jax.models.backbones.adapters import FIELDS as VECTOR_FIELDS
+from slgr_jax.models.backbones.adapters import NONE, Adapter
 from slgr_jax.models.backbones.base import (
     Dropout,
     Ids,
@@ -64,7 +67,14 @@ FIRST_ORDER = frozenset({"deepfm", "xdeepfm"})
 
 class ClickModel:
     """A network over fields as a `JointBackbone`: tables `user`, `item`, `category`, those of
-    features."""
+    features.
+
+    Attributes:
+      adapters, vector_fields: see `adapters.Adapted`.
+    """
+
+    adapters: Mapping[str, Adapter] = NONE
+    vector_fields = True
 
     def __init__(
         self,
@@ -95,6 +105,10 @@ class ClickModel:
         for side, of_side in by_side.items():
             if of_side is not None:
                 counts[features_lib.TABLES[side]] = of_side.rows
+        self._vectors = {
+            side: of_side is not None and not of_side.alone
+            for side, of_side in (("user", sizes.user_vectors), ("item", sizes.item_vectors))
+        }
         width = dim + first_order
         self.tables: Mapping[str, TableSpec] = {
             name: TableSpec(count, width, init_std, scalars=int(first_order))
@@ -106,8 +120,8 @@ class ClickModel:
         self.dropout = dropout
 
     def init(self, key: jax.Array) -> Params:
-        parts = 1 + self._categories + self._features["item"]
-        of_query = 1 + self._features["user"] + self._features[INTERACTION]
+        parts = 1 + self._categories + self._features["item"] + self._vectors["item"]
+        of_query = 1 + self._features["user"] + self._features[INTERACTION] + self._vectors["user"]
         item = jnp.zeros((1, 1, parts, self._dim))
         if isinstance(self._network, Din):
             query, real = jnp.zeros((1, of_query, self._dim)), jnp.zeros((1, 1), bool)
@@ -127,6 +141,9 @@ class ClickModel:
         for side, named in (("user", queries.users), ("item", seen), (INTERACTION, interactions)):
             if self._features[side]:
                 ids[features_lib.TABLES[side]] = self._slots(context, side).rows[named]
+        for side, named in (("user", queries.users), ("item", seen)):
+            if self._vectors[side]:
+                ids[VECTOR_FIELDS[side]] = named
         return ids
 
     def _slots(self, context: Context, side: str) -> features_lib.FeatureSlots:
@@ -137,11 +154,14 @@ class ClickModel:
     def _feature_fields(
         self, rows: TableRows, context: Context, side: str, named: Int[Array, "..."]
     ) -> list[Float[Array, "... P W"]]:
-        """[the fields of a side's features]; [] without any."""
-        if not self._features[side]:
-            return []
-        of_slots = rows[features_lib.TABLES[side]]
-        return [features_lib.each(self._slots(context, side), named, of_slots)]
+        """[the fields of a side's features, that of its vectors]; [] without any."""
+        fields = []
+        if self._features[side]:
+            of_slots = rows[features_lib.TABLES[side]]
+            fields.append(features_lib.each(self._slots(context, side), named, of_slots))
+        if self._vectors.get(side):
+            fields.append(rows[VECTOR_FIELDS[side]][..., None, :])
+        return fields
 
     def score(
         self,

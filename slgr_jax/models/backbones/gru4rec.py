@@ -139,12 +139,12 @@ class GRU4Rec(ItemTableBackbone):
         init_std: float,
     ) -> None:
         self.tables: Mapping[str, TableSpec] = {"item": TableSpec(n_items, dim, init_std)}
-        self.length = length
+        self.length, self._dim = length, dim
         self.dropout = dropout
         self._network = Recurrent(layers, hidden)
 
     def init(self, key: jax.Array) -> Params:
-        shape = (1, self.length, self.tables["item"].width)
+        shape = (1, self.length, self._dim)
         return self._network.init(key, jnp.zeros(shape), jnp.ones(shape[:2], bool))["params"]
 
     def query_ids(self, context: Context, queries: Queries) -> Ids:

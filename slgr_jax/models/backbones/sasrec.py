@@ -56,12 +56,12 @@ class SASRec(ItemTableBackbone):
         init_std: float,
     ) -> None:
         self.tables: Mapping[str, TableSpec] = {"item": TableSpec(n_items, dim, init_std)}
-        self.length = length
+        self.length, self._dim = length, dim
         self.dropout = dropout
         self._encoder = Encoder(layers, heads, hidden, causal=True, init_std=init_std)
 
     def init(self, key: jax.Array) -> Params:
-        shape = (1, self.length, self.tables["item"].width)
+        shape = (1, self.length, self._dim)
         return self._encoder.init(key, jnp.zeros(shape), jnp.ones(shape[:2], bool))["params"]
 
     def query_ids(self, context: Context, queries: Queries) -> Ids:

@@ -46,6 +46,33 @@ def read_vectors(
       ShardError: the file is damaged.
     """
     path = pathlib.Path(path)
+    ids, values, counts = read_ids(path, entity)
+    known = dataset.items.column("item_id").combine_chunks()
+    known = known if entity == "item" else dataset.user_ids
+    rows = pc.fill_null(pc.index_in(pa.array(ids, pa.string()), value_set=known), -1).to_numpy()
+    foreign = rows < 0
+    _check_known(ids, foreign, f"{entity} of {dataset.path}", path, unknown)
+    counts["dropped_unknown"] = int(foreign.sum())
+    rows, values = rows[~foreign], values[~foreign]
+
+    out = np.zeros((len(known), values.shape[1]), np.float32)
+    out[rows] = values
+    if path.suffix != ".jsonl" and not (out[rows] == values).all():
+        row = rows[int(np.argmin((out[rows] == values).all(axis=1)))]
+        raise InputError(f"{path}: {entity} {known[int(row)].as_py()!r} has two different vectors")
+    has = np.zeros(len(known), bool)
+    has[rows] = True
+    return Vectors(out, has), counts
+
+
+def read_ids(path: PathLike, entity: str) -> tuple[list[str], np.ndarray, dict[str, int]]:
+    """Ids of a file, their vectors [n, D], and counts of what was left out; see `read_vectors`.
+
+    Raises:
+      InputError: no such file or columns, vectors of several widths or that are not finite.
+      ShardError: the file is damaged.
+    """
+    path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give Parquet, Arrow, npz or .jsonl with vectors")
 
@@ -67,23 +94,7 @@ def read_vectors(
             f"{path}: the vector of {entity} {ids[int(np.argmin(finite))]!r} is not finite; leave "
             "out what has no vector"
         )
-
-    known = dataset.items.column("item_id").combine_chunks()
-    known = known if entity == "item" else dataset.user_ids
-    rows = pc.fill_null(pc.index_in(pa.array(ids, pa.string()), value_set=known), -1).to_numpy()
-    foreign = rows < 0
-    _check_known(ids, foreign, f"{entity} of {dataset.path}", path, unknown)
-    counts["dropped_unknown"] = int(foreign.sum())
-    rows, values = rows[~foreign], values[~foreign]
-
-    out = np.zeros((len(known), values.shape[1]), np.float32)
-    out[rows] = values
-    if path.suffix != ".jsonl" and not (out[rows] == values).all():
-        row = rows[int(np.argmin((out[rows] == values).all(axis=1)))]
-        raise InputError(f"{path}: {entity} {known[int(row)].as_py()!r} has two different vectors")
-    has = np.zeros(len(known), bool)
-    has[rows] = True
-    return Vectors(out, has), counts
+    return ids, values, counts
 
 
 def _check_known(

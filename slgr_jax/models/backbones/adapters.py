@@ -1,0 +1,180 @@
+"""Vectors that stay as they are, and the small network that makes rows of them.
+
+Wherever a backbone sees a row of item i it sees
+
+    e_i + A(z_i)        its own row and what its vector comes to (`--item_vectors`)
+    A(z_i)              the vector alone (`--noitem_rows`): also of an item that no step has seen
+
+and of users likewise. Click models that keep rows have A(z_i) as one more field instead. z_i is
+looked up like a row and never written: no gradient, no optimiser state, no place in a checkpoint.
+A is trained as dense parameters are. Rows without a vector have A = 0.
+
+DLLM2Rec (RecSys'24) adds W z + c to the input embedding, LLMEmb (AAAI'25) and LLM-ESR (NeurIPS'24)
+map vectors by two linear layers, KAR (RecSys'24) has such outputs as fields.
+
+Shape letters: Z numbers of a vector, D width of a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import types
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from slgr_jax.config import VectorConfig
+from slgr_jax.errors import ConfigError
+from slgr_jax.models.embedding_table import TableSpec
+from slgr_jax.sampling.context import Sizes
+
+PARAMS = "adapters"  # of a backbone's dense parameters, those of its adapters
+FIELDS = {"item": "item_vector", "user": "user_vector"}  # side -> its field of a click model
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A(z) = W_n relu(... relu(W_1 z + b_1)) + b_n of the vectors of one side.
+
+    Attributes:
+      side: whose vectors, item or user.
+      rows: how many there are.
+      vectors: Z.
+      width: D.
+      hidden: widths of the layers between.
+      init_std: fresh outputs have the length of drawn rows, as vectors come with entries of root
+        mean square 1.
+    """
+
+    side: str
+    rows: int
+    vectors: int
+    width: int
+    hidden: tuple[int, ...]
+    init_std: float
+
+    @property
+    def stored(self) -> TableSpec:
+        """How vectors lie in a table: Z numbers, then 1 (0 where a row has no vector)."""
+        return TableSpec(self.rows, self.vectors + 1, 0.0)
+
+    @property
+    def spec(self) -> TableSpec:
+        """The table that all outputs make."""
+        return TableSpec(self.rows, self.width, self.init_std)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters: weights ~ N(0, 2 / inputs) before a relu, biases 0."""
+        sizes = (self.vectors, *self.hidden, self.width)
+        layers = {}
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+            last = number == len(sizes) - 2
+            std = self.init_std / np.sqrt(outputs * inputs) if last else np.sqrt(2.0 / inputs)
+            drawn = jax.random.normal(jax.random.fold_in(key, number), (inputs, outputs))
+            layers[f"layer_{number}"] = {
+                "kernel": np.float32(std) * drawn,
+                "bias": jnp.zeros(outputs),
+            }
+        return layers
+
+    def apply(
+        self, params: Mapping[str, Any], stored: Float[Array, "... Z1"]
+    ) -> Float[Array, "... D"]:
+        """What stored vectors come to; 0 where there is none."""
+        x, has = stored[..., :-1], stored[..., -1:]
+        for number in range(len(self.hidden) + 1):
+            layer = params[f"layer_{number}"]
+            x = jnp.dot(jax.nn.relu(x) if number else x, layer["kernel"])
+            x = x + jnp.expand_dims(layer["bias"], tuple(range(x.ndim - 1)))
+        return x * has
+
+
+@runtime_checkable
+class Adapted(Protocol):
+    """A backbone whose rows can come from vectors.
+
+    Attributes:
+      tables: as `Backbone.tables`: without those whose rows are their vectors alone.
+      adapters: by the name that the backbone calls rows by.
+      vector_fields: whether vectors beside rows are fields of their own, called `FIELDS`.
+    """
+
+    tables: Mapping[str, TableSpec]
+    adapters: Mapping[str, Adapter]
+    vector_fields: bool
+
+
+NONE: Mapping[str, Adapter] = types.MappingProxyType({})
+
+
+def with_vectors(backbone: Any, config: VectorConfig, sizes: Sizes) -> Any:
+    """A copy of a backbone that sees what vectors come to; itself where there are none.
+
+    Raises:
+      ConfigError: it has no rows of that side, or none that anything could be added to.
+    """
+    adapters: dict[str, Adapter] = {}
+    tables = dict(backbone.tables)
+    for side, of_side in (("item", sizes.item_vectors), ("user", sizes.user_vectors)):
+        if of_side is None:
+            continue
+        if not isinstance(backbone, Adapted) or side not in tables:
+            raise ConfigError(
+                f"--{side}_vectors: {type(backbone).__name__} has no rows of {side}s that vectors "
+                "could be added to; drop it"
+            )
+        own = tables[side]
+        beside = backbone.vector_fields and not of_side.alone
+        adapters[FIELDS[side] if beside else side] = Adapter(
+            side, own.rows, of_side.width, own.width, config.adapter_hidden, own.init_std
+        )
+        if of_side.alone:
+            del tables[side]
+    if not adapters:
+        return backbone
+    composed = copy.copy(backbone)
+    composed.adapters, composed.tables = adapters, tables
+    return composed
+
+
+def of(backbone: Any) -> Mapping[str, Adapter]:
+    """The adapters of a backbone by the name of the rows that they make; {} for most."""
+    return backbone.adapters if isinstance(backbone, Adapted) else NONE
+
+
+def init_params(backbone: Any, key: jax.Array) -> dict[str, Any]:
+    """A backbone's dense parameters, those of its adapters as `PARAMS` among them."""
+    params = dict(backbone.init(key))
+    if adapters := of(backbone):
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(adapters))
+        params[PARAMS] = {
+            name: adapter.init(each)
+            for (name, adapter), each in zip(sorted(adapters.items()), keys, strict=True)
+        }
+    return params
+
+
+def row_specs(backbone: Any) -> dict[str, TableSpec]:
+    """Every table that scoring reads: those that are trained, and what vectors come to."""
+    made = {name: adapter.spec for name, adapter in of(backbone).items()}
+    return {**made, **backbone.tables}
+
+
+def added(
+    backbone: Any,
+    params: Mapping[str, Any],
+    rows: Mapping[str, Float[Array, "... D"]],
+    vectors: Mapping[str, Float[Array, "... Z1"]],
+) -> dict[str, Float[Array, "... D"]]:
+    """Rows by name, and to them, or in their place, what stored vectors of these names come to."""
+    out = dict(rows)
+    for name, stored in vectors.items():
+        made = of(backbone)[name].apply(params[PARAMS][name], stored)
+        out[name] = out[name] + made if name in out else made
+    return out
