@@ -78,6 +78,9 @@ def define() -> None:
         "focus", "", "arm that the verdict is about; --matched_to unless given"
     )
     absl_flags.DEFINE_string("teacher", "", "name of the teacher product under DATA/teacher")
+    absl_flags.DEFINE_string(
+        "vectors", "", "name of the product under DATA/embeddings that init and adapter read"
+    )
     absl_flags.DEFINE_integer("seeds", 5, "seeds per arm", lower_bound=2)
     _define_tuning(arms.TUNED[:-1], arms.LAMBDAS)
     absl_flags.DEFINE_integer(
@@ -127,6 +130,7 @@ def main(_: list[str]) -> None:
 
     request = comparison.Request(
         teacher=given.teacher,
+        vectors=given.vectors,
         preset=given.preset,
         backbones=chosen("backbones"),
         guidance=chosen("guidance"),

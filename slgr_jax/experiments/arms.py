@@ -27,6 +27,8 @@ _AGAINST_HARD_NEGATIVES = {
     "hard_negatives": 100,
     "reference_runs": REFERENCE,
 }
+# What a knob of an arm says that names the product of --vectors.
+VECTORS = "--vectors"
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "none": {"guidance": "none"},
@@ -42,7 +44,11 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "gate": "calibrated",
         "gate_inputs": "reference,history,popularity,teacher",
     },
+    "init": {"guidance": "none", "init_item_vectors": VECTORS},
+    "adapter": {"guidance": "none", "item_vectors": VECTORS},
 }
+# Arms that read a product of vectors, not a teacher's.
+VECTOR_ARMS = ("init", "adapter")
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
 GATED = ("hard_negatives", "calibrated", "paper", "budget", "rule")
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
@@ -108,7 +114,8 @@ class ComparisonPlan:
       data: dataset directory.
       out: directory of the runs and of the report.
       knobs: what the command line says of every run, by name.
-      teacher: product under DATA/teacher; empty if `none` is the only arm.
+      teacher: product under DATA/teacher; empty if no arm is guided.
+      vectors: product under DATA/embeddings; empty without `VECTOR_ARMS`.
       backbones, arms: what is compared; `none` is among the arms, controls come last.
       matched: the arm that controls take their knobs from; empty without controls.
       focus: the arm that the verdict is about.
@@ -134,6 +141,12 @@ class ComparisonPlan:
     tune_loss: bool = True
     own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     tune_runs: int = 0
+    vectors: str = ""
+
+    @property
+    def unguided_arms(self) -> tuple[str, ...]:
+        """Tuned arms without a teacher, whose settings are points of the backbone's grid."""
+        return tuple(arm for arm in self.tuned_arms if not self.teacher_of(arm))
 
     @property
     def tuned_arms(self) -> tuple[str, ...]:
@@ -142,7 +155,8 @@ class ComparisonPlan:
 
     def teacher_of(self, arm: str) -> str:
         """The product that `arm` learns from."""
-        if arm == "none":
+        knobs = {**ARMS, **self.own_arms}.get(arm, {})
+        if knobs.get("guidance") == "none":
             return ""
         return (
             controls.control_name(self.teacher, arm) if arm in controls.CONTROLS else self.teacher
@@ -150,7 +164,12 @@ class ComparisonPlan:
 
     def knobs_of(self, arm: str) -> dict[str, Any]:
         """The knobs that make the arm, its teacher among them."""
-        of_arm = dict({**ARMS, **self.own_arms}[self.matched if arm in CONTROLS else arm])
+        of_arm = {
+            name: self.vectors if value == VECTORS else value
+            for name, value in {**ARMS, **self.own_arms}[
+                self.matched if arm in CONTROLS else arm
+            ].items()
+        }
         if arm == "constant":  # its alpha is a setting: the matched gate's mean
             knobs = {**self._shared_knobs(of_arm), **of_arm, "teacher": self.teacher}
             matched = config.make_run("", "", **knobs)

@@ -24,7 +24,11 @@ LOGGER = logging.getLogger(__name__)
 DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
 # Knobs of a run that a comparison sets itself.
 SET_HERE = frozenset(
-    {"backbone", "guidance", "teacher", "gate", "alpha", "hard_negatives", "seed", "restart"}
+    {
+        *("backbone", "guidance", "teacher", "gate", "alpha", "hard_negatives", "seed", "restart"),
+        *("init_item_vectors", "init_user_vectors", "item_vectors", "user_vectors"),
+        *("item_rows", "user_rows"),
+    }
 )
 
 
@@ -33,7 +37,8 @@ class Request:
     """What a user asks for; None is the preset's, or the default.
 
     Attributes:
-      teacher: product under DATA/teacher; without one only `none` can be measured.
+      teacher: product under DATA/teacher; without one no guided arm can be measured.
+      vectors: product under DATA/embeddings of the arms init and adapter.
       preset: shape of a published table, one of `presets.PRESETS`; empty: none.
       backbones: recommenders; mf by default.
       guidance: arms; `DEFAULT_ARMS` by default.
@@ -50,6 +55,7 @@ class Request:
     """
 
     teacher: str = ""
+    vectors: str = ""
     preset: str = ""
     backbones: Sequence[str] | None = None
     guidance: Sequence[str] | None = None
@@ -83,13 +89,25 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
       ConfigError: an arm, a control or a knob that there is not, or nothing to tune.
     """
     request = _with_preset(request)
-    if not request.teacher and request.guidance and set(request.guidance) != {"none"}:
-        raise ConfigError("missing --teacher; without one only --guidance=none can be measured")
+    unguided = ("none", *arms.VECTOR_ARMS)
+    asked = request.guidance or ()
+    if not request.teacher and not set(asked) <= set(unguided):
+        raise ConfigError(
+            f"missing --teacher; without one only --guidance={','.join(unguided)} can be measured"
+        )
+    reads_vectors = [arm for arm in asked if arm in arms.VECTOR_ARMS]
+    if bool(reads_vectors) != bool(request.vectors):
+        fix = (
+            f"missing --vectors=NAME (slgr teach embed), which arm {reads_vectors[0]} reads"
+            if reads_vectors
+            else f"--vectors={request.vectors} is read by no arm; add init or adapter to --guidance"
+        )
+        raise ConfigError(fix)
     arms_asked = DEFAULT_ARMS if request.guidance is None else request.guidance
     controls = arms.DEFAULT_CONTROLS if request.controls is None else request.controls
     more_arms = dict(map(arms.own_arm, request.arm))
     if not request.teacher:
-        arms_asked, controls, more_arms = ("none",), (), {}
+        arms_asked, controls, more_arms = ("none", *asked), (), {}
     chosen, matched, focus = arms.choose(
         arms_asked, controls, request.matched_to, request.focus, more_arms
     )
@@ -112,6 +130,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         tune_loss=request.tune_guidance_loss,
         own_arms=more_arms,
         tune_runs=request.tune_runs,
+        vectors=request.vectors,
     )
     _check_lambdas(plan)
     plan.check()
@@ -134,7 +153,7 @@ def _with_preset(request: Request) -> Request:
 
 
 def _check_lambdas(plan: ComparisonPlan) -> None:
-    if len(plan.arms) == 1:
+    if set(plan.arms) <= set(plan.unguided_arms):
         return
     if not plan.lambdas:
         raise ConfigError("--tune_lambda is empty; give at least one value")
@@ -212,6 +231,7 @@ def _report(
 def _protocol(plan: ComparisonPlan, tuned: tuning.Tuned, command: str) -> dict[str, Any]:
     return {
         "teacher": plan.teacher,
+        "vectors": plan.vectors,
         "command": command,
         "backbones": list(plan.backbones),
         "arms": list(plan.arms),

@@ -119,7 +119,22 @@ def finished(run: RunConfig) -> bool:
         "id_map_hash": manifest.id_map_hash,
         "teacher_hash": run_directory.teacher_hash(run),
     }
-    return same and run_directory.other_reference_runs(run.workdir, run) is None
+    return (
+        same
+        and not _other_vectors(run)
+        and run_directory.other_reference_runs(run.workdir, run) is None
+    )
+
+
+def _other_vectors(run: RunConfig) -> bool:
+    """Whether a product of vectors that the run reads holds others now."""
+    from slgr_jax.data import dataset
+    from slgr_jax.training import run_directory, vector_products
+
+    if not vector_products.named(run):
+        return False
+    record = run_directory.read_record(run.workdir)
+    return bool(vector_products.changed(run, dataset.load(run.data, verify=False), record))
 
 
 def _refuse_other(run: RunConfig) -> None:

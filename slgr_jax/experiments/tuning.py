@@ -1,6 +1,6 @@
 """Settings by validation: every arm of every backbone gets the same number of runs, of seed 0.
 
-1. `none` of a backbone: every point of its grid.
+1. `none` of a backbone, and every arm without a teacher: every point of its grid.
 2. A guided arm: every lambda at the settings of `none`; at the best, if that leaves a run, its
    variant (`ComparisonPlan.variants`: another guidance loss).
 3. Then, at its best lambda and variant, other points of the grid, those most like the best of
@@ -68,10 +68,10 @@ def tune(plan: ComparisonPlan, train: Train) -> Tuned:
     for backbone in plan.backbones:
         drawn = first_points(plan.grids[backbone], plan.tune_runs)
         budgets[backbone] = len(drawn)
-        trials += [(backbone, "none", point) for point in drawn]
+        trials += [(backbone, arm, point) for arm in plan.unguided_arms for point in drawn]
     _try(plan, train, trials, tuned)
 
-    guided = [arm for arm in plan.tuned_arms if arm != "none"]
+    guided = [arm for arm in plan.tuned_arms if arm not in plan.unguided_arms]
     if guided:
         _try(plan, train, _lambda_trials(plan, guided, tuned), tuned)
         _try(plan, train, _variant_trials(plan, guided, tuned, budgets), tuned)
@@ -188,9 +188,9 @@ def at_an_end(arm: str, tuned: Mapping[str, Any]) -> list[str]:
     Args:
       tuned: what was tried and chosen; of guided arms lambda alone has a grid of its own.
     """
-    ends = []
+    ends, guided = [], any("lambda" in row for row in tuned["tried"])
     for name, value in tuned["chosen"].items():
-        if isinstance(value, str) or not (arm == "none" or name == "lambda"):
+        if isinstance(value, str) or (guided and name != "lambda"):
             continue
         tried = {row[name] for row in tuned["tried"] if name in row}
         if len(tried) > 1 and value in (min(tried), max(tried)) and value != 0:

@@ -7,7 +7,7 @@ from comparisons import plan_of
 
 from slgr_jax import config
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arms
+from slgr_jax.experiments import arms, comparison
 from slgr_jax.teacher.products import controls
 
 
@@ -77,6 +77,36 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
     wrong = plan_of(tmp_path, own_arms={"wide": {"guidance": "pairwise", "gate": "oracle"}})
     with pytest.raises(ConfigError, match="arm wide of mf: --gate='oracle'"):
         wrong.check()
+
+
+def test_arms_of_vectors_have_no_teacher_and_the_product_of_vectors(tmp_path):
+    plan = plan_of(tmp_path, asked=("none", "init", "adapter", "global"), vectors="words")
+    assert plan.unguided_arms == ("none", "init", "adapter")
+    runs = {arm: plan.config("mf", arm, {"lr": 0.3}, tmp_path) for arm in plan.arms}
+    assert {arm: run.guidance.teacher for arm, run in runs.items()} == {
+        **dict.fromkeys(("none", "init", "adapter"), ""),
+        "global": "llm",
+    }
+    assert runs["init"].vectors.init_products == {"item": "words"}
+    assert runs["adapter"].vectors.products == {"item": "words"}
+    assert runs["global"].vectors == runs["none"].vectors
+    assert not runs["none"].vectors.init_products
+
+
+def test_arms_of_vectors_need_a_product_and_no_teacher(tmp_path):
+    def plan(**asked):
+        return comparison.make_plan("data", tmp_path, comparison.Request(**asked))
+
+    asked = plan(guidance=("none", "init", "adapter"), vectors="words", controls=())
+    assert asked.arms == ("none", "init", "adapter")
+    assert asked.focus == "adapter"
+    for request, message in (
+        ({"guidance": ("init",)}, "missing --vectors=NAME .*, which arm init reads"),
+        ({"guidance": ("none",), "vectors": "words"}, "--vectors=words is read by no arm"),
+        ({"guidance": ("init", "global"), "vectors": "words"}, "missing --teacher; without one"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(**request)
 
 
 @pytest.mark.parametrize("matched", arms.GATED)

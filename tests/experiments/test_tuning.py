@@ -56,6 +56,17 @@ class Landscape:
         return out
 
 
+def test_an_arm_without_a_teacher_tries_every_point_as_none_does(tmp_path):
+    plan = plan_of(tmp_path, asked=("none", "init"), vectors="words")
+    landscape = Landscape()
+    landscape.best_lambda["init"] = 0.1  # what its runs have, and do not read
+    tuned = tuning.tune(plan, landscape)["mf"]
+    assert landscape.asked == ["none"] * 6 + ["init"] * 6
+    assert tuned["init"]["chosen"] == tuned["none"]["chosen"] == {"lr": 0.2, "l2": 1.0}
+    ends = [tuning.at_an_end(arm, tuned[arm]) for arm in ("init", "none")]
+    assert ends == [["lr 0.2, the greatest"]] * 2
+
+
 def test_every_arm_has_as_many_runs_and_gets_its_best(tmp_path):
     plan = plan_of(tmp_path, controls=("constant", "shuffled", "popularity"))
     train = Landscape()
