@@ -153,9 +153,8 @@ def _made(run: TrainedRun, values: Float[np.ndarray, "n Z"]) -> dict[str, jax.Ar
     backbone, knobs = run.restored.backbone, run.config.vectors
     trained = vector_products.of_side(run.dataset, "item", knobs.item_vectors)
     standard = vector_products.standard(run.dataset, "item", trained)
-    stored = standard.apply(Vectors(values, np.ones(len(values), bool)))
-    if knobs.vector_dtype == "bfloat16":  # as those of known items are
-        stored = stored.astype(jnp.bfloat16).astype(np.float32)
+    new = Vectors(values, np.ones(len(values), bool))
+    stored = standard.apply(new, knobs.vector_dtype).astype(np.float32)  # rounded as known ones are
     name, adapter = _adapter(backbone)
     rows = adapter.apply(run.restored.serving.params[adapters.PARAMS][name], jnp.asarray(stored))
     if isinstance(backbone, LightGCN):

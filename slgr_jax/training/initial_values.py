@@ -189,7 +189,15 @@ def _pca(vectors: Vectors, width: int, counts: np.ndarray) -> Projection:
     # An eigenvector's sign is arbitrary: its largest entry is made positive.
     largest = np.abs(components).argmax(axis=0)
     components = components * np.sign(components[largest, np.arange(width)])
-    return lambda values: ((values - mean) @ components).astype(np.float32)
+
+    def project(values: np.ndarray) -> np.ndarray:
+        out = np.empty((values.shape[0], width), np.float32)
+        for begin in range(0, values.shape[0], _ROWS_AT_ONCE):
+            block = slice(begin, begin + _ROWS_AT_ONCE)
+            out[block] = (values[block] - mean) @ components
+        return out
+
+    return project
 
 
 def _columns(columns: np.ndarray) -> Projection:

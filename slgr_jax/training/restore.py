@@ -21,7 +21,7 @@ from slgr_jax.mesh import Layout, make_layout
 from slgr_jax.models.backbones import AnyBackbone, make_backbone, reads_of
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
 from slgr_jax.sampling import context as context_lib
-from slgr_jax.sampling.context import HISTORY, Context
+from slgr_jax.sampling.context import HISTORY, Context, FrozenVectors
 from slgr_jax.training import checkpoint, run_directory, vector_products
 from slgr_jax.training.state import Learner, abstract_serving, abstract_state, make_serving_state
 
@@ -144,12 +144,23 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
             serving = saved.restore_best(abstract_serving(learner))
         else:
             state = saved.restore_state(abstract_state(learner))
-            vectors = vector_products.frozen(run, dataset, layout)
+            vectors = _frozen(workdir, run, dataset, layout)
             reads = dataclasses.replace(placed, vectors=jax.device_put(vectors, layout.replicated))
             serving = make_serving_state(learner)(state, reads)
     finally:
         saved.close()
     return RestoredRun(learner, dataset, serving, placed)
+
+
+def _frozen(
+    workdir: str, run: config.RunConfig, dataset: Dataset, layout: Layout
+) -> FrozenVectors | None:
+    """The vectors beside which the run in `workdir` was trained; None without any."""
+    if not run.vectors.products:
+        return None
+    if changed := vector_products.changed(run, dataset, run_directory.read_record(workdir)):
+        raise ConfigError(f"{workdir}: {changed}; put those back, or take the best state")
+    return vector_products.frozen(run, dataset, layout)
 
 
 def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[RestoredRun]:

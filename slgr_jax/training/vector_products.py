@@ -9,7 +9,8 @@ Shape letters: R rows, Z width of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from slgr_jax.sampling.context import FrozenVectors, VectorSizes
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors
 
+_ROWS_AT_ONCE = 1 << 14
+
 
 class Standard(NamedTuple):
     """What standardises vectors: their mean [Z], and what they are divided by."""
@@ -31,12 +34,27 @@ class Standard(NamedTuple):
     mean: np.ndarray
     scale: float
 
-    def apply(self, vectors: Vectors) -> np.ndarray:
-        """[R, Z + 1] float32: standardised, then 1; zeros throughout where there is no vector."""
-        rows = np.ones((vectors.has.size, vectors.values.shape[1] + 1), np.float32)
-        rows[:, :-1] = (vectors.values - self.mean) / self.scale
-        rows[~vectors.has] = 0
-        return rows
+    def apply(self, vectors: Vectors, dtype: str, rows: int = 0) -> np.ndarray:
+        """[R, Z + 1] standardised vectors, then 1; zeros throughout where there is none.
+
+        Args:
+          dtype: float32 or bfloat16.
+          rows: R, with rows of zeros behind the vectors; 0: as many as there are vectors.
+        """
+        count, width = vectors.values.shape
+        out = np.zeros((rows or count, width + 1), jnp.dtype(dtype))
+        for block in _blocks(count):
+            standardised = (vectors.values[block] - self.mean) / self.scale
+            has = vectors.has[block, None]
+            out[block, :-1] = np.where(has, standardised, 0)
+            out[block, -1:] = has
+        return out
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    """Rows a block at a time: a float64 copy of all vectors may be larger than memory."""
+    for begin in range(0, rows, _ROWS_AT_ONCE):
+        yield slice(begin, min(begin + _ROWS_AT_ONCE, rows))
 
 
 def named(run: RunConfig) -> dict[str, tuple[str, str]]:
@@ -70,11 +88,10 @@ def frozen(run: RunConfig, dataset: Dataset, layout: Layout) -> FrozenVectors | 
     tables: dict[str, Any] = {}  # host arrays, standing in for what `device_put` makes of them
     for side, name in run.vectors.products.items():
         vectors = of_side(dataset, side, name)
-        rows = standard(dataset, side, vectors).apply(vectors)
-        rows = np.pad(rows, ((0, layout.padded_rows(rows.shape[0]) - rows.shape[0]), (0, 0)))
-        if run.vectors.vector_dtype == "bfloat16":
-            rows = rows.astype(jnp.bfloat16).view(np.uint16)  # as `RowFormat` packs it
-        tables[side] = rows
+        rows = layout.padded_rows(vectors.has.size)
+        dtype = run.vectors.vector_dtype
+        table = standard(dataset, side, vectors).apply(vectors, dtype, rows)
+        tables[side] = table.view(np.uint16) if dtype == "bfloat16" else table  # see `RowFormat`
     return FrozenVectors(**tables) if tables else None
 
 
@@ -87,16 +104,19 @@ def of_side(dataset: Dataset, side: str, name: str) -> Vectors:
 def standard(dataset: Dataset, side: str, vectors: Vectors) -> Standard:
     """What standardises the vectors of a side."""
     counts = dataset.popularity if side == "item" else dataset.history
-    trained = vectors.values[vectors.has & (counts > 0)].astype(np.float64)
-    if trained.size:
-        mean = trained.mean(axis=0)
-        scale = float(np.sqrt(np.square(trained - mean).mean()))
-    if not trained.size or not scale:
+    trained = vectors.has & (counts > 0)
+    rows, width = int(trained.sum()), vectors.values.shape[1]
+    mean, squares = np.zeros(width), 0.0
+    for block in _blocks(trained.size):
+        mean += vectors.values[block][trained[block]].sum(axis=0, dtype=np.float64) / max(rows, 1)
+    for block in _blocks(trained.size):
+        squares += float(np.square(vectors.values[block][trained[block]] - mean).sum())
+    if not squares:
         raise InputError(
-            f"--{side}_vectors: {len(trained)} {side}s with training interactions have a vector, "
+            f"--{side}_vectors: {rows} {side}s with training interactions have a vector, "
             "and all of these are alike; make vectors that tell them apart"
         )
-    return Standard(mean, scale)
+    return Standard(mean, math.sqrt(squares / (rows * width)))
 
 
 def hashes(run: RunConfig, dataset: Dataset) -> dict[str, str]:

@@ -22,7 +22,15 @@ from slgr_jax.models.row_access import Candidates, Reads, RowAccess
 from slgr_jax.sampling.context import Queries
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors
-from slgr_jax.training import build, loop, multi_seed, run_directory, step
+from slgr_jax.training import (
+    build,
+    checkpoint,
+    loop,
+    multi_seed,
+    programs,
+    run_directory,
+    step,
+)
 from slgr_jax.training import state as state_lib
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -261,6 +269,22 @@ def test_seeds_trained_together_equal_each_alone(data, tmp_path):
             for where in ("together", "alone")
         )
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"item_rows": False}])
+def test_a_run_begins_with_the_last_rows_of_another_not_with_sums(data, tmp_path, knobs):
+    first = _run(data, tmp_path / "first", **knobs)
+    loop.train(first)
+    experiment = build.build(_run(data, tmp_path / "next", init_from=first.workdir, **knobs), data)
+    begun = programs.make_programs(experiment).init(np.int32(9))
+    saved = checkpoint.Checkpoints(first.workdir, writable=False)
+    last = saved.restore_state(state_lib.abstract_state(experiment.trainer))
+    saved.close()
+    for name, spec in experiment.trainer.backbone.tables.items():
+        np.testing.assert_array_equal(
+            begun.tables[name][: spec.rows], last.tables[name][: spec.rows]
+        )
+    jax.tree.map(np.testing.assert_array_equal, begun.params, last.params)
 
 
 @pytest.mark.parametrize(
