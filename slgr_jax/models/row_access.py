@@ -101,9 +101,11 @@ class Access(Protocol):
         """The leaves for one pass; `dropout` is of what all candidates share (a graph's edges)."""
         ...
 
-    def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
+    def squares(
+        self, params: Mapping[str, Any], leaves: Leaves, context: Context, reads: Reads
+    ) -> dict[str, jax.Array]:
         """By name: [N] sum of the squared entries of all rows that a query and its candidates
-        read."""
+        read, and of what vectors come to there."""
         ...
 
     def finite(self, leaves: Leaves) -> dict[str, Bool[Array, ""]]:
@@ -312,7 +314,9 @@ class RowAccess:
             for group, by_table in ids.items()
         }
 
-    def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
+    def squares(
+        self, params: Mapping[str, Any], leaves: Leaves, context: Context, reads: Reads
+    ) -> dict[str, jax.Array]:
         ids = self._ids(context, reads)
         rows = self._gathered(leaves["rows"], leaves["whole"], ids)
         totals: dict[str, jax.Array] = {}
@@ -321,9 +325,12 @@ class RowAccess:
             for part in _used_slots(by_table, ids[group], context).values():
                 squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
                 totals[name] = totals[name] + squares if name in totals else squares
-        for group, named in self._named_ids(context, reads).items():  # of vectors alone
-            queries = next(iter(named.values())).shape[0]
-            totals.setdefault(group.split("/")[0], jnp.zeros(queries))
+        for group, named in self._named_ids(context, reads).items():
+            made = adapters.added(self.backbone, params, {}, self._vectors(context, named, {}))
+            name = group.split("/")[0]
+            for part in made.values():
+                squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
+                totals[name] = totals[name] + squares if name in totals else squares
         return totals
 
     def finite(self, leaves: Leaves) -> dict[str, jax.Array]:
@@ -466,7 +473,9 @@ class DotAccess:
     ) -> View:
         return _DotView(leaves["scores"])
 
-    def squares(self, leaves: Leaves, context: Context, reads: Reads) -> dict[str, jax.Array]:
+    def squares(
+        self, params: Mapping[str, Any], leaves: Leaves, context: Context, reads: Reads
+    ) -> dict[str, jax.Array]:
         (name,) = reads.candidates
         return {name: leaves["squares"][:, 0] + leaves["squares"][:, 1]}
 

@@ -145,7 +145,7 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
         else:
             state = saved.restore_state(abstract_state(learner))
             vectors = _frozen(workdir, run, dataset, layout)
-            reads = dataclasses.replace(placed, vectors=jax.device_put(vectors, layout.replicated))
+            reads = dataclasses.replace(placed, vectors=layout.put(vectors))
             serving = make_serving_state(learner)(state, reads)
     finally:
         saved.close()

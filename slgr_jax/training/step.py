@@ -116,8 +116,8 @@ RunSteps = Callable[
 
 
 def by_rows(whole: Any, rows: Any) -> DeviceArrays:
-    """Specs (or shardings) of the device arrays: vectors as tables are, everything else whole."""
-    context = Context(whole, whole, whole, whole, rows)
+    """The specs of the device arrays: vectors as tables are, everything else whole."""
+    context = Context(histories=whole, fields=whole, graph=whole, features=whole, vectors=rows)
     return DeviceArrays(whole, context, whole)
 
 
@@ -335,7 +335,7 @@ def _loss(
     rec = learned.loss * per_triple
     penalty = jnp.float32(0.0)
     if config.optimizer.l2 > 0:
-        squares = access.squares(leaves, context, part.reads)
+        squares = access.squares(backbone_params, leaves, context, part.reads)
         for name in objective.penalised:
             of_triples = squares[name][: batch.weights.shape[0]]
             penalty += losses.masked_sum(of_triples, batch.weights) * per_triple

@@ -160,7 +160,7 @@ def test_the_penalty_does_not_depend_on_unused_slots(data):
     values = _values(experiment, state)
     users, items = np.array([4, 5]), np.array([[0, 1], [4, 2]], np.int32)
     reads = Reads({"x": Candidates(Queries(jnp.asarray(users)), jnp.asarray(items))}, {})
-    squares = access.squares(access.read(state.tables, context, reads), context, reads)["x"]
+    squares = access.squares({}, access.read(state.tables, context, reads), context, reads)["x"]
     slots = context.features.item
     expected = [
         (values["user"][u] ** 2).sum()

@@ -100,6 +100,14 @@ def _view(experiment, state, users, items):
     return access.view(params, leaves, context, reads, None).scores("x", None)
 
 
+def _squares(experiment, state):
+    access, context = experiment.trainer.access, experiment.arrays.context
+    queries = Queries(jnp.asarray(USER_IDS))
+    reads = Reads({"x": Candidates(queries, jnp.asarray(ITEM_IDS))}, {})
+    leaves = access.read(state.tables, context, reads)
+    return access.squares(state.params["backbone"], leaves, context, reads)["x"]
+
+
 USER_IDS, ITEM_IDS = np.array([0, 7, 23]), np.array([[0, 1], [14, 3], [11, 11]], np.int32)
 
 
@@ -131,6 +139,14 @@ def test_mf_scores_and_serves_rows_with_what_vectors_come_to(data, knobs, rows):
     np.testing.assert_allclose(
         _view(experiment, state, USER_IDS, ITEM_IDS), expected, rtol=1e-4, atol=1e-5
     )
+    # The penalty is on rows and on what vectors come to, each by itself.
+    parts = {side: [values[side]] if side in values else [] for side in sums}
+    for side in backbone_params["adapters"]:
+        parts[side].append(_adapted(data, backbone_params, side, side))
+    norms = {side: sum((x**2).sum(axis=1) for x in of_side) for side, of_side in parts.items()}
+    expected = norms["user"][USER_IDS] + norms["item"][ITEM_IDS].sum(axis=1)
+    np.testing.assert_allclose(_squares(experiment, state), expected, rtol=1e-4)
+
     served = state_lib.make_serving_state(experiment.trainer)(state, experiment.arrays.context)
     for side, table in sums.items():
         np.testing.assert_allclose(served.values[side], table, rtol=1e-4, atol=1e-5)
