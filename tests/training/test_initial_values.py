@@ -18,7 +18,15 @@ from slgr_jax.models import embedding_table
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors
-from slgr_jax.training import build, initial_values, loop, multi_seed, programs, run_directory
+from slgr_jax.training import (
+    build,
+    initial_values,
+    loop,
+    multi_seed,
+    programs,
+    run_directory,
+    step,
+)
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -219,6 +227,17 @@ def test_the_vectors_are_an_argument_of_the_program(data):
     text = make.lower(np.int32(0), experiment.initial).as_text()
     assert "tensor<128x5xf32>" in text.split("->")[0]  # an input, padded
     assert not any("dense<" in line and "128x5xf32" in line for line in text.splitlines())
+
+
+def test_the_step_is_the_program_of_a_run_without_vectors(data):
+    texts = []
+    for knobs in ({}, {"init_item_vectors": ""}):
+        experiment = build.build(_run(data, "run", **knobs), data)
+        state = programs.init_state(experiment.trainer, 0)
+        key = jax.random.key_data(jax.random.key(1))
+        run_steps = step.make_run_steps(experiment.trainer)
+        texts.append(run_steps.lower(state, experiment.arrays, key, np.int32(1)).as_text())
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
