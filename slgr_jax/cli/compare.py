@@ -3,6 +3,7 @@
     slgr compare --data=DATA --teacher=NAME --out=DIR
     slgr compare --data=DATA --teacher=NAME --out=DIR --backbones=mf,lightgcn,sasrec,dcnv2 \\
         --guidance=none,global,rule,paper,calibrated --seeds=10
+    slgr compare --quick --data=DATA --teacher=NAME
     slgr compare --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
 
 1. Tuning, on validation with seed 0: `none` over the backbone's grid; every other arm over lambda
@@ -23,6 +24,12 @@ Called again it goes on where it was: finished runs are known by their settings 
 knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
 Writes DIR/report.md, report.json, summary.md, .csv and .tex, and pictures; of several data sets, in
 DIR/NAME. Ends with the small table and the verdict.
+
+--quick trains nothing: in a few minutes, on validation, what the lists of --teacher add when
+scoring to the best recommender that costs nothing, beside what each control's lists add, overall,
+for cold users and tail items; what more answers would be worth; and the command that trains what is
+best.
+Writes quick.md and quick.json to DATA/reports/NAME (or --out).
 """
 
 from __future__ import annotations
@@ -54,6 +61,9 @@ def define() -> None:
 
     absl_flags.DEFINE_list("data", [], "dataset directories that slgr prepare wrote")
     absl_flags.DEFINE_string("out", "", "directory of the runs and the report")
+    absl_flags.DEFINE_bool(
+        "quick", False, "train nothing: what the teacher's lists add when scoring; a few minutes"
+    )
     absl_flags.DEFINE_string(
         "preset", "", f"shape of a published table: {', '.join(presets.PRESETS)}"
     )
@@ -119,11 +129,37 @@ def _values(name: str) -> tuple[float, ...]:
         raise ConfigError(f"--{name}: {error}; give numbers, e.g. --{name}=0.1,1") from error
 
 
+def _quick(given: absl_flags.FlagValues) -> None:
+    """--quick: refuse what it would not use; compare, and show what was found."""
+    from slgr_jax.experiments import quick
+
+    used = ("data", "teacher", "out", "quick", "config")
+    module = given.find_module_defining_flag
+    others = [
+        name
+        for name in given
+        if given[name].present and name not in used and not str(module(name)).startswith("absl")
+    ]
+    if others:
+        raise ConfigError(f"--{others[0]} is not used with --quick, which trains nothing; drop it")
+    if len(given.data) != 1 or not given.teacher:
+        raise ConfigError("--quick needs one --data=DATA and --teacher=NAME")
+    verdict = quick.compare(given.data[0], given.teacher)
+    out = pathlib.Path(given.out or pathlib.Path(given.data[0], "reports", given.teacher))
+    paths = quick.write(verdict, out)
+    print(f"wrote {', '.join(map(str, paths))}\n\n{quick.render(verdict)}", end="")
+
+
 def main(_: list[str]) -> None:
     """Compare; end with what was found."""
     from slgr_jax.experiments import arms, comparison
 
     given = flags.FLAGS
+    if given.quick:
+        _quick(given)
+        return
+    if not given.out:
+        raise ConfigError("missing --out; see slgr compare --help")
 
     def chosen(name: str) -> list[str] | None:
         return given[name].value if given[name].present else None
@@ -163,5 +199,5 @@ def run() -> None:
         name="slgr compare",
         sections=knob_sections(),
         define=define,
-        required=("data", "out"),
+        required=("data",),
     )

@@ -18,24 +18,29 @@ from slgr_jax.config import BaselineConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.evaluation import baselines, full_ranking
+from slgr_jax.evaluation.baselines import Fitted
 from slgr_jax.evaluation.device_ranking import ScoreUsers
 from slgr_jax.teacher.products import controls, preferences
 
 
-def fit_control(dataset: Dataset, name: str, options: BaselineConfig | None = None) -> Any:
-    """The scores of a baseline, fitted on train and tuned on validation: `controls.Fit`.
-
-    Raises:
-      ConfigError: it cannot be fitted: a package is missing, or memory.
-    """
-    baseline = baselines.make_baseline(name, options or BaselineConfig())
-    fitted = baselines.tune(baseline, dataset).fitted
+def host_scores(fitted: Fitted) -> controls.ScoreUsers:
+    """The scores of a fitted recommender as NumPy arrays: users [B] -> [B, I]."""
     score = jax.jit(fitted.score_users)
 
     def scores(users: np.ndarray) -> np.ndarray:
         return np.asarray(score(fitted.state, users.astype(np.int32)))
 
     return scores
+
+
+def fit_control(dataset: Dataset, name: str) -> controls.ScoreUsers:
+    """The scores of a baseline, fitted on train and tuned on validation: `controls.Fit`.
+
+    Raises:
+      ConfigError: it cannot be fitted: a package is missing, or memory.
+    """
+    baseline = baselines.make_baseline(name, BaselineConfig())
+    return host_scores(baselines.tune(baseline, dataset).fitted)
 
 
 def ensure_control(dataset: Dataset, name: str, control: str, *, seed: int = 0) -> str:

@@ -4,7 +4,8 @@ A teacher is worth training with where, on pairs whose right order is known,
 
     accuracy > 1/2    and    accuracy > item-item    and    accuracy > popularity
 
-the first two beyond chance: one-sided t-tests over users, the greater p of the two corrected by
+(a list that is not, but adds to the best recommender that costs nothing when scoring, is to be held
+against its controls), the first two beyond chance: one-sided t-tests over users, the greater p of the two corrected by
 Holm for all slices that tell something (`Agreement.tells`). `Agreement.believed` corrects for
 nothing: of thirty slices of a teacher that knows nothing, some are believed by chance.
 """
@@ -38,6 +39,16 @@ def recommend(audit: TeacherAudit) -> list[str]:
         for row, p in zip(tested, p_values, strict=True)
         if p < LEVEL and row.accuracy > row.popularity
     ]
+    adds = audit.value is not None and audit.value.best.overall.low > 0
+    if not knowing and adds and audit.value is not None:
+        best, overall = audit.value.best.name, audit.value.best.overall
+        flags = [f"--data={audit.data}", f"--teacher={audit.manifest.name}"]
+        return [
+            "Recommended: see whether its controls add as much; train with it if they do not.",
+            f"Why: on no slice is it above the data beyond chance, but added to {best} when scoring "
+            f"it gains {overall.gain:+.4f} [{overall.low:+.4f}, {overall.high:+.4f}] NDCG@10.",
+            shlex.join(["slgr", "compare", "--quick", *flags]),
+        ]
     if not knowing:
         return ["Recommended: leave it.", f"Why: {_shortfall(rows[0], bool(tested))}"]
 
