@@ -4,10 +4,10 @@ A teacher is worth training with where, on pairs whose right order is known,
 
     accuracy > 1/2    and    accuracy > item-item    and    accuracy > popularity
 
-(a list that is not, but adds to the best recommender that costs nothing when scoring, is to be held
-against its controls), the first two beyond chance: one-sided t-tests over users, the greater p of the two corrected by
+the first two beyond chance: one-sided t-tests over users, the greater p of the two corrected by
 Holm for all slices that tell something (`Agreement.tells`). `Agreement.believed` corrects for
-nothing: of thirty slices of a teacher that knows nothing, some are believed by chance.
+nothing: of thirty slices of a teacher that knows nothing, some are believed by chance. One that is
+not, but adds to the best recommender that costs nothing when scoring, is held against its controls.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from slgr_jax.evaluation import significance
 from slgr_jax.teacher.audit.accuracy import Agreement, TeacherAudit
+from slgr_jax.teacher.audit.added_value import AddedValue
 
 LEVEL = 0.05
 
@@ -39,16 +40,8 @@ def recommend(audit: TeacherAudit) -> list[str]:
         for row, p in zip(tested, p_values, strict=True)
         if p < LEVEL and row.accuracy > row.popularity
     ]
-    adds = audit.value is not None and audit.value.best.overall.low > 0
-    if not knowing and adds and audit.value is not None:
-        best, overall = audit.value.best.name, audit.value.best.overall
-        flags = [f"--data={audit.data}", f"--teacher={audit.manifest.name}"]
-        return [
-            "Recommended: see whether its controls add as much; train with it if they do not.",
-            f"Why: on no slice is it above the data beyond chance, but added to {best} when scoring "
-            f"it gains {overall.gain:+.4f} [{overall.low:+.4f}, {overall.high:+.4f}] NDCG@10.",
-            shlex.join(["slgr", "compare", "--quick", *flags]),
-        ]
+    if not knowing and audit.value is not None and audit.value.best.overall.low > 0:
+        return _among_controls(audit, audit.value)
     if not knowing:
         return ["Recommended: leave it.", f"Why: {_shortfall(rows[0], bool(tested))}"]
 
@@ -65,6 +58,18 @@ def recommend(audit: TeacherAudit) -> list[str]:
         f"{best.item_item:.1%}, popularity on {best.popularity:.1%} ({best.users:,} users){others}."
     )
     return [first, why, _command(audit)]
+
+
+def _among_controls(audit: TeacherAudit, value: AddedValue) -> list[str]:
+    gain = value.best.overall
+    places = [f"--data={audit.data}", f"--teacher={audit.manifest.name}"]
+    return [
+        "Recommended: see whether its controls add as much; train with it if they do not.",
+        "Why: on no slice is it above the data beyond chance, but added to "
+        f"{value.best.name} when scoring it gains {gain.gain:+.4f} [{gain.low:+.4f}, "
+        f"{gain.high:+.4f}] NDCG@10.",
+        shlex.join(["slgr", "compare", "--quick", *places]),
+    ]
 
 
 def _p(row: Agreement) -> float:

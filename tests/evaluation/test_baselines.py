@@ -18,10 +18,11 @@ import pytest
 import worlds
 from sklearn import metrics as sklearn_metrics
 
+import slgr_jax as sl
 from slgr_jax.config import BaselineConfig, EvaluationConfig, SamplerConfig, TrainConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Csr, Dataset, Part
-from slgr_jax.errors import ConfigError
+from slgr_jax.errors import ConfigError, ManifestError
 from slgr_jax.evaluation import baselines, full_ranking
 from slgr_jax.evaluation.baseline_evaluation import evaluate_baselines
 from slgr_jax.mesh import make_layout
@@ -367,6 +368,44 @@ def test_the_command_needs_no_run(dataset, tmp_path):
     assert theirs["valid"]["overall"]["ndcg@10"] == pytest.approx(best)
     table = pq.read_table(tmp_path / "out" / "baselines" / "ease" / "per_user.parquet")
     assert set(table["part"].to_pylist()) == {"valid", "test"}
+
+
+def test_a_list_is_added_to_every_ranking(dataset, tmp_path):
+    """Test items at the top of every list, half of the validation items too: all gain by it."""
+    chosen = _dense(dataset, "test") + _dense(dataset, "valid") * (np.arange(60) % 2)
+    users, items = np.nonzero(chosen)
+    worlds.teach(dataset, users, items, np.ones(users.size, np.float32), unlisted="below")
+    run = tmp_path / "plain"
+    loop.train(
+        worlds.run_config(
+            dataset, run, train=TrainConfig(epochs=1), sampler=SamplerConfig(batch_size=64)
+        )
+    )
+    options = {"baselines": "popular", "blend": "t"}
+    evaluation = sl.evaluate([run], **options)
+    labels = [result.label for result in evaluation.runs]
+    assert labels == ["plain", "plain + t", "popular", "popular + t"]
+    plain, blended, popular, other = (result.parts["test"] for result in evaluation.runs)
+    for before, after in ((plain, blended), (popular, other)):
+        assert after.slices["overall"]["ndcg@10"] > before.slices["overall"]["ndcg@10"] + 0.2
+    facts = json.loads((run / "blends" / "plain+t" / "metrics.json").read_text())["blend"]
+    assert (facts["run"], facts["teacher"], facts["tuned_on"]) == ("plain", "t", "valid ndcg@10")
+    best = max(facts["tried"], key=lambda row: row["ndcg@10"])
+    assert facts["weight"] == best["weight"] > 0
+    # Chosen on validation and shown there: the same number by two ways of ranking.
+    shown = evaluation.runs[1].parts["valid"].slices["overall"]["ndcg@10"]
+    assert shown == pytest.approx(best["ndcg@10"], abs=1e-6)
+    assert facts["tried"][0]["ndcg@10"] == pytest.approx(
+        evaluation.runs[0].parts["valid"].slices["overall"]["ndcg@10"], abs=1e-6
+    )
+    text = str(evaluation)
+    assert "test: ndcg@10 user by user, score + w / rank in the teacher's list minus score" in text
+    assert f"plain + t: w {facts['weight']:.4g}" in text
+    assert "w was chosen on this part" in text.split("valid: ndcg@10 user by user, score")[1]
+    assert "- plain + t (score + w / rank, no training) is better than plain: " in text
+    assert evaluation.draw().is_file()
+    with pytest.raises(ManifestError, match="has no teacher 'nobody'"):
+        sl.evaluate([run], blend="nobody", baselines="none")
 
 
 @pytest.mark.slow

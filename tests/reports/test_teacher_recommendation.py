@@ -83,6 +83,24 @@ def test_an_unknown_teacher_is_left_to_validation(right):
     assert "no pair whose right order is known" in recommend(unknown)[1]
 
 
+def test_what_is_no_better_than_the_data_but_adds_to_them_meets_its_controls(right):
+    report = dataclasses.replace(audit(right, "lists"), agreement=())
+    value = report.value
+    assert value.best.overall.low > 0
+    row = agreement(np.linspace(0.5, 0.7, 40), np.full(40, 0.9))
+    adds = dataclasses.replace(report, agreement=(row,))
+    lines = recommend(adds)
+    assert "see whether its controls add as much" in lines[0]
+    assert f"added to {value.best.name} when scoring it gains" in lines[1]
+    assert shlex.split(lines[2]) == [
+        "slgr", "compare", "--quick", f"--data={right.path}", "--teacher=lists",
+    ]  # fmt: skip
+    overall = dataclasses.replace(value.best.overall, low=-0.1)
+    best = dataclasses.replace(value.best, slices=(overall,))
+    nothing = dataclasses.replace(value, free=(best,))
+    assert recommend(dataclasses.replace(adds, value=nothing))[0] == "Recommended: leave it."
+
+
 def agreement(accuracies, item_item, *, name="all", popularity=0.5):
     users = np.arange(accuracies.size)  # a pair each
     accuracy, low, high = interval(users, accuracies)
