@@ -74,6 +74,21 @@ def lists_of(dataset: Dataset, teacher: Teacher) -> Lists:
     return Lists(teacher.manifest.name, rows, boosts[order].astype(np.float32))
 
 
+def listed(dataset: Dataset, teacher: Teacher) -> Lists:
+    """`lists_of`, where there is something in them.
+
+    Raises:
+      InputError: the product holds preferences, or nothing but users' own training items.
+    """
+    lists = lists_of(dataset, teacher)
+    if not lists.rows.indices.size:
+        raise InputError(
+            f"teacher {lists.name!r} says nothing but of users' own training items "
+            f"({int(teacher.offsets[-1]):,} answers), which are not ranked: there is no list to add"
+        )
+    return lists
+
+
 def keep_users(lists: Lists, kept: np.ndarray) -> Lists:
     """The lists of the users where `kept` [U] bool alone."""
     owners = lists.rows.owners()

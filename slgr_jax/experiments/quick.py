@@ -122,12 +122,12 @@ def compare(
 
     Raises:
       ConfigError: no validation part, or no recommender is left.
-      InputError: the product holds preferences.
+      InputError: the product holds preferences, or nothing but users' own training items.
       ManifestError, ShardError: the dataset or the product cannot be used.
     """
     options = options or BaselineConfig()
     dataset = load_dataset(data)
-    lists = blending.lists_of(dataset, preferences.load(dataset, teacher))
+    lists = blending.listed(dataset, preferences.load(dataset, teacher))
     base, fitted = _best_base(dataset, options)
     own = _CONTROL_OF.get(base, base)
 

@@ -31,7 +31,8 @@ def names(options: BaselineConfig, n_items: int) -> tuple[str, ...]:
 def measure(
     dataset: Dataset, teacher: Teacher, options: BaselineConfig, *, seed: int = 0
 ) -> AddedValue | None:
-    """The worth of a teacher's scores; None of preferences, or without a validation part.
+    """The worth of a teacher's scores; None of preferences, of nothing but users' own training
+    items, or without a validation part.
 
     Args:
       options: which recommenders, and their grids; --baselines=none: None.
@@ -44,8 +45,8 @@ def measure(
     if teacher.manifest.kind != "scores" or not len(dataset.valid) or not asked:
         return None
     lists = blending.lists_of(dataset, teacher)
-    by_itself = blending.alone(lists, dataset)
-    if not by_itself.users.size:
+    by_itself = blending.alone(lists, dataset) if lists.rows.indices.size else None
+    if by_itself is None or not by_itself.users.size:
         return None
     free = tuple(_free_teacher(dataset, name, options, lists, seed) for name in asked)
     of_slices = blending.by_slice(dataset, by_itself, by_itself.values[0], by_itself.tail[0])

@@ -101,7 +101,7 @@ def evaluate(
     ]
     dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
     where = pathlib.Path(out or workdirs[0])
-    lists = blending.lists_of(dataset, preferences.load(dataset, blend)) if blend else None
+    lists = blending.listed(dataset, preferences.load(dataset, blend)) if blend else None
     beside = baseline_evaluation.evaluate_baselines(
         options, configs[0], dataset, where, taken=labels, lists=lists
     )

@@ -11,9 +11,10 @@ import worlds
 from scipy import stats
 
 from slgr_jax.config import BaselineConfig
-from slgr_jax.errors import ConfigError, ManifestError
+from slgr_jax.errors import ConfigError, InputError, ManifestError
 from slgr_jax.evaluation import baselines, blending
 from slgr_jax.experiments import quick
+from slgr_jax.reports import added_value
 from slgr_jax.teacher.products import controls, preferences
 
 N_USERS, N_ITEMS = 150, 40
@@ -114,3 +115,8 @@ def test_what_cannot_be_compared_is_refused(dataset):
         quick.compare(str(dataset.path), "knows", BaselineConfig(baselines="none"))
     with pytest.raises(ManifestError, match="has no teacher 'nobody'"):
         quick.compare(str(dataset.path), "nobody", OPTIONS)
+    train = dataset.train
+    worlds.teach(dataset, train.users, train.items, np.ones(len(train)), name="echo")
+    with pytest.raises(InputError, match="'echo' says nothing but of users' own training items"):
+        quick.compare(str(dataset.path), "echo", OPTIONS)
+    assert added_value.measure(dataset, preferences.load(dataset, "echo"), OPTIONS) is None
