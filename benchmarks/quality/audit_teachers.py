@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slgr_jax.config import BaselineConfig, PrepareConfig
+from slgr_jax.config import PrepareConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.data.ingest import prepare
 from slgr_jax.errors import ConfigError
-from slgr_jax.evaluation import baselines, full_ranking
+from slgr_jax.evaluation import teacher_lists
 from slgr_jax.teacher.products import preferences
 from slgr_jax.teacher.products.rows import Teacher
 
@@ -48,55 +48,12 @@ def training_items(dataset: Dataset, teacher: Teacher) -> pa.Table:
     return _scores(users[keep], train.indices[keep], np.ones(int(keep.sum()), np.float32))
 
 
-def consensus(dataset: Dataset, teacher: Teacher) -> pa.Table:
-    """One list for everybody: the items that the most users' lists name, ties by item.
-
-    A user's list is as long as the LLM's list for that user without its echo, and leaves out the
-    user's training items: nothing in it is about this user.
-    """
-    votes = np.bincount(teacher.items, minlength=dataset.n_items)
-    order = np.lexsort((np.arange(dataset.n_items), -votes)).astype(np.int32)
-
-    def best(user: int, length: int, seen: np.ndarray) -> np.ndarray:
-        fresh = order[~np.isin(order, seen)]
-        return fresh[votes[fresh] > 0][:length]
-
-    return _lists(dataset, teacher, best)
-
-
-def ease_lists(dataset: Dataset, teacher: Teacher) -> pa.Table:
-    """The items that EASE, fitted on train and tuned on validation, ranks highest outside train.
-
-    Lists are as long as the LLM's without their echo.
-    """
-    fitted = baselines.tune(baselines.make_baseline("ease", BaselineConfig()), dataset).fitted
-    lengths = list_lengths(dataset, teacher)
-    users = np.flatnonzero(lengths)
-    top = full_ranking.top_k(
-        fitted.score_users,
-        fitted.state,
-        users,
-        dataset.positives(("train",)),
-        dataset.n_items,
-        k=int(lengths.max()),
-    )
-    row_of = np.full(dataset.n_users, -1)
-    row_of[top.users] = np.arange(top.users.size)
-
-    def best(user: int, length: int, seen: np.ndarray) -> np.ndarray:
-        items = top.items[row_of[user]]
-        return items[items >= 0][:length]
-
-    return _lists(dataset, teacher, best)
-
-
-# Control -> (rows of its product, what its manifest says of it).
-TEACHERS: dict[str, Callable[[Dataset, Teacher], pa.Table]] = {
+# Control -> rows of its product. Others are those of `slgr compare` (teacher/products/controls.py).
+_OWN: dict[str, Callable[[Dataset, Teacher], pa.Table]] = {
     "no_echo": without_echo,
-    "ease": ease_lists,
-    "consensus": consensus,
     "training_items": training_items,
 }
+TEACHERS = (*_OWN, "ease", "consensus")
 
 
 def ensure(dataset: Dataset, name: str, control: str) -> str:
@@ -107,7 +64,7 @@ def ensure(dataset: Dataset, name: str, control: str) -> str:
       ManifestError, ShardError: the product cannot be used.
     """
     product = f"{name}.{control}"
-    if product in preferences.products(dataset.path):
+    if control in _OWN and product in preferences.products(dataset.path):
         return product
     teacher = preferences.load(dataset, name)
     if teacher.manifest.unlisted != "below":
@@ -115,10 +72,12 @@ def ensure(dataset: Dataset, name: str, control: str) -> str:
             f"--teacher={name} has unlisted={teacher.manifest.unlisted}: the controls are lists; "
             "name a product of lists (slgr teach import --unlisted=below)"
         )
+    if control not in _OWN:
+        return teacher_lists.ensure_control(dataset, name, control)
     preferences.write_product(
         dataset,
         product,
-        TEACHERS[control](dataset, teacher),
+        _OWN[control](dataset, teacher),
         provenance=preferences.Provenance(
             built_from="train_only",
             unlisted="below",
@@ -127,12 +86,6 @@ def ensure(dataset: Dataset, name: str, control: str) -> str:
         ),
     )
     return product
-
-
-def list_lengths(dataset: Dataset, teacher: Teacher) -> np.ndarray:
-    """[U] how many items outside training each user's list names."""
-    kept = without_echo(dataset, teacher).column("user").to_numpy()
-    return np.bincount(kept, minlength=dataset.n_users)
 
 
 def join_validation(dataset: Dataset, out: pathlib.Path) -> Dataset:
@@ -191,21 +144,6 @@ def _rows_of(dataset: Dataset, part: str) -> pa.Table:
     if rows.ratings is not None:
         columns["rating"] = pa.array(rows.ratings)
     return pa.table(columns)
-
-
-def _lists(
-    dataset: Dataset, teacher: Teacher, best: Callable[[int, int, np.ndarray], np.ndarray]
-) -> pa.Table:
-    """Rows of `best(user, length, training items)`, best first, scored 1/rank."""
-    train = dataset.positives(("train",))
-    lengths = list_lengths(dataset, teacher)
-    users, items, scores = [], [], []
-    for user in map(int, np.flatnonzero(lengths)):
-        chosen = best(user, int(lengths[user]), train.row(user))
-        users.append(np.full(chosen.size, user, np.int32))
-        items.append(chosen.astype(np.int32))
-        scores.append((1 / np.arange(1, chosen.size + 1)).astype(np.float32))
-    return _scores(np.concatenate(users), np.concatenate(items), np.concatenate(scores))
 
 
 def _users_of(teacher: Teacher) -> np.ndarray:

@@ -63,13 +63,13 @@ def _write_lists(dataset, lists, unlisted="below"):
 
 def _best_first(dataset, control):
     """User -> items of the control's list, best first, ties by item."""
-    table = audit_teachers.TEACHERS[control](dataset, preferences.load(dataset, "llm"))
-    rows = table.to_pylist()
-    rows.sort(key=lambda row: (row["user"], -row["score"], row["item"]))
-    lists: dict[int, list[int]] = {}
-    for row in rows:
-        lists.setdefault(row["user"], []).append(row["item"])
-    return {user: tuple(items) for user, items in lists.items()}
+    teacher = preferences.load(dataset, audit_teachers.ensure(dataset, "llm", control))
+    lists = {}
+    for user in np.flatnonzero(np.diff(teacher.offsets)).tolist():
+        rows = slice(teacher.offsets[user], teacher.offsets[user + 1])
+        order = np.lexsort((teacher.items[rows], -teacher.scores[rows]))
+        lists[user] = tuple(teacher.items[rows][order].tolist())
+    return lists
 
 
 def test_echo_is_what_a_user_interacted_with(dataset):

@@ -14,7 +14,8 @@ Each control of a product NAME has its coverage (the same users, the same number
 
 Those that score rate what the product was asked about. Where an unlisted item ranks below the
 list (`unlisted == "below"`: the teacher chose what to list) they list the L best items outside the
-user's training items, L as long as the product's list. They are kept as DATA/teacher/NAME.CONTROL.
+user's training items, L as long as the product's list without its echo. They are kept as
+DATA/teacher/NAME.CONTROL.
 
 Shape letters: U users, I items, n rows of a product.
 """
@@ -98,6 +99,8 @@ def write(
     table = shards.read_shards(root, manifest.files, expected, verify=False).combine_chunks()
 
     below = manifest.unlisted == "below" and manifest.kind == "scores"
+    if below and manifest.training_items != "hidden":  # echo is nothing that a control must match
+        table = training_items.drop(table, dataset, f"teacher {name}")[0]
     if control == "shuffled":
         controlled, kind = _shuffled(table, manifest, dataset, seed), manifest.score_kind
     else:
@@ -147,7 +150,7 @@ def _shuffled(
     """Users trade their answers in pairs (three of an odd number in a ring), without echo.
 
     In the order of (number of answers, random), neighbours trade: the numbers are nearly kept.
-    Lists are as long as they were: a user's scores stay and get the items of the neighbour's list
+    Lists are as long as they are: a user's scores stay and get the items of the neighbour's list
     in its order, the user's own training items left out, filled up from the next neighbours'.
     """
     users = table.column("user").to_numpy()
