@@ -23,7 +23,8 @@ most, the same for everybody), popularity, item_item, EASE (ease; ials where it 
 Called again it goes on where it was: finished runs are known by their settings and data. Other
 knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
 Writes DIR/report.md, report.json, summary.md, .csv and .tex, and pictures; of several data sets, in
-DIR/NAME. Ends with the small table and the verdict.
+DIR/NAME. Ends with the small table and the verdict. Comparisons of several teachers may share DIR:
+the runs of `none` are trained once, and the report of another teacher moves to DIR/reports/TEACHER.
 
 --quick trains nothing: in a few minutes, on validation, what the lists of --teacher add when
 scoring to the best recommender that costs nothing, beside what each control's lists add, overall,

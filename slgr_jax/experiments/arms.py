@@ -237,8 +237,7 @@ class ComparisonPlan:
             f"{key}{value if isinstance(value, str) else format(value, 'g')}"
             for key, value in settings.items()
         )
-        name = "_".join([arm, *parts])
-        return self.out / backbone / "tune" / name
+        return self._folder(backbone, "tune", arm) / "_".join([arm, *parts])
 
     def run_dir(self, backbone: str, arm: str, tuned: Mapping[str, Any], seed: int) -> pathlib.Path:
         """Where a run that meets the test part is kept: that of seed 0 is the run that tuning
@@ -249,7 +248,13 @@ class ComparisonPlan:
         """
         if seed == 0 and tuned["tried"]:
             return self.tune_dir(backbone, arm, tuned["chosen"])
-        return self.out / backbone / "runs" / f"{arm}_seed{seed}"
+        return self._folder(backbone, "runs", arm) / f"{arm}_seed{seed}"
+
+    def _folder(self, backbone: str, kind: str, arm: str) -> pathlib.Path:
+        """Arms that learn from a teacher have a folder of its name: comparisons of several teachers
+        share an OUT, and the runs of `none` in it."""
+        folder = self.out / backbone / kind
+        return folder / self.teacher if self.teacher_of(arm) else folder
 
     def run(
         self, backbone: str, arm: str, of_arms: Mapping[str, Mapping[str, Any]], seed: int

@@ -290,10 +290,14 @@ def _baselines(
 
 
 def write(report: Mapping[str, Any], out: pathlib.Path) -> str:
-    """Write report.json, pictures, summary.md, .csv, .tex and report.md; the text of the last."""
+    """Write report.json, pictures, summary.md, .csv, .tex and report.md; the text of the last.
+
+    A report of another teacher that is there moves to OUT/reports/TEACHER.
+    """
     from slgr_jax.experiments import plots, render
     from slgr_jax.reports import tables
 
+    _keep_other(out, report["protocol"]["teacher"])
     results.write_json(out / "report.json", report)
     pictures = plots.draw(report, out)
     text = render.render(report, pictures)
@@ -303,6 +307,19 @@ def write(report: Mapping[str, Any], out: pathlib.Path) -> str:
     note = "".join(f"{line}\n" for line in render.short_verdict(report))
     tables.write_summary(render.short_rows(report), out, title=title, note=note)
     return text
+
+
+def _keep_other(out: pathlib.Path, teacher: str) -> None:
+    """Move the report of another teacher out of the way."""
+    other = results.read_json(out / "report.json") if (out / "report.json").is_file() else None
+    if other is None or other["protocol"]["teacher"] == teacher:
+        return
+    kept = out / "reports" / (other["protocol"]["teacher"] or "none")
+    kept.mkdir(parents=True, exist_ok=True)
+    for pattern in ("report.*", "summary.*", "*.png"):
+        for path in out.glob(pattern):
+            path.replace(kept / path.name)
+    LOGGER.info("moved the report that was there to %s", kept)
 
 
 def make_controls(plan: ComparisonPlan) -> None:

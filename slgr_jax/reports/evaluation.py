@@ -102,6 +102,11 @@ def evaluate(
     dataset = evaluated[0].dataset if evaluated else dataset_lib.load(data)
     where = pathlib.Path(out or workdirs[0])
     lists = blending.listed(dataset, preferences.load(dataset, blend)) if blend else None
+    if blend and not len(dataset.valid):
+        raise ConfigError(
+            f"--blend={blend} needs validation interactions to choose the weight by, and there are "
+            "none; of a run that has learned them, name the one that it was refitted from"
+        )
     beside = baseline_evaluation.evaluate_baselines(
         options, configs[0], dataset, where, taken=labels, lists=lists
     )

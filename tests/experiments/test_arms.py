@@ -7,7 +7,7 @@ from comparisons import plan_of
 
 from slgr_jax import config
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arms, comparison
+from slgr_jax.experiments import arms, comparison, results
 from slgr_jax.teacher.products import controls
 
 
@@ -120,6 +120,34 @@ def test_every_control_copies_every_gated_arm(tmp_path, matched):
     shuffled = plan.config("mf", "shuffled", {}, tmp_path)
     losses = {"calibrated": "confidence", "hard_negatives": "gain"}
     assert shuffled.guidance_loss_name == losses.get(matched, "hinge")
+
+
+def test_teachers_share_a_folder_and_the_runs_without_one(tmp_path):
+    plans = [plan_of(tmp_path, teacher=name, controls=("shuffled",)) for name in ("llm", "gpt")]
+    tuned = {"none": {"tried": [1], "chosen": {"lr": 0.1}}, "paper": {"tried": [], "chosen": {}}}
+    settings = {"lr": 0.1}
+    for where in (
+        lambda plan, arm: plan.tune_dir("mf", arm, settings),
+        lambda plan, arm: plan.run_dir("mf", arm, tuned["paper"], 1),
+    ):
+        first, second = ([where(plan, arm) for arm in plan.arms] for plan in plans)
+        assert plans[0].arms == ("none", "global", "paper", "shuffled")
+        assert first[0] == second[0]
+        assert not set(first[1:]) & set(second[1:])
+        assert all(path.parent.name == "llm" for path in first[1:])
+
+
+def test_the_report_of_another_teacher_is_kept(tmp_path):
+    for name in ("report.md", "summary.tex", "ndcg.png"):
+        (tmp_path / name).write_text("old")
+    results.write_json(tmp_path / "report.json", {"protocol": {"teacher": "llm"}})
+    comparison._keep_other(tmp_path, "llm")  # the same: to be written anew
+    assert (tmp_path / "report.md").is_file()
+    comparison._keep_other(tmp_path, "gpt")
+    assert not list(tmp_path.glob("*.*"))
+    kept = sorted(path.name for path in (tmp_path / "reports" / "llm").iterdir())
+    assert kept == ["ndcg.png", "report.json", "report.md", "summary.tex"]
+    comparison._keep_other(tmp_path, "gpt")  # nothing there
 
 
 def test_grids_are_the_backbones_unless_said_otherwise():

@@ -107,13 +107,13 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
     assert (out / "report.md").read_text().startswith("# world, teacher llm")
     where = {
         (backbone, arm): [
-            out / backbone / "runs" / f"{arm}_seed{seed}"
+            out / backbone / "runs" / folder / f"{arm}_seed{seed}"
             if seed
-            else next((out / backbone / "tune").glob(f"{arm}_*"))
+            else next((out / backbone / "tune" / folder).glob(f"{arm}_*"))
             for seed in range(2)
         ]
         for backbone in ("mf", "dcnv2")
-        for arm in ("none", "paper")
+        for arm, folder in (("none", ""), ("paper", "llm"))
     }
     for backbone, metric, name in (
         ("mf", "ndcg@10", "per_user"),
