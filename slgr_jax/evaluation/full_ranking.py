@@ -112,7 +112,7 @@ class _Scorer:
         The device is one chunk ahead of the host.
         """
         with progress.bar(users.size, "user") as bar:
-            for places, result in self._each(users, call, listable):
+            for places, result in self._each(users, call, listable, between_chunks):
                 yield places, result
                 bar.update(users[places].size)
 
@@ -121,6 +121,7 @@ class _Scorer:
         users: np.ndarray,
         call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
         listable: Listable | None,
+        between_chunks: Callable[[], None],
     ) -> Iterator[Any]:
         by_user = None if self.mesh is None else device_ranking.by_user(self.mesh)
         waiting: list[tuple[slice, Any]] = []
