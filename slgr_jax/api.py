@@ -130,7 +130,7 @@ def import_teacher(
 
 
 def train(
-    data: PathLike,
+    data: PathLike | None,
     workdir: PathLike,
     *,
     progress: Callable[[TrainingProgress], None] | None = None,
@@ -147,8 +147,11 @@ def train(
     Several processes train one run where each calls this with the same arguments and its own
     `process_id` (docs/cluster.md), before anything else in it uses JAX.
 
+    With `refit=RUN` a finished run is trained once more, on training and validation, for serving:
+    `train(None, "SERVED", refit="RUN")` (`slgr_jax.training.refit`).
+
     Args:
-      data: dataset directory.
+      data: dataset directory; of a refit where its run's data are now, None: where they were.
       workdir: directory of the run: config, log, checkpoints.
       progress: called after every dispatch of steps and every validation, from the calling thread;
         what it raises ends training, and the last checkpoint stays. Not of `guidance="auto"`.
@@ -171,10 +174,15 @@ def train(
     values = {name: value for name, value in values.items() if name not in of_job}
     place = cluster.place(job.coordinator, job.processes, job.process_id, job.cluster)
     # Absolute: a run is found from wherever it is evaluated, and resumed.
-    data, workdir = os.path.abspath(data), os.path.abspath(workdir)
-    if values.get("init_from"):
-        values["init_from"] = os.path.abspath(values["init_from"])
+    data, workdir = os.path.abspath(data) if data else "", os.path.abspath(workdir)
+    for name in ("init_from", "refit"):
+        if values.get(name):
+            values[name] = os.path.abspath(values[name])
+    if not data and not values.get("refit"):
+        raise ConfigError("missing --data, a dataset directory; only --refit=RUN knows its own")
     if values.get("guidance") == config.AUTO:
+        if values.get("refit"):
+            raise ConfigError("--refit=RUN repeats a run that was chosen: drop --guidance=auto")
         if place is not None:
             raise ConfigError(
                 f"--guidance=auto trains many small runs in one process, and this is one of "
@@ -185,8 +193,7 @@ def train(
         raise ConfigError(
             f"--workers={workers} is not used for one run; add --guidance=auto or drop it"
         )
-    run = config.make_run(data, workdir, **values)
-    config.check_used(run, values.keys())
+    run = _run_of(data, workdir, values)
     if run.train.kernels != "xla" and place is None:
         from slgr_jax.kernels import build
 
@@ -204,6 +211,16 @@ def train(
 
     with training_log.listening(None if progress is None else allowed):
         return loop.train(run)
+
+
+def _run_of(data: str, workdir: str, values: Mapping[str, Any]) -> config.RunConfig:
+    if source := values.get("refit"):
+        from slgr_jax.training import refit
+
+        return refit.config_of(source, workdir, values, data=data)
+    run = config.make_run(data, workdir, **values)
+    config.check_used(run, values.keys())
+    return run
 
 
 def _train_auto(data: str, workdir: str, values: Mapping[str, Any], workers: int | None) -> Outcome:

@@ -66,6 +66,7 @@ def write_dataset(
     n_users: int,
     n_items: int,
     timed: bool = True,
+    parts_in_time: bool = False,
     ratings: bool = False,
     categories: int = 0,
     features: Sequence[Feature] = (),
@@ -74,6 +75,7 @@ def write_dataset(
 
     Args:
       timed: the order of a part's pairs is their order in time.
+      parts_in_time: validation is later than training, test later than both.
       ratings: 1 to 5, a function of the pair.
       categories: item i has categories `c{i % categories}` and, if i is even, `c{i // 2 % ...}`.
       features: of all users and items (`features.of_texts`, `features.numeric`).
@@ -81,8 +83,10 @@ def write_dataset(
     parts = {"train": train, "valid": valid, "test": test}
     files = {}
     path.mkdir(parents=True)
+    begin = 0
     for name, pairs in parts.items():
-        when = np.arange(len(pairs)) if timed else pairs[:, 1]
+        when = begin + np.arange(len(pairs)) if timed else pairs[:, 1]
+        begin += len(pairs) if parts_in_time else 0
         order = np.lexsort((when, pairs[:, 0]))
         users, listed = pairs[order, 0], pairs[order, 1]
         times, rated = pa.nulls(len(pairs), pa.int64()), pa.nulls(len(pairs), pa.float32())

@@ -262,6 +262,7 @@ def run(
     define: Callable[[], None] | None = None,
     own: Sequence[str] = (),
     required: Sequence[str] = (),
+    stand_ins: Mapping[str, str] | None = None,
     positional: Sequence[str] = (),
     hints: Mapping[str, str] | None = None,
 ) -> None:
@@ -275,6 +276,7 @@ def run(
       define: defines the command's own flags, with `absl.flags`.
       own: names of flags that the script defined itself before, for `--help`.
       required: names of flags that must be given.
+      stand_ins: required flag -> a flag that may be given in its place.
       positional: accepted values of the first positional argument; none if empty.
       hints: flag that the command does not have -> the error when it is given all the same.
     """
@@ -297,12 +299,16 @@ def run(
         if sections and FLAGS["config"].value:
             _read_config_file(FLAGS["config"].value, sections, own)
         _check_positional(rest, positional, name)
-        missing = [flag for flag in required if not FLAGS[flag].value]
+        missing = [flag for flag in required if not _given(flag, stand_ins or {})]
         if missing:
             fail(f"missing {listing('--' + flag for flag in missing)}; {_see_help(name)}")
         return rest
 
     app.run(_guarded(main), flags_parser=parse)
+
+
+def _given(flag: str, stand_ins: Mapping[str, str]) -> bool:
+    return bool(FLAGS[flag].value or (flag in stand_ins and FLAGS[stand_ins[flag]].value))
 
 
 def _see_help(name: str) -> str:

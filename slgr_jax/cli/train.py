@@ -4,6 +4,7 @@
     slgr train --data=DATA --workdir=RUN2 --backbone=mf \\
         --guidance=pairwise --teacher=NAME --gate=rule --lambda=0.1
     slgr train --data=DATA --workdir=RUN3 --guidance=auto --teacher=NAME
+    slgr train --refit=RUN3 --workdir=SERVED
 
 --guidance=auto trains several runs in RUN3/candidates: none; pairwise with everything believed,
 through the calibrated gate and through the paper's; against hard negatives where unlisted items
@@ -11,6 +12,10 @@ rank below the teacher's lists; each at a few lambdas, or at --lambda. It leaves
 without guidance, unless a guided one is better on validation by more than noise (a paired test over
 users, corrected for all that were tried, and once more with the next seed). RUN3/auto.json has the
 numbers; the last line is the command that trains the kept run directly.
+
+--refit=RUN trains a finished run once more for serving, with its settings, on training and
+validation, for as many epochs as its best validation came after; its gate is RUN's and learns no
+more. Nothing is validated, and slgr evaluate ranks the test part alone.
 
 Calling it again with the same flags resumes the run. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2
 save and exit, in the middle of a validation too, which is done again. Exit status: 0 finished, 2 an
@@ -100,14 +105,17 @@ def _train() -> None:
 def _say(outcome: Outcome, knobs: Mapping[str, Any]) -> None:
     """One line of how a run ended."""
     given = flags.FLAGS
-    of_job = {field.name for field in dataclasses.fields(config.ClusterConfig)}
-    run_knobs = {name: value for name, value in knobs.items() if name not in of_job}
-    metric = config.make_run(given.data, given.workdir, **run_knobs).train.early_stop_metric
-    best = "" if outcome.best_metric is None else f" ({outcome.best_metric:.4f})"
+    if knobs.get("refit"):
+        best = f"as {knobs['refit']} on training and validation"
+    else:
+        of_job = {field.name for field in dataclasses.fields(config.ClusterConfig)}
+        run_knobs = {name: value for name, value in knobs.items() if name not in of_job}
+        metric = config.make_run(given.data, given.workdir, **run_knobs).train.early_stop_metric
+        best = f"best {metric} at epoch {outcome.best_epoch}"
+        best += "" if outcome.best_metric is None else f" ({outcome.best_metric:.4f})"
     print(
         f"{outcome.status} after epoch {outcome.epoch}, step {outcome.step}, in "
-        f"{outcome.seconds:.1f} s; best {metric} at epoch {outcome.best_epoch}{best}; "
-        f"run: {given.workdir}"
+        f"{outcome.seconds:.1f} s; {best}; run: {given.workdir}"
     )
 
 
@@ -132,4 +140,5 @@ def run() -> None:
         sections=SECTIONS,
         define=define,
         required=("data", "workdir"),
+        stand_ins={"data": "refit"},
     )

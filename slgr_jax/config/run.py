@@ -100,10 +100,12 @@ class RunConfig:
             raise ConfigError(
                 f"--init_slots={self.train.init_slots} is not used without --init_from=RUN; drop it"
             )
-        if self.train.init_from and os.path.realpath(self.train.init_from) == workdir:
-            raise ConfigError(
-                f"--init_from={self.train.init_from} is --workdir itself; choose another --workdir"
-            )
+        for name in ("init_from", "refit"):
+            source = getattr(self.train, name)
+            if source and os.path.realpath(source) == workdir:
+                raise ConfigError(
+                    f"--{name}={source} is --workdir itself; choose another --workdir"
+                )
         if workdir in map(os.path.realpath, self.gate.members):
             raise ConfigError(
                 f"--reference_runs={self.gate.reference_runs} names --workdir={self.workdir} "
@@ -208,8 +210,8 @@ class RunConfig:
 
     @property
     def labelled_per_step(self) -> int:
-        """K: labelled preferences drawn per step; 0 without a supervised gate."""
-        if not self.guided or not self.gate.supervised:
+        """K: labelled preferences drawn per step; 0 without a supervised gate that learns."""
+        if not self.gate_is_taught:
             return 0
         return self.gate.labelled_per_step or max(1, self.preferences_per_step // 2)
 
@@ -225,6 +227,11 @@ def sections() -> dict[str, type[Section]]:
     """The sections of a training run by the name they have in `RunConfig`."""
     hints = typing.get_type_hints(RunConfig)
     return {
+    @property
+    def gate_is_taught(self) -> bool:
+        """Whether labelled preferences teach the gate; that of a refit is as its run left it."""
+        return self.guided and self.gate.supervised and not self.train.refit
+
         field.name: hints[field.name]
         for field in dataclasses.fields(RunConfig)
         if dataclasses.is_dataclass(hints[field.name])

@@ -177,6 +177,13 @@ class TrainConfig(Section):
         "auto",
         "who reads and writes table rows, and ranks: native (C++ compiled on this machine; one CPU "
         "device), xla, or auto = native where it can be had",
+    refit: str = knob(
+        "",
+        "WORKDIR of a finished run to train once more for serving: its settings, data and gate "
+        "(which learns no more), on training and validation, for as many epochs as its best "
+        "validation came after. --data is then where its data are now, if elsewhere; --seed and "
+        "what changes no number may differ",
+    )
         choices=KERNELS,
     )
     min_devices: int = knob(1, "refuse to start with fewer devices", minimum=1, maximum=BATCH)

@@ -182,6 +182,35 @@ class Dataset:
     user_ids: pa.Array  # [U] string: external ids
     items: pa.Table  # schema.ITEMS, row i is item i
     features: tuple[Feature, ...] = ()  # as prepared; `known_features` has the categories too
+    as_split: Dataset | None = None  # of `with_validation`: what that was called on
+
+    def with_validation(self) -> Dataset:
+        """The dataset of a run that learns from validation too (`slgr train --refit`).
+
+        Its training part is training and validation, its validation part empty. What is counted
+        (`history`, `popularity`, `slices`, the values of features) stays that of training alone,
+        so that slices and a gate's inputs mean what they meant before.
+        """
+        assert self.as_split is None, "validation joins training once"
+        nothing = np.zeros(0, np.int32)
+        train, order = _joined(self.train, self.valid)
+        order = np.concatenate([order, np.arange(order.size, order.size + len(self.test))])
+        return dataclasses.replace(
+            self,
+            train=train,
+            valid=Part(nothing, nothing, None, None),
+            features=tuple(
+                features_lib.taken(feature, order)
+                if feature.side == features_lib.INTERACTION
+                else feature
+                for feature in self.features
+            ),
+            as_split=self,
+        )
+
+    @property
+    def _counted(self) -> Dataset:
+        return self.as_split or self
 
     @property
     def n_users(self) -> int:
@@ -198,13 +227,19 @@ class Dataset:
     @functools.cached_property
     def history(self) -> np.ndarray:
         """[U] int32: distinct training items of each user."""
-        return self.positives(("train",)).counts
+        return self._counted.positives(("train",)).counts
 
     @functools.cached_property
     def popularity(self) -> np.ndarray:
         """[I] int32: distinct training users of each item."""
-        pairs = self.positives(("train",))
-        return np.bincount(pairs.indices, minlength=self.n_items).astype(np.int32)
+        return self._counted.learned_popularity
+
+    @functools.cached_property
+    def learned_popularity(self) -> np.ndarray:
+        """[I] int32: distinct users of each item in what is learned from; other than `popularity`
+        only of `with_validation`."""
+        indices = self.positives(("train",)).indices
+        return np.bincount(indices, minlength=self.n_items).astype(np.int32)
 
     @functools.cached_property
     def known_features(self) -> tuple[Feature, ...]:
@@ -264,6 +299,33 @@ class Dataset:
         return Slices(threshold, edge, self.history <= threshold, tail)
 
 
+def _joined(part: Part, more: Part) -> tuple[Part, np.ndarray]:
+    """The interactions of both, in the order of a part, and where each is in one after the other.
+
+    What one of them lacks, the whole lacks.
+    """
+
+    def both(name: str) -> np.ndarray | None:
+        columns = [getattr(each, name) for each in (part, more) if len(each)]
+        missing = not columns or any(column is None for column in columns)
+        return None if missing else np.concatenate(columns)
+
+    users, items = (np.concatenate([x, y]) for x, y in zip(*map(_pairs, (part, more)), strict=True))
+    timestamps, ratings = both("timestamps"), both("ratings")
+    order = np.lexsort((items, users) if timestamps is None else (items, timestamps, users))
+    joined = Part(
+        users[order],
+        items[order],
+        None if timestamps is None else timestamps[order],
+        None if ratings is None else ratings[order],
+    )
+    return joined, order
+
+
+def _pairs(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    return part.users, part.items
+
+
 def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     """Read the dataset directory at `path`, checking every shard against the manifest.
 
@@ -279,7 +341,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     manifest = schema.read_dataset_manifest(root)
     users = shards.read_shards(root, manifest.files["users"], schema.USERS, verify=verify)
     items = shards.read_shards(root, manifest.files["items"], schema.ITEMS, verify=verify)
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in schema.PARTS:
         table = shards.read_shards(root, manifest.files[name], schema.INTERACTIONS, verify=verify)
         parts[name] = _part(table, f"{root}/{name}", users.num_rows, items.num_rows)

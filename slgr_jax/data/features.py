@@ -156,6 +156,11 @@ def extended(feature: Feature, rows: int) -> Feature:
     return dataclasses.replace(feature, column=column)
 
 
+def taken(feature: Feature, rows: np.ndarray) -> Feature:
+    """The feature of these rows, in this order."""
+    return dataclasses.replace(feature, column=feature.column.take(pa.array(rows)))
+
+
 def joined(old: Feature, new: Feature) -> tuple[Feature, int]:
     """`new`, whose first rows are those of `old`, with what only `old` says; and how many of these
     rows say something else in `new`.

@@ -59,6 +59,18 @@ def line_from(manifest: DatasetManifest, hashes: Mapping[str, Any]) -> Sequence[
     return None
 
 
+def validation_left(line: Sequence[Parent], manifest: DatasetManifest) -> int:
+    """How many validation rows of the dataset at the end of a line may be evaluated still.
+
+    Those that did not become training in the next generation: what later ones did with them is
+    not looked at.
+    """
+    if not line:
+        return sum(file.rows for file in manifest.files["valid"])
+    parent = line[-1]
+    return int(parent["counts"].get("valid", 0)) - int(parent["moved"].get(moved_key(1, 0), 0))
+
+
 def moved_backward(line: Sequence[Parent]) -> dict[str, int]:
     """How many rows went from a part to a later one on the way; {} where none did."""
     totals = {key: sum(int(parent["moved"].get(key, 0)) for parent in line) for key in BACKWARD}

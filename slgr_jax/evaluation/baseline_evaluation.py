@@ -68,9 +68,9 @@ def _rows(config: RunConfig, dataset: Dataset) -> dict[str, LabelledRows]:
     if config.evaluation.rows == "none":
         return {}
     return {
-        part: labelled_rows.make_rows(dataset, part, config.evaluation, config.loss)
-        for part in ("valid", "test")
-        if len(dataset.part(part))
+        part: labelled_rows.make_rows(data, part, config.evaluation, config.loss)
+        for part, data in (("valid", dataset.as_split or dataset), ("test", dataset))
+        if len(data.part(part))
     }
 
 
@@ -95,6 +95,7 @@ def _evaluate(
         users_per_chunk=evaluation.eval_users_per_chunk,
         rows=rows.get("valid") if by_rows else None,
     )
+    measured = ("test",) if dataset.as_split else ("valid", "test")
     parts: dict[str, PartResult] = {}
     if evaluation.ranking:
         parts = full_ranking.evaluate_dataset(
@@ -103,6 +104,7 @@ def _evaluate(
             dataset,
             config.slices,
             evaluation,
+            parts=measured,
             mesh=mesh,
             kernels=kernels,
         )
@@ -113,7 +115,11 @@ def _evaluate(
         dataset=dataset,
         checkpoint="none",
         parts=parts,
-        rows={part: _row_metrics(fitted, config, dataset, its) for part, its in rows.items()},
+        rows={
+            part: _row_metrics(fitted, config, dataset, its)
+            for part, its in rows.items()
+            if part in measured
+        },
         baseline={
             "name": name,
             "settings": settings,

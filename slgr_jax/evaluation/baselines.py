@@ -82,7 +82,7 @@ class Popular:
 
     def fit(self, dataset: Dataset, grid: Sequence[Settings]) -> Iterator[Fitted]:
         for _ in grid:
-            yield Fitted(_popular_scores, dataset.popularity.astype(np.float32))
+            yield Fitted(_popular_scores, dataset.learned_popularity.astype(np.float32))
 
 
 # ------------------------------------------------------------------------ EASE
@@ -319,6 +319,7 @@ def tune(
     """Fit every setting on train; keep the best on validation, the first among equals.
 
     A single setting is not ranked. Without validation interactions the grid's middle is kept.
+    Beside a refit the best is fitted once more, on train and validation.
 
     Args:
       baseline, dataset: what to fit, on what.
@@ -326,6 +327,19 @@ def tune(
       rows: labelled validation rows, whose auc chooses in place of the ranking's ndcg@10.
     """
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    if dataset.as_split is not None:
+        by_validation = tune(
+            baseline,
+            dataset.as_split,
+            mesh=mesh,
+            kernels=kernels,
+            users_per_chunk=users_per_chunk,
+            rows=rows,
+        )
+        again = next(iter(baseline.fit(dataset, [by_validation.settings])))
+        placed = Fitted(again.score_users, jax.device_put(again.state, everywhere))
+        return by_validation._replace(fitted=placed)
+
     grid = baseline.grid
     if not len(dataset.valid):
         grid = grid[len(grid) // 2 :][:1]

@@ -93,7 +93,7 @@ def labelled_arrays(
       InputError: there is no labelled preference.
     """
     run, dataset, backbone, gate = sources.run, sources.dataset, sources.backbone, sources.run.gate
-    if not gate.supervised:
+    if not run.gate_is_taught:
         return None, None
     path = preferences.product_path(run.data, run.guidance.teacher)
     manifest = schema.read_teacher_manifest(path)

@@ -123,6 +123,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
         "teacher": run.guidance.teacher if run.guided else "",
         "gate": run.gate.gate if run.guided else "",
         "seed": run.train.seed,
+        "refit": run.train.refit,
     }
 
 
@@ -133,7 +134,8 @@ def _what(run: RunConfig) -> str:
             f"guidance {run.guidance.guidance} of {run.guidance.teacher} through gate "
             f"{run.gate.gate}, lambda {run.guidance.weight:g}"
         )
-    return f"{run.model.backbone} ({run.loss_name}), {guidance}, seed {run.train.seed}"
+    refit = f", refit of {run.train.refit}" if run.train.refit else ""
+    return f"{run.model.backbone} ({run.loss_name}), {guidance}, seed {run.train.seed}{refit}"
 
 
 def _where_data_are(workdir: str, run: RunConfig, facts: Mapping[str, Any]) -> str:
@@ -178,7 +180,7 @@ def _checkpoint(
         },
     }
     state = "finished" if finished else "not finished (the same slgr train goes on)"
-    best = "no validation yet"
+    best = "nothing is validated" if run.train.refit else "no validation yet"
     if progress.best_metric is not None:
         best = (
             f"best {run.train.early_stop_metric} {progress.best_metric:.4f} in epoch "

@@ -21,6 +21,8 @@ def evaluate_run(
 ) -> EvaluatedRun:
     """Rank validation and test with a run's state; writes metrics.json and per_user.parquet.
 
+    Of a refit test alone: validation is its training data.
+
     Args:
       label: its name in tables.
       which: best or last.
@@ -31,7 +33,7 @@ def evaluate_run(
     gate = gate_evaluation.evaluate_gate(run)
     parts: dict[str, PartResult] = {}
     rows: dict[str, dict[str, Values]] = {}
-    for part in ("valid", "test"):
+    for part in ("test",) if run.config.train.refit else ("valid", "test"):
         ranking, by_slice = run.evaluate(part)
         if ranking is not None:
             parts[part] = ranking

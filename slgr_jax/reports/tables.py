@@ -364,14 +364,16 @@ def render(
 
     out = []
     for part in sorted(first.parts):  # test before validation
+        ranked = [run for run in runs if part in run.parts]  # a refit has no validation
         out += [
             f"{part}: full ranking, mean over users",
-            text_table(metric_rows(runs, part, bins=bins)),
+            text_table(metric_rows(ranked, part, bins=bins)),
             f"{part}: the lists of all users",
-            text_table(list_rows(runs, part)),
+            text_table(list_rows(ranked, part)),
         ]
         for family, others in families.items():
-            rows = paired_rows([first, *others], part, metric) if comparable else []
+            tested = [first, *(run for run in others if part in run.parts)]
+            rows = paired_rows(tested, part, metric) if comparable else []
             if rows:
                 out += [
                     f"{part}: {metric} user by user, each {family} minus {first.label}",
@@ -388,6 +390,9 @@ def render(
         ]
     if not comparable:
         out.append("no paired tests: the runs were trained on different splits\n")
+    refits = [run.label for run in runs if run.baseline is None and run.config.train.refit]
+    if refits:
+        out.append(f"trained on validation too, so ranked on test alone: {listing(refits)}\n")
     out += [_settings_line(run) for run in runs if run.baseline is not None]
     return "\n".join([*out, footer(first, definitions=definitions)])
 
@@ -426,4 +431,5 @@ def _settings_line(run: EvaluatedRun) -> str:
     text = ", ".join(f"{name} {value:g}" for name, value in run.baseline["settings"].items())
     tried = len(run.baseline["tried"])
     why = f", the best of {tried} by {run.baseline['tuned_on']}" if tried else ""
+    why += ", fitted on training and validation" if run.dataset.as_split else ""
     return f"baseline {run.label}: {text or 'no settings'}{why}\n"

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slgr_jax.errors import listing
 from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.reports import tables
 
@@ -70,6 +71,11 @@ def lines(runs: Sequence[EvaluatedRun], metric: str) -> list[str]:
     out = []
     if len(trained) > 1:
         out += _against_first(trained, part, metric)
+    more = [run.label for run in runs if run.dataset.as_split]
+    if 0 < len(more) < len(runs):
+        out.append(
+            f"Not the same data: {listing(more)} learned from validation too, the others did not."
+        )
     if trained and baselines:
         out.append(_against_baselines(trained, baselines, part, metric))
         if part in runs[0].rows:

@@ -269,7 +269,7 @@ def interactions(
             f"{pairs.indices.size} training pairs and {dataset.n_items} items: device-resident "
             f"arrays hold fewer than {2**31} and {2**30}"
         )
-    masses = item_masses(dataset.popularity, sampler)
+    masses = item_masses(dataset.learned_popularity, sampler)
     return Interactions(
         users=host32(pairs.owners()),
         items=host32(pairs.indices),

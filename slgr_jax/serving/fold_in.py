@@ -267,12 +267,12 @@ class Folder:
         sampler = self._run.config.sampler
         if sampler.negatives == "in_batch":  # another triple's positive
             sampler = dataclasses.replace(sampler, negatives="popularity", popularity_power=1.0)
-        return arrays.item_masses(self._run.dataset.popularity, sampler)
+        return arrays.item_masses(self._run.dataset.learned_popularity, sampler)
 
     @functools.cached_property
     def _trained_rows(self) -> Float[np.ndarray, "U D"]:
         values = np.asarray(self._run.restored.serving.values["user"])
-        return values[self._run.dataset.history > 0]
+        return values[self._run.dataset.positives(("train",)).counts > 0]
 
     @functools.cached_property
     def _start(self) -> Float[np.ndarray, "D"]:
@@ -392,7 +392,7 @@ def _neighbourhood(run: TrainedRun, pairs: Csr) -> Float[np.ndarray, "n D"]:
     change of others: the items' vectors stay what they are, their degrees grow by the new edge.
     """
     items = np.asarray(run.restored.serving.values["item"])
-    degrees = run.dataset.popularity + 1.0
+    degrees = run.dataset.learned_popularity + 1.0
     scaled = items[pairs.indices] / np.sqrt(degrees[pairs.indices])[:, None]
     sums = np.add.reduceat(scaled, pairs.offsets[:-1], axis=0)
     return (sums / np.sqrt(pairs.counts)[:, None]).astype(np.float32)

@@ -395,6 +395,11 @@ class TrainedRun:
         """
         if part not in ("valid", "test"):
             raise ConfigError(f"part={part!r} is not one of: valid, test")
+        if part == "valid" and self.config.train.refit:
+            raise ConfigError(
+                f"{self.workdir} is a refit: validation is its training data; evaluate test, or "
+                f"the run that it refits, {self.config.train.refit}"
+            )
         evaluation, run = self.config.evaluation, self.restored
         scoring, ranking = run.scoring(part), None
         if evaluation.ranking:

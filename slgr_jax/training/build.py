@@ -25,6 +25,7 @@ from slgr_jax.training import (
     checkpoint,
     initial_values,
     objectives,
+    refit,
     restore,
     vector_products,
     warm_start,
@@ -104,6 +105,8 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
 
 def _window(backbone: AnyBackbone) -> int:
     return backbone.length if isinstance(backbone, SequenceBackbone) else 0
+    if run.train.refit and begins:
+        refit.check(run)
 
 
 def _targets(

@@ -24,6 +24,11 @@ def propose(dataset: Dataset, options: CandidateConfig) -> dict[str, Csr]:
       ConfigError: the run is of another split or id map than `dataset`.
     """
     run = restore.restore_run(options.run)
+    if run.config.train.refit:
+        raise ConfigError(
+            f"--run={options.run} is a refit, which has learned validation: what it proposes would "
+            f"show that to the LLM; name the run that it refits, {run.config.train.refit}"
+        )
     for name in ("id_map_hash", "split_hash"):
         of_run, of_data = getattr(run.dataset.manifest, name), getattr(dataset.manifest, name)
         if of_run != of_data:

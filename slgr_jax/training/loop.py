@@ -23,12 +23,18 @@ import jax
 import numpy as np
 
 from slgr_jax import cluster, config
-from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import NonFiniteError, listing
 from slgr_jax.evaluation import ranking_metrics
 from slgr_jax.models.scoring import ServingState
-from slgr_jax.training import agreement, checkpoint, epochs, initial_values, run_directory
+from slgr_jax.training import (
+    agreement,
+    checkpoint,
+    epochs,
+    initial_values,
+    restore,
+    run_directory,
+)
 from slgr_jax.training.build import Experiment, build
 from slgr_jax.training.checkpoint import Checkpoints, Progress
 from slgr_jax.training.programs import Programs, make_programs, put_number
@@ -368,7 +374,7 @@ def load_data(run: config.RunConfig) -> Dataset:
         ranking=run.evaluation.ranking,
         rows=run.evaluation.rows != "none",
     )
-    return dataset_lib.load(run.data, verify=run.train.verify_checksums)
+    return restore.load_data(run)
 
 
 def _train_one(

@@ -16,7 +16,7 @@ from slgr_jax.models.backbones import DotBackbone, JointBackbone, SequenceBackbo
 from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
-from slgr_jax.training import warm_start
+from slgr_jax.training import refit, warm_start
 from slgr_jax.training.build import Experiment
 from slgr_jax.training.state import Learner, TrainState, init_state, make_serving_state
 from slgr_jax.training.step import Trainer
@@ -119,6 +119,8 @@ def make_programs(experiment: Experiment) -> Programs:
     init = _make_init(trainer, experiment.initial)
     if trainer.config.train.init_from:
         init = warm_start.beginning(trainer, experiment.dataset, init)
+    if trainer.config.train.refit:
+        init = refit.beginning(trainer, init)
     return Programs(
         init=init,
         key=jax.jit(_draw_key, out_shardings=trainer.layout.replicated),

@@ -99,6 +99,16 @@ def backbone_and_context(
     return make_backbone(run.model, sizes, run.vectors, native=native), looked_up
 
 
+def load_data(run: config.RunConfig) -> Dataset:
+    """The dataset as a run learns from it: of a refit, validation is training data.
+
+    Raises:
+      ManifestError, ShardError: it is damaged, or none.
+    """
+    dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
+    return dataset.with_validation() if run.train.refit else dataset
+
+
 def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -> RestoredRun:
     """A run's dataset and its `best` or `last` state, for evaluation and export.
 
@@ -117,7 +127,7 @@ def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -
             f"{workdir} was trained on {run.data}, which is not there; put it back, or say where "
             "it is now: --data=NEW"
         )
-    dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
+    dataset = load_data(run)
     if run_directory.trained_on(workdir, dataset) is False:
         raise ConfigError(
             f"{workdir} was trained on another split or id map than {dataset.path} now holds "
@@ -166,10 +176,13 @@ def _frozen(
 def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[RestoredRun]:
     """The best states of the runs that --reference_runs names; [] where it names none.
 
+    They know training alone, of a refit too: what its gate was taught to read.
+
     Raises:
-      ConfigError: one is not there, or was trained on another dataset than `dataset`.
+      ConfigError: one is not there, was trained on another dataset than `dataset`, or is a refit.
       ManifestError: one has no checkpoint yet, or a damaged one.
     """
+    dataset = dataset.as_split or dataset
     restored: list[RestoredRun] = []
     shared: dict[Any, Context] = {}  # what runs of a kind look up is there once
     for workdir in run.reference_runs:
@@ -177,6 +190,11 @@ def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[Rest
         if recorded is None:
             raise ConfigError(
                 f"--reference_runs: {workdir} holds no {run_directory.RECORD}; train it first"
+            )
+        if trained.train.refit:
+            raise ConfigError(
+                f"--reference_runs: {workdir} is a refit, which has learned validation; name the "
+                f"run that it refits, {trained.train.refit}"
             )
         for name, what in (("split_hash", "split"), ("id_map_hash", "id map")):
             here = getattr(dataset.manifest, name)

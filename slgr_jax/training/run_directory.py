@@ -107,17 +107,33 @@ def _checkpoint_of(workdir: str, knob: str) -> dict[str, Any]:
     }
 
 
-def origin(run: config.RunConfig) -> dict[str, Any] | None:
-    """Which checkpoint a run with --init_from began with, as `reference_checkpoints` has it.
+def origin(run: config.RunConfig, knob: str) -> dict[str, Any] | None:
+    """Which checkpoint a run with --init_from or --refit began with, as `reference_checkpoints`
+    has it.
 
     A run that has a checkpoint of its own began before: what its record says holds. None without
-    --init_from, or where that record is gone.
+    that knob, or where that record is gone.
+
+    Args:
+      knob: init_from or refit.
     """
-    if not run.train.init_from:
+    source = getattr(run.train, knob)
+    if not source:
         return None
     if checkpoint.exists(run.workdir):
-        return (read_record(run.workdir) or {}).get("init_from")
-    return _checkpoint_of(run.train.init_from, "--init_from")
+        return (read_record(run.workdir) or {}).get(knob)
+    return _checkpoint_of(source, f"--{knob}")
+
+
+def other_refit(workdir: str, run: config.RunConfig) -> str | None:
+    """How the run that `run` refits differs from the one that the run in `workdir` began with."""
+    was, source = (read_record(workdir) or {}).get("refit"), run.train.refit
+    if not (source and was and checkpoint.exists(source)):
+        return None  # what is needed of it is in the refit's own checkpoint
+    now = _checkpoint_of(source, "--refit")
+    if now["checkpoint"] == was["checkpoint"]:
+        return None
+    return f"{source} was at step {was['step']}, is at step {now['step']}, another checkpoint"
 
 
 def other_reference_runs(workdir: str, run: config.RunConfig) -> str | None:
@@ -326,6 +342,8 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, dataset: Datas
         changed.append(vectors)
     if not changed and (other := other_reference_runs(run.workdir, run)):
         changed.append(f"--reference_runs: {other}")
+    if not changed and (other := other_refit(run.workdir, run)):
+        changed.append(f"--refit: {other}")
     if changed:
         raise ConfigError(
             f"{run.workdir} holds a run with other settings ({listing(changed)}); "
@@ -380,10 +398,11 @@ def write_record(
         "vectors": vector_products.record(run, dataset),
         "initial_rows": _initial_rows(run, dataset, initial),
         "reference_runs": reference_checkpoints(run),
-        "init_from": origin(run),
+        "init_from": origin(run, "init_from"),
+        "refit": origin(run, "refit"),
         "users": dataset.n_users,
         "items": dataset.n_items,
-        "train_pairs": int(dataset.history.sum()),
+        "train_pairs": int(dataset.positives(("train",)).indices.size),
         "drawn_an_epoch": trainer.plan.drawn,
         "guidance_queries_per_step": trainer.guidance.queries if trainer.guidance else 0,
         "cold_user_history": slices.cold_user_history,

@@ -61,11 +61,15 @@ class Learner:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam for dense parameters; no weight decay, a gate least of all."""
+        """Adam for dense parameters; no weight decay, a gate least of all. A refit's gate, with
+        whatever else its guidance has learned, stays as it is."""
         dense = optax.adam(self.config.optimizer.dense_lr)
         if self.guidance is None:
             return dense
-        by_part = {"backbone": dense, "guidance": optax.adam(self.guidance.learning_rate)}
+        of_guidance = optax.adam(self.guidance.learning_rate)
+        if self.config.train.refit:
+            of_guidance = optax.set_to_zero()
+        by_part = {"backbone": dense, "guidance": of_guidance}
         return optax.multi_transform(by_part, {name: name for name in by_part})
 
     @property

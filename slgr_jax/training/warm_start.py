@@ -116,6 +116,15 @@ def _origin(learner: Learner, dataset: Dataset) -> Origin:
     if record is None:
         raise ConfigError(f"--init_from={workdir} holds no {run_directory.RECORD}; train it first")
     _check_data(workdir, record, dataset)
+    left = lineage.validation_left(
+        lineage.line_from(dataset.manifest, record) or (), dataset.manifest
+    )
+    if source.train.refit and left:
+        raise ConfigError(
+            f"--init_from={workdir} is a refit, which has learned validation: {left} rows of it "
+            f"may be evaluated in {dataset.path}; begin with the run that it refits, "
+            f"{source.train.refit}"
+        )
     if source.model.backbone != run.model.backbone:
         raise ConfigError(
             f"--init_from={workdir} has --backbone={source.model.backbone}, this run "
