@@ -49,6 +49,7 @@ _APPLIES: Mapping[str, Applies] = {
     "shared_negatives": Applies("loss", ("sampled_softmax",)),
     "negatives": Applies("loss", ("bpr", "bce", "sampled_softmax")),
     "popularity_power": Applies("negatives", ("popularity",)),
+    **dict.fromkeys(("hard_share", "hard_pool"), Applies("negatives", ("hard",))),
     "margin": Applies("guidance_loss", ("hinge",)),
     "pair_candidates": Applies("pair_selection", ("largest_gap",)),
     **dict.fromkeys(("rrd_temperature", "rrd_pool"), Applies("rrd_sample", (True,))),
@@ -90,6 +91,8 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
     for name in given:
         value, default = values[name]
         if value == default:
+            continue
+        if name == "reference_runs" and run.draws_hard_negatives:
             continue
         if name in guidance and not run.guided:
             fix = "add --guidance=pairwise (or pointwise, rrd) with --teacher=NAME"

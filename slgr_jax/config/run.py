@@ -76,13 +76,19 @@ class RunConfig:
 
     def _check_reference_runs(self) -> None:
         gate, hard_negatives = self.gate, self.pairwise.hard_negatives
-        if gate.reference_runs and not (gate.reads_reference_runs or hard_negatives):
+        hard = hard_negatives or self.draws_hard_negatives
+        if gate.reference_runs and not (gate.reads_reference_runs or hard):
             raise ConfigError(
                 f"--reference_runs={gate.reference_runs} is not read with "
                 f"--uncertainty={gate.uncertainty} and --gate={gate.gate}, "
                 f"--gate_inputs={gate.gate_inputs}; add "
-                "--uncertainty=ensemble, reference to the inputs of a supervised gate, or "
-                "--hard_negatives, or drop it"
+                "--uncertainty=ensemble, reference to the inputs of a supervised gate, "
+                "--hard_negatives or --negatives=hard, or drop it"
+            )
+        if self.draws_hard_negatives and not gate.members:
+            raise ConfigError(
+                "--negatives=hard are those that a trained run ranks highest: name one that was "
+                "trained without them, --reference_runs=RUN"
             )
         if self.hard_negatives and not gate.members:
             raise ConfigError(
@@ -157,6 +163,15 @@ class RunConfig:
             raise ConfigError("--rows=rated needs --rating_threshold=R: label 1 from R on")
         if not self.evaluation.ranking and self.evaluation.rows == "none":
             raise ConfigError("--noranking and --rows=none leave nothing to evaluate")
+        if self.draws_hard_negatives and (
+            self.loss_name not in ("bpr", "bce") or loss.rating_threshold
+        ):
+            why = f"--loss={self.loss_name}"
+            why = "--rating_threshold" if loss.rating_threshold else why
+            raise ConfigError(
+                f"--negatives=hard are drawn for one user each, by --loss=bpr or bce; {why} draws "
+                "none of its own"
+            )
         if self.sampler.negatives == "in_batch" and (
             self.loss_name in ("softmax", "sampled_softmax")
             or learns_from_sequences(backbone)
@@ -194,9 +209,13 @@ class RunConfig:
 
     @property
     def reference_runs(self) -> tuple[str, ...]:
-        """Directories of the runs that a gate reads, or that rank hard negatives; () without
-        guidance."""
-        return self.gate.members if self.guided else ()
+        """Directories of the runs that a gate reads, or that rank hard negatives."""
+        return self.gate.members if self.guided or self.draws_hard_negatives else ()
+
+    @property
+    def draws_hard_negatives(self) -> bool:
+        """Whether negatives of triples come from what reference runs rank highest."""
+        return self.sampler.negatives == "hard"
 
     @property
     def hard_negatives(self) -> int:
@@ -207,6 +226,11 @@ class RunConfig:
     def gate_lr(self) -> float:
         """Adam learning rate of the gate, with 0 resolved."""
         return self.gate.gate_lr or (0.02 if self.gate.supervised else self.optimizer.dense_lr)
+
+    @property
+    def gate_is_taught(self) -> bool:
+        """Whether labelled preferences teach the gate; that of a refit is as its run left it."""
+        return self.guided and self.gate.supervised and not self.train.refit
 
     @property
     def labelled_per_step(self) -> int:
@@ -227,11 +251,6 @@ def sections() -> dict[str, type[Section]]:
     """The sections of a training run by the name they have in `RunConfig`."""
     hints = typing.get_type_hints(RunConfig)
     return {
-    @property
-    def gate_is_taught(self) -> bool:
-        """Whether labelled preferences teach the gate; that of a refit is as its run left it."""
-        return self.guided and self.gate.supervised and not self.train.refit
-
         field.name: hints[field.name]
         for field in dataclasses.fields(RunConfig)
         if dataclasses.is_dataclass(hints[field.name])

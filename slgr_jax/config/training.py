@@ -8,7 +8,7 @@ from slgr_jax.config.backbones import LOSSES
 from slgr_jax.config.knobs import BATCH, COUNT, FLOAT, WIDTH, Section, knob
 from slgr_jax.errors import ConfigError, listing
 
-NEGATIVES = ("uniform", "popularity", "in_batch")
+NEGATIVES = ("uniform", "popularity", "in_batch", "hard")
 KERNELS = ("auto", "native", "xla")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
 INIT_SLOTS = ("keep", "reset")
@@ -99,7 +99,21 @@ class SamplerConfig(Section):
         maximum=BATCH,
     )
     negatives: str = knob(
-        "uniform", "distribution of the negative item j in a triple (u, i, j)", choices=NEGATIVES
+        "uniform",
+        "distribution of the negative item j in a triple (u, i, j); hard = a share --hard_share of "
+        "them among the user's --hard_pool items that --reference_runs rank highest, the rest "
+        "uniform",
+        choices=NEGATIVES,
+    )
+    hard_share: float = knob(
+        0.5, "negatives=hard: share of negatives from the pool", above=0, maximum=1
+    )
+    hard_pool: int = knob(
+        100,
+        "negatives=hard: R, items of a user's pool: those outside training that the runs of "
+        "--reference_runs rank highest, by mean score",
+        minimum=1,
+        maximum=BATCH,
     )
     popularity_power: float = knob(
         1.0, "negatives=popularity: P(j) ~ (training count of j)^power", minimum=0, maximum=100
@@ -163,6 +177,13 @@ class TrainConfig(Section):
         "many",
         choices=INIT_SLOTS,
     )
+    refit: str = knob(
+        "",
+        "WORKDIR of a finished run to train once more for serving: its settings, data and gate "
+        "(which learns no more), on training and validation, for as many epochs as its best "
+        "validation came after. --data is then where its data are now, if elsewhere; --seed and "
+        "what changes no number may differ",
+    )
     restart: bool = knob(False, "delete what --workdir holds and start anew, instead of resuming")
     seed: int = knob(
         0, "seed of initialisation and of every draw", minimum=0, maximum=2_000_000_000
@@ -177,13 +198,6 @@ class TrainConfig(Section):
         "auto",
         "who reads and writes table rows, and ranks: native (C++ compiled on this machine; one CPU "
         "device), xla, or auto = native where it can be had",
-    refit: str = knob(
-        "",
-        "WORKDIR of a finished run to train once more for serving: its settings, data and gate "
-        "(which learns no more), on training and validation, for as many epochs as its best "
-        "validation came after. --data is then where its data are now, if elsewhere; --seed and "
-        "what changes no number may differ",
-    )
         choices=KERNELS,
     )
     min_devices: int = knob(1, "refuse to start with fewer devices", minimum=1, maximum=BATCH)

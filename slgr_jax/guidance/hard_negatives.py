@@ -8,6 +8,9 @@ completed by its user's hard negatives, the R items that runs without guidance r
 negatives as in Xiong et al. 2021 (arXiv 2007.00808), and preferences are drawn among list and hard
 negatives alone.
 
+Without a teacher (--negatives=hard) a share of the negatives of a user's own training items comes
+from there: what remains of a guided gain beside that is the teacher's.
+
 Shape letters: U users, R hard negatives of a user.
 """
 
@@ -27,7 +30,7 @@ from slgr_jax.models.scoring import Scoring, score_users
 from slgr_jax.teacher.products.rows import Teacher
 
 
-def find(
+def of_lists(
     dataset: Dataset,
     teacher: Teacher,
     reference_runs: Sequence[tuple[AnyBackbone, Scoring]],
@@ -35,17 +38,7 @@ def find(
     *,
     kernels: str = "auto",
 ) -> Csr:
-    """[U] the items that reference runs rank highest for each user with a list, by mean score.
-
-    Neither listed items nor training items are hard negatives; validation and test items may be,
-    as the reference runs know nothing of them.
-
-    Args:
-      reference_runs: backbones, and what they score with as of the end of training.
-      count: R; a user with fewer items left has those.
-      kernels: as of `full_ranking.top_k`.
-    """
-    users = np.flatnonzero(np.diff(teacher.offsets))
+    """[U] those of each user with a list: neither listed items nor training items; see `find`."""
     train = dataset.positives(("train",))
     listed_by = np.repeat(np.arange(dataset.n_users), np.diff(teacher.offsets))
     taken = Csr.from_pairs(
@@ -53,6 +46,43 @@ def find(
         np.concatenate([teacher.items, train.indices]),
         dataset.n_users,
     )
+    users = np.flatnonzero(np.diff(teacher.offsets))
+    return find(dataset, users, taken, reference_runs, count, kernels=kernels)
+
+
+def of_training(
+    dataset: Dataset,
+    reference_runs: Sequence[tuple[AnyBackbone, Scoring]],
+    count: int,
+    *,
+    kernels: str = "auto",
+) -> Csr:
+    """[U] those of each user with training items, for --negatives=hard; see `find`."""
+    train = dataset.positives(("train",))
+    users = np.flatnonzero(train.counts)
+    return find(dataset, users, train, reference_runs, count, kernels=kernels)
+
+
+def find(
+    dataset: Dataset,
+    users: np.ndarray,
+    taken: Csr,
+    reference_runs: Sequence[tuple[AnyBackbone, Scoring]],
+    count: int,
+    *,
+    kernels: str = "auto",
+) -> Csr:
+    """[U] the items that reference runs rank highest for each of `users`, by mean score.
+
+    Of training items none is a hard negative; validation and test items may be, as the reference
+    runs know nothing of them.
+
+    Args:
+      taken: [U] items that are none.
+      reference_runs: backbones, and what they score with as of the end of training.
+      count: R; a user with fewer items left has those.
+      kernels: as of `full_ranking.top_k`.
+    """
     scorers = [score_users(backbone) for backbone, _ in reference_runs]
 
     def mean(scorings: tuple[Scoring, ...], users: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def teacher_arrays(sources: Sources) -> TeacherLists | TeacherPairs:
     run, dataset, guidance = sources.run, sources.dataset, sources.run.guidance
     teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
     if run.hard_negatives:
-        ranked_highest = hard_negatives.find(
+        ranked_highest = hard_negatives.of_lists(
             dataset,
             teacher,
             sources.reference_runs,

@@ -46,10 +46,10 @@ def evaluate_gate(run: TrainedRun, *, part: str = "test") -> dict[str, Any] | No
     Raises:
       ConfigError: the run's reference runs are not those that it was trained with.
     """
-    # Hard negatives are those of training: histories cut before validation.
-    references = restore.as_of(run.reference_runs, "valid")
     if run.guidance is None:
         return None
+    # Hard negatives are those of training: histories cut before validation.
+    references = restore.as_of(run.reference_runs, "valid")
     sources = Sources(run.config, run.dataset, run.restored.backbone, references)
     teacher = teacher_product.teacher_arrays(sources)
     drawn = draw(run, teacher, part)

@@ -92,6 +92,14 @@ class Targets:
 
 
 @struct.dataclass
+class HardNegatives:
+    """The pools of --negatives=hard: user u's is `items[offsets[u]:offsets[u + 1]]`."""
+
+    offsets: Int[Array, "U1"]
+    items: Int[Array, "m"]
+
+
+@struct.dataclass
 class Interactions:
     """Training pairs, sorted by user and item, with what drawing triples from them needs."""
 
@@ -101,6 +109,7 @@ class Interactions:
     cumulative: Int[Array, "I1"] | None  # mass of items below i; None when every mass is 1
     facts: Facts
     targets: Targets | None = None  # drawn from instead of the pairs
+    hard: HardNegatives | None = None
 
 
 @struct.dataclass
@@ -277,6 +286,19 @@ def interactions(
         cumulative=None if masses is None else host32(np.concatenate([[0], np.cumsum(masses)])),
         facts=make_facts(dataset, cold, tail),
     )
+
+
+def hard_negatives(pools: Csr) -> HardNegatives:
+    """Pools of users (host arrays).
+
+    Raises:
+      InputError: nobody has one.
+    """
+    if not pools.indices.size:
+        raise InputError(
+            "--negatives=hard: no user has an item outside training to rank; use uniform"
+        )
+    return HardNegatives(host32(pools.offsets), host32(pools.indices))
 
 
 def make_facts(dataset: Dataset, cold: np.ndarray, tail: np.ndarray) -> Facts:

@@ -75,12 +75,16 @@ def draw_triples(
             )
             if data.cumulative is not None:
                 items = items.at[..., 1].set(item_at(items[..., 1], weights, data.cumulative))
+            if data.hard is not None:
+                negative, weights = _some_hard(words_of, users, items[..., 1], weights, data, plan)
+                items = items.at[..., 1].set(negative)
             return users, items, weights
         users = jnp.repeat(data.users[below(first, plan.drawn)], together, axis=1)[:, :size]
         start = data.negatives.offsets[users]
         pair = start + below(words[0], data.negatives.offsets[users + 1] - start)
         positive = data.items[pair]
     negative, weights = _negatives(words[1], users, positive, data, plan)
+    negative, weights = _some_hard(words_of, users, negative, weights, data, plan)
     return users, jnp.stack([positive, negative], axis=-1), weights
 
 
@@ -101,6 +105,30 @@ def _negatives(
         bits, users, data.negatives, data.cumulative, native=plan.native
     )
     return negative.astype(jnp.int32), weights
+
+
+def _some_hard(
+    words_of: Generators,
+    users: Int[Array, "S B"],
+    negative: Int[Array, "S B"],
+    weights: Float[Array, "S B"],
+    data: Interactions,
+    plan: SamplingPlan,
+) -> tuple[Int[Array, "S B"], Float[Array, "S B"]]:
+    """The negatives with a share of them, each with that probability, from the users' pools.
+
+    A user without a pool keeps those that there are.
+    """
+    pools = data.hard
+    if pools is None:
+        return negative, weights
+    coins, places = random_bits.words(words_of.third, 2, users.shape[1])
+    begin = pools.offsets[users]
+    count = pools.offsets[users + 1] - begin
+    item = pools.items.at[begin + below(places, count)].get(mode="clip")
+    coin = (coins >> 8).astype(jnp.float32) * np.float32(2.0**-24)  # exact, in [0, 1)
+    take = (coin < plan.sampler.hard_share) & (count > 0)
+    return jnp.where(take, item, negative), jnp.where(take, 1.0, weights)
 
 
 def _anything(
@@ -130,6 +158,7 @@ def draw_targets(
         bits = random_bits.words(words_of.other, 1, size * count)[0]
         lanes = jnp.repeat(users, count, axis=1), jnp.repeat(positive, count, axis=1)
         negative, able = _negatives(bits, *lanes, data, plan)
+        negative, able = _some_hard(words_of, lanes[0], negative, able, data, plan)
         shape = (*users.shape, count)
         items = jnp.concatenate([items, negative.reshape(shape)], axis=-1)
         weights = jnp.min(able.reshape(shape), axis=-1)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
-from slgr_jax.guidance import make_guidance
+from slgr_jax.guidance import hard_negatives, make_guidance
 from slgr_jax.guidance.base import Sources
 from slgr_jax.kernels import build as kernel_build
 from slgr_jax.mesh import Layout, put
@@ -75,6 +75,11 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     )
 
     reference_runs = restore.as_of(restore.restore_reference_runs(run, dataset), "valid")
+    if run.draws_hard_negatives:
+        pools = hard_negatives.of_training(
+            dataset, reference_runs, run.sampler.hard_pool, kernels=run.train.kernels
+        )
+        interactions = dataclasses.replace(interactions, hard=arrays_lib.hard_negatives(pools))
     reads = run.guided and run.gate.reads_reference_runs
     gate_backbones = tuple(backbone for backbone, _ in reference_runs) if reads else ()
     guidance = make_guidance(run, gate_backbones, native=native)
@@ -92,6 +97,8 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     begins = run.train.restart or not checkpoint.exists(run.workdir)
     if run.train.init_from and begins:
         warm_start.check(trainer, dataset)
+    if run.train.refit and begins:
+        refit.check(run)
     initial = initial_values.initial_rows(run, dataset, backbone, layout) if begins else {}
     # Vectors are split as tables are; everything else is whole on every device.
     bare = dataclasses.replace(context, vectors=None)
@@ -105,8 +112,6 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
 
 def _window(backbone: AnyBackbone) -> int:
     return backbone.length if isinstance(backbone, SequenceBackbone) else 0
-    if run.train.refit and begins:
-        refit.check(run)
 
 
 def _targets(

@@ -78,7 +78,7 @@ def test_rivals_are_what_the_runs_rank_highest(world, several):
     dataset, *paths = world
     paths = paths if several else paths[:1]
     teacher = preferences.load(dataset, "t")
-    found = hard_negatives.find(dataset, teacher, _members(dataset, *paths), 5, kernels="xla")
+    found = hard_negatives.of_lists(dataset, teacher, _members(dataset, *paths), 5, kernels="xla")
     open_scores = np.where(_taken(dataset, teacher), -np.inf, _scores(dataset, *paths))
     best = np.argsort(-open_scores, axis=1)[:, :5]
     assert found.counts[:2].tolist() == [0, 0]  # nothing is listed for them
@@ -89,7 +89,9 @@ def test_rivals_are_what_the_runs_rank_highest(world, several):
 def test_a_user_with_few_items_left_has_those(world):
     dataset, one, _ = world
     teacher = preferences.load(dataset, "t")
-    found = hard_negatives.find(dataset, teacher, _members(dataset, one), N_ITEMS, kernels="xla")
+    found = hard_negatives.of_lists(
+        dataset, teacher, _members(dataset, one), N_ITEMS, kernels="xla"
+    )
     left = ~_taken(dataset, teacher)
     for user in range(2, N_USERS):
         np.testing.assert_array_equal(found.row(user), np.flatnonzero(left[user]))
@@ -98,7 +100,7 @@ def test_a_user_with_few_items_left_has_those(world):
 def test_a_list_is_completed_from_below(world):
     dataset, one, _ = world
     teacher = preferences.load(dataset, "t")
-    found = hard_negatives.find(dataset, teacher, _members(dataset, one), 5, kernels="xla")
+    found = hard_negatives.of_lists(dataset, teacher, _members(dataset, one), 5, kernels="xla")
     completed = hard_negatives.complete(teacher, found)
     floor = np.float32(teacher.scores.min() - teacher.scores.std())
     for user in range(N_USERS):
@@ -117,7 +119,7 @@ def test_only_lists_that_others_rank_below_have_rivals(world):
     asked = preferences.load(dataset, "asked")
     with pytest.raises(ConfigError, match=r"teacher asked are unknown.*--unlisted=below"):
         hard_negatives.complete(
-            asked, hard_negatives.find(dataset, asked, _members(dataset, one), 5)
+            asked, hard_negatives.of_lists(dataset, asked, _members(dataset, one), 5)
         )
 
 
@@ -129,7 +131,7 @@ def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
     experiment = build.build(run, dataset)
     guidance, arrays = experiment.trainer.guidance, experiment.arrays.guidance
     teacher = preferences.load(dataset, "t")
-    found = hard_negatives.find(dataset, teacher, _members(dataset, one), 5, kernels="xla")
+    found = hard_negatives.of_lists(dataset, teacher, _members(dataset, one), 5, kernels="xla")
     rule = dataclasses.replace(guidance.rule, count=40_000)
     _, words_of = generators(jax.random.split(jax.random.key(0), 1))
     drawn = draw_pairs(words_of, arrays.teacher, rule)
@@ -158,7 +160,7 @@ def test_a_chosen_rival_is_labelled_against_the_teacher(world, tmp_path):
     source = labelled_preferences.label_source(dataset, arrays, chosen)
     teacher = preferences.load(dataset, "t")
     completed = hard_negatives.complete(
-        teacher, hard_negatives.find(dataset, teacher, members, 5, kernels="xla")
+        teacher, hard_negatives.of_lists(dataset, teacher, members, 5, kernels="xla")
     )
     owners = np.repeat(np.arange(N_USERS), np.diff(completed.offsets))
     inside = np.zeros((N_USERS, N_ITEMS), bool)
