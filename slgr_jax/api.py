@@ -454,6 +454,8 @@ def compare(
     tune: Mapping[str, Sequence[float]] | None = None,
     tune_lambda: Sequence[float] | None = None,
     tune_guidance_loss: bool = True,
+    tune_base: bool = True,
+    refit: bool = False,
     workers: int = 0,
     **knobs: Any,
 ) -> Comparison:
@@ -475,10 +477,12 @@ def compare(
       matched_to: arm that controls copy; empty: the first that has a gate.
       focus: arm that the verdict is about; empty: `matched_to`.
       seeds: runs of an arm, at least 2.
-      tune_runs: tuning runs of an arm; 0: as many as the backbone's grid has points.
+      tune_runs: most tuning runs of an arm; 0: as many as `none` takes, its grid and `tune_base`.
       tune: lr, l2, dropout -> values tried, in place of the backbone's own.
       tune_lambda: values of lambda tried.
       tune_guidance_loss: also try an arm's other loss, at its best lambda.
+      tune_base: also try other bases of `none`, and go beyond ends of what was tried.
+      refit: also train every run once more, on training and validation; the verdict is theirs.
       workers: processes on a CPU; 0: one per core.
       **knobs: of every run; one that is tuned is then fixed.
 
@@ -501,6 +505,8 @@ def compare(
         tune=tune or {},
         tune_lambda=arms.LAMBDAS if tune_lambda is None else tune_lambda,
         tune_guidance_loss=tune_guidance_loss,
+        tune_base=tune_base,
+        refit=refit,
         knobs=knob_values(tuple(config.sections().values()), knobs),
     )
     paths = [data] if isinstance(data, str | os.PathLike) else data

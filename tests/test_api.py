@@ -276,6 +276,7 @@ def test_a_comparison_of_arms(prepared, tmp_path, caplog):
             tune={"lr": [0.05], "l2": [0.01]},
             tune_lambda=[0.1],
             tune_guidance_loss=False,
+            tune_base=False,
             workers=1,
             **SMALL,
         )

@@ -6,16 +6,20 @@
     slgr compare --quick --data=DATA --teacher=NAME
     slgr compare --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
 
-1. Tuning, on validation with seed 0: `none` over the backbone's grid; every other arm over lambda
-   at the settings of `none`, its other guidance loss at the best lambda, then over the grid, until
-   it has had as many runs as `none` (every lambda is tried at least).
+1. Tuning, on validation with seed 0: `none` over the backbone's grid, then other bases (a greater
+   width, other negatives, another loss); every other arm over lambda at the settings of `none`, its
+   other guidance loss at the best lambda, then over the grid, until it has had as many runs as
+   `none` (every lambda is tried at least). Ends of ranges are gone beyond.
 2. --seeds runs of every arm.
 3. Every run meets the test part, once.
+4. --refit: each once more, on training and validation: what one would serve.
 
 Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
-calibrated; hard negatives (what the teacher lists against what `none` would recommend
-instead, calibrated with the margin of `none` among its inputs) and global_hard_negatives (the same
-pairs, alpha 1); --arm for others (reference_runs=none: the run of `none` of the same seed).
+calibrated; hard_negatives (what the teacher lists against what `none` would recommend instead,
+calibrated with the margin of `none` among its inputs), on the same pairs global_hard_negatives
+(alpha 1) and paper_hard_negatives (the paper's gate); hard_own (no teacher: a user's own training
+items against a share of what `none` ranks highest); --arm for others (reference_runs=none: the run
+of `none` of the same seed).
 Controls, in every report: constant (the matched gate's mean alpha); shuffled (another user's
 answers, without this user's own training items); and as teachers consensus (what the LLM names
 most, the same for everybody), popularity, item_item, EASE (ease; ials where it is asked for).
@@ -93,6 +97,12 @@ def define() -> None:
         "vectors", "", "name of the product under DATA/embeddings that init and adapter read"
     )
     absl_flags.DEFINE_integer("seeds", 5, "seeds per arm", lower_bound=2)
+    absl_flags.DEFINE_bool(
+        "refit",
+        False,
+        "also train every run once more on training and validation, with its settings, epochs and "
+        "gate: a second table and the verdict",
+    )
     _define_tuning(arms.TUNED[:-1], arms.LAMBDAS)
     absl_flags.DEFINE_integer(
         "workers", 0, "processes on a CPU; 0 = one per core; accelerators take one", lower_bound=0
@@ -103,7 +113,7 @@ def _define_tuning(tuned: tuple[str, ...], lambdas: tuple[float, ...]) -> None:
     absl_flags.DEFINE_integer(
         "tune_runs",
         0,
-        "tuning runs per arm; 0 = as many as the backbone's grid has points",
+        "most tuning runs per arm; 0 = as many as none takes: its grid and --tune_base",
         lower_bound=0,
     )
     for name in tuned:
@@ -112,6 +122,13 @@ def _define_tuning(tuned: tuple[str, ...], lambdas: tuple[float, ...]) -> None:
         )
     absl_flags.DEFINE_list(
         "tune_lambda", [f"{value:g}" for value in lambdas], "values of --lambda tried"
+    )
+    absl_flags.DEFINE_bool(
+        "tune_base",
+        True,
+        "also try, at the best point of none, --dim=256, negatives by popularity^0.5 and "
+        "--loss=bce (mf, lightgcn; a knob that is given is left alone), and one step further where "
+        "a chosen value is an end of what was tried",
     )
     absl_flags.DEFINE_bool(
         "tune_guidance_loss",
@@ -180,6 +197,8 @@ def main(_: list[str]) -> None:
         tune={name: _values(f"tune_{name}") for name in arms.TUNED[:-1]},
         tune_lambda=_values("tune_lambda"),
         tune_guidance_loss=given.tune_guidance_loss,
+        tune_base=given.tune_base,
+        refit=given.refit,
         knobs=flags.given_knobs(*knob_sections()),
     )
     compared = comparison.compare_all(

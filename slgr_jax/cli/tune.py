@@ -25,7 +25,7 @@ from slgr_jax.config.knobs import Section
 USAGE = __doc__ or ""
 SECTIONS: tuple[type[Section], ...] = (
     TuneConfig,
-    *(flags.without(section, ("restart",)) for section in config.sections().values()),
+    *(flags.without(section, ("restart", "refit")) for section in config.sections().values()),
 )
 
 

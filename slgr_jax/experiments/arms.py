@@ -44,13 +44,17 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "gate": "calibrated",
         "gate_inputs": "reference,history,popularity,teacher",
     },
+    "paper_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "paper"},
+    "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": REFERENCE},
     "init": {"guidance": "none", "init_item_vectors": VECTORS},
     "adapter": {"guidance": "none", "item_vectors": VECTORS},
 }
 # Arms that read a product of vectors, not a teacher's.
 VECTOR_ARMS = ("init", "adapter")
+# Arms that learn from no teacher.
+UNTAUGHT = ("none", "hard_own", *VECTOR_ARMS)
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
-GATED = ("hard_negatives", "calibrated", "paper", "budget", "rule")
+GATED = ("hard_negatives", "calibrated", "paper", "budget", "rule", "paper_hard_negatives")
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
 # too: they change one thing. The others teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)
@@ -62,11 +66,19 @@ UNTUNED = ("constant", "shuffled")
 # says how much and not how likely, a loss that aims at alpha would push against the teacher.
 LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("confidence", "hinge")}
 OTHER_LOSSES = ("hinge", "logistic")
-LITERAL = ("paper", "pointwise")  # arms that keep the loss they are known by
+LITERAL = (
+    "paper",
+    "paper_hard_negatives",
+    "pointwise",
+)  # arms that keep the loss they are known by
 # What is tried of a gate with a reference, in place of another loss: the gate without it.
 BLIND: Mapping[str, str] = {"gate_inputs": "history,popularity,teacher"}
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0)
+# How much of an arm is tried first, where that is not lambda: knob and values.
+AMOUNTS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "hard_own": ("hard_share", (0.03, 0.1, 0.3))
+}
 # What is tuned of each backbone: knob -> values; lambda comes on top for guided arms.
 _CLICK = {"lr": (5e-4, 1e-3), "dropout": (0.0, 0.1, 0.2, 0.5)}
 _SEQUENCE = {"lr": (5e-4, 1e-3), "dropout": (0.1, 0.2, 0.3, 0.5)}
@@ -77,6 +89,15 @@ GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     **dict.fromkeys(CLICK_BACKBONES, _CLICK),
 }
 TUNED = ("lr", "l2", "dropout", "lambda")
+# What else is tried of `none`, and of arms that read vectors, at its best point, each alone and
+# what helps together: a gain over a weak recommender is that recommender's. Guided arms begin where
+# `none` ended.
+_BASES: tuple[Settings, ...] = (
+    {"dim": 256},
+    {"negatives": "popularity", "popularity_power": 0.5},
+    {"loss": "bce"},
+)
+BASES: Mapping[str, tuple[Settings, ...]] = dict.fromkeys(("mf", "lightgcn"), _BASES)
 
 
 def grids(
@@ -124,7 +145,11 @@ class ComparisonPlan:
       lambdas: weights of the guidance that are tried.
       tune_loss: also try what `variants` says of an arm, at its best lambda.
       own_arms: arms beside `ARMS`: name -> knobs.
-      tune_runs: most tuning runs of an arm; 0: as many as the backbone's grid has points.
+      tune_runs: most tuning runs of an arm; 0: as many as `none` takes, which are its grid, `bases`
+        and what `widen` asks for.
+      bases: backbone -> what is tried of `none` at its best point.
+      widen: where the best value is an end of what was tried, try one step further, at most twice.
+      refit: also train every run once more, on training and validation.
     """
 
     data: str
@@ -142,11 +167,17 @@ class ComparisonPlan:
     own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     tune_runs: int = 0
     vectors: str = ""
+    bases: Mapping[str, tuple[Settings, ...]] = dataclasses.field(default_factory=dict)
+    widen: bool = False
+    refit: bool = False
 
     @property
-    def unguided_arms(self) -> tuple[str, ...]:
-        """Tuned arms without a teacher, whose settings are points of the backbone's grid."""
-        return tuple(arm for arm in self.tuned_arms if not self.teacher_of(arm))
+    def searched_arms(self) -> tuple[str, ...]:
+        """Tuned arms whose settings are points of the backbone's grid, `none` among them: those
+        without a teacher or an amount of their own."""
+        return tuple(
+            arm for arm in self.tuned_arms if not self.teacher_of(arm) and arm not in AMOUNTS
+        )
 
     @property
     def tuned_arms(self) -> tuple[str, ...]:
@@ -190,6 +221,12 @@ class ComparisonPlan:
         }
         return {name: value for name, value in self.knobs.items() if name not in unused}
 
+    def amounts(self, arm: str) -> tuple[Settings, ...]:
+        """What is tried first of an arm, at the settings of `none`: the values of lambda."""
+        name, values = AMOUNTS.get(arm, ("lambda", self.lambdas))
+        values = (self.knobs[name],) if name in self.knobs else values
+        return tuple({name: value} for value in values)
+
     def variants(self, arm: str) -> tuple[Settings, ...]:
         """What is tried beside the arm as it is: its other guidance loss, or its gate without the
         reference."""
@@ -227,6 +264,8 @@ class ComparisonPlan:
         """
         of_arm = self.knobs_of(arm)
         knobs = {**self._shared_knobs(of_arm), **of_arm, **settings}
+        if "negatives" in of_arm:  # what the arm is, whatever suits `none`
+            knobs["negatives"] = of_arm["negatives"]
         if knobs.get("reference_runs") == REFERENCE and reference is not None:
             knobs["reference_runs"] = str(reference)
         return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **knobs)
@@ -255,6 +294,10 @@ class ComparisonPlan:
         share an OUT, and the runs of `none` in it."""
         folder = self.out / backbone / kind
         return folder / self.teacher if self.teacher_of(arm) else folder
+
+    def refit_dir(self, backbone: str, arm: str, seed: int) -> pathlib.Path:
+        """Where the refit of a run is kept."""
+        return self._folder(backbone, "refit", arm) / f"{arm}_seed{seed}"
 
     def run(
         self, backbone: str, arm: str, of_arms: Mapping[str, Mapping[str, Any]], seed: int

@@ -26,6 +26,7 @@ DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
 SET_HERE = frozenset(
     {
         *("backbone", "guidance", "teacher", "gate", "alpha", "hard_negatives", "seed", "restart"),
+        "refit",
         *("init_item_vectors", "init_user_vectors", "item_vectors", "user_vectors"),
         *("item_rows", "user_rows"),
     }
@@ -51,6 +52,9 @@ class Request:
       tune: lr, l2, dropout -> values tried; empty: the backbone's own.
       tune_lambda: values of lambda tried.
       tune_guidance_loss: also try an arm's other loss, at its best lambda.
+      tune_base: also try other bases of `none` (`arms.BASES`), and one step further than an end of
+        what was tried.
+      refit: also train every run once more, on training and validation; the verdict is theirs.
       knobs: of every run, by their command-line names; one that is tuned is then fixed.
     """
 
@@ -68,6 +72,8 @@ class Request:
     tune: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     tune_lambda: Sequence[float] = arms.LAMBDAS
     tune_guidance_loss: bool = True
+    tune_base: bool = True
+    refit: bool = False
     knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,12 +95,10 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
       ConfigError: an arm, a control or a knob that there is not, or nothing to tune.
     """
     request = _with_preset(request)
-    unguided = ("none", *arms.VECTOR_ARMS)
     asked = request.guidance or ()
-    if not request.teacher and not set(asked) <= set(unguided):
-        raise ConfigError(
-            f"missing --teacher; without one only --guidance={','.join(unguided)} can be measured"
-        )
+    if not request.teacher and not set(asked) <= set(arms.UNTAUGHT):
+        known = ",".join(arms.UNTAUGHT)
+        raise ConfigError(f"missing --teacher; without one --guidance is some of: {known}")
     reads_vectors = [arm for arm in asked if arm in arms.VECTOR_ARMS]
     if bool(reads_vectors) != bool(request.vectors):
         fix = (
@@ -107,7 +111,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
     controls = arms.DEFAULT_CONTROLS if request.controls is None else request.controls
     more_arms = dict(map(arms.own_arm, request.arm))
     if not request.teacher:
-        arms_asked, controls, more_arms = ("none", *asked), (), {}
+        arms_asked, controls, more_arms = tuple(request.guidance or ("none",)), (), {}
     chosen, matched, focus = arms.choose(
         arms_asked, controls, request.matched_to, request.focus, more_arms
     )
@@ -131,10 +135,23 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         own_arms=more_arms,
         tune_runs=request.tune_runs,
         vectors=request.vectors,
+        bases=_bases(backbones, knobs) if request.tune_base else {},
+        widen=request.tune_base,
+        refit=request.refit,
     )
     _check_lambdas(plan)
     plan.check()
     return plan
+
+
+def _bases(
+    backbones: Sequence[str], knobs: Mapping[str, Any]
+) -> dict[str, tuple[arms.Settings, ...]]:
+    """The bases that are tried of each backbone, without those of a knob that is given."""
+    return {
+        backbone: tuple(base for base in arms.BASES.get(backbone, ()) if not knobs.keys() & base)
+        for backbone in backbones
+    }
 
 
 def _with_preset(request: Request) -> Request:
@@ -153,7 +170,7 @@ def _with_preset(request: Request) -> Request:
 
 
 def _check_lambdas(plan: ComparisonPlan) -> None:
-    if set(plan.arms) <= set(plan.unguided_arms):
+    if not any(map(plan.teacher_of, plan.arms)):
         return
     if not plan.lambdas:
         raise ConfigError("--tune_lambda is empty; give at least one value")
@@ -192,7 +209,63 @@ def compare(plan: ComparisonPlan, workers: int, command: str = "") -> dict[str, 
 
     LOGGER.info("meeting the test part")
     pool.evaluate_runs(every, workers=workers)
-    return _report(plan, tuned, runs, command)
+    report = _report(plan, tuned, runs, command)
+    if plan.refit:
+        refitted = _refit(plan, runs, train)
+        pool.evaluate_runs([run for seeds in refitted.values() for run in seeds], workers=workers)
+        report["refit"] = _refit_report(plan, refitted)
+        report["verdict"] = report["refit"]["verdict"]
+    return report
+
+
+_Runs = Mapping[tuple[str, str], Sequence[config.RunConfig]]
+
+
+def _refit(plan: ComparisonPlan, runs: _Runs, train: tuning.Train) -> _Runs:
+    """Every run once more, on training and validation; their configs."""
+    from slgr_jax.training import refit
+
+    LOGGER.info("refitting %d runs on training and validation", sum(map(len, runs.values())))
+    refitted = {
+        (backbone, arm): [
+            refit.config_of(run.workdir, str(plan.refit_dir(backbone, arm, seed)))
+            for seed, run in enumerate(seeds)
+        ]
+        for (backbone, arm), seeds in runs.items()
+    }
+    every = [run for seeds in refitted.values() for run in seeds]
+    for run, outcome in zip(every, train(every), strict=True):
+        if outcome["error"]:
+            raise ConfigError(f"{run.workdir}: {outcome['error']}")
+    return refitted
+
+
+def _refit_report(plan: ComparisonPlan, runs: _Runs) -> dict[str, Any]:
+    """What report.json holds of the refitted runs: rows, baselines beside them, verdict."""
+    from slgr_jax.data import dataset
+    from slgr_jax.experiments import summary
+
+    firsts = {backbone: seeds[0] for (backbone, arm), seeds in runs.items() if arm == "none"}
+    primary = {backbone: run.train.early_stop_metric for backbone, run in firsts.items()}
+    rows = _rows(plan, runs, primary)
+    data = dataset.load(plan.data, verify=False).with_validation()
+    return {
+        "rows": rows,
+        "tests": _count_tests(rows),
+        "verdict": summary.verdict(rows, plan.focus),
+        "baselines": _baselines(plan.out / "refit", list(firsts.values()), data, primary),
+    }
+
+
+def _rows(plan: ComparisonPlan, runs: _Runs, primary: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Means and tests of every arm; the focus is also tested against what learns from no LLM."""
+    from slgr_jax.experiments import summary
+
+    first = next(iter(runs.values()))[0]
+    where = {key: [pathlib.Path(run.workdir) for run in seeds] for key, seeds in runs.items()}
+    no_llm = (*arms.CONTROLS, *arms.UNTAUGHT[1:])
+    controls = [arm for arm in plan.arms if arm in no_llm and arm != plan.focus]
+    return summary.rows_of(where, first.evaluation.ks, primary, plan.focus, controls)
 
 
 def _report(
@@ -210,8 +283,7 @@ def _report(
     first = next(iter(firsts.values()))
 
     where = {key: [pathlib.Path(run.workdir) for run in seeds] for key, seeds in runs.items()}
-    controls = [arm for arm in plan.arms if arm in arms.CONTROLS]
-    rows = summary.rows_of(where, first.evaluation.ks, primary, plan.focus, controls)
+    rows = _rows(plan, runs, primary)
     protocol = _protocol(plan, tuned, command)
     protocol |= {"data": data.manifest.name, "split_hash": data.manifest.split_hash}
     protocol |= {"primary": primary, "tests": _count_tests(rows)}
@@ -224,7 +296,7 @@ def _report(
         "cost": summary.costs(where),
         "gate": summary.gates(where),
         "alpha_by_epoch": summary.alphas(where),
-        "baselines": _baselines(plan, list(firsts.values()), data, primary),
+        "baselines": _baselines(plan.out, list(firsts.values()), data, primary),
     }
 
 
@@ -266,7 +338,7 @@ def _count_tests(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _baselines(
-    plan: ComparisonPlan, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
+    out: pathlib.Path, runs: Sequence[config.RunConfig], data: Any, primary: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Most popular and, where it takes seconds, EASE, by slice, of each backbone's primary metric:
     of the ranking, or of the labelled rows of those that stop by them."""
@@ -276,7 +348,7 @@ def _baselines(
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for metric, run in of_metric.items():
         for baseline in baseline_evaluation.evaluate_baselines(
-            config.BaselineConfig(), run, data, plan.out
+            config.BaselineConfig(), run, data, out
         ):
             by_rows = metric.startswith("rows_")
             by_slice = baseline.rows["test"] if by_rows else baseline.parts["test"].slices

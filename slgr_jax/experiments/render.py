@@ -24,6 +24,11 @@ _COST = (
 )
 
 
+_REFIT = (
+    "Every run once more: its settings, its epochs to its best validation, its gate as that left "
+    "it; validation, which chose them and taught the gate, is trained on too. Test alone is "
+    "ranked; slices count training interactions as above. The verdict is over these."
+)
 # Slices of the small table.
 _SHORT = ("overall", "cold_users", "tail_items")
 
@@ -43,6 +48,7 @@ def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     lines += _protocol(protocol)
     lines += [f"![{name}]({name})" for name in pictures] + [""]
     lines += _primary(protocol, rows)
+    lines += _refit(protocol, report.get("refit"))
     lines += _others(rows)
     lines += _baselines(report["baselines"])
     lines += _tuning(report["tuned"])
@@ -52,9 +58,19 @@ def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 
 def short_rows(report: Mapping[str, Any]) -> list[Row]:
-    """A row per backbone and arm: the primary metric by slice, and overall against `none`."""
+    """A row per backbone and arm: the primary metric by slice, and overall against `none`.
+
+    Of refitted arms too, named `none, refit`.
+    """
+    again = [
+        {**row, "arm": f"{row['arm']}, refit"} for row in _short_rows(report.get("refit") or {})
+    ]
+    return [*_short_rows(report), *again]
+
+
+def _short_rows(report: Mapping[str, Any]) -> list[Row]:
     shown: dict[tuple[str, str], Row] = {}
-    for row in report["rows"]:
+    for row in report.get("rows", ()):
         if not row["primary"] or row["slice"] not in _SHORT:
             continue
         line = shown.setdefault(
@@ -70,7 +86,7 @@ def short_rows(report: Mapping[str, Any]) -> list[Row]:
             line["p users"] = against.get("p_users_holm")
 
     baselines: dict[tuple[str, str], Row] = {}
-    for row in report["baselines"]:
+    for row in report.get("baselines", ()):
         if row["slice"] not in _SHORT:
             continue
         for metric in row.keys() - {"baseline", "slice", "users", "rows"}:
@@ -124,6 +140,16 @@ def _primary(protocol: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         if bins:
             lines += [f"Bins and other slices, {metric}, without tests:", "", _wide(bins), ""]
     return lines
+
+
+def _refit(protocol: Mapping[str, Any], refit: Mapping[str, Any] | None) -> list[str]:
+    """The same arms on training and validation: main slices, and the baselines fitted alike."""
+    if not refit:
+        return []
+    lines = ["# Refitted on training and validation", "", _REFIT, ""]
+    counted = {**protocol, "tests": refit["tests"]}
+    lines += _primary(counted, [r for r in refit["rows"] if r["slice"] in results.MAIN_SLICES])
+    return [*lines, *_baselines(refit["baselines"])]
 
 
 def _select(rows: Sequence[Row], backbone: str, metric: str) -> list[Row]:

@@ -29,7 +29,7 @@ from slgr_jax.errors import ConfigError
 # only says how a run is carried out changes nothing that is worth searching.
 _FIXED_SECTIONS = (config.EvaluationConfig, config.SliceConfig)
 _FIXED = frozenset(
-    {"seed", "restart", "track", "early_stop_metric", "checkpoint_every_s", "kernels"}
+    {"seed", "restart", "refit", "track", "early_stop_metric", "checkpoint_every_s", "kernels"}
     | {"table_shards", "min_devices", "verify_checksums", "steps_per_dispatch"}
     | {flag_name(field) for section in _FIXED_SECTIONS for field in dataclasses.fields(section)}
 )

@@ -96,6 +96,8 @@ def make_plan(
 
     if fixed.get("restart"):
         raise ConfigError(f"--restart is for one run; remove {out} to search anew")
+    if fixed.get("refit"):
+        raise ConfigError("--refit is of a run that was tuned; tune first, then slgr train --refit")
     plan = StudyPlan(data, out, search_space.make_space(search, fixed), fixed, options)
     for settings in search_space.corners(plan.space):
         plan.runs(settings)

@@ -81,7 +81,7 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
 
 def test_arms_of_vectors_have_no_teacher_and_the_product_of_vectors(tmp_path):
     plan = plan_of(tmp_path, asked=("none", "init", "adapter", "global"), vectors="words")
-    assert plan.unguided_arms == ("none", "init", "adapter")
+    assert plan.searched_arms == ("none", "init", "adapter")
     runs = {arm: plan.config("mf", arm, {"lr": 0.3}, tmp_path) for arm in plan.arms}
     assert {arm: run.guidance.teacher for arm, run in runs.items()} == {
         **dict.fromkeys(("none", "init", "adapter"), ""),

@@ -16,6 +16,7 @@ from comparisons import pick
 from scipy import stats as scipy_stats
 
 from slgr_jax.data import schema, shards
+from slgr_jax.experiments import comparison
 from slgr_jax.teacher.products import preferences
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
@@ -94,6 +95,7 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
         "--l2=0",
         "--tune_dropout=0.1",
         "--tune_lambda=0.1",
+        "--notune_base",
         "--workers=2",
         "--batch_size=64",
         "--mlp=4",
@@ -147,3 +149,43 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == when for path, when in outcomes.items())
     assert json.loads((out / "report.json").read_text()) == report
+
+
+@pytest.mark.slow
+def test_refits_are_a_second_table_and_the_verdict(tmp_path):
+    data = worlds.random_dataset(tmp_path / "data", n_users=40, n_items=30, per_user=10)
+    request = comparison.Request(
+        guidance=("none", "hard_own"),
+        seeds=2,
+        tune={"lr": (0.3,), "l2": (0.01,)},
+        tune_base=False,
+        refit=True,
+        knobs={"epochs": 3, "dim": 4, "batch_size": 64, "hard_share": 0.2, "hard_pool": 5},
+    )
+    done = comparison.compare_all([str(data.path)], tmp_path / "out", request, workers=1)
+    (report,) = done.reports.values()
+    refit = report["refit"]
+    assert report["verdict"] == refit["verdict"]
+    assert report["verdict"]["focus"] == "hard_own"
+    root = tmp_path / "out/mf"
+    for arm in ("none", "hard_own"):
+        tuned = next((root / "tune").glob(f"{arm}_*"))
+        for rows, runs in (
+            (report["rows"], [tuned, root / f"runs/{arm}_seed1"]),
+            (refit["rows"], [root / f"refit/{arm}_seed{seed}" for seed in (0, 1)]),
+        ):
+            written = [json.loads((run / "metrics.json").read_text()) for run in runs]
+            mean = np.mean([metrics["test"]["overall"]["ndcg@10"] for metrics in written])
+            assert pick(rows, "mf", arm, "overall", "ndcg@10")["mean"] == pytest.approx(mean)
+    again = [json.loads((tmp_path / "out/mf/refit" / f"hard_own_seed{s}/config.json").read_text())
+             for s in (0, 1)]  # fmt: skip
+    assert [c["train"]["seed"] for c in again] == [0, 1]
+    assert again[1]["train"]["refit"].endswith("runs/hard_own_seed1")
+    assert "# Refitted on training and validation" in done.texts["world"]
+    assert "hard_own, refit" in str(done)
+    assert "ease, refit" in str(done)
+    eases = [
+        next(r for r in table if r["baseline"] == "ease" and r["slice"] == "overall")["ndcg@10"]
+        for table in (report["baselines"], refit["baselines"])
+    ]
+    assert eases[0] != eases[1]

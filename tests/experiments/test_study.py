@@ -269,6 +269,7 @@ def test_another_study_in_the_directory_is_refused(data, tmp_path, trained):
         ({"search": "lr=0..1"}, "--lr=0.0 must be greater than 0"),
         ({"search": "backbone=mf|sasrec", "rating_threshold": 3.0}, "--rating_threshold=3 labels"),
         ({"restart": True}, "--restart is for one run"),
+        ({"refit": "RUN"}, "--refit is of a run that was tuned"),
         ({"trials": 0}, "--trials=0 is below its minimum 1"),
         ({"sampler": "grid"}, "--sampler='grid' is not one of: tpe, random"),
     ],

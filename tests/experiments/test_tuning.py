@@ -231,3 +231,85 @@ def test_a_setting_that_diverges_is_not_chosen(tmp_path):
 
     with pytest.raises(ConfigError, match="no validation part"):
         tuning.tune(plan, unjudged)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "end", "step"),
+    [
+        ("lr", [0.1, 0.2], 0.2, 0.4),
+        ("lr", [0.1, 0.3], 0.1, 0.03333),
+        ("l2", [0.0, 0.01, 0.05], 0.05, 0.25),
+        ("l2", [0.0, 0.01], 0.01, None),  # no distance to repeat
+        ("dropout", [0.0, 0.3, 0.6], 0.6, None),  # 1.2
+        ("hard_share", [0.03, 0.1, 0.3], 0.3, 0.9),
+    ],
+)
+def test_how_far_one_goes_beyond_an_end(name, values, end, step):
+    assert tuning.further(name, values, end) == step
+
+
+def landscape(value, asked):
+    """Trains nothing: validation of a run by a formula."""
+
+    def train(runs):
+        for run in runs:
+            asked.setdefault(pathlib.Path(run.workdir).name.split("_lr")[0], []).append(run)
+        return [{"best_metric": value(run), "best_epoch": 1, "error": None} for run in runs]
+
+    return train
+
+
+def test_ends_are_gone_beyond_and_bases_joined(tmp_path):
+    """Best: lr .8 of .1 and .2, width 256 and popular negatives together, lambda 9 of 1 and 3."""
+
+    def value(run):
+        wide, popular = run.model.dim == 256, run.sampler.negatives == "popularity"
+        total = -abs(run.optimizer.lr - 0.8) - abs(run.optimizer.l2 - 1) + 0.1 * wide
+        total += 0.1 * popular - 1.0 * (run.loss_name == "bce")
+        return total - abs(run.guidance.weight - 9.0) / 100 * run.guided
+
+    asked = {}
+    plan = plan_of(
+        tmp_path, asked=("none", "paper"), widen=True, bases={"mf": arms.BASES["mf"]}
+    )  # fmt: skip
+    tuned = tuning.tune(plan, landscape(value, asked))["mf"]
+    base = {"dim": 256, "negatives": "popularity", "popularity_power": 0.5}
+    assert tuned["none"]["chosen"] == {"lr": 0.8, "l2": 1.0, **base}
+    # Grid 6, two steps of lr, three bases, both that help, two points beside.
+    assert len(tuned["none"]["tried"]) == 6 + 2 + 3 + 1 + 2
+    assert [run.optimizer.lr for run in asked["none"][6:8]] == [0.4, 0.8]
+    assert [run.optimizer.l2 for run in asked["none"][-2:]] == [0.0, 2.0]
+    assert tuned["paper"]["chosen"] == {**tuned["none"]["chosen"], "lambda": 9.0}
+    assert len(tuned["paper"]["tried"]) == len(tuned["none"]["tried"])
+    assert tuning.at_an_end("none", tuned["none"]) == [
+        "lr 0.8, the greatest",
+        "dim 256, the greatest",
+    ]
+
+    # A budget holds for everything; without `widen` and bases nothing is added.
+    few = plan_of(tmp_path, asked=("none",), widen=True, bases=plan.bases, tune_runs=7)
+    assert len(tuning.tune(few, landscape(value, {}))["mf"]["none"]["tried"]) == 7
+    plain = plan_of(tmp_path, asked=("none",))
+    assert len(tuning.tune(plain, landscape(value, {}))["mf"]["none"]["tried"]) == 6
+
+
+def test_hard_negatives_of_ones_own_are_tuned_by_their_share(tmp_path):
+    def value(run):
+        popular = run.sampler.negatives == "popularity"
+        return 0.1 * popular - abs(run.sampler.hard_share - 0.9) * run.draws_hard_negatives
+
+    asked = {}
+    plan = plan_of(
+        tmp_path, asked=("none", "hard_own"), teacher="", widen=True, bases={"mf": arms.BASES["mf"]}
+    )  # fmt: skip
+    plan.check()
+    tuned = tuning.tune(plan, landscape(value, asked))["mf"]
+    assert tuned["none"]["chosen"]["negatives"] == "popularity"
+    assert tuned["hard_own"]["chosen"]["hard_share"] == 0.9
+    best = plan.tune_dir("mf", "none", tuned["none"]["chosen"])
+    for run in asked["hard_own"]:  # the arm is what it is, whatever suits `none`
+        assert (run.sampler.negatives, run.guided) == ("hard", False)
+        assert run.reference_runs == (str(best),)
+    assert len(tuned["hard_own"]["tried"]) == len(tuned["none"]["tried"])
+    run = plan.run("mf", "hard_own", tuned, 1)
+    assert run.reference_runs == (plan.run("mf", "none", tuned, 1).workdir,)
