@@ -52,6 +52,11 @@ def _check_level(level: float) -> None:
         raise ConfigError(f"level={level} must be between 0 and 1; .95 is usual")
 
 
+def _alike(values: np.ndarray) -> bool:
+    """Whether values are one but for rounding: SciPy divides by their deviation, and warns."""
+    return bool(np.ptp(values) <= 1e-12 * np.abs(values[0]))
+
+
 def paired_t(differences: np.ndarray) -> float:
     """Two-sided p of the paired t-test: the mean of `differences` [n] is 0.
 
@@ -62,7 +67,7 @@ def paired_t(differences: np.ndarray) -> float:
     d = np.asarray(differences, np.float64)
     if d.size < 2:
         return float("nan")
-    if np.ptp(d) <= 1e-12 * np.abs(d[0]):  # SciPy divides by the standard deviation, and warns
+    if _alike(d):
         return 1.0 if d[0] == 0 else 0.0
     return float(scipy_stats.ttest_1samp(d, 0.0).pvalue)
 
@@ -148,7 +153,7 @@ def t_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float
     x = np.asarray(values, np.float64)
     if x.size < 2:
         return float("nan"), float("nan")
-    if np.all(x == x[0]):  # SciPy divides by the standard deviation, and warns
+    if _alike(x):
         return float(x[0]), float(x[0])
     low, high = scipy_stats.ttest_1samp(x, 0.0).confidence_interval(level)
     return float(low), float(high)

@@ -113,6 +113,7 @@ def test_the_kernels_draw_the_same_to_the_bit(world, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_together_and_on_four_devices(world, tmp_path):
     runs = [made(world, tmp_path / f"s{seed}", seed=seed)[0] for seed in (0, 1)]
     multi_seed.train_seeds(runs)

@@ -15,10 +15,11 @@ import worlds
 import slgr_jax
 from slgr_jax.config import BaselineConfig, SliceConfig
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data import features as features_lib
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import baselines
 from slgr_jax.sampling import arrays, context
-from slgr_jax.training import build, loop, multi_seed, refit, restore, run_directory
+from slgr_jax.training import build, epochs, loop, multi_seed, refit, restore, run_directory
 
 USERS, ITEMS = 24, 20
 SMALL = {"dim": 8, "batch_size": 32, "epochs": 6, "patience": 0, "kernels": "xla", "lr": 0.3}
@@ -96,15 +97,21 @@ def test_what_is_learned_is_the_union_and_what_is_counted_is_training(split):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("mf", "popularity") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_refitting_is_training_on_the_union_to_the_bit(split, tmp_path, kind):
     once, union = split
     run = tuned_run(once, tmp_path / "tuned", **KINDS[kind])
     progress = refit.config_of(str(run), "x").train
     slgr_jax.train(None, tmp_path / "refit", refit=run)
-    epochs = json.loads((tmp_path / "refit/config.json").read_text())["train"]["epochs"]
-    assert epochs == progress.epochs == outcome(run).best_epoch
-    knobs = {**SMALL, **KINDS[kind], "epochs": epochs}
+    count = json.loads((tmp_path / "refit/config.json").read_text())["train"]["epochs"]
+    assert count == progress.epochs == outcome(run).best_epoch
+    knobs = {**SMALL, **KINDS[kind], "epochs": count}
     slgr_jax.train(union.path, tmp_path / "union", **knobs)
     assert_same(served(tmp_path / "refit"), served(tmp_path / "union"))
 
@@ -213,7 +220,7 @@ def test_only_test_is_evaluated_and_what_is_seen_is_not_recommended(guided, tmp_
 def test_resumed_and_sharded_refits_are_the_same(guided, tmp_path):
     run, again = guided
     config = refit.config_of(str(run), str(tmp_path / "parts"), {"checkpoint_every_s": 0.0})
-    stop, real = threading.Event(), loop.close_epoch
+    stop, real = threading.Event(), epochs.close_epoch
 
     def after_one(*arguments):
         stop.set()
@@ -221,7 +228,7 @@ def test_resumed_and_sharded_refits_are_the_same(guided, tmp_path):
 
     data = restore.load_data(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "close_epoch", after_one)
+        patch.setattr(epochs, "close_epoch", after_one)
         with jax.transfer_guard("allow"), run_directory.opened(config, data) as may_write:
             first = loop._train_one(build.build(config, data), stop, may_write)
     assert first.status == "interrupted"
@@ -236,6 +243,7 @@ def test_resumed_and_sharded_refits_are_the_same(guided, tmp_path):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_seeds_together_are_each_alone(guided, tmp_path):
     run, again = guided
     group = [refit.config_of(str(run), str(tmp_path / f"s{s}"), {"seed": s}) for s in (0, 1)]
@@ -290,3 +298,24 @@ def test_baselines_beside_a_refit_are_chosen_by_validation_and_fitted_on_both(sp
     np.testing.assert_allclose(again.fitted.state.weights, direct.state.weights, atol=1e-6)
     popular = baselines.tune(baselines.make_baseline("popular", options), once.with_validation())
     np.testing.assert_array_equal(popular.fitted.state, union.popularity)
+
+
+def test_features_of_interactions_stay_with_their_interactions(tmp_path):
+    """Validation among training in time: the rows of both are put in order, and their features."""
+    train = np.array([[0, 1], [0, 2], [1, 3]])
+    valid, test = np.array([[0, 3], [1, 1]]), np.array([[1, 2]])
+    split = worlds.write_dataset(tmp_path / "d", train, valid, test, n_users=2, n_items=4)
+    hours = features_lib.numeric("hour", features_lib.INTERACTION, np.arange(6.0), np.arange(6) < 3)
+    view = dataclasses.replace(split, features=(hours,)).with_validation()
+    of = {
+        (int(u), int(i)): hour
+        for part, begin in (("train", 0), ("valid", 3), ("test", 5))
+        for hour, (u, i) in enumerate(
+            zip(split.part(part).users, split.part(part).items, strict=True), begin
+        )
+    }
+    got = view.features[0].column.to_pylist()
+    users = np.concatenate([view.train.users, view.test.users])
+    items = np.concatenate([view.train.items, view.test.items])
+    assert got == [of[int(u), int(i)] for u, i in zip(users, items, strict=True)]
+    assert got != sorted(got)  # user 0's validation comes before user 1's training
