@@ -22,11 +22,12 @@ from peers import TRAINED_BY
 from turns import Facts, Player, Turn
 
 from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, RunConfig, knobs, make_run
+from slgr_jax.experiments.arms import ARMS
 
 FOLDER = pathlib.Path(__file__).parent
 Row = dict[str, Any]
 # Knobs that each case states for itself.
-OF_CASE = ("backbone", "table_dtype", "batch_size", "guidance", "teacher")
+OF_CASE = ("backbone", "table_dtype", "batch_size", "guidance", "teacher", "reference_runs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +61,32 @@ class Case:
           given: knobs by their command-line names; others have the backbone's defaults.
           compared: with RecBole, whose click models but DIN have no field of a history.
         """
-        from synthetic_dataset import TEACHER
-
         if compared and self.backbone in CLICK_BACKBONES and self.backbone != "din":
             given = {"history_fields": False, **given}
         of_case = {
             "backbone": self.backbone,
             "table_dtype": self.dtype,
             "batch_size": self.batch_size,
-            "guidance": self.guidance,
-            "teacher": "" if self.guidance == "none" else TEACHER,
         }
-        return make_run(folder, "", **{**given, **of_case})
+        return make_run(folder, "", **{**given, **of_case, **self._guidance(folder)})
+
+    def _guidance(self, folder: str) -> dict[str, Any]:
+        """The knobs of its guidance, which is a method or an arm of the comparison."""
+        from synthetic_dataset import LISTS, REFERENCE, TEACHER
+
+        named = dict(ARMS.get(self.guidance, {"guidance": self.guidance}))
+        if self.guidance == "none":
+            return named
+        ranks_unlisted = "hard_negatives" in named or self.guidance == "rrd"
+        named["teacher"] = LISTS if ranks_unlisted else TEACHER
+        if "reference_runs" in named:
+            named["reference_runs"] = str(pathlib.Path(folder, REFERENCE))
+        return named
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it needs a run that was trained before."""
+        return "reference_runs" in ARMS.get(self.guidance, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +134,8 @@ def measure(
     measured: list[Measured] = []
     facts_of: dict[tuple[Any, str], Facts] = {}
     with tempfile.TemporaryDirectory() as folder:
-        _write_data(cases, pairs, folder)
-        job = {"pairs": folder, "seconds": seconds, "steps": steps}
+        guided = _write_data(cases, pairs, folder)
+        job = {"pairs": folder, "seconds": seconds, "steps": steps, "validation": guided}
 
         # A peer lives for as long as the cases are about what it trains.
         for group, of_group in itertools.groupby(cases, Case.peer_group):
@@ -151,13 +166,18 @@ def measure(
     return rows
 
 
-def _write_data(cases: Sequence[Case], pairs: synthetic.Pairs, folder: str) -> None:
-    """The pairs, and a teacher where a case has one."""
+def _write_data(cases: Sequence[Case], pairs: synthetic.Pairs, folder: str) -> bool:
+    """The pairs; teachers and a reference run where a case has one. Whether one has a teacher."""
     pairs.save(folder)
-    if any(case.guidance != "none" for case in cases):
+    guided = any(case.guidance != "none" for case in cases)
+    if guided:
         import synthetic_dataset
 
-        synthetic_dataset.write_teacher(synthetic_dataset.from_pairs(pairs, folder))
+        dataset = synthetic_dataset.from_pairs(pairs, folder, validation=True)
+        synthetic_dataset.write_teachers(dataset)
+        if any(case.reads_reference for case in cases):
+            synthetic_dataset.write_reference(dataset)
+    return guided
 
 
 def _take_turns(

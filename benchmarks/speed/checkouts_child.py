@@ -26,7 +26,8 @@ if ACTION == "data":
     os.makedirs(place)
     pairs = synthetic.make(synthetic.SIZES[size])
     pairs.save(place)
-    synthetic_dataset.write_teacher(synthetic_dataset.from_pairs(pairs, place))
+    write = getattr(synthetic_dataset, "write_teachers", None) or synthetic_dataset.write_teacher
+    write(synthetic_dataset.from_pairs(pairs, place))
 elif ACTION == "config":
     from slgr_jax.config import GUIDANCE
 

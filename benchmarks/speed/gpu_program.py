@@ -184,7 +184,7 @@ def main(_: list[str]) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dataset = synthetic_dataset.from_pairs(synthetic.make(synthetic.SIZES["large"]), folder)
-        synthetic_dataset.write_teacher(dataset)
+        synthetic_dataset.write_teachers(dataset)
         for guidance, dtype, optimizer in itertools.product(
             FLAGS.guidance, FLAGS.dtype, FLAGS.optimizer
         ):

@@ -1,10 +1,11 @@
-"""Synthetic pairs as a dataset in memory, and a teacher for them on disk.
+"""Synthetic pairs as a dataset in memory, and a teacher and a reference run for them on disk.
 
     pairs = synthetic.make(synthetic.SIZES["ml100k"])
     dataset = synthetic_dataset.from_pairs(pairs, folder)
-    synthetic_dataset.write_teacher(dataset)
+    synthetic_dataset.write_teachers(dataset)
+    synthetic_dataset.write_reference(dataset)
 
-The teacher is written to folder/teacher/random, where `build.build` finds it.
+Teachers are written to folder/teacher, where `build.build` finds them, the run to folder/reference.
 """
 
 from __future__ import annotations
@@ -18,23 +19,37 @@ import numpy as np
 import pyarrow as pa
 import synthetic
 
+from slgr_jax import config
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset, Part
 from slgr_jax.sampling.context import FIELDS, HISTORY
 from slgr_jax.teacher.products import preferences
+from slgr_jax.training import build, checkpoint, loop, run_directory
+from slgr_jax.training.programs import make_programs
+from slgr_jax.training.step import make_run_steps
 
-TEACHER = "random"
+# Of the first nothing is known of what it did not score; the other names its favourites.
+TEACHER, LISTS = "random", "random_lists"
+REFERENCE = "reference"
 
 
 def from_pairs(
-    pairs: synthetic.Pairs, folder: str | os.PathLike[str], reads: Collection[str] = ()
+    pairs: synthetic.Pairs,
+    folder: str | os.PathLike[str],
+    reads: Collection[str] = (),
+    *,
+    validation: bool = False,
 ) -> Dataset:
-    """The pairs as the training part; nothing to validate or test on, no names, no texts.
+    """The pairs as the training part, nothing to test on, no names, no texts.
 
     Args:
       reads: what a backbone looks up (`reads_of`): HISTORY gives the pairs times, FIELDS gives
         the items categories.
+      validation: hold one random item of each user back to validate on, and to teach gates with.
     """
+    held_back = _nothing()
+    if validation:
+        pairs, held_back = _hold_back(pairs)
     items, times = pairs.items, None
     if HISTORY in reads:
         times = synthetic.moments(pairs)
@@ -46,7 +61,6 @@ def from_pairs(
         names = pa.array(codes.astype(str))
         lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), names)
         table = table.append_column("categories", lists)
-    nothing = Part(np.zeros(0, np.int32), np.zeros(0, np.int32), None, None)
     manifest = schema.DatasetManifest(
         name="synthetic",
         created="",
@@ -62,20 +76,38 @@ def from_pairs(
         path=pathlib.Path(folder),
         manifest=manifest,
         train=Part(pairs.users, items, times, None),
-        valid=nothing,
-        test=nothing,
+        valid=held_back,
+        test=_nothing(),
         user_ids=pa.nulls(pairs.n_users, pa.string()),
         items=table,
     )
 
 
-def write_teacher(dataset: Dataset, *, per_user: int = 20, seed: int = 0) -> None:
-    """A teacher that has scored about `per_user` random items of every user, at random."""
+def _nothing() -> Part:
+    return Part(np.zeros(0, np.int32), np.zeros(0, np.int32), None, None)
+
+
+def _hold_back(pairs: synthetic.Pairs) -> tuple[synthetic.Pairs, Part]:
+    """The pairs without a random one of each user, and these."""
+    ends = np.cumsum(pairs.counts)
+    chosen = ends - 1 - np.random.default_rng(1).integers(0, pairs.counts)
+    kept = np.ones(len(pairs), bool)
+    kept[chosen] = False
+    left = dataclasses.replace(pairs, users=pairs.users[kept], items=pairs.items[kept])
+    return left, Part(pairs.users[chosen], pairs.items[chosen], None, None)
+
+
+def write_teachers(dataset: Dataset, *, per_user: int = 20, seed: int = 0) -> None:
+    """Two teachers that gave about `per_user` random items of every user random scores, among them
+    what is held back of the user; of one what it leaves out ranks below."""
     per_user = min(per_user, dataset.n_items)
     rng = np.random.default_rng(seed)
     # One item out of each of `per_user` stretches of the catalogue: distinct by construction.
     edges = np.arange(per_user + 1) * dataset.n_items // per_user
     items = rng.integers(edges[:-1], edges[1:], (dataset.n_users, per_user))
+    held_back = dataset.valid
+    stretch = np.searchsorted(edges, held_back.items, side="right") - 1
+    items[held_back.users, stretch] = held_back.items
     table = pa.table(
         {
             "user": np.repeat(np.arange(dataset.n_users), per_user),
@@ -83,20 +115,44 @@ def write_teacher(dataset: Dataset, *, per_user: int = 20, seed: int = 0) -> Non
             "score": rng.random(items.size, np.float32),
         }
     ).cast(schema.TEACHER_SCORES)
+    _write_teacher(dataset, TEACHER, table, "unknown")
+    _write_teacher(dataset, LISTS, table, "below")
+
+
+def _write_teacher(dataset: Dataset, name: str, table: pa.Table, unlisted: str) -> None:
     # Without `preferences.write_product`'s statistics, which nobody reads here.
-    root = preferences.product_path(dataset.path, TEACHER)
+    root = preferences.product_path(dataset.path, name)
+    about = preferences.Provenance(model="random numbers", unlisted=unlisted)
     with shards.atomic_directory(root, overwrite=False) as folder:
         files = shards.write_shards(folder, "part", table, rows_per_shard=table.num_rows)
         manifest = schema.TeacherManifest(
-            name=TEACHER,
+            name=name,
             kind="scores",
             created="",
             dataset=dataset.manifest.name,
             id_map_hash=dataset.manifest.id_map_hash,
             split_hash=dataset.manifest.split_hash,
-            **dataclasses.asdict(preferences.Provenance(model="random numbers")),
+            **dataclasses.asdict(about),
             counts={},
             coverage={},
             files=files,
         )
         schema.write_manifest(folder, manifest)
+
+
+def write_reference(dataset: Dataset) -> None:
+    """A run without guidance, of one epoch: what --reference_runs reads."""
+    run = config.make_run(str(dataset.path), str(dataset.path / REFERENCE), backbone="mf")
+    experiment = build.build(run, dataset)
+    programs = make_programs(experiment)
+    seed = np.int32(run.train.seed)
+    state, _, _ = make_run_steps(experiment.trainer)(
+        programs.init(seed), experiment.arrays, programs.key(seed), np.int32(programs.per_epoch)
+    )
+    serving = programs.serving(state, experiment.arrays.context)
+    progress = checkpoint.Progress(epoch=1, step=programs.per_epoch)
+    with run_directory.opened(run, dataset):
+        saved = checkpoint.Checkpoints(run.workdir, writable=True)
+        loop.write_record(experiment, run, programs)
+        saved.save(state, serving, progress)
+        saved.close()

@@ -14,8 +14,10 @@ without guidance by that with it (`plain steps`: what a guided step costs). Data
 by the script (synthetic.py): the sizes `ml100k` (943 users, 1,682 items, 80,000 interactions)
 and `large` (138,000 users, 27,000 items, 10 M interactions), where backbones read them with a
 random order in time and 1 to 3 of 18 categories an item. The teacher of guided steps has
-scored 20 random items a user; such a step draws as many preferences as triples, and preferences
-are not counted as triples.
+scored 20 items a user, random ones and the one that is held back to validate on; such a step draws
+as many preferences as triples, and preferences are not counted as triples. --guidance takes methods
+and arms of the comparison (paper, calibrated, hard_negatives, ...); the reference run of those that
+read one is of one epoch.
 
   what is counted  a triple: a positive and its negative. Of sequence backbones a place whose event
                    is predicted: a window of a history has up to --max_history of them, those
@@ -68,6 +70,7 @@ from slgr_jax.config import (
     make_run,
 )
 from slgr_jax.errors import ConfigError, UserError, listing
+from slgr_jax.experiments.arms import ARMS
 
 # Uses of the teacher that are measured unless --guidance asks for others.
 COMPARED = ("none", "pairwise")
@@ -199,7 +202,7 @@ def cases_from_flags(size: str, peers: Sequence[str]) -> Iterator[Case]:
         for dtype, batch_size, guidance in itertools.product(
             chosen(("dtypes", "table_dtype"), TABLE_DTYPES[:most], TABLE_DTYPES),
             batch_sizes or BATCH_SIZES.get((backbone, size)) or BATCH_SIZES.get(backbone, [0]),
-            chosen(("guidance",), COMPARED[:most], GUIDANCE),
+            chosen(("guidance",), COMPARED[:most], (*GUIDANCE, *ARMS)),
         ):
             yield Case(size, backbone, guidance, dtype, int(batch_size) or default)
 

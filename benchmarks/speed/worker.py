@@ -5,6 +5,7 @@ Started by `throughput.py` and `scaling.py` over `turns`. The job:
     config           a RunConfig as JSON (`knobs.to_json`); its `data` is the folder of teachers
     seconds, steps   length of a turn: about so many seconds, or exactly so many steps
     gather_rows      rows of the table that `gather_bandwidth` reads; absent: as many as users
+    validation       whether an item of each user is held back, as guided cases need; absent: no
 Steps run as in training: dispatches of K steps, enqueued without waiting. A turn waits once, for
 its last state.
 """
@@ -237,7 +238,9 @@ def whole_dispatches(steps: int, dispatch: int) -> int:
 def _prepare(job: Facts) -> Contestant:
     run = knobs.from_json(RunConfig, job["config"], "the job's config")
     pairs = synthetic.Pairs.load(job["pairs"])
-    dataset = synthetic_dataset.from_pairs(pairs, run.data, reads_of(run.model))
+    dataset = synthetic_dataset.from_pairs(
+        pairs, run.data, reads_of(run.model), validation=job.get("validation", False)
+    )
     experiment = build.build(run, dataset)
     trainer, resident = experiment.trainer, experiment.arrays
     gather_rows = job.get("gather_rows") or dataset.n_users

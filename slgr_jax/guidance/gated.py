@@ -56,12 +56,17 @@ class GatedDraw:
 @dataclasses.dataclass(frozen=True)
 class Gated:
     """The shared half of a `Guidance`; a subclass has `queries`, `width`, `draw`, `candidates` and
-    `loss`."""
+    `loss`.
+
+    Attributes:
+      draws_entries: its preferences say where in the teacher's lists their items are.
+    """
 
     run: RunConfig
     gating: Gating
     native: bool = False
 
+    draws_entries = False
     metrics = ("alpha", "agreement")
     queries_knob = "--preferences_per_step"
 
@@ -84,7 +89,7 @@ class Gated:
 
     def arrays(self, sources: Sources) -> tuple[GatedArrays, Csr | None]:
         teacher = self.teacher_arrays(sources)
-        gate, left_out = self.gating.arrays(sources, teacher)
+        gate, left_out = self.gating.arrays(sources, teacher, entries=self.draws_entries)
         return GatedArrays(teacher, gate), left_out
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -111,8 +116,7 @@ class Gated:
         pairs = self.gate_pairs(drawn)
         return self.gating.observe(
             frozen,
-            pairs.queries,
-            pairs.items,
+            pairs,
             drawn.labelled,
             arrays.teacher.margin_scale,
             arrays.gate,

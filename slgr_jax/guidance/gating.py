@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -28,16 +29,20 @@ from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.guidance import gates, teacher_product
 from slgr_jax.guidance.base import Frozen, Sources, mean_over_queries
+from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.models.scoring import Scoring, reference_scores
-from slgr_jax.sampling.arrays import Facts, PairFacts
+from slgr_jax.sampling.arrays import Facts, PairFacts, host_array
 from slgr_jax.sampling.context import Histories, Queries
 from slgr_jax.sampling.labelled_preferences import LabelledPreferences, LabelSource, draw_labelled
 from slgr_jax.sampling.preferences import Preferences
 from slgr_jax.sampling.teacher_arrays import PreferenceRule, TeacherLists, TeacherPairs
+
+# Entries of lists that reference runs score at once.
+_ENTRIES_AT_ONCE = 1 << 18
 
 Stochastic = Callable[[jax.Array, float], Float[Array, "G 2"]]
 
@@ -48,11 +53,15 @@ class GateArrays:
 
     Attributes:
       labels: what supervises it; None where nothing does.
-      reference_runs: what the runs that it reads score with, as of the end of training.
+      reference_runs: what the runs that it reads score with, as of the end of training; () where
+        `entry_scores` has all that they would be asked.
+      entry_scores: [M, E] their logits of the entries of the teacher's lists, where every
+        preference is of two entries; None otherwise.
     """
 
     labels: LabelSource | None
     reference_runs: tuple[Scoring, ...]
+    entry_scores: Float[Array, "M E"] | None = None
 
 
 @struct.dataclass
@@ -97,13 +106,43 @@ class Gating:
         return dict(self.gate.init(key, gates.empty_inputs()).get("params", {}))
 
     def arrays(
-        self, sources: Sources, teacher: TeacherLists | TeacherPairs
+        self, sources: Sources, teacher: TeacherLists | TeacherPairs, *, entries: bool = False
     ) -> tuple[GateArrays, Csr | None]:
-        """Host arrays, and the training interactions that the gate is supervised by."""
+        """Host arrays, and the training interactions that the gate is supervised by.
+
+        Args:
+          entries: whether preferences say which entries of the lists they are of.
+        """
         labels, left_out = teacher_product.labelled_arrays(sources, teacher)
-        reads = sources.run.gate.reads_reference_runs
-        runs = tuple(scoring for _, scoring in sources.reference_runs) if reads else ()
+        if not self.reference_backbones:
+            return GateArrays(labels, ()), left_out
+        runs = tuple(scoring for _, scoring in sources.reference_runs)
+        # A finished run scores the same all through training: what can be asked is asked once.
+        if entries and isinstance(teacher, TeacherLists) and teacher.unlisted is None:
+            return GateArrays(labels, (), self._entry_scores(runs, teacher)), left_out
         return GateArrays(labels, runs), left_out
+
+    def _entry_scores(
+        self, reference_runs: tuple[Scoring, ...], teacher: TeacherLists
+    ) -> Float[Array, "M E"]:
+        """Logits of every entry of the lists (a host array), in chunks of bounded memory."""
+
+        @jax.jit
+        def chunk(runs: tuple[Scoring, ...], users: jax.Array, items: jax.Array) -> jax.Array:
+            backbones = self.reference_backbones
+            scores = reference_scores(backbones, runs, users, items[:, None], native=self.native)
+            return scores[..., 0]
+
+        counts = np.diff(np.asarray(teacher.offsets))
+        users = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
+        items = np.asarray(teacher.items)
+        size = min(_ENTRIES_AT_ONCE, items.size)
+        scores = np.empty((len(reference_runs), items.size), np.float32)
+        for end in range(size, items.size + size, size):
+            # The last chunk repeats some of the one before: one program serves all.
+            at = slice(min(end, items.size) - size, min(end, items.size))
+            scores[:, at] = chunk(reference_runs, users[at], items[at])
+        return host_array(scores, np.float32)
 
     def draw(
         self,
@@ -129,8 +168,7 @@ class Gating:
     def observe(
         self,
         frozen: Frozen,
-        queries: Queries,
-        items: Int[Array, "G 2"],
+        pairs: Preferences,
         labelled: LabelledPreferences | None,
         margin_scale: float,
         arrays: GateArrays,
@@ -139,7 +177,7 @@ class Gating:
         """Score labelled preferences, and ask the reference runs; no gradient, nothing updated.
 
         Args:
-          queries, items: of the preferences that the gate will weigh.
+          pairs: the preferences that the gate will weigh.
         """
         inputs = None
         if labelled is not None:
@@ -152,10 +190,21 @@ class Gating:
                 labelled.margins / margin_scale,
                 labelled.facts,
                 key,
-                self.ask_reference_runs(arrays.reference_runs, labelled.queries, labelled.items),
+                self._of_reference_runs(arrays, labelled),
             )
-        reference = self.ask_reference_runs(arrays.reference_runs, queries, items)
-        return Observed(margin_scale, inputs, reference)
+        return Observed(margin_scale, inputs, self._of_reference_runs(arrays, pairs))
+
+    def _of_reference_runs(
+        self, arrays: GateArrays, pairs: Preferences | LabelledPreferences
+    ) -> Float[Array, "M N 2"] | None:
+        """Logits of both items by each reference run, looked up where they are known."""
+        if arrays.entry_scores is None:
+            return self.ask_reference_runs(arrays.reference_runs, pairs.queries, pairs.items)
+        entries = pairs.entries
+        assert entries is not None, "a guidance that says it draws entries gives them"
+        if self.native:
+            return jnp.stack([cpu.take(of_run, entries) for of_run in arrays.entry_scores])
+        return arrays.entry_scores[:, entries]
 
     def ask_reference_runs(
         self, reference_runs: tuple[Scoring, ...], queries: Queries, items: Int[Array, "N 2"]

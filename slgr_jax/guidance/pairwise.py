@@ -35,6 +35,7 @@ class Pairwise(Gated):
     """See the module's docstring."""
 
     width = 2
+    draws_entries = True
 
     @property
     def queries(self) -> int:

@@ -64,6 +64,7 @@ class Pointwise(Gated):
     """See the module's docstring."""
 
     width = 2
+    draws_entries = True
 
     @property
     def queries(self) -> int:
@@ -87,11 +88,14 @@ class Pointwise(Gated):
     ) -> PointwiseDraw:
         teacher = arrays.teacher
         assert isinstance(teacher, TeacherLists)
-        users, items, targets = draw_scored(words_of.own, teacher, self.queries, native=self.native)
+        users, items, targets, entries = draw_scored(
+            words_of.own, teacher, self.queries, native=self.native
+        )
 
         # A gate is asked about (preferred, other).
         swapped = (targets[..., 0] < targets[..., 1])[..., None]
         items = jnp.where(swapped, items[..., ::-1], items)
+        entries = jnp.where(swapped, entries[..., ::-1], entries)
         targets = jnp.where(swapped, targets[..., ::-1], targets)
         margins = (targets[..., 0] - targets[..., 1]) * (teacher.ceiling - teacher.floor)
 
@@ -100,6 +104,7 @@ class Pointwise(Gated):
             items,
             margins,
             pair_facts(facts, users, items, native=self.native),
+            entries,
         )
         return PointwiseDraw(pairs, targets, self.draw_labelled(words_of, arrays, facts, histories))
 

@@ -228,8 +228,9 @@ def draw_preferences(
     together: int,
     most: int,
     floor: float,
-) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G"]]:
-    """Users, (preferred, other) and margins, from lists: `preferences.draw_preferences`.
+) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G"], Int[Array, "S G 2"]]:
+    """Users, (preferred, other), margins and both entries, -1 where unlisted: see
+    `preferences.draw_pairs`.
 
     Args:
       first, partner, share: random words of each first entry, M = ceil(G / together), of each
@@ -239,18 +240,19 @@ def draw_preferences(
       most: the greatest word of `share` for which the partner is unlisted.
       floor: score of an unlisted item.
     """
-    out = (_ints(*partner.shape), _ints(*partner.shape, 2), _floats(*partner.shape))
+    pairs = _ints(*partner.shape, 2)
+    out = (_ints(*partner.shape), pairs, _floats(*partner.shape), pairs)
     call = ffi_call("slgr_draw_preferences", out)
     cut = (list_offsets, list_items, list_items, list_items)
     if outside is not None:
         cut = (outside.offsets, outside.keys, outside.marks, outside.free)
-    users, items, margins = call(
+    users, items, margins, entries = call(
         first, partner, partner if share is None else share, starts,
         list_offsets, list_items, list_scores, *cut,
         together=np.int64(together), unlisted=outside is not None, most=np.int64(most),
         floor=np.float32(floor),
     )  # fmt: skip
-    return users, items, margins
+    return users, items, margins, entries
 
 
 def take(values: Float[Array, "R"], at: Int[Array, "*N"]) -> Float[Array, "*N"]:

@@ -211,8 +211,8 @@ static void DrawTriples(ThreadPool pool, U32 first, U32 positive, U32 negative,
 static void DrawPreferences(ThreadPool pool, U32 first, U32 partner, U32 share,
                             S32 starts, S32 list_offsets, S32 list_items, F32 list_scores,
                             S32 offsets, S32 keys, S32 marks, S32 free, OutS32 users,
-                            OutS32 items, OutF32 margins, int64_t together, bool unlisted,
-                            int64_t most_word, float floor) {
+                            OutS32 items, OutF32 margins, OutS32 entries, int64_t together,
+                            bool unlisted, int64_t most_word, float floor) {
   const int64_t steps = users.size(0), size = users.size(1);
   const int64_t groups = first.size(1), stated = starts.size(0);
   const Cut cut{offsets.data(), keys.data(), marks.data(), nullptr,
@@ -225,12 +225,12 @@ static void DrawPreferences(ThreadPool pool, U32 first, U32 partner, U32 share,
   const float* score = list_scores.data();
   const uint32_t *start_word = first.data(), *partner_word = partner.data();
   const uint32_t* share_word = share.data();
-  int32_t *out_users = users.data(), *out_items = items.data();
+  int32_t *out_users = users.data(), *out_items = items.data(), *out_entries = entries.data();
   float* out_margins = margins.data();
   const int64_t all = steps * groups, tasks = std::max<int64_t>(1, pool.num_threads());
   const int64_t chunk = (all + tasks - 1) / tasks;
   // By value: what is written here could be a pointer that is read through a reference.
-  Parallel(pool, tasks, steps * size * 16, [=](int64_t i) {
+  Parallel(pool, tasks, steps * size * 24, [=](int64_t i) {
     const int64_t end = std::min(all, (i + 1) * chunk);
     constexpr int64_t kLanes = kFetched * kSide;
     int64_t first_start[kFetched], lanes[kFetched], most[kFetched];
@@ -289,9 +289,11 @@ static void DrawPreferences(ThreadPool pool, U32 first, U32 partner, U32 share,
         }
         for (int64_t m = 0; m < n; ++m) {
           const int32_t entry = own[m]->entry, other = partner[m];
-          int32_t* pair = out_items + 2 * at[m];
+          int32_t *pair = out_items + 2 * at[m], *listed = out_entries + 2 * at[m];
           out_users[at[m]] = user[m];
           if (other < 0) {
+            listed[0] = entry;
+            listed[1] = -1;
             pair[0] = item[entry];
             pair[1] = outside[m];
             out_margins[at[m]] = score[entry] - floor;
@@ -299,6 +301,8 @@ static void DrawPreferences(ThreadPool pool, U32 first, U32 partner, U32 share,
             // Where a partner comes before its entry it is beaten.
             const bool beats = other < entry;
             const int32_t preferred = beats ? entry : other, beaten = beats ? other : entry;
+            listed[0] = preferred;
+            listed[1] = beaten;
             pair[0] = item[preferred];
             pair[1] = item[beaten];
             out_margins[at[m]] = score[preferred] - score[beaten];

@@ -97,6 +97,7 @@ class LabelledPreferences:
       margins: the teacher's score difference.
       right: 1 where the preferred item is the chosen one.
       facts: what is known of each.
+      entries: as of `Preferences`.
     """
 
     queries: Queries
@@ -105,6 +106,7 @@ class LabelledPreferences:
     right: Float[Array, "*K"]
     weights: Float[Array, "*K"]
     facts: PairFacts
+    entries: Int[Array, "*K 2"] | None = None
 
 
 # ------------------------------------------------------------------------------- on the host
@@ -274,12 +276,12 @@ def draw_labelled(
         users, as_of = teacher.users[pair], source.labels.as_of[place]
         items, margins = teacher.items[pair], teacher.margins[pair]
         right = source.labels.right[place].astype(jnp.float32)
-        weights = jnp.ones(pair.shape, jnp.float32)
+        weights, entries = jnp.ones(pair.shape, jnp.float32), None
     else:
         assert isinstance(teacher, TeacherLists)
         at = source.labels.chosen[place]
         users, as_of = source.chosen.users[at], source.chosen.as_of[at]
-        items, margins, right, weights = _draw_from_lists(
+        items, margins, right, weights, entries = _draw_from_lists(
             bits, place, source.chosen, source.labels, teacher, rule
         )
     return LabelledPreferences(
@@ -289,6 +291,7 @@ def draw_labelled(
         right,
         weights,
         pair_facts(facts, users, items, native=rule.native),
+        entries,
     )
 
 
@@ -299,8 +302,14 @@ def _draw_from_lists(
     labels: ListLabels,
     teacher: TeacherLists,
     rule: PreferenceRule,
-) -> tuple[Int[Array, "S K 2"], Float[Array, "S K"], Float[Array, "S K"], Float[Array, "S K"]]:
-    """items, margins, right, weights."""
+) -> tuple[
+    Int[Array, "S K 2"],
+    Float[Array, "S K"],
+    Float[Array, "S K"],
+    Float[Array, "S K"],
+    Int[Array, "S K 2"],
+]:
+    """items, margins, right, weights, entries."""
     at, entry = labels.chosen[place], labels.entry[place]
     users, positive = chosen.users[at], chosen.items[at]
     listed = entry >= 0
@@ -316,6 +325,7 @@ def _draw_from_lists(
     items = jnp.stack(
         [jnp.where(right, positive, other_item), jnp.where(right, other_item, positive)], axis=-1
     )
+    entries = jnp.stack([jnp.where(right, entry, other), jnp.where(right, other, entry)], axis=-1)
     margins = jnp.abs(gap)
     able = listed & (count > 0) & (margins > 0) & (margins >= rule.min_gap)
     weights = able.astype(jnp.float32)
@@ -333,7 +343,9 @@ def _draw_from_lists(
         room = jnp.maximum(labels.outside.free[users], 1).astype(jnp.float32)
         mass = jnp.where(listed, drawn, count.astype(jnp.float32) / room)
         items = jnp.where(use[..., None], over_unlisted, items)
+        one_listed = jnp.stack([jnp.where(listed, entry, other), jnp.full_like(entry, -1)], axis=-1)
+        entries = jnp.where(use[..., None], one_listed, entries)
         margins = jnp.where(use, jnp.where(listed, score, other_score) - teacher.floor, margins)
         right = jnp.where(use, listed, right)
         weights = jnp.where(use, mass, weights)
-    return items, margins, right.astype(jnp.float32), weights
+    return items, margins, right.astype(jnp.float32), weights, entries

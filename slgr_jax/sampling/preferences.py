@@ -5,6 +5,8 @@ Shape letters: G preferences (or lists), S steps drawn at once, E entries of the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,12 +29,24 @@ class Preferences:
       items: [..., 2] (preferred, other).
       margins: the teacher's score difference.
       facts: what is known of each.
+      entries: [..., 2] where both are in the teacher's lists, -1 where an item is not listed; None
+        where preferences are not of lists, or nobody asks.
     """
 
     queries: Queries
     items: Int[Array, "*G 2"]
     margins: Float[Array, "*G"]
     facts: PairFacts
+    entries: Int[Array, "*G 2"] | None = None
+
+
+class DrawnPairs(NamedTuple):
+    """What `draw_pairs` draws: `Preferences` of which nothing else is known yet."""
+
+    users: Int[Array, "S G"]
+    items: Int[Array, "S G 2"]
+    margins: Float[Array, "S G"]
+    entries: Int[Array, "S G 2"] | None
 
 
 def at_the_end_of_training(users: Int[Array, "*G"], histories: Histories | None) -> Queries:
@@ -48,19 +62,20 @@ def draw_preferences(
     rule: PreferenceRule,
 ) -> Preferences:
     """G preferences a step, and what is known of them."""
-    users, items, margins = draw_pairs(words_of, teacher, rule)
+    users, items, margins, entries = draw_pairs(words_of, teacher, rule)
     return Preferences(
         at_the_end_of_training(users, histories),
         items,
         margins,
         pair_facts(facts, users, items, native=rule.native),
+        entries,
     )
 
 
 def draw_pairs(
     words_of: Generators, teacher: TeacherLists | TeacherPairs, rule: PreferenceRule
-) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G"]]:
-    """G preferences a step: users, (preferred, other), margins.
+) -> DrawnPairs:
+    """G preferences a step.
 
     From lists: an entry uniformly, then a partner of the same user uniformly among those it
     makes a preference with, or (teachers whose unlisted items rank below) an item outside list
@@ -73,22 +88,23 @@ def draw_pairs(
     starts = random_bits.words(words_of.other, 1, -(-size // together))[0]
 
     if isinstance(teacher, TeacherLists) and rule.native:
-        users, items, margins = _from_lists_native(words_of.own, starts, size, teacher, rule)
+        drawn = _from_lists_native(words_of.own, starts, size, teacher, rule)
     else:
         following = jnp.arange(together, dtype=jnp.int32)[None, None, :]
         run = below(starts, teacher.stated)[:, :, None] + following
         chosen = (run % teacher.stated).reshape(starts.shape[0], -1)[:, :size]
         if isinstance(teacher, TeacherLists):
-            users, items, margins = _from_lists(words_of.own, chosen, teacher, rule)
+            drawn = _from_lists(words_of.own, chosen, teacher, rule)
         else:
-            users = teacher.users[chosen]
-            items, margins = teacher.items[chosen], teacher.margins[chosen]
+            drawn = DrawnPairs(
+                teacher.users[chosen], teacher.items[chosen], teacher.margins[chosen], None
+            )
 
     if rule.candidates > 1:
-        _, best = jax.lax.top_k(margins, rule.count)
-        users, margins = (jnp.take_along_axis(x, best, axis=1) for x in (users, margins))
-        items = jnp.take_along_axis(items, best[:, :, None], axis=1)
-    return users, items, margins
+        _, best = jax.lax.top_k(drawn.margins, rule.count)
+        at = {2: best, 3: best[:, :, None]}
+        drawn = jax.tree.map(lambda x: jnp.take_along_axis(x, at[x.ndim], axis=1), drawn)
+    return drawn
 
 
 def unlisted_words(rule: PreferenceRule) -> int:
@@ -101,7 +117,7 @@ def _from_lists(
     chosen: Int[Array, "S G"],
     teacher: TeacherLists,
     rule: PreferenceRule,
-) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G"]]:
+) -> DrawnPairs:
     words = random_bits.words(own, 1 if teacher.unlisted is None else 2, chosen.shape[1])
     entry, users, low, high = jnp.moveaxis(teacher.starts[chosen], -1, 0)
     start = teacher.offsets[users]
@@ -114,7 +130,8 @@ def _from_lists(
     partner = jnp.where(partners > 0, partner, entry)
 
     preferred, other = jnp.where(beats, entry, partner), jnp.where(beats, partner, entry)
-    items = teacher.items[jnp.stack([preferred, other], axis=-1)]
+    entries = jnp.stack([preferred, other], axis=-1)
+    items = teacher.items[entries]
     margins = teacher.scores[preferred] - teacher.scores[other]
     if teacher.unlisted is not None:
         outside, _ = draw_outside(words[0], users, teacher.unlisted, None, native=rule.native)
@@ -122,7 +139,9 @@ def _from_lists(
         over_unlisted = jnp.stack([teacher.items[entry], outside], axis=-1)
         items = jnp.where(use[..., None], over_unlisted, items)
         margins = jnp.where(use, teacher.scores[entry] - teacher.floor, margins)
-    return users, items, margins
+        one_listed = jnp.stack([entry, jnp.full_like(entry, -1)], axis=-1)
+        entries = jnp.where(use[..., None], one_listed, entries)
+    return DrawnPairs(users, items, margins, entries)
 
 
 def _from_lists_native(
@@ -131,29 +150,31 @@ def _from_lists_native(
     size: int,
     teacher: TeacherLists,
     rule: PreferenceRule,
-) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G"]]:
+) -> DrawnPairs:
     """What `_from_lists` draws from entries that start at `starts`, by the CPU kernel."""
     cut = teacher.unlisted
     words = random_bits.words(own, 1 if cut is None else 2, size)
-    return cpu.draw_preferences(
-        starts,
-        words[0],
-        None if cut is None else words[1],
-        teacher.starts,
-        teacher.offsets,
-        teacher.items,
-        teacher.scores,
-        cut,
-        together=min(rule.together, size),
-        most=unlisted_words(rule),
-        floor=teacher.floor,
+    return DrawnPairs(
+        *cpu.draw_preferences(
+            starts,
+            words[0],
+            None if cut is None else words[1],
+            teacher.starts,
+            teacher.offsets,
+            teacher.items,
+            teacher.scores,
+            cut,
+            together=min(rule.together, size),
+            most=unlisted_words(rule),
+            floor=teacher.floor,
+        )
     )
 
 
 def draw_scored(
     own: UInt32[Array, "S 2"], teacher: TeacherLists, count: int, *, native: bool
-) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G 2"]]:
-    """G times two scored items of one user: users, items, scores scaled to [0, 1].
+) -> tuple[Int[Array, "S G"], Int[Array, "S G 2"], Float[Array, "S G 2"], Int[Array, "S G 2"]]:
+    """G times two scored items of one user: users, items, scores scaled to [0, 1], entries.
 
     The first is a listed item, uniformly; the second another of the list or, for teachers whose
     unlisted items rank below, one outside list and positives, of score 0.
@@ -164,14 +185,15 @@ def draw_scored(
     start = teacher.offsets[users]
     partner = start + below(words[1], teacher.offsets[users + 1] - start)
 
-    items = teacher.items[jnp.stack([entry, partner], axis=-1)]
-    scores = teacher.scores[jnp.stack([entry, partner], axis=-1)]
+    entries = jnp.stack([entry, partner], axis=-1)
+    items, scores = teacher.items[entries], teacher.scores[entries]
     if teacher.unlisted is not None:
         outside, _ = draw_outside(words[2], users, teacher.unlisted, None, native=native)
         items = items.at[..., 1].set(outside.astype(jnp.int32))
         scores = scores.at[..., 1].set(teacher.floor)
+        entries = entries.at[..., 1].set(-1)
     span = max(teacher.ceiling - teacher.floor, 1e-12)
-    return users, items, (scores - teacher.floor) / span
+    return users, items, (scores - teacher.floor) / span, entries
 
 
 def pair_facts(

@@ -80,7 +80,7 @@ def test_both_ways_to_draw_without_replacement_are_that():
 
 def test_the_teacher_is_one_that_training_accepts(tmp_path):
     dataset = synthetic_dataset.from_pairs(synthetic.make(TINY), tmp_path)
-    synthetic_dataset.write_teacher(dataset)
+    synthetic_dataset.write_teachers(dataset)
     run = cases.Case("tiny", "mf", "pairwise", "float32", 64)
     experiment = build.build(run.config({}, str(tmp_path)), dataset)
     assert experiment.trainer.guidance.queries == 64

@@ -89,7 +89,7 @@ def bytes_of_step(tmp_path, backbone, guidance="none", dtype="float32", **given)
     run = cases.Case("tiny", backbone, guidance, dtype, BATCH).config(given, str(tmp_path))
     pairs = synthetic.make(TINY)
     dataset = synthetic_dataset.from_pairs(pairs, tmp_path, reads_of(run.model))
-    synthetic_dataset.write_teacher(dataset)
+    synthetic_dataset.write_teachers(dataset)
     experiment = build.build(run, dataset)
     trainer = experiment.trainer
     size = worker.row_bytes(trainer, init_state(trainer, 0))

@@ -13,13 +13,14 @@ import worlds
 from slgr_jax import config
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import hard_negatives, teacher_product
-from slgr_jax.guidance.base import Sources
+from slgr_jax.guidance.base import Frozen, Sources
 from slgr_jax.reports.run_evaluation import evaluate_run
 from slgr_jax.sampling import labelled_preferences
 from slgr_jax.sampling.negatives import generators
 from slgr_jax.sampling.preferences import draw_pairs
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import build, loop, restore
+from slgr_jax.training import build, loop, restore, step
+from slgr_jax.training import state as state_lib
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -135,7 +136,7 @@ def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
     rule = dataclasses.replace(guidance.rule, count=40_000)
     _, words_of = generators(jax.random.split(jax.random.key(0), 1))
     drawn = draw_pairs(words_of, arrays.teacher, rule)
-    users, items, _ = (np.asarray(x)[0] for x in drawn)
+    users, items = (np.asarray(x)[0] for x in drawn[:2])
     listed = np.zeros((N_USERS, N_ITEMS), bool)
     listed[np.repeat(np.arange(N_USERS), np.diff(teacher.offsets)), teacher.items] = True
     rival = np.zeros_like(listed)
@@ -148,6 +149,37 @@ def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
     # a gate without a reference does not score it again
     assert guidance.gating.reference_backbones == ()
     assert arrays.gate.reference_runs == ()
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_reference_runs_score_the_lists_once_and_steps_look_it_up(world, tmp_path, kernels):
+    """What the gate is told of drawn and of labelled preferences is what the runs' tables say."""
+    if kernels == "native":
+        worlds.need_native_kernels()
+    dataset, *paths = world
+    inputs = {"gate": "calibrated", "gate_inputs": "reference,history,popularity,teacher"}
+    knobs = GUIDED | inputs | {"kernels": kernels, "reference_runs": ",".join(map(str, paths))}
+    run = config.make_run(str(dataset.path), str(tmp_path / "r"), **knobs)
+    experiment = build.build(run, dataset)
+    trainer, arrays = experiment.trainer, experiment.arrays
+    assert arrays.guidance.gate.reference_runs == ()
+
+    keys = jax.random.split(jax.random.key(1), 1)
+    drawn = jax.tree.map(lambda x: x[0], step.draw_steps(trainer, keys, arrays)[1])
+    state = state_lib.init_state(trainer, 0)
+    frozen = Frozen(trainer.access, state.tables, state.params["backbone"], arrays.context, None)
+    observed = trainer.guidance.observe(frozen, drawn, arrays.guidance, jax.random.key(0))
+
+    by_run = np.stack([_scores(dataset, path) for path in paths])
+    users, items = np.asarray(drawn.pairs.queries.users), np.asarray(drawn.pairs.items)
+    expected = by_run[:, users[:, None], items]
+    np.testing.assert_allclose(observed.reference_scores, expected, rtol=1e-4, atol=1e-5)
+    users, items = np.asarray(drawn.labelled.queries.users), np.asarray(drawn.labelled.items)
+    margins = np.diff(by_run[:, users[:, None], items], axis=-1)[..., 0].mean(axis=0)
+    kept = np.asarray(drawn.labelled.weights) > 0
+    assert kept.any()
+    found = np.asarray(observed.labelled.reference_margin)
+    np.testing.assert_allclose(found[kept], -margins[kept], rtol=1e-3, atol=1e-4)
 
 
 def test_a_chosen_rival_is_labelled_against_the_teacher(world, tmp_path):

@@ -338,13 +338,19 @@ def test_preferences_are_those_of_xla_to_the_bit(size, together, share, selectio
         pairs.append(jax.jit(preferences.draw_pairs, static_argnums=2)(words_of, teacher, rule))
     for by_xla, by_kernel in zip(*pairs, strict=True):
         np.testing.assert_array_equal(by_xla, by_kernel)
-    users, items, margins = map(np.asarray, pairs[1])
+    users, items, margins, entries = map(np.asarray, pairs[1])
     assert users.shape == (29, size)
     listed = np.zeros((n_users, n_items), bool)
     listed[np.repeat(np.arange(n_users), counts), np.concatenate(rows)] = True
     assert listed[users, items[..., 0]].all()
     assert (margins >= 0.25).all() or share
+    in_list = entries >= 0
+    assert in_list[..., 0].all()
+    np.testing.assert_array_equal(np.asarray(teacher.items)[entries[in_list]], items[in_list])
+    owner = np.repeat(np.arange(n_users), counts)
+    np.testing.assert_array_equal(owner[entries[..., 0]], users)
     unlisted = ~listed[users, items[..., 1]]
+    np.testing.assert_array_equal(unlisted, ~in_list[..., 1])
     expected = {0.0: (0.0, 0.0), 0.3: (0.2, 0.9), 1.0: (1.0, 1.0)}[share]
     assert expected[0] <= unlisted.mean() <= expected[1]
 
