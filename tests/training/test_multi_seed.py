@@ -185,8 +185,8 @@ def test_a_call_goes_on_where_runs_are_over_and_starts_the_others_over(tmp_path,
 def test_a_nan_names_its_seed(tmp_path, monkeypatch):
     real = programs._make_init
 
-    def poisoned(trainer):
-        init = real(trainer)
+    def poisoned(trainer, initial):
+        init = real(trainer, initial)
 
         def make(seed):
             state = init(seed)
