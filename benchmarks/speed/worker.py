@@ -99,7 +99,7 @@ def row_bytes(trainer: Trainer, state: TrainState) -> dict[str, float]:
 def rows_named(trainer: Trainer, resident: arrays.DeviceArrays) -> dict[str, int]:
     """Rows of each table that a step names, as often as it does; of whole tables every row, once.
 
-    A step that moves no row but computes dot products (`row_access.DotAccess`) names the same ones.
+    A step that moves no row but computes dot products (`dot_access.DotAccess`) names the same ones.
     """
     rows = RowAccess(trainer.backbone, trainer.row_optimizer, trainer.layout, native=False)
 

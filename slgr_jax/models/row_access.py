@@ -1,13 +1,12 @@
-"""How a step reads table rows and writes them back: as rows, whole, or as dot products of rows.
+"""How a step reads table rows and writes them back: as rows or whole; `dot_access.py` as dot
+products of rows.
 
 The step differentiates its loss with respect to *leaves*, whatever `read` returned, and hands
 their gradient to `write`. Which of the two it is changes no result but rounding.
 
   RowAccess  leaves are the rows themselves; of tables that are needed whole (a graph, a softmax
            over the catalogue), all of their rows. Any backbone, any device.
-  DotAccess  leaves are s = p . q_c and the squared norms, of backbones that are a dot product:
-           the CPU kernels compute them and, from ds alone, the gradients of the rows, so that
-           neither is ever written out.
+  DotAccess  leaves are s = p . q_c and the squared norms, of backbones that are a dot product.
 
 Shape letters: N queries, C candidates of a query, D width, R rows of a table.
 """
@@ -23,14 +22,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import adapters
 from slgr_jax.models.backbones.base import (
     AnyBackbone,
     DotBackbone,
-    FactorModel,
     Ids,
     dots,
     feature_tables,
@@ -432,102 +429,3 @@ class _RowsView:
 
     def table(self, name: str) -> jax.Array:
         return self.values[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class DotAccess:
-    """Leaves: `scores` and `squares` = (|p|^2, |q_0|^2 + |q_1|^2) of one group of candidates, [N,
-    2].
-
-    And `totals`, the sum of the squares over queries, [2]: no loss reads them.
-    """
-
-    model: FactorModel
-    width: int
-    optimizer: embedding_table.RowOptimizer
-
-    def read(self, state: Tables, context: Context, reads: Reads) -> Leaves:
-        model, candidates = self.model, self._candidates(reads)
-        scores, squares, totals = cpu.factor_scores(
-            state[model.user_table],
-            state[model.item_table],
-            candidates.queries.users,
-            candidates.items,
-            width=self.width,
-            unit=model.unit,
-        )
-        return {"scores": scores, "squares": squares, "totals": totals}
-
-    @staticmethod
-    def _candidates(reads: Reads) -> Candidates:
-        (candidates,) = reads.candidates.values()
-        return candidates
-
-    def view(
-        self,
-        params: Mapping[str, Any],
-        leaves: Leaves,
-        context: Context,
-        reads: Reads,
-        dropout: Dropout,
-    ) -> View:
-        return _DotView(leaves["scores"])
-
-    def squares(
-        self, params: Mapping[str, Any], leaves: Leaves, context: Context, reads: Reads
-    ) -> dict[str, jax.Array]:
-        (name,) = reads.candidates
-        return {name: leaves["squares"][:, 0] + leaves["squares"][:, 1]}
-
-    def finite(self, leaves: Leaves) -> dict[str, jax.Array]:
-        finite = jnp.isfinite(leaves["totals"])
-        return {self.model.user_table: finite[0], self.model.item_table: finite[1]}
-
-    def write(
-        self,
-        state: Tables,
-        slots: Tables,
-        context: Context,
-        reads: Reads,
-        gradient: Leaves,
-        key: jax.Array,
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        user, item, candidates = (
-            self.model.user_table,
-            self.model.item_table,
-            self._candidates(reads),
-        )
-        words = None
-        if state[user].dtype == jnp.uint16:
-            rounding = embedding_table.rounding(key, (user, item))
-            words = jnp.stack([rounding[user], rounding[item]])
-        new = cpu.factor_update(
-            state[user],
-            state[item],
-            slots[user],
-            slots[item],
-            candidates.queries.users,
-            candidates.items,
-            gradient["scores"],
-            gradient["squares"],
-            words,
-            self.optimizer.rule,
-            width=self.width,
-            unit=self.model.unit,
-        )
-        return {user: new[0], item: new[1]}, {user: new[2], item: new[3]}
-
-
-@dataclasses.dataclass(frozen=True)
-class _DotView:
-    candidate_scores: jax.Array
-
-    def scores(self, name: str, dropout: Dropout) -> jax.Array:
-        assert dropout is None, "a stochastic pass needs the rows"
-        return self.candidate_scores
-
-    def rows(self, name: str) -> Mapping[str, jax.Array]:
-        raise AssertionError("dot products have no rows")
-
-    def table(self, name: str) -> jax.Array:
-        raise AssertionError("dot products have no rows")

@@ -34,7 +34,8 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.guidance.base import Frozen, Scored
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
-from slgr_jax.models.row_access import Access, Candidates, DotAccess, Leaves, Reads, RowAccess
+from slgr_jax.models.dot_access import DotAccess
+from slgr_jax.models.row_access import Access, Candidates, Leaves, Reads, RowAccess
 from slgr_jax.sampling.arrays import DeviceArrays
 from slgr_jax.sampling.batch import Batch, draw
 from slgr_jax.sampling.context import Context

@@ -495,7 +495,6 @@ def test_without_a_gate_nobody_is_asked(world, tmp_path):
     """Without guidance the members need not even be there."""
     run = _run(world, tmp_path / "r", reference_runs="no,where", guidance="none", teacher="")
     trainer, arrays = _built(run, world[0])
-    assert trainer.guidance is None
-    assert arrays.guidance is None
+    assert trainer.guidance is arrays.guidance is None
     assert run_directory.reference_checkpoints(run) == []
     assert Observed(1.0).reference_scores is None

@@ -14,7 +14,7 @@ import worlds
 from slgr_jax.config import make_run
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import rrd
-from slgr_jax.models.row_access import DotAccess
+from slgr_jax.models.dot_access import DotAccess
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import step
 from slgr_jax.training.build import build

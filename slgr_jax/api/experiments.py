@@ -1,0 +1,136 @@
+"""Many runs: `compare` guidances, `tune` knobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slgr_jax import config
+from slgr_jax.config.keywords import knob_values, section_of
+from slgr_jax.config.knobs import Section, flag_name
+
+if TYPE_CHECKING:
+    from slgr_jax.experiments.comparison import Comparison
+    from slgr_jax.experiments.study_results import TuneResult
+
+PathLike = str | os.PathLike[str]
+
+
+def compare(
+    data: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    teacher: str = "",
+    preset: str = "",
+    backbones: Sequence[str] | None = None,
+    guidance: Sequence[str] | None = None,
+    arm: Sequence[str] = (),
+    controls: Sequence[str] | None = None,
+    matched_to: str = "",
+    focus: str = "",
+    seeds: int = 5,
+    tune_runs: int = 0,
+    tune: Mapping[str, Sequence[float]] | None = None,
+    tune_lambda: Sequence[float] | None = None,
+    tune_guidance_loss: bool = True,
+    tune_base: bool = True,
+    refit: bool = False,
+    workers: int = 0,
+    **knobs: Any,
+) -> Comparison:
+    """Compare guidance arms and controls, tuned alike, over many seeds; `slgr compare`.
+
+    Called again it goes on where it was. With more than one worker the runs are trained by
+    processes that import the calling script: guard it with `if __name__ == "__main__":`.
+
+    Args:
+      data: dataset directory, or several.
+      out: directory of the runs, report.md, report.json and pictures.
+      teacher: product under DATA/teacher; without one only the arm none can be measured.
+      preset: shape of a published table, table2 or table3.
+      backbones: recommenders; mf by default.
+      guidance: arms; none, global, pointwise, rule, paper and calibrated by default.
+      arm: more arms, each `NAME:knob=value,knob=value`.
+      controls: controls besides: constant, shuffled, consensus, popularity, item_item, ease,
+        ials; all but ials by default.
+      matched_to: arm that controls copy; empty: the first that has a gate.
+      focus: arm that the verdict is about; empty: `matched_to`.
+      seeds: runs of an arm, at least 2.
+      tune_runs: most tuning runs of an arm; 0: as many as `none` takes, its grid and `tune_base`.
+      tune: lr, l2, dropout -> values tried, in place of the backbone's own.
+      tune_lambda: values of lambda tried.
+      tune_guidance_loss: also try an arm's other loss, at its best lambda.
+      tune_base: also try other bases of `none`, and go beyond ends of what was tried.
+      refit: also train every run once more, on training and validation; the verdict is theirs.
+      workers: processes on a CPU; 0: one per core.
+      **knobs: of every run; one that is tuned is then fixed.
+
+    Raises:
+      UserError: what is asked for cannot be compared; said before the first run.
+    """
+    from slgr_jax.experiments import arms, comparison
+
+    request = comparison.Request(
+        teacher=teacher,
+        preset=preset,
+        backbones=backbones,
+        guidance=guidance,
+        arm=arm,
+        controls=controls,
+        matched_to=matched_to,
+        focus=focus,
+        seeds=seeds,
+        tune_runs=tune_runs,
+        tune=tune or {},
+        tune_lambda=arms.LAMBDAS if tune_lambda is None else tune_lambda,
+        tune_guidance_loss=tune_guidance_loss,
+        tune_base=tune_base,
+        refit=refit,
+        knobs=knob_values(tuple(config.sections().values()), knobs),
+    )
+    paths = [data] if isinstance(data, str | os.PathLike) else data
+    places = [os.fspath(path) for path in paths]
+    where = pathlib.Path(out)
+    command = f"slgr_jax.compare({places}, {os.fspath(out)!r}, ...)"
+    return comparison.compare_all(places, where, request, workers=workers, command=command)
+
+
+def tune(
+    data: PathLike, out: PathLike, search: str | Mapping[str, Any], **knobs: Any
+) -> TuneResult:
+    """Search hyperparameters by validation, with Optuna (the extra tune); `slgr tune`.
+
+    Called again it goes on where it was. With more than one job the runs are trained by processes
+    that import the calling script: guard it with `if __name__ == "__main__":`.
+
+    Args:
+      data: dataset directory.
+      out: directory of the study: study.journal, the trials' runs, best.toml.
+      search: knob -> what it may be: `"1e-3..1e-1:log"`, `[32, 64]`, `{"low": 1, "high": 4}`; or
+        all of it as text, `"lr=1e-3..1e-1:log,dim=32|64"`.
+      **knobs: of `slgr_jax.config.TuneConfig` (trials, timeout, jobs, seeds, pruner, ...), and of
+        every run; none that is searched.
+
+    Returns:
+      All trials, best first, and where the best one's settings are; `print` shows them.
+
+    Raises:
+      UserError: the space or a knob cannot be used; said before the first trial. Also what ends a
+        run for another reason than that it diverged.
+    """
+    from slgr_jax.experiments import search_space, study
+
+    sections: tuple[type[Section], ...] = (config.TuneConfig, *config.sections().values())
+    values = knob_values(sections, knobs)
+    names = {flag_name(field) for field in dataclasses.fields(config.TuneConfig)}
+    plan = study.make_plan(
+        os.path.abspath(data),
+        pathlib.Path(out),
+        search_space.split_text(search) if isinstance(search, str) else search,
+        {name: value for name, value in values.items() if name not in names},
+        section_of(config.TuneConfig, values),
+    )
+    return study.tune(plan)
