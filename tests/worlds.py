@@ -16,7 +16,7 @@ import pytest
 from slgr_jax.config import RunConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import features as features_lib
-from slgr_jax.data import schema, shards
+from slgr_jax.data import fingerprints, schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.features import Feature
 from slgr_jax.errors import ConfigError
@@ -122,8 +122,8 @@ def write_dataset(
         split={"rule": "premade"},
         filters={},
         counts={"users": n_users, "items": n_items},
-        id_map_hash=schema.id_map_hash(users["user_id"].combine_chunks(), items["item_id"]),
-        split_hash=schema.split_hash({k: (v[:, 0], v[:, 1]) for k, v in parts.items()}),
+        id_map_hash=fingerprints.id_map_hash(users["user_id"].combine_chunks(), items["item_id"]),
+        split_hash=fingerprints.split_hash({k: (v[:, 0], v[:, 1]) for k, v in parts.items()}),
         files=files,
     )
     schema.write_manifest(path, manifest)

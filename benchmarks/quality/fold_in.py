@@ -75,7 +75,7 @@ def write_without(dataset: Dataset, held: np.ndarray, out: pathlib.Path) -> None
     """A copy of `dataset` with the same ids and no interaction of the users `held`."""
     import pyarrow as pa
 
-    from slgr_jax.data import schema, shards
+    from slgr_jax.data import fingerprints, schema, shards
 
     files, pairs = dict(dataset.manifest.files), {}
     with shards.atomic_directory(out) as root:
@@ -89,7 +89,7 @@ def write_without(dataset: Dataset, held: np.ndarray, out: pathlib.Path) -> None
             files[part] = shards.write_shards(root, f"{part}/part", table, rows_per_shard=10**7)
             pairs[part] = (table.column("user").to_numpy(), table.column("item").to_numpy())
         manifest = dataclasses.replace(
-            dataset.manifest, files=files, split_hash=schema.split_hash(pairs)
+            dataset.manifest, files=files, split_hash=fingerprints.split_hash(pairs)
         )
         schema.write_manifest(root, manifest)
 

@@ -30,7 +30,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 
 from slgr_jax import config, files, json_files
@@ -347,34 +346,6 @@ _CLASSES: Mapping[str, type[AnyManifest]] = {
 def files_hash(files: Sequence[ShardFile]) -> str:
     """SHA-256 over the checksums of shards, in their order: what a product says, as one word."""
     return hashlib.sha256(" ".join(file.sha256 for file in files).encode()).hexdigest()
-
-
-def id_map_hash(user_ids: pa.Array, item_ids: pa.Array) -> str:
-    """SHA-256 over the external ids, length-prefixed, users then items, in index order."""
-    digest = hashlib.sha256()
-    for ids in (user_ids, item_ids):
-        digest.update(len(ids).to_bytes(8, "little"))
-        for value in ids.to_pylist():
-            data = value.encode()
-            digest.update(len(data).to_bytes(4, "little"))
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def split_hash(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    """SHA-256 over the (user, item) pairs of each part, in (user, item) order.
-
-    Args:
-      pairs: part name -> (users, items), int32 arrays of one length, any order.
-    """
-    digest = hashlib.sha256()
-    for part in PARTS:
-        users, items = pairs[part]
-        order = np.lexsort((items, users))
-        digest.update(part.encode())
-        digest.update(np.ascontiguousarray(users[order], dtype="<i4").tobytes())
-        digest.update(np.ascontiguousarray(items[order], dtype="<i4").tobytes())
-    return digest.hexdigest()
 
 
 def write_manifest(directory: str | os.PathLike[str], manifest: Written) -> Written:

@@ -18,7 +18,7 @@ from typing import Any
 from slgr_jax import json_files
 from slgr_jax.config import RunConfig
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data import schema, shards
+from slgr_jax.data import fingerprints, schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, ShardError, UserError
 from slgr_jax.evaluation.results import METRICS, PER_USER
@@ -283,10 +283,10 @@ def _columns() -> dict[str, Any]:
 def _refuse_other_hashes(dataset: Dataset) -> None:
     """Raise `ShardError` where the ids or the split are not those that the manifest states."""
     computed = {
-        "id_map_hash": schema.id_map_hash(
+        "id_map_hash": fingerprints.id_map_hash(
             dataset.user_ids, dataset.items.column("item_id").combine_chunks()
         ),
-        "split_hash": schema.split_hash(
+        "split_hash": fingerprints.split_hash(
             {name: (dataset.part(name).users, dataset.part(name).items) for name in schema.PARTS}
         ),
     }

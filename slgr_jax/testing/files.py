@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data import schema, shards
+from slgr_jax.data import fingerprints, schema, shards
 from slgr_jax.data.dataset import Dataset, Part
 from slgr_jax.errors import ConfigError
 from slgr_jax.teacher.products import preferences
@@ -56,7 +56,7 @@ def write(
             split={"rule": "simulated", "cutoffs": cutoffs},
             filters={},
             counts=counts,
-            id_map_hash=schema.id_map_hash(
+            id_map_hash=fingerprints.id_map_hash(
                 users.column(0).combine_chunks(), items.column(0).combine_chunks()
             ),
             split_hash=_split_hash(world),
@@ -142,7 +142,7 @@ def _write_product(
 
 def _split_hash(world: World) -> str:
     parts = {name: world.part(name) for name in schema.PARTS}
-    return schema.split_hash({name: (part.users, part.items) for name, part in parts.items()})
+    return fingerprints.split_hash({name: (part.users, part.items) for name, part in parts.items()})
 
 
 def _names(prefix: str, n: int) -> pa.Array:

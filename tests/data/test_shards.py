@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from slgr_jax import locks
-from slgr_jax.data import schema, shards
+from slgr_jax.data import fingerprints, schema, shards
 from slgr_jax.errors import InputError, ShardError
 
 TABLE = pa.table(
@@ -247,24 +247,26 @@ def test_split_hash_ignores_order_and_sees_every_pair() -> None:
     rng = np.random.default_rng(0)
     pairs = {p: (rng.integers(0, 9, 20, np.int32), rng.integers(0, 9, 20, np.int32))
              for p in schema.PARTS}  # fmt: skip
-    base = schema.split_hash(pairs)
+    base = fingerprints.split_hash(pairs)
     order = rng.permutation(20)
     shuffled = {p: (users[order], items[order]) for p, (users, items) in pairs.items()}
-    assert schema.split_hash(shuffled) == base
+    assert fingerprints.split_hash(shuffled) == base
     none = np.zeros(0, np.int32)
     one = dict.fromkeys(schema.PARTS, (none, none)) | {"train": pairs["train"]}
     other = dict.fromkeys(schema.PARTS, (none, none)) | {"valid": pairs["train"]}
-    assert schema.split_hash(one) != schema.split_hash(other)
+    assert fingerprints.split_hash(one) != fingerprints.split_hash(other)
     users, items = pairs["valid"]
     changed = items.copy()
     changed[3] += 1
-    assert schema.split_hash({**pairs, "valid": (users, changed)}) != base
-    assert schema.split_hash({**pairs, "train": pairs["test"], "test": pairs["train"]}) != base
+    assert fingerprints.split_hash({**pairs, "valid": (users, changed)}) != base
+    assert (
+        fingerprints.split_hash({**pairs, "train": pairs["test"], "test": pairs["train"]}) != base
+    )
 
 
 def test_id_map_hash_sees_boundaries_and_order() -> None:
     def digest(users: list[str], items: list[str]) -> str:
-        return schema.id_map_hash(pa.array(users, pa.string()), pa.array(items, pa.string()))
+        return fingerprints.id_map_hash(pa.array(users, pa.string()), pa.array(items, pa.string()))
 
     found = {
         digest(["ab", "c"], ["d"]),

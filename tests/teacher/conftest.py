@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data import schema, shards
+from slgr_jax.data import fingerprints, schema, shards
 
 # Ids that only survive as exact text: a leading zero, a space, any script, a comma.
 USERS = ("007", "7", "ann lee", "Ωμέγα", "u,5")
@@ -61,8 +61,8 @@ def write_dataset(
             split={},
             filters={},
             counts={},
-            id_map_hash=schema.id_map_hash(pa.array(users), pa.array(items)),
-            split_hash=schema.split_hash(pairs),
+            id_map_hash=fingerprints.id_map_hash(pa.array(users), pa.array(items)),
+            split_hash=fingerprints.split_hash(pairs),
             files=files,
         )
         schema.write_manifest(root, manifest)

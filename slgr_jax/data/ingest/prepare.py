@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import features as features_lib
-from slgr_jax.data import lineage, schema, shards
+from slgr_jax.data import fingerprints, lineage, schema, shards
 from slgr_jax.data.features import Feature
 from slgr_jax.data.ingest import feature_columns, interactions, sources, split, texts
 from slgr_jax.data.ingest.bad_rows import told
@@ -329,8 +329,8 @@ def write(
             split=described,
             filters=filters,
             counts=_counts(pairs, users, items),
-            id_map_hash=schema.id_map_hash(users.column(0), items.column(0)),
-            split_hash=schema.split_hash(pairs),
+            id_map_hash=fingerprints.id_map_hash(users.column(0), items.column(0)),
+            split_hash=fingerprints.split_hash(pairs),
             files=files,
             parents=parents,
             features=features_lib.described(features),
