@@ -17,12 +17,17 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
+import hypothesis
 import jax
 import pytest
 import shape_checks
 from absl import flags
 
 shape_checks.install()  # before anything imports slgr_jax
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("any_machine", deadline=None)
+hypothesis.settings.load_profile("any_machine")
 
 _quick = {"xla_backend_optimization_level": 0}
 if jax.__version_info__[:2] == (0, 10):  # XLA aborts on a flag that it does not know
