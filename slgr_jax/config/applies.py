@@ -103,7 +103,7 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name in ("init_how", "init_scale") and not run.vectors.init_products:
             text = f"--{name}={_text(value)} is not used without initial vectors"
             unused.append(f"{text}; add --init_item_vectors=NAME (slgr teach embed)")
-        elif name in ("adapter_hidden", "vector_dtype") and not run.vectors.products:
+        elif name in ("adapter_hidden", "vector_l2", "vector_dtype") and not run.vectors.products:
             text = f"--{name}={_text(value)} is not used without vectors"
             unused.append(f"{text}; add --item_vectors=NAME (slgr teach embed)")
         elif name in _APPLIES and not _does(run, _APPLIES[name], values):

@@ -53,6 +53,12 @@ class VectorConfig(Section):
     adapter_hidden: tuple[int, ...] = knob(
         (), "widths of the adapter's hidden layers; none = a linear map", minimum=1, maximum=WIDTH
     )
+    vector_l2: float = knob(
+        1.0,
+        "share of --l2 that is on what vectors come to; less where new items are to be found",
+        minimum=0,
+        maximum=FLOAT,
+    )
     vector_dtype: str = knob(
         "bfloat16", "storage of --item_vectors and --user_vectors", choices=TABLE_DTYPES
     )

@@ -171,7 +171,7 @@ struct Dispatch {
 template <typename... P>
 XLA_FFI_Error* Answer(XLA_FFI_CallFrame* frame, void (*kernel)(P...),
                       std::initializer_list<const char*> attributes) {
-  XLA_FFI_Extension_Base* const more = frame->extension_start;
+  auto* const more = frame->extension_start;  // whose type newer jaxlibs call otherwise
   if (more != nullptr && more->type == XLA_FFI_Extension_Metadata) {
     auto* const metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(more)->metadata;
     metadata->api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR,

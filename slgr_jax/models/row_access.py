@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -156,12 +157,18 @@ def candidate_scores(
 
 @dataclasses.dataclass(frozen=True)
 class RowAccess:
-    """Leaves: {"rows": {(name, side): {table: rows}}, "whole": {table: all rows}}."""
+    """Leaves: {"rows": {(name, side): {table: rows}}, "whole": {table: all rows}}.
+
+    Attributes:
+      native: whether CPU kernels read and write rows.
+      vector_l2: what the squares of what vectors come to are multiplied with.
+    """
 
     backbone: AnyBackbone
     optimizer: embedding_table.RowOptimizer
     layout: Layout
     native: bool
+    vector_l2: float = 1.0
 
     def _whole(self, reads: Reads) -> frozenset[str]:
         backbone = self.backbone
@@ -327,6 +334,7 @@ class RowAccess:
             name = group.split("/")[0]
             for part in made.values():
                 squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
+                squares = np.float32(self.vector_l2) * squares
                 totals[name] = totals[name] + squares if name in totals else squares
         return totals
 

@@ -88,7 +88,8 @@ class Trainer(Learner):
         if merged and model is not None:
             width = self.backbone.tables[model.user_table].width
             return DotAccess(model, width, self.row_optimizer)
-        return RowAccess(self.backbone, self.row_optimizer, self.layout, native)
+        vector_l2 = self.config.vectors.vector_l2
+        return RowAccess(self.backbone, self.row_optimizer, self.layout, native, vector_l2)
 
     @property
     def guidance_pairs(self) -> int:

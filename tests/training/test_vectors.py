@@ -118,6 +118,7 @@ USER_IDS, ITEM_IDS = np.array([0, 7, 23]), np.array([[0, 1], [14, 3], [11, 11]],
         ({"adapter_hidden": (4,), "user_vectors": "text"}, {"user": 1, "item": 1}),
         ({"item_rows": False}, {"user": 1, "item": 0}),
         ({"item_rows": False, "user_vectors": "text", "user_rows": False}, {"user": 0, "item": 0}),
+        ({"vector_l2": 0.25}, {"user": 1, "item": 1}),
     ],
 )
 def test_mf_scores_and_serves_rows_with_what_vectors_come_to(data, knobs, rows):
@@ -142,7 +143,8 @@ def test_mf_scores_and_serves_rows_with_what_vectors_come_to(data, knobs, rows):
     # The penalty is on rows and on what vectors come to, each by itself.
     parts = {side: [values[side]] if side in values else [] for side in sums}
     for side in backbone_params["adapters"]:
-        parts[side].append(_adapted(data, backbone_params, side, side))
+        share = experiment.config.vectors.vector_l2
+        parts[side].append(np.sqrt(share) * _adapted(data, backbone_params, side, side))
     norms = {side: sum((x**2).sum(axis=1) for x in of_side) for side, of_side in parts.items()}
     expected = norms["user"][USER_IDS] + norms["item"][ITEM_IDS].sum(axis=1)
     np.testing.assert_allclose(_squares(experiment, state), expected, rtol=1e-4)
