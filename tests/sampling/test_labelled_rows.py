@@ -63,7 +63,9 @@ def test_rows_of_two_users_by_hand(tmp_path: pathlib.Path) -> None:
                 assert negative[0] == user
                 assert negative[1] in ({3, 4} if user == 0 else {2, 5, 6})
                 assert negative[2:] == (as_of, 0.0)
-    dtypes = [np.asarray(getattr(rows, f.name)).dtype for f in dataclasses.fields(rows)]
+    assert rows.interactions is None  # nothing is known of an interaction here
+    columns = [getattr(rows, f.name) for f in dataclasses.fields(rows) if f.name != "interactions"]
+    dtypes = [np.asarray(column).dtype for column in columns]
     assert dtypes == [np.int32, np.int32, np.int32, np.float32]
     # The first events come with min_history=0, long histories alone with 3.
     first = labelled_rows.sampled_rows(data, "train", negatives=0, min_history=0, seed=1)

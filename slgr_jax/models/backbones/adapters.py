@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import types
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -71,10 +70,10 @@ class Adapter:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: weights ~ N(0, 2 / inputs) before a relu, biases 0."""
-        sizes = (self.vectors, *self.hidden, self.width)
+        sizes = zip((self.vectors, *self.hidden), (*self.hidden, self.width), strict=True)
         layers = {}
-        for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-            last = number == len(sizes) - 2
+        for number, (inputs, outputs) in enumerate(sizes):
+            last = number == len(self.hidden)
             std = self.init_std / np.sqrt(outputs * inputs) if last else np.sqrt(2.0 / inputs)
             drawn = jax.random.normal(jax.random.fold_in(key, number), (inputs, outputs))
             layers[f"layer_{number}"] = {

@@ -19,7 +19,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse
 
 from slgr_jax import progress
 from slgr_jax.config import CandidateConfig, ScoreConfig, SliceConfig, TeachConfig
@@ -105,6 +104,8 @@ class WordLlama:
         ids = [np.asarray(encoding.ids, np.int32) for encoding in encoded]
         starts = np.concatenate([[0], np.cumsum([row.size for row in ids])])
         tokens = np.concatenate(ids)
+        import scipy.sparse  # not at the top: training on vectors, which reads them, never needs it
+
         bags = scipy.sparse.csr_matrix(
             (np.ones(tokens.size, np.float32), tokens, starts),
             shape=(len(ids), self._vectors.shape[0]),
