@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from slgr_jax.sampling.labelled_preferences import LabelledPreferences
 from slgr_jax.sampling.negatives import Generators
 from slgr_jax.sampling.preferences import Preferences
 from slgr_jax.sampling.teacher_arrays import PreferenceRule, TeacherLists, TeacherPairs
+
+Pairs = TypeVar("Pairs", Preferences, LabelledPreferences)
 
 
 @struct.dataclass
@@ -103,9 +105,15 @@ class Gated:
         histories: Histories | None,
     ) -> LabelledPreferences | None:
         """The labelled preferences of S steps."""
-        return self.gating.draw(
+        labelled = self.gating.draw(
             words_of.third, arrays.gate, arrays.teacher, facts, histories, self.rule
         )
+        return None if labelled is None else self.as_asked(labelled, arrays)
+
+    def as_asked(self, pairs: Pairs, arrays: GatedArrays) -> Pairs:
+        """Drawn pairs without their entries, where the gate looks nothing up by them."""
+        asked = arrays.gate.entry_scores is not None
+        return pairs if asked else pairs.replace(entries=None)  # type: ignore[attr-defined]
 
     def gate_pairs(self, drawn: Any) -> Preferences:
         """The [P] pairs of one step that the gate weighs."""

@@ -49,7 +49,10 @@ class Pairwise(Gated):
         histories: Histories | None,
     ) -> GatedDraw:
         preferences = draw_preferences(words_of, arrays.teacher, facts, histories, self.rule)
-        return GatedDraw(preferences, self.draw_labelled(words_of, arrays, facts, histories))
+        return GatedDraw(
+            self.as_asked(preferences, arrays),
+            self.draw_labelled(words_of, arrays, facts, histories),
+        )
 
     def candidates(self, drawn: GatedDraw) -> Candidates:
         return Candidates(drawn.pairs.queries, drawn.pairs.items)

@@ -106,7 +106,11 @@ class Pointwise(Gated):
             pair_facts(facts, users, items, native=self.native),
             entries,
         )
-        return PointwiseDraw(pairs, targets, self.draw_labelled(words_of, arrays, facts, histories))
+        return PointwiseDraw(
+            self.as_asked(pairs, arrays),
+            targets,
+            self.draw_labelled(words_of, arrays, facts, histories),
+        )
 
     def candidates(self, drawn: PointwiseDraw) -> Candidates:
         return Candidates(drawn.pairs.queries, drawn.pairs.items)
