@@ -123,4 +123,12 @@ class PrepareConfig(Section):
         "", "how times are written, as '%d/%m/%Y %H:%M' (Python's strptime; no zone is UTC)"
     )
     rows_per_shard: int = knob(4_194_304, "most interactions in one Arrow shard", minimum=1)
+    memory: float = knob(
+        0.0,
+        "csv, parquet: gigabytes (2^30 bytes) for rows that are held at once; a larger input is "
+        "sorted in temporary files, to the same dataset. Ids, and 8 to 12 bytes a row while it is "
+        "split, come on top. 0: half of what is free now",
+        minimum=0,
+    )
+    temp_dir: str = knob("", "directory for these files, up to 50 bytes a row; empty: beside --out")
     overwrite: bool = knob(False, "replace --out when it exists")

@@ -9,12 +9,11 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from slgr_jax.config import SliceConfig
 from slgr_jax.data import features as features_lib
@@ -104,16 +103,20 @@ class Csr:
     @staticmethod
     def from_pairs(rows: np.ndarray, indices: np.ndarray, n_rows: int) -> Csr:
         """Group `indices` by `rows`, sort within each row and drop repeats."""
-        order = np.lexsort((indices, rows))
-        rows, indices = rows[order], indices[order]
-        if rows.size:
-            keep = np.empty(rows.size, bool)
-            keep[0] = True
-            keep[1:] = (rows[1:] != rows[:-1]) | (indices[1:] != indices[:-1])
-            rows, indices = rows[keep], indices[keep]
-        offsets = np.zeros(n_rows + 1, np.int64)
-        np.cumsum(np.bincount(rows, minlength=n_rows), out=offsets[1:])
-        return Csr(offsets, indices.astype(np.int32))
+        if not rows.size:
+            return Csr.empty(n_rows)
+        # One number a pair: sorted in place, several times faster than by two keys.
+        width = int(indices.max()) + 1
+        keys = rows.astype(np.int64)
+        keys *= width
+        keys += indices
+        keys.sort()
+        repeated = keys[1:] == keys[:-1]
+        if repeated.any():
+            keys = keys[np.append(True, ~repeated)]
+        offsets = np.searchsorted(keys, np.arange(n_rows + 1) * width)
+        keys %= width
+        return Csr(offsets.astype(np.int64, copy=False), keys.astype(np.int32))
 
 
 def beaten(offsets: np.ndarray, scores: np.ndarray, min_gap: float = 0.0) -> np.ndarray:
@@ -343,8 +346,8 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     items = shards.read_shards(root, manifest.files["items"], schema.ITEMS, verify=verify)
     parts: dict[str, Any] = {}
     for name in schema.PARTS:
-        table = shards.read_shards(root, manifest.files[name], schema.INTERACTIONS, verify=verify)
-        parts[name] = _part(table, f"{root}/{name}", users.num_rows, items.num_rows)
+        tables = shards.open_shards(root, manifest.files[name], schema.INTERACTIONS, verify=verify)
+        parts[name] = _part(tables, f"{root}/{name}", users.num_rows, items.num_rows)
     rows = {
         "user": users.num_rows,
         "item": items.num_rows,
@@ -360,17 +363,34 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     )
 
 
-def _part(table: pa.Table, where: str, n_users: int, n_items: int) -> Part:
-    users = table.column("user").to_numpy()
-    items = table.column("item").to_numpy()
-    for name, ids, bound in (("user", users, n_users), ("item", items, n_items)):
+def _part(tables: list[pa.Table], where: str, n_users: int, n_items: int) -> Part:
+    """The rows of shards as arrays; the shards are taken out of the list, and their memory freed,
+    one after the other."""
+    n_rows = sum(table.num_rows for table in tables)
+    columns: dict[str, np.ndarray] = {"user": np.empty(n_rows, np.int32)}
+    columns["item"] = np.empty(n_rows, np.int32)
+    for name, dtype in (("timestamp", np.int64), ("rating", np.float32)):
+        if not any(table.column(name).null_count for table in tables):
+            columns[name] = np.empty(n_rows, dtype)
+    first = 0
+    while tables:
+        table = tables.pop(0)
+        for name, values in columns.items():
+            column = table.column(name)
+            column = column.cast(pa.int64()) if name == "timestamp" else column
+            for chunk, place in _places(column, first):
+                values[place] = chunk
+        first += table.num_rows
+    for name, bound in (("user", n_users), ("item", n_items)):
+        ids = columns[name]
         if ids.size and (ids.min() < 0 or ids.max() >= bound):
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise ShardError(f"{where}: {name} index {bad} is outside the id map of {bound}")
-    times, ratings = table.column("timestamp"), table.column("rating")
-    return Part(
-        users=users,
-        items=items,
-        timestamps=None if times.null_count else pc.cast(times, pa.int64()).to_numpy(),
-        ratings=None if ratings.null_count else ratings.to_numpy(),
-    )
+    return Part(columns["user"], columns["item"], columns.get("timestamp"), columns.get("rating"))
+
+
+def _places(column: pa.ChunkedArray, first: int) -> Iterator[tuple[np.ndarray, slice]]:
+    """The chunks of a column without nulls, and where each goes if the column begins at `first`."""
+    for chunk in column.chunks:
+        yield chunk.to_numpy(), slice(first, first + len(chunk))
+        first += len(chunk)

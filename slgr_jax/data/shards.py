@@ -31,6 +31,9 @@ from slgr_jax.locks import LockHeldError, LockLostError, hold
 
 # Temporary directories that were not touched for so long, and that nobody holds, are leftovers.
 _LEFTOVER_S = 60.0
+ROWS_STREAMED = 1 << 20
+# Of a row of interactions in an Arrow stream: two ids and their offsets.
+_STREAM_ROW_BYTES = 16
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -63,7 +66,7 @@ def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[path
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(target)
+            remove_leftovers(target)
             name = tempfile.mkdtemp(prefix=_staging_prefix(target), dir=target.parent)
         except OSError as error:
             raise InputError(f"{out} cannot be made: {error.strerror}") from error
@@ -92,11 +95,36 @@ def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[path
         shutil.rmtree(retired)
 
 
+@contextlib.contextmanager
+def scratch_directory(target: PathLike) -> Iterator[pathlib.Path]:
+    """A directory beside `target` for temporary files, that is gone after the block.
+
+    What a process that was killed left there is removed by the next (`remove_leftovers`).
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    path = pathlib.Path(target).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix=_staging_prefix(path), dir=path.parent))
+    except OSError as error:
+        raise InputError(
+            f"temporary files cannot be written in {path.parent}: {error.strerror}; name another "
+            "directory with --temp_dir"
+        ) from error
+    try:
+        with hold(scratch):
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _staging_prefix(target: pathlib.Path) -> str:
     return f".{target.name}.partial-"
 
 
-def _remove_leftovers(target: pathlib.Path) -> None:
+def remove_leftovers(target: pathlib.Path) -> None:
     """Remove temporary directories of `target` that no process holds any more.
 
     A process that is about to take its lock could lose its empty directory: only old ones go.
@@ -279,8 +307,39 @@ def read_table(path: PathLike, *, columns: Sequence[str] | None = None) -> pa.Ta
     return table
 
 
-def column_names(path: PathLike) -> list[str]:
-    """The columns of an Arrow or Parquet file, without reading its data.
+def stream_table(path: PathLike, *, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """`read_table`, some rows at a time: what is read of the file is not mapped.
+
+    A batch has at most `ROWS_STREAMED` rows of a Parquet file, and as many as it was written with
+    of an Arrow file.
+    """
+    head = _head(path)
+    with _refusing(path):
+        if head[:4] == b"PAR1":
+            # A row group may be all of the file: pages are read as they are needed.
+            file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+            batches = file.iter_batches(ROWS_STREAMED, columns=list(columns))
+        else:
+            batches = _batches(pa.OSFile(os.fspath(path)), head, path)
+        for batch in batches:
+            table = pa.Table.from_batches([batch]).select(list(columns))
+            table.validate(full=True)
+            yield table
+
+
+def _batches(source: pa.OSFile, head: bytes, path: PathLike) -> Iterator[pa.RecordBatch]:
+    if head[:6] == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        for k in range(reader.num_record_batches):
+            yield reader.get_batch(k)
+        return
+    with pa.ipc.open_stream(source) as reader:
+        _check_end(pa.OSFile(os.fspath(path)), path)
+        yield from reader
+
+
+def schema_of(path: PathLike) -> pa.Schema:
+    """The columns of an Arrow or Parquet file and their types, without reading its data.
 
     Raises:
       ShardError: the file is empty, truncated, or neither.
@@ -288,10 +347,32 @@ def column_names(path: PathLike) -> list[str]:
     head = _head(path)
     with _refusing(path):
         if head[:4] == b"PAR1":
-            return list(pq.read_schema(path).names)
+            return pq.read_schema(path)
         opener = pa.ipc.open_file if head[:6] == b"ARROW1" else pa.ipc.open_stream
         with opener(pa.memory_map(os.fspath(path), "r")) as reader:
-            return list(reader.schema.names)
+            return reader.schema
+
+
+def column_names(path: PathLike) -> list[str]:
+    """The columns of an Arrow or Parquet file; errors as of `schema_of`."""
+    return list(schema_of(path).names)
+
+
+def rows_in(path: PathLike) -> int:
+    """How many rows a Parquet or Arrow file has; of an Arrow stream, by its size, at most about.
+
+    Raises:
+      ShardError: the file is empty, truncated, or neither.
+    """
+    head = _head(path)
+    with _refusing(path):
+        if head[:4] == b"PAR1":
+            return int(pq.read_metadata(path).num_rows)
+        if head[:6] != b"ARROW1":
+            return os.path.getsize(path) // _STREAM_ROW_BYTES
+        import pyarrow.dataset  # not at the top: training never needs it
+
+        return int(pyarrow.dataset.dataset(os.fspath(path), format="ipc").count_rows())
 
 
 def _head(path: PathLike) -> bytes:
@@ -320,10 +401,14 @@ def _refusing(path: PathLike) -> Iterator[None]:
 def _read_stream(source: pa.MemoryMappedFile, path: PathLike) -> pa.Table:
     with pa.ipc.open_stream(source) as reader:
         table = reader.read_all()
+    _check_end(source, path)
+    return table
+
+
+def _check_end(source: pa.NativeFile, path: PathLike) -> None:
     # A stream ends with a marker (continuation, length 0). Without it the writer was cut off
     # between two batches, which the reader takes for a normal end.
     size = source.size()
     source.seek(max(0, size - 8))
     if source.read(8) != b"\xff\xff\xff\xff\x00\x00\x00\x00":
         raise ShardError(f"{path} is an Arrow stream without its end marker: it is truncated")
-    return table

@@ -12,7 +12,7 @@ from slgr_jax.data.ingest import json_lines, tables, text_lines, texts
 from slgr_jax.data.ingest.archive import Files
 from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.delimited import DelimitedFile, pick
-from slgr_jax.data.ingest.tables import Piece, Raw
+from slgr_jax.data.ingest.raw import Piece, Raw, nothing
 from slgr_jax.data.ingest.text_lines import Dialect
 from slgr_jax.data.ingest.texts import Texts
 from slgr_jax.errors import InputError, listing
@@ -45,9 +45,9 @@ def reviews(config: PrepareConfig) -> Raw:
         pieces.append(read(files, name, part, config))
         opened.append(files)
     if not config.items_input:
-        return Raw(tuple(pieces), tuple(opened), tables.nothing, tables.nothing)
+        return Raw(tuple(pieces), tuple(opened), nothing, nothing)
     items, source = _items(config)
-    return Raw(tuple(pieces), (*opened, source), items, tables.nothing)
+    return Raw(tuple(pieces), (*opened, source), items, nothing)
 
 
 def _is_amazon(name: str) -> bool:

@@ -41,11 +41,13 @@ from slgr_jax.data.ingest import (
     prepare,
     sources,
     split,
+    split_rules,
     texts,
     times,
 )
-from slgr_jax.data.ingest.interactions import Log
-from slgr_jax.data.ingest.tables import Raw
+from slgr_jax.data.ingest.log import Log, Ranges
+from slgr_jax.data.ingest.raw import Raw
+from slgr_jax.data.ingest.write import compact, write
 from slgr_jax.errors import ConfigError, InputError, listing, printable
 
 # Settings of a dataset that one made from it shares, with what stands for "as it was".
@@ -82,19 +84,26 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
         )
     log, new_users, new_items, unit = interactions.read_log(raw, settings)
     _check_alike(parent, log, unit, config)
-    counts: dict[str, Any] = {"parent_rows": sum(manifest.counts[part] for part in schema.PARTS)}
-    log, more = interactions.well_rated(log, settings)
-    counts |= more
-    log, user_ids, item_ids = _joined(parent, log, new_users, new_items, settings.count_repeats)
+    counts: dict[str, Any] = {
+        "parent_rows": sum(manifest.counts[part] for part in schema.PARTS),
+        "rows_read": len(log),
+    }
+    rows = Ranges.of(log)
+    interactions.well_rated(rows, settings, counts)
+    log, user_ids, item_ids = _joined(
+        parent, rows.whole(), new_users, new_items, settings.count_repeats
+    )
 
     old = _pairs_of(parent, len(item_ids))
-    log = _without_repeats(log, old, len(item_ids), settings, counts)
+    rows = Ranges.of(_without_repeats(log, old, len(item_ids), settings, counts))
     if settings.user_core > 1 or settings.item_core > 1:
-        log = interactions.core(log, settings, counts)
-    log, user_ids, item_ids = _without_unused(parent, log, user_ids, item_ids)
+        interactions.core(rows, settings, counts)
+    log, user_ids, item_ids = _without_unused(parent, rows.whole(), user_ids, item_ids)
     old_parts = _known_parts(log, _pairs_of(parent, len(item_ids)), len(item_ids))
     log, described = _split(log, old_parts, settings, len(manifest.parents) + 1)
     described["time_unit"] = manifest.split.get("time_unit", unit)
+    rows = Ranges.of(log)
+    numbering, user_ids, item_ids = compact(rows, user_ids, item_ids, keep_all=True)
 
     user_texts, item_texts, item_ids = prepare.read_texts(raw, settings, user_ids, item_ids)
     users, items, met, changed = _texts(parent, user_ids, item_ids, user_texts, item_texts)
@@ -103,10 +112,11 @@ def append(config: PrepareConfig, given: Collection[str] = ()) -> schema.Dataset
         parent, raw, settings, log, {"user": user_ids, "item": item_ids}
     )
     source["texts_changed"] = changed | changed_features
-    return prepare.write(
+    return write(
         settings,
         printable(config.name or manifest.name),
-        log,
+        rows,
+        numbering,
         users,
         items,
         source,
@@ -363,7 +373,9 @@ def _split(
 ) -> tuple[Log, dict[str, Any]]:
     """Give every row its part; also say how, for the manifest."""
     if config.split != "ratio":
-        return prepare.split_by_rule(log, config, config.split)
+        rows = Ranges.of(log)
+        described = split_rules.by_rule(rows, config, config.split)
+        return rows.whole(), described
     fractions = {
         "valid_fraction": config.valid_fraction,
         "test_fraction": config.test_fraction,

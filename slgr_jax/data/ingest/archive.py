@@ -17,6 +17,8 @@ from slgr_jax.data.ingest import text_lines
 from slgr_jax.data.shards import sha256_of
 from slgr_jax.errors import InputError, listing, printable
 
+_INFLATES = 5  # times that a gz file of a log grows, about
+
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
@@ -100,6 +102,11 @@ class Files:
         if self._zip is not None:
             return self._zip.getinfo(name).file_size
         return None if name.endswith(".gz") else self.path_of(name).stat().st_size
+
+    def inflated_size(self, name: str) -> int:
+        """About how many bytes `open` reads of a file; of a gz file a guess."""
+        size = self.size(name)
+        return self.path_of(name).stat().st_size * _INFLATES if size is None else size
 
     def head(self, name: str, size: int = 1 << 16) -> bytes:
         """The first bytes of a file, inflated."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
+from slgr_jax import progress
 from slgr_jax.data import shards
 from slgr_jax.data.ingest.archive import Files, reading
 from slgr_jax.data.ingest.bad_rows import LineCount
@@ -139,29 +142,118 @@ def read(
     Raises:
       InputError: a file is empty, damaged, lacks a column or has other columns than the first.
     """
-    tables: list[pa.Table] = []
-    chosen: dict[str, str] = {}
-    count = LineCount(files.where(names[0]) if len(names) == 1 else str(files.path))
+    layout = _Layout.of(files, names, wanted, required)
+    tables = list(layout.batches())
+    whole = pa.concat_tables([layout.common.empty_table(), *tables])
+    layout.count.lines = layout.count.rows = whole.num_rows
+    return layout.chosen, FileRows(layout.roles(whole), layout.count)
+
+
+def stream(
+    files: Files, names: Sequence[str], wanted: Mapping[str, str], *, required: Collection[str]
+) -> tuple[dict[str, str], tuple[LineCount, Iterator[FileRows]]]:
+    """`read`, some rows at a time.
+
+    Returns:
+      Role -> column name; the lines so far, and the rows.
+    """
+    layout = _Layout.of(files, names, wanted, required)
+    count = layout.count
+
+    def batches() -> Iterator[FileRows]:
+        for table in layout.batches():
+            count.lines += table.num_rows
+            count.rows += table.num_rows
+            yield FileRows(layout.roles(table), count)
+
+    return layout.chosen, (count, batches())
+
+
+def rows_in(files: Files, names: Sequence[str]) -> int:
+    """How many rows some files have; of Arrow streams about, which do not say it.
+
+    Raises:
+      InputError: a file is empty or damaged.
+    """
+    total = 0
     for name in names:
-        where, path = files.where(name), files.path_of(name)
-        files.open(name).close()
-        if path.stat().st_size == 0:
-            raise InputError(f"{where} is empty")
-        with reading(where):
-            try:
-                present = shards.column_names(path)
-                selected = pick(present, wanted, where, required=required)
-                table = shards.read_table(path, columns=list(dict.fromkeys(selected.values())))
-            except ShardError as error:
-                raise InputError(str(error)) from error
-        if tables and selected != chosen:
-            raise InputError(
-                f"{where} has the columns {listing(selected.values())}, the files before it "
-                f"{listing(chosen.values())}; make them alike"
-            )
-        chosen = selected
-        tables.append(table)
-    with reading(str(files.path)):
-        whole = pa.concat_tables(tables, promote_options="permissive")
-    count.lines = count.rows = whole.num_rows
-    return chosen, FileRows({role: whole.column(name) for role, name in chosen.items()}, count)
+        with _refusing(files.where(name)):
+            total += shards.rows_in(files.path_of(name))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Files that are read as one table.
+
+    Attributes:
+      chosen: role -> column name.
+      common: the columns that are read, of types that hold those of every file.
+    """
+
+    files: Files
+    names: Sequence[str]
+    chosen: dict[str, str]
+    common: pa.Schema
+    count: LineCount
+
+    @classmethod
+    def of(
+        cls,
+        files: Files,
+        names: Sequence[str],
+        wanted: Mapping[str, str],
+        required: Collection[str],
+    ) -> _Layout:
+        """Look at the columns of all files."""
+        layouts: list[pa.Schema] = []
+        chosen: dict[str, str] = {}
+        for name in names:
+            where, path = files.where(name), files.path_of(name)
+            files.open(name).close()
+            with _refusing(where):
+                layout = shards.schema_of(path)
+                selected = pick(layout.names, wanted, where, required=required)
+            if layouts and selected != chosen:
+                raise InputError(
+                    f"{where} has the columns {listing(selected.values())}, the files before it "
+                    f"{listing(chosen.values())}; make them alike"
+                )
+            chosen = selected
+            columns = dict.fromkeys(selected.values())
+            layouts.append(pa.schema([layout.field(c).remove_metadata() for c in columns]))
+        with reading(str(files.path)):
+            common = pa.unify_schemas(layouts, promote_options="permissive")
+        where = files.where(names[0]) if len(names) == 1 else str(files.path)
+        return cls(files, names, chosen, common, LineCount(where))
+
+    def batches(self) -> Iterator[pa.Table]:
+        """The rows of all files; a bar says how far they have been read."""
+        total = rows_in(self.files, self.names)
+        with progress.bar(total, "row", label="read", scale=True) as bar:
+            for name in self.names:
+                tables = shards.stream_table(
+                    self.files.path_of(name), columns=list(self.common.names)
+                )
+                while True:
+                    with _refusing(self.files.where(name)):
+                        table = next(tables, None)
+                        if table is None:
+                            break
+                        table = table.cast(self.common)
+                    bar.update(table.num_rows)
+                    yield table
+
+    def roles(self, table: pa.Table) -> dict[str, pa.ChunkedArray]:
+        """Role -> column."""
+        return {role: table.column(name) for role, name in self.chosen.items()}
+
+
+@contextlib.contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Turn what a damaged file raises into an `InputError`."""
+    with reading(where):
+        try:
+            yield
+        except ShardError as error:
+            raise InputError(str(error)) from error

@@ -77,7 +77,12 @@ class Sieve:
     """
 
     def __init__(
-        self, n_rows: int, *, count: LineCount | None = None, numbers: np.ndarray | None = None
+        self,
+        n_rows: int,
+        *,
+        count: LineCount | None = None,
+        numbers: np.ndarray | None = None,
+        first: int = 0,
     ) -> None:
         """A sieve that drops if there is a `count` to drop into, else refuses.
 
@@ -85,10 +90,11 @@ class Sieve:
           n_rows: n.
           count: of the file; its rows become its dropped.
           numbers: [n] the rows' numbers in the file, from 1; None if none was dropped before.
+          first: rows of the file that come before these, where there are no numbers.
         """
         self.keep = np.ones(n_rows, bool)
         self._count = count
-        self._numbers = numbers
+        self._numbers, self._first = numbers, first
 
     @property
     def drops(self) -> bool:
@@ -123,7 +129,7 @@ class Sieve:
         self._count.dropped += places[SHOWN:].size
 
     def _message(self, place: int, label: str, reason: Callable[[int], str]) -> str:
-        row = int(place) + 1 if self._numbers is None else int(self._numbers[place])
+        row = self._first + int(place) + 1 if self._numbers is None else int(self._numbers[place])
         return f"{label}, row {row}: {reason(int(place))}"
 
 

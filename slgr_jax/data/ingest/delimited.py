@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import dataclasses
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,9 @@ class FileRows:
     columns: dict[str, pa.ChunkedArray]
     count: LineCount
     numbers: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
 
 
 class _Counted:
@@ -139,68 +143,105 @@ class DelimitedFile:
         Raises:
           InputError: a row has another number of fields, is not text, or has an open quote.
         """
-        places = {role: self.names.index(column) for role, column in columns.items()}
-        types = {str(place): _ID if role in ids else pa.string() for role, place in places.items()}
-        numeric = [places[role] for role in ("timestamp", "rating") if role in places]
-        suspects = numeric if is_log else None
-
-        table, lines, misfits = self._parse(types, suspects, drop=drop, threads=not drop)
+        layout = _Layout.of(self.names, columns, ids, is_log)
+        table, lines, misfits = self._parse(layout, drop=drop, threads=not drop)
         if misfits and not drop:  # once more, in order: threads do not know row numbers
-            table, lines, misfits = self._parse(types, suspects, drop=drop, threads=False)
+            table, lines, misfits = self._parse(layout, drop=drop, threads=False)
         numbers = self._account(lines, table.num_rows, misfits, drop=drop)
-        chosen = {role: table.column(str(place)) for role, place in places.items()}
-        return FileRows(chosen, lines.count, numbers)
+        return FileRows(layout.columns(table), lines.count, numbers)
 
-    def _parse(
-        self, types: Mapping[str, pa.DataType], suspects: Sequence[int] | None, *,
-        drop: bool, threads: bool,
-    ) -> tuple[pa.Table, CheckedLines, list[pacsv.InvalidRow]]:  # fmt: skip
-        """The columns of `types` by place, the lines that held them, rows of another width."""
-        misfits: list[pacsv.InvalidRow] = []
+    def stream(
+        self, columns: Mapping[str, str], *, drop: bool = False
+    ) -> tuple[LineCount, Iterator[FileRows]]:
+        """`read` of a log, some rows at a time; the lines are counted as they are read."""
+        layout = _Layout.of(self.names, columns, ID_ROLES, is_log=True)
+        count = LineCount(self.where)
 
-        def skip(row: pacsv.InvalidRow) -> str:
-            misfits.append(row)
-            return "skip"
+        def batches() -> Iterator[FileRows]:
+            misfits: list[pacsv.InvalidRow] = []
+            with self._lines(count, layout, drop=drop) as lines:
+                if lines.is_empty():
+                    return
+                options = self._options(layout, misfits, threads=False)
+                n_given = n_odd = 0  # rows that Arrow was given; those of another width
+                for batch in pacsv.open_csv(lines, **options):
+                    odd = _before(misfits, n_given + batch.num_rows)
+                    last = n_given + batch.num_rows + len(odd)
+                    numbers = None  # from 1, until a row is left out
+                    n_odd += len(odd)
+                    if lines.dropped or n_odd:
+                        numbers = _in_file(np.arange(n_given + 1, last + 1), lines.dropped)
+                        places = np.array([row.number - 1 - n_given for row in odd], np.int64)
+                        self._refuse(odd, numbers[places], count, drop=drop)
+                        numbers = np.delete(numbers, places)
+                    n_given = last
+                    count.rows += batch.num_rows
+                    yield FileRows(layout.columns(pa.Table.from_batches([batch])), count, numbers)
+                given = np.array([row.number for row in misfits], np.int64)
+                self._refuse(misfits, _in_file(given, lines.dropped), count, drop=drop)
 
-        dialect, width = self._dialect, len(self.names)
+        return count, batches()
+
+    @contextlib.contextmanager
+    def _lines(self, count: LineCount, layout: _Layout, *, drop: bool) -> Iterator[CheckedLines]:
+        """The file's lines; what is wrong with one is an `InputError`."""
         size = self._files.size(self._name)
         with (
             self._files.open(self._name) as file,
             reading(self.where),
             progress.bar(size, "B", label="read", scale=True) as bar,
         ):
-            lines = CheckedLines(
+            yield CheckedLines(
                 _Counted(file, bar),
-                LineCount(self.where),
-                dialect,
+                count,
+                self._dialect,
                 has_header=self._has_header,
                 drop=drop,
-                width=width,
-                numeric=suspects,
+                width=len(self.names),
+                numeric=layout.suspects,
             )
+
+    def _options(
+        self, layout: _Layout, misfits: list[pacsv.InvalidRow], *, threads: bool
+    ) -> dict[str, Any]:
+        """How Arrow is to read; rows of another width go to `misfits`."""
+
+        def skip(row: pacsv.InvalidRow) -> str:
+            misfits.append(row)
+            return "skip"
+
+        dialect = self._dialect
+        return {
+            "read_options": pacsv.ReadOptions(
+                column_names=[str(place) for place in range(len(self.names))],
+                block_size=ARROW_BLOCK,
+                use_threads=threads,
+            ),
+            "parse_options": pacsv.ParseOptions(
+                delimiter=dialect.delimiter,
+                quote_char=dialect.quote or False,
+                escape_char=dialect.escape or False,
+                newlines_in_values=bool(dialect.quote),
+                invalid_row_handler=skip,
+            ),
+            "convert_options": pacsv.ConvertOptions(
+                column_types=dict(layout.types),
+                include_columns=list(layout.types),
+                strings_can_be_null=False,
+            ),
+        }
+
+    def _parse(
+        self, layout: _Layout, *, drop: bool, threads: bool
+    ) -> tuple[pa.Table, CheckedLines, list[pacsv.InvalidRow]]:
+        """The columns by place, the lines that held them, rows of another width."""
+        misfits: list[pacsv.InvalidRow] = []
+        with self._lines(LineCount(self.where), layout, drop=drop) as lines:
             if lines.is_empty():
-                empty = {place: pa.chunked_array([], kind) for place, kind in types.items()}
+                kinds = layout.types.items()
+                empty = {place: pa.chunked_array([], kind) for place, kind in kinds}
                 return pa.table(empty), lines, misfits
-            table = pacsv.read_csv(
-                lines,
-                read_options=pacsv.ReadOptions(
-                    column_names=[str(place) for place in range(width)],
-                    block_size=ARROW_BLOCK,
-                    use_threads=threads,
-                ),
-                parse_options=pacsv.ParseOptions(
-                    delimiter=dialect.delimiter,
-                    quote_char=dialect.quote or False,
-                    escape_char=dialect.escape or False,
-                    newlines_in_values=bool(dialect.quote),
-                    invalid_row_handler=skip,
-                ),
-                convert_options=pacsv.ConvertOptions(
-                    column_types=dict(types),
-                    include_columns=list(types),
-                    strings_can_be_null=False,
-                ),
-            )
+            table = pacsv.read_csv(lines, **self._options(layout, misfits, threads=threads))
         return table, lines, misfits
 
     def _account(
@@ -215,7 +256,17 @@ class DelimitedFile:
         numbers = np.delete(np.arange(1, lines.n_rows + 1), np.array(lines.dropped, np.int64) - 1)
         # Arrow numbers the rows that it was given.
         places = np.array([row.number for row in misfits], np.int64) - 1
-        for row, number in zip(misfits, numbers[places], strict=True):
+        self._refuse(misfits, numbers[places], count, drop=drop)
+        count.rows = n_rows
+        count.check()
+        return np.delete(numbers, places)
+
+    def _refuse(
+        self, misfits: Sequence[pacsv.InvalidRow], numbers: np.ndarray, count: LineCount, *,
+        drop: bool,
+    ) -> None:  # fmt: skip
+        """Refuse or drop rows of another width, whose numbers in the file are given."""
+        for row, number in zip(misfits, numbers, strict=True):
             shown = row.text if len(row.text) <= 60 else row.text[:57] + "..."
             message = (
                 f"{self.where}, row {number}: Expected {row.expected_columns} columns, got "
@@ -229,9 +280,60 @@ class DelimitedFile:
                     "cannot be used"
                 )
             count.drop(message)
-        count.rows = n_rows
-        count.check()
-        return np.delete(numbers, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which columns are read, and as what.
+
+    Attributes:
+      places: role -> the column's place in a row.
+      types: place -> Arrow type.
+      suspects: places of numbers, see `CheckedLines`.
+    """
+
+    places: Mapping[str, int]
+    types: Mapping[str, pa.DataType]
+    suspects: Sequence[int] | None
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], columns: Mapping[str, str], ids: Collection[str], is_log: bool
+    ) -> _Layout:
+        places = {role: names.index(column) for role, column in columns.items()}
+        types = {str(place): _ID if role in ids else pa.string() for role, place in places.items()}
+        numeric = [places[role] for role in ("timestamp", "rating") if role in places]
+        return cls(places, types, numeric if is_log else None)
+
+    def columns(self, table: pa.Table) -> dict[str, pa.ChunkedArray]:
+        """Role -> column of a table whose columns are called by their places."""
+        return {role: table.column(str(place)) for role, place in self.places.items()}
+
+
+def _before(misfits: list[pacsv.InvalidRow], last: int) -> list[pacsv.InvalidRow]:
+    """Take out the rows of another width that stand before a row.
+
+    Args:
+      misfits: in their order; Arrow may have read on.
+      last: the row's number among those that fit, and those of another width before `misfits`.
+    """
+    n = 0
+    while n < len(misfits) and misfits[n].number <= last + n:
+        n += 1
+    taken = misfits[:n]
+    del misfits[:n]
+    return taken
+
+
+def _in_file(given: np.ndarray, dropped: Sequence[int]) -> np.ndarray:
+    """The numbers in the file of rows that Arrow was given, both from 1.
+
+    Args:
+      dropped: ascending numbers of the rows that it was not given.
+    """
+    before = np.array(dropped, np.int64)
+    before -= np.arange(1, before.size + 1)  # how many rows were given before each
+    return given + np.searchsorted(before, given, "left")
 
 
 def pick(

@@ -9,7 +9,7 @@ numbers on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,47 +22,13 @@ from slgr_jax.data.features import Feature
 from slgr_jax.data.ingest import columns, feature_columns, split, tables, times
 from slgr_jax.data.ingest.bad_rows import Sieve
 from slgr_jax.data.ingest.feature_columns import Declared, Rows
-from slgr_jax.data.ingest.tables import Piece, Raw
+from slgr_jax.data.ingest.log import Log, Ranges
+from slgr_jax.data.ingest.memory import Memory
+from slgr_jax.data.ingest.raw import Piece, Raw, stretches
+from slgr_jax.data.ingest.spill import Spill
 from slgr_jax.errors import ConfigError, InputError, listing, printable
 
 _PART_CODES = {name: code for code, name in enumerate(schema.PARTS)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Log:
-    """Interactions as aligned arrays of length n, in input order.
-
-    `users` and `items` index the sorted ids; `parts` is None until a split is known. `rows` says
-    which row each was, counted through all pieces, where its features are to be found.
-    """
-
-    users: np.ndarray  # [n] int32
-    items: np.ndarray  # [n] int32
-    times: np.ndarray | None  # [n] int64 microseconds
-    ratings: np.ndarray | None  # [n] float32
-    parts: np.ndarray | None  # [n] int8
-    rows: np.ndarray | None = None  # [n] int64; None where interactions have no features
-
-    def __len__(self) -> int:
-        return int(self.users.size)
-
-    def where(self, keep: np.ndarray) -> Log:
-        """The rows of a bool mask or an index array, in its order."""
-        return Log(
-            self.users[keep],
-            self.items[keep],
-            None if self.times is None else self.times[keep],
-            None if self.ratings is None else self.ratings[keep],
-            None if self.parts is None else self.parts[keep],
-            None if self.rows is None else self.rows[keep],
-        )
-
-    def in_order(self, code: int) -> np.ndarray:
-        """Where the rows of a part are, sorted by user, time, item: as a dataset has them."""
-        places = np.flatnonzero(self.parts == code)
-        users, items = self.users[places], self.items[places]
-        keys = (items, users) if self.times is None else (items, self.times[places], users)
-        return places[np.lexsort(keys)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +44,56 @@ class _Values:
     rows: np.ndarray  # of the piece, each as it was counted
 
 
-def read_log(raw: Raw, config: PrepareConfig) -> tuple[Log, pa.Array, pa.Array, str | None]:
-    """All pieces as one log, the sorted user and item ids, and the unit that the times were in.
+def read(
+    raw: Raw, config: PrepareConfig, memory: Memory
+) -> tuple[Ranges, pa.Array, pa.Array, str | None]:
+    """All rows, the sorted user and item ids, and the unit that the times were in.
+
+    What is read at once fits into memory; where that is not all, the rows are in files.
 
     Raises:
       InputError: a value cannot be used, no row can, or the pieces are not alike.
     """
-    pieces = raw.pieces
-    values = [_values(piece, config) for piece in pieces]
+    if not raw.streams:
+        log, user_ids, item_ids, unit = read_log(raw, config)
+        return Ranges.of(log), user_ids, item_ids, unit
+    spill = Spill(memory.scratch())
+    unit = None
+    for pieces in stretches(raw, memory.rows):
+        log, user_ids, item_ids, unit = _log_of(pieces, raw, config, unit)
+        spill.add(log, user_ids, item_ids)
+        del log, user_ids, item_ids
+    by_time = raw.has("timestamp") and config.split in ("auto", "global_time", "leave_last")
+    is_premade = raw.has("split") or any(piece.part for piece in raw.inputs)
+    return *spill.ranges(memory.rows, numbered=is_premade or not by_time), unit
+
+
+def read_log(raw: Raw, config: PrepareConfig) -> tuple[Log, pa.Array, pa.Array, str | None]:
+    """`read` of pieces that are in memory."""
+    assert not raw.streams
+    return _log_of(raw.pieces, raw, config)
+
+
+def _log_of(
+    pieces: Sequence[Piece], raw: Raw, config: PrepareConfig, unit: str | None = None
+) -> tuple[Log, pa.Array, pa.Array, str | None]:
+    """Some pieces as one log, their ids, and the unit of times; `unit`: of those before them.
+
+    The ids of a stretch are in no order: those of all stretches are sorted at the end.
+    """
+    ordered = not raw.streams
+    values = [_values(piece, config, unit) for piece in pieces]
+    labels = {role: [piece.label(role) for piece in pieces] for role in ("user", "item")}
     users, user_ids = columns.encode_ids(
-        [value.users for value in values], [piece.label("user") for piece in pieces]
+        [value.users for value in values], labels["user"], ordered=ordered
     )
     items, item_ids = columns.encode_ids(
-        [value.items for value in values], [piece.label("item") for piece in pieces]
+        [value.items for value in values], labels["item"], ordered=ordered
     )
     units = {p.where: v.unit for p, v in zip(pieces, values, strict=True) if v.unit is not None}
-    if len(set(units.values())) > 1:
+    if len({*units.values(), *([unit] if unit else [])}) > 1:
         shown = ", ".join(f"{where}: {unit}" for where, unit in units.items())
+        shown += f", before: {unit}" if unit else ""
         raise InputError(f"the input files have times of different units ({shown})")
     log = Log(
         np.concatenate(users),
@@ -117,12 +116,15 @@ def _joined(arrays: list[np.ndarray | None], noun: str) -> np.ndarray | None:
     return np.concatenate(present) if present else None
 
 
-def _values(piece: Piece, config: PrepareConfig) -> _Values:
+def _values(piece: Piece, config: PrepareConfig, unit: str | None) -> _Values:
     """The columns of a piece as arrays, without its bad rows."""
     sieve = Sieve(
-        len(piece), count=piece.count if tables.drops(config) else None, numbers=piece.numbers
+        len(piece),
+        count=piece.count if tables.drops(config) else None,
+        numbers=piece.numbers,
+        first=piece.first,
     )
-    micros = ratings = parts = unit = None
+    micros = ratings = parts = None
     for role in ("user", "item"):
         columns.check_ids(piece.columns[role], piece.label(role), sieve)
     if "timestamp" in piece.columns:
@@ -132,6 +134,7 @@ def _values(piece: Piece, config: PrepareConfig) -> _Values:
             sieve,
             time_format=config.time_format,
             decimal=config.decimal,
+            unit=unit,
         )
     if "rating" in piece.columns:
         ratings = columns.to_ratings(
@@ -209,86 +212,129 @@ def features_of(
     )
 
 
-def filtered(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
-    """The rows that are left of unused rows, low ratings, repeated pairs and the k-core.
+def filtered(rows: Ranges, config: PrepareConfig) -> dict[str, Any]:
+    """Leave out unused rows, low ratings, repeated pairs and what is outside the k-core.
 
     Returns:
-      The log, and for the manifest how many rows each filter dropped.
+      For the manifest, how many rows each filter dropped.
 
     Raises:
       InputError: no row is left.
       ConfigError: a filter needs ratings and there are none, or the reverse.
     """
-    counts: dict[str, Any] = {"rows_read": len(log)}
-    if log.parts is not None:
-        log = _kept(log, log.parts != columns.UNUSED, "unused_in_split_column", counts)
-    log = _well_rated(log, config, counts)
-    log = _without_repeats(log, config, counts)
+    counts: dict[str, Any] = {"rows_read": len(rows)}
+    if rows.parts:
+        _keep(rows, lambda log: _parts(log) != columns.UNUSED, "unused_in_split_column", counts)
+    well_rated(rows, config, counts)
+    _without_repeats(rows, config, counts)
     if config.user_core > 1 or config.item_core > 1:
-        log = core(log, config, counts)
-    return log, counts
+        core(rows, config, counts)
+    return counts
 
 
-def well_rated(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
-    """The rows that are rated high enough, and counts as of `filtered`."""
-    counts: dict[str, Any] = {"rows_read": len(log)}
-    return _well_rated(log, config, counts), counts
-
-
-def _well_rated(log: Log, config: PrepareConfig, counts: dict[str, Any]) -> Log:
+def well_rated(rows: Ranges, config: PrepareConfig, counts: dict[str, Any]) -> None:
+    """Keep the rows that are rated high enough; what it dropped is added to `counts`."""
     if config.min_rating == float("-inf"):
-        return log
-    if log.ratings is None:
+        return
+    if not rows.ratings:
         raise ConfigError("--min_rating is set, but the input has no ratings")
     counts["min_rating"] = config.min_rating
-    return _kept(log, log.ratings >= config.min_rating, "below_min_rating", counts)
+    _keep(rows, lambda log: _ratings(log) >= config.min_rating, "below_min_rating", counts)
 
 
-def _kept(log: Log, mask: np.ndarray, reason: str, counts: dict[str, Any]) -> Log:
-    counts[reason] = int(mask.size - np.count_nonzero(mask))
-    if not mask.any():
-        raise InputError(f"no interaction is left: {reason} dropped all {mask.size}")
-    return log if mask.all() else log.where(mask)
+def _keep(
+    rows: Ranges, mask: Callable[[Log], np.ndarray], reason: str, counts: dict[str, Any]
+) -> None:
+    n = len(rows)
+    counts[reason] = rows.keep(mask, reason.replace("_", " "))
+    if counts[reason] == n:
+        raise InputError(f"no interaction is left: {reason} dropped all {n}")
 
 
-def _without_repeats(log: Log, config: PrepareConfig, counts: dict[str, Any]) -> Log:
-    if config.keep == "highest" and log.ratings is None:
+def _without_repeats(rows: Ranges, config: PrepareConfig, counts: dict[str, Any]) -> None:
+    if config.keep == "highest" and not rows.ratings:
         raise ConfigError("--keep=highest needs ratings, and the input has none; use first or last")
     if config.count_repeats:
-        if log.ratings is not None:
+        if rows.ratings:
             raise ConfigError(
                 "--count_repeats writes counts in place of the input's ratings; to leave these "
                 "out, add --rating_column="
             )
-        repeats = split.times_repeated(log.users, log.items, log.parts)
-        counts["most_repeats"] = int(repeats.max())
-        log = dataclasses.replace(log, ratings=repeats.astype(np.float32))
+        counts["most_repeats"] = 0
+
+        def counted(log: Log) -> Log:
+            repeats = split.times_repeated(log.users, log.items, log.parts)
+            counts["most_repeats"] = max(counts["most_repeats"], int(repeats.max(initial=0)))
+            return dataclasses.replace(log, ratings=repeats.astype(np.float32))
+
+        rows.change(counted, "repeats")
     if config.keep != "first":
         counts["keep"] = config.keep
-    keep = split.distinct_pairs(
-        log.users, log.items, log.times, log.parts, keep=config.keep, ratings=log.ratings
-    )
-    return _kept(log, keep, "duplicates", counts)
+
+    def distinct(log: Log) -> np.ndarray:
+        return split.distinct_pairs(
+            log.users, log.items, log.times, log.parts, keep=config.keep, ratings=log.ratings
+        )
+
+    _keep(rows, distinct, "duplicates", counts)
 
 
-def core(log: Log, config: PrepareConfig, counts: dict[str, Any]) -> Log:
-    """The rows in the k-core; what it dropped is added to `counts`."""
+def core(rows: Ranges, config: PrepareConfig, counts: dict[str, Any]) -> None:
+    """Keep the rows in the k-core; what it dropped is added to `counts`."""
+
     # Evaluation parts made elsewhere stay as they are.
-    rows = np.arange(len(log)) if log.parts is None else np.flatnonzero(log.parts == 0)
-    users, items = log.users[rows], log.items[rows]
-    core, rounds = split.k_core(users, items, config.user_core, config.item_core)
-    if not core.any():
+    def thinned() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if not rows.parts:
+            yield from rows.pairs("k-core")
+            return
+        for log in rows.logs("k-core"):
+            of_train = _parts(log) == split.TRAIN
+            yield log.users[of_train], log.items[of_train]
+
+    masks, rounds = split.k_core_of_ranges(thinned, config.user_core, config.item_core)
+    if not any(mask.any() for mask in masks):
         raise InputError(
             f"no interaction is left: --user_core={config.user_core} "
-            f"--item_core={config.item_core} dropped all {rows.size}"
+            f"--item_core={config.item_core} dropped all {sum(mask.size for mask in masks)}"
         )
+    n_users, n_items = _distinct(thinned(), [np.ones(mask.size, bool) for mask in masks])
+    users_left, items_left = _distinct(thinned(), masks)
     counts["k_core"] = {
         "user_core": config.user_core,
         "item_core": config.item_core,
         "rounds": rounds,
-        "users": int(np.unique(users).size - np.unique(users[core]).size),
-        "items": int(np.unique(items).size - np.unique(items[core]).size),
+        "users": n_users - users_left,
+        "items": n_items - items_left,
     }
-    mask = np.ones(len(log), bool)
-    mask[rows] = core
-    return _kept(log, mask, "outside_k_core", counts)
+    of_ranges = iter(masks)
+
+    def inside(log: Log) -> np.ndarray:
+        mask = np.ones(len(log), bool)
+        mask[slice(None) if log.parts is None else log.parts == split.TRAIN] = next(of_ranges)
+        return mask
+
+    _keep(rows, inside, "outside_k_core", counts)
+
+
+def _distinct(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], masks: Sequence[np.ndarray]
+) -> tuple[int, int]:
+    """How many users and items there are in the rows of masks."""
+    n_users, seen = 0, np.zeros(0, bool)
+    for (users, items), mask in zip(pairs, masks, strict=True):
+        n_users += np.unique(users[mask]).size
+        used = np.bincount(items[mask]) > 0
+        if used.size > seen.size:
+            used, seen = seen, used
+        seen[: used.size] |= used
+    return n_users, int(np.count_nonzero(seen))
+
+
+def _parts(log: Log) -> np.ndarray:
+    assert log.parts is not None
+    return log.parts
+
+
+def _ratings(log: Log) -> np.ndarray:
+    assert log.ratings is not None
+    return log.ratings

@@ -16,7 +16,7 @@ from slgr_jax.data.ingest.archive import Files
 from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.delimited import DelimitedFile, pick
 from slgr_jax.data.ingest.feature_columns import Declared, FeatureColumns
-from slgr_jax.data.ingest.tables import Piece, Raw
+from slgr_jax.data.ingest.raw import Piece, Raw
 from slgr_jax.data.ingest.text_lines import Dialect
 from slgr_jax.data.ingest.texts import Texts
 from slgr_jax.errors import InputError, listing

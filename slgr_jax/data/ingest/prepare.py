@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +13,15 @@ import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import features as features_lib
-from slgr_jax.data import fingerprints, lineage, schema, shards
+from slgr_jax.data import lineage, schema, shards
 from slgr_jax.data.features import Feature
-from slgr_jax.data.ingest import feature_columns, interactions, sources, split, texts
+from slgr_jax.data.ingest import feature_columns, interactions, sources, split_rules, texts
 from slgr_jax.data.ingest.bad_rows import told
-from slgr_jax.data.ingest.interactions import Log
-from slgr_jax.data.ingest.tables import Raw
+from slgr_jax.data.ingest.log import Log, Ranges
+from slgr_jax.data.ingest.memory import Memory
+from slgr_jax.data.ingest.raw import Raw
 from slgr_jax.data.ingest.texts import Texts
+from slgr_jax.data.ingest.write import Numbering, compact, write
 from slgr_jax.errors import ConfigError, InputError, printable
 
 
@@ -35,25 +37,30 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
     assert not config.append, "append.append adds to a dataset"
     rule = _rule(config)
     check_out(config)
-    raw = sources.read(config)
-    _check_parts(raw, config, rule)
-    log, user_ids, item_ids, unit = interactions.read_log(raw, config)
-    log, filters = interactions.filtered(log, config)
-    log, described = _split(log, config, rule)
-    if "repeated_in_eval" in described:
-        filters["repeated_in_eval"] = described.pop("repeated_in_eval")
-    described["time_unit"] = unit
-    log, user_ids, item_ids = _compact(log, user_ids, item_ids)
+    with contextlib.ExitStack() as stack:
+        memory = Memory.of(config, stack)
+        raw = sources.read(config, most_rows=memory.rows)
+        _check_parts(raw, config, rule)
+        rows, user_ids, item_ids, unit = interactions.read(raw, config, memory)
+        filters = interactions.filtered(rows, config)
+        described = _split(rows, config, rule)
+        if "repeated_in_eval" in described:
+            filters["repeated_in_eval"] = described.pop("repeated_in_eval")
+        described["time_unit"] = unit
+        numbering, user_ids, item_ids = compact(rows, user_ids, item_ids)
 
-    user_texts, item_texts, item_ids = read_texts(raw, config, user_ids, item_ids)
-    users, users_met = texts.attach(user_ids, user_texts, schema.USERS)
-    items, items_met = texts.attach(item_ids, item_texts, schema.ITEMS)
-    features = _features(raw, config, log, {"user": user_ids, "item": item_ids})
-    source = describe_source(config, raw, (item_texts, user_texts), items_met)
-    if config.users_input:
-        source["users_in_table"] = users_met
-    name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
-    return write(config, name, log, users, items, source, described, filters, features=features)
+        user_texts, item_texts, item_ids = read_texts(raw, config, user_ids, item_ids)
+        users, users_met = texts.attach(user_ids, user_texts, schema.USERS)
+        items, items_met = texts.attach(item_ids, item_texts, schema.ITEMS)
+        features = _features(raw, config, rows, numbering, {"user": user_ids, "item": item_ids})
+        source = describe_source(config, raw, (item_texts, user_texts), items_met)
+        if config.users_input:
+            source["users_in_table"] = users_met
+        name = printable(config.name or raw.name or pathlib.Path(config.input).stem)
+        return write(
+            config, name, rows, numbering, users, items, source, described, filters,
+            features=features,
+        )  # fmt: skip
 
 
 def read_texts(
@@ -88,7 +95,7 @@ def describe_source(
     Raises:
       InputError: a line is not accounted for.
     """
-    lines = [piece.count for piece in raw.pieces]
+    lines = [piece.count for piece in raw.inputs]
     lines += [table.count for table in tables if table is not None]
     for count in lines:
         count.check()
@@ -103,23 +110,26 @@ def describe_source(
 
 
 def _features(
-    raw: Raw, config: PrepareConfig, log: Log, ids: Mapping[str, pa.Array]
+    raw: Raw, config: PrepareConfig, rows: Ranges, numbering: Numbering, ids: Mapping[str, pa.Array]
 ) -> tuple[Feature, ...]:
     """The features of users and items, by the values of those with training interactions, and of
     interactions, by those of training."""
-    assert log.parts is not None
     features: list[Feature] = []
-    for side, indices in (("user", log.users), ("item", log.items)):
-        counts = np.bincount(indices[log.parts == split.TRAIN], minlength=len(ids[side]))
+    for side, trained in numbering.with_training().items():
         columns = raw.features.get(side)
+        # Items that have no rows may stand behind the others (--keep_items).
+        trained = np.append(trained, np.zeros(len(ids[side]) - trained.size, bool))
         features += feature_columns.encode(
-            columns, side, ids[side], counts > 0, decimal=config.decimal
+            columns, side, ids[side], trained, decimal=config.decimal
         )
     if any(f.side == "item" and f.name == features_lib.CATEGORIES for f in features):
         raise InputError(
             f"an item feature may not be called {features_lib.CATEGORIES}: the items' categories "
             "(--categories_column) are a feature by that name already"
         )
+    if not raw.of_interactions:
+        return tuple(features)
+    log = rows.whole()
     of_rows = interactions.features_of(raw, log, config)
     return (*features, *(in_part_order(feature, log) for feature in of_rows))
 
@@ -127,7 +137,10 @@ def _features(
 def in_part_order(feature: Feature, log: Log) -> Feature:
     """A feature of all rows as one of those in the log, in the order of the dataset's parts."""
     assert log.rows is not None
-    places = np.concatenate([log.in_order(code) for code in range(len(schema.PARTS))])
+    assert log.parts is not None
+    order = log.order()
+    parts = log.parts[order]
+    places = np.concatenate([order[parts == code] for code in range(len(schema.PARTS))])
     return dataclasses.replace(feature, column=feature.column.take(pa.array(log.rows[places])))
 
 
@@ -149,7 +162,7 @@ def _rule(config: PrepareConfig) -> str:
 
 def _check_parts(raw: Raw, config: PrepareConfig, rule: str) -> None:
     """Refuse files that are parts where another rule was asked for, and the reverse."""
-    parts = [piece.part for piece in raw.pieces if piece.part is not None]
+    parts = [piece.part for piece in raw.inputs if piece.part is not None]
     if parts and rule not in ("auto", "premade"):
         raise ConfigError(
             f"{config.input} is a pre-made split ({', '.join(parts)}); drop --split={rule}, or "
@@ -176,190 +189,13 @@ def check_out(config: PrepareConfig) -> None:
         )
 
 
-def _split(log: Log, config: PrepareConfig, rule: str) -> tuple[Log, dict[str, Any]]:
-    """Give every row its part; also say how, for the manifest."""
-    if log.parts is not None:
-        return _premade(log, config)
+def _split(rows: Ranges, config: PrepareConfig, rule: str) -> dict[str, Any]:
+    """Give every row its part; says how, for the manifest."""
+    if rows.parts:
+        return split_rules.premade(rows, config)
     if rule == "auto":
-        rule = "global_time" if log.times is not None else "ratio"
-    return split_by_rule(log, config, rule)
-
-
-def split_by_rule(log: Log, config: PrepareConfig, rule: str) -> tuple[Log, dict[str, Any]]:
-    """Give every row its part by `rule` (global_time, leave_last or ratio); also say how.
-
-    Raises:
-      InputError: the rule needs times and there are none, or leaves a part empty.
-    """
-    if rule in ("global_time", "leave_last") and log.times is None:
-        raise InputError(
-            f"--split={rule} needs times and the input has no column for them; name one with "
-            "--time_column (any increasing number will do) or use --split=ratio"
-        )
-    described: dict[str, Any] = {"rule": rule}
-    valid, test = config.valid_fraction, config.test_fraction
-    fractions = {"valid_fraction": valid, "test_fraction": test}
-    if rule == "global_time":
-        assert log.times is not None
-        parts, cuts = split.global_time(log.times, valid, test)
-        described |= {**fractions, "cutoffs": _cutoffs(cuts)}
-    elif rule == "leave_last":
-        assert log.times is not None
-        parts = split.leave_last(log.users, log.items, log.times)
-    else:
-        described |= {**fractions, "seed": config.seed, "by": config.ratio_by}
-        if config.ratio_by == "user":
-            parts = split.ratio_by_user(log.users, valid, test, config.seed)
-        else:
-            parts = split.ratio(len(log), valid, test, config.seed)
-    return dataclasses.replace(log, parts=parts), described
-
-
-def _premade(log: Log, config: PrepareConfig) -> tuple[Log, dict[str, Any]]:
-    parts = log.parts
-    assert parts is not None
-    described: dict[str, Any] = {"rule": "premade", "column": config.split_column or None}
-    for code in (split.TRAIN, split.TEST):
-        if not (parts == code).any():
-            raise InputError(f"the pre-made split has no {schema.PARTS[code]} rows")
-    if not (parts == split.VALID).any():
-        parts = parts.copy()
-        rows = np.flatnonzero(parts == split.TRAIN)
-        described["valid_fraction_of_train"] = config.valid_fraction
-        if log.times is not None and np.unique(log.times[rows]).size > 1:
-            parts[rows], cuts = split.carve_by_time(log.times[rows], config.valid_fraction)
-            described |= {"valid": "carved from train by time", "cutoffs": _cutoffs(cuts)}
-        else:
-            parts[rows] = split.ratio(rows.size, config.valid_fraction, 0.0, config.seed, least=2)
-            described |= {"valid": "carved from train by ratio", "seed": config.seed}
-    keep = split.drop_seen(log.users, log.items, parts)
-    dropped = {
-        schema.PARTS[code]: int(np.count_nonzero(~keep & (parts == code)))
-        for code in (split.VALID, split.TEST)
-    }
-    log = dataclasses.replace(log, parts=parts).where(keep)
-    assert log.parts is not None
-    for code, name in enumerate(schema.PARTS):
-        if not (log.parts == code).any():
-            raise InputError(f"all {name} pairs of the pre-made split are also in earlier parts")
-    described["repeated_in_eval"] = dropped
-    return log, described
-
-
-def _cutoffs(cuts: split.TimeCuts) -> dict[str, str]:
-    moments = {"valid_from": cuts.valid_from, "test_from": cuts.test_from}
-    return {key: _iso(value) for key, value in moments.items() if value is not None}
-
-
-def _iso(microseconds: int) -> str:
-    start = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return (start + datetime.timedelta(microseconds=microseconds)).isoformat()
-
-
-def _compact(log: Log, user_ids: pa.Array, item_ids: pa.Array) -> tuple[Log, pa.Array, pa.Array]:
-    """Number the users and items that are left 0, 1, ... in id order."""
-
-    def renumber(codes: np.ndarray, ids: pa.Array) -> tuple[np.ndarray, pa.Array]:
-        used = np.bincount(codes, minlength=len(ids)) > 0
-        return (np.cumsum(used, dtype=np.int32) - 1)[codes], ids.filter(pa.array(used))
-
-    users, user_ids = renumber(log.users, user_ids)
-    items, item_ids = renumber(log.items, item_ids)
-    return dataclasses.replace(log, users=users, items=items), user_ids, item_ids
-
-
-def _interactions(log: Log, code: int) -> pa.Table:
-    """The rows of one part as `schema.INTERACTIONS`, sorted by user, time, item."""
-    part = log.where(log.in_order(code))
-    n = len(part)
-    times, ratings = part.times, part.ratings
-    return pa.table(
-        [
-            pa.array(part.users),
-            pa.array(part.items),
-            pa.nulls(n, schema.TIMESTAMP)
-            if times is None
-            else pa.array(times).cast(pa.timestamp("us")).cast(schema.TIMESTAMP),
-            pa.nulls(n, pa.float32()) if ratings is None else pa.array(ratings),
-        ],
-        schema=schema.INTERACTIONS,
-    )
-
-
-def write(
-    config: PrepareConfig,
-    name: str,
-    log: Log,
-    users: pa.Table,
-    items: pa.Table,
-    source: Mapping[str, Any],
-    described: Mapping[str, Any],
-    filters: Mapping[str, Any],
-    parents: tuple[lineage.Parent, ...] = (),
-    features: tuple[Feature, ...] = (),
-) -> schema.DatasetManifest:
-    """Write the dataset directory `config.out`, its manifest last.
-
-    Args:
-      log: every row with its part.
-      source, described, filters: what was read, how it was split, what was left out.
-      parents: the datasets that it was appended to.
-    """
-    assert log.parts is not None
-    pairs = {
-        part: (log.users[log.parts == code], log.items[log.parts == code])
-        for code, part in enumerate(schema.PARTS)
-    }
-    with shards.atomic_directory(config.out, overwrite=config.overwrite) as root:
-        tables = {"users": users, "items": items}
-        files = {
-            key: shards.write_shards(root, key, table, rows_per_shard=config.rows_per_shard)
-            for key, table in tables.items()
-        }
-        files |= features_lib.write(root, features, rows_per_shard=config.rows_per_shard)
-        for code, part in enumerate(schema.PARTS):
-            table = _interactions(log, code)
-            files[part] = shards.write_shards(
-                root, f"{part}/part", table, rows_per_shard=config.rows_per_shard
-            )
-        manifest = schema.DatasetManifest(
-            name=name,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            source=source,
-            split=described,
-            filters=filters,
-            counts=_counts(pairs, users, items),
-            id_map_hash=fingerprints.id_map_hash(users.column(0), items.column(0)),
-            split_hash=fingerprints.split_hash(pairs),
-            files=files,
-            parents=parents,
-            features=features_lib.described(features),
-        )
-        schema.write_manifest(root, manifest)
-    return manifest
-
-
-def _counts(
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], users: pa.Table, items: pa.Table
-) -> dict[str, int]:
-    counts = {"users": users.num_rows, "items": items.num_rows}
-    counts |= {part: int(pair[0].size) for part, pair in pairs.items()}
-    seen_users = np.zeros(users.num_rows, bool)
-    seen_items = np.zeros(items.num_rows, bool)
-    seen_users[pairs["train"][0]] = True
-    seen_items[pairs["train"][1]] = True
-    counts["train_users"] = int(np.count_nonzero(seen_users))
-    counts["train_items"] = int(np.count_nonzero(seen_items))
-    for part in ("valid", "test"):
-        evaluated = np.unique(pairs[part][0])
-        counts[f"{part}_users"] = int(evaluated.size)
-        counts[f"{part}_users_without_train"] = int(np.count_nonzero(~seen_users[evaluated]))
-    evaluated_items = [pairs[part][1] for part in ("valid", "test")]
-    for of_part in evaluated_items:
-        seen_items[of_part] = True
-    counts["items_without_interactions"] = int(np.count_nonzero(~seen_items))
-    counts["items_with_title"] = int(items.num_rows - items.column("title").null_count)
-    return counts
+        rule = "global_time" if rows.times else "ratio"
+    return split_rules.by_rule(rows, config, rule)
 
 
 def summary(manifest: schema.DatasetManifest) -> str:

@@ -1,4 +1,4 @@
-"""S3-Rec sequences: NAME.txt, one user a line, and NAME_item2attributes.json. See `tables.Raw`.
+"""S3-Rec sequences: NAME.txt, one user a line, and NAME_item2attributes.json. See `raw.Raw`.
 
 The files of Zhou et al. (CIKM 2020), on which the S-LLMR and LLM-CF click benchmarks are built
 (arXiv 2512.21526, table 1): a line is a user id and that user's item ids, oldest first,
@@ -21,7 +21,7 @@ from slgr_jax.data import schema
 from slgr_jax.data.ingest import tables, texts
 from slgr_jax.data.ingest.archive import Files
 from slgr_jax.data.ingest.bad_rows import LineCount
-from slgr_jax.data.ingest.tables import Piece, Raw
+from slgr_jax.data.ingest.raw import Piece, Raw, nothing
 from slgr_jax.data.ingest.texts import Texts
 from slgr_jax.errors import ConfigError, InputError
 
@@ -69,7 +69,7 @@ def sequences(config: PrepareConfig) -> Raw:
         (_read(files, name, config),),
         (files,) if item_reader is None else (files, item_reader.file),
         items,
-        tables.nothing,
+        nothing,
         {"item": item_reader.features} if item_reader and item_reader.features else {},
         name=stem,
     )

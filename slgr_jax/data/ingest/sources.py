@@ -1,23 +1,22 @@
-"""The readers by the name of their layout (--source). See `tables.Raw`."""
+"""The readers by the name of their layout (--source). See `raw.Raw`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from slgr_jax.config import PrepareConfig
+from slgr_jax.config import SOURCES, PrepareConfig
 from slgr_jax.data.ingest import amazon, movielens, recbole, s3rec, tables, text_lines
-from slgr_jax.data.ingest.tables import Raw
-from slgr_jax.errors import ConfigError, InputError, listing
+from slgr_jax.data.ingest.raw import Raw, no_rows
+from slgr_jax.errors import ConfigError, listing
 
 _READERS: Mapping[str, Callable[[PrepareConfig], Raw]] = {
     "movielens": movielens.ratings,
     "recbole": recbole.atomic_files,
     "amazon": amazon.reviews,
     "s3rec": s3rec.sequences,
-    "csv": tables.named_columns,
     "jsonl": tables.named_columns,
-    "parquet": tables.named_columns,
 }
+_STREAMED = ("csv", "parquet")
 
 
 def _check_tables(config: PrepareConfig) -> None:
@@ -54,15 +53,18 @@ def _check_tables(config: PrepareConfig) -> None:
             )
 
 
-def read(config: PrepareConfig) -> Raw:
+def read(config: PrepareConfig, *, most_rows: int | None = None) -> Raw:
     """Read the interactions of `config.input` (and of the pre-made parts).
+
+    Args:
+      most_rows: more rows than this may be left to be streamed; None: all are read.
 
     Raises:
       InputError: a file is missing, empty, damaged, or lacks a column.
       ConfigError: knobs that do not fit the source.
     """
-    if config.source not in _READERS:
-        raise ConfigError(f"--source={config.source!r} is not one of: {listing(_READERS)}")
+    if config.source not in SOURCES:
+        raise ConfigError(f"--source={config.source!r} is not one of: {listing(SOURCES)}")
     if config.split_column and config.source in ("movielens", "amazon", "s3rec"):
         raise ConfigError(f"--split_column is not used with --source={config.source}")
     if config.items_input and config.source in ("movielens", "recbole"):
@@ -79,9 +81,11 @@ def read(config: PrepareConfig) -> Raw:
     if len(config.decimal) != 1:
         raise ConfigError(f"--decimal={config.decimal!r} must be one character, as . or ,")
     text_lines.check_encoding(config.encoding)
-    raw = _READERS[config.source](config)
+    if config.source in _STREAMED:
+        raw = tables.named_columns(config, most_rows)
+    else:
+        raw = _READERS[config.source](config)
     for piece in raw.pieces:
         if not len(piece):
-            dropped = f" left: {piece.count.examples[0]}" if piece.count.examples else ""
-            raise InputError(f"{piece.where} has no rows{dropped}")
+            raise no_rows(piece)
     return raw

@@ -1,4 +1,4 @@
-"""What every reader of raw files shares, and the reader of files with named columns.
+"""What readers of raw files share, and the reader of files with named columns.
 
 A reader finds the file, names its columns and hands them over as they are; `columns.py` turns
 them into arrays. Item and user texts are read afterwards, for the ids that are left.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-import numpy as np
 import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
@@ -19,6 +18,7 @@ from slgr_jax.data.ingest.archive import Files, reading
 from slgr_jax.data.ingest.bad_rows import LineCount
 from slgr_jax.data.ingest.delimited import ID_ROLES, DelimitedFile, FileRows, pick
 from slgr_jax.data.ingest.feature_columns import Declared, FeatureColumns
+from slgr_jax.data.ingest.raw import Piece, Raw, Stream, nothing
 from slgr_jax.data.ingest.text_lines import Dialect
 from slgr_jax.data.ingest.texts import Texts
 from slgr_jax.errors import ConfigError, InputError, printable
@@ -31,60 +31,9 @@ _ROLE_KNOBS = {
     "rating": "rating_column",
     "split": "split_column",
 }
+# A line of a csv file has at least about so many bytes.
+_LINE_BYTES = 16
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PrepareConfig)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Interactions of one file, columns as they were found.
-
-    Attributes:
-      where: the file, for messages.
-      part: train, valid or test where the file is one part; None where a rule decides.
-      columns: role (`ROLES`) -> column; user and item always, the others where present; and those
-        of features (`feature_columns.role`).
-      names: role -> the column's name in the file.
-      count: the lines of the file.
-      numbers: [n] the rows' numbers in the file, from 1; None: 1 to n.
-    """
-
-    where: str
-    part: str | None
-    columns: Mapping[str, pa.ChunkedArray]
-    names: Mapping[str, str]
-    count: LineCount
-    numbers: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, rows: FileRows, part: str | None, names: Mapping[str, str]) -> Piece:
-        """The piece of what was read from a file."""
-        return cls(rows.count.where, part, rows.columns, names, rows.count, rows.numbers)
-
-    def label(self, role: str) -> str:
-        """The file and the column, for messages."""
-        return f"{self.where}: column {printable(self.names[role])}"
-
-    def __len__(self) -> int:
-        return len(self.columns["user"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Raw:
-    """All interactions of an input, and how to read the texts that belong to them."""
-
-    pieces: tuple[Piece, ...]
-    files: tuple[Files, ...]
-    # Wanted ids (None: all of the table) -> rows of schema.ITEMS, any order.
-    items: Callable[[pa.Array | None], Texts | None]
-    users: Callable[[pa.Array], Texts | None]  # wanted ids -> rows of schema.USERS
-    features: Mapping[str, FeatureColumns] = dataclasses.field(default_factory=dict)  # by side
-    of_interactions: tuple[Declared, ...] = ()  # features, whose columns each piece has
-    name: str = ""  # what the files call the data set; empty if nothing better than --input
-
-
-def nothing(wanted: pa.Array | None) -> None:
-    """No texts."""
-    return None
 
 
 def inputs(config: PrepareConfig) -> list[tuple[str | None, str]]:
@@ -138,37 +87,56 @@ def interaction_features(config: PrepareConfig) -> tuple[Declared, ...]:
     return features
 
 
-def named_columns(config: PrepareConfig) -> Raw:
-    """csv, jsonl, parquet: one column per role, named on the command line."""
+def named_columns(config: PrepareConfig, most_rows: int | None = None) -> Raw:
+    """csv, jsonl, parquet: one column per role, named on the command line.
+
+    Args:
+      most_rows: csv and Parquet with more rows than this are streamed; features of interactions
+        are not, since they are encoded when the split is known. None: nothing is.
+    """
     features = interaction_features(config)
     of_features = {feature_columns.role(entry): entry.name for entry in features}
     wanted = {**wanted_columns(config), **of_features}
     # A column that the user named must be there; the default name is taken if it is.
     required = list(dict.fromkeys(["user", "item", *chosen_columns(config), *of_features]))
-    pieces, opened = [], []
-    for part, path in inputs(config):
-        files = Files(path)
-        opened.append(files)
-        for piece_part, chosen, rows in _named_rows(files, config, wanted, required):
+    opened = [(part, Files(path)) for part, path in inputs(config)]
+    is_streamed = most_rows is not None and not features
+    if most_rows is not None and is_streamed:
+        sizes = [_rows_in(files, config) for _, files in opened]
+        is_streamed = None not in sizes and sum(filter(None, sizes)) > most_rows
+    read = _named_streams if is_streamed else _named_rows
+    pieces: list[Piece] = []
+    streams: list[Stream] = []
+    for part, files in opened:
+        for piece_part, chosen, rows in read(files, config, wanted, required):
             if part and piece_part:
                 raise ConfigError(
-                    f"{path} holds parts of a split (train, test), and --test_input names "
+                    f"{files.path} holds parts of a split (train, test), and --test_input names "
                     "another; give one of them"
                 )
-            pieces.append(Piece.of(rows, part or piece_part, chosen))
+            if isinstance(rows, FileRows):
+                pieces.append(Piece.of(rows, part or piece_part, chosen))
+            else:
+                count, batches = rows
+                streams.append(Stream(count.where, part or piece_part, chosen, count, batches))
     items, users = named_items(config), _named_users(config)
     tables = {"item": items, "user": users}
     return Raw(
         tuple(pieces),
-        (*opened, *(table.file for table in tables.values() if table is not None)),
+        (
+            *(files for _, files in opened),
+            *(table.file for table in tables.values() if table is not None),
+        ),
         nothing if items is None else items.texts,
         nothing if users is None else users.texts,
         {side: table.features for side, table in tables.items() if table and table.features},
         of_interactions=features,
+        streams=tuple(streams),
     )
 
 
 _Named = tuple[str | None, dict[str, str], FileRows]
+_NamedStream = tuple[str | None, dict[str, str], tuple[LineCount, Iterator[FileRows]]]
 
 
 def _named_rows(
@@ -176,28 +144,69 @@ def _named_rows(
 ) -> Iterator[_Named]:
     """(part, role -> column, rows) of each file of an input; what it holds decides its format."""
     if config.source == "parquet":
-        if files.single is not None and json_lines.is_json(files.head(files.single, 64)):
-            raise InputError(f"{files.path} holds JSON: read it with --source=jsonl")
-        for part, names in arrow_files.parts_of(files).items():
+        for part, names in _arrow_parts(files).items():
             yield part, *arrow_files.read(files, names, wanted, required=required)
         return
+    name = _text_file(files, config)
+    if config.source == "jsonl" or json_lines.is_json(files.head(name)):
+        _refuse_features(files, name, interaction_features(config))
+        yield None, *_json_rows(files, name, config, wanted, required)
+        return
+    file, chosen = _delimited(files, name, config, wanted, required)
+    yield None, chosen, file.read(chosen, drop=drops(config))
 
+
+def _named_streams(
+    files: Files, config: PrepareConfig, wanted: Mapping[str, str], required: Collection[str]
+) -> Iterator[_NamedStream]:
+    """`_named_rows`, read some rows at a time; what may be (`_rows_in`)."""
+    if config.source == "parquet":
+        for part, names in _arrow_parts(files).items():
+            yield part, *arrow_files.stream(files, names, wanted, required=required)
+        return
+    file, chosen = _delimited(files, _text_file(files, config), config, wanted, required)
+    yield None, chosen, file.stream(chosen, drop=drops(config))
+
+
+def _rows_in(files: Files, config: PrepareConfig) -> int | None:
+    """About how many rows an input has; None of one that is read as a whole."""
+    if config.source == "parquet":
+        return sum(arrow_files.rows_in(files, names) for names in _arrow_parts(files).values())
+    name = _text_file(files, config)
+    if config.source == "jsonl" or json_lines.is_json(files.head(name)):
+        return None
+    return files.inflated_size(name) // _LINE_BYTES
+
+
+def _arrow_parts(files: Files) -> dict[str | None, list[str]]:
+    if files.single is not None and json_lines.is_json(files.head(files.single, 64)):
+        raise InputError(f"{files.path} holds JSON: read it with --source=jsonl")
+    return arrow_files.parts_of(files)
+
+
+def _text_file(files: Files, config: PrepareConfig) -> str:
+    """The name of the csv or JSON lines file of an input."""
     endings = (".jsonl", ".json", ".ndjson") if config.source == "jsonl" else (".csv", ".tsv")
     endings = (*endings, *(f"{ending}.gz" for ending in endings))
     kinds = " or ".join(ending.lstrip(".") for ending in endings[: len(endings) // 2])
     name = files.choose(lambda n: n.endswith(endings), f"{kinds} file", config.name)
-    head = files.head(name)
-    if arrow_files.is_arrow(head):
+    if arrow_files.is_arrow(files.head(name)):
         raise InputError(f"{files.where(name)} is Parquet or Arrow: add --source=parquet")
-    if config.source == "jsonl" or json_lines.is_json(head):
-        _refuse_features(files, name, interaction_features(config))
-        yield None, *_json_rows(files, name, config, wanted, required)
-        return
+    return name
+
+
+def _delimited(
+    files: Files,
+    name: str,
+    config: PrepareConfig,
+    wanted: Mapping[str, str],
+    required: Collection[str],
+) -> tuple[DelimitedFile, dict[str, str]]:
+    """A file of delimited text, and role -> column."""
     file = DelimitedFile(
         files, name, text_lines.dialect_of(config), column_list(config.columns, "columns")
     )
-    chosen = pick(file.names, wanted, file.where, required=required, first_line=True)
-    yield None, chosen, file.read(chosen, drop=drops(config))
+    return file, pick(file.names, wanted, file.where, required=required, first_line=True)
 
 
 def column_list(text: str, knob: str) -> list[str] | None:

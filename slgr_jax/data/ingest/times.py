@@ -40,6 +40,7 @@ def to_microseconds(
     *,
     time_format: str = "",
     decimal: str = ".",
+    unit: str | None = None,
 ) -> tuple[np.ndarray, str]:
     """[n] int64 microseconds since 1970-01-01 UTC, and the unit that was found.
 
@@ -48,6 +49,9 @@ def to_microseconds(
     2100, after which every value must lie there. If the median is below 1973 in every unit
     the numbers are positions in an order ("ordinal") and count as seconds. Other text is
     read as ISO 8601, or by `time_format` (as Python's `strptime`).
+
+    Args:
+      unit: of the rows before these; numbers are taken to be of it, whatever their median.
 
     Raises:
       InputError: times of a type that has none; or one is missing, unreadable, or of another
@@ -58,8 +62,8 @@ def to_microseconds(
     kind = column.type
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         columns.reject_missing(column, label, sieve)
-        unit = kind.unit if pa.types.is_timestamp(kind) else "days"
-        return _dated(column, kind, label, sieve), f"Arrow {unit}"
+        stored = kind.unit if pa.types.is_timestamp(kind) else "days"
+        return _dated(column, kind, label, sieve), f"Arrow {stored}"
     if time_format and (pa.types.is_integer(kind) or columns.is_text(kind)):
         columns.reject_missing(column, label, sieve)
         return _formatted(column.cast(pa.large_string()), label, sieve, time_format), time_format
@@ -72,7 +76,7 @@ def to_microseconds(
         numbers = columns.numbers(text, pa.float64(), label, "a time", sieve, decimal=decimal)
     if numbers is None:
         raise InputError(f"{label} has type {kind}; times must be numbers, dates or text")
-    return _scaled(numbers, label, sieve)
+    return _scaled(numbers, label, sieve, unit)
 
 
 def _mostly_numbers(text: pa.ChunkedArray, decimal: str) -> bool:
@@ -180,36 +184,45 @@ def _in_range(micros: np.ndarray, label: str, sieve: Sieve) -> np.ndarray:
     return np.where(bad, 0, micros)
 
 
-def _scaled(values: np.ndarray, label: str, sieve: Sieve) -> tuple[np.ndarray, str]:
+def _scaled(
+    values: np.ndarray, label: str, sieve: Sieve, unit: str | None
+) -> tuple[np.ndarray, str]:
     if values.dtype.kind == "f":
         sieve.reject(~np.isfinite(values), label, lambda row: f"the time is {values[row]}")
     usable = values[sieve.keep]
     if usable.size == 0:
-        return np.zeros(values.size, np.int64), ORDINAL
-    with np.errstate(over="ignore"):  # two huge numbers in the middle: no unit fits
-        median = float(np.median(usable))
-    if 0 <= median < _EARLIEST:
+        return np.zeros(values.size, np.int64), unit or ORDINAL
+    decider = "that of the rows before it"
+    if unit not in (ORDINAL, *_UNITS):
+        with np.errstate(over="ignore"):  # two huge numbers in the middle: no unit fits
+            median = float(np.median(usable))
+        unit = _unit_of(median, label)
+        decider = f"the unit of the median {median:.16g}"
+    if unit == ORDINAL:
         bad = ~((values >= 0) & (values < _EARLIEST))
 
         def misplaced(row: int) -> str:
-            return f"{values[row]} does not fit the median {median:.16g}, a position in an order"
+            of = decider.removeprefix("the unit of ")
+            return f"{values[row]} does not fit {of}, a position in an order"
 
         sieve.reject(bad, label, misplaced)
         return np.rint(np.where(bad, 0, values) * 10**6).astype(np.int64), ORDINAL
 
+    scale = _UNITS[unit]
+    bad = ~((values >= _EARLIEST * scale) & (values <= _LATEST * scale))
+    sieve.reject(
+        bad, label, lambda row: f"time {values[row]} is outside 1973 to 2100 in {unit}, {decider}"
+    )
+    return _to_us(np.where(bad, 0, values), scale), unit
+
+
+def _unit_of(median: float, label: str) -> str:
+    """The unit in which a median lies between 1973 and 2100; `ORDINAL` of one below all."""
+    if 0 <= median < _EARLIEST:
+        return ORDINAL
     for unit, scale in _UNITS.items():
-        if not _EARLIEST * scale <= median <= _LATEST * scale:
-            continue
-        bad = ~((values >= _EARLIEST * scale) & (values <= _LATEST * scale))
-
-        def misfit(row: int, unit: str = unit) -> str:
-            return (
-                f"time {values[row]} is outside 1973 to 2100 in {unit}, the unit of the median "
-                f"{median:.16g}"
-            )
-
-        sieve.reject(bad, label, misfit)
-        return _to_us(np.where(bad, 0, values), scale), unit
+        if _EARLIEST * scale <= median <= _LATEST * scale:
+            return unit
     raise InputError(
         f"{label}: the median time {median:.16g} is between 1973 and 2100 in none of "
         f"{listing(_UNITS)}; if it is a date, state its --time_format, as %Y%m%d"

@@ -268,13 +268,13 @@ KILLED = """
 import os, sys
 import slgr_jax
 from slgr_jax.data import shards
-write = shards.write_shards
-def killed(root, prefix, *args, **knobs):
-    written = write(root, prefix, *args, **knobs)
-    if prefix.startswith("train"):
+write = shards.write_shard
+def killed(root, relative, *args, **knobs):
+    written = write(root, relative, *args, **knobs)
+    if relative.startswith("train"):
         os._exit(9)
     return written
-shards.write_shards = killed
+shards.write_shard = killed
 slgr_jax.prepare(source="csv", input=sys.argv[1], out=sys.argv[3], append=sys.argv[2])
 """
 

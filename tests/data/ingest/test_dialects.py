@@ -14,6 +14,7 @@ import pytest
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import dataset, schema
 from slgr_jax.data.ingest import interactions, prepare, sources, text_lines
+from slgr_jax.data.ingest.log import Ranges
 from slgr_jax.errors import ConfigError, InputError
 
 START = 1_600_000_000
@@ -28,7 +29,9 @@ def log(path: pathlib.Path, **more: object) -> list[tuple[object, ...]]:
     """(user, item, seconds, rating) of each row that is kept, in the order of the file."""
     chosen = config(path, **more)
     read, users, items, _ = interactions.read_log(sources.read(chosen), chosen)
-    read, _ = interactions.filtered(read, chosen)
+    rows = Ranges.of(read)
+    interactions.filtered(rows, chosen)
+    read = rows.whole()
     cells = [
         [users[int(u)].as_py() for u in read.users],
         [items[int(i)].as_py() for i in read.items],
