@@ -263,7 +263,9 @@ def test_the_order_of_several_keys_is_numpys():
     few, many = rng.integers(0, 9, 4_000), rng.integers(-(2**62), 2**62, 4_000)
     seconds = rng.integers(0, 2_000, 4_000) * 10**6 + 1_500_000_000 * 10**6
     micros = rng.integers(0, 2**53, 4_000)
-    for keys in ([few], [few, seconds, few], [few, micros, few, few], [many, few], [few, many]):
+    wide = rng.choice([-(2**62), 5, 2**62], 4_000)  # joins nothing, and leaves ties
+    keys_of = ([few], [few, seconds, few], [few, micros, few], [many, few], [wide, few, seconds])
+    for keys in keys_of:
         assert (lexsorted(keys) == np.lexsort(keys[::-1])).all()
 
 
