@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 DELAY = 2.0  # seconds before a bar is drawn
+TICK = 1.0  # seconds between two drawings of a bar that counts what takes minutes
 # (unit, bar), the outermost first, which is the one that may be drawn.
 _OPEN: list[tuple[str, Any]] = []
 
@@ -65,6 +68,22 @@ def over(items: Sequence[Item], unit: str, *, label: str = "") -> Iterator[Item]
         for item in items:
             yield item
             moved.update()
+
+
+def first_ended(
+    running: Collection[Future[Item]], opened: tqdm
+) -> tuple[set[Future[Item]], set[Future[Item]]]:
+    """Wait for one of them: those that have ended, which move the bar, and those that have not.
+
+    Meanwhile the bar's clock goes on: what other processes do may take minutes.
+    """
+    while True:
+        ended, others = wait(running, TICK, FIRST_COMPLETED)
+        if ended:
+            opened.update(len(ended))
+            return ended, others
+        if not opened.disable and time.time() - opened.start_t >= DELAY:
+            opened.refresh()
 
 
 def write(line: str, stream: Any) -> None:

@@ -7,6 +7,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -77,6 +78,28 @@ def test_of_nested_loops_the_outer_one_is_shown():
             assert outer.n == 6
         _loop()
     assert "counting" in terminal.getvalue()
+
+
+def test_a_bar_is_drawn_while_other_processes_work(monkeypatch):
+    """Its clock goes on; it moves by what has ended."""
+    monkeypatch.setattr(progress, "TICK", 0.001)
+    first: Future[str] = Future()
+    second: Future[str] = Future()
+    with a_terminal(), progress.bar(2, "run") as bar:
+        drawn = []
+
+        def refresh() -> None:
+            drawn.append(bar.n)
+            if len(drawn) == 2:
+                first.set_result("a")
+
+        monkeypatch.setattr(bar, "refresh", refresh)
+        ended, others = progress.first_ended({first, second}, bar)
+        assert (ended, others, bar.n) == ({first}, {second}, 1)
+        assert drawn[:2] == [0, 0]
+        second.set_result("b")
+        assert progress.first_ended(others, bar) == ({second}, set())
+        assert bar.n == 2
 
 
 def test_nested_loops_in_a_file_run_without_a_bar():

@@ -20,11 +20,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from slgr_jax import progress
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
 from slgr_jax.experiments import results
@@ -173,7 +174,7 @@ def _show(
         value = outcome["error"] or "no validation"
         if outcome["best_metric"] is not None:
             value = f"{outcome['best_metric']:.4f} (epoch {outcome['best_epoch']})"
-        print(f"  [{done}/{of}] {name}: {value}{soon}", flush=True)
+        LOGGER.info("  [%d/%d] %s: %s%s", done, of, name, value, soon)
 
 
 # --------------------------------------------------------------------- what one call trains
@@ -322,19 +323,26 @@ def _each(
     """
     try:
         if workers == 1 or len(jobs) == 1:
-            for done, job in enumerate(jobs, 1):
+            for done, job in enumerate(progress.over(jobs, "run"), 1):
                 work(job)
                 shown(done, len(jobs), job)
             return
 
-        with process_pool(min(workers, len(jobs) or 1)) as pool:
-            futures: dict[Future[None], Job] = {
+        with (
+            process_pool(min(workers, len(jobs) or 1)) as pool,
+            progress.bar(len(jobs), "run") as bar,
+        ):
+            jobs_of: dict[Future[None], Job] = {
                 pool.submit(in_worker, work, job): job for job in jobs
             }
+            running, done = set(jobs_of), 0
             try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    shown(done, len(jobs), futures[future])
+                while running:
+                    ended, running = progress.first_ended(running, bar)
+                    for future in ended:
+                        future.result()
+                        done += 1
+                        shown(done, len(jobs), jobs_of[future])
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

@@ -17,13 +17,13 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slgr_jax import config
+from slgr_jax import config, progress
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments import pool, results, search_space
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
+    from tqdm import tqdm
 
     from slgr_jax.training.training_log import TrainingProgress
 
@@ -120,9 +121,11 @@ def tune(plan: StudyPlan) -> TuneResult:
         study = _opened(plan)
         _retry_unfinished(plan, study)
         jobs = pool.workers(plan.options.jobs)
-        for trial in _trials(plan, _draws(plan, study), jobs):
-            _show(plan, study, trial)
-            _keep_best_checkpoint(plan, study)
+        before, of = sum(map(_has_ended, study.trials)), plan.options.trials
+        with progress.bar(of, "trial", initial=before) as bar:
+            for trial in _trials(plan, _draws(plan, study), jobs, bar):
+                _show(plan, study, trial)
+                _keep_best_checkpoint(plan, study)
         return _result(plan, study)
 
 
@@ -139,20 +142,25 @@ def _draws(plan: StudyPlan, study: Study) -> Iterator[int]:
         yield drawn + max(0, place - waiting)
 
 
-def _trials(plan: StudyPlan, draws: Iterator[int], jobs: int) -> Iterator[TrialResult]:
-    """Trials as they end, `jobs` at once."""
+def _trials(plan: StudyPlan, draws: Iterator[int], jobs: int, bar: tqdm) -> Iterator[TrialResult]:
+    """Trials as they end, `jobs` at once; each moves the bar."""
     if jobs == 1:
-        yield from (run_trial(plan, draw) for draw in draws)
+        for draw in draws:
+            trial = run_trial(plan, draw)
+            bar.update()
+            yield trial
         return
     try:
         with pool.process_pool(jobs) as executor:
-            pending: set[Future[TrialResult]] = set()
+            running: set[Future[TrialResult]] = set()
             for draw in draws:
-                pending.add(executor.submit(pool.in_worker, run_trial, plan, draw))
-                if len(pending) == jobs:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            yield from (future.result() for future in as_completed(pending))
+                running.add(executor.submit(pool.in_worker, run_trial, plan, draw))
+                if len(running) == jobs:
+                    ended, running = progress.first_ended(running, bar)
+                    yield from (future.result() for future in ended)
+            while running:
+                ended, running = progress.first_ended(running, bar)
+                yield from (future.result() for future in ended)
     except BrokenProcessPool as error:
         raise ConfigError(
             f"the process of a trial was killed, perhaps for memory: call again with fewer --jobs "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 import shutil
 
@@ -31,7 +32,8 @@ def test_seeds_train_together_on_accelerators_only(tmp_path, monkeypatch):
         assert pool.groups(mixed) == [a, b]
 
 
-def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, capsys):
+def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="slgr_jax")
     plan = plan_of(tmp_path)
     runs = [plan.config("mf", "paper", {"lr": 0.1}, tmp_path / f"s{i}", i) for i in range(3)]
     alone = []
@@ -51,8 +53,7 @@ def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, capsys):
         expected = {"epoch": 9, "best_metric": 0.25, "seconds": 3.5, "error": None}
         assert {name: outcome[name] for name in expected} == expected
         assert 0 <= outcome["cpu_seconds"] < 60
-    shown = capsys.readouterr().out
-    assert shown.splitlines()[1] == "  [1/1] s1: 0.2500 (epoch 5)"
+    assert caplog.messages[1] == "  [1/1] s1: 0.2500 (epoch 5)"
     assert "epoch 1\n" in (tmp_path / "s0" / "train.log").read_text()
     assert alone == []
 
@@ -70,7 +71,8 @@ def test_a_group_leaves_an_outcome_for_each_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="slgr_jax")
     data = worlds.random_dataset(tmp_path / "data")
     rows = [[0, 0, 1], [1, 2, 3], [0.5, 0.25, 0.1]]
     table = pa.table(rows, names=["user", "item", "score"]).cast(schema.TEACHER_SCORES)
@@ -81,7 +83,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     (outcome,) = pool.train_runs([run], workers=1, root=tmp_path)
     assert outcome["epoch"] == 2
     assert outcome["error"] is None
-    assert f"out/a: {outcome['best_metric']:.4f}" in capsys.readouterr().out
+    assert f"out/a: {outcome['best_metric']:.4f}" in caplog.text
     logged = [record["valid/ndcg@10"] for record in results.log(run.workdir)]
     assert outcome["best_metric"] == max(logged)
     best = results.log(run.workdir)[outcome["best_epoch"] - 1]
