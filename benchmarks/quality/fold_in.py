@@ -161,7 +161,7 @@ def of_folded(
     view = folded.run.restored
     values = quality(view.score_users, view.scoring("test"), relevant, seen, run.dataset.n_items)
     speed = {
-        "users/s": round(len(histories) / seconds),
+        "users/s": float(f"{len(histories) / seconds:.2g}"),
         "ms a user": round(1e3 * statistics.median(spent)),
     }
     return {**values, **speed}
