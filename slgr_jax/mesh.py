@@ -108,6 +108,10 @@ class Layout:
         summed: T = jax.lax.psum(tree, (DATA, TABLE))
         return summed
 
+    def max_over_all(self, x: jax.Array) -> jax.Array:
+        """The greatest of every device."""
+        return jax.lax.pmax(x, (DATA, TABLE))
+
     def gather_over_all(self, x: jax.Array) -> jax.Array:
         """The parts of every device, concatenated in device order."""
         return x if self.devices == 1 else jax.lax.all_gather(x, (DATA, TABLE), tiled=True)
@@ -116,9 +120,14 @@ class Layout:
         """The parts of the devices that share one copy of the tables, concatenated."""
         return jax.lax.all_gather(x, TABLE, tiled=True)
 
-    def scatter_over_table(self, x: jax.Array) -> jax.Array:
-        """Sum over the devices that share one copy of the tables; each keeps its part."""
-        return jax.lax.psum_scatter(x, TABLE, tiled=True)
+    def exchange_over_table(self, x: jax.Array) -> jax.Array:
+        """[T, ...] a part for each of the devices that share one copy of the tables -> [T, ...]
+        the parts that each of them has for this one."""
+        return jax.lax.all_to_all(x, TABLE, 0, 0)
+
+    def gather_over_data(self, x: jax.Array) -> jax.Array:
+        """The parts of the devices that hold the same block of each table, concatenated."""
+        return x if self.mesh.shape[DATA] == 1 else jax.lax.all_gather(x, DATA, tiled=True)
 
     def table_index(self) -> jax.Array:
         """Which block of each table this device holds."""

@@ -2,13 +2,12 @@
 
     python benchmarks/speed/collectives.py [--meshes=2x1,8x1,8x8] [--batch_size=8192]
 
-Read off the program that XLA compiles for virtual CPU devices; nothing runs, and a program for GPUs
-or TPUs has the same collectives between the same arrays. Per device and step, in kilobytes, by
-collective: the larger of what goes into one and what comes out, all-reduces twice (they are a
-reduce-scatter and an all-gather). In a ring of N devices each sends (N - 1) / N of that.
-Collectives of a loop whose length is in the program count as often as it runs; those that draw
-the batches of S steps at once an S-th. Where the program chooses (rows that are spread too unevenly
-to be exchanged are gathered), `kB` is of the cheapest choice and `at most` of the dearest.
+Read off the program that XLA compiles for virtual CPU devices; nothing runs. Per device and step,
+in kilobytes, by collective: the larger of what goes into one and what comes out, all-reduces twice
+(they are a reduce-scatter and an all-gather). In a ring of N devices each sends (N - 1) / N of it.
+Collectives of a loop whose length is in the program count as often as it runs, those that draw the
+batches of S steps at once an S-th, and those of a loop inside a step once: rows are exchanged in
+one round unless they are spread unevenly (models/row_exchange.py). Of branches the dearest counts.
 
 A mesh DxT has D devices, T of them to one copy of the tables (--table_shards=T).
 """
@@ -20,7 +19,7 @@ import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gpu_program
@@ -32,36 +31,7 @@ from slgr_jax.cli import flags
 from slgr_jax.errors import ConfigError, listing
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-Count = dict[str, float]  # kind -> bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """Bytes that collectives move per device, by kind.
-
-    Attributes:
-      least, most: where a conditional chooses, of the cheapest branch and of the dearest.
-    """
-
-    least: Count
-    most: Count
-
-    def __add__(self, other: Moved) -> Moved:
-        return Moved(_sum(self.least, other.least), _sum(self.most, other.most))
-
-    def times(self, factor: float) -> Moved:
-        """So many times as much."""
-        return Moved(
-            {kind: bytes_ * factor for kind, bytes_ in self.least.items()},
-            {kind: bytes_ * factor for kind, bytes_ in self.most.items()},
-        )
-
-
-NOTHING = Moved({}, {})
-
-
-def _sum(one: Count, other: Count) -> Count:
-    return dict(collections.Counter(one) + collections.Counter(other))
+Moved = collections.Counter[str]  # kind -> bytes
 
 
 def moved(text: str) -> list[Moved]:
@@ -77,34 +47,41 @@ def moved(text: str) -> list[Moved]:
     parts = gpu_program.computations(text)
     (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, flags=re.M)
     by_depth = _of_computation(parts, entry)
-    return [by_depth.get(depth, NOTHING) for depth in range(max(by_depth, default=0) + 1)]
+    return [by_depth[depth] for depth in range(max(by_depth, default=0) + 1)]
 
 
-def per_step(text: str, drawn_together: int) -> Moved:
-    """What one step of `training.step.make_run_steps` moves.
+def per_step(text: str, drawn_together: int) -> dict[str, float]:
+    """Bytes that one step of `training.step.make_run_steps` moves, by kind.
 
     Args:
       drawn_together: S, the steps whose batches are drawn in one trip of the outer loop.
     """
     _, drawing, *steps = moved(text)
-    return sum(steps, drawing.times(1 / drawn_together))
+    total = sum(steps, Moved())
+    return {
+        kind: total[kind] + drawing[kind] / drawn_together
+        for kind in KINDS
+        if (total + drawing)[kind]
+    }
 
 
-def _of_computation(parts: Mapping[str, list[Op]], name: str) -> dict[int, Moved]:
+def _of_computation(
+    parts: Mapping[str, list[Op]], name: str
+) -> collections.defaultdict[int, Moved]:
     """By depth, what a computation moves with all that it calls."""
     ops = parts[name]
     sizes = {op.name: op.bytes for op in ops}
-    total: dict[int, Moved] = {0: NOTHING}
+    total: collections.defaultdict[int, Moved] = collections.defaultdict(Moved)
 
     def add(found: Mapping[int, Moved], deeper: int = 0, times: int = 1) -> None:
-        for depth, bytes_ in found.items():
-            before = total.get(depth + deeper, NOTHING)
-            total[depth + deeper] = before + bytes_.times(times)
+        for depth, moved_ in found.items():
+            for kind, bytes_ in moved_.items():
+                total[depth + deeper][kind] += bytes_ * times
 
     for op in ops:
         kind = op.kind.removesuffix("-start")
         if kind in KINDS:
-            add({0: _of_collective(op, kind, sizes)})
+            total[0][kind] += _of_collective(op, kind, sizes)
         elif op.kind == "while":
             (body,) = re.findall(r"body=%?([\w.\-]+)", op.rest)
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest)
@@ -114,30 +91,19 @@ def _of_computation(parts: Mapping[str, list[Op]], name: str) -> dict[int, Moved
             named = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", op.rest)
             for several in re.findall(r"branch_computations=\{([^}]*)\}", op.rest):
                 named += re.findall(r"%?([\w.\-]+)", several)
-            add(_chosen([_of_computation(parts, branch) for branch in named]))
+            branches = [_of_computation(parts, branch) for branch in named]
+            add(max(branches, key=lambda found: sum(sum(each.values()) for each in found.values())))
         elif op.kind in ("call", "async-start"):
             for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", op.rest):
                 add(_of_computation(parts, called))
     return total
 
 
-def _of_collective(op: Op, kind: str, sizes: Mapping[str, int]) -> Moved:
+def _of_collective(op: Op, kind: str, sizes: Mapping[str, int]) -> int:
     operands = sum(sizes[name] for name in op.operands)
     # What starts one gives both its operands and its results.
     results = op.bytes - operands if op.kind.endswith("-start") else op.bytes
-    bytes_ = max(operands, results) * (2 if kind == "all-reduce" else 1)
-    return Moved({kind: float(bytes_)}, {kind: float(bytes_)})
-
-
-def _chosen(branches: list[dict[int, Moved]]) -> dict[int, Moved]:
-    """One of several: by depth, the cheapest and the dearest."""
-
-    def pick(depth: int, choose: Callable[..., Count], which: str) -> Count:
-        counts = [getattr(branch.get(depth, NOTHING), which) for branch in branches]
-        return choose(counts, key=lambda count: sum(count.values()))
-
-    depths = {depth for branch in branches for depth in branch}
-    return {depth: Moved(pick(depth, min, "least"), pick(depth, max, "most")) for depth in depths}
+    return max(operands, results) * (2 if kind == "all-reduce" else 1)
 
 
 def compiled_step(run: config.RunConfig, dataset: Any, layout: Any) -> tuple[str, int]:
@@ -155,14 +121,13 @@ def compiled_step(run: config.RunConfig, dataset: Any, layout: Any) -> tuple[str
     return run_steps.lower(*arguments).compile().as_text(), trainer.drawn_together
 
 
-def row_of(devices: int, shards: int, found: Moved) -> dict[str, Any]:
+def row_of(devices: int, shards: int, found: Mapping[str, float]) -> dict[str, Any]:
     """What one program moves, in kilobytes."""
-    kinds = {kind: round(found.least.get(kind, 0) / 1e3) for kind in KINDS}
+    kinds = {kind: round(bytes_ / 1e3) for kind, bytes_ in found.items()}
     return {
         "devices": devices,
         "table shards": shards,
-        "kB": round(sum(found.least.values()) / 1e3),
-        "at most": round(sum(found.most.values()) / 1e3),
+        "kB": round(sum(found.values()) / 1e3),
     } | {kind: kilobytes for kind, kilobytes in kinds.items() if kilobytes}
 
 

@@ -19,17 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
-from slgr_jax.config import OptimizerConfig
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
+from slgr_jax.models import row_exchange
+from slgr_jax.models.row_optimizers import RowOptimizer, Sgd
 from slgr_jax.sampling import random_bits
 
 
@@ -161,159 +162,6 @@ def rounding(key: jax.Array, names: Iterable[str]) -> dict[str, UInt32[Array, "2
     }
 
 
-class RowOptimizer(Protocol):
-    """An update rule for rows, each with its own slots.
-
-    `apply` maps (values [N, D], slots [N, S], gradient [N, D]) to new values and slots. It sees
-    each touched row once, with the sum of its gradients.
-    """
-
-    @property
-    def rule(self) -> cpu.Rule:
-        """The same update for the CPU kernels."""
-        ...
-
-    def slots(self, width: int) -> int:
-        """S for rows of width D."""
-        ...
-
-    def initial(self, width: int) -> np.ndarray:
-        """The [S] slots of an untouched row."""
-        ...
-
-    def apply(
-        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
-    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
-        """One update of each row."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Sgd:
-    """w <- w - lr g. On touched rows equal to `optax.sgd(lr)`."""
-
-    lr: float
-
-    @property
-    def rule(self) -> cpu.Rule:
-        return cpu.Rule("sgd", self.lr)
-
-    def slots(self, width: int) -> int:
-        return 0
-
-    def initial(self, width: int) -> np.ndarray:
-        return np.zeros(0, np.float32)
-
-    def apply(
-        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
-    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
-        return values - self.lr * grad, slots
-
-
-@dataclasses.dataclass(frozen=True)
-class Adagrad:
-    """a <- a + g^2; w <- w - lr g / sqrt(a + eps), per entry, a starts at 0.1.
-
-    On touched rows equal to `optax.adagrad(lr, initial_accumulator_value=0.1, eps)`
-    (Duchi et al. 2011).
-    """
-
-    lr: float
-    eps: float
-
-    @property
-    def rule(self) -> cpu.Rule:
-        return cpu.Rule("adagrad", self.lr, self.eps)
-
-    def slots(self, width: int) -> int:
-        return width
-
-    def initial(self, width: int) -> np.ndarray:
-        return np.full(width, 0.1, np.float32)
-
-    def apply(
-        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
-    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
-        slots = slots + grad * grad
-        return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
-
-
-@dataclasses.dataclass(frozen=True)
-class RowwiseAdagrad:
-    """a <- a + mean(g^2); w <- w - lr g / sqrt(a + eps): one accumulator a row, from 0.1.
-
-    The row-wise variant of DLRM-style trainers: 4 bytes of state a row instead of 4 D.
-    """
-
-    lr: float
-    eps: float
-
-    @property
-    def rule(self) -> cpu.Rule:
-        return cpu.Rule("rowwise_adagrad", self.lr, self.eps)
-
-    def slots(self, width: int) -> int:
-        return 1
-
-    def initial(self, width: int) -> np.ndarray:
-        return np.full(1, 0.1, np.float32)
-
-    def apply(
-        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
-    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
-        slots = slots + jnp.mean(grad * grad, axis=1, keepdims=True)
-        return values - self.lr * grad * jax.lax.rsqrt(slots + self.eps), slots
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyAdam:
-    """Adam on the rows a batch touches, with each row's own step count.
-
-    A row's trajectory is exactly that of `optax.adam(lr, b1, b2, eps)` fed the steps that touch
-    the row; steps that do not touch it neither decay its moments nor move it. Slots: first
-    moment [D], second moment [D], count [1].
-    """
-
-    lr: float
-    b1: float
-    b2: float
-    eps: float
-
-    @property
-    def rule(self) -> cpu.Rule:
-        return cpu.Rule("lazy_adam", self.lr, self.eps, self.b1, self.b2)
-
-    def slots(self, width: int) -> int:
-        return 2 * width + 1
-
-    def initial(self, width: int) -> np.ndarray:
-        return np.zeros(2 * width + 1, np.float32)
-
-    def apply(
-        self, values: Float[Array, "N D"], slots: Float[Array, "N S"], grad: Float[Array, "N D"]
-    ) -> tuple[Float[Array, "N D"], Float[Array, "N S"]]:
-        width = values.shape[1]
-        count = slots[:, 2 * width :] + 1.0
-        first = self.b1 * slots[:, :width] + (1.0 - self.b1) * grad
-        second = self.b2 * slots[:, width : 2 * width] + (1.0 - self.b2) * grad * grad
-        # 1 - b^t through expm1: exact where b^t is close to 1, as it is for b2 and small t.
-        first_scale = -jnp.expm1(count * np.float32(np.log(self.b1))) if self.b1 else 1.0
-        second_scale = -jnp.expm1(count * np.float32(np.log(self.b2))) if self.b2 else 1.0
-        step = (first / first_scale) / (jnp.sqrt(second / second_scale) + self.eps)
-        return values - self.lr * step, jnp.concatenate([first, second, count], axis=1)
-
-
-def make_row_optimizer(config: OptimizerConfig) -> RowOptimizer:
-    """The row optimiser that `config.table_optimizer` names."""
-    makers: dict[str, Callable[[], RowOptimizer]] = {
-        "sgd": lambda: Sgd(config.lr),
-        "adagrad": lambda: Adagrad(config.lr, config.eps),
-        "rowwise_adagrad": lambda: RowwiseAdagrad(config.lr, config.eps),
-        "lazy_adam": lambda: LazyAdam(config.lr, config.adam_b1, config.adam_b2, config.eps),
-    }
-    return makers[config.table_optimizer]()
-
-
 def init_table(
     key: jax.Array,
     spec: TableSpec,
@@ -371,19 +219,17 @@ def lookup(
       width: D.
       layout: the mesh; with one table shard this is a plain gather.
     """
-    flat, row_format = ids.reshape(-1), RowFormat.of(table, width)
+    row_format = RowFormat.of(table, width)
+
+    def read(local: Int[Array, "N"]) -> Float[Array, "N D"]:
+        values, _ = row_format.unpack(table.at[local].get(mode="promise_in_bounds"))
+        return values
+
+    flat = ids.reshape(-1)
     if layout.table_shards == 1:
-        rows, _ = row_format.unpack(table.at[flat].get(mode="promise_in_bounds"))
+        rows = read(flat)
     else:
-        # Each device reads the rows of its block for all devices, 0 for the rows of others, and
-        # the sum over devices brings every row home.
-        all_ids = layout.gather_over_table(flat)
-        local = all_ids - layout.table_index() * table.shape[0]
-        in_block = (local >= 0) & (local < table.shape[0])
-        rows = table.at[jnp.where(in_block, local, 0)].get(mode="promise_in_bounds")
-        # Unpacked before the sum over shards: packed rows are no numbers to add.
-        rows, _ = row_format.unpack(rows)
-        rows = layout.scatter_over_table(jnp.where(in_block[:, None], rows, 0.0))
+        rows = row_exchange.fetch(flat, table.shape[0], width, layout, read)
     return rows.reshape(*ids.shape, width)
 
 
@@ -459,30 +305,47 @@ def update(
       ValueError: a bfloat16 table without a generator.
     """
     width = grads.shape[-1]
-    ids = layout.gather_over_all(ids.reshape(-1))
-    grads = layout.gather_over_all(grads.reshape(-1, width))
-    rows, row_format = table.shape[0], RowFormat.of(table, width)
-    if native:
-        words = _given(generator) if row_format.dtype == "bfloat16" else None
-        return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
+    ids, grads = ids.reshape(-1), grads.reshape(-1, width)
 
+    def apply(carry: tuple[Any, Any], local: jax.Array, summands: jax.Array) -> tuple[Any, Any]:
+        return update_block(*carry, local, summands, optimizer, layout, generator)
+
+    if layout.table_shards > 1:
+        return row_exchange.deliver(ids, grads, table.shape[0], layout, apply, (table, slot))
+    ids, grads = layout.gather_over_all(ids), layout.gather_over_all(grads)
+    if native:
+        bfloat16 = RowFormat.of(table, width).dtype == "bfloat16"
+        words = _given(generator) if bfloat16 else None
+        return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
+    return update_block(table, slot, ids, grads, optimizer, layout, generator)
+
+
+def update_block(
+    table: Num[Array, "Rs W"],
+    slot: Int[Array, "Rs"],
+    local: Int[Array, "N"],
+    grads: Float[Array, "N D"],
+    optimizer: RowOptimizer,
+    layout: Layout,
+    generator: UInt32[Array, "2"] | None,
+) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
+    """`update` of rows of this device's block, given the gradients of all devices.
+
+    Args:
+      local: numbers in the block; Rs, past its end, is written nowhere.
+    """
+    rows, row_format = table.shape[0], RowFormat.of(table, grads.shape[1])
+    whole = layout.table_shards == 1
     noise = None
     if row_format.dtype == "bfloat16":
-        noise = random_bits.halves_of_rows(_given(generator), ids, width)
+        ids = local if whole else local + layout.table_index() * rows
+        noise = random_bits.halves_of_rows(_given(generator), ids, grads.shape[1])
 
-    if layout.table_shards == 1:
-        local, mode, put = ids, "promise_in_bounds", "promise_in_bounds"
-    else:
-        local = ids - layout.table_index() * rows
-        in_block = (local >= 0) & (local < rows)
-        # Rows of other blocks become number `rows`, past the end: written nowhere, and worth
-        # nothing where they are read.
-        local, grads = jnp.where(in_block, local, rows), jnp.where(in_block[:, None], grads, 0.0)
-        mode, put = "clip", "drop"
+    mode, put = ("promise_in_bounds", "promise_in_bounds") if whole else ("clip", "drop")
     if isinstance(optimizer, Sgd) and row_format.dtype == "float32":
         return table.at[local].add(-optimizer.lr * grads, mode=put), slot
 
-    entry = jnp.arange(ids.size, dtype=jnp.int32)
+    entry = jnp.arange(local.size, dtype=jnp.int32)
     slot = slot.at[local].set(entry, mode=put)
     representative = slot.at[local].get(mode=mode)
     total = jnp.zeros_like(grads).at[representative].add(grads, mode="promise_in_bounds")

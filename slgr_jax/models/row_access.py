@@ -6,7 +6,8 @@ their gradient to `write`. Which of the two it is changes no result but rounding
 
   RowAccess  leaves are the rows themselves; of tables that are needed whole (a graph, a softmax
            over the catalogue), all of their rows. Any backbone, any device.
-  DotAccess  leaves are s = p . q_c and the squared norms, of backbones that are a dot product.
+  DotAccess  leaves are s = p . q_c and the squared norms, of backbones that are a dot product
+           (and BroadcastDotAccess, on several devices).
 
 Shape letters: N queries, C candidates of a query, D width, R rows of a table.
 """
@@ -34,6 +35,7 @@ from slgr_jax.models.backbones.base import (
     feature_tables,
     with_features_added,
 )
+from slgr_jax.models.row_optimizers import RowOptimizer
 from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import Context, Queries
 from slgr_jax.sampling.features import FeatureSlots
@@ -165,7 +167,7 @@ class RowAccess:
     """
 
     backbone: AnyBackbone
-    optimizer: embedding_table.RowOptimizer
+    optimizer: RowOptimizer
     layout: Layout
     native: bool
     vector_l2: float = 1.0

@@ -372,10 +372,9 @@ def _joined(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def dot_model(backbone: AnyBackbone, *, native: bool) -> FactorModel | None:
-    """How the CPU kernels can serve every row that scoring a backbone's pairs reads, if they
-    can."""
-    if not native or not isinstance(backbone, DotBackbone) or backbone.dropout > 0:
+def dot_model(backbone: AnyBackbone) -> FactorModel | None:
+    """How a backbone's pairs are scored by dot products of rows, where that is all they are."""
+    if not isinstance(backbone, DotBackbone) or backbone.dropout > 0:
         return None
     if feature_tables(backbone) or adapters.of(backbone):  # a row is the sum of several
         return None
@@ -398,7 +397,7 @@ def make_objective(
     as_pairs = (
         guidance is None
         or guidance.width == 2
-        or (guidance.width % 2 == 0 and dot_model(backbone, native=plan.native) is not None)
+        or (guidance.width % 2 == 0 and plan.native and dot_model(backbone) is not None)
     )
     # A stochastic pass scores a guidance's candidates alone.
     stochastic = guidance is not None and guidance.reads_stochastic

@@ -25,6 +25,7 @@ from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
 from slgr_jax.models.backbones.base import with_features_added
 from slgr_jax.models.embedding_table import InitialRows
+from slgr_jax.models.row_optimizers import RowOptimizer, make_row_optimizer
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
 
@@ -73,8 +74,8 @@ class Learner:
         return optax.multi_transform(by_part, {name: name for name in by_part})
 
     @property
-    def row_optimizer(self) -> embedding_table.RowOptimizer:
-        return embedding_table.make_row_optimizer(self.config.optimizer)
+    def row_optimizer(self) -> RowOptimizer:
+        return make_row_optimizer(self.config.optimizer)
 
     @property
     def leaf_names(self) -> list[str]:

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.guidance.base import Frozen, Scored
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
-from slgr_jax.models.dot_access import DotAccess
+from slgr_jax.models.dot_access import BroadcastDotAccess, DotAccess
 from slgr_jax.models.row_access import Access, Candidates, Leaves, Reads, RowAccess
 from slgr_jax.sampling.arrays import DeviceArrays
 from slgr_jax.sampling.batch import Batch, draw
@@ -81,15 +81,19 @@ class Trainer(Learner):
 
     @property
     def access(self) -> Access:
-        """Dot products where the CPU kernels can serve them all, rows otherwise."""
-        objective, native = self.objective, self.plan.native
+        """Dot products where they are all that is needed and the CPU kernels can serve them, or
+        spare several devices the gradients of rows; rows otherwise."""
+        objective, layout = self.objective, self.layout
         merged = isinstance(objective, objectives.Triples) and objective.merged
-        model = objectives.dot_model(self.backbone, native=native)
+        model, native = objectives.dot_model(self.backbone), self.plan.native
         if merged and model is not None:
             width = self.backbone.tables[model.user_table].width
-            return DotAccess(model, width, self.row_optimizer)
+            if native:
+                return DotAccess(model, width, self.row_optimizer)
+            if layout.devices > 1 and layout.table_shards == 1:
+                return BroadcastDotAccess(model, width, self.row_optimizer, layout)
         vector_l2 = self.config.vectors.vector_l2
-        return RowAccess(self.backbone, self.row_optimizer, self.layout, native, vector_l2)
+        return RowAccess(self.backbone, self.row_optimizer, layout, native, vector_l2)
 
     @property
     def guidance_pairs(self) -> int:

@@ -38,7 +38,8 @@ from slgr_jax.errors import ConfigError, listing
 from slgr_jax.guidance import make_guidance
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
 from slgr_jax.models.backbones.base import feature_tables
-from slgr_jax.models.embedding_table import RowFormat, RowOptimizer
+from slgr_jax.models.embedding_table import RowFormat
+from slgr_jax.models.row_optimizers import RowOptimizer
 from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import choose_features
 from slgr_jax.training import checkpoint, run_directory

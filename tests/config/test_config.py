@@ -26,7 +26,7 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import make_guidance
 from slgr_jax.guidance.gates import make_gate
 from slgr_jax.models.backbones import make_backbone
-from slgr_jax.models.embedding_table import make_row_optimizer
+from slgr_jax.models.row_optimizers import make_row_optimizer
 from slgr_jax.sampling.context import Sizes
 
 RUN_SECTIONS = tuple(config.sections().values())

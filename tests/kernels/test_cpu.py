@@ -17,7 +17,7 @@ from slgr_jax.config import (
 )
 from slgr_jax.data.dataset import Csr
 from slgr_jax.kernels import cpu
-from slgr_jax.models import embedding_table
+from slgr_jax.models import embedding_table, row_optimizers
 from slgr_jax.sampling import arrays, batch, negatives, preferences
 from slgr_jax.sampling.teacher_arrays import PreferenceRule, teacher_lists
 
@@ -129,7 +129,7 @@ def test_factor_update_equals_autodiff_and_the_row_optimiser(
     Of 40 lanes some read an item that no other lane reads, of 300 next to none. A user has some
     lanes in a row, once or more often.
     """
-    optimizer = embedding_table.make_row_optimizer(
+    optimizer = row_optimizers.make_row_optimizer(
         OptimizerConfig(table_optimizer=name, lr=0.1, eps=1e-6)
     )
     table, users, items = _world(width, lanes=lanes, slots=optimizer.slots(width))
@@ -176,7 +176,7 @@ def test_factor_update_equals_autodiff_and_the_row_optimiser(
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
 def test_row_update_equals_the_xla_update(name, width, dtype):
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
     table, _, items = _world(width, lanes=2000, slots=optimizer.slots(width))
     start, _ = _packed(table["item"], width, dtype)
     generator = embedding_table.rounding(jax.random.key(5), ["item"])["item"]
@@ -206,7 +206,7 @@ def test_a_nan_is_not_rounded_to_a_number():
 
 @pytest.mark.parametrize("name", TABLE_OPTIMIZERS[:3])
 def test_nothing_to_learn_leaves_every_bit_of_a_packed_row(name):
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
     rows, _, _ = _world(77, slots=optimizer.slots(77))
     table, _ = _packed(rows["item"], 77, "bfloat16")
     ids, slot = np.arange(90, dtype=np.int32), jnp.zeros(90, jnp.int32)

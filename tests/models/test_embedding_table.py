@@ -15,7 +15,7 @@ import worlds
 
 from slgr_jax.config import TABLE_DTYPES, OptimizerConfig
 from slgr_jax.mesh import make_layout
-from slgr_jax.models import embedding_table
+from slgr_jax.models import embedding_table, row_optimizers
 from slgr_jax.sampling import random_bits
 
 ROWS, WIDTH = 20, 6
@@ -42,7 +42,7 @@ def _steps(seed: int, count: int, lanes: int) -> list[tuple[np.ndarray, np.ndarr
 
 
 def _run(config: OptimizerConfig, layout, steps):
-    optimizer = embedding_table.make_row_optimizer(config)
+    optimizer = row_optimizers.make_row_optimizer(config)
     table = embedding_table.init_table(
         jax.random.key(0), SPEC, optimizer, layout, config.table_dtype
     )
@@ -137,7 +137,7 @@ def test_sharded_equals_single(name, dtype, table_shards):
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
 def test_sharded_lookup_reads_the_same_rows(table_shards, dtype):
     layout = make_layout(table_shards=table_shards)
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer="adagrad"))
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig(table_optimizer="adagrad"))
     spec = embedding_table.TableSpec(1000, 5, 1.0)
     table = embedding_table.init_table(jax.random.key(3), spec, optimizer, layout, dtype)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (16, 2)), jnp.int32)
@@ -156,7 +156,7 @@ def test_sharded_lookup_reads_the_same_rows(table_shards, dtype):
 
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
 def test_initial_values_do_not_depend_on_the_mesh(dtype):
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig())
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig())
     alone, shared, exact = (
         embedding_table.values_of(
             embedding_table.init_table(jax.random.key(7), SPEC, optimizer, layout, kind), SPEC
@@ -173,7 +173,7 @@ def test_initial_values_do_not_depend_on_the_mesh(dtype):
 
 def test_a_table_is_made_without_a_second_one(users_compiler):
     """Initial values are elementwise in (row, column): no temporary of the table's size."""
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig())
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig())
     spec, layout = embedding_table.TableSpec(100_000, 64, 0.1), worlds.one_device()
     make = jax.jit(lambda key: embedding_table.init_table(key, spec, optimizer, layout))
     lowered = make.lower(jax.random.key(0))
@@ -184,7 +184,7 @@ def test_a_table_is_made_without_a_second_one(users_compiler):
 
 def test_initial_entries_have_the_stated_spread():
     spec = embedding_table.TableSpec(20_000, 16, 0.5)
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer="sgd"))
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig(table_optimizer="sgd"))
     values = np.asarray(
         embedding_table.init_table(jax.random.key(0), spec, optimizer, worlds.one_device())
     )
@@ -195,7 +195,7 @@ def test_initial_entries_have_the_stated_spread():
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
 def test_update_compiles_without_a_table_sized_temporary(users_compiler, dtype):
     """A million rows: what the program allocates beside its donated table stays with the batch."""
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer="adagrad"))
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig(table_optimizer="adagrad"))
     rows, width, lanes, layout = 1_000_000, 16, 512, worlds.one_device()
     spec = embedding_table.TableSpec(rows, width, 1.0)
     table = jax.eval_shape(
@@ -320,7 +320,7 @@ def test_rounding_keeps_what_is_on_the_grid_and_what_is_no_number():
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "rowwise_adagrad"])
 def test_an_update_is_the_float32_one_rounded(name):
     """From the same values and slots: slots equal to the bit, values to a neighbour."""
-    optimizer = embedding_table.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
+    optimizer = row_optimizers.make_row_optimizer(OptimizerConfig(table_optimizer=name, lr=0.1))
     layout, width, lanes = worlds.one_device(), 8, 64
     spec = embedding_table.TableSpec(100, width, 1.0)
     packed = embedding_table.init_table(jax.random.key(0), spec, optimizer, layout, "bfloat16")
@@ -349,7 +349,7 @@ def test_an_update_is_the_float32_one_rounded(name):
 
 def test_updates_below_half_an_ulp_are_kept_on_average():
     """64 updates of a 16th of an ulp, in two halves each: to nearest, none would be seen."""
-    optimizer, layout, rows, width = embedding_table.Sgd(2.0**-11), worlds.one_device(), 512, 16
+    optimizer, layout, rows, width = row_optimizers.Sgd(2.0**-11), worlds.one_device(), 512, 16
     row_format = embedding_table.RowFormat(width, 0, "bfloat16")
     table = row_format.pack(jnp.ones((rows, width)), jnp.zeros((rows, 0)))
     ids = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), 2)
@@ -395,7 +395,7 @@ def test_a_bfloat16_update_needs_a_generator():
     with pytest.raises(ValueError, match="with a generator"):
         embedding_table.update(
             *(table, jnp.zeros(4, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros((1, WIDTH))),
-            *(embedding_table.RowwiseAdagrad(0.1, 1e-8), worlds.one_device()),
+            *(row_optimizers.RowwiseAdagrad(0.1, 1e-8), worlds.one_device()),
         )
 
 
