@@ -17,6 +17,9 @@ numbers; the last line is the command that trains the kept run directly.
 validation, for as many epochs as its best validation came after; its gate is RUN's and learns no
 more. Nothing is validated, and slgr evaluate ranks the test part alone.
 
+--plan trains nothing: it prints what the run would take of memory on one device and on several that
+need not be there, with tables on every device and split over all (or as --table_shards says).
+
 Calling it again with the same flags resumes the run. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2
 save and exit, in the middle of a validation too, which is done again. Exit status: 0 finished, 2 an
 error to mend, 75 interrupted: the same command goes on, so that a scheduler may requeue it.
@@ -32,6 +35,7 @@ to any of them stops all; one that is lost ends the others with status 75 (docs/
 from __future__ import annotations
 
 import dataclasses
+import os
 import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -40,13 +44,14 @@ from absl import flags as absl_flags
 
 from slgr_jax import api, cluster, config
 from slgr_jax.cli import console, flags
-from slgr_jax.errors import UserError
+from slgr_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from slgr_jax.training.loop import Outcome
     from slgr_jax.training.training_log import TrainingProgress
 
 USAGE = __doc__ or ""
+MOST_PLANNED = 1024  # devices; XLA takes a stack for each
 SECTIONS = (*config.sections().values(), config.ClusterConfig)
 
 
@@ -59,6 +64,12 @@ def define() -> None:
         None,
         "guidance=auto: processes on a CPU; 0 = one per core; accelerators take one",
         lower_bound=0,
+    )
+    absl_flags.DEFINE_bool(
+        "plan", False, "print what the run would take of memory, by part, and stop; no --workdir"
+    )
+    absl_flags.DEFINE_list(
+        "plan_devices", ["1", "2", "4", "8"], "--plan: numbers of devices, which need not be there"
     )
 
 
@@ -83,6 +94,9 @@ def main(_: list[str]) -> None:
 def _train() -> None:
     given = flags.FLAGS
     knobs = flags.given_knobs(*SECTIONS)
+    if given.plan:
+        _plan(knobs)
+        return
     if knobs.get("guidance") == config.AUTO:
         _train_auto(knobs)
         return
@@ -119,6 +133,40 @@ def _say(outcome: Outcome, knobs: Mapping[str, Any]) -> None:
     )
 
 
+def _plan(knobs: Mapping[str, Any]) -> None:
+    """What the run takes of memory, on devices that need not be there."""
+    given = flags.FLAGS
+    if knobs.get("refit") or knobs.get("guidance") == config.AUTO:
+        raise ConfigError(
+            "--plan is of one run: name a --guidance, and of a refit plan the run that it refits"
+        )
+    counts = [int(text) if text.isdecimal() else 0 for text in given.plan_devices]
+    if not all(counts) or not counts or max(counts) > MOST_PLANNED:
+        raise ConfigError(
+            f"--plan_devices={','.join(given.plan_devices)}: expected numbers from 1 to "
+            f"{MOST_PLANNED}, e.g. 1,8,64"
+        )
+    of_job = {field.name for field in dataclasses.fields(config.ClusterConfig)}
+    of_run = {name: value for name, value in knobs.items() if name not in of_job}
+    run = config.make_run(given.data, given.workdir or "", **of_run)
+    config.check_used(run, of_run.keys())
+    shards = run.train.table_shards
+    meshes = [
+        (count, split)
+        for count in counts
+        for split in dict.fromkeys([shards] if shards > 1 else [1, count])
+    ]
+    # Before JAX is imported: so many devices, each a part of the CPU.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(max(counts))
+    from slgr_jax.reports import tables
+    from slgr_jax.training import memory_plan, restore
+
+    plans = memory_plan.make_plans(run, restore.load_data(run), meshes)
+    print("MB; of a device unless it says host or checkpoint\n")
+    print(tables.text_table(memory_plan.as_rows(plans)))
+
+
 def _train_auto(knobs: Mapping[str, Any]) -> None:
     """Choose a guidance, and say which and why."""
     given = flags.FLAGS
@@ -140,5 +188,5 @@ def run() -> None:
         sections=SECTIONS,
         define=define,
         required=("data", "workdir"),
-        stand_ins={"data": "refit"},
+        stand_ins={"data": "refit", "workdir": "plan"},
     )

@@ -93,7 +93,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     arrays = DeviceArrays(interactions, context, guidance_arrays)
     plan = _plan(run, dataset, backbone, interactions, arrays.drawn, native=native)
     trainer = Trainer(run, backbone, guidance, layout, plan)
-    _check_devices(trainer)
+    check_devices(trainer)
     begins = run.train.restart or not checkpoint.exists(run.workdir)
     if run.train.init_from and begins:
         warm_start.check(trainer, dataset)
@@ -162,7 +162,7 @@ def _plan(
     )
 
 
-def _check_devices(trainer: Trainer) -> None:
+def check_devices(trainer: Trainer) -> None:
     """Refuse sizes that cannot be split over the devices."""
     guidance, devices = trainer.guidance, trainer.layout.devices
     sizes = [("--batch_size", trainer.plan.triples), ("--shared_negatives", trainer.plan.shared)]

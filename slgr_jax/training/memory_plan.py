@@ -1,0 +1,199 @@
+"""What a run takes of memory, by part, on numbers of devices that need not be there.
+
+What is drawn from and looked up is made as training makes it, once, on the host; a state is shapes
+alone; the rest is what XLA says of the step that it compiles for so many devices, which are parts
+of this machine's CPU. So every number comes from the code that a run itself goes through. For GPUs
+and TPUs XLA's temporaries differ; arrays are the same but for padding (a TPU pads rows to 128
+numbers).
+
+Left out: the chunk of users that a validation ranks at a time, and on the host what Python, JAX and
+the compiler take, about half a gigabyte, and what sorting takes while the arrays are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+
+from slgr_jax.config import RunConfig
+from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError
+from slgr_jax.mesh import make_layout
+from slgr_jax.sampling.arrays import DeviceArrays
+from slgr_jax.training import build, step
+from slgr_jax.training.state import abstract_serving, abstract_state, make_serving_state
+from slgr_jax.training.step import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one run on one mesh; of one device, unless said otherwise.
+
+    Attributes:
+      devices, table_shards: the mesh.
+      tables: values and optimiser slots.
+      dense: dense parameters with their optimiser's state.
+      serving: the best state, whole as a run that goes on reads it, and the one that a validation
+        ranks with, which XLA may leave split.
+      interactions: what batches are drawn from.
+      looked_up: histories, categories, features, graphs, frozen vectors.
+      teacher: what a guidance draws from and looks up.
+      draws: the batches of the steps that are drawn at once.
+      step: the other temporaries of a dispatch, as XLA says.
+      checkpoint: all of a checkpoint on the disk, before compression; two are there for a moment.
+      host: of a process that all devices belong to: the dataset, what goes to the devices, and the
+        copy that a checkpoint is written from.
+    """
+
+    devices: int
+    table_shards: int
+    tables: int
+    dense: int
+    serving: int
+    interactions: int
+    looked_up: int
+    teacher: int
+    draws: int
+    step: int
+    checkpoint: int
+    host: int
+
+    @property
+    def arguments(self) -> int:
+        """What the step's program is given."""
+        parts = self.tables, self.dense, self.interactions, self.looked_up, self.teacher
+        return sum(parts)
+
+    @property
+    def device(self) -> int:
+        """All that one device holds at once."""
+        return self.arguments + self.serving + self.draws + self.step
+
+
+def make_plans(
+    run: RunConfig, dataset: Dataset, meshes: Sequence[tuple[int, int]]
+) -> list[MemoryPlan]:
+    """A plan for each of `meshes`, (devices, table shards).
+
+    JAX must have as many devices; of a kind that costs nothing, CPUs.
+
+    Raises:
+      ConfigError: the run cannot be split so.
+      UserError: data, teacher or knobs that do not go together.
+    """
+    # One device holds the arrays; the CPU kernels are of one device alone.
+    by_xla = dataclasses.replace(run, train=dataclasses.replace(run.train, kernels="xla"))
+    experiment = build.build(by_xla, dataset, make_layout(devices=jax.devices()[:1]))
+    return [_plan(experiment, dataset, *mesh, devices=jax.devices()[: mesh[0]]) for mesh in meshes]
+
+
+def _plan(
+    experiment: build.Experiment,
+    dataset: Dataset,
+    count: int,
+    table_shards: int,
+    *,
+    devices: list[jax.Device],
+) -> MemoryPlan:
+    if len(devices) < count:
+        raise ConfigError(f"{count} devices are planned for, and JAX makes {len(devices)}")
+    layout = make_layout(table_shards=table_shards, devices=devices)
+    trainer = dataclasses.replace(experiment.trainer, layout=layout)
+    build.check_devices(trainer)
+    arrays = _abstract_arrays(experiment.arrays, trainer)
+    state, serving = abstract_state(trainer), abstract_serving(trainer)
+    temporaries = _compiled(trainer, state, arrays).memory_analysis().temp_size_in_bytes
+    draws = min(_draws(trainer, arrays) // count, temporaries)
+    checkpoint = _total((state, serving))
+    return MemoryPlan(
+        devices=count,
+        table_shards=table_shards,
+        tables=_per_device(state.tables),
+        dense=_per_device((state.params, state.opt_state, state.step)),
+        serving=_per_device(serving) + _scored_with(trainer, state, arrays),
+        interactions=_per_device(arrays.interactions),
+        looked_up=_per_device(arrays.context),
+        teacher=_per_device(arrays.guidance),
+        draws=draws,
+        step=temporaries - draws,
+        checkpoint=checkpoint,
+        host=_of_dataset(dataset) + _total(arrays) + checkpoint,
+    )
+
+
+def _abstract_arrays(arrays: DeviceArrays, trainer: Trainer) -> DeviceArrays:
+    """The device arrays as shapes, laid out as `build` does it."""
+    layout = trainer.layout
+
+    def laid_out(tree: Any, sharding: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    vectors = laid_out(arrays.context.vectors, layout.table_sharding)
+    bare = dataclasses.replace(arrays.context, vectors=None)
+    whole = laid_out(dataclasses.replace(arrays, context=bare), layout.replicated)
+    return dataclasses.replace(whole, context=dataclasses.replace(whole.context, vectors=vectors))
+
+
+def _compiled(trainer: Trainer, state: Any, arrays: DeviceArrays) -> Any:
+    at = trainer.layout.replicated
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=at)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=at)
+    run_steps: Any = step.make_run_steps(trainer)
+    return run_steps.lower(state, arrays, key, count).compile()
+
+
+def _scored_with(trainer: Trainer, state: Any, arrays: DeviceArrays) -> int:
+    """Bytes on a device of what validations rank with."""
+    pick: Any = make_serving_state(trainer)
+    memory = pick.lower(state, arrays.context).compile().memory_analysis()
+    return int(memory.output_size_in_bytes)
+
+
+def _draws(trainer: Trainer, arrays: DeviceArrays) -> int:
+    """Bytes of the batches that are drawn at once, of all devices."""
+    keys = jax.ShapeDtypeStruct((trainer.drawn_together, 2), jnp.uint32)
+    return _total(jax.eval_shape(functools.partial(step.draw_steps, trainer), keys, arrays))
+
+
+def _total(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _per_device(tree: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _of_dataset(dataset: Dataset) -> int:
+    """Bytes of the arrays and Arrow tables of a loaded dataset."""
+    total = 0
+    for holder in (dataset, dataset.train, dataset.valid, dataset.test):
+        for value in vars(holder).values():
+            if isinstance(value, np.ndarray | pa.Table | pa.Array | pa.ChunkedArray):
+                total += value.nbytes
+    return total
+
+
+def as_rows(plans: Sequence[MemoryPlan]) -> list[dict[str, Any]]:
+    """What to print: megabytes."""
+    rows = []
+    for plan in plans:
+        row = dataclasses.asdict(plan)
+        row = {"devices": row.pop("devices"), "table shards": row.pop("table_shards")} | {
+            name.replace("_", " "): round(bytes_ / 1e6, 1) for name, bytes_ in row.items()
+        }
+        on_disk, host = row.pop("checkpoint"), row.pop("host")
+        row |= {"a device": round(plan.device / 1e6, 1), "host": host, "checkpoint": on_disk}
+        rows.append({name: str(value) for name, value in row.items()})
+    return rows
