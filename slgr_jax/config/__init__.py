@@ -17,6 +17,7 @@ from slgr_jax.config.backbones import (
 )
 from slgr_jax.config.baselines import BASELINES, BaselineConfig
 from slgr_jax.config.cluster import CLUSTERS, ClusterConfig
+from slgr_jax.config.distillation import RRDConfig
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
     AUTO,
@@ -26,19 +27,19 @@ from slgr_jax.config.guidance import (
     GUIDANCE_DEFAULTS,
     GUIDANCE_LOSSES,
     LABEL_SOURCES,
+    LIST_GUIDANCES,
     PAIR_SELECTIONS,
     SUPERVISED_GATES,
     UNCERTAINTIES,
     GateConfig,
     GuidanceConfig,
     PairwiseConfig,
-    RRDConfig,
     register_gate,
     register_guidance,
 )
 from slgr_jax.config.model import ModelConfig
 from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
-from slgr_jax.config.run import RunConfig, differences, make_run, sections
+from slgr_jax.config.run import RunConfig, differences, make_run, method_sections, sections, upgrade
 from slgr_jax.config.serve import ServeConfig
 from slgr_jax.config.teach import (
     BUILT_FROM,
@@ -106,6 +107,7 @@ __all__ = [
     "GATES",
     "GATE_INPUTS",
     "LABEL_SOURCES",
+    "LIST_GUIDANCES",
     "SUPERVISED_GATES",
     "GUIDANCE",
     "GUIDANCE_DEFAULTS",
@@ -159,8 +161,10 @@ __all__ = [
     "differences",
     "learns_from_sequences",
     "make_run",
+    "method_sections",
     "register_backbone",
     "register_gate",
     "register_guidance",
     "sections",
+    "upgrade",
 ]

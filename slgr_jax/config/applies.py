@@ -11,9 +11,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slgr_jax.config.backbones import BUILT_IN, CLICK_BACKBONES, SEQUENCE_BACKBONES
-from slgr_jax.config.guidance import GateConfig, GuidanceConfig, PairwiseConfig, RRDConfig
+from slgr_jax.config.guidance import (
+    BUILT_IN_GUIDANCE,
+    LIST_GUIDANCES,
+    GateConfig,
+    GuidanceConfig,
+)
 from slgr_jax.config.knobs import flag_name
-from slgr_jax.config.run import RunConfig
+from slgr_jax.config.run import RunConfig, method_sections
 from slgr_jax.errors import ConfigError, listing
 
 
@@ -50,6 +55,7 @@ _APPLIES: Mapping[str, Applies] = {
     "negatives": Applies("loss", ("bpr", "bce", "sampled_softmax")),
     "popularity_power": Applies("negatives", ("popularity",)),
     **dict.fromkeys(("hard_share", "hard_pool"), Applies("negatives", ("hard",))),
+    "lists_per_step": Applies("guidance", LIST_GUIDANCES),
     "margin": Applies("guidance_loss", ("hinge",)),
     "pair_candidates": Applies("pair_selection", ("largest_gap",)),
     **dict.fromkeys(("rrd_temperature", "rrd_pool"), Applies("rrd_sample", (True,))),
@@ -71,6 +77,7 @@ _APPLIES: Mapping[str, Applies] = {
 }
 _BUILT_IN: Mapping[str, Collection[str]] = {
     "backbone": BUILT_IN,
+    "guidance": BUILT_IN_GUIDANCE,
     "gate": ("constant", "rule", *_LEARNED_GATES),
 }
 
@@ -130,7 +137,7 @@ def check_auto(given: Mapping[str, Any]) -> None:
             "--guidance=auto needs --teacher=NAME, a product under DATA/teacher (make one with "
             "slgr teach)"
         )
-    set_there = _names(GateConfig, PairwiseConfig, RRDConfig)
+    set_there = _names(GateConfig, *method_sections().values())
     clash = [f"--{name}={_text(value)}" for name, value in given.items() if name in set_there]
     if clash:
         them = "them" if len(clash) > 1 else "it"

@@ -12,7 +12,10 @@ from slgr_jax.errors import ConfigError, listing
 
 # Lists, so that one's own can be added: `register_guidance`, `register_gate`.
 AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by validation
-GUIDANCE = ["none", "pairwise", "pointwise", "rrd"]
+BUILT_IN_GUIDANCE = ("none", "pairwise", "pointwise", "rrd")
+GUIDANCE = list(BUILT_IN_GUIDANCE)
+# Those that draw whole lists, which must be known to rank above what they leave out.
+LIST_GUIDANCES = ("rrd",)
 GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "confidence", "gain")
 GATES = ["paper", "constant", "rule", "budget", "calibrated"]
 # Gates that learn from interactions which the recommender does not learn from.
@@ -70,6 +73,13 @@ class GuidanceConfig(Section):
     preferences_per_step: int = knob(
         0, "pairwise, pointwise: preferences G per step; 0 = batch_size", minimum=0, maximum=BATCH
     )
+    lists_per_step: int = knob(
+        0,
+        "guidances that learn lists: lists G per step; 0 = as many candidates as the batch's "
+        "triples have",
+        minimum=0,
+        maximum=BATCH,
+    )
     min_gap: float = knob(
         0.0,
         "least difference of two teacher scores that makes a preference; ties never do",
@@ -122,49 +132,6 @@ class PairwiseConfig(Section):
         "draw preferences among a list and the R other items that the runs of --reference_runs "
         "rank highest for its user, for teachers whose manifest says that unlisted items rank "
         "below the list; 0 = against any unlisted item. With it, add reference to --gate_inputs",
-        minimum=0,
-        maximum=BATCH,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class RRDConfig(Section):
-    """--guidance=rrd: relaxed ranking distillation."""
-
-    interesting: int = knob(
-        20,
-        "K: items of a list that are learned in its order",
-        flag="rrd_interesting",
-        minimum=1,
-        maximum=WIDTH,
-    )
-    uninteresting: int = knob(
-        20,
-        "L: unlisted items that these are ranked above",
-        flag="rrd_uninteresting",
-        minimum=1,
-        maximum=WIDTH,
-    )
-    sample: bool = knob(
-        True,
-        "draw the K items anew each step, with probability ~ exp(-rank / T); --norrd_sample takes "
-        "the first K",
-        flag="rrd_sample",
-    )
-    temperature: float = knob(
-        10.0, "T of --rrd_sample", flag="rrd_temperature", above=0, maximum=FLOAT
-    )
-    pool: int = knob(
-        500,
-        "places of a list that --rrd_sample draws from",
-        flag="rrd_pool",
-        minimum=1,
-        maximum=WIDTH,
-    )
-    lists_per_step: int = knob(
-        0,
-        "lists G per step; 0 = as many candidates as the batch's triples have",
-        flag="rrd_lists_per_step",
         minimum=0,
         maximum=BATCH,
     )

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from slgr_jax.config.backbones import BACKBONE_DEFAULTS, LOSSES_OF, learns_from_sequences
+from slgr_jax.config.distillation import RRDConfig
 from slgr_jax.config.evaluation import EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
+    BUILT_IN_GUIDANCE,
     GUIDANCE_DEFAULTS,
     GateConfig,
     GuidanceConfig,
     PairwiseConfig,
-    RRDConfig,
 )
 from slgr_jax.config.knobs import Section, flag_name
 from slgr_jax.config.model import ModelConfig
@@ -61,7 +62,7 @@ class RunConfig:
 
     def _check_methods(self) -> None:
         """Refuse knobs of a guidance that this run does not have: they would do nothing."""
-        for method in ("pairwise", "rrd"):
+        for method in method_sections():
             section = getattr(self, method)
             unused = [
                 f"--{flag_name(field)}={getattr(section, field.name)}"
@@ -255,6 +256,22 @@ def sections() -> dict[str, type[Section]]:
         for field in dataclasses.fields(RunConfig)
         if dataclasses.is_dataclass(hints[field.name])
     }
+
+
+def method_sections() -> dict[str, type[Section]]:
+    """The sections whose knobs go with one guidance alone, by its name."""
+    return {name: section for name, section in sections().items() if name in BUILT_IN_GUIDANCE}
+
+
+def upgrade(values: Any) -> None:
+    """Give what an older run kept of its knobs, as JSON, the names that they have now."""
+    if not isinstance(values, dict):
+        return
+    train, rrd = values.get("train"), values.get("rrd")
+    if isinstance(train, dict) and "tensorboard" in train:
+        train["track"] = "tensorboard" if train.pop("tensorboard") else ""
+    if isinstance(rrd, dict) and "lists_per_step" in rrd:
+        values.setdefault("guidance", {})["lists_per_step"] = rrd.pop("lists_per_step")
 
 
 def make_run(data: str, workdir: str, **values: Any) -> RunConfig:

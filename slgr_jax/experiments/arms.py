@@ -205,9 +205,11 @@ class ComparisonPlan:
             knobs = {**self._shared_knobs(of_arm), **of_arm, "teacher": self.teacher}
             matched = config.make_run("", "", **knobs)
             loss = matched.guidance_loss_name
-            # `gain` compares alpha with a prior, which a constant gate has not: `confidence` is its
-            # counterpart for a gate that compares with 1/2.
-            of_arm |= {"gate": "constant", "guidance_loss": {"gain": "confidence"}.get(loss, loss)}
+            of_arm["gate"] = "constant"
+            if of_arm["guidance"] == "pairwise":
+                # `gain` compares alpha with a prior, which a constant gate has not: `confidence` is
+                # its counterpart for a gate that compares with 1/2.
+                of_arm["guidance_loss"] = {"gain": "confidence"}.get(loss, loss)
         return {**of_arm, "teacher": self.teacher_of(arm)}
 
     def _shared_knobs(self, of_arm: Mapping[str, Any]) -> dict[str, Any]:

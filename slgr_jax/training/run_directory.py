@@ -74,16 +74,9 @@ def read_config(workdir: str) -> config.RunConfig:
         raise ConfigError(f"{workdir} is not a run: it holds no {CONFIG} (see slgr train)")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return knobs.from_json(config.RunConfig, text, str(path), upgrade=_upgrade)
+        return knobs.from_json(config.RunConfig, text, str(path), upgrade=config.upgrade)
     except ConfigError as error:
         raise ConfigError(f"{error}; restore it, or train anew with --restart") from error
-
-
-def _upgrade(values: Any) -> None:
-    """Knobs of older runs that have other names now."""
-    train = values.get("train") if isinstance(values, dict) else None
-    if isinstance(train, dict) and "tensorboard" in train:
-        train["track"] = "tensorboard" if train.pop("tensorboard") else ""
 
 
 def reference_checkpoints(run: config.RunConfig) -> list[dict[str, Any]]:

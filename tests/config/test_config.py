@@ -175,10 +175,10 @@ def _changed(section: type) -> object:
     return section(**values)
 
 
-@pytest.mark.parametrize("method", ["pairwise", "rrd"])
+@pytest.mark.parametrize("method", config.method_sections())
 def test_json_gives_back_every_knob(method):
     """A guidance's own knobs go with that guidance alone."""
-    others = {"pairwise", "rrd"} - {method}
+    others = config.method_sections().keys() - {method}
     kept = {name: section for name, section in config.sections().items() if name not in others}
     sections = {name: _changed(section) for name, section in kept.items()}
     vectors = sections["vectors"]
@@ -219,6 +219,14 @@ def test_a_knob_newer_than_the_run_has_its_default():
     values = json.loads(knobs.to_json(RunConfig("d", "w", model=ModelConfig(dim=3))))
     del values["model"]["item_bias"], values["checksum"]
     assert knobs.from_json(RunConfig, json.dumps(values), "config").model == ModelConfig(dim=3)
+
+
+def test_knobs_of_older_runs_have_the_names_of_now():
+    values = json.loads(knobs.to_json(RunConfig("d", "w")))
+    del values["checksum"], values["guidance"]["lists_per_step"], values["train"]["track"]
+    values["rrd"]["lists_per_step"], values["train"]["tensorboard"] = 7, True
+    run = knobs.from_json(RunConfig, json.dumps(values), "config", upgrade=config.upgrade)
+    assert (run.guidance.lists_per_step, run.train.track) == (7, "tensorboard")
 
 
 def test_an_integer_is_a_float_where_a_float_is_meant():
@@ -306,7 +314,7 @@ def test_what_a_gate_resolves_its_knobs_to():
     assert config.make_run("d", "w").labelled_per_step == 0
     with pytest.raises(ConfigError, match=r"--gate_inputs=history,fame: choose from margin"):
         run(gate="calibrated", gate_inputs="history,fame")
-    for method in ("pointwise", "rrd"):  # what their authors believe, unless told
+    for method in config.GUIDANCE_DEFAULTS:  # what their authors believe, unless told
         assert run(guidance=method).gate.gate == "constant"
         assert run(guidance=method, gate="rule").gate.gate == "rule"
         with pytest.raises(ConfigError, match=f"--guidance={method} needs --teacher"):
@@ -339,6 +347,8 @@ def test_what_a_gate_resolves_its_knobs_to():
          "--cold_user_history=2 is not used with --slice_preset=llm_esr; add --slice_preset=own"),
         ({"guidance": "rrd", "teacher": "t", "rrd_sample": False, "rrd_pool": 9},
          "--rrd_pool=9 is not used with --rrd_sample=False"),
+        ({"guidance": "pairwise", "teacher": "t", "lists_per_step": 9},
+         "--lists_per_step=9 is not used with --guidance=pairwise"),
     ],
 )  # fmt: skip
 def test_a_knob_that_does_nothing_is_refused(values, message):

@@ -122,6 +122,16 @@ def test_every_control_copies_every_gated_arm(tmp_path, matched):
     assert shuffled.guidance_loss_name == losses.get(matched, "hinge")
 
 
+def test_a_constant_gate_copies_an_arm_without_pairs(tmp_path):
+    """It has no knobs of pairwise guidance, which its run would refuse."""
+    own = dict([arms.own_arm("lists:guidance=rrd,gate=calibrated,rrd_pool=9")])
+    plan = plan_of(tmp_path, asked=("none",), controls=("constant",), own_arms=own)
+    plan.check()
+    run = plan.config("mf", "constant", {"alpha": 0.25}, tmp_path)
+    assert (run.guidance.guidance, run.gate.gate, run.gate.alpha) == ("rrd", "constant", 0.25)
+    assert run.rrd.pool == 9
+
+
 def test_teachers_share_a_folder_and_the_runs_without_one(tmp_path):
     plans = [plan_of(tmp_path, teacher=name, controls=("shuffled",)) for name in ("llm", "gpt")]
     tuned = {"none": {"tried": [1], "chosen": {"lr": 0.1}}, "paper": {"tried": [], "chosen": {}}}

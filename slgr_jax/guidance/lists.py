@@ -1,0 +1,257 @@
+"""What guidances have in common that learn whole lists of a teacher under a gate.
+
+A step draws G users who have a list; K places of each list, best first, and L items, uniformly,
+that are neither on the list nor among the user's own. A subclass says which places, and the loss
+l_k of each:
+
+    L = mean over the lists drawn of 1/K sum_k alpha_k l_k
+
+alpha_k = 1 (--gate=constant, the default of these guidances) is the method as published, which
+believes every place; any other gate believes each place by itself: alpha_k is its word on the
+preference (k-th item, one of the L). Places that a short list lacks count nothing.
+
+Where a method asks how the recommender ranks an item now, that is found among the K + L
+candidates, which the step scores anyway: no step ranks the catalogue, and nothing is older than a
+step.
+
+Shape letters: G lists, K listed items, L unlisted items, C = K + L (and more, if a method draws
+more), S steps drawn at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from slgr_jax.data.dataset import Csr
+from slgr_jax.errors import ConfigError
+from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
+from slgr_jax.guidance.gated import Gated, GatedArrays
+from slgr_jax.guidance.gating import Observed
+from slgr_jax.mesh import Layout
+from slgr_jax.models.row_access import Candidates
+from slgr_jax.sampling import random_bits
+from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.context import Histories, Queries, host32
+from slgr_jax.sampling.labelled_preferences import LabelledPreferences
+from slgr_jax.sampling.negatives import Generators, below, draw_outside
+from slgr_jax.sampling.preferences import Preferences, at_the_end_of_training, pair_facts
+from slgr_jax.sampling.teacher_arrays import TeacherLists
+
+# A score that no exponential sees: of a place that a list lacks, of an item that is not drawn.
+NO_SCORE = np.float32(-1e30)
+
+
+@struct.dataclass
+class ListArrays(GatedArrays):
+    """The teacher's lists, what the gate learns from, and whose lists there are.
+
+    Attributes:
+      users: [m] those with a list and an item outside it.
+      longest: places of the longest list.
+    """
+
+    users: Int[Array, "m"]
+    longest: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class ListDraw:
+    """Lists to learn.
+
+    Attributes:
+      queries: [G]; items: [G, C], listed ones first, best first, then the unlisted ones.
+      listed: [G, K] whether the list has such a place.
+      targets: [G, K] what the teacher says of each place, as the method reads it.
+      unlisted: [G] how many items the unlisted ones were drawn among.
+      noise: [G, K + L] what the method chooses by among the candidates; None if it does not.
+      pairs: [G, K, 2] (listed, unlisted) for the gate.
+    """
+
+    queries: Queries
+    items: Int[Array, "*G C"]
+    listed: Bool[Array, "*G K"]
+    targets: Float[Array, "*G K"]
+    unlisted: Int[Array, "*G"]
+    noise: UInt32[Array, "*G C"] | None
+    pairs: Preferences
+    labelled: LabelledPreferences | None
+
+
+class ListGuidance(Gated):
+    """The shared half of a guidance of lists; a subclass has `interesting`, `uninteresting` and
+    `place_losses`.
+
+    Attributes:
+      chooses: whether its loss chooses among the candidates by chance (`ListDraw.noise`).
+    """
+
+    queries_knob = "--lists_per_step"
+    chooses = False
+
+    @property
+    def interesting(self) -> int:
+        """K: places of a list that are drawn."""
+        raise NotImplementedError
+
+    @property
+    def uninteresting(self) -> int:
+        """L: items outside the list that are drawn."""
+        raise NotImplementedError
+
+    def place_losses(self, scores: Float[Array, "G C"], drawn: ListDraw) -> Float[Array, "G K"]:
+        """l_k of the module's docstring; 0 at places that a list lacks."""
+        raise NotImplementedError
+
+    def places(
+        self, words_of: Generators, arrays: ListArrays, lengths: Int[Array, "S G"]
+    ) -> Int[Array, "S G K"]:
+        """K distinct places of each list, ascending, 0 the best; those past its end come last."""
+        return jnp.broadcast_to(jnp.arange(self.interesting), (*lengths.shape, self.interesting))
+
+    def targets(
+        self, scores: Float[Array, "S G K"], teacher: TeacherLists
+    ) -> Float[Array, "S G K"]:
+        """`ListDraw.targets` from the teacher's scores."""
+        return scores
+
+    @property
+    def queries(self) -> int:
+        """As many candidates a step as the triples have, unless --lists_per_step says so."""
+        if self.run.guidance.lists_per_step:
+            return self.run.guidance.lists_per_step
+        lists = max(1, 2 * self.run.sampler.batch_size // self.width)
+        return lists // 8 * 8 or lists
+
+    @property
+    def width(self) -> int:
+        return self.interesting + self.uninteresting
+
+    def teacher_arrays(self, sources: Sources) -> TeacherLists:
+        teacher = super().teacher_arrays(sources)
+        if not isinstance(teacher, TeacherLists) or teacher.unlisted is None:
+            raise ConfigError(
+                f"--guidance={self.run.guidance.guidance} takes lists to rank above what they "
+                f"leave out, and of teacher {self.run.guidance.teacher} that is unknown; use lists "
+                "whose unlisted items rank below (slgr teach import --unlisted=below, slgr teach "
+                "nearest), without --unlisted_share=0, or --guidance=pairwise"
+            )
+        return teacher
+
+    def arrays(self, sources: Sources) -> tuple[ListArrays, Csr | None]:
+        teacher = self.teacher_arrays(sources)
+        gate, left_out = self.gating.arrays(sources, teacher)
+        longest = int(np.diff(np.asarray(teacher.offsets)).max())
+        users = np.unique(np.asarray(teacher.starts)[:, 1])
+        return ListArrays(teacher, gate, host32(users), longest), left_out
+
+    def draw(
+        self,
+        words_of: Generators,
+        arrays: ListArrays,
+        facts: Facts,
+        histories: Histories | None,
+    ) -> ListDraw:
+        teacher, count = arrays.teacher, self.queries
+        assert isinstance(teacher, TeacherLists)
+        assert teacher.unlisted is not None
+        words = random_bits.words(words_of.other, 1, count)[0]
+        users = arrays.users[below(words, arrays.users.shape[0])]
+        start, end = teacher.offsets[users], teacher.offsets[users + 1]
+        places = self.places(words_of, arrays, end - start)
+
+        # Entries ascend by score: the best of a user is the last. A place that a short list lacks
+        # repeats the best item, whose row is read already.
+        listed = places < (end - start)[..., None]
+        entry = end[..., None] - 1 - jnp.where(listed, places, 0)
+        interesting, scores = teacher.items[entry], teacher.scores[entry]
+
+        uninteresting = self._unlisted(words_of, teacher, users)
+        other = uninteresting[..., jnp.arange(places.shape[-1]) % uninteresting.shape[-1]]
+        pair_items = jnp.stack([interesting, other], axis=-1)
+        pair_users = jnp.broadcast_to(users[..., None], interesting.shape)
+        pairs = Preferences(
+            at_the_end_of_training(pair_users, histories),
+            pair_items,
+            scores - teacher.floor,
+            pair_facts(facts, pair_users, pair_items, native=self.native),
+        )
+        noise = None
+        if self.chooses:
+            size = count * (self.interesting + self.uninteresting)
+            noise = random_bits.words(words_of.own, 1, size)[0].reshape(*users.shape, -1)
+        return ListDraw(
+            at_the_end_of_training(users, histories),
+            jnp.concatenate([interesting, uninteresting], axis=-1),
+            listed,
+            self.targets(scores, teacher),
+            teacher.unlisted.free[users],
+            noise,
+            pairs,
+            self.draw_labelled(words_of, arrays, facts, histories),
+        )
+
+    def _unlisted(
+        self, words_of: Generators, teacher: TeacherLists, users: Int[Array, "S G"]
+    ) -> Int[Array, "S G L"]:
+        """L items outside each user's list and positives, uniformly."""
+        assert teacher.unlisted is not None
+        count = self.uninteresting
+        words = random_bits.words(words_of.other, 2, users.shape[1] * count)[1]
+        repeated = jnp.repeat(users, count, axis=1)
+        items, _ = draw_outside(words, repeated, teacher.unlisted, None, native=self.native)
+        return items.astype(jnp.int32).reshape(*users.shape, count)
+
+    def candidates(self, drawn: ListDraw) -> Candidates:
+        return Candidates(drawn.queries, drawn.items)
+
+    def gate_pairs(self, drawn: ListDraw) -> Preferences:
+        pairs: Preferences = jax.tree.map(_flat, drawn.pairs)
+        return pairs
+
+    def split(self, scores: Float[Array, "G C"]) -> tuple[Float[Array, "G K"], Float[Array, "G L"]]:
+        """Scores of the listed and of the unlisted candidates."""
+        both = self.interesting + self.uninteresting
+        return scores[:, : self.interesting], scores[:, self.interesting : both]
+
+    def loss(
+        self,
+        params: Mapping[str, Any],
+        scored: Scored,
+        drawn: ListDraw,
+        observed: Observed,
+        layout: Layout,
+        key: jax.Array,
+    ) -> GuidanceLoss:
+        def pair_scores(scores: Float[Array, "G C"]) -> Float[Array, "P 2"]:
+            """Of (I_k, U_(k mod L))."""
+            listed, unlisted = self.split(scores)
+            other = unlisted[:, jnp.arange(self.interesting) % unlisted.shape[1]]
+            return jnp.stack([listed, other], axis=-1).reshape(-1, 2)
+
+        def stochastic(key: jax.Array, rate: float) -> Float[Array, "P 2"]:
+            return pair_scores(scored.stochastic(key, rate))
+
+        scores = pair_scores(scored.scores)
+        alpha, _ = self.believe(params, scores, stochastic, drawn, observed, key)
+        losses = self.place_losses(scored.scores, drawn)
+        agrees = jax.lax.stop_gradient(scores[:, 0] > scores[:, 1])
+        return self.added(params, alpha * _flat(losses), alpha, agrees, drawn, observed, layout)
+
+
+def gumbel(words: UInt32[Array, "*N"]) -> Float[Array, "*N"]:
+    """Standard Gumbel noise: the greatest k of log weight + noise are a draw of k without
+    replacement by weight."""
+    uniform = (words.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
+    return -jnp.log(-jnp.log(jnp.clip(uniform, 1e-9, 1.0 - 1e-7)))
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """[G, K, ...] -> [G * K, ...]."""
+    return x.reshape(-1, *x.shape[2:])
