@@ -21,7 +21,14 @@ import turns
 from peers import TRAINED_BY
 from turns import Facts, Player, Turn
 
-from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, RunConfig, knobs, make_run
+from slgr_jax.config import (
+    CLICK_BACKBONES,
+    LIST_GUIDANCES,
+    SEQUENCE_BACKBONES,
+    RunConfig,
+    knobs,
+    make_run,
+)
 from slgr_jax.experiments.arms import ARMS
 
 FOLDER = pathlib.Path(__file__).parent
@@ -77,7 +84,7 @@ class Case:
         named = dict(ARMS.get(self.guidance, {"guidance": self.guidance}))
         if self.guidance == "none":
             return named
-        ranks_unlisted = "hard_negatives" in named or self.guidance == "rrd"
+        ranks_unlisted = "hard_negatives" in named or named["guidance"] in LIST_GUIDANCES
         named["teacher"] = LISTS if ranks_unlisted else TEACHER
         if "reference_runs" in named:
             named["reference_runs"] = str(pathlib.Path(folder, REFERENCE))

@@ -17,10 +17,20 @@ from slgr_jax.config.backbones import (
 )
 from slgr_jax.config.baselines import BASELINES, BaselineConfig
 from slgr_jax.config.cluster import CLUSTERS, ClusterConfig
-from slgr_jax.config.distillation import RRDConfig
+from slgr_jax.config.distillation import (
+    CDConfig,
+    DCDConfig,
+    DLLM2RecConfig,
+    KDConfig,
+    ListKLConfig,
+    RDConfig,
+    RRDConfig,
+    UnKDConfig,
+)
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
     AUTO,
+    DISTILLATIONS,
     GATE_INPUTS,
     GATES,
     GUIDANCE,
@@ -133,7 +143,15 @@ __all__ = [
     "TOKEN_LIMITS",
     "PrepareConfig",
     "ROWS",
+    "KDConfig",
+    "ListKLConfig",
+    "RDConfig",
+    "DLLM2RecConfig",
+    "CDConfig",
     "RRDConfig",
+    "DCDConfig",
+    "UnKDConfig",
+    "DISTILLATIONS",
     "ReportConfig",
     "RequestConfig",
     "RunConfig",

@@ -102,7 +102,7 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         if name == "reference_runs" and run.draws_hard_negatives:
             continue
         if name in guidance and not run.guided:
-            fix = "add --guidance=pairwise (or pointwise, rrd) with --teacher=NAME"
+            fix = "add --guidance=pairwise (or another) with --teacher=NAME"
             unused.append(f"--{name}={_text(value)} is not used with --guidance=none; {fix}")
         elif name == "most_feature_values" and run.model.features == "none":
             text = f"--{name}={_text(value)} is not used with --features=none"

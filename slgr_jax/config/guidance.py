@@ -12,18 +12,19 @@ from slgr_jax.errors import ConfigError, listing
 
 # Lists, so that one's own can be added: `register_guidance`, `register_gate`.
 AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by validation
-BUILT_IN_GUIDANCE = ("none", "pairwise", "pointwise", "rrd")
+# Losses of global distillation from the literature: docs/distillation.md.
+DISTILLATIONS = ("kd", "list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd", "unkd")
+BUILT_IN_GUIDANCE = ("none", "pairwise", "pointwise", *DISTILLATIONS)
 GUIDANCE = list(BUILT_IN_GUIDANCE)
 # Those that draw whole lists, which must be known to rank above what they leave out.
-LIST_GUIDANCES = ("rrd",)
+LIST_GUIDANCES = ("list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd")
 GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "confidence", "gain")
 GATES = ["paper", "constant", "rule", "budget", "calibrated"]
 # Gates that learn from interactions which the recommender does not learn from.
 SUPERVISED_GATES = ["calibrated"]
 # Knobs whose default is another one for some guidances.
 GUIDANCE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "pointwise": {"gate": "constant"},
-    "rrd": {"gate": "constant"},
+    name: {"gate": "constant"} for name in ("pointwise", *DISTILLATIONS)
 }
 GATE_INPUTS = (
     *("margin", "history", "popularity", "uncertainty"),
@@ -61,9 +62,14 @@ class GuidanceConfig(Section):
     guidance: str = knob(
         "none",
         "use of the teacher in training; pairwise = its preferences; pointwise = squared error of "
-        "sigmoid(score) and its score, scaled to [0, 1]; rrd = its lists in order, above what they "
-        "leave out (relaxed ranking distillation). Each goes through --gate. slgr train takes auto "
-        "too: none, or pairwise with the gate and lambda that validation prefers beyond noise",
+        "sigmoid(score) and its score, scaled to [0, 1]; kd = cross-entropy with its scores as "
+        "soft labels; list_kl = divergence of two softmaxes over its list (LLMD4Rec); rd = its "
+        "first items as positives, weighed by place and by the recommender's error; dllm2rec = by "
+        "place, score and agreement; cd = soft labels of listed items drawn by rank; rrd = its "
+        "lists in order, above what they leave out; dcd = the same where recommender and teacher "
+        "disagree; unkd = its order among items of similar popularity. Each goes through --gate. "
+        "slgr train takes auto too: none, or pairwise with the gate and lambda that validation "
+        "prefers beyond noise",
         choices=GUIDANCE,
     )
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
@@ -71,7 +77,10 @@ class GuidanceConfig(Section):
         0.1, "weight of the guidance loss", flag="lambda", minimum=0, maximum=FLOAT
     )
     preferences_per_step: int = knob(
-        0, "pairwise, pointwise: preferences G per step; 0 = batch_size", minimum=0, maximum=BATCH
+        0,
+        "pairwise, pointwise, kd, unkd: preferences G per step; 0 = batch_size",
+        minimum=0,
+        maximum=BATCH,
     )
     lists_per_step: int = knob(
         0,
@@ -146,7 +155,7 @@ class GateConfig(Section):
         "paper = sigmoid(w.[cold, tail, q] + b), learned from the guidance loss; budget = the same "
         "with the mean of alpha held at --budget; constant = --alpha; rule = 1 on cold users or "
         "tail items, else 0; calibrated = P(the teacher is right), learned where the answer is "
-        "known. Default constant for pointwise and rrd",
+        "known. Default paper for pairwise, constant for others",
         choices=GATES,
     )
     alpha: float = knob(

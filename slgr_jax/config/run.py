@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from slgr_jax.config.backbones import BACKBONE_DEFAULTS, LOSSES_OF, learns_from_sequences
-from slgr_jax.config.distillation import RRDConfig
+from slgr_jax.config.distillation import (
+    CDConfig,
+    DCDConfig,
+    DLLM2RecConfig,
+    KDConfig,
+    ListKLConfig,
+    RDConfig,
+    RRDConfig,
+    UnKDConfig,
+)
 from slgr_jax.config.evaluation import EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
     BUILT_IN_GUIDANCE,
@@ -38,7 +47,14 @@ class RunConfig:
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     pairwise: PairwiseConfig = dataclasses.field(default_factory=PairwiseConfig)
+    kd: KDConfig = dataclasses.field(default_factory=KDConfig)
+    list_kl: ListKLConfig = dataclasses.field(default_factory=ListKLConfig)
+    rd: RDConfig = dataclasses.field(default_factory=RDConfig)
+    dllm2rec: DLLM2RecConfig = dataclasses.field(default_factory=DLLM2RecConfig)
+    cd: CDConfig = dataclasses.field(default_factory=CDConfig)
     rrd: RRDConfig = dataclasses.field(default_factory=RRDConfig)
+    dcd: DCDConfig = dataclasses.field(default_factory=DCDConfig)
+    unkd: UnKDConfig = dataclasses.field(default_factory=UnKDConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slgr_jax import config
-from slgr_jax.config import CLICK_BACKBONES, SEQUENCE_BACKBONES, RunConfig
+from slgr_jax.config import CLICK_BACKBONES, DISTILLATIONS, SEQUENCE_BACKBONES, RunConfig
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.teacher.products import controls
@@ -46,6 +46,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
     "paper_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "paper"},
     "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": REFERENCE},
+    # Global distillation of the literature; each selective: a place is believed as the gate says.
+    **{name: {"guidance": name} for name in DISTILLATIONS},
+    **{f"{name}_selective": {"guidance": name, "gate": "calibrated"} for name in DISTILLATIONS},
     "init": {"guidance": "none", "init_item_vectors": VECTORS},
     "adapter": {"guidance": "none", "item_vectors": VECTORS},
 }
@@ -54,7 +57,10 @@ VECTOR_ARMS = ("init", "adapter")
 # Arms that learn from no teacher.
 UNTAUGHT = ("none", "hard_own", *VECTOR_ARMS)
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
-GATED = ("hard_negatives", "calibrated", "paper", "budget", "rule", "paper_hard_negatives")
+GATED = (
+    *("hard_negatives", "calibrated", "paper", "budget", "rule", "paper_hard_negatives"),
+    *(f"{name}_selective" for name in DISTILLATIONS),
+)
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
 # too: they change one thing. The others teach something else, and are tuned like any arm.
 CONTROLS = ("constant", *controls.CONTROLS)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError
@@ -215,10 +215,12 @@ class ListGuidance(Gated):
         pairs: Preferences = jax.tree.map(_flat, drawn.pairs)
         return pairs
 
-    def split(self, scores: Float[Array, "G C"]) -> tuple[Float[Array, "G K"], Float[Array, "G L"]]:
-        """Scores of the listed and of the unlisted candidates."""
+    def split(
+        self, values: Shaped[Array, "G C"]
+    ) -> tuple[Shaped[Array, "G K"], Shaped[Array, "G L"]]:
+        """What belongs to the listed candidates, and to the unlisted ones."""
         both = self.interesting + self.uninteresting
-        return scores[:, : self.interesting], scores[:, self.interesting : both]
+        return values[:, : self.interesting], values[:, self.interesting : both]
 
     def loss(
         self,
@@ -250,6 +252,56 @@ def gumbel(words: UInt32[Array, "*N"]) -> Float[Array, "*N"]:
     replacement by weight."""
     uniform = (words.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
     return -jnp.log(-jnp.log(jnp.clip(uniform, 1e-9, 1.0 - 1e-7)))
+
+
+def drawn_by_weight(
+    log_weights: Float[Array, "G N"], words: UInt32[Array, "G N"], count: int
+) -> Bool[Array, "G N"]:
+    """`count` of each row drawn without replacement by weight; none whose weight is `NO_SCORE`."""
+    possible = log_weights > 0.5 * NO_SCORE
+    keys = jnp.where(possible, log_weights + gumbel(words), NO_SCORE)
+    least = jax.lax.top_k(keys, count)[0][:, -1:]
+    return possible & (keys >= least)
+
+
+def number_above(
+    scores: Float[Array, "G A"], others: Float[Array, "G N"], counted: Bool[Array, "G N"]
+) -> Float[Array, "G A"]:
+    """How many of the counted others score above each; detached."""
+    above = (others[:, None, :] > scores[:, :, None]) & counted[:, None, :]
+    return jax.lax.stop_gradient(jnp.sum(above, axis=-1, dtype=jnp.float32))
+
+
+def estimated_ranks(
+    scores: Float[Array, "G A"],
+    listed_scores: Float[Array, "G K"],
+    listed: Bool[Array, "G K"],
+    unlisted_scores: Float[Array, "G L"],
+    unlisted: Int[Array, "G"],
+) -> Float[Array, "G A"]:
+    """Where the recommender ranks items in the catalogue, 1 the best, as far as a step can tell.
+
+        1 + #{listed items above} + n / L #{unlisted items above},   n unlisted items in all
+
+    RD (Tang & Wang 2018, section 4.3) counts a sample of the whole catalogue; that listed items are
+    counted one by one leaves less to chance. The user's own items, and places of the list that were
+    not drawn, do not count.
+    """
+    count = unlisted_scores.shape[1]
+    sampled = number_above(scores, unlisted_scores, jnp.ones_like(unlisted_scores, dtype=bool))
+    share = unlisted.astype(jnp.float32)[:, None] / count
+    return 1.0 + number_above(scores, listed_scores, listed) + share * sampled
+
+
+def ranks_among(
+    listed_scores: Float[Array, "G K"],
+    unlisted_scores: Float[Array, "G L"],
+    listed: Bool[Array, "G K"],
+) -> Float[Array, "G C"]:
+    """Where the recommender ranks each candidate among these alone, 1 the best; detached."""
+    scores = jnp.concatenate([listed_scores, unlisted_scores], axis=1)
+    counted = jnp.concatenate([listed, jnp.ones_like(unlisted_scores, dtype=bool)], axis=1)
+    return 1.0 + number_above(scores, scores, counted)
 
 
 def _flat(x: jax.Array) -> jax.Array:

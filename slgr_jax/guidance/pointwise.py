@@ -74,8 +74,8 @@ class Pointwise(Gated):
         teacher = super().teacher_arrays(sources)
         if not isinstance(teacher, TeacherLists):
             raise ConfigError(
-                f"--guidance=pointwise learns scores, and teacher {self.run.guidance.teacher} "
-                "states pairs; use --guidance=pairwise"
+                f"--guidance={self.run.guidance.guidance} learns scores, and teacher "
+                f"{self.run.guidance.teacher} states pairs; use --guidance=pairwise"
             )
         return teacher
 
@@ -115,6 +115,12 @@ class Pointwise(Gated):
     def candidates(self, drawn: PointwiseDraw) -> Candidates:
         return Candidates(drawn.pairs.queries, drawn.pairs.items)
 
+    def errors(
+        self, scores: Float[Array, "G 2"], targets: Float[Array, "G 2"]
+    ) -> Float[Array, "G"]:
+        """The loss of each pair of items, believed."""
+        return squared_errors(scores, targets)
+
     def loss(
         self,
         params: Mapping[str, Any],
@@ -125,7 +131,7 @@ class Pointwise(Gated):
         key: jax.Array,
     ) -> GuidanceLoss:
         alpha, _ = self.believe(params, scored.scores, scored.stochastic, drawn, observed, key)
-        terms = alpha * squared_errors(scored.scores, drawn.targets)
+        terms = alpha * self.errors(scored.scores, drawn.targets)
         scores = jax.lax.stop_gradient(scored.scores)
         agrees = (scores[:, 0] > scores[:, 1]) & (drawn.targets[:, 0] > drawn.targets[:, 1])
         return self.added(params, terms, alpha, agrees, drawn, observed, layout)

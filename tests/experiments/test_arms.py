@@ -117,7 +117,12 @@ def test_every_control_copies_every_gated_arm(tmp_path, matched):
     losses = {"calibrated": "confidence", "hard_negatives": "confidence"}
     constant = plan.config("mf", "constant", {"alpha": 0.25}, tmp_path)
     assert constant.guidance_loss_name == losses.get(matched, "hinge")
+    assert constant.gate.gate == "constant"
     shuffled = plan.config("mf", "shuffled", {}, tmp_path)
+    if matched.endswith("_selective"):  # it has no loss of pairs
+        assert shuffled.guidance.guidance == constant.guidance.guidance == matched[:-10]
+        assert shuffled.gate.gate == "calibrated"
+        return
     losses = {"calibrated": "confidence", "hard_negatives": "gain"}
     assert shuffled.guidance_loss_name == losses.get(matched, "hinge")
 

@@ -7,9 +7,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import list_teachers
 import numpy as np
 import pytest
 import worlds
+from list_teachers import N_ITEMS, N_USERS, draws_of
 
 from slgr_jax.config import make_run
 from slgr_jax.errors import ConfigError
@@ -17,41 +19,16 @@ from slgr_jax.guidance import rrd
 from slgr_jax.models.dot_access import DotAccess
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import step
-from slgr_jax.training.build import build
 from slgr_jax.training.state import init_state
 
-N_USERS, N_ITEMS = 24, 30
 
-
-def _dataset(path, *, unlisted="below", lengths=(6, 3, 0)):
-    """User u has a list of `lengths[u % 3]` items with scores that fall along it."""
-    dataset = worlds.random_dataset(
-        path, n_users=N_USERS, n_items=N_ITEMS, timed=True, categories=3
-    )
-    rng = np.random.default_rng(0)
-    lines = ["user,item,score"]
-    for user in range(N_USERS):
-        items = rng.choice(N_ITEMS, lengths[user % 3], replace=False)
-        lines += [f"u{user},i{item},{1.0 - 0.1 * rank}" for rank, item in enumerate(items)]
-    (path / "scores.csv").write_text("\n".join(lines) + "\n")
-    provenance = preferences.Provenance(unlisted=unlisted)
-    preferences.import_scores(
-        dataset, path / "scores.csv", "t", provenance=provenance, keep_training_items=True
-    )
-    return dataset
+def _dataset(path, **more):
+    return list_teachers.listing_dataset(path, **more)
 
 
 def _experiment(dataset, workdir, **knobs):
-    common = {"guidance": "rrd", "teacher": "t", "batch_size": 32, "dim": 8, "epochs": 2}
-    common |= {"rrd_interesting": 4, "rrd_uninteresting": 4, "lambda": 0.3}
-    run = make_run(str(dataset.path), str(workdir), **{**common, **knobs})
-    return build(run, dataset, worlds.one_device())
-
-
-def _drawn(experiment, steps=1, seed=0):
-    keys = jax.random.split(jax.random.key(seed), steps)
-    draw = jax.jit(lambda keys, arrays: step.draw_steps(experiment.trainer, keys, arrays)[1])
-    return jax.device_get(draw(keys, experiment.arrays))
+    few = {"guidance": "rrd", "rrd_interesting": 4, "rrd_uninteresting": 4}
+    return list_teachers.experiment(dataset, workdir, **{**few, **knobs})
 
 
 # -------------------------------------------------------------------------------------- the loss
@@ -114,7 +91,7 @@ def test_lists_keep_their_order_above_items_that_are_neither_listed_nor_owned(
         worlds.need_native_kernels()
     dataset = _dataset(tmp_path / "d")
     experiment = _experiment(dataset, tmp_path / "r", rrd_sample=sample, kernels=kernels)
-    drawn = _drawn(experiment, steps=20)
+    drawn = draws_of(experiment, steps=20)
     teacher = preferences.load(dataset, "t")
     train = dataset.positives(("train",))
 
@@ -145,7 +122,7 @@ def test_places_are_drawn_without_replacement_by_their_weight(tmp_path):
     experiment = _experiment(
         dataset, tmp_path / "r", rrd_interesting=2, rrd_temperature=1.0, lists_per_step=400
     )
-    drawn = _drawn(experiment, steps=50)
+    drawn = draws_of(experiment, steps=50)
     teacher = preferences.load(dataset, "t")
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     for user, items in zip(
@@ -167,7 +144,7 @@ def test_places_are_drawn_without_replacement_by_their_weight(tmp_path):
 def test_a_gate_is_asked_about_each_listed_item_and_an_unlisted_one(tmp_path):
     dataset = _dataset(tmp_path / "d")
     experiment = _experiment(dataset, tmp_path / "r", gate="calibrated", rrd_uninteresting=2)
-    drawn = jax.tree.map(lambda x: x[0], _drawn(experiment))
+    drawn = jax.tree.map(lambda x: x[0], draws_of(experiment))
     pairs = experiment.trainer.guidance.gate_pairs(drawn)
     items = np.asarray(drawn.items)
     np.testing.assert_array_equal(pairs.items[:, 0], items[:, :4].ravel())
