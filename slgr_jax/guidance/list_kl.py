@@ -11,9 +11,9 @@ softmax over the catalogue would cost a step O(items), so
     KL      = sum_k p_k log(p_k / q_k) + tail log(tail / q_tail)
 
 with l over L of the n items that are neither listed nor the user's, drawn uniformly: Z is unbiased
-for the sum over the catalogue without the user's own items. With tail = 0 (the default) the second
-term is none, and the rest a cross-entropy with soft labels. A gate weighs the terms of places; the
-tail's by the mean of its list.
+for the sum over these K and all that the list leaves out but the user's own. With tail = 0 (the
+default) the second term is none, and the rest a cross-entropy with soft labels. A gate weighs the
+terms of places; the tail's by the mean of its list.
 
 --list_kl_sample_weights, LLMD4Rec's w2: one of the user's training interactions is drawn, r the
 teacher's rank of it (its place; one past the list's end where it is not listed) and s the

@@ -283,8 +283,8 @@ def estimated_ranks(
 
         1 + #{listed items above} + n / L #{unlisted items above},   n unlisted items in all
 
-    RD (Tang & Wang 2018, section 4.3) counts a sample of the whole catalogue; that listed items are
-    counted one by one leaves less to chance. The user's own items, and places of the list that were
+    RD (Tang & Wang 2018) counts a sample of the whole catalogue; that listed items are counted one
+    by one leaves less to chance. The user's own items, and places of the list that were
     not drawn, do not count.
     """
     count = unlisted_scores.shape[1]

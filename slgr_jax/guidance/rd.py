@@ -20,8 +20,8 @@ DLLM2Rec's ranking part (Cui et al. 2024, RecSys, arXiv 2405.00338), `Importance
 s_k is estimated at the step (`lists.estimated_ranks`), so it is no finer than n / L of n unlisted
 items. RD's authors use b after some epochs only, for early ranks are noise; they are then about
 half the catalogue, where b is 1. The authors of DLLM2Rec take a text's distance d for confidence,
-exp(-d); with d = 1 - t it is c_k. What is not here of DLLM2Rec: its item vectors (--item_vectors is
-a guidance's neighbour, not its part) and DROS.
+exp(-d); with d = 1 - t it is c_k. Of DLLM2Rec the item vectors are no part of a guidance
+(--item_vectors), and its DROS term is not here.
 
 Needs: lists whose unlisted items rank below. Fits every backbone. Costs: K + L candidates a list,
 of which L are scored for the ranks alone; with K + L even, on the fast path of dot products.
