@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import worlds
 
-from slgr_jax.config import CLICK_BACKBONES, make_run
+from slgr_jax.config import CLICK_BACKBONES, LIST_GUIDANCES, make_run
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.training import build, state, step
 
@@ -41,7 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(data.n_users), 8)
     items = [rng.choice(data.n_items, 8, replace=False) for _ in range(data.n_users)]
-    worlds.teach(data, users, np.concatenate(items), rng.random(users.size))
+    worlds.teach(data, users, np.concatenate(items), rng.random(users.size), unlisted="below")
     return data
 
 
@@ -137,6 +137,16 @@ def test_and_so_does_a_guided_one(dataset, backbone, gate, users, items):
     done, kinds = operations_on_tables(dataset, backbone=backbone, loss=loss, **guided)
     assert done == _expected(done, {"user": users, "item": items})
     assert "sort" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("guidance", "reads"),
+    [("kd", 2), ("unkd", 2), *[(name, 3) for name in LIST_GUIDANCES]],  # pairs; lists
+)
+def test_and_one_that_learns_lists(dataset, guidance, reads):
+    """Students' ranks are those among the candidates: none looks at the catalogue."""
+    done, _ = operations_on_tables(dataset, backbone="mf", guidance=guidance, teacher="t")
+    assert done == _expected(done, {"user": reads, "item": reads})
 
 
 def test_a_softmax_over_the_catalogue_is_seen(dataset):
