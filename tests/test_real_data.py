@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import pathlib
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from slgr_jax.config import ScoreConfig
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.errors import ConfigError
 from slgr_jax.teacher.local import scorers
 from slgr_jax.teacher.products import preferences
 
@@ -92,13 +94,30 @@ def test_shown_but_unranked_candidates_have_no_rank():
     assert as_set(user[np.isnan(rank)], item[np.isnan(rank)]) == {(1, 8), (2, 8)}
 
 
-def test_halves_split_each_user():
-    users = np.repeat(np.arange(4000), np.arange(4000) % 4 + 1)
-    half = real_data._halves(users, 0)
-    sizes, taken = np.bincount(users), np.bincount(users, half)
-    assert (np.abs(2 * taken - sizes) <= 1).all()
-    assert 0.44 < half[np.isin(users, np.flatnonzero(sizes == 1))].mean() < 0.56
-    assert not np.array_equal(half, real_data._halves(users, 1))
+def test_a_clone_in_place_of_shared_data(tmp_path):
+    """The authors' files: parts, halves, the lists of three LLMs and all of them as one."""
+    folder = tmp_path / "clone" / "data" / "dataset" / "facebook_book"
+    folder.mkdir(parents=True)
+    (folder / "trainingset.tsv").write_text("".join(f"{u}\t1\t1.0\n" for u in range(6)))
+    rows = "".join(f"{u}\t{i}\t1.0\n" for u in range(6) for i in (2, 3))
+    (folder / "testset.tsv").write_text(rows)
+    (folder / "books.tsv").write_text("1\tEmma\n2\tDune\n3\tIt\n")
+    for answers in real_data.FREE_LISTS.values():
+        (folder / answers).mkdir(parents=True)
+        for user in range(6):
+            (folder / answers / f"user_{user}_checkpoint.txt").write_text("1. Dune\n2. It\n")
+    out = tmp_path / "out"
+    config = real_data.RealDataConfig(
+        dataset="facebook_book", clone=str(tmp_path / "clone"), out=str(out)
+    )
+    _, manifests = real_data.build(config)
+    assert [*manifests] == [*(f"{llm}_free_top50" for llm in real_data.FREE_LISTS), "all_free"]
+    data = dataset_lib.load(out / "data")
+    assert (len(data.train), len(data.valid), len(data.test)) == (6, 6, 6)
+    assert len(preferences.load(data, "all_free").items) == 12
+    refused = dataclasses.replace(config, dataset="ml1m")
+    with pytest.raises(ConfigError, match="--clone does not go with --dataset=ml1m"):
+        real_data.build(refused)
 
 
 @needs("sisinf_llm_recs")

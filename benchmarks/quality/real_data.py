@@ -1,10 +1,15 @@
 """Real interactions with real LLM answers, as a dataset directory with its teacher products.
 
-    python benchmarks/quality/real_data.py --dataset=facebook_book --out=DIR
+    git clone https://github.com/sisinflab/Recommender-ChatGPT
+    python benchmarks/quality/real_data.py --dataset=facebook_book --clone=Recommender-ChatGPT \\
+        --out=DIR
+    python benchmarks/quality/real_data.py --dataset=ml1m --out=DIR
 
-reads what ../shared/data holds (its terms forbid putting it into this repository), writes
-DIR/raw with plain inputs for launch/prepare.py and launch/teach.py, then does what these two
-commands do: DIR/data is the dataset, DIR/data/teacher/NAME its products.
+DIR/data is the dataset, DIR/data/teacher/NAME its products. With --clone it is made from the files
+as their authors publish them: `slgr prepare --source=sisinf`, `slgr teach import` of each LLM's
+answers, `slgr teach combine` of all. Without, from what ../shared/data holds (its terms forbid
+putting it into this repository), through DIR/raw with plain inputs of the same commands; the two
+have the same split, and lists that differ where titles were matched by likeness.
 
 What a teacher may have seen decides the split. The sisinf prompts hold the whole training part,
 so a validation part carved out of it would have been shown to the LLM; the validation part is
@@ -23,6 +28,7 @@ import numpy as np
 from slgr_jax.cli import flags
 from slgr_jax.config import PrepareConfig
 from slgr_jax.config.knobs import Section, knob
+from slgr_jax.data.ingest.split import halves
 from slgr_jax.errors import ConfigError, InputError, listing
 
 SISINF = ("facebook_book", "hetrec2011_lastfm_2k", "ml_small_2018")
@@ -37,6 +43,11 @@ class RealDataConfig(Section):
     dataset: str = knob("", "data set to build", choices=("", *DATASETS))
     out: str = knob("", "folder for raw/ and data/; must not hold them yet")
     shared: str = knob("", "the folder with the data; default: shared/data beside the checkout")
+    clone: str = knob(
+        "",
+        "in place of --shared: a clone of github.com/sisinflab/Recommender-ChatGPT, of "
+        "facebook_book, hetrec2011_lastfm_2k or ml_small_2018",
+    )
     seed: int = knob(0, "seed of the valid/test halves", minimum=0)
 
 
@@ -68,6 +79,8 @@ def build(config: RealDataConfig) -> tuple[Any, dict[str, Any]]:
     from slgr_jax.data.ingest import prepare
     from slgr_jax.teacher.products import preferences
 
+    if config.clone:
+        return _from_clone(config)
     inputs = read(config)
     raw = pathlib.Path(config.out) / "raw"
     try:
@@ -105,6 +118,49 @@ def build(config: RealDataConfig) -> tuple[Any, dict[str, Any]]:
             unknown="drop",  # titles that an LLM named and that nobody interacted with
             keep_training_items=True,  # some of these teachers were asked about nothing else
         )
+    return prepared, manifests
+
+
+# Where a data set of the clone has the lists that an LLM wrote freely, a text file a user.
+FREE_LISTS: Mapping[str, str] = {
+    "gpt-3.5-turbo": "chat_gpt_output/checkpoints",
+    "text-davinci-003": "text_davinci_output/EXP_1",
+    "palm-2": "google_palm/EXP_1",
+}
+
+
+def _from_clone(config: RealDataConfig) -> tuple[Any, dict[str, Any]]:
+    """`build`, from the files as their authors publish them; lists written freely alone."""
+    from slgr_jax import api
+    from slgr_jax.config import CombineConfig, TeachConfig
+    from slgr_jax.data import dataset as dataset_lib
+    from slgr_jax.teacher.products import combine
+
+    if config.dataset not in SISINF or config.shared:
+        other = "--shared" if config.shared else f"--dataset={config.dataset}"
+        raise ConfigError(f"--clone does not go with {other}; it holds {listing(SISINF)}")
+    data = str(pathlib.Path(config.out) / "data")
+    prepared = api.prepare(
+        source="sisinf", input=config.clone, name=config.dataset, out=data, seed=config.seed
+    )
+    folder = pathlib.Path(config.clone) / "data" / "dataset" / config.dataset
+    manifests = {
+        f"{llm}_free_top50": api.import_teacher(
+            data,
+            folder / answers,
+            f"{llm}_free_top50",
+            model=llm,
+            items_as="titles",
+            unlisted="below",
+            keep_training_items=True,  # as LOG's products do
+        )
+        for llm, answers in FREE_LISTS.items()
+    }
+    manifests["all_free"] = combine.combine(
+        dataset_lib.load(data),
+        TeachConfig(data=data, name="all_free"),
+        CombineConfig(names=",".join(manifests)),
+    )
     return prepared, manifests
 
 
@@ -263,11 +319,11 @@ def _ml1m(folder: pathlib.Path, config: RealDataConfig) -> Inputs:
     user, item = log["userId"].to_numpy(), log["movieId"].to_numpy()
     keys = _keys(user, item)
     asked = np.isin(keys, _keys(rated["userId"].to_numpy(), rated["movieId"].to_numpy()))
-    first = _halves(user[asked], config.seed)  # one half: evaluation
+    first = halves(user[asked], config.seed)  # one half: evaluation
     evaluated = np.flatnonzero(asked)[first]
     split = np.full(keys.size, "train", dtype=object)
     split[evaluated] = "test"
-    split[evaluated[_halves(user[evaluated], config.seed + 1)]] = "valid"
+    split[evaluated[halves(user[evaluated], config.seed + 1)]] = "valid"
     hidden = np.isin(
         _keys(rated["userId"].to_numpy(), rated["movieId"].to_numpy()), keys[evaluated]
     )
@@ -382,25 +438,12 @@ def _renamed(table: Any, column: str) -> Any:
     return table.select(["userId", "movieId", column]).rename_columns(["user", "item", "score"])
 
 
-def _halves(users: np.ndarray, seed: int) -> np.ndarray:
-    """[n] bool: a random half of each user's rows; the odd one falls to either side."""
-    rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(users.size), users))
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(users[order]) != 0]))
-    lengths = np.diff(np.append(starts, users.size))
-    place = np.arange(users.size) - np.repeat(starts, lengths)
-    odd = np.repeat(rng.integers(0, 2, starts.size), lengths)
-    half = np.zeros(users.size, bool)
-    half[order] = (place + odd) % 2 == 0
-    return half
-
-
 def _halve_test(parts: list[str], users: np.ndarray, seed: int) -> Any:
     import pyarrow as pa
 
     split = np.array(parts, dtype=object)
     test = np.flatnonzero(split == "test")
-    split[test[_halves(users[test], seed)]] = "valid"
+    split[test[halves(users[test], seed)]] = "valid"
     return pa.array(split, pa.string())
 
 

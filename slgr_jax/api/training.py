@@ -59,7 +59,8 @@ def import_teacher(
       data: dataset directory, or a loaded `slgr_jax.data.dataset.Dataset`.
       scores: Parquet, Arrow or CSV file with user, item, score (empty: not answered), or user,
         item, rank (1 the best), or user, preferred, other[, margin]; ids as in the raw data, or
-        titles of items (items_as="titles").
+        titles of items (items_as="titles"). Or a folder with an answer a user, as the model wrote
+        it: user_12.txt (`slgr_jax.teacher.collect.answer_folder`).
       name: what training calls the product: `teacher=NAME`.
       **knobs: of `slgr_jax.config.ImportConfig` (built_from, unlisted, unknown, append, ...), and
         model, delimiter, rows_per_shard, overwrite, subtitles.
@@ -70,6 +71,7 @@ def import_teacher(
     Raises:
       UserError: the file cannot be used; the message names the row.
     """
+    from slgr_jax.teacher.collect import answer_folder
     from slgr_jax.teacher.products import preferences
 
     values = knob_values(
@@ -86,6 +88,24 @@ def import_teacher(
         prompt_hash=options.prompt_hash,
         score_kind=options.score_kind,
     )
+    names = {
+        options.user_column: "user",
+        options.item_column: "item",
+        options.score_column: "score",
+    }
+    if len(names) < 3:
+        raise ConfigError(
+            f"--user_column={options.user_column}, --item_column={options.item_column} and "
+            f"--score_column={options.score_column} must be three columns"
+        )
+    raw = None
+    if pathlib.Path(options.scores).is_dir():
+        if options.items_as != "titles":
+            raise ConfigError(
+                f"{options.scores} is a folder: its answers are lists of titles; add "
+                "--items_as=titles"
+            )
+        raw = answer_folder.read(pathlib.Path(options.scores))
     return preferences.import_scores(
         data,
         options.scores,
@@ -100,6 +120,8 @@ def import_teacher(
         to_existing=options.append,
         items_as=options.items_as,
         subtitles=common.subtitles,
+        raw=raw,
+        names=names,
     )
 
 

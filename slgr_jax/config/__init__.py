@@ -48,7 +48,7 @@ from slgr_jax.config.guidance import (
     register_guidance,
 )
 from slgr_jax.config.model import ModelConfig
-from slgr_jax.config.prepare import SOURCES, SPLITS, PrepareConfig
+from slgr_jax.config.prepare import SEQUENCE_SOURCES, SHOWN_SOURCES, SOURCES, SPLITS, PrepareConfig
 from slgr_jax.config.run import RunConfig, differences, make_run, method_sections, sections, upgrade
 from slgr_jax.config.serve import ServeConfig
 from slgr_jax.config.teach import (
@@ -157,6 +157,8 @@ __all__ = [
     "RunConfig",
     "SCORERS",
     "SEQUENCE_BACKBONES",
+    "SEQUENCE_SOURCES",
+    "SHOWN_SOURCES",
     "SOURCES",
     "SPLITS",
     "SamplerConfig",

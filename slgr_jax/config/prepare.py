@@ -6,7 +6,14 @@ import dataclasses
 
 from slgr_jax.config.knobs import Section, knob
 
-SOURCES = ("movielens", "recbole", "amazon", "s3rec", "csv", "jsonl", "parquet")
+# Layouts of which a line is a user's whole sequence: an item's place in it stands for its time.
+SEQUENCE_SOURCES = ("s3rec", "idgenrec", "llmrank")
+# Layouts with the split of their authors, whose language models were shown all of training.
+SHOWN_SOURCES = ("sisinf", "gearrec")
+SOURCES = (
+    *("movielens", "recbole", "amazon", *SHOWN_SOURCES, *SEQUENCE_SOURCES),
+    *("csv", "jsonl", "parquet"),
+)
 SPLITS = ("auto", "global_time", "leave_last", "ratio", "premade")
 
 
@@ -28,9 +35,9 @@ class PrepareConfig(Section):
     name: str = knob("", "data set inside --input where it holds several; also the name in reports")
     split: str = knob(
         "auto",
-        "split rule; auto = global_time where there are timestamps, else ratio; s3rec needs "
-        "leave_last or ratio; premade = take --test_input/--valid_input or --split_column as they "
-        "are",
+        "split rule; auto = global_time where there are timestamps, else ratio; s3rec, idgenrec "
+        "and llmrank need leave_last or ratio; premade = take --test_input/--valid_input or "
+        "--split_column as they are",
         choices=SPLITS,
     )
     split_column: str = knob("", "column that says train, valid or test (with --split=premade)")
@@ -40,10 +47,17 @@ class PrepareConfig(Section):
     test_fraction: float = knob(
         0.1, "share of interactions for test (ratio, global_time)", above=0, below=1
     )
+    valid_from: str = knob(
+        "auto",
+        "of a pre-made split without a validation part: cut --valid_fraction off the training rows "
+        "(train), or take half of each user's test rows (test: where a teacher was shown the whole "
+        "training part); auto = test for sisinf and gearrec, else train",
+        choices=("auto", "train", "test"),
+    )
     ratio_by: str = knob(
         "all", "ratio split: shuffle all rows together, or each user's", choices=("all", "user")
     )
-    seed: int = knob(0, "seed of the ratio split", minimum=0)
+    seed: int = knob(0, "seed of the ratio split, and of --valid_from=test", minimum=0)
     user_core: int = knob(1, "drop users with fewer interactions, repeatedly (k-core)", minimum=1)
     item_core: int = knob(1, "drop items with fewer interactions, repeatedly (k-core)", minimum=1)
     min_rating: float = knob(

@@ -67,7 +67,8 @@ class ImportConfig(Section):
         "",
         "Parquet, Arrow, JSON lines or CSV file with user, item, score (empty score: not "
         "answered), or user, item, rank (1 the best), or user, preferred, other[, margin]; ids as "
-        "in the raw data",
+        "in the raw data. Or a folder with an answer a user as the model wrote it, user_12.txt: "
+        "lists of titles",
     )
     built_from: str = knob(
         "train_only",
@@ -105,6 +106,9 @@ class ImportConfig(Section):
         "rows with an id that DATA does not have; drop counts them",
         choices=("error", "drop"),
     )
+    user_column: str = knob("user", "--scores: column with user ids, where it is not called user")
+    item_column: str = knob("item", "--scores: column with item ids or titles, likewise")
+    score_column: str = knob("score", "--scores: column with scores, likewise")
     items_as: str = knob(
         "ids",
         "what names the items: ids of the raw data, or titles (what names no item, or two, is "

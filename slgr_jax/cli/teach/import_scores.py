@@ -3,10 +3,12 @@
     slgr teach import --data=DATA --name=my_llm --scores=answers.csv --model=some-llm
     slgr teach import --data=DATA --name=my_lists --scores=lists.parquet --unlisted=below
     slgr teach import --data=DATA --name=my_lists --scores=titles.csv --items_as=titles
+    slgr teach import --data=DATA --name=my_lists --scores=FOLDER --items_as=titles
     slgr teach import --data=DATA --name=my_llm --scores=more.csv --append
 
 The file has user, item, score (an empty score: not answered), or user, item, rank (1 the best), or
-user, preferred, other[, margin].
+user, preferred, other[, margin]. A folder has an answer a user, as the model wrote it: a text file
+user_12.txt or user_12_ANYTHING.txt with a list of titles.
 """
 
 from __future__ import annotations

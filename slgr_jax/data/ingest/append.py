@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from slgr_jax.config import PrepareConfig
+from slgr_jax.config import SEQUENCE_SOURCES, PrepareConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import features as features_lib
 from slgr_jax.data import lineage, schema, shards
@@ -145,10 +145,11 @@ def _settings(
             "rows anew, with the new parts as --input and --test_input, or with "
             "--split=global_time"
         )
-    if "s3rec" in (manifest.source.get("layout"), config.source):
+    layouts = (manifest.source.get("layout"), config.source)
+    if sequences := [layout for layout in SEQUENCE_SOURCES if layout in layouts]:
         raise ConfigError(
-            "--append does not go with --source=s3rec: its times are places in a line, which begin "
-            "at 0 again; write the new lines behind the old ones and prepare them anew"
+            f"--append does not go with --source={sequences[0]}: its times are places in a line, "
+            "which begin at 0 again; write the new lines behind the old ones and prepare them anew"
         )
     premade = [name for name in _PREMADE if getattr(config, name)]
     if premade:

@@ -106,7 +106,7 @@ def _items(files: Files, main: str, config: PrepareConfig) -> Texts | None:
     if name := files.beside(main, "movies.dat"):
         return _texts(files, name, config, "::", 3, _movies_1m, schema.ITEMS)
     if name := files.beside(main, "movies.csv"):
-        return _movies_csv(files, name, config)
+        return movies_csv(files, name, config)
     return None
 
 
@@ -205,7 +205,8 @@ def _movies_1m(lines: Fields) -> Rows:
         yield {"item_id": fields[0], "title": title, "categories": genres}
 
 
-def _movies_csv(files: Files, name: str, config: PrepareConfig) -> Texts | None:
+def movies_csv(files: Files, name: str, config: PrepareConfig) -> Texts | None:
+    """movies.csv of the later releases: titles and genres."""
     file = DelimitedFile(files, name, tables.dialect_of_texts(files, name, Dialect(), config))
     wanted = {"item": "movieId", "title": "title", "categories": "genres"}
     chosen = pick(file.names, wanted, file.where, required=["item"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from slgr_jax.config import PrepareConfig
+from slgr_jax.config import SEQUENCE_SOURCES, SHOWN_SOURCES, PrepareConfig
 from slgr_jax.data import features as features_lib
 from slgr_jax.data import lineage, schema, shards
 from slgr_jax.data.features import Feature
@@ -43,7 +43,7 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
         _check_parts(raw, config, rule)
         rows, user_ids, item_ids, unit = interactions.read(raw, config, memory)
         filters = interactions.filtered(rows, config)
-        described = _split(rows, config, rule)
+        described = _split(rows, config, rule, user_ids)
         if "repeated_in_eval" in described:
             filters["repeated_in_eval"] = described.pop("repeated_in_eval")
         described["time_unit"] = unit
@@ -152,10 +152,11 @@ def _rule(config: PrepareConfig) -> str:
     if premade and config.split not in ("auto", "premade"):
         flag = "--test_input" if config.test_input else "--split_column"
         raise ConfigError(f"{flag} is a pre-made split; drop it or --split={config.split}")
-    in_folders = config.source in ("recbole", "parquet")  # parts may be files of their own
+    # Parts may be files of their own.
+    in_folders = config.source in ("recbole", "parquet", *SHOWN_SOURCES)
     if config.split == "premade" and not premade and not in_folders:
         raise ConfigError("--split=premade needs --test_input or --split_column")
-    if config.source == "s3rec" and config.split == "auto":
+    if config.source in SEQUENCE_SOURCES and config.split == "auto":
         return "leave_last"  # places in a line, which are its times, do not compare across users
     return "premade" if premade else config.split
 
@@ -189,10 +190,15 @@ def check_out(config: PrepareConfig) -> None:
         )
 
 
-def _split(rows: Ranges, config: PrepareConfig, rule: str) -> dict[str, Any]:
+def _split(rows: Ranges, config: PrepareConfig, rule: str, user_ids: pa.Array) -> dict[str, Any]:
     """Give every row its part; says how, for the manifest."""
     if rows.parts:
-        return split_rules.premade(rows, config)
+        return split_rules.premade(rows, config, user_ids)
+    if config.valid_from != "auto":
+        raise ConfigError(
+            f"--valid_from={config.valid_from} is of a pre-made split without a validation part; "
+            "drop it, or give --test_input"
+        )
     if rule == "auto":
         rule = "global_time" if rows.times else "ratio"
     return split_rules.by_rule(rows, config, rule)

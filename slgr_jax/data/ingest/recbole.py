@@ -42,7 +42,7 @@ def atomic_files(config: PrepareConfig) -> Raw:
     return Raw(
         tuple(pieces),
         tuple(opened),
-        lambda wanted: _items(files, f"{stem}.item", config),
+        lambda wanted: items(files, f"{stem}.item", config),
         lambda wanted: _users(files, f"{stem}.user", config),
         _features(files, stem, config),
         of_interactions,
@@ -151,7 +151,8 @@ def _text_file(files: Files, name: str, key: str, config: PrepareConfig) -> _Ato
     return file
 
 
-def _items(files: Files, name: str, config: PrepareConfig) -> Texts | None:
+def items(files: Files, name: str, config: PrepareConfig) -> Texts | None:
+    """The texts of an .item file; None where there is none."""
     file = _text_file(files, name, "item_id", config)
     if file is None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -40,15 +40,7 @@ def sequences(config: PrepareConfig) -> Raw:
       InputError: a file is empty or damaged, a user has no items or has two lines.
       ConfigError: a split that compares the times of different users.
     """
-    if config.test_input:
-        raise ConfigError(
-            "--test_input is not used with --source=s3rec: a line holds a user's whole sequence"
-        )
-    if config.split == "global_time":
-        raise ConfigError(
-            f"--split={config.split} compares times across users; --source=s3rec knows only the "
-            "order within each user's line: add --split=leave_last"
-        )
+    check_knobs(config)
     files = Files(config.input)
     name = files.choose(
         lambda n: n.endswith(".txt") and not n.endswith(_NEGATIVES), "NAME.txt", config.name
@@ -66,7 +58,7 @@ def sequences(config: PrepareConfig) -> Raw:
         return _with_categories(item_reader.texts(wanted), by_attributes)
 
     return Raw(
-        (_read(files, name, config),),
+        (read(files, name, config),),
         (files,) if item_reader is None else (files, item_reader.file),
         items,
         nothing,
@@ -75,19 +67,50 @@ def sequences(config: PrepareConfig) -> Raw:
     )
 
 
-def _read(files: Files, name: str, config: PrepareConfig) -> Piece:
-    """The interactions in the order of the file."""
+def check_knobs(config: PrepareConfig) -> None:
+    """Refuse what a file of sequences cannot have (`config.SEQUENCE_SOURCES`).
+
+    Raises:
+      ConfigError: a test part of its own, or a split that compares the times of different users.
+    """
+    if config.test_input:
+        raise ConfigError(
+            f"--test_input is not used with --source={config.source}: a line holds a user's whole "
+            "sequence"
+        )
+    if config.split == "global_time":
+        raise ConfigError(
+            f"--split={config.split} compares times across users; --source={config.source} knows "
+            "only the order within each user's line: add --split=leave_last"
+        )
+
+
+def read(files: Files, name: str, config: PrepareConfig) -> Piece:
+    """The interactions of a file of sequences, in its order."""
     count = LineCount(files.where(name))
     text, count.note = files.text(name, config.encoding)
     sequences = _sequences(text, count, drop=tables.drops(config))
+    return piece_of(list(sequences.values()), count)
+
+
+def piece_of(sequences: Sequence[tuple[str, list[str]]], count: LineCount) -> Piece:
+    """Sequences of users as interactions; an item's place, from 0, stands for its time.
+
+    Args:
+      sequences: a user's id and item ids, oldest first.
+      count: the lines of their file.
+
+    Raises:
+      InputError: there are none.
+    """
     if not sequences:
         dropped = f": {count.examples[0]}" if count.examples else ""
         raise InputError(f"{count.where} is empty{dropped}")
-    users = pa.array([user for user, _ in sequences.values()], pa.string())
-    lengths = np.array([len(items) for _, items in sequences.values()])
+    users = pa.array([user for user, _ in sequences], pa.string())
+    lengths = np.array([len(items) for _, items in sequences])
     owner = pa.array(np.repeat(np.arange(lengths.size, dtype=np.int32), lengths))
     place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    all_items = itertools.chain.from_iterable(items for _, items in sequences.values())
+    all_items = itertools.chain.from_iterable(items for _, items in sequences)
     columns = {
         "user": pa.DictionaryArray.from_arrays(owner, users),
         "item": pa.array(all_items, pa.string()),

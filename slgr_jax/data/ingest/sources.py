@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from slgr_jax.config import SOURCES, PrepareConfig
-from slgr_jax.data.ingest import amazon, movielens, recbole, s3rec, tables, text_lines
+from slgr_jax.config import SEQUENCE_SOURCES, SHOWN_SOURCES, SOURCES, PrepareConfig
+from slgr_jax.data.ingest import (
+    amazon,
+    gearrec,
+    idgenrec,
+    llmrank,
+    movielens,
+    recbole,
+    s3rec,
+    sisinf,
+    tables,
+    text_lines,
+)
 from slgr_jax.data.ingest.raw import Raw, no_rows
 from slgr_jax.errors import ConfigError, listing
 
@@ -14,8 +25,15 @@ _READERS: Mapping[str, Callable[[PrepareConfig], Raw]] = {
     "recbole": recbole.atomic_files,
     "amazon": amazon.reviews,
     "s3rec": s3rec.sequences,
+    "idgenrec": idgenrec.sequences,
+    "llmrank": llmrank.sequences,
+    "sisinf": sisinf.interactions,
+    "gearrec": gearrec.interactions,
     "jsonl": tables.named_columns,
 }
+# Layouts without columns of one's own choice, and those that have item texts beside them.
+_NO_SPLIT_COLUMN = ("movielens", "amazon", *SHOWN_SOURCES, *SEQUENCE_SOURCES)
+_OWN_TEXTS = ("movielens", "recbole", "idgenrec", "llmrank", *SHOWN_SOURCES)
 _STREAMED = ("csv", "parquet")
 
 
@@ -65,9 +83,9 @@ def read(config: PrepareConfig, *, most_rows: int | None = None) -> Raw:
     """
     if config.source not in SOURCES:
         raise ConfigError(f"--source={config.source!r} is not one of: {listing(SOURCES)}")
-    if config.split_column and config.source in ("movielens", "amazon", "s3rec"):
+    if config.split_column and config.source in _NO_SPLIT_COLUMN:
         raise ConfigError(f"--split_column is not used with --source={config.source}")
-    if config.items_input and config.source in ("movielens", "recbole"):
+    if config.items_input and config.source in _OWN_TEXTS:
         raise ConfigError(
             f"--items_input is not used with --source={config.source}: item texts are found "
             "beside the interactions"

@@ -346,6 +346,33 @@ def check_ratio_by_user(is_split: bool) -> None:
         )
 
 
+def halves(users: np.ndarray, seed: int) -> np.ndarray:
+    """[n] bool: a random half of each user's rows; the odd one falls to either side.
+
+    The order within a user is that of `default_rng(seed).random(n)`, drawn over the rows in input
+    order; which side the odd row falls to is drawn next, over the users in ascending order.
+    """
+    rng = np.random.default_rng(seed)
+    draws = rng.random(users.size)
+    distinct, owners = np.unique(users, return_inverse=True)
+    return half_by_draws(users, draws, rng.integers(0, 2, distinct.size)[owners])
+
+
+def half_by_draws(users: np.ndarray, draws: np.ndarray, odd: np.ndarray) -> np.ndarray:
+    """[n] bool: of each user's rows by ascending draw every second, the first one where odd is 0.
+
+    Args:
+      odd: [n] 0 or 1, the same for all rows of a user.
+    """
+    order = np.lexsort((draws, users))
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(users[order]) != 0]))
+    lengths = np.diff(np.append(starts, users.size))
+    place = np.arange(users.size) - np.repeat(starts, lengths)
+    half = np.zeros(users.size, bool)
+    half[order] = (place + odd[order]) % 2 == 0
+    return half
+
+
 def more_by_ratio(
     parts: np.ndarray, valid_fraction: float, test_fraction: float, seed: Sequence[int]
 ) -> np.ndarray:

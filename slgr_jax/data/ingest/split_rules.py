@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from slgr_jax.config import PrepareConfig
+from slgr_jax.config import SHOWN_SOURCES, PrepareConfig
 from slgr_jax.data import schema
 from slgr_jax.data.ingest import split
 from slgr_jax.data.ingest.log import Log, Ranges
-from slgr_jax.errors import InputError
+from slgr_jax.errors import ConfigError, InputError
 
 _LABEL = "split"
 
@@ -54,9 +55,12 @@ def by_rule(rows: Ranges, config: PrepareConfig, rule: str) -> dict[str, Any]:
     return described
 
 
-def premade(rows: Ranges, config: PrepareConfig) -> dict[str, Any]:
+def premade(rows: Ranges, config: PrepareConfig, user_ids: pa.Array) -> dict[str, Any]:
     """Complete a split that the rows came with: validation rows where it has none, and no pair in
     a part that an earlier part has too; says how.
+
+    Args:
+      user_ids: of the users of `rows`, by index.
 
     Raises:
       InputError: a part has no row, or none that is not in an earlier part.
@@ -66,7 +70,18 @@ def premade(rows: Ranges, config: PrepareConfig) -> dict[str, Any]:
     for code in (split.TRAIN, split.TEST):
         if not counts[code]:
             raise InputError(f"the pre-made split has no {schema.PARTS[code]} rows")
-    if not counts[split.VALID]:
+    from_test = config.valid_from == "test" or (
+        config.valid_from == "auto" and config.source in SHOWN_SOURCES
+    )
+    if counts[split.VALID]:
+        if config.valid_from != "auto":
+            raise ConfigError(
+                f"--valid_from={config.valid_from}: the pre-made split has a validation part; drop "
+                "it"
+            )
+    elif from_test:
+        described |= _halve_test(rows, config, user_ids, int(counts[split.TEST]))
+    else:
         described |= _carve(rows, config, int(counts[split.TRAIN]))
     before = _counts(rows)
     rows.keep(lambda log: split.drop_seen(log.users, log.items, _parts(log)), "pairs seen earlier")
@@ -78,6 +93,49 @@ def premade(rows: Ranges, config: PrepareConfig) -> dict[str, Any]:
         schema.PARTS[code]: int(before[code] - after[code]) for code in (split.VALID, split.TEST)
     }
     return described
+
+
+def _halve_test(
+    rows: Ranges, config: PrepareConfig, user_ids: pa.Array, n_test: int
+) -> dict[str, Any]:
+    """Make half of each user's test rows validation, as `split.halves` has them."""
+    tested = np.zeros(len(user_ids), bool)
+    for log in rows.logs():
+        tested[log.users[_is_test(log)]] = True
+    users = np.flatnonzero(tested)
+    users = users[np.argsort(_number_order(user_ids)[users])]
+    rng = np.random.default_rng(config.seed)
+    draws = rng.random(n_test)
+    odd = np.zeros(len(user_ids), np.int64)
+    odd[users] = rng.integers(0, 2, users.size)
+    ranks = rows.ranks(_is_test)
+
+    def halved(log: Log) -> np.ndarray:
+        parts, test = _parts(log).copy(), np.flatnonzero(_is_test(log))
+        owners = log.users[test]
+        parts[test[split.half_by_draws(owners, draws[ranks(log)], odd[owners])]] = split.VALID
+        return parts
+
+    _set_parts(rows, halved)
+    left = _counts(rows)
+    if not (left[split.VALID] and left[split.TEST]):
+        raise InputError(
+            f"--valid_from=test: {n_test} test rows of {users.size} users leave a part empty; try "
+            "another --seed, or --valid_from=train"
+        )
+    return {"valid": "half of each user's test rows", "seed": config.seed}
+
+
+def _number_order(ids: pa.Array) -> np.ndarray:
+    """[ids] the place of each by its number, as tables that hold numbers sort; where one is no
+    number, as they are."""
+    try:
+        numbers = ids.cast(pa.int64()).to_numpy()
+    except pa.ArrowInvalid:
+        return np.arange(len(ids))
+    places = np.empty(len(ids), np.int64)
+    places[np.argsort(numbers, kind="stable")] = np.arange(len(ids))
+    return places
 
 
 def _carve(rows: Ranges, config: PrepareConfig, n_train: int) -> dict[str, Any]:
@@ -138,6 +196,10 @@ def _all(log: Log) -> np.ndarray:
 
 def _is_train(log: Log) -> np.ndarray:
     return np.asarray(_parts(log) == split.TRAIN)
+
+
+def _is_test(log: Log) -> np.ndarray:
+    return np.asarray(_parts(log) == split.TEST)
 
 
 def _times(log: Log) -> np.ndarray:

@@ -27,11 +27,14 @@ _ITEM_NAMES = frozenset(itertools.chain.from_iterable(ITEM_COLUMNS.values()))
 _BINARY_HEADS = (b"PAR1", b"ARRO", b"\xff\xff\xff\xff")
 
 
-def read(path: pathlib.Path, delimiter: str, *, titled: bool) -> pa.Table:
+def read(
+    path: pathlib.Path, delimiter: str, *, titled: bool, names: Mapping[str, str] | None = None
+) -> pa.Table:
     """The table in a file: all columns, or of CSV those that are known.
 
     Args:
       path: the file; delimiter: CSV column separator.
+      names: what its columns are called -> user, item or score, where that is something else.
       titled: a column title names the items, and is called item in what is returned.
 
     Raises:
@@ -44,11 +47,12 @@ def read(path: pathlib.Path, delimiter: str, *, titled: bool) -> pa.Table:
         head = file.read(4)
     if not head:
         raise InputError(f"{path} is empty: a teacher needs at least one answer")
-    if head in _BINARY_HEADS:
-        return _with_items(shards.read_table(path), titled=titled)
-
-    if head.startswith(b"{"):
-        return _with_items(_read_json_lines(path), titled=titled)
+    names = {column: name for column, name in (names or {}).items() if column != name}
+    if head in _BINARY_HEADS or head.startswith(b"{"):
+        binary = head in _BINARY_HEADS
+        table = shards.read_table(path) if binary else _read_json_lines(path, names)
+        table = table.rename_columns(_renamed(table.column_names, names, path))
+        return _with_items(table, titled=titled)
 
     separator = {"\\t": "\t"}.get(delimiter, delimiter)
     numbers = itertools.chain.from_iterable(NUMBERS.values())
@@ -59,9 +63,11 @@ def read(path: pathlib.Path, delimiter: str, *, titled: bool) -> pa.Table:
             header = next(csv.reader(text, delimiter=separator), [])
         if len(set(header)) != len(header):
             raise InputError(f"{path} names a column twice: {listing(header)}")
+        header = _renamed(header, names, path)
         kind_of(header, path, titled=titled)
         table = pacsv.read_csv(
             path,
+            read_options=pacsv.ReadOptions(column_names=header, skip_rows=1) if names else None,
             parse_options=pacsv.ParseOptions(delimiter=separator),
             convert_options=pacsv.ConvertOptions(
                 column_types=dict.fromkeys(wanted, pa.string()),
@@ -79,7 +85,23 @@ def read(path: pathlib.Path, delimiter: str, *, titled: bool) -> pa.Table:
         ) from error
 
 
-def _read_json_lines(path: pathlib.Path) -> pa.Table:
+def _renamed(columns: Sequence[str], names: Mapping[str, str], path: pathlib.Path) -> list[str]:
+    """The columns as they are called here; others of these names give way.
+
+    Raises:
+      InputError: there is no such column.
+    """
+    for column, name in names.items():
+        if column not in columns:
+            raise InputError(
+                f"{path} has no column {column!r}, which --{name}_column names; columns found: "
+                f"{listing(columns)}"
+            )
+    taken = set(names.values())
+    return [names.get(c, f"other {c}" if c in taken else c) for c in columns]
+
+
+def _read_json_lines(path: pathlib.Path, names: Mapping[str, str]) -> pa.Table:
     """A JSON object a line; ids are text or whole numbers, numbers may be null."""
     number_names = {*itertools.chain.from_iterable(NUMBERS.values())}
     records: list[dict[str, object]] = []
@@ -97,10 +119,11 @@ def _read_json_lines(path: pathlib.Path) -> pa.Table:
     columns = {}
     for name in dict.fromkeys(itertools.chain.from_iterable(records)):
         values = [record.get(name) for record in records]
-        is_id = name in ("user", "title") or name in _ITEM_NAMES
+        known = names.get(name, name)
+        is_id = known in ("user", "title") or known in _ITEM_NAMES
         texts = [_json_text(value, is_id=is_id) for value in values]
         for row, (value, text) in enumerate(zip(values, texts, strict=True), start=1):
-            if text is None and value is not None and (is_id or name in number_names):
+            if text is None and value is not None and (is_id or known in number_names):
                 wanted = "text or a whole number" if is_id else "a number"
                 raise InputError(
                     f"{path}: row {row} has {name} {json.dumps(value)[:80]}; give {wanted}"

@@ -51,6 +51,8 @@ def read(
     delimiter: str = ",",
     items_as: str = "ids",
     subtitles: bool = False,
+    raw: pa.Table | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> AnswerTable:
     """The answers in `path` as a table of indices, and what was left out.
 
@@ -67,6 +69,8 @@ def read(
       items_as: what names the items: ids, or titles. Rows whose title means no item or two are
         dropped and counted; of a user's titles of one item the best score counts.
       subtitles: see `TitleIndex.match`.
+      raw: what `path` holds, as text, where it is no such file and was read already.
+      names: what its columns are called -> user, item or score, where that is something else.
 
     Raises:
       InputError, ShardError: the file cannot be used.
@@ -82,7 +86,8 @@ def read(
 
     path = pathlib.Path(path)
     titled = items_as == "titles"
-    raw = answer_files.read(path, delimiter, titled=titled)
+    if raw is None:
+        raw = answer_files.read(path, delimiter, titled=titled, names=names)
     kind = answer_files.kind_of(raw.column_names, path, titled=titled)
     if raw.num_rows == 0:
         raise InputError(f"{path} has no rows: a teacher needs at least one answer")

@@ -219,6 +219,8 @@ def import_scores(
     to_existing: bool = False,
     items_as: str = "ids",
     subtitles: bool = False,
+    raw: tuple[pa.Table, Mapping[str, int]] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> schema.TeacherManifest:
     """Turn a file of teacher answers with external ids into the product DATA/teacher/NAME.
 
@@ -244,6 +246,10 @@ def import_scores(
       to_existing: add to the product that there is, see `append`; its provenance stays.
       items_as: ids, or titles (see `titles.TitleIndex`; what names no item or two is dropped and
         counted); subtitles: see `TitleIndex.match`.
+      raw: what `scores_file` holds, and counts of it, where it is no such file and was read
+        already (`collect.answer_folder`).
+      names: what the file's columns are called -> user, item or score, where that is something
+        else.
 
     Raises:
       InputError: the file cannot be used; the message names the row.
@@ -261,7 +267,11 @@ def import_scores(
         delimiter=delimiter,
         items_as=items_as,
         subtitles=subtitles,
+        raw=None if raw is None else raw[0],
+        names=names,
     )
+    if raw is not None:
+        counts |= raw[1]
     if not (keep_training_items or hidden):
         table, dropped = training_items.drop(table, dataset, str(scores_file))
         counts |= dropped
@@ -459,6 +469,8 @@ def report(manifest: schema.TeacherManifest) -> str:
             f"  {echoed:,} answers of {counts[training_items.USERS]:,} users on their own training "
             "items were dropped: they echo the prompt (import --keep_training_items keeps them)"
         )
+    if read := counts.get("answers", 0):
+        lines.append(f"  {read:,} answers read, {counts['answers_unread']:,} without a list")
     if of_titles := titles.report(counts):
         lines.append(f"  {of_titles}")
     if extra:

@@ -423,3 +423,29 @@ def test_movielens_100k_published_splits(tmp_path: pathlib.Path) -> None:
     assert given_rows.manifest.split_hash == by_rule.manifest.split_hash
     last = run(path, tmp_path / "c", source="parquet", split_column="leave_last_split")
     assert [len(last.part(part)) for part in schema.PARTS] == [98_114, 943, 943]
+
+
+def test_validation_is_half_of_each_users_test_rows(tmp_path: pathlib.Path) -> None:
+    users = ("10", "9", "u")
+    train = write_csv(tmp_path / "a.csv", [(u, "x") for u in users], "user,item")
+    rows = [(u, f"i{k}") for u in users for k in range(4)]
+    test = write_csv(tmp_path / "b.csv", rows, "user,item")
+    data = run(train, tmp_path / "out", test_input=str(test), valid_from="test", seed=5)
+    assert len(data.train) == 3  # the whole training part
+    valid, tested = ([row[:2] for row in external(data, part)] for part in ("valid", "test"))
+    assert sorted(valid + tested) == sorted(rows)
+    assert [sum(row[0] == u for row in valid) for u in users] == [2, 2, 2]
+    assert data.manifest.split["seed"] == 5
+    one = write_csv(tmp_path / "c.csv", [("9", "i0")], "user,item")
+    with pytest.raises(InputError, match="1 test rows of 1 users leave a part empty"):
+        run(train, tmp_path / "no", test_input=str(one), valid_from="test")
+    with pytest.raises(ConfigError, match="has a validation part; drop it"):
+        run(
+            train,
+            tmp_path / "no",
+            test_input=str(test),
+            valid_input=str(one),
+            valid_from="train",
+        )
+    with pytest.raises(ConfigError, match="--valid_from=test is of a pre-made split"):
+        run(train, tmp_path / "no", valid_from="test", split="ratio")

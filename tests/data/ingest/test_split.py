@@ -226,3 +226,12 @@ def test_a_part_without_rows_is_an_error() -> None:
         split.ratio(4, 0.1, 0.1, 0)
     with pytest.raises(InputError, match="--ratio_by=user leaves"):
         split.ratio_by_user(np.arange(50), 0.1, 0.1, 0)
+
+
+def test_halves_split_each_user() -> None:
+    users = np.repeat(np.arange(4000), np.arange(4000) % 4 + 1)
+    half = split.halves(users, 0)
+    sizes, taken = np.bincount(users), np.bincount(users, half)
+    assert (np.abs(2 * taken - sizes) <= 1).all()
+    assert 0.44 < half[np.isin(users, np.flatnonzero(sizes == 1))].mean() < 0.56
+    assert not np.array_equal(half, split.halves(users, 1))

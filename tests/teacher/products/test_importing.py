@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slgr_jax.errors import InputError
+from slgr_jax import api
+from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.teacher.products import preferences
 from slgr_jax.teacher.products.preferences import Provenance
 
@@ -147,3 +149,36 @@ def test_utf_16_is_refused_with_the_way_out(tiny, tmp_path):
     path.write_bytes("user,item,score\n007,01,0.5\n".encode("utf-16"))
     with pytest.raises(InputError, match="save it as UTF-8"):
         preferences.import_scores(tiny, path, "t")
+
+
+THEIRS = {"user_id": "user", "movie_id": "item", "simulated": "score"}
+
+
+@pytest.mark.parametrize("form", ["csv", "json lines", "parquet"])
+def test_columns_may_be_called_otherwise(tiny, tmp_path, form):
+    """What other columns have our names gives way."""
+    rows = [("007", "café", 4.0, 1.0), ("7", "10", 2.5, 5.0)]
+    columns = dict(zip(("user_id", "movie_id", "simulated", "score"), zip(*rows, strict=True),
+                       strict=True))  # fmt: skip
+    path = tmp_path / "theirs"
+    if form == "parquet":
+        pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), path)
+    elif form == "csv":
+        lines = [",".join(columns), *(",".join(map(str, row)) for row in rows)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        records = [dict(zip(columns, row, strict=True)) for row in rows]
+        path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    preferences.import_scores(tiny, path, "t", names=THEIRS)
+    assert answers(preferences.load(tiny, "t")) == {(0, 3): 4.0, (1, 4): 2.5}
+
+
+def test_a_column_that_is_not_there_is_named(tiny, tmp_path):
+    path = csv_file(tmp_path, "user_id,item,score\n007,café,1\n")
+    words = "has no column 'movie_id', which --item_column names; columns found: user_id, item"
+    with pytest.raises(InputError, match=words):
+        preferences.import_scores(tiny, path, "t", names={"user_id": "user", "movie_id": "item"})
+    with pytest.raises(ConfigError, match="must be three columns"):
+        api.import_teacher(tiny, path, "t", user_column="a", item_column="a")
+    manifest = api.import_teacher(tiny, path, "t", user_column="user_id")
+    assert manifest.counts["answered"] == 1
