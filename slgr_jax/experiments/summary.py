@@ -82,8 +82,9 @@ def _mean_of_users(
 def compare(cell: Cell, other: Cell, name: str, metric: str) -> Row | None:
     """`cell` against `other` on a slice: difference over seeds, its interval, p-values.
 
-    p_seeds: paired t-test over seeds. p_users: over users, the mean over seeds of each; None in
-    bins, and where fewer than two users have a value.
+    p_seeds: paired t-test over seeds. p_users: over users, the mean over seeds of each, and the
+    interval of that difference, low_users to high_users; None in bins, and where fewer than two
+    users have a value.
     """
     a, b = cell.seeds(name, metric), other.seeds(name, metric)
     d = a - b
@@ -102,13 +103,15 @@ def compare(cell: Cell, other: Cell, name: str, metric: str) -> Row | None:
         return row
 
     row["p_seeds"] = number(paired_t(d))
-    row["p_users"] = None
+    row |= dict.fromkeys(("p_users", "low_users", "high_users"))
     users, users_other = cell.users(name, metric), other.users(name, metric)
     if users is not None and users_other is not None:
         # Users of both arms, and where they are in each.
         _, places, places_other = np.intersect1d(users[0], users_other[0], return_indices=True)
         between = users[1][places] - users_other[1][places_other]
-        row["p_users"] = number(paired_t(between[~np.isnan(between)]))
+        between = between[~np.isnan(between)]
+        row["p_users"] = number(paired_t(between))
+        row["low_users"], row["high_users"] = map(number, t_interval(between))
     return row
 
 

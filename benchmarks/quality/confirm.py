@@ -1,0 +1,390 @@
+"""benchmarks/PROTOCOL.md, carried out: does the method hold on data that no choice was made on?
+
+    git clone https://github.com/agiresearch/IDGenRec
+    python benchmarks/quality/confirm.py --input=IDGenRec --out=DIR
+    python benchmarks/quality/confirm.py --input=IDGenRec --out=DIR --scale=reduced --minutes=25
+
+Prepares the data sets and splits, makes the teacher from the items' keywords, and compares: cell
+after cell, in the order of the protocol. Each step is a command of `slgr`, which is shown. When
+--minutes are over, the cell at work is stopped and the others are cut; called again it goes on.
+Writes DIR/confirmation.json and confirmation.md, in which every cell is: its result, or that it was
+cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slgr_jax.cli import flags
+from slgr_jax.config.knobs import Section, knob
+from slgr_jax.errors import ConfigError, InputError
+
+DATASETS = ("Beauty", "Sports", "Toys")
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "leave_last": ("--split=leave_last",),
+    "ratio_1": ("--split=ratio", "--ratio_by=user", "--seed=1"),
+    "ratio_2": ("--split=ratio", "--ratio_by=user", "--seed=2"),
+}
+TEACHER = "nearest50"
+# Variants of the method; which of them is tested, validation says of each cell.
+METHODS = ("calibrated", "hard_negatives")
+# Without what this LLM says of this user: what the LLM adds is a gain over all of them.
+WITHOUT_LLM = ("none", "hard_own", "shuffled", "consensus", "popularity", "item_item", "ease")
+# With the LLM's word, but no selection.
+UNSELECTED = ("global", "constant", "paper")
+# What is tested: slice, metric. The first is primary.
+QUESTIONS = (("overall", "ndcg@10"), ("cold_users", "ndcg@10"), ("tail_items", "rows_auc"))
+ALSO_SHOWN = (("tail_items", "ndcg@100"),)
+LEVEL = 0.05
+_SEQUENCES = "user_sequence.txt"
+_KEYWORDS = "item_generative_indexing_phase_0.txt"
+_TO_SAVE = 120  # seconds that a comparison has to save its runs in
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much of the protocol is run.
+
+    Attributes:
+      users: share of each data set's users that are kept, drawn with seed 0.
+      seeds: runs of an arm.
+      backbones, arms, controls: what is compared; one of `METHODS` or more among the arms.
+      knobs: flags of `slgr compare` besides.
+    """
+
+    users: float
+    seeds: int
+    backbones: tuple[str, ...]
+    arms: tuple[str, ...]
+    controls: tuple[str, ...]
+    knobs: tuple[str, ...] = ()
+
+
+_ALL_SCALES = ("--refit", "--slice_preset=s_llmr", "--ks=10,100", "--rows=sampled")
+SCALES: Mapping[str, Scale] = {
+    "full": Scale(
+        1.0,
+        5,
+        ("mf", "lightgcn"),
+        ("none", "global", "paper", "calibrated", "hard_negatives", "hard_own"),
+        ("constant", "shuffled", "consensus", "popularity", "item_item", "ease"),
+        ("--eval_every=5",),
+    ),
+    "reduced": Scale(
+        0.25,
+        2,
+        ("mf",),
+        ("none", "global", "calibrated", "hard_negatives", "hard_own"),
+        ("shuffled", "consensus", "item_item"),
+        (
+            *("--tune_lr=0.05,0.1", "--tune_l2=0.01,0.05", "--tune_lambda=0.03,0.3"),
+            *("--tune_runs=4", "--notune_base", "--notune_guidance_loss"),
+            *("--epochs=100", "--eval_every=10", "--patience=3"),
+        ),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfirmConfig(Section):
+    """From where, to where, how much."""
+
+    input: str = knob("", "a clone of github.com/agiresearch/IDGenRec, or its rec_datasets")
+    out: str = knob("", "directory of the data, the runs and the report; goes on where it was")
+    scale: str = knob("full", "how much of the protocol, as PROTOCOL.md says", choices=SCALES)
+    minutes: float = knob(0.0, "stop after so many; 0 = when all cells are done", minimum=0)
+    workers: int = knob(0, "processes; 0 = one per core", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One comparison of the protocol."""
+
+    split: str
+    dataset: str
+    backbone: str
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        return f"{self.dataset}, {self.split}, {self.backbone}"
+
+
+def cells(scale: Scale) -> list[Cell]:
+    """All cells, in the order in which they are run: every data set once, then other splits."""
+    return [
+        Cell(split, dataset, backbone)
+        for split, backbone, dataset in itertools.product(SPLITS, scale.backbones, DATASETS)
+    ]
+
+
+class OutOfTimeError(Exception):
+    """--minutes are over."""
+
+
+class Budget:
+    """The time that is left for commands."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes if minutes else math.inf
+
+    def run(self, *arguments: str) -> None:
+        """Run a command of `slgr`.
+
+        Raises:
+          OutOfTimeError: it was stopped, or did not begin.
+          ConfigError: it failed.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise OutOfTimeError
+        print(shlex.join(["slgr", *arguments]), flush=True)
+        process = subprocess.Popen([sys.executable, "-m", "slgr_jax.cli", *arguments])
+        try:
+            status = process.wait(None if math.isinf(left) else left)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_TO_SAVE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise OutOfTimeError from None
+        if status:
+            raise ConfigError(f"slgr {arguments[0]} ended with status {status}; its line is above")
+
+
+# --- data and teacher ------------------------------------------------------------------------
+
+
+def sample(source: pathlib.Path, target: pathlib.Path, share: float) -> None:
+    """Copy a folder of IDGenRec with `share` of its users: those at the places that
+    `default_rng(0).choice` draws without replacement, in the order of the file."""
+    lines = (source / _SEQUENCES).read_text(encoding="utf-8").splitlines(keepends=True)
+    chosen = np.random.default_rng(0).choice(len(lines), round(share * len(lines)), replace=False)
+    target.mkdir(parents=True, exist_ok=True)
+    kept = "".join(lines[place] for place in sorted(chosen))
+    (target / _SEQUENCES).write_text(kept, encoding="utf-8")
+    (target / _KEYWORDS).write_bytes((source / _KEYWORDS).read_bytes())
+
+
+def folder_of(root: pathlib.Path, dataset: str) -> pathlib.Path:
+    """The folder of a data set in a clone.
+
+    Raises:
+      InputError: there is none.
+    """
+    for folder in (root / "rec_datasets" / dataset, root / dataset):
+        if (folder / _SEQUENCES).is_file() and (folder / _KEYWORDS).is_file():
+            return folder
+    raise InputError(
+        f"{root} holds no rec_datasets/{dataset} with {_SEQUENCES} and {_KEYWORDS}; give a clone "
+        "of github.com/agiresearch/IDGenRec as --input"
+    )
+
+
+def make_data(cell: Cell, config: ConfirmConfig, budget: Budget) -> pathlib.Path:
+    """The dataset directory of a cell, with its teacher; made where it is not there."""
+    share = SCALES[config.scale].users
+    folder = folder_of(pathlib.Path(config.input), cell.dataset)
+    if share < 1:
+        sampled = pathlib.Path(config.out) / "input" / cell.dataset
+        if not (sampled / _KEYWORDS).is_file():
+            sample(folder, sampled, share)
+        folder = sampled
+    data = pathlib.Path(config.out) / "data" / f"{cell.dataset}_{cell.split}"
+    if not (data / "manifest.json").is_file():
+        name = f"--name={cell.dataset}"
+        where = (f"--input={folder / _SEQUENCES}", f"--out={data}")
+        budget.run("prepare", "--source=idgenrec", *where, name, *SPLITS[cell.split])
+    if not (data / "teacher" / TEACHER / "manifest.json").is_file():
+        budget.run("teach", "nearest", f"--data={data}", f"--name={TEACHER}", "--listed=50")
+    return data
+
+
+# --- one cell --------------------------------------------------------------------------------
+
+
+def run_cell(cell: Cell, config: ConfirmConfig, budget: Budget) -> dict[str, Any]:
+    """Compare the arms, let validation choose the method, then compare it with its controls."""
+    scale = SCALES[config.scale]
+    data = make_data(cell, config, budget)
+    out = pathlib.Path(config.out) / "runs" / f"{cell.dataset}_{cell.split}_{cell.backbone}"
+    common = (
+        *("compare", f"--data={data}", f"--teacher={TEACHER}", f"--out={out}"),
+        *(f"--backbones={cell.backbone}", f"--guidance={','.join(scale.arms)}"),
+        *(f"--seeds={scale.seeds}", *_ALL_SCALES, *scale.knobs, f"--workers={config.workers}"),
+    )
+    chosen = out / "method.json"
+    if not chosen.is_file():
+        budget.run(*common, "--controls=")
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        chosen.write_text(json.dumps(method_of(report["tuned"][cell.backbone])))
+    method = json.loads(chosen.read_text())
+    controls = f"--controls={','.join(scale.controls)}"
+    budget.run(*common, controls, f"--matched_to={method}", f"--focus={method}")
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return {"cell": cell.name, **result_of(report, method)}
+
+
+def method_of(tuned: Mapping[str, Any]) -> str:
+    """Of `METHODS`, the arm whose best validation is highest; the first of equal ones."""
+    best = {
+        arm: max(row["valid"] for row in tuned[arm]["tried"] if row["valid"] is not None)
+        for arm in METHODS
+        if arm in tuned
+    }
+    return max(best, key=best.__getitem__)
+
+
+def result_of(report: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What is kept of a report: of refitted runs, the means of all arms and the method's tests."""
+    refit = report["refit"]["rows"]
+    rows = {(row["arm"], row["slice"], row["metric"]): row for row in refit}
+    shown = (*QUESTIONS, *ALSO_SHOWN)
+    arms = list(dict.fromkeys(row["arm"] for row in refit))
+    tests = {}
+    for name, metric in QUESTIONS:
+        row = rows.get((method, name, metric), {})
+        for question, others in (("adds", WITHOUT_LLM), ("selects", UNSELECTED)):
+            against = {arm: row[f"vs_{arm}"] for arm in others if row.get(f"vs_{arm}")}
+            tests[f"{question} {name}"] = over_best(against)
+    return {
+        "method": method,
+        "split_hash": report["protocol"]["split_hash"],
+        "thresholds": report["protocol"]["thresholds"],
+        "seeds": report["protocol"]["seeds"],
+        "budget": report["protocol"]["budget"],
+        "means": {
+            arm: {
+                f"{name} {metric}": rows.get((arm, name, metric), {}).get("mean")
+                for name, metric in shown
+            }
+            for arm in arms
+        },
+        "baselines": report["refit"]["baselines"],
+        "tests": tests,
+    }
+
+
+def over_best(against: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The method against the best of several: the control that it gains least on.
+
+    p is the greatest over all controls of the two-sided p over users, 1 where the method is below
+    one of them: an intersection-union test, which needs no correction among the controls (Berger
+    1982). None without a control.
+    """
+    if not against:
+        return None
+    best = min(against, key=lambda arm: against[arm]["difference"])
+    p = [
+        1.0 if test["difference"] <= 0 or test.get("p_users") is None else test["p_users"]
+        for test in against.values()
+    ]
+    keys = ("difference", "relative", "low_users", "high_users", "p_seeds")
+    return {"best": best, **{key: against[best].get(key) for key in keys}, "p_users": max(p)}
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def correct(results: Sequence[Mapping[str, Any]]) -> None:
+    """Add Holm's p: over the cells' primary questions, and over all the others."""
+    from slgr_jax.evaluation.significance import holm
+
+    primary = f"adds {QUESTIONS[0][0]}"
+    families: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for result in results:
+        for question, test in result["tests"].items():
+            if test is not None:
+                families[question == primary].append(test)
+    for tests in families.values():
+        for test, p in zip(tests, holm([test["p_users"] for test in tests]), strict=True):
+            test["p_users_holm"] = p
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """confirmation.md."""
+    return "\n".join(_lines(facts)) + "\n"
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    yield "# Confirmation"
+    yield ""
+    yield f"Scale {facts['scale']}, method chosen by validation, runs refitted on training and"
+    yield "validation; differences against the best control, p over users (Holm)."
+    for result in facts["results"]:
+        yield from ("", f"## {result['cell']}: {result['method']}", "")
+        columns = list(next(iter(result["means"].values())))
+        yield f"| arm | {' | '.join(columns)} |"
+        yield "|---|" + "---:|" * len(columns)
+        for arm, means in result["means"].items():
+            yield f"| {arm} | {' | '.join(_number(means[column]) for column in columns)} |"
+        yield ""
+        for question, test in result["tests"].items():
+            yield f"- {question}: {_told(test)}"
+    yield from ("", "## Cut", "")
+    yield from ([f"- {cut}" for cut in facts["cut"]] or ["Nothing."])
+
+
+def _told(test: Mapping[str, Any] | None) -> str:
+    if test is None:
+        return "no control was run"
+    interval = f"{_number(test['low_users'])} to {_number(test['high_users'])}"
+    better = test["difference"] > 0 and test["p_users_holm"] < LEVEL
+    verdict = "yes" if better else "not shown"
+    return (
+        f"{verdict}; {test['difference']:+.4f} over {test['best']}, 95 % over users {interval}, "
+        f"p {test['p_users_holm']:.3g}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def main(_: list[str]) -> None:
+    from slgr_jax.experiments import results as results_lib
+
+    config: ConfirmConfig = flags.section_from_flags(ConfirmConfig)
+    scale, out = SCALES[config.scale], pathlib.Path(config.out)
+    for dataset in DATASETS:
+        folder_of(pathlib.Path(config.input), dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    stated = out / "scale.txt"
+    if stated.is_file() and stated.read_text() != config.scale:
+        raise ConfigError(
+            f"{out} holds --scale={stated.read_text()}; choose another --out for "
+            f"--scale={config.scale}"
+        )
+    stated.write_text(config.scale)
+
+    budget, results, cut = Budget(config.minutes), [], []
+    for cell in cells(scale):
+        try:
+            results.append(run_cell(cell, config, budget))
+        except OutOfTimeError:
+            cut.append(cell.name)
+    correct(results)
+    facts = {"scale": config.scale, **dataclasses.asdict(scale), "results": results, "cut": cut}
+    results_lib.write_json(out / "confirmation.json", facts)
+    text = render(facts)
+    (out / "confirmation.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    flags.run(main, usage=__doc__, sections=[ConfirmConfig], required=("input", "out"))
