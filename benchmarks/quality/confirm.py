@@ -221,8 +221,11 @@ def make_data(cell: Cell, config: ConfirmConfig, budget: Budget) -> pathlib.Path
 def run_cell(cell: Cell, config: ConfirmConfig, budget: Budget) -> dict[str, Any]:
     """Compare the arms, let validation choose the method, then compare it with its controls."""
     scale = SCALES[config.scale]
-    data = make_data(cell, config, budget)
     out = pathlib.Path(config.out) / "runs" / f"{cell.dataset}_{cell.split}_{cell.backbone}"
+    finished = out / "result.json"
+    if finished.is_file():
+        return {"cell": cell.name, **json.loads(finished.read_text(encoding="utf-8"))}
+    data = make_data(cell, config, budget)
     common = (
         *("compare", f"--data={data}", f"--teacher={TEACHER}", f"--out={out}"),
         *(f"--backbones={cell.backbone}", f"--guidance={','.join(scale.arms)}"),
@@ -237,7 +240,9 @@ def run_cell(cell: Cell, config: ConfirmConfig, budget: Budget) -> dict[str, Any
     controls = f"--controls={','.join(scale.controls)}"
     budget.run(*common, controls, f"--matched_to={method}", f"--focus={method}")
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return {"cell": cell.name, **result_of(report, method)}
+    result = result_of(report, method)
+    finished.write_text(json.dumps(result), encoding="utf-8")
+    return {"cell": cell.name, **result}
 
 
 def method_of(tuned: Mapping[str, Any]) -> str:

@@ -194,6 +194,18 @@ def _significant(counts: Mapping[str, Any], word: str) -> str:
     return f"{word} " + ", ".join(parts)
 
 
+# What each control is, of the arm {m} that it is matched to.
+EXPLAINED: Mapping[str, str] = {
+    "constant": "a constant alpha, the mean that {m} had in its best epoch (settings of {m})",
+    "shuffled": "{m} with another user's answers (settings of {m})",
+    "consensus": "{m} with what the LLM names most as the teacher, the same for everybody, tuned",
+    "popularity": "{m} with training popularity as the teacher, tuned",
+    "item_item": "{m} with item-item similarity as the teacher, tuned",
+    "ease": "{m} with EASE as the teacher, tuned",
+    "ials": "{m} with iALS as the teacher, tuned",
+}
+
+
 def _protocol(protocol: Mapping[str, Any]) -> list[str]:
     tuned = ", ".join(f"{b} by validation {m}" for b, m in protocol["primary"].items())
     lines = [
@@ -212,14 +224,8 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
     ]
 
     controls = [arm for arm in protocol["arms"] if arm in CONTROLS]
-    explained = {
-        "constant": "a constant alpha, the mean that {m} had in its best epoch (settings of {m})",
-        "shuffled": "{m} with another user's answers (settings of {m})",
-        "popularity": "{m} with training popularity as the teacher, tuned",
-        "item_item": "{m} with item-item similarity as the teacher, tuned",
-    }
     for arm in controls:
-        lines.append(f"- Control {arm}: " + explained[arm].format(m=protocol["matched_to"]) + ".")
+        lines.append(f"- Control {arm}: " + EXPLAINED[arm].format(m=protocol["matched_to"]) + ".")
     return [*lines, ""]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -114,6 +115,23 @@ def test_validation_chooses_the_method() -> None:
     assert confirm.method_of(tuned) == "calibrated"
     tuned["hard_negatives"]["tried"].append({"valid": 0.31})
     assert confirm.method_of(tuned) == "hard_negatives"
+
+
+def test_a_finished_cell_takes_no_time(tmp_path: pathlib.Path) -> None:
+    cell = confirm.Cell("leave_last", "Toys", "mf")
+    folder = tmp_path / "runs" / "Toys_leave_last_mf"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"method": "calibrated"}))
+    config = confirm.ConfirmConfig(out=str(tmp_path), scale="reduced")
+    result = confirm.run_cell(cell, config, confirm.Budget(1e-9))
+    assert result == {"cell": "Toys, leave_last, mf", "method": "calibrated"}
+    other = confirm.Cell("ratio_1", "Toys", "mf")
+    with pytest.raises(confirm.OutOfTimeError):
+        confirm.run_cell(
+            other,
+            dataclasses.replace(config, input=str(clone(tmp_path / "clone"))),
+            confirm.Budget(1e-9),
+        )
 
 
 def test_cells_beyond_the_budget_are_named(tmp_path: pathlib.Path) -> None:
