@@ -1,0 +1,226 @@
+"""docs/results.md from the JSON files of benchmarks/results.
+
+    python benchmarks/results_page.py
+
+audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py. No
+number of the page is written by hand; a test holds the page to the files.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+LEVEL = 0.05
+# What a reader calls a data set of the audit.
+NAMES: Mapping[str, str] = {
+    "facebook_book": "Facebook Books",
+    "hetrec2011_lastfm_2k": "Last.fm",
+    "ml_small_2018": "ml-latest-small",
+}
+SLICES: Mapping[str, str] = {
+    "overall": "all users",
+    "cold_users": "cold users",
+    "tail_items": "tail items",
+}
+METHOD = "llm"
+# Arms of an audit that hold this LLM's word on this user: no controls.
+WITH_LLM = (METHOD, "global", "no_echo")
+ARM_NAMES: Mapping[str, str] = {
+    "none": "no guidance",
+    "none_train_valid": "no guidance, trained on train + validation",
+    "global": "the LLM's lists, believed everywhere",
+    METHOD: "the LLM's lists, through the gate",
+    "no_echo": "the same without a user's own training items",
+    "ease": "EASE's lists as the teacher",
+    "consensus": "one list for everybody: what the LLM names most",
+    "training_items": "hard negatives without any teacher",
+    "popular": "most popular",
+    "EASE itself": "EASE",
+    "EASE, train + validation": "EASE on train + validation",
+}
+
+
+def page(audits: Sequence[Mapping[str, Any]], confirmation: Mapping[str, Any] | None) -> str:
+    """The page in Markdown."""
+    return "\n".join([*_survives(audits), *_audits(audits), *_confirmed(confirmation)]) + "\n"
+
+
+def number(value: float | None, *, sign: bool = False) -> str:
+    """`.0650`, `+.0127`; empty for None."""
+    if value is None:
+        return ""
+    text = f"{abs(value):.4f}".removeprefix("0")
+    mark = "-" if value < 0 else "+" if sign else ""
+    return f"{mark}{text}"
+
+
+def gain(audit: Mapping[str, Any], slice_name: str) -> dict[str, Any]:
+    """What the method gains on the best control of an audit, in one slice.
+
+    best: the control that it gains least on. low, high: the 95 % interval of that difference over
+    users, from its p: difference -+ 1.96 |difference| / z, z the normal quantile of p (hundreds of
+    users). p: the greatest over all controls, corrected by Holm over the audit; 1 where one of
+    them is above the method.
+    """
+    rows = {row["arm"]: row for row in audit["rows"]}
+    tests = {
+        arm: row["llm_minus_this"][slice_name]
+        for arm, row in rows.items()
+        if arm not in WITH_LLM and slice_name in row["llm_minus_this"]
+    }
+    best = min(tests, key=lambda arm: tests[arm]["difference"])
+    difference, p = tests[best]["difference"], tests[best]["p_users"]
+    normal = statistics.NormalDist()
+    z = -normal.inv_cdf(p / 2) if p and p < 1 else None
+    half = normal.inv_cdf(1 - LEVEL / 2) * abs(difference) / z if z else None
+    control = rows[best]["mean"][slice_name]
+    return {
+        "best": best,
+        "method": rows[METHOD]["mean"][slice_name],
+        "control": control,
+        "difference": difference,
+        "relative": difference / control if control else None,
+        "low": None if half is None else difference - half,
+        "high": None if half is None else difference + half,
+        "p": max(
+            1.0 if test["difference"] <= 0 else test["p_users_holm"] for test in tests.values()
+        ),
+    }
+
+
+def verdict(difference: float, p: float) -> str:
+    """yes, no (the control is above), or not shown."""
+    if difference <= 0:
+        return "no"
+    return "yes" if p < LEVEL else "not shown"
+
+
+_INTRODUCTION = """\
+# Results
+
+Made from `benchmarks/results/*.json` by `python benchmarks/results_page.py`; how to make those:
+[repeat our numbers](repeat.md). NDCG@10 over the whole catalogue, test part.
+
+## What survives
+
+The LLM's lists through the gate against the best that does without this LLM's word on this user (no
+guidance, also on train + validation; EASE, likewise; hard negatives without a teacher; EASE's lists
+as the teacher; one list for everybody). The interval is over users, of the difference from the best
+control; p is the greatest over all controls, corrected by Holm. The LLM's rows are trained on the
+training part alone: validation taught the gate. These are the data sets that the arms were designed
+on, so the intervals are optimistic.
+
+| data | slice | method | best control | gain | 95 % | p | survives |
+|---|---|---:|---|---:|---|---:|---|
+"""
+
+
+def _survives(audits: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    yield from _INTRODUCTION.splitlines()
+    for audit in audits:
+        for name, shown in SLICES.items():
+            facts = gain(audit, name)
+            relative = "" if facts["relative"] is None else f" ({facts['relative']:+.1%})"
+            yield _row(
+                NAMES[audit["data"]],
+                shown,
+                number(facts["method"]),
+                f"{ARM_NAMES[facts['best']]}, {number(facts['control'])}",
+                f"{number(facts['difference'], sign=True)}{relative}",
+                _interval(facts["low"], facts["high"]),
+                f"{facts['p']:.2g}",
+                verdict(facts["difference"], facts["p"]),
+            )
+    yield ""
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return ""
+    return f"{number(low, sign=True)} to {number(high, sign=True)}"
+
+
+def _audits(audits: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    yield "## Every row"
+    yield ""
+    yield "Mean over seeds, standard deviation in brackets."
+    for audit in audits:
+        protocol = audit["protocol"]
+        yield from ("", f"### {NAMES[audit['data']]}", "")
+        yield (
+            f"Teacher {protocol['teacher']}, through `{protocol['method']}`, {protocol['seeds']} "
+            f"seeds, {protocol['recommender']}; split {audit['split_hash'][:12]}."
+        )
+        yield from ("", _row("", *SLICES.values()), "|---|" + "---:|" * len(SLICES))
+        for row in audit["rows"]:
+            setting = f" ({row['setting']})" if row["setting"] else ""
+            cells = (
+                number(row["mean"][name])
+                + (f" ({number(row['sd'][name])})" if row["seeds"] > 1 else "")
+                for name in SLICES
+            )
+            yield _row(f"{ARM_NAMES[row['arm']]}{setting}", *cells)
+    yield ""
+
+
+def _confirmed(facts: Mapping[str, Any] | None) -> Iterator[str]:
+    yield from ("## Confirmation", "")
+    yield "Data that no choice was made on, by [PROTOCOL.md](../benchmarks/PROTOCOL.md), which was"
+    yield "fixed before."
+    if facts is None:
+        yield "Not run yet."
+        return
+    yield f"Scale: {facts['scale']}, {facts['seeds']} seeds, {facts['users']:.0%} of the users."
+    yield "Runs are refitted on training and validation."
+    for result in facts["results"]:
+        yield from _cell(result)
+    yield from ("", f"Cut for want of time: {'; '.join(facts['cut']) or 'nothing'}.")
+
+
+def _cell(result: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", f"### {result['cell']}", "")
+    yield f"Validation chose `{result['method']}`. Split {result['split_hash'][:12]}."
+    yield ""
+    yield "| question | best control | gain | 95 % over users | p | survives |"
+    yield "|---|---|---:|---|---:|---|"
+    for question, test in result["tests"].items():
+        if test is None:
+            yield _row(question, "none was run", "", "", "", "")
+            continue
+        yield _row(
+            question,
+            f"`{test['best']}`",
+            number(test["difference"], sign=True),
+            _interval(test["low_users"], test["high_users"]),
+            f"{test['p_users_holm']:.2g}",
+            verdict(test["difference"], test["p_users_holm"]),
+        )
+    columns = list(next(iter(result["means"].values())))
+    yield from ("", _row("arm", *columns), "|---|" + "---:|" * len(columns))
+    for arm, means in result["means"].items():
+        yield _row(f"`{arm}`", *(number(means[column]) for column in columns))
+
+
+def read() -> str:
+    """The page of what is committed."""
+    audits = [json.loads((RESULTS / f"audit_{name}.json").read_text(encoding="utf-8"))
+              for name in ("books", "lastfm", "ml")]  # fmt: skip
+    path = RESULTS / "confirmation.json"
+    confirmation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return page(audits, confirmation)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(read(), encoding="utf-8")
+    print(f"wrote {PAGE}")
