@@ -154,7 +154,8 @@ def test_every_format(tmp_path, few_at_once, name):
     assert stretches == whole
 
 
-def test_texts_features_and_parts_in_files(tmp_path, few_at_once):
+@pytest.mark.parametrize("valid_from", ["train", "test"])
+def test_texts_features_and_parts_in_files(tmp_path, few_at_once, valid_from):
     rows = table().drop_columns("part")
     for name, first, n in (("train", 0, 1_500), ("test", 1_500, 1_000)):
         pq.write_table(rows.slice(first, n), tmp_path / f"{name}.parquet")
@@ -164,6 +165,7 @@ def test_texts_features_and_parts_in_files(tmp_path, few_at_once):
         tmp_path / "train.parquet",
         tmp_path,
         test_input=str(tmp_path / "test.parquet"),
+        valid_from=valid_from,
         items_input=str(tmp_path / "items.csv"),
         item_features="kind",
         keep_items=True,
