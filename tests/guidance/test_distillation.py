@@ -66,7 +66,9 @@ def _lists(method, seed=0):
     )
     if method == "list_kl":
         drawn = list_kl.ListKLDraw(**vars(drawn))
-    return rng.normal(size=(G, K + L)) * 2, drawn
+    scores = rng.normal(size=(G, K + L)) * 2
+    scores[0, :K] += 10  # a recommender that agrees with the teacher
+    return scores, drawn
 
 
 def _softplus(x):
