@@ -43,6 +43,7 @@ class Size:
 SIZES = {
     "ml100k": Size(943, 1_682, 80_000),  # the training part of MovieLens-100K
     "large": Size(138_000, 27_000, 10_000_000),  # the users and items of MovieLens-20M
+    "huge": Size(10_000_000, 1_000_000, 200_000_000, fewest=5),
 }
 
 

@@ -13,7 +13,8 @@ the median over rounds, beside its minimum and maximum: of our rate by a peer's,
 without guidance by that with it (`plain steps`: what a guided step costs). Data are made
 by the script (synthetic.py): the sizes `ml100k` (943 users, 1,682 items, 80,000 interactions)
 and `large` (138,000 users, 27,000 items, 10 M interactions), where backbones read them with a
-random order in time and 1 to 3 of 18 categories an item. The teacher of guided steps has
+random order in time and 1 to 3 of 18 categories an item; if asked for, `huge` (10 M users, 1 M
+items, 200 M interactions). The teacher of guided steps has
 scored 20 items a user, random ones and the one that is held back to validate on; such a step draws
 as many preferences as triples, and preferences are not counted as triples. --guidance takes methods
 and arms of the comparison (paper, calibrated, hard_negatives, ...); the reference run of those that
@@ -74,6 +75,7 @@ from slgr_jax.experiments.arms import ARMS
 
 # Uses of the teacher that are measured unless --guidance asks for others.
 COMPARED = ("none", "pairwise")
+DEFAULT_SIZES = ("ml100k", "large")
 # Batch sizes by default, of a backbone (on one size); of others its own.
 BATCH_SIZES: dict[Any, list[int]] = {"mf": [2048, 8192, 65536], ("lightgcn", "large"): [65536]}
 # Of the size large, by default: what is left out, and why.
@@ -97,7 +99,9 @@ LEFT_OUT_COMPARED: dict[str, str] = {
 
 def define_flags() -> tuple[str, ...]:
     """Define this command's own flags; their names, for --help."""
-    absl_flags.DEFINE_list("sizes", list(synthetic.SIZES), "data: ml100k, large")
+    absl_flags.DEFINE_list(
+        "sizes", list(DEFAULT_SIZES), f"data: {', '.join(synthetic.SIZES)}; huge takes 16 GB"
+    )
     absl_flags.DEFINE_integer(
         "interactions",
         synthetic.SIZES["large"].interactions,
@@ -227,7 +231,7 @@ def main(_: list[str]) -> None:
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise ConfigError(f"--peer: {listing(unknown)} is not one of: {listing(PEERS)}")
-    sizes = chosen(("sizes",), list(synthetic.SIZES), list(synthetic.SIZES))
+    sizes = chosen(("sizes",), DEFAULT_SIZES, list(synthetic.SIZES))
     cases = {size: list(cases_from_flags(size, names)) for size in sizes}
     shared = given_knobs()
     for case in itertools.chain.from_iterable(cases.values()):
