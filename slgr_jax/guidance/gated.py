@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr
+from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import teacher_product
 from slgr_jax.guidance.base import Frozen, GuidanceLoss, Sources, mean_over_queries
 from slgr_jax.guidance.gating import GateArrays, Gating, Observed, Stochastic
@@ -88,6 +89,20 @@ class Gated:
     def teacher_arrays(self, sources: Sources) -> TeacherLists | TeacherPairs:
         """The teacher as this guidance reads it (host arrays)."""
         return teacher_product.teacher_arrays(sources)
+
+    def scored_lists(self, sources: Sources) -> TeacherLists:
+        """The product of a guidance that learns scores, or the order of a list.
+
+        Raises:
+          ConfigError: the teacher states pairs.
+        """
+        teacher = teacher_product.teacher_arrays(sources)
+        if not isinstance(teacher, TeacherLists):
+            raise ConfigError(
+                f"--guidance={self.run.guidance.guidance} learns scores, and teacher "
+                f"{self.run.guidance.teacher} states pairs; use --guidance=pairwise"
+            )
+        return teacher
 
     def arrays(self, sources: Sources) -> tuple[GatedArrays, Csr | None]:
         teacher = self.teacher_arrays(sources)

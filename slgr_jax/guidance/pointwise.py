@@ -21,7 +21,6 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from slgr_jax.config import RunConfig
-from slgr_jax.errors import ConfigError
 from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
 from slgr_jax.guidance.gated import Gated, GatedArrays
 from slgr_jax.guidance.gating import Gating, Observed
@@ -71,13 +70,7 @@ class Pointwise(Gated):
         return self.run.preferences_per_step
 
     def teacher_arrays(self, sources: Sources) -> TeacherLists:
-        teacher = super().teacher_arrays(sources)
-        if not isinstance(teacher, TeacherLists):
-            raise ConfigError(
-                f"--guidance={self.run.guidance.guidance} learns scores, and teacher "
-                f"{self.run.guidance.teacher} states pairs; use --guidance=pairwise"
-            )
-        return teacher
+        return self.scored_lists(sources)
 
     def draw(
         self,

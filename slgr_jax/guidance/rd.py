@@ -81,7 +81,20 @@ def importance_weights(
 
 
 class _Positives(ListGuidance):
-    """-w log sigmoid(y); a subclass has `weights`."""
+    """-w log sigmoid(y); a subclass has `knobs` and `weights`."""
+
+    @property
+    def knobs(self) -> RDConfig | DLLM2RecConfig:
+        """Its section."""
+        raise NotImplementedError
+
+    @property
+    def interesting(self) -> int:
+        return self.knobs.places
+
+    @property
+    def uninteresting(self) -> int:
+        return self.knobs.samples
 
     def weights(self, drawn: ListDraw, student_ranks: Float[Array, "G K"]) -> Float[Array, "G K"]:
         """w of the module's docstring."""
@@ -104,14 +117,6 @@ class RankingDistillation(_Positives):
         """Its section."""
         return self.run.rd
 
-    @property
-    def interesting(self) -> int:
-        return self.knobs.places
-
-    @property
-    def uninteresting(self) -> int:
-        return self.knobs.samples
-
     def weights(self, drawn: ListDraw, student_ranks: Float[Array, "G K"]) -> Float[Array, "G K"]:
         weights = position_weights(drawn.listed, self.knobs.position)
         if self.knobs.discrepancy > 0:
@@ -128,14 +133,6 @@ class ImportanceAware(_Positives):
     def knobs(self) -> DLLM2RecConfig:
         """Its section."""
         return self.run.dllm2rec
-
-    @property
-    def interesting(self) -> int:
-        return self.knobs.places
-
-    @property
-    def uninteresting(self) -> int:
-        return self.knobs.samples
 
     def targets(
         self, scores: Float[Array, "S G K"], teacher: TeacherLists

@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.config import RunConfig, UnKDConfig
 from slgr_jax.data.dataset import Csr
-from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.errors import InputError
 from slgr_jax.guidance import pair_losses
 from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
 from slgr_jax.guidance.gated import Gated, GatedArrays, GatedDraw
@@ -141,13 +141,7 @@ class UnbiasedDistillation(Gated):
         return self.run.preferences_per_step
 
     def teacher_arrays(self, sources: Sources) -> TeacherLists:
-        teacher = super().teacher_arrays(sources)
-        if not isinstance(teacher, TeacherLists):
-            raise ConfigError(
-                f"--guidance=unkd learns the order of lists, and teacher "
-                f"{self.run.guidance.teacher} states pairs; use --guidance=pairwise"
-            )
-        return teacher
+        return self.scored_lists(sources)
 
     def arrays(self, sources: Sources) -> tuple[GroupedArrays, Csr | None]:
         arrays, left_out = super().arrays(sources)
