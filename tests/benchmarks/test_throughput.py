@@ -343,7 +343,7 @@ def test_a_peer_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     ("flag", "text"),
     [
         ("--peer=nobody", "--peer: nobody"),
-        ("--sizes=huge", "--sizes: huge"),
+        ("--sizes=vast", "--sizes: vast"),
         ("--guidance=none,maybe", "--guidance: maybe"),
         ("--batch_sizes=2k", "--batch_sizes: 2k"),
         ("--loss=softmax", "--loss=softmax"),
