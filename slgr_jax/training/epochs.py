@@ -30,14 +30,14 @@ def add_sums(progress: Progress, sums: Mapping[str, Any]) -> Progress:
 
 
 def close_epoch(
-    trainer: Trainer, progress: Progress, metrics: Mapping[str, float] | None, seconds: float
+    trainer: Trainer, progress: Progress, metrics: Mapping[str, float] | None, rate: float | None
 ) -> tuple[Progress, dict[str, float | int], str]:
     """Keep the best validation, count towards the patience.
 
     Args:
       progress: with the sums of all steps since the last validation.
       metrics: of this validation; None: there is nothing to validate on.
-      seconds: that those steps took.
+      rate: triples a second; None: a run that was resumed here had trained this epoch before.
 
     Returns:
       The progress after it, whose `best_epoch` is its `epoch` if this state is the best so far;
@@ -50,10 +50,10 @@ def close_epoch(
         if name not in ("steps", "triples")
     }
     epoch = next_epoch(train, progress)
-    rate = sums["triples"] / max(seconds, 1e-9)
     record: dict[str, float | int] = {"epoch": epoch}
     record |= {f"train/{name}": value for name, value in means.items()}
-    record["triples_per_s"] = round(rate)
+    if rate is not None:
+        record["triples_per_s"] = round(rate)
 
     text = f"epoch {epoch:4d}  loss {means['loss']:.4f}"
     if trainer.guidance is not None:
@@ -71,4 +71,4 @@ def close_epoch(
         text += "" if value is None else " *"
     else:
         progress = dataclasses.replace(progress, stale=progress.stale + 1)
-    return progress, record, f"{text}  {rate / 1e6:.2f} M triples/s"
+    return progress, record, text if rate is None else f"{text}  {rate / 1e6:.2f} M triples/s"

@@ -198,17 +198,22 @@ class Loop:
             elif seed.over:
                 self._finish(at, seed, "finished")
         while self._live:
-            begin = time.monotonic()
+            begin, before = time.monotonic(), self._triples()
             whole = self._round()
-            seconds = time.monotonic() - begin
+            triples, seconds = self._triples() - before, time.monotonic() - begin
+            rate = triples / seconds if triples else None
             for at, seed in self._live:
-                validated = whole and self._validate(at, seed, seconds)
+                validated = whole and self._validate(at, seed, rate)
                 if validated and seed.over:
                     self._finish(at, seed, "finished")
                 elif self._agreement.stop:
                     self._finish(at, seed, "interrupted")
                 elif validated and self._agreement.save:
                     self._save(at, seed)
+
+    def _triples(self) -> float:
+        """Trained by each run since its last validation, before a resumption too."""
+        return self._live[0][1].progress.sums.get("triples", 0.0)
 
     def _validate_beginning(self, at: int, seed: SeedRun) -> bool:
         """Validate what --init_from gave: the state to beat, and the best if nothing does.
@@ -269,7 +274,7 @@ class Loop:
             seed.progress = epochs.add_sums(seed.progress, sums)
             seed.log.advance(seed.progress.step)
 
-    def _validate(self, at: int, seed: SeedRun, seconds: float) -> bool:
+    def _validate(self, at: int, seed: SeedRun, rate: float | None) -> bool:
         """Validate a run, keep its best state, count towards its patience.
 
         False if a stop was asked for meanwhile: whoever goes on from this step does it again.
@@ -286,7 +291,7 @@ class Loop:
         if metrics is not None and name not in metrics:  # scores of which nothing can be measured
             raise seed.fail(f"validation after step {seed.progress.step - 1}: {name}")
         seed.progress, record, line = epochs.close_epoch(
-            self._experiment.trainer, seed.progress, metrics, seconds
+            self._experiment.trainer, seed.progress, metrics, rate
         )
         if seed.progress.best_epoch == seed.progress.epoch:
             seed.best = serving

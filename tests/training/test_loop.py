@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -56,11 +58,15 @@ SMALL = {
 }
 
 
+def _records(workdir: pathlib.Path) -> list[dict[str, float]]:
+    lines = (workdir / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def _log(workdir: pathlib.Path) -> list[dict[str, float]]:
     """The log without what a clock put there."""
-    lines = (workdir / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k not in ("time", "triples_per_s")} for r in records]
+    clocked = ("time", "triples_per_s")
+    return [{k: v for k, v in r.items() if k not in clocked} for r in _records(workdir)]
 
 
 def _values(workdir: pathlib.Path, which: str = "last") -> dict[str, np.ndarray]:
@@ -146,7 +152,24 @@ def test_a_stop_within_a_validation_leaves_it_to_the_next_call(
     assert len(_log(tmp_path / "split")) == epoch - 1
     assert loop.train(split).status == "finished"
     _assert_same(whole, tmp_path / "split")
+    assert ["triples_per_s" in r for r in _records(tmp_path / "split")] == [
+        at != epoch for at in range(1, 7)
+    ], "no speed is known of an epoch that another process trained"
     assert loop.train(split).epoch == 6, "the step that was saved again is the newest"
+
+
+def test_the_speed_of_an_epoch_that_was_resumed_is_of_what_was_trained_then(
+    dataset, tmp_path, monkeypatch
+):
+    split = worlds.run_config(dataset, tmp_path / "split", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement, "stop_on_signal", lambda: contextlib.nullcontext(_StopAfter(1)))
+        stopped = loop.train(split)
+    assert (stopped.epoch, stopped.step) == (0, 6)
+    clock = types.SimpleNamespace(monotonic=itertools.count(step=10.0).__next__)
+    monkeypatch.setattr(loop, "time", clock)
+    loop.train(split)
+    assert _records(tmp_path / "split")[0]["triples_per_s"] == round((8 - 6) * 32 / 10)
 
 
 @pytest.mark.usefixtures("eight_devices")
