@@ -14,8 +14,8 @@ lists.
 
   clicks           labels are rating >= --rating_threshold, features are user and item and those
                    of --features, parts are those of DATA; AUC and log-loss of pooled rows
-  clicks_in_order  the same labels, each row with the items its user rated before; each user's last
-                   two rows are left out (as --split=leave_last)
+  clicks_in_order  the same labels and features, each row with the items its user rated before; each
+                   user's last two rows are left out (as --split=leave_last)
   next_item        all interactions, each user's last two left out; full ranking
 """
 
@@ -49,7 +49,7 @@ absl_flags.DEFINE_enum(
     "what is learned and evaluated",
 )
 absl_flags.DEFINE_string(
-    "features", "none", "clicks: features of users and items, as slgr train's --features"
+    "features", "none", "of clicks: features of users and items, as slgr train's --features"
 )
 absl_flags.DEFINE_float("rating_threshold", 4.0, "clicks: label 1 from this rating on")
 absl_flags.DEFINE_string("options", "{}", "the peer's settings as JSON, over those printed")
@@ -149,8 +149,8 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     if given.peer == "rectools" and given.rows != "next_item":
         raise ConfigError(f"--rows={given.rows}: RecTools has sequence models; use next_item")
-    if given.rows != "clicks" and given.features != "none":
-        raise ConfigError(f"--rows={given.rows}: features go with --rows=clicks")
+    if given.rows == "next_item" and given.features != "none":
+        raise ConfigError("--rows=next_item: features go with --rows=clicks or clicks_in_order")
     data = dataset_lib.load(given.data)
     with tempfile.TemporaryDirectory() as name:
         write_rows(data, pathlib.Path(name), given.rows, given.rating_threshold)
