@@ -28,6 +28,7 @@ ORDERS = ("random", "both", "one")
 # How a request states the form of its answer: a JSON schema with its labels and range of scores,
 # any JSON object, or words alone.
 STRUCTURED = ("json_schema", "json_object", "none")
+REQUEST_FORMATS = ("jsonl", "parquet")
 # What services call the most tokens of an answer.
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 # Items that a carried list could not name.
@@ -268,6 +269,12 @@ class RequestConfig(Section):
     )
     body: str = knob(
         "", 'JSON object with more fields of each request, e.g. {"seed": 1}; null takes one away'
+    )
+    file_format: str = knob(
+        "jsonl",
+        "of the request files: jsonl = OpenAI's batch API, vllm run-batch; parquet = the same "
+        "requests as columns custom_id, method, url, body (JSON), for Ray Data or Spark",
+        choices=REQUEST_FORMATS,
     )
     requests_per_file: int = knob(50_000, "most requests in one file", minimum=1)
     megabytes_per_file: float = knob(200.0, "most megabytes (10^6) in one file", above=0)

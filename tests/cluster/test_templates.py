@@ -1,4 +1,7 @@
-"""launch/cluster/: each template parsed, and its own part of the work run with stand-ins."""
+"""launch/cluster/: each template parsed, and its own part of the work run with stand-ins.
+
+score_ray.py: tests/teacher/collect/test_score_ray.py.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def run(script: str, *arguments: str, **environ: str) -> subprocess.CompletedPro
 
 def test_every_template_says_what_it_was_tried_on():
     files = {path.name for path in TEMPLATES.iterdir()}
-    assert files == {*SCRIPTS, *DOCKERFILES, "jobset.yaml"}
+    assert files == {*SCRIPTS, *DOCKERFILES, "jobset.yaml", "score_ray.py"}
     for name in files:
         assert "# Tried on: " in (TEMPLATES / name).read_text(), name
 

@@ -1,7 +1,7 @@
 """Candidate sets -> batch-API request files.
 
     DATA/requests/NAME/requests.json           manifest: replaced after every file
-    DATA/requests/NAME/requests-00000.jsonl    {custom_id, method, url, body} a line
+    DATA/requests/NAME/requests-00000.jsonl    {custom_id, method, url, body} a line, or .parquet
     DATA/requests/NAME/index-00000.arrow       what each of them shows: schema.REQUESTS
 
 The layout is OpenAI's batch API, which `vllm run-batch` takes as it is. The bytes are a function of
@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from slgr_jax import progress
-from slgr_jax.config import TOKEN_LIMITS, RequestConfig
+from slgr_jax.config import REQUEST_FORMATS, TOKEN_LIMITS, RequestConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.schema import ShardFile
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
-from slgr_jax.files import atomically, write_atomically
-from slgr_jax.teacher.ask import candidates, prompts
+from slgr_jax.files import atomically
+from slgr_jax.teacher.ask import candidates, prompts, request_files
 from slgr_jax.teacher.ask.asking import Asker, AskingPlan, shown_history
 from slgr_jax.teacher.products import preferences
 
@@ -40,6 +40,7 @@ URL = "/v1/chat/completions"
 _NOT_ASKED = frozenset(
     {
         *("candidate_set", "out", "dry_run", "open", "more_tokens", "price_in", "price_out"),
+        "file_format",
         *("max_requests", "max_tokens", "max_cost", "catalogue_tokens"),
     }
 )
@@ -185,8 +186,9 @@ def _resume(
     same = written is not None and written.fingerprint == manifest.fingerprint
     if written is not None and same:
         whole = 0
+        ending = f".{manifest.options['file_format']}"  # files of the other form are written anew
         for pair in zip(written.files["requests"], written.files["index"], strict=True):
-            if not all(_is_whole(root, file) for file in pair):
+            if not (pair[0].path.endswith(ending) and all(_is_whole(root, file) for file in pair)):
                 break
             whole += 1
         files = {key: listed[:whole] for key, listed in written.files.items()}
@@ -195,7 +197,8 @@ def _resume(
     manifest = schema.write_manifest(root, manifest)
 
     listed = {file.path for key in manifest.files for file in manifest.files[key]}
-    for pattern in ("requests-*.jsonl*", "index-*.arrow*", ".requests-*.partial*"):
+    forms = (f"requests-*.{form}*" for form in REQUEST_FORMATS)
+    for pattern in (*forms, "index-*.arrow*", ".requests-*.partial*"):
         for path in root.glob(pattern):
             of_these = path.name in listed or (same and path.name.startswith(OPEN))
             if not of_these:
@@ -241,7 +244,7 @@ def _stream(
                     "body": _body(asker, manifest.model, text, items.size, limit),
                 }
                 row = (number + position, custom_id, int(user), permutation, items)
-                yield _json_line(line), row
+                yield request_files.to_line(line), row
             position += 1
 
 
@@ -284,14 +287,15 @@ def _shards(
     """Write whole files, and describe each pair (lines, index) once both are in place."""
     waiting = next(stream, None)
     while waiting is not None:
-        path = root / f"requests-{number:05d}.jsonl"
-        rows, size, waiting = _write_file(path, waiting, stream, options)
+        path = root / f"requests-{number:05d}.{options.file_format}"
+        rows, waiting = _write_file(path, waiting, stream, options)
 
         columns = [list(column) for column in zip(*rows, strict=True)]
         table = pa.table(columns, schema=schema.REQUESTS)
         # Whoever reads it knows it from the manifest, which does not list it yet.
         index = shards.write_shard(root, f"index-{number:05d}.arrow", table)
-        yield ShardFile(path.name, len(rows), size, shards.sha256_of(path)), index
+        written = ShardFile(path.name, len(rows), path.stat().st_size, shards.sha256_of(path))
+        yield written, index
         number += 1
 
 
@@ -300,27 +304,27 @@ def _write_file(
     first: tuple[bytes, Row],
     stream: Iterator[tuple[bytes, Row]],
     options: RequestConfig,
-) -> tuple[list[Row], int, tuple[bytes, Row] | None]:
-    """Write one file of requests: its rows of the index, its bytes, and the request after it."""
+) -> tuple[list[Row], tuple[bytes, Row] | None]:
+    """Write one file of requests: its rows of the index, and the request after it."""
     most = int(options.megabytes_per_file * 1e6)
     rows: list[Row] = []
-    size = 0
     waiting: tuple[bytes, Row] | None = first
 
     def write(partial: pathlib.Path) -> None:
-        nonlocal waiting, size
-        with open(partial, "wb") as file:
+        nonlocal waiting
+        size = 0
+        with request_files.writer(partial) as write_line:
             while waiting is not None and len(rows) < options.requests_per_file:
                 line, row = waiting
                 if rows and size + len(line) > most:
                     break
-                file.write(line)
+                write_line(line)
                 size += len(line)
                 rows.append(row)
                 waiting = next(stream, None)
 
     atomically(path, write, durable=True)
-    return rows, size, waiting
+    return rows, waiting
 
 
 def read_lines(root: pathlib.Path, manifest: schema.RequestManifest) -> Iterator[dict[str, Any]]:
@@ -333,8 +337,7 @@ def read_lines(root: pathlib.Path, manifest: schema.RequestManifest) -> Iterator
         if not (root / file.path).is_file():
             raise ShardError(f"{root / file.path} is missing; run slgr teach requests again")
         shards.check_bytes(root, file)
-        with open(root / file.path, "rb") as lines:
-            yield from map(json.loads, lines)
+        yield from request_files.read(root / file.path)
 
 
 def with_more_tokens(body: Mapping[str, Any], factor: int) -> tuple[dict[str, Any], int]:
@@ -359,13 +362,14 @@ def write_open(
       factors: custom_ids of the open requests, and how many times the tokens their answers get.
 
     Returns:
-      The files, requests-open-00000.jsonl and so on; none where nothing is open.
+      The files, requests-open-00000.jsonl (or .parquet) and so on; none where nothing is open.
 
     Raises:
       ShardError: a file of requests is missing or damaged.
     """
     most_bytes = int(manifest.options["megabytes_per_file"] * 1e6)
     most_lines = int(manifest.options["requests_per_file"])
+    ending = manifest.options.get("file_format", "jsonl")
     with shards.locked(root):
         for path in root.glob(f"{OPEN}*"):
             path.unlink()
@@ -377,25 +381,24 @@ def write_open(
             if request["custom_id"] not in factors:
                 continue
             body, _ = with_more_tokens(request["body"], factors[request["custom_id"]])
-            line = _json_line(request | {"body": body})
+            line = request_files.to_line(request | {"body": body})
             if lines and (len(lines) == most_lines or size + len(line) > most_bytes):
-                files.append(_write_lines(root / f"{OPEN}{len(files):05d}.jsonl", lines))
+                files.append(_write_lines(root / f"{OPEN}{len(files):05d}.{ending}", lines))
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
         if lines:
-            files.append(_write_lines(root / f"{OPEN}{len(files):05d}.jsonl", lines))
+            files.append(_write_lines(root / f"{OPEN}{len(files):05d}.{ending}", lines))
     return files
 
 
 def _write_lines(path: pathlib.Path, lines: list[bytes]) -> pathlib.Path:
-    write_atomically(path, b"".join(lines), durable=True)
-    return path
+    def write(partial: pathlib.Path) -> None:
+        with request_files.writer(partial) as write_line:
+            for line in lines:
+                write_line(line)
 
-
-def _json_line(request: Mapping[str, Any]) -> bytes:
-    text = json.dumps(request, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace") + b"\n"
+    return atomically(path, write, durable=True)
 
 
 def load_index(root: pathlib.Path, manifest: schema.RequestManifest) -> pa.Table:
@@ -407,11 +410,15 @@ def report(manifest: schema.RequestManifest, root: pathlib.Path) -> str:
     """Two lines for people: what was written, and what to do with it."""
     files = manifest.files["requests"]
     size = sum(file.bytes for file in files) / 1e6
+    answer = (
+        f"vllm run-batch -i {root}/requests-00000.jsonl -o results-00000.jsonl --model "
+        f"{manifest.model} (or a hosted batch service)"
+        if manifest.options.get("file_format", "jsonl") == "jsonl"
+        else f"launch/cluster/score_ray.py {root} RESULTS {manifest.model} (docs/cluster.md)"
+    )
     return (
         f"{manifest.plan['requests']:,} {manifest.prompt} requests to {manifest.model} in "
-        f"{len(files)} files, {size:,.1f} MB: {root}\n"
-        f"  next: vllm run-batch -i {root}/requests-00000.jsonl -o results-00000.jsonl --model "
-        f"{manifest.model} (or a hosted batch service), then slgr teach collect"
+        f"{len(files)} files, {size:,.1f} MB: {root}\n  next: {answer}, then slgr teach collect"
     )
 
 

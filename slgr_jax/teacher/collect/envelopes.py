@@ -56,8 +56,9 @@ def read_line(line: bytes) -> list[Completion | Refused]:
     if custom_id is None:
         told = [f"{key} ({type(raw[key]).__name__})" for key in list(raw)[:6]]
         return [Refused("", "no custom_id", f"keys {', '.join(told)}")]
-    if raw.get("error"):
-        return [Refused(custom_id, "error", _message(raw["error"]))]
+    # Ray Data writes the second one for a row that failed, beside an empty text.
+    if failed := raw.get("error") or raw.get("__inference_error__"):
+        return [Refused(custom_id, "error", _message(failed))]
 
     body = _body(raw)
     if isinstance(body, Refused):

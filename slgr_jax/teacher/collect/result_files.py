@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slgr_jax.config import REQUEST_FORMATS
 from slgr_jax.data import shards
 from slgr_jax.errors import InputError, ShardError, listing
 from slgr_jax.teacher.collect.quarantine import QUARANTINE
@@ -85,7 +86,9 @@ def choose(given: str, asked: pathlib.Path) -> ResultFiles:
     """
     paths: list[pathlib.Path] = []
     passed: list[tuple[pathlib.Path, str]] = []
-    requested = {path.resolve() for path in asked.glob("requests-*.jsonl")}
+    requested = {
+        path.resolve() for form in REQUEST_FORMATS for path in asked.glob(f"requests-*.{form}")
+    }
     for part in filter(None, map(str.strip, given.split(","))):
         path = pathlib.Path(part)
         if not path.exists():

@@ -9,12 +9,13 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from slgr_jax.config import CandidateConfig, RequestConfig, SliceConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
-from slgr_jax.teacher.ask import answer_form, asking, candidates, prompts, requests
+from slgr_jax.teacher.ask import answer_form, asking, candidates, prompts, request_files, requests
 
 U, I = 24, 50  # noqa: E741 - the letters of the code
 TITLES = [f"Film <{i}> of ${i}" for i in range(I)]
@@ -287,6 +288,39 @@ def damage_by_a_kill(root):
     schema.write_manifest(root, partly)
     (root / ".requests-00003.jsonl.7-0123abcd.partial.jsonl").write_bytes(b"{half")
     (root / "index-00003.arrow").write_bytes(b"ARROW1 half")
+
+
+def test_parquet_files_hold_the_same_requests_and_take_the_place_of_lines(
+    world, drawn, tmp_path, monkeypatch
+):
+    """The ids stay, so that answers to either form are answers; a write goes on in its form."""
+    monkeypatch.setattr(request_files, "_ROW_GROUP", 3)
+    root = tmp_path / "r"
+    manifest = write(world, root, requests_per_file=7)
+    lines = list(requests.read_lines(root, manifest))
+    columns = write(world, root, requests_per_file=7, file_format="parquet")
+    assert columns.fingerprint == manifest.fingerprint
+    assert list(requests.read_lines(root, columns)) == lines
+    assert not list(root.glob("*.jsonl"))
+    files = sorted(root.glob("requests-*.parquet"))
+    assert len(files) == len(manifest.files["requests"]) > 2
+    table = pq.read_table(files[0])
+    assert table.column_names == ["custom_id", "method", "url", "body"]
+    assert json.loads(table["body"][0].as_py()) == lines[0]["body"]
+
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    with pytest.raises(ShardError, match=r"requests-00001\.parquet"):
+        list(requests.read_lines(root, columns))
+    before = files[0].stat().st_mtime_ns
+    again = write(world, root, requests_per_file=7, file_format="parquet")
+    assert list(requests.read_lines(root, again)) == lines
+    assert files[0].stat().st_mtime_ns == before
+
+    (first,) = requests.write_open(root, again, {lines[3]["custom_id"]: 2})
+    assert first.name == "requests-open-00000.parquet"
+    (row,) = pq.read_table(first).to_pylist()
+    assert row["custom_id"] == lines[3]["custom_id"]
+    assert json.loads(row["body"])["max_tokens"] == 2 * lines[3]["body"]["max_tokens"]
 
 
 @pytest.mark.parametrize(

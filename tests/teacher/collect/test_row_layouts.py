@@ -20,7 +20,7 @@ from slgr_jax.teacher.collect.shown import Shown
 ANSWER = '{"A": 0.25, "B": 0.75}'
 LAYOUTS = {
     "text": {"text": ANSWER},
-    "ray data": {"generated_text": ANSWER, "num_generated_tokens": 9, "prompt": "p"},
+    "ray data": {"generated_text": ANSWER, "prompt": "p", "__inference_error__": ""},
     "response": {"response": ANSWER},  # an answer that is JSON is no envelope
     "result": {"result": ANSWER},
     "ollama generate": {"response": ANSWER, "done": True, "done_reason": "stop"},
@@ -57,6 +57,7 @@ def test_a_row_is_its_text(layout, capitals):
     [
         ({"output": {"response": None, "error": "too long"}}, "error", "too long"),
         ({"response": {"result": None, "errorMessage": "429"}}, "error", "429"),
+        ({"generated_text": "", "__inference_error__": "Too long"}, "error", "Too long"),  # Ray's
         ({"text": None}, "no response", "keys custom_id, text"),
         ({"prediction": ANSWER}, "no response", "keys custom_id, prediction"),
     ],
