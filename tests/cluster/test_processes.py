@@ -208,6 +208,7 @@ RUNS = {
     "lightgcn": {"backbone": "lightgcn", "table_shards": 4},
     "sasrec": {"backbone": "sasrec", "max_history": 8, "layers": 1, "dropout": 0.0},
     "deepfm": {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "rows": "sampled"},
+    "begun": {"backbone": "mf"},  # by one device, and gone on with
 }
 TRAIN = """
 import json, sys
@@ -223,12 +224,15 @@ for name, knobs in json.loads(runs).items():
 def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path):
     """1 x 1 = 2 x 2, and 1 x 4 where rows are scored; a graph's tables are split over both."""
     runs = {name: {**SMALL, "epochs": 2, **knobs} for name, knobs in RUNS.items()}
+    with worlds.runs_on(1):
+        begun = {**runs["begun"], "epochs": 1}
+        loop.train(make_run(str(dataset.path), str(tmp_path / "2x2" / "begun"), **begun))
     job = Job(
         *(str(dataset.path), str(tmp_path / "2x2"), json.dumps(runs)),
         each=by_flags(),
         code=(TRAIN, TRAIN),
     )
-    for devices, name in ((1, "lightgcn"), (1, "sasrec"), (1, "deepfm"), (4, "deepfm")):
+    for devices, name in (*((1, name) for name in runs), (4, "deepfm")):
         with worlds.runs_on(devices):
             workdir = tmp_path / f"1x{devices}" / name
             knobs = {**runs[name], "table_shards": 1}
