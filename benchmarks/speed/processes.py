@@ -204,7 +204,7 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "tables": "split" if row["table_shards"] > 1 else "whole",
                 "programs": row["kernels"],
                 "batch": f"{row['batch']} {row['scaling']}".strip(),
-                "1,000 triples/s": spread([rate / 1e3 for rate in rates(row, "seconds")], 0),
+                "1,000 triples/s": spread([rate / 1e3 for rate in rates(row, "seconds")], 1),
                 "times 1 x 1": spread(wall, 2),
                 "efficiency": f"{statistics.median(wall) / devices:.2f}",
                 "work": f"{statistics.median(work):.2f}",
