@@ -3,6 +3,9 @@
 Mesh axes: `data` x `table`. Every device works on its own part of the batch; the rows of a
 table are split over `table` and replicated over `data`. Dense parameters, counts and
 interactions are replicated. On one device every collective below is the identity.
+
+With `UserShards` all that belongs to users is split over every device, `data` x `table`: the rows
+of their table, their interactions, their preferences. A device draws for its own users alone.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ DATA, TABLE = "data", "table"
 ROW_UNIT = 128
 _LLVM_LEVEL = "xla_backend_optimization_level"
 T = TypeVar("T")
+Numbers = TypeVar("Numbers", jax.Array, np.ndarray)
 
 
 def put(tree: Any, sharding: Any) -> Any:
@@ -42,10 +46,60 @@ def put(tree: Any, sharding: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class UserShards:
+    """Users dealt out to V shards, a constant of a run: user u is number u // V of shard u % V.
+
+    Each device has V / devices of them, one after another. Dealing gives all shards as many users,
+    and about as many interactions however the order of users and their histories go together.
+
+    Attributes:
+      count: V.
+      users: U.
+    """
+
+    count: int
+    users: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a shard: those of its users, and one, so that a user's row has a next one."""
+        return -(-self.users // self.count) + 1
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of a table of all users, shard after shard."""
+        return self.count * self.rows
+
+    def row_of(self, users: Numbers) -> Numbers:
+        """Where users are in a table of all users."""
+        return (users % self.count) * self.rows + users // self.count
+
+    def user_of(self, rows: Numbers) -> Numbers:
+        """Whose rows of a table of all users they are; past the last user, nobody's."""
+        return (rows % self.rows) * self.count + rows // self.rows
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
-    """The mesh and the collectives of the step, to be used inside its `shard_map`."""
+    """The mesh and the collectives of the step, to be used inside its `shard_map`.
+
+    Attributes:
+      users: how users are split over the devices; None: what belongs to them is on every device.
+
+    Raises:
+      ConfigError: shards of users that the devices cannot have as many of each.
+    """
 
     mesh: Mesh
+    users: UserShards | None = None
+
+    def __post_init__(self) -> None:
+        if self.users is not None and self.users.count % self.devices:
+            raise ConfigError(
+                f"--user_shards={self.users.count} is not a multiple of the {self.devices} "
+                "devices: it is a constant of the run; train on a number of them that divides it, "
+                "or anew with another"
+            )
 
     @property
     def devices(self) -> int:
@@ -66,6 +120,29 @@ class Layout:
     @property
     def table_sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, self.table_spec)
+
+    def splits(self, *, of_users: bool) -> bool:
+        """Whether a table is split over all devices by its users."""
+        return of_users and self.users is not None
+
+    def rows_spec(self, *, of_users: bool) -> PartitionSpec:
+        """How a table of users, or another one, is split."""
+        return self.batch_spec if self.splits(of_users=of_users) else self.table_spec
+
+    def rows_sharding(self, *, of_users: bool) -> NamedSharding:
+        """Where the rows of a table of users, or of another one, are."""
+        return NamedSharding(self.mesh, self.rows_spec(of_users=of_users))
+
+    @property
+    def users_sharding(self) -> NamedSharding:
+        """Of [V, ...] what belongs to the users of each shard."""
+        return NamedSharding(self.mesh, self.batch_spec)
+
+    @property
+    def shards_here(self) -> int:
+        """Shards of users that each device has."""
+        assert self.users is not None, "users are split"
+        return self.users.count // self.devices
 
     @property
     def batches_sharding(self) -> NamedSharding:
@@ -91,6 +168,10 @@ class Layout:
         return (
             {_LLVM_LEVEL: 2} if cpu and _LLVM_LEVEL not in os.environ.get("XLA_FLAGS", "") else {}
         )
+
+    def table_rows(self, rows: int, *, of_users: bool) -> int:
+        """Rows of a table with its padding."""
+        return self.users.table_rows if of_users and self.users else self.padded_rows(rows)
 
     def padded_rows(self, rows: int) -> int:
         """`rows` rounded up so that every block has the same size.
@@ -136,6 +217,15 @@ class Layout:
     def device_index(self) -> jax.Array:
         """This device's number in batch order."""
         return jax.lax.axis_index((DATA, TABLE))
+
+    def first_shard(self) -> jax.Array | int:
+        """The first of this device's shards of users."""
+        return 0 if self.devices == 1 else self.device_index() * self.shards_here
+
+    def own_rows(self, users: jax.Array) -> jax.Array:
+        """Where this device's users are in its block of a table of users."""
+        assert self.users is not None, "users are split"
+        return self.users.row_of(users) - self.first_shard() * self.users.rows
 
 
 def make_layout(

@@ -8,7 +8,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from slgr_jax.config.backbones import BACKBONE_DEFAULTS, LOSSES_OF, learns_from_sequences
+from slgr_jax.config.backbones import (
+    BACKBONE_DEFAULTS,
+    LOSSES_OF,
+    SPLIT_BY_USER,
+    learns_from_sequences,
+)
 from slgr_jax.config.distillation import (
     CDConfig,
     DCDConfig,
@@ -75,6 +80,39 @@ class RunConfig:
         self._check_reference_runs()
         self._check_vectors()
         self._check_loss()
+        self._check_user_shards()
+
+    def _check_user_shards(self) -> None:
+        """Refuse what would need one device to hold what belongs to other devices' users."""
+        shards = self.train.user_shards
+        if not shards:
+            return
+        guidance, features = self.guidance.guidance, self.model.features
+        vectors = [f"--{side}_vectors" for side in self.vectors.products]
+        vectors += [f"--init_{table}_vectors" for table in self.vectors.init_products]
+        reasons = {
+            f"--backbone={self.model.backbone} reads what is on every device, which "
+            f"{listing(SPLIT_BY_USER)} does not": self.model.backbone not in SPLIT_BY_USER,
+            f"--guidance={guidance} draws from what is on every device, which pairwise does not": (
+                self.guided and guidance != "pairwise"
+            ),
+            "--pair_selection=largest_gap compares the preferences of all users": (
+                self.guided and self.pairwise.pair_selection == "largest_gap"
+            ),
+            "--reference_runs are whole on every device": bool(self.reference_runs),
+            "--negatives=in_batch are other users' items": self.sampler.negatives == "in_batch",
+            f"--features={features} are whole on every device": features != "none",
+            f"{listing(vectors)} are in the order of rows without shards": bool(vectors),
+            "--init_from reads tables as they are without shards": bool(self.train.init_from),
+            "--refit is of a run without shards": bool(self.train.refit),
+            f"--rows={self.evaluation.rows} are scored on every device": (
+                self.evaluation.rows != "none"
+            ),
+            "--kernels=native draw and rank for a whole run": self.train.kernels == "native",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ConfigError(f"--user_shards={shards}: {reason}; drop one of them")
 
     def _check_methods(self) -> None:
         """Refuse knobs of a guidance that this run does not have: they would do nothing."""

@@ -194,6 +194,15 @@ class TrainConfig(Section):
         minimum=1,
         maximum=WIDTH,
     )
+    user_shards: int = knob(
+        0,
+        "V parts that users are cut in, with all that belongs to them (rows of their table, "
+        "interactions, preferences), each on one device: what they take falls with the devices. A "
+        "constant of the run and a multiple of the devices, which it must divide into: 128, say. "
+        "0 = all of it on every device",
+        minimum=0,
+        maximum=WIDTH,
+    )
     kernels: str = knob(
         "auto",
         "who reads and writes table rows, and ranks: native (C++ compiled on this machine; one CPU "

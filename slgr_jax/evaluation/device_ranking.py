@@ -20,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slgr_jax.errors import ConfigError
 from slgr_jax.kernels import ranks
+from slgr_jax.mesh import UserShards
+from slgr_jax.sampling.user_shards import flat, flat_bounds
 
 ScoreUsers = Callable[[Any, jax.Array], jax.Array]  # (state, users [B] int32) -> [B, I] float32
 
@@ -234,6 +236,60 @@ def score_chunk(
     return scores if mesh is None else jax.lax.with_sharding_constraint(scores, by_user(mesh))
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("score_users", "n_items", "mesh", "split", "specs"),
+    donate_argnames=("room",),
+    keep_unused=True,
+)
+def score_own_chunk(
+    room: jax.Array | None,
+    state: Any,
+    users: jax.Array,
+    *,
+    score_users: ScoreUsers,
+    n_items: int,
+    mesh: Mesh | None,
+    split: UserShards,
+    specs: tuple[PartitionSpec, ...],
+) -> jax.Array:
+    """`score_chunk` where users are split: each device scores its own, with what it has of them.
+
+    Args:
+      users: a device's part of them are its own.
+      specs: of the leaves of `state`; those of users are split over all devices.
+    """
+    del room
+
+    def own(state: Any, users: jax.Array) -> jax.Array:
+        rows = jnp.maximum(_own_rows(users, split, mesh), 0)
+        return score_users(state, rows).astype(jnp.float32)
+
+    if mesh is None:
+        return own(state, users)
+    by_user = PartitionSpec(mesh.axis_names)
+    of_state = jax.tree.unflatten(jax.tree.structure(state), specs)
+    scored = jax.shard_map(
+        own, mesh=mesh, in_specs=(of_state, by_user), out_specs=by_user, check_vma=False
+    )
+    return scored(state, users)
+
+
+def _own_rows(users: jax.Array, split: UserShards, mesh: Mesh | None) -> jax.Array:
+    """Where a device's users are in what it has of them, inside a `shard_map`; padding stays -1."""
+    first: jax.Array | int = 0
+    if mesh is not None:
+        first = jax.lax.axis_index(mesh.axis_names) * (split.count // mesh.size) * split.rows
+    return jnp.where(users < 0, -1, split.row_of(jnp.maximum(users, 0)) - first)
+
+
+def _own_csr(rows: DeviceCsr) -> DeviceCsr:
+    """What a device has of a `Csr` that is split, as if it were all."""
+    bounds = flat_bounds(rows.offsets, rows.indices.shape[1])
+    # The last row is no user's, so that its end is never asked for.
+    return DeviceCsr(bounds, flat(rows.indices))
+
+
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("scores",))
 def keep_listable(
     scores: jax.Array, users: jax.Array, listable: Listable, *, mesh: Mesh | None
@@ -257,7 +313,7 @@ def keep_listable(
     return _split_by_user(keep, mesh, scores, users, *listable)
 
 
-@functools.partial(jax.jit, static_argnames=("width", "k", "mesh", "native"))
+@functools.partial(jax.jit, static_argnames=("width", "k", "mesh", "native", "split"))
 def rank_chunk(
     scores: jax.Array,
     users: jax.Array,
@@ -268,6 +324,7 @@ def rank_chunk(
     k: int,
     mesh: Mesh | None,
     native: bool,
+    split: UserShards | None = None,
 ) -> dict[str, Any]:
     """Ranks of relevant items (unless None), top-K lists (unless K is 0), non-finite rows.
 
@@ -297,7 +354,16 @@ def rank_chunk(
             out["top"] = _top(scores, k)
         return out
 
-    return _on_rows(by_kernel if native else rows, mesh, scores, users, seen, relevant)
+    ranked = by_kernel if native else rows
+
+    def of_own(scores: Any, users: Any, seen: DeviceCsr, relevant: DeviceCsr) -> dict[str, Any]:
+        assert split is not None
+        own = _own_rows(users, split, mesh)
+        return ranked(scores, own, _own_csr(seen), _own_csr(relevant))
+
+    if split is not None:
+        return _on_rows(of_own, mesh, scores, users, seen, relevant, whole=False)
+    return _on_rows(ranked, mesh, scores, users, seen, relevant)
 
 
 @functools.partial(jax.jit, static_argnames=("pieces", "bits", "mesh", "native"))
@@ -333,20 +399,33 @@ def by_user(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def _on_rows(function: Any, mesh: Mesh | None, scores: Any, users: Any, *whole: Any) -> Any:
-    """`function(scores, users, *whole)`, each device on its own users; results on all."""
-    results = _split_by_user(function, mesh, scores, users, *whole)
+def by_user_or_here(mesh: Mesh | None) -> jax.sharding.Sharding:
+    """`by_user`, or the default device."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else by_user(mesh)
+
+
+def _on_rows(
+    function: Any, mesh: Mesh | None, scores: Any, users: Any, *others: Any, whole: bool = True
+) -> Any:
+    """`function(scores, users, *others)`, each device on its own users; results on all."""
+    results = _split_by_user(function, mesh, scores, users, *others, whole=whole)
     if mesh is None:
         return results
     # Every process reads every result: they are small, the scores are not among them.
     return jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
 
 
-def _split_by_user(function: Any, mesh: Mesh | None, scores: Any, users: Any, *whole: Any) -> Any:
-    """`function(scores, users, *whole)`, each device on its own users; results are there."""
+def _split_by_user(
+    function: Any, mesh: Mesh | None, scores: Any, users: Any, *others: Any, whole: bool = True
+) -> Any:
+    """`function(scores, users, *others)`, each device on its own users; results are there.
+
+    Args:
+      others: whole on every device, or each split as the users are.
+    """
     if mesh is None:
-        return function(scores, users, *whole)
+        return function(scores, users, *others)
     by_user, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
-    specs = (by_user, by_user, *[everywhere] * len(whole))
+    specs = (by_user, by_user, *[everywhere if whole else by_user] * len(others))
     split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=by_user, check_vma=False)
-    return split(scores, users, *whole)
+    return split(scores, users, *others)

@@ -42,7 +42,8 @@ from slgr_jax.evaluation.ranking_metrics import (
     summarize_part,
 )
 from slgr_jax.kernels import build as kernel_build
-from slgr_jax.mesh import put
+from slgr_jax.mesh import UserShards, put
+from slgr_jax.sampling.user_shards import ByUser
 
 # Scores of a chunk that a CPU ranks fastest: XLA's programs while they fit the caches, the kernels
 # from where the product of the factors runs at its best.
@@ -61,12 +62,24 @@ class _Scorer:
         users_per_chunk: int,
         mesh: Mesh | None,
         kernels: str,
+        split: UserShards | None = None,
     ) -> None:
         """Plan chunks of at most `users_per_chunk` users, no more than `n_users` need."""
-        self.n_items, self.mesh = n_items, mesh
+        self.n_items, self.mesh, self.split = n_items, mesh, split
         self._score = functools.partial(
             device_ranking.score_chunk, score_users=score_users, n_items=n_items, mesh=mesh
         )
+        if split is not None:
+            leaves = jax.tree.leaves(state)
+            specs = () if mesh is None else tuple(leaf.sharding.spec for leaf in leaves)
+            self._score = functools.partial(
+                device_ranking.score_own_chunk,
+                score_users=score_users,
+                n_items=n_items,
+                mesh=mesh,
+                split=split,
+                specs=specs,
+            )
         self._state = state
 
         size = 1 if mesh is None else mesh.size
@@ -92,13 +105,39 @@ class _Scorer:
         return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
     def put_rows(self, csr: Csr) -> DeviceCsr:
-        """The ragged rows on every device."""
+        """The ragged rows on every device; or those of its own users on each."""
+        if self.split is not None:
+            by_user = ByUser(csr.owners(), self.split)
+            sharding = device_ranking.by_user_or_here(self.mesh)
+            return DeviceCsr(
+                by_user.bounds().put(sharding),
+                by_user.entries(csr.indices.astype(np.int32)).put(sharding),
+            )
         n = int(csr.offsets[-1])
         if n >= 2**31:
             raise ConfigError(f"{n} interactions to mask or find; the limit is 2^31 - 1")
         indices = np.zeros(1 << max(n - 1, 0).bit_length(), np.int32)
         indices[:n] = csr.indices
         return DeviceCsr(self.put(csr.offsets.astype(np.int32)), self.put(indices))
+
+    def arranged(self, users: np.ndarray) -> np.ndarray:
+        """The users in the order that they are ranked in.
+
+        Where they are split, a device's part of each chunk is its own users; -1 fills it up.
+        """
+        size = 1 if self.mesh is None else self.mesh.size
+        if self.split is None or size == 1:
+            return users
+        device = (users % self.split.count) // (self.split.count // size)
+        share = self.chunk // size
+        chunks = -(-int(np.bincount(device, minlength=size).max()) // share)
+        arranged = np.full((chunks, size, share), -1, np.int32)
+        for number in range(size):
+            own = np.full(chunks * share, -1, np.int32)
+            of_device = users[device == number]
+            own[: of_device.size] = of_device
+            arranged[:, number] = own.reshape(chunks, share)
+        return arranged.reshape(-1)
 
     def each(
         self,
@@ -291,6 +330,7 @@ def rank(
     top_k: int = 20,
     pooled_auc: bool = True,
     mesh: Mesh | None = None,
+    split: UserShards | None = None,
     kernels: str = "auto",
     between_chunks: Callable[[], None] = lambda: None,
 ) -> Ranking:
@@ -304,7 +344,9 @@ def rank(
       relevant: [U] rows of items to find.
       seen: [U] rows of masked items; a relevant item among them is dropped and counted.
       top_k: length of `Ranking.top_items`; 0 for none.
-      pooled_auc: also compute `Ranking.pooled_auc`.
+      pooled_auc: also compute `Ranking.pooled_auc`; not of users that are split.
+      split: how the users of `state` are split over `mesh`; each is ranked where it is. None: they
+        are not.
       between_chunks: called between two chunks of users; what it raises ends the ranking.
 
     Raises:
@@ -314,14 +356,23 @@ def rank(
     counts = relevant.counts
     users = np.flatnonzero(counts).astype(np.int32)
     users = users[np.lexsort((seen.counts[users], counts[users]))]
-    scorer = _Scorer(score_users, state, users.size, n_items, users_per_chunk, mesh, kernels)
+    scorer = _Scorer(score_users, state, users.size, n_items, users_per_chunk, mesh, kernels, split)
+    users = scorer.arranged(users)
     masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
     rank_chunk = functools.partial(
-        device_ranking.rank_chunk, k=min(top_k, n_items), mesh=mesh, native=scorer.native
+        device_ranking.rank_chunk,
+        k=min(top_k, n_items),
+        mesh=mesh,
+        native=scorer.native,
+        split=split,
     )
 
+    def relevant_of(of_chunk: np.ndarray) -> np.ndarray:
+        return np.where(of_chunk < 0, 0, counts[of_chunk])
+
     def dispatch(scores: jax.Array, chunk: jax.Array, of_chunk: np.ndarray) -> dict[str, Any]:
-        return rank_chunk(scores, chunk, masked, wanted, width=_width(int(counts[of_chunk].max())))
+        width = _width(int(relevant_of(of_chunk).max()))
+        return rank_chunk(scores, chunk, masked, wanted, width=width)
 
     pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
     top = np.empty((users.size, min(top_k, n_items)), np.int32)
@@ -331,7 +382,7 @@ def rank(
 
         # Each user's row has room for `width` relevant items; the first `counts` of them are real.
         width = ranks["pairs"]["score"].shape[1]
-        real = np.arange(width)[None, :] < counts[of_chunk][:, None]
+        real = np.arange(width)[None, :] < relevant_of(of_chunk)[:, None]
         for name, parts in pairs.items():
             parts.append(ranks["pairs"][name][: of_chunk.size][real])
         if top.shape[1]:
@@ -341,6 +392,7 @@ def rank(
         name: np.concatenate([np.zeros(0, dtype), *pairs[name]])
         for name, dtype in PAIR_DTYPES.items()
     }
+    top, users = top[users >= 0], users[users >= 0]
     ranked = assemble(users, relevant, seen, n_items, flat, top)
     if not pooled_auc:
         return ranked

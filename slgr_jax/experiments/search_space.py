@@ -30,7 +30,7 @@ from slgr_jax.errors import ConfigError
 _FIXED_SECTIONS = (config.EvaluationConfig, config.SliceConfig)
 _FIXED = frozenset(
     {"seed", "restart", "refit", "track", "early_stop_metric", "checkpoint_every_s", "kernels"}
-    | {"table_shards", "min_devices", "verify_checksums", "steps_per_dispatch"}
+    | {"table_shards", "user_shards", "min_devices", "verify_checksums", "steps_per_dispatch"}
     | {flag_name(field) for section in _FIXED_SECTIONS for field in dataclasses.fields(section)}
 )
 # Share of a range, on its scale, that counts as its end.

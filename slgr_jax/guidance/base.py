@@ -224,6 +224,14 @@ def make_guidance(
     return None if name == "none" else _MAKERS[name](run, reference_backbones, native)
 
 
-def mean_over_queries(values: Float[Array, "G"], layout: Layout) -> Float[Array, ""]:
-    """This device's share of the mean over the queries of all devices."""
+def mean_over_queries(
+    values: Float[Array, "G"], layout: Layout, weights: Float[Array, "G"] | None = None
+) -> Float[Array, ""]:
+    """This device's share of the mean over the queries of all devices.
+
+    Args:
+      weights: as of `Preferences`; 0 silences even a NaN.
+    """
+    if weights is not None:
+        values = jnp.where(weights > 0, values * weights, 0.0)
     return jnp.sum(values) * (1.0 / (values.shape[0] * layout.devices))

@@ -24,7 +24,8 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import teacher_product
 from slgr_jax.guidance.base import Frozen, GuidanceLoss, Sources, mean_over_queries
 from slgr_jax.guidance.gating import GateArrays, Gating, Observed, Stochastic
-from slgr_jax.mesh import Layout
+from slgr_jax.mesh import Layout, UserShards
+from slgr_jax.sampling import user_shards
 from slgr_jax.sampling.arrays import Facts
 from slgr_jax.sampling.context import Histories
 from slgr_jax.sampling.labelled_preferences import LabelledPreferences
@@ -33,6 +34,7 @@ from slgr_jax.sampling.preferences import Preferences
 from slgr_jax.sampling.teacher_arrays import PreferenceRule, TeacherLists, TeacherPairs
 
 Pairs = TypeVar("Pairs", Preferences, LabelledPreferences)
+Method = TypeVar("Method", bound="Gated")
 
 
 @struct.dataclass
@@ -109,6 +111,28 @@ class Gated:
         gate, left_out = self.gating.arrays(sources, teacher, entries=self.draws_entries)
         return GatedArrays(teacher, gate), left_out
 
+    def deal(self, arrays: GatedArrays, shards: UserShards) -> GatedArrays:
+        """Its host arrays, dealt out to shards of users."""
+        assert not arrays.gate.reference_runs, "config.RunConfig refuses them"
+        labels = arrays.gate.labels
+        if labels is not None:
+            labels = user_shards.deal_labels(labels, arrays.teacher, shards)
+        teacher = user_shards.deal_teacher(arrays.teacher, shards)
+        return GatedArrays(teacher, GateArrays(labels, ()))
+
+    def of_shard(self: Method, count: int) -> Method:
+        """What draws the lanes of one of so many shards of users."""
+        run, gate = self.run, self.run.gate
+        labelled = run.labelled_per_step // count
+        run = dataclasses.replace(
+            run,
+            guidance=dataclasses.replace(
+                run.guidance, preferences_per_step=run.preferences_per_step // count
+            ),
+            gate=dataclasses.replace(gate, labelled_per_step=labelled) if labelled else gate,
+        )
+        return dataclasses.replace(self, run=run, gating=dataclasses.replace(self.gating, run=run))
+
     def init(self, key: jax.Array) -> dict[str, Any]:
         return self.gating.init(key)
 
@@ -171,15 +195,16 @@ class Gated:
         layout: Layout,
     ) -> GuidanceLoss:
         """The means over all devices' pairs, with a budget's penalty and the gate's own loss."""
-        loss = mean_over_queries(pair_loss, layout)
-        penalty = self.gating.penalty(alpha, layout)
+        weights = self.gate_pairs(drawn).weights
+        loss = mean_over_queries(pair_loss, layout, weights)
+        penalty = self.gating.penalty(alpha, layout, weights)
         if penalty is not None:
             loss += penalty
         return GuidanceLoss(
             loss,
             self.gating.supervise(params, drawn.labelled, observed, layout),
             {
-                "alpha": mean_over_queries(alpha, layout),
-                "agreement": mean_over_queries(agrees.astype(jnp.float32), layout),
+                "alpha": mean_over_queries(alpha, layout, weights),
+                "agreement": mean_over_queries(agrees.astype(jnp.float32), layout, weights),
             },
         )

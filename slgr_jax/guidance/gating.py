@@ -257,13 +257,20 @@ class Gating:
         prior = beliefs[1] if beliefs.shape[0] > 1 else jnp.full_like(beliefs[0], 0.5)
         return beliefs[0], prior
 
-    def penalty(self, alpha: Float[Array, "G"], layout: Layout) -> Float[Array, ""] | None:
-        """This device's share of what holds the mean of alpha at its budget; None without one."""
+    def penalty(
+        self, alpha: Float[Array, "G"], layout: Layout, weights: Float[Array, "G"] | None = None
+    ) -> Float[Array, ""] | None:
+        """This device's share of what holds the mean of alpha at its budget; None without one.
+
+        Args:
+          weights: as of `Preferences`.
+        """
         if self.run.gate.gate != "budget":
             return None
         detached = jax.lax.stop_gradient(alpha)
-        mean = layout.sum_over_all(mean_over_queries(detached, layout))
-        return mean_over_queries(gates.budget_penalty(alpha, mean, self.run.gate), layout)
+        mean = layout.sum_over_all(mean_over_queries(detached, layout, weights))
+        penalties = gates.budget_penalty(alpha, mean, self.run.gate)
+        return mean_over_queries(penalties, layout, weights)
 
     def supervise(
         self,

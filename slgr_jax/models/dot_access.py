@@ -173,7 +173,6 @@ class BroadcastDotAccess(_DotLeaves):
                 ids.reshape(-1),
                 grads.reshape(-1, self.width),
                 self.optimizer,
-                self.layout,
                 rounding[name],
             )
         return new_tables, new_slots

@@ -40,12 +40,14 @@ class TableSpec:
 
     Attributes:
       scalars: how many of a row's last entries are no part of its vector (a bias, say).
+      of_users: whether row u is user u's, so that it can be where the user is.
     """
 
     rows: int
     width: int
     init_std: float
     scalars: int = 0
+    of_users: bool = False
 
     @property
     def vector_width(self) -> int:
@@ -172,18 +174,22 @@ def init_table(
 ) -> Num[Array, "Rp W"]:
     """A fresh table [Rp, W], created shard by shard on the devices of `layout`.
 
-    The values do not depend on the number of devices. Each is a function of its row and column,
-    so that no second array of the table's size is ever made.
+    The values do not depend on the number of devices, nor on how users are split. Each is a
+    function of its row (its user) and column, so that no second array of the table's size is ever
+    made.
 
     Args:
       initial: what rows begin with instead; None: all are drawn.
     """
-    rows, width = layout.padded_rows(spec.rows), spec.width
+    rows, width = layout.table_rows(spec.rows, of_users=spec.of_users), spec.width
+    sharding = layout.rows_sharding(of_users=spec.of_users)
     first_slots = optimizer.initial(width)
     row_format = RowFormat(width, first_slots.size, dtype)
 
     def make(key: jax.Array, initial: InitialRows | None) -> jax.Array:
         ids = jnp.arange(rows, dtype=jnp.int32)
+        if spec.of_users and layout.users is not None:
+            ids = layout.users.user_of(ids)
         values = random_bits.normal(random_bits.of_rows(key, ids, width))
         values = values * np.float32(spec.init_std / np.sqrt(width))
         if initial is not None:
@@ -193,12 +199,25 @@ def init_table(
         slots = jnp.broadcast_to(first_slots[None, :], (rows, first_slots.size))
         return row_format.pack(values, slots)
 
-    return jax.jit(make, out_shardings=layout.table_sharding)(key, initial)
+    return jax.jit(make, out_shardings=sharding)(key, initial)
 
 
-def values_of(table: Num[Array, "Rp W"], spec: TableSpec) -> Float[Array, "R D"]:
-    """The float32 values of a table, without optimiser slots and padding rows."""
-    return RowFormat.of(table, spec.width).unpack(table[: spec.rows])[0]
+def served_rows(spec: TableSpec, layout: Layout) -> int:
+    """How many rows `values_of` gives."""
+    return layout.users.table_rows if spec.of_users and layout.users else spec.rows
+
+
+def values_of(
+    table: Num[Array, "Rp W"], spec: TableSpec, layout: Layout | None = None
+) -> Float[Array, "R D"]:
+    """The float32 values of a table, without optimiser slots and padding rows.
+
+    Args:
+      layout: where the table is. Of users that are split rows stay where they are, the spare ones
+        among them; None: they are not.
+    """
+    rows = spec.rows if layout is None else served_rows(spec, layout)
+    return RowFormat.of(table, spec.width).unpack(table[:rows])[0]
 
 
 def all_finite(table: Num[Array, "Rp W"], width: int) -> Bool[Array, ""]:
@@ -208,7 +227,12 @@ def all_finite(table: Num[Array, "Rp W"], width: int) -> Bool[Array, ""]:
 
 
 def lookup(
-    table: Num[Array, "Rs W"], ids: Int[Array, "..."], width: int, layout: Layout
+    table: Num[Array, "Rs W"],
+    ids: Int[Array, "..."],
+    width: int,
+    layout: Layout,
+    *,
+    of_users: bool = False,
 ) -> Float[Array, "... D"]:
     """The float32 values of rows `ids`, inside the step's `shard_map`.
 
@@ -218,6 +242,7 @@ def lookup(
         data are loaded; here an id outside would silently read another row.
       width: D.
       layout: the mesh; with one table shard this is a plain gather.
+      of_users: whether the ids are of users. Where those are split, a device asks for its own.
     """
     row_format = RowFormat.of(table, width)
 
@@ -226,7 +251,9 @@ def lookup(
         return values
 
     flat = ids.reshape(-1)
-    if layout.table_shards == 1:
+    if layout.splits(of_users=of_users):
+        rows = read(layout.own_rows(flat))
+    elif layout.table_shards == 1:
         rows = read(flat)
     else:
         rows = row_exchange.fetch(flat, table.shape[0], width, layout, read)
@@ -285,6 +312,7 @@ def update(
     layout: Layout,
     generator: UInt32[Array, "2"] | None = None,
     *,
+    of_users: bool = False,
     native: bool = False,
 ) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
     """Apply `optimizer` once to each distinct row of `ids`, with its gradients summed.
@@ -299,6 +327,7 @@ def update(
       ids: this device's ids in [0, R), any shape.
       grads: gradient of each, same leading shape.
       generator: of this update (`rounding`), the same on every device; for bfloat16 values.
+      of_users: as for `lookup`: nothing goes to another device.
       native: let the CPU kernel do it.
 
     Raises:
@@ -307,8 +336,16 @@ def update(
     width = grads.shape[-1]
     ids, grads = ids.reshape(-1), grads.reshape(-1, width)
 
+    if layout.splits(of_users=of_users):
+        first = 0 if layout.devices == 1 else layout.device_index() * table.shape[0]
+        own = layout.own_rows(ids)
+        return update_block(table, slot, own, grads, optimizer, generator, first=first)
+
     def apply(carry: tuple[Any, Any], local: jax.Array, summands: jax.Array) -> tuple[Any, Any]:
-        return update_block(*carry, local, summands, optimizer, layout, generator)
+        first = layout.table_index() * table.shape[0]
+        return update_block(
+            *carry, local, summands, optimizer, generator, first=first, past_the_end=True
+        )
 
     if layout.table_shards > 1:
         return row_exchange.deliver(ids, grads, table.shape[0], layout, apply, (table, slot))
@@ -317,7 +354,7 @@ def update(
         bfloat16 = RowFormat.of(table, width).dtype == "bfloat16"
         words = _given(generator) if bfloat16 else None
         return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
-    return update_block(table, slot, ids, grads, optimizer, layout, generator)
+    return update_block(table, slot, ids, grads, optimizer, generator)
 
 
 def update_block(
@@ -326,22 +363,24 @@ def update_block(
     local: Int[Array, "N"],
     grads: Float[Array, "N D"],
     optimizer: RowOptimizer,
-    layout: Layout,
     generator: UInt32[Array, "2"] | None,
+    *,
+    first: Int[Array, ""] | int = 0,
+    past_the_end: bool = False,
 ) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
-    """`update` of rows of this device's block, given the gradients of all devices.
+    """`update` of rows of this device's block, given all gradients of them.
 
     Args:
-      local: numbers in the block; Rs, past its end, is written nowhere.
+      local: numbers in the block.
+      first: the number of the block's first row in the table.
+      past_the_end: whether some are Rs, past the block's end, which is written nowhere.
     """
     rows, row_format = table.shape[0], RowFormat.of(table, grads.shape[1])
-    whole = layout.table_shards == 1
     noise = None
     if row_format.dtype == "bfloat16":
-        ids = local if whole else local + layout.table_index() * rows
-        noise = random_bits.halves_of_rows(_given(generator), ids, grads.shape[1])
+        noise = random_bits.halves_of_rows(_given(generator), local + first, grads.shape[1])
 
-    mode, put = ("promise_in_bounds", "promise_in_bounds") if whole else ("clip", "drop")
+    mode, put = ("clip", "drop") if past_the_end else ("promise_in_bounds", "promise_in_bounds")
     if isinstance(optimizer, Sgd) and row_format.dtype == "float32":
         return table.at[local].add(-optimizer.lr * grads, mode=put), slot
 

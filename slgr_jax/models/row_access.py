@@ -238,7 +238,11 @@ class RowAccess:
             "rows": {
                 group: {
                     name: embedding_table.lookup(
-                        state[name], wanted, specs[name].width, self.layout
+                        state[name],
+                        wanted,
+                        specs[name].width,
+                        self.layout,
+                        of_users=specs[name].of_users,
                     )
                     for name, wanted in by_table.items()
                     if name not in whole
@@ -382,6 +386,7 @@ class RowAccess:
                 self.optimizer,
                 self.layout,
                 rounding[name],
+                of_users=spec.of_users,
                 native=self.native,
             )
         return new_tables, new_slots

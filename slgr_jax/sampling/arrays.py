@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -44,6 +45,19 @@ class Excluded:
     shifts: Int[Array, "n"] | None
     free: Int[Array, "U"]
     search_steps: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Share:
+    """What a shard of users has of all entries that something is drawn from (`user_shards.py`).
+
+    Attributes:
+      count: [] the first so many of the shard's array are entries, the rest is padding.
+      weight: [] of a lane that is drawn from them: V times their share of all.
+    """
+
+    count: Int[Array, ""]
+    weight: Float[Array, ""]
 
 
 @struct.dataclass
@@ -101,7 +115,10 @@ class HardNegatives:
 
 @struct.dataclass
 class Interactions:
-    """Training pairs, sorted by user and item, with what drawing triples from them needs."""
+    """Training pairs, sorted by user and item, with what drawing triples from them needs.
+
+    Those of a shard of users have its `share` of what is drawn, pairs or targets.
+    """
 
     users: Int[Array, "n"]
     items: Int[Array, "n"]
@@ -110,6 +127,39 @@ class Interactions:
     facts: Facts
     targets: Targets | None = None  # drawn from instead of the pairs
     hard: HardNegatives | None = None
+    share: Share | None = None
+
+    @property
+    def drawn(self) -> int:
+        """How many pairs (or windows) an epoch draws."""
+        return int((self if self.targets is None else self.targets).items.shape[0])
+
+
+@struct.dataclass
+class Dealt:
+    """Arrays of which each device has those of its own users (`user_shards.py`).
+
+    Attributes:
+      own: [V, ...] each, what belongs to the users of each shard, padded; split over the devices.
+      whole: the others.
+      tree: how one shard's arrays and the others make what they were dealt from.
+      is_own: of its leaves, which are of `own`.
+    """
+
+    own: tuple[Any, ...]
+    whole: tuple[Any, ...]
+    tree: Any = struct.field(pytree_node=False)
+    is_own: tuple[bool, ...] = struct.field(pytree_node=False)
+
+    def of_shard(self, own: tuple[Any, ...]) -> Any:
+        """What was dealt, with a shard's arrays."""
+        of_shard, of_all = iter(own), iter(self.whole)
+        leaves = [next(of_shard) if is_own else next(of_all) for is_own in self.is_own]
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def of_first(self) -> Any:
+        """What was dealt, of a device's first shard: for who reads nothing of users."""
+        return self.of_shard(tuple(rows[0] for rows in self.own))
 
 
 @struct.dataclass
@@ -120,17 +170,13 @@ class DeviceArrays:
       interactions: what batches are drawn from.
       context: what a backbone looks up of users and items.
       guidance: what the guidance draws from and looks up, as it made it; None without one.
+
+    Where users are split, `interactions` and `guidance` are dealt out.
     """
 
-    interactions: Interactions
+    interactions: Interactions | Dealt
     context: Context = dataclasses.field(default_factory=Context)
     guidance: Any = None
-
-    @property
-    def drawn(self) -> int:
-        """How many interactions (or windows) an epoch draws."""
-        targets = self.interactions.targets
-        return int((self.interactions if targets is None else targets).items.shape[0])
 
 
 def host_array(x: np.ndarray, dtype: type) -> Any:
@@ -221,10 +267,11 @@ def targets(
                 f"label {int(positive[0])}; ratings go from {part.ratings.min():g} to "
                 f"{part.ratings.max():g}"
             )
-        labels = host_array(positive, np.float32)
     chosen = np.flatnonzero(keep)
     if power:
         chosen = np.repeat(chosen, _times(dataset, chosen, power))
+    if threshold and part.ratings is not None:
+        labels = host_array(part.ratings[chosen] >= threshold, np.float32)
     as_of = host32(place[chosen]) if history else None
     return Targets(
         host32(part.users[chosen]),

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.kernels import cpu
 from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
+from slgr_jax.sampling.arrays import Interactions, Targets
 from slgr_jax.sampling.context import Queries
 from slgr_jax.sampling.negatives import (
     Generators,
@@ -34,7 +34,7 @@ class Batch:
     Attributes:
       queries: [B] users, and as of which moment.
       items: [B, C] (positive, negatives).
-      weights: [B]; 0 where no valid negative exists.
+      weights: [B]; 0 where no valid negative exists. Those of a shard of users are its `Share`'s.
       labels: [B] of the first item where rows are labelled; None where it is a positive.
       shared: [N] negatives that all triples share; None where each has its own.
     """
@@ -57,8 +57,9 @@ def draw_triples(
     size, sampler = plan.triples, plan.sampler
     together = min(sampler.triples_per_user, size)
     words = random_bits.words(words_of.own, 2, size)
+    drawn = plan.drawn if data.share is None else data.share.count
     if together == 1:
-        pair = below(words[0], plan.drawn)
+        pair = below(words[0], drawn)
         users, positive = data.users[pair], data.items[pair]
     else:
         first = random_bits.words(words_of.other, 1, -(-size // together))[0]
@@ -79,7 +80,7 @@ def draw_triples(
                 negative, weights = _some_hard(words_of, users, items[..., 1], weights, data, plan)
                 items = items.at[..., 1].set(negative)
             return users, items, weights
-        users = jnp.repeat(data.users[below(first, plan.drawn)], together, axis=1)[:, :size]
+        users = jnp.repeat(data.users[below(first, drawn)], together, axis=1)[:, :size]
         start = data.negatives.offsets[users]
         pair = start + below(words[0], data.negatives.offsets[users + 1] - start)
         positive = data.items[pair]
@@ -149,7 +150,8 @@ def draw_targets(
     A lane is left out where one of its negatives cannot be drawn.
     """
     size, count = plan.triples, plan.negatives
-    chosen = below(random_bits.words(words_of.own, 1, size)[0], plan.drawn)
+    drawn = plan.drawn if data.share is None else data.share.count
+    chosen = below(random_bits.words(words_of.own, 1, size)[0], drawn)
     users, positive = targets.users[chosen], targets.items[chosen]
     as_of = None if targets.as_of is None else targets.as_of[chosen]
     labels = None if targets.labels is None else targets.labels[chosen]
@@ -207,9 +209,9 @@ def _in_batch(
     return negative, weights
 
 
-def draw(words_of: Generators, arrays: DeviceArrays, plan: SamplingPlan) -> Batch:
+def draw(words_of: Generators, interactions: Interactions, plan: SamplingPlan) -> Batch:
     """The batches of S steps, each a function of its own generators."""
-    interactions, labels, shared = arrays.interactions, None, None
+    labels, shared = None, None
     if interactions.targets is None:
         users, items, weights = draw_triples(words_of, interactions, plan)
         queries = Queries(users)
@@ -217,6 +219,8 @@ def draw(words_of: Generators, arrays: DeviceArrays, plan: SamplingPlan) -> Batc
         queries, items, weights, labels = draw_targets(
             words_of, interactions, interactions.targets, plan
         )
+    if interactions.share is not None:
+        weights = weights * interactions.share.weight
     if plan.shared:
         bits = random_bits.words(words_of.third, 1, plan.shared)[0]
         shared = _anything(bits, interactions, plan)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import Excluded, Facts, PairFacts, excluded, host_array
+from slgr_jax.sampling.arrays import Excluded, Facts, PairFacts, Share, excluded, host_array
 from slgr_jax.sampling.context import Queries, host32
 from slgr_jax.sampling.negatives import below, draw_outside
 from slgr_jax.sampling.preferences import pair_facts, unlisted_words
@@ -80,10 +80,13 @@ class LabelSource:
 
     chosen: ChosenItems
     labels: ListLabels | PairLabels
+    share: Share | None = None  # of a shard of users
 
     @property
-    def count(self) -> int:
-        """How many places there are to draw from."""
+    def count(self) -> int | Int[Array, ""]:
+        """How many places there are to draw from; of a shard at least 1, padding."""
+        if self.share is not None:
+            return jnp.maximum(self.share.count, 1)
         labels = self.labels
         return int((labels.pairs if isinstance(labels, PairLabels) else labels.chosen).shape[0])
 
@@ -284,6 +287,8 @@ def draw_labelled(
         items, margins, right, weights, entries = _draw_from_lists(
             bits, place, source.chosen, source.labels, teacher, rule
         )
+    if source.share is not None:
+        weights = weights * source.share.weight
     return LabelledPreferences(
         Queries(users, as_of if histories else None),
         items,

@@ -31,6 +31,7 @@ class Preferences:
       facts: what is known of each.
       entries: [..., 2] where both are in the teacher's lists, -1 where an item is not listed; None
         where preferences are not of lists, or nobody asks.
+      weights: of a shard of users, each its `Share`'s; None: all weigh 1.
     """
 
     queries: Queries
@@ -38,6 +39,7 @@ class Preferences:
     margins: Float[Array, "*G"]
     facts: PairFacts
     entries: Int[Array, "*G 2"] | None = None
+    weights: Float[Array, "*G"] | None = None
 
 
 class DrawnPairs(NamedTuple):
@@ -63,12 +65,16 @@ def draw_preferences(
 ) -> Preferences:
     """G preferences a step, and what is known of them."""
     users, items, margins, entries = draw_pairs(words_of, teacher, rule)
+    weights = None
+    if teacher.share is not None:
+        weights = jnp.broadcast_to(teacher.share.weight, users.shape)
     return Preferences(
         at_the_end_of_training(users, histories),
         items,
         margins,
         pair_facts(facts, users, items, native=rule.native),
         entries,
+        weights,
     )
 
 

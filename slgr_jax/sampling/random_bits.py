@@ -27,6 +27,12 @@ def generators(keys: jax.Array) -> UInt32[Array, "S 2"]:
     return jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
 
 
+def of_part(generators: UInt32[Array, "S 2"], number: Int[Array, ""]) -> UInt32[Array, "S 2"]:
+    """The generators of part `number` of a draw, which depend on nothing else of how it is cut."""
+    salt = mixed((number.astype(jnp.uint32) + 1) * jnp.uint32(WEYL))
+    return mixed(generators ^ salt) + salt
+
+
 def words(generators: UInt32[Array, "S 2"], rows: int, size: int) -> UInt32[Array, "rows S size"]:
     """[rows, size] uniform words of each of S generators, a function of it alone."""
     counter = jnp.arange(rows * size, dtype=jnp.uint32).reshape(rows, 1, size)

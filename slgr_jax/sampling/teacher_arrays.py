@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.data.dataset import Csr, beaten
-from slgr_jax.sampling.arrays import Excluded, excluded, host_array
+from slgr_jax.sampling.arrays import Excluded, Share, excluded, host_array
 from slgr_jax.sampling.context import host32
 
 
@@ -55,10 +56,13 @@ class TeacherLists:
     floor: float = struct.field(pytree_node=False)  # score that an unlisted item counts with
     ceiling: float = struct.field(pytree_node=False)  # the greatest score
     margin_scale: float = struct.field(pytree_node=False)  # a typical margin: spread of scores
+    share: Share | None = None  # of a shard of users
 
     @property
-    def stated(self) -> int:
-        """How many entries there are to start a preference with."""
+    def stated(self) -> int | Int[Array, ""]:
+        """How many entries there are to start a preference with; of a shard at least 1, padding."""
+        if self.share is not None:
+            return jnp.maximum(self.share.count, 1)
         return int(self.starts.shape[0])
 
 
@@ -70,10 +74,13 @@ class TeacherPairs:
     items: Int[Array, "E 2"]
     margins: Float[Array, "E"]
     margin_scale: float = struct.field(pytree_node=False)  # the mean margin
+    share: Share | None = None  # of a shard of users
 
     @property
-    def stated(self) -> int:
-        """How many preferences there are to draw from."""
+    def stated(self) -> int | Int[Array, ""]:
+        """How many preferences there are to draw from; of a shard at least 1, padding."""
+        if self.share is not None:
+            return jnp.maximum(self.share.count, 1)
         return int(self.users.shape[0])
 
 

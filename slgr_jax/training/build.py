@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import hard_negatives, make_guidance
 from slgr_jax.guidance.base import Sources
+from slgr_jax.guidance.pairwise import Pairwise
 from slgr_jax.kernels import build as kernel_build
 from slgr_jax.mesh import Layout, put
 from slgr_jax.models.backbones import AnyBackbone, SequenceBackbone
 from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.sampling import arrays as arrays_lib
+from slgr_jax.sampling import user_shards
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
 from slgr_jax.sampling.context import HISTORY, Context
 from slgr_jax.sampling.negatives import SamplingPlan
@@ -60,9 +63,9 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     Raises:
       UserError: data, teacher, reference runs or knobs that do not go together.
     """
-    layout = layout or restore.layout_of(run)
+    layout = restore.with_users(layout or restore.layout_of(run), run, dataset)
     native = kernel_build.choose(
-        run.train.kernels,
+        "xla" if run.train.user_shards else run.train.kernels,
         platform=layout.mesh.devices.flat[0].platform,
         devices=layout.devices,
         units=kernel_build.step_units(run),
@@ -90,8 +93,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
 
     targets = _targets(run, dataset, backbone, context, left_out)
     interactions = dataclasses.replace(interactions, targets=targets)
-    arrays = DeviceArrays(interactions, context, guidance_arrays)
-    plan = _plan(run, dataset, backbone, interactions, arrays.drawn, native=native)
+    plan = _plan(run, dataset, backbone, interactions, interactions.drawn, native=native)
     trainer = Trainer(run, backbone, guidance, layout, plan)
     check_devices(trainer)
     begins = run.train.restart or not checkpoint.exists(run.workdir)
@@ -100,14 +102,31 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     if run.train.refit and begins:
         refit.check(run)
     initial = initial_values.initial_rows(run, dataset, backbone, layout) if begins else {}
-    # Vectors are split as tables are; everything else is whole on every device.
-    bare = dataclasses.replace(context, vectors=None)
-    placed = layout.put(dataclasses.replace(arrays, context=bare))
+    # Vectors are split as tables are; everything else is whole on every device, or dealt out.
+    placed = layout.put(dataclasses.replace(context, vectors=None))
     if context.vectors is not None:
         vectors = put(context.vectors, layout.table_sharding)
-        whole = dataclasses.replace(placed.context, vectors=vectors)
-        placed = dataclasses.replace(placed, context=whole)
-    return Experiment(run, dataset, trainer, placed, initial)
+        placed = dataclasses.replace(placed, vectors=vectors)
+    arrays = _placed(trainer, interactions, guidance_arrays)
+    arrays = dataclasses.replace(arrays, context=placed)
+    return Experiment(run, dataset, trainer, arrays, initial)
+
+
+def _placed(trainer: Trainer, interactions: Interactions, guided: Any) -> DeviceArrays:
+    """What is drawn from (host arrays) on the devices: whole on each, or dealt out by user."""
+    users, guidance, layout = trainer.layout.users, trainer.guidance, trainer.layout
+    if users is None:
+        return DeviceArrays(layout.put(interactions), guidance=layout.put(guided))
+    interactions = user_shards.deal_interactions(interactions, users)
+    if guidance is not None:
+        assert isinstance(guidance, Pairwise), "config.RunConfig refuses others"
+        guided = guidance.deal(guided, users)
+    if trainer.config.optimizer.table_optimizer == "lazy_adam":
+        user_shards.refuse_empty_shards((interactions, guided), users)
+    return DeviceArrays(
+        user_shards.put(interactions, layout),
+        guidance=None if guided is None else user_shards.put(guided, layout),
+    )
 
 
 def _window(backbone: AnyBackbone) -> int:
@@ -150,21 +169,26 @@ def _plan(
     native: bool,
 ) -> SamplingPlan:
     shared = run.loss.shared_negatives if run.loss_name == "sampled_softmax" else 0
+    every_negative = arrays_lib.every_negative_drawn(interactions, run.sampler)
     return SamplingPlan(
         n_items=dataset.n_items,
         drawn=drawn,
         triples=run.sampler.batch_size,
         sampler=run.sampler,
         native=native,
-        every_negative=arrays_lib.every_negative_drawn(interactions, run.sampler),
+        # The lanes of a shard of users have its weight.
+        every_negative=every_negative and not run.train.user_shards,
         negatives=objectives.negatives_of_triple(run, _window(backbone)),
         shared=shared,
     )
 
 
 def check_devices(trainer: Trainer) -> None:
-    """Refuse sizes that cannot be split over the devices."""
-    guidance, devices = trainer.guidance, trainer.layout.devices
+    """Refuse sizes that cannot be split over the devices, or over shards of users."""
+    guidance, users = trainer.guidance, trainer.layout.users
+    parts, what = trainer.layout.devices, "devices"
+    if users is not None:
+        parts, what = users.count, "shards of --user_shards"
     sizes = [("--batch_size", trainer.plan.triples), ("--shared_negatives", trainer.plan.shared)]
     if guidance is not None:
         sizes += [
@@ -172,5 +196,5 @@ def check_devices(trainer: Trainer) -> None:
             ("--labelled_per_step", guidance.gating.labelled),
         ]
     for name, size in sizes:
-        if size % devices:
-            raise ConfigError(f"{name}={size} is not a multiple of the {devices} devices")
+        if size % parts:
+            raise ConfigError(f"{name}={size} is not a multiple of the {parts} {what}")

@@ -27,7 +27,7 @@ from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.mesh import make_layout
-from slgr_jax.sampling.arrays import DeviceArrays
+from slgr_jax.sampling.arrays import Dealt, DeviceArrays
 from slgr_jax.training import build, step
 from slgr_jax.training.state import abstract_serving, abstract_state, make_serving_state
 from slgr_jax.training.step import Trainer
@@ -106,6 +106,7 @@ def _plan(
     if len(devices) < count:
         raise ConfigError(f"{count} devices are planned for, and JAX makes {len(devices)}")
     layout = make_layout(table_shards=table_shards, devices=devices)
+    layout = dataclasses.replace(layout, users=experiment.trainer.layout.users)
     trainer = dataclasses.replace(experiment.trainer, layout=layout)
     build.check_devices(trainer)
     arrays = _abstract_arrays(experiment.arrays, trainer)
@@ -138,10 +139,19 @@ def _abstract_arrays(arrays: DeviceArrays, trainer: Trainer) -> DeviceArrays:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
+    def dealt(arrays: Any) -> Any:
+        if not isinstance(arrays, Dealt):
+            return laid_out(arrays, layout.replicated)
+        own = laid_out(arrays.own, layout.users_sharding)
+        return dataclasses.replace(arrays, own=own, whole=laid_out(arrays.whole, layout.replicated))
+
     vectors = laid_out(arrays.context.vectors, layout.table_sharding)
-    bare = dataclasses.replace(arrays.context, vectors=None)
-    whole = laid_out(dataclasses.replace(arrays, context=bare), layout.replicated)
-    return dataclasses.replace(whole, context=dataclasses.replace(whole.context, vectors=vectors))
+    context = laid_out(dataclasses.replace(arrays.context, vectors=None), layout.replicated)
+    return DeviceArrays(
+        dealt(arrays.interactions),
+        dataclasses.replace(context, vectors=vectors),
+        dealt(arrays.guidance),
+    )
 
 
 def _compiled(trainer: Trainer, state: Any, arrays: DeviceArrays) -> Any:

@@ -96,6 +96,11 @@ def _alike(runs: Sequence[RunConfig]) -> RunConfig:
     workdir, most = counts.most_common(1)[0]
     if most > 1:
         raise ConfigError(f"{most} runs have --workdir={workdir}; give each its own")
+    if first.train.user_shards:
+        raise ConfigError(
+            f"--user_shards={first.train.user_shards}: seeds that are trained together have all "
+            "users on every device; train them one by one, or without shards"
+        )
     if first.train.kernels == "native":
         raise ConfigError(
             "--kernels=native: seeds that are trained together run XLA's programs; use "

@@ -69,7 +69,7 @@ def _make_init(
       initial: host arrays, an argument of the program: as constants they would be compiled.
     """
     everywhere = learner.layout.replicated
-    layout = TrainState(everywhere, learner.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
+    layout = TrainState(everywhere, learner.table_shardings, everywhere, everywhere)  # type: ignore[arg-type]
     program = jax.jit(functools.partial(init_state, learner), out_shardings=layout)
 
     def init(seed: np.int32) -> TrainState:

@@ -17,13 +17,19 @@ from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import make_guidance
 from slgr_jax.guidance.base import ReferenceRun
-from slgr_jax.mesh import Layout, make_layout
+from slgr_jax.mesh import Layout, UserShards, make_layout, put
 from slgr_jax.models.backbones import AnyBackbone, make_backbone, reads_of
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
 from slgr_jax.sampling import context as context_lib
 from slgr_jax.sampling.context import HISTORY, Context, FrozenVectors
 from slgr_jax.training import checkpoint, run_directory, vector_products
-from slgr_jax.training.state import Learner, abstract_serving, abstract_state, make_serving_state
+from slgr_jax.training.state import (
+    Learner,
+    abstract_serving,
+    abstract_state,
+    by_user,
+    make_serving_state,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,19 +153,29 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
     # One table shard, whatever the run had: a serving state is the same on any layout.
     layout = make_layout()
     learner = Learner(run, backbone, make_guidance(run), layout)
+    trained = dataclasses.replace(learner, layout=_trained_on(run, dataset, layout))
     placed = layout.put(looked_up)
     saved = checkpoint.Checkpoints(workdir, writable=False, verify=run.train.verify_checksums)
     try:
         if which == "best":
-            serving = saved.restore_best(abstract_serving(learner))
+            serving = saved.restore_best(abstract_serving(trained))
         else:
-            state = saved.restore_state(abstract_state(learner))
+            state = saved.restore_state(abstract_state(trained))
             vectors = _frozen(workdir, run, dataset, layout)
             reads = dataclasses.replace(placed, vectors=layout.put(vectors))
-            serving = make_serving_state(learner)(state, reads)
+            serving = make_serving_state(trained)(state, reads)
     finally:
         saved.close()
+    if trained.layout.users is not None:
+        serving = put(by_user(trained, serving), layout.replicated)
     return RestoredRun(learner, dataset, serving, placed)
+
+
+def _trained_on(run: config.RunConfig, dataset: Dataset, layout: Layout) -> Layout:
+    """The layout with users split as in training; one device, where all do not divide them."""
+    if run.train.user_shards % layout.devices:
+        layout = make_layout(devices=list(layout.mesh.devices.flat[:1]))
+    return with_users(layout, run, dataset)
 
 
 def _frozen(
@@ -226,3 +242,14 @@ def as_of(reference_runs: Sequence[RestoredRun], part: str) -> list[ReferenceRun
 def layout_of(run: config.RunConfig) -> Layout:
     """The devices that a run asks for."""
     return make_layout(table_shards=run.train.table_shards, min_devices=run.train.min_devices)
+
+
+def with_users(layout: Layout, run: config.RunConfig, dataset: Dataset) -> Layout:
+    """The layout, with users split over it as the run asks for.
+
+    Raises:
+      ConfigError: the devices do not divide its shards of users.
+    """
+    count = run.train.user_shards
+    users = UserShards(count, dataset.n_users) if count else None
+    return dataclasses.replace(layout, users=users)

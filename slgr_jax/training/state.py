@@ -7,6 +7,7 @@ draws. Restoring needs a `Learner` alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from slgr_jax.config import RunConfig
@@ -78,6 +80,14 @@ class Learner:
         return make_row_optimizer(self.config.optimizer)
 
     @property
+    def table_shardings(self) -> dict[str, NamedSharding]:
+        """Where the rows of each table are."""
+        return {
+            name: self.layout.rows_sharding(of_users=spec.of_users)
+            for name, spec in self.backbone.tables.items()
+        }
+
+    @property
     def leaf_names(self) -> list[str]:
         """What `step.Health.leaves` refers to, bit by bit."""
         return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
@@ -131,7 +141,7 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
     def pick(state: TrainState, context: Context) -> ServingState:
         params = state.params["backbone"]
         values = {
-            name: embedding_table.values_of(state.tables[name], spec)
+            name: embedding_table.values_of(state.tables[name], spec, learner.layout)
             for name, spec in backbone.tables.items()
         }
         values = with_features_added(backbone, values, context)
@@ -140,7 +150,10 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
             values |= backbone.propagate(params, values, context)
         return ServingState(params, values, state.params["guidance"])
 
-    return jax.jit(pick)
+    if learner.layout.users is None:
+        return jax.jit(pick)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_serving(learner))
+    return jax.jit(pick, out_shardings=shardings)
 
 
 def _stored(backbone: AnyBackbone, context: Context) -> dict[str, jax.Array]:
@@ -155,19 +168,49 @@ def abstract_state(learner: Learner) -> TrainState:
     """Shapes, types and shardings of a train state on the learner's devices."""
     shapes = jax.eval_shape(lambda: init_state(learner, 0))
     everywhere = jax.tree.map(lambda _: learner.layout.replicated, shapes)
-    rows = dict.fromkeys(shapes.tables, learner.layout.table_sharding)
-    return _abstract(shapes, everywhere.replace(tables=rows))
+    return _abstract(shapes, everywhere.replace(tables=learner.table_shardings))
 
 
 def abstract_serving(learner: Learner) -> ServingState:
-    """Shapes, types and shardings of a serving state."""
-    state = abstract_state(learner)
+    """Shapes, types and shardings of a serving state: whole everywhere, but for users that are
+    split."""
+    state, layout = abstract_state(learner), learner.layout
+    specs = adapters.row_specs(learner.backbone)
     values = {
-        name: jax.ShapeDtypeStruct((spec.rows, spec.width), jnp.float32)
-        for name, spec in adapters.row_specs(learner.backbone).items()
+        name: jax.ShapeDtypeStruct(
+            (embedding_table.served_rows(spec, layout), spec.width), jnp.float32
+        )
+        for name, spec in specs.items()
     }
     shapes = ServingState(state.params["backbone"], values, state.params["guidance"])  # type: ignore[arg-type]
-    return _abstract(shapes, jax.tree.map(lambda _: learner.layout.replicated, shapes))
+    everywhere = jax.tree.map(lambda _: layout.replicated, shapes)
+    split = {
+        name: layout.users_sharding
+        for name, spec in specs.items()
+        if layout.splits(of_users=spec.of_users)
+    }
+    return _abstract(shapes, everywhere.replace(values=everywhere.values | split))
+
+
+def by_user(learner: Learner, serving: ServingState) -> ServingState:
+    """A serving state of users that are split, with row u of user u: whole everywhere."""
+    layout = learner.layout
+    users = layout.users
+    if users is None:
+        return serving
+    split = [
+        name
+        for name, spec in adapters.row_specs(learner.backbone).items()
+        if layout.splits(of_users=spec.of_users)
+    ]
+
+    @functools.partial(jax.jit, out_shardings=layout.replicated)
+    def dealt_back(rows: jax.Array) -> jax.Array:
+        by_shard = rows.reshape(users.count, users.rows, -1)
+        return by_shard.swapaxes(0, 1).reshape(users.table_rows, -1)[: users.users]
+
+    values = {name: dealt_back(serving.values[name]) for name in split}
+    return dataclasses.replace(serving, values={**serving.values, **values})
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

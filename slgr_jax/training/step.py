@@ -36,11 +36,11 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.dot_access import BroadcastDotAccess, DotAccess
 from slgr_jax.models.row_access import Access, Candidates, Leaves, Reads, RowAccess
-from slgr_jax.sampling.arrays import DeviceArrays
+from slgr_jax.sampling.arrays import DeviceArrays, Interactions
 from slgr_jax.sampling.batch import Batch, draw
 from slgr_jax.sampling.context import Context
 from slgr_jax.sampling.negatives import SamplingPlan, generators
-from slgr_jax.training import objectives
+from slgr_jax.training import objectives, shard_draws
 from slgr_jax.training.state import Learner, TrainState
 
 Sums = dict[str, jax.Array]
@@ -90,7 +90,7 @@ class Trainer(Learner):
             width = self.backbone.tables[model.user_table].width
             if native:
                 return DotAccess(model, width, self.row_optimizer)
-            if layout.devices > 1 and layout.table_shards == 1:
+            if layout.devices > 1 and layout.table_shards == 1 and layout.users is None:
                 return BroadcastDotAccess(model, width, self.row_optimizer, layout)
         vector_l2 = self.config.vectors.vector_l2
         return RowAccess(self.backbone, self.row_optimizer, layout, native, vector_l2)
@@ -121,10 +121,16 @@ RunSteps = Callable[
 ]
 
 
-def by_rows(whole: Any, rows: Any) -> DeviceArrays:
-    """The specs of the device arrays: vectors as tables are, everything else whole."""
+def by_rows(arrays: DeviceArrays, layout: Layout) -> DeviceArrays:
+    """The specs of the device arrays: vectors as tables are, what is dealt out as users are,
+    everything else whole."""
+    whole: Any = PartitionSpec()
+    rows: Any = layout.table_spec
     context = Context(histories=whole, fields=whole, graph=whole, features=whole, vectors=rows)
-    return DeviceArrays(whole, context, whole)
+    specs_of = shard_draws.specs_of
+    return DeviceArrays(
+        specs_of(arrays.interactions, layout), context, specs_of(arrays.guidance, layout)
+    )
 
 
 def make_run_steps(trainer: Trainer) -> RunSteps:
@@ -135,7 +141,7 @@ def make_run_steps(trainer: Trainer) -> RunSteps:
     # Stated, so that a dispatch's output is laid out as its input: otherwise the second call
     # would compile the program again.
     everywhere = trainer.layout.replicated
-    like_input = TrainState(everywhere, trainer.layout.table_sharding, everywhere, everywhere)  # type: ignore[arg-type]
+    like_input = TrainState(everywhere, trainer.table_shardings, everywhere, everywhere)  # type: ignore[arg-type]
     return jax.jit(
         make_program(trainer),
         donate_argnums=0,
@@ -150,11 +156,12 @@ def make_program(trainer: Trainer) -> RunSteps:
     def program(
         state: TrainState, arrays: DeviceArrays, key: jax.Array, count: jax.Array
     ) -> tuple[TrainState, Sums, Health]:
+        layout = trainer.layout
         slots = {
-            name: jnp.zeros(trainer.layout.padded_rows(spec.rows), jnp.int32)
+            name: jnp.zeros(layout.table_rows(spec.rows, of_users=spec.of_users), jnp.int32)
             for name, spec in trainer.backbone.tables.items()
         }
-        slots = jax.lax.with_sharding_constraint(slots, trainer.layout.table_sharding)
+        slots = jax.lax.with_sharding_constraint(slots, trainer.table_shardings)
         sums = {name: jnp.zeros((), jnp.float32) for name in trainer.sum_names}
         health = Health(jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -182,8 +189,8 @@ def make_program(trainer: Trainer) -> RunSteps:
             steps = carry[0].step + jnp.arange(together)
             keys = jax.vmap(lambda step: jax.random.split(jax.random.fold_in(key, step)))(steps)
             drawn = draw_steps(trainer, keys[:, 0], arrays)
-            if trainer.layout.devices > 1:
-                drawn = jax.lax.with_sharding_constraint(drawn, trainer.layout.batches_sharding)
+            if layout.devices > 1:
+                drawn = jax.lax.with_sharding_constraint(drawn, layout.batches_sharding)
             left = jnp.minimum(together, count - number * together)
             return jax.lax.fori_loop(0, left, functools.partial(body, drawn, keys[:, 1]), carry)
 
@@ -197,11 +204,15 @@ def make_program(trainer: Trainer) -> RunSteps:
 
 def draw_steps(trainer: Trainer, keys: jax.Array, arrays: DeviceArrays) -> tuple[Batch, Any]:
     """The batches of S steps, and what the guidance draws for them; each step by its own key."""
+    if trainer.layout.users is not None:
+        return shard_draws.draw_own(trainer.layout, trainer.plan, trainer.guidance, keys, arrays)
     of_triples, of_guidance = generators(keys)
-    batch = draw(of_triples, arrays, trainer.plan)
+    interactions = arrays.interactions
+    assert isinstance(interactions, Interactions)
+    batch = draw(of_triples, interactions, trainer.plan)
     if trainer.guidance is None:
         return batch, None
-    facts, histories = arrays.interactions.facts, arrays.context.histories
+    facts, histories = interactions.facts, arrays.context.histories
     return batch, trainer.guidance.draw(of_guidance, arrays.guidance, facts, histories)
 
 
@@ -221,11 +232,13 @@ def train_step(
         return _local_step(trainer, *args)
 
     if layout.devices > 1:
-        whole, rows, lanes = PartitionSpec(), layout.table_spec, layout.batch_spec
+        whole, lanes = PartitionSpec(), layout.batch_spec
+        rows = {name: each.spec for name, each in trainer.table_shardings.items()}
+        read = by_rows(arrays, layout)
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, whole, whole, lanes, lanes, by_rows(whole, rows), whole),
+            in_specs=(rows, rows, whole, whole, lanes, lanes, read, whole),
             out_specs=(rows, rows, whole, whole, whole, whole),
             check_vma=False,  # replicas of a table see the same gathered updates
         )
@@ -248,7 +261,7 @@ def _local_step(
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
     layout, access, context = trainer.layout, trainer.access, arrays.context
-    guidance = trainer.guidance
+    guidance, arrays = trainer.guidance, shard_draws.in_step(arrays)
     for_rounding = key
     if layout.devices > 1:
         key = jax.random.fold_in(key, layout.device_index())
@@ -321,12 +334,13 @@ def _loss(
     The sums also hold `triples`, over all devices.
     """
     config, access, objective = trainer.config, trainer.access, trainer.objective
-    batch, context = part.batch, part.arrays.context
+    batch, context, interactions = part.batch, part.arrays.context, part.arrays.interactions
+    assert isinstance(interactions, Interactions)
     backbone_params = params["backbone"]
     inputs = objectives.Inputs(
         batch,
         context,
-        part.arrays.interactions,
+        interactions,
         backbone_params,
         trainer.backbone.dropout,
         config.loss.negatives_per_positive,

@@ -29,6 +29,7 @@ class Validation:
         self._seen = dataset.positives(("train",))
         self._n_items = dataset.n_items
         self._mesh = learner.layout.mesh if learner.layout.devices > 1 else None
+        self._split = learner.layout.users
         self._rows, self._slices = None, dataset.slices(config.slices)
         if self.possible and self._config.rows != "none":
             self._rows = labelled_rows.make_rows(dataset, "valid", self._config, config.loss)
@@ -59,6 +60,7 @@ class Validation:
                 top_k=0,
                 pooled_auc=False,
                 mesh=self._mesh,
+                split=self._split,
                 kernels=self._kernels,
                 between_chunks=between_chunks,
             )

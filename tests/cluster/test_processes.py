@@ -206,6 +206,13 @@ def test_a_killed_process_ends_the_other_and_what_is_left_goes_on(dataset, tmp_p
 # Runs of one job, one after another, as a program of one's own would: by name, their knobs.
 RUNS = {
     "lightgcn": {"backbone": "lightgcn", "table_shards": 4},
+    "by_user": {
+        "user_shards": 8,
+        "guidance": "pairwise",
+        "teacher": "t",
+        "gate": "calibrated",
+        "table_shards": 2,
+    },
     "sasrec": {"backbone": "sasrec", "max_history": 8, "layers": 1, "dropout": 0.0},
     "deepfm": {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "rows": "sampled"},
     "begun": {"backbone": "mf"},  # by one device, and gone on with
@@ -222,7 +229,8 @@ for name, knobs in json.loads(runs).items():
 
 
 def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path):
-    """1 x 1 = 2 x 2, and 1 x 4 where rows are scored; a graph's tables are split over both."""
+    """1 x 1 = 2 x 2, and 1 x 4 where rows are scored; a graph's tables are split over both, and
+    users over all devices."""
     runs = {name: {**SMALL, "epochs": 2, **knobs} for name, knobs in RUNS.items()}
     with worlds.runs_on(1):
         begun = {**runs["begun"], "epochs": 1}

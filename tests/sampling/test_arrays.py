@@ -39,7 +39,7 @@ def _arrays(dataset, sampler=None):
 
 
 def _draw(arrays, plan, steps=1, seed=0):
-    placed = jax.device_put(arrays)
+    placed = jax.device_put(arrays.interactions)
     draw = jax.jit(lambda keys: batch_lib.draw(negatives.generators(keys)[0], placed, plan))
     return jax.device_get(draw(jax.random.split(jax.random.key(seed), steps)))
 
@@ -338,12 +338,18 @@ def test_an_interaction_is_drawn_as_often_as_its_rating_says(tmp_path, power):
         max(1, round(float(rating) ** power)) for rating in train.ratings
     ]
     np.testing.assert_array_equal(drawn, expected)
+    labelled = arrays_lib.targets(
+        dataset, window=0, history=False, min_history=0, threshold=3.0, power=power
+    )
+    rating = dict(zip(zip(train.users, train.items, strict=True), train.ratings, strict=True))
+    rows = zip(labelled.users, labelled.items, strict=True)
+    np.testing.assert_array_equal(labelled.labels, [rating[row] >= 3.0 for row in rows])
 
     # Frequencies of what a step draws, by chi-square.
     arrays = _arrays(dataset)
     arrays = arrays.replace(interactions=arrays.interactions.replace(targets=targets))
     plan = _plan(arrays, triples=4096, n_items=dataset.n_items)
-    plan = dataclasses.replace(plan, drawn=arrays.drawn)
+    plan = dataclasses.replace(plan, drawn=arrays.interactions.drawn)
     batch = _draw(arrays, plan, steps=8)
     users, items = np.asarray(batch.queries.users), np.asarray(batch.items)[..., 0]
     counts = np.bincount((users * dataset.n_items + items).ravel(), minlength=drawn.size)

@@ -58,7 +58,7 @@ def drawn(experiment, steps=40):
     keys = jax.random.split(jax.random.key(0), steps)
     words_of = generators(keys)[0]
     plan = experiment.trainer.plan
-    made = jax.jit(lambda a: batch.draw(words_of, a, plan))(experiment.arrays)
+    made = jax.jit(lambda a: batch.draw(words_of, a, plan))(experiment.arrays.interactions)
     return jax.device_get(made)
 
 

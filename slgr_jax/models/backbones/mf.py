@@ -41,7 +41,7 @@ class MatrixFactorization(ItemTableBackbone):
         dropout: float,
     ) -> None:
         self.tables: Mapping[str, TableSpec] = {
-            "user": TableSpec(n_users, dim, init_std, scalars=int(item_bias)),
+            "user": TableSpec(n_users, dim, init_std, scalars=int(item_bias), of_users=True),
             "item": TableSpec(n_items, dim, init_std, scalars=int(item_bias)),
         }
         self.dropout = dropout

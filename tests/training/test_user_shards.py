@@ -1,0 +1,180 @@
+"""Runs whose users are split over the devices: the same numbers, and memory that falls."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import worlds
+
+from slgr_jax.config import make_run
+from slgr_jax.errors import ConfigError
+from slgr_jax.mesh import make_layout
+from slgr_jax.sampling.context import Context
+from slgr_jax.training import build, loop, restore, state, step
+
+SMALL = {"dim": 8, "batch_size": 32, "patience": 0, "steps_per_dispatch": 3, "user_shards": 8}
+GUIDED = {"guidance": "pairwise", "teacher": "t", "lambda": 0.5}
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {"negatives": "popularity"},
+    "calibrated": {**GUIDED, "gate": "calibrated", "item_bias": True},
+    "budget": {**GUIDED, "gate": "budget", "table_dtype": "bfloat16"},
+    "softmax": {"loss": "sampled_softmax", "shared_negatives": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory):
+    """43 users: shards do not have equally many."""
+    world = worlds.random_dataset(tmp_path_factory.mktemp("data") / "d", n_users=43)
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(43), rng.integers(0, 3, 43) * 4)
+    items = np.concatenate([np.sort(rng.permutation(30)[:n]) for n in np.bincount(users)])
+    scores = rng.random(users.size).astype(np.float32)
+    worlds.teach(world, users.astype(np.int32), items.astype(np.int32), scores)
+    return world
+
+
+def _made(dataset, workdir, layout, **knobs):
+    run = make_run(str(dataset.path), str(workdir), **{**SMALL, **knobs})
+    made = build.build(run, dataset, layout)
+    return made.trainer, made.arrays
+
+
+def _trained(trainer, arrays, steps):
+    begin = state.init_state(trainer, 0)
+    key = jax.random.key_data(jax.random.key(1))
+    end, sums, _ = step.make_run_steps(trainer)(begin, arrays, key, np.int32(steps))
+    serving = state.make_serving_state(trainer)(end, Context())
+    return end, state.by_user(trainer, serving), sums
+
+
+@pytest.mark.parametrize(
+    ("name", "table_shards"), [("plain", 1), ("calibrated", 2), ("budget", 1), ("softmax", 2)]
+)
+def test_four_devices_have_the_numbers_of_one(dataset, tmp_path, name, table_shards):
+    """What is drawn and what is learned, to rounding; with items split over two of them, too."""
+    alone = _made(dataset, tmp_path, worlds.one_device(), **RUNS[name])
+    _, expected, sums = _trained(*alone, 10)
+    assert expected.values["user"].shape[0] == 43
+    rounding = 2**-6 if name == "budget" else 2e-4
+    layout = make_layout(table_shards=table_shards, devices=jax.devices()[:4])
+    _, got, other_sums = _trained(*_made(dataset, tmp_path, layout, **RUNS[name]), 10)
+    for table, values in expected.values.items():
+        np.testing.assert_allclose(got.values[table], values, rtol=rounding, atol=1e-3)
+    for key, value in sums.items():
+        assert float(other_sums[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-5)
+
+
+def test_a_row_begins_as_without_shards(dataset, tmp_path):
+    layout = make_layout(devices=jax.devices()[:4])
+    split, _ = _made(dataset, tmp_path, layout)
+    whole, _ = _made(dataset, tmp_path, worlds.one_device(), user_shards=0)
+    begins = [
+        state.by_user(
+            trainer, state.make_serving_state(trainer)(state.init_state(trainer, 0), Context())
+        )
+        for trainer in (split, whole)
+    ]
+    for name, values in begins[0].values.items():
+        np.testing.assert_array_equal(values, begins[1].values[name])
+
+
+def _held(tree: Any) -> set[int]:
+    """Bytes of a device, of each."""
+    held: dict[Any, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for part in leaf.addressable_shards:
+            held[part.device] = held.get(part.device, 0) + part.data.nbytes
+    return set(held.values())
+
+
+def test_what_belongs_to_users_falls_with_the_devices(dataset, tmp_path):
+    knobs = {**RUNS["calibrated"], "unlisted_share": 0.5}
+    one = None
+    for devices in (1, 2, 4, 8):
+        layout = make_layout(devices=jax.devices()[:devices])
+        trainer, arrays = _made(dataset, tmp_path, layout, **knobs)
+        begin = state.init_state(trainer, 0)
+        serving = state.make_serving_state(trainer)(begin, Context())
+        of_users = (
+            arrays.interactions.own,
+            arrays.guidance.own,
+            begin.tables["user"],
+            serving.values["user"],
+        )
+        sizes = [_held(part) for part in of_users]
+        assert all(len(size) == 1 for size in sizes), "each device has as much"
+        held = [size.pop() for size in sizes]
+        one = one or held
+        assert held == [size // devices for size in one]
+        # What is left whole is of items, or a number.
+        assert max(x.size for x in (*arrays.interactions.whole, *arrays.guidance.whole)) <= 30
+
+
+def test_a_run_goes_on_elsewhere_and_is_served_whole(dataset, tmp_path):
+    """Begun on four devices with two table shards, finished on two, restored on three."""
+    knobs = {**SMALL, **RUNS["calibrated"], "epochs": 4}
+
+    def run(name: str, **more: Any):
+        return make_run(str(dataset.path), str(tmp_path / name), **{**knobs, **more})
+
+    with worlds.runs_on(4):
+        loop.train(run("split", epochs=2, table_shards=2))
+    with worlds.runs_on(3), pytest.raises(ConfigError, match=r"user_shards=8 is not a multiple of"):
+        loop.train(run("split"))
+    with worlds.runs_on(4), pytest.raises(ConfigError, match=r"--user_shards: 8 -> 4"):
+        loop.train(run("split", user_shards=4))
+    with worlds.runs_on(2):
+        resumed = loop.train(run("split"))
+    with worlds.runs_on(1):
+        whole = loop.train(run("whole"))
+        expected = restore.restore_run(str(tmp_path / "whole"))
+    assert resumed.best_metric == pytest.approx(whole.best_metric, rel=1e-3)
+    for devices, which in ((3, "best"), (4, "best"), (2, "last")):
+        with worlds.runs_on(devices):
+            got = restore.restore_run(str(tmp_path / "split"), which)
+            if which == "last":
+                expected = restore.restore_run(str(tmp_path / "whole"), which)
+        for name, values in got.serving.values.items():
+            assert values.shape == expected.serving.values[name].shape
+            np.testing.assert_allclose(values, expected.serving.values[name], rtol=1e-3, atol=1e-4)
+
+
+REFUSED = {
+    "--backbone=lightgcn": {"backbone": "lightgcn"},
+    "--guidance=kd": {"guidance": "kd", "teacher": "t"},
+    "--negatives=in_batch": {"negatives": "in_batch"},
+    "--pair_selection=largest_gap": {**GUIDED, "pair_selection": "largest_gap"},
+    "--reference_runs": {**GUIDED, "uncertainty": "ensemble", "reference_runs": "a,b"},
+    "--init_from": {"init_from": "other"},
+    "--kernels=native": {"kernels": "native"},
+}
+
+
+@pytest.mark.parametrize("named", REFUSED)
+def test_what_would_be_whole_on_a_device_is_refused(named):
+    with pytest.raises(ConfigError, match=rf"^--user_shards=8: {named}.*; drop one of them$"):
+        make_run("data", "run", user_shards=8, **REFUSED[named])
+
+
+def test_sizes_that_shards_cannot_share_are_refused(dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"--batch_size=20 is not a multiple of the 8 shards of"):
+        _made(dataset, tmp_path, worlds.one_device(), batch_size=20)
+    with pytest.raises(ConfigError, match=r"--labelled_per_step=12 is not a multiple of the 8"):
+        _made(dataset, tmp_path, worlds.one_device(), **RUNS["calibrated"], labelled_per_step=12)
+
+
+def test_layouts_know_their_users(dataset, tmp_path):
+    trainer, _ = _made(dataset, tmp_path, worlds.one_device())
+    users = trainer.layout.users
+    rows = users.row_of(np.arange(43))
+    np.testing.assert_array_equal(users.user_of(rows), np.arange(43))
+    assert len(set(rows.tolist())) == 43
+    assert rows.max() < users.table_rows
+    assert dataclasses.replace(trainer.layout, users=None).table_rows(43, of_users=True) == 128
+    assert pathlib.Path(trainer.config.workdir) == tmp_path
