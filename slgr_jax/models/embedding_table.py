@@ -337,9 +337,7 @@ def update(
     ids, grads = ids.reshape(-1), grads.reshape(-1, width)
 
     if layout.splits(of_users=of_users):
-        first = 0 if layout.devices == 1 else layout.device_index() * table.shape[0]
-        own = layout.own_rows(ids)
-        return update_block(table, slot, own, grads, optimizer, generator, first=first)
+        return update_own(table, slot, ids, grads, layout, optimizer, generator)
 
     def apply(carry: tuple[Any, Any], local: jax.Array, summands: jax.Array) -> tuple[Any, Any]:
         first = layout.table_index() * table.shape[0]
@@ -355,6 +353,21 @@ def update(
         words = _given(generator) if bfloat16 else None
         return cpu.row_update(table, slot, ids, grads, words, optimizer.rule)
     return update_block(table, slot, ids, grads, optimizer, generator)
+
+
+def update_own(
+    table: Num[Array, "Rs W"],
+    slot: Int[Array, "Rs"],
+    users: Int[Array, "N"],
+    grads: Float[Array, "N D"],
+    layout: Layout,
+    optimizer: RowOptimizer,
+    generator: UInt32[Array, "2"] | None,
+) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
+    """`update` of the rows of this device's own users: nobody else has a gradient of them."""
+    first = 0 if layout.devices == 1 else layout.device_index() * table.shape[0]
+    own = layout.own_rows(users)
+    return update_block(table, slot, own, grads, optimizer, generator, first=first)
 
 
 def update_block(

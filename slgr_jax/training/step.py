@@ -90,7 +90,7 @@ class Trainer(Learner):
             width = self.backbone.tables[model.user_table].width
             if native:
                 return DotAccess(model, width, self.row_optimizer)
-            if layout.devices > 1 and layout.table_shards == 1 and layout.users is None:
+            if layout.devices > 1 and layout.table_shards == 1:
                 return BroadcastDotAccess(model, width, self.row_optimizer, layout)
         vector_l2 = self.config.vectors.vector_l2
         return RowAccess(self.backbone, self.row_optimizer, layout, native, vector_l2)

@@ -1,0 +1,143 @@
+"""What does a device hold, and a process, where users are split over them?
+
+    python benchmarks/speed/user_shards.py [--size=large] [--user_shards=128] [--devices=1,2,4,8]
+
+mf, d = 64, Adagrad, guided by lists through a calibrated gate, on synthetic pairs. A child process
+for each number of virtual CPU devices makes the arrays, the state and the serving state of a run,
+as training does, and adds up what each device really holds of them (`addressable_shards`), with
+--user_shards and without; then two processes of two devices each, gloo between them. Printed:
+megabytes of a device by part, the same on all of them, and of a process; beside them what
+`slgr train --plan` says of the same parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import synthetic
+from absl import flags as absl_flags
+
+from slgr_jax import cluster
+from slgr_jax.cli import flags
+
+PARTS = ("user table", "item table", "interactions", "teacher", "serving")
+
+
+def define() -> tuple[str, ...]:
+    """Define the flags; their names."""
+    absl_flags.DEFINE_enum("size", "large", sorted(synthetic.SIZES), "of the pairs")
+    absl_flags.DEFINE_integer("user_shards", 128, "parts that users are cut in", lower_bound=1)
+    absl_flags.DEFINE_list("devices", ["1", "2", "4", "8"], "numbers of devices")
+    absl_flags.DEFINE_string("child", "", "of a child: FOLDER,SHARDS,DEVICES[,HOST:PORT/process]")
+    return ("size", "user_shards", "devices")
+
+
+def child(folder: str, user_shards: int, devices: int, place: str) -> None:
+    """One process; prints a line of JSON: bytes by part of each of its devices, and the plan's."""
+    if place:
+        address, process = place.split("/")
+        cluster.start(cluster.Place(address, 2, int(process)))
+    import jax
+    import synthetic_dataset
+
+    from slgr_jax.config import make_run
+    from slgr_jax.training import build, memory_plan, state
+
+    dataset = synthetic_dataset.from_pairs(synthetic.Pairs.load(folder), folder, validation=True)
+    run = make_run(
+        folder, "", user_shards=user_shards, kernels="xla", guidance="pairwise", gate="calibrated",
+        teacher=synthetic_dataset.TEACHER, labelled_per_step=4096,
+    )  # fmt: skip
+    made = build.build(run, dataset)
+    begin = state.init_state(made.trainer, 0)
+    serving = state.make_serving_state(made.trainer)(begin, made.arrays.context)
+    trees = (
+        begin.tables["user"],
+        begin.tables["item"],
+        made.arrays.interactions,
+        made.arrays.guidance,
+        serving,
+    )
+    held: dict[str, list[int]] = {}
+    for name, tree in zip(PARTS, trees, strict=True):
+        by_device: dict[Any, int] = {}
+        for leaf in jax.tree.leaves(tree):
+            for part in leaf.addressable_shards:
+                by_device[part.device] = by_device.get(part.device, 0) + part.data.nbytes
+        held[name] = list(by_device.values())
+    planned = {}
+    if not place:
+        (plan,) = memory_plan.make_plans(run, dataset, [(devices, 1)])
+        names = ("tables", "interactions", "teacher", "step", "draws", "device")
+        planned = {name: getattr(plan, name) for name in names}
+    print(json.dumps({"held": held, "plan": planned}))
+
+
+def _start(folder: str, user_shards: int, devices: int, place: str = "") -> subprocess.Popen[str]:
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    words = ",".join([folder, str(user_shards), str(devices), place])
+    command = [sys.executable, __file__, f"--child={words}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+
+
+def _read(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    read: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return read
+
+
+def main(_: list[str]) -> None:
+    given = flags.FLAGS
+    if given.child:
+        folder, shards, devices, *place = given.child.split(",")
+        child(folder, int(shards), int(devices), "".join(place))
+        return
+    import synthetic_dataset
+
+    from slgr_jax.reports import tables
+
+    rows: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = synthetic.make(synthetic.SIZES[given.size])
+        pairs.save(folder)
+        dataset = synthetic_dataset.from_pairs(pairs, folder, validation=True)
+        synthetic_dataset.write_teachers(dataset)
+        del dataset, pairs
+        for shards in (0, given.user_shards):
+            for devices in given.devices if shards else given.devices[-1:]:
+                read = _read(_start(folder, shards, int(devices)))
+                held = {name: sizes[0] for name, sizes in read["held"].items()}
+                assert all(len(set(sizes)) == 1 for sizes in read["held"].values())
+                held["of these, --plan"] = sum(
+                    read["plan"][name] for name in ("tables", "interactions", "teacher")
+                )
+                rows.append(_row(shards, f"1 x {devices}", "device", held))
+            with socket.create_server(("localhost", 0)) as server:
+                address = f"localhost:{server.getsockname()[1]}"
+            both = [_start(folder, shards, 2, f"{address}/{number}") for number in (0, 1)]
+            for read in [_read(process) for process in both][:1]:
+                held = {name: sum(sizes) for name, sizes in read["held"].items()}
+                rows.append(_row(shards, "2 x 2", "process", held))
+    print("MB\n")
+    print(tables.markdown_table(rows))
+
+
+def _row(shards: int, mesh: str, of: str, held: dict[str, int]) -> dict[str, str]:
+    total = sum(held[name] for name in PARTS)
+    row = {"--user_shards": str(shards), "processes x devices": mesh, "of a": of}
+    row |= {name: f"{held[name] / 1e6:.1f}" for name in PARTS}
+    row["all of these"] = f"{total / 1e6:.1f}"
+    row["--plan of all but serving"] = f"{held.get('of these, --plan', 0) / 1e6:.1f}"
+    return row
+
+
+if __name__ == "__main__":
+    flags.run(main, usage=__doc__, sections=(), own=define())
