@@ -11,6 +11,7 @@ of their table, their interactions, their preferences. A device draws for its ow
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from typing import Any, TypeVar
@@ -25,7 +26,6 @@ DATA, TABLE = "data", "table"
 ROW_UNIT = 128
 _LLVM_LEVEL = "xla_backend_optimization_level"
 T = TypeVar("T")
-Numbers = TypeVar("Numbers", jax.Array, np.ndarray)
 
 
 def put(tree: Any, sharding: Any) -> Any:
@@ -47,18 +47,36 @@ def put(tree: Any, sharding: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class UserShards:
-    """Users dealt out to V shards, a constant of a run: user u is number u // V of shard u % V.
+    """Users dealt out to V shards, a constant of a run; each device has V / devices of them.
 
-    Each device has V / devices of them, one after another. Dealing gives all shards as many users,
-    and about as many interactions however the order of users and their histories go together.
+    All shards have as many users, to one, and about as many interactions: users by falling number
+    of interactions, V at a time, the first of them to the shard that has fewest so far. So lanes
+    weigh about 1 (`sampling.user_shards`), and no shard's arrays are much longer than another's.
 
     Attributes:
       count: V.
       users: U.
+      row: [U] where each user is in a table of all users, shard after shard.
     """
 
     count: int
     users: int
+    row: np.ndarray = dataclasses.field(compare=False, repr=False)
+
+    @classmethod
+    def deal(cls, interactions: np.ndarray, count: int) -> UserShards:
+        """Args:
+        interactions: [U] how many each user has.
+        """
+        users, load = interactions.size, np.zeros(count, np.int64)
+        row, rows = np.empty(users, np.int32), -(-users // count) + 1
+        falling = np.argsort(-interactions.astype(np.int64), kind="stable")
+        for number, begin in enumerate(range(0, users, count)):
+            some = falling[begin : begin + count]
+            shards = np.argsort(load, kind="stable")[: some.size]
+            load[shards] += interactions[some]
+            row[some] = shards * rows + number
+        return cls(count, users, row)
 
     @property
     def rows(self) -> int:
@@ -70,13 +88,17 @@ class UserShards:
         """Rows of a table of all users, shard after shard."""
         return self.count * self.rows
 
-    def row_of(self, users: Numbers) -> Numbers:
-        """Where users are in a table of all users."""
-        return (users % self.count) * self.rows + users // self.count
+    @functools.cached_property
+    def by_row(self) -> np.ndarray:
+        """[V, rows] whose row each is; U: nobody's."""
+        whose = np.full(self.table_rows, self.users)
+        whose[self.row] = np.arange(self.users)
+        return whose.reshape(self.count, self.rows)
 
-    def user_of(self, rows: Numbers) -> Numbers:
-        """Whose rows of a table of all users they are; past the last user, nobody's."""
-        return (rows % self.rows) * self.count + rows // self.rows
+    def of_shard(self, shard: int) -> np.ndarray:
+        """The users of a shard, in its order: its number k is in its row k."""
+        whose = self.by_row[shard]
+        return whose[whose < self.users]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +244,10 @@ class Layout:
         """The first of this device's shards of users."""
         return 0 if self.devices == 1 else self.device_index() * self.shards_here
 
-    def own_rows(self, users: jax.Array) -> jax.Array:
-        """Where this device's users are in its block of a table of users."""
+    def own_rows(self, rows: jax.Array) -> jax.Array:
+        """Where this device's users are in its block of a table of users, from their rows in it."""
         assert self.users is not None, "users are split"
-        return self.users.row_of(users) - self.first_shard() * self.users.rows
+        return rows - self.first_shard() * self.users.rows
 
 
 def make_layout(

@@ -256,7 +256,7 @@ def score_own_chunk(
     """`score_chunk` where users are split: each device scores its own, with what it has of them.
 
     Args:
-      users: a device's part of them are its own.
+      users: their rows of `split`; a device's part of them are its own.
       specs: of the leaves of `state`; those of users are split over all devices.
     """
     del room
@@ -279,8 +279,8 @@ def _own_rows(users: jax.Array, split: UserShards, mesh: Mesh | None) -> jax.Arr
     """Where a device's users are in what it has of them, inside a `shard_map`; padding stays -1."""
     first: jax.Array | int = 0
     if mesh is not None:
-        first = jax.lax.axis_index(mesh.axis_names) * (split.count // mesh.size) * split.rows
-    return jnp.where(users < 0, -1, split.row_of(jnp.maximum(users, 0)) - first)
+        first = jax.lax.axis_index(mesh.axis_names) * (split.table_rows // mesh.size)
+    return jnp.where(users < 0, -1, users - first)
 
 
 def _own_csr(rows: DeviceCsr) -> DeviceCsr:

@@ -128,7 +128,7 @@ class _Scorer:
         size = 1 if self.mesh is None else self.mesh.size
         if self.split is None or size == 1:
             return users
-        device = (users % self.split.count) // (self.split.count // size)
+        device = self.split.row[users] // (self.split.table_rows // size)
         share = self.chunk // size
         chunks = -(-int(np.bincount(device, minlength=size).max()) // share)
         arranged = np.full((chunks, size, share), -1, np.int32)
@@ -169,6 +169,8 @@ class _Scorer:
             of_chunk = users[begin : begin + self.chunk]
             padded = np.full(self.chunk, -1, np.int32)
             padded[: of_chunk.size] = of_chunk
+            if self.split is not None:
+                padded = np.where(padded < 0, -1, self.split.row[padded])
             chunk = put(padded, by_user)
 
             scores = self._score(self._room, self._state, chunk)

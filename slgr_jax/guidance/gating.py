@@ -331,6 +331,6 @@ def gate_inputs(
         score_margin=scores[:, 0] - scores[:, 1],
         teacher_margin=margins,
         reference_margin=reference_margin,
-        fold=gates.folds(users),
+        fold=gates.folds(users) if facts.fold is None else facts.fold,
     )
     return jax.tree.map(jax.lax.stop_gradient, inputs)

@@ -174,9 +174,8 @@ def init_table(
 ) -> Num[Array, "Rp W"]:
     """A fresh table [Rp, W], created shard by shard on the devices of `layout`.
 
-    The values do not depend on the number of devices, nor on how users are split. Each is a
-    function of its row (its user) and column, so that no second array of the table's size is ever
-    made.
+    The values do not depend on the number of devices. Each is a function of its row and column,
+    so that no second array of the table's size is ever made.
 
     Args:
       initial: what rows begin with instead; None: all are drawn.
@@ -188,8 +187,6 @@ def init_table(
 
     def make(key: jax.Array, initial: InitialRows | None) -> jax.Array:
         ids = jnp.arange(rows, dtype=jnp.int32)
-        if spec.of_users and layout.users is not None:
-            ids = layout.users.user_of(ids)
         values = random_bits.normal(random_bits.of_rows(key, ids, width))
         values = values * np.float32(spec.init_std / np.sqrt(width))
         if initial is not None:
@@ -242,7 +239,8 @@ def lookup(
         data are loaded; here an id outside would silently read another row.
       width: D.
       layout: the mesh; with one table shard this is a plain gather.
-      of_users: whether the ids are of users. Where those are split, a device asks for its own.
+      of_users: whether the ids are of users. Where those are split they are rows of
+        `UserShards`, and a device asks for its own.
     """
     row_format = RowFormat.of(table, width)
 
@@ -364,7 +362,11 @@ def update_own(
     optimizer: RowOptimizer,
     generator: UInt32[Array, "2"] | None,
 ) -> tuple[Num[Array, "Rs W"], Int[Array, "Rs"]]:
-    """`update` of the rows of this device's own users: nobody else has a gradient of them."""
+    """`update` of the rows of this device's own users: nobody else has a gradient of them.
+
+    Args:
+      users: their rows of `UserShards`.
+    """
     first = 0 if layout.devices == 1 else layout.device_index() * table.shape[0]
     own = layout.own_rows(users)
     return update_block(table, slot, own, grads, optimizer, generator, first=first)

@@ -68,12 +68,15 @@ class Facts:
       log_history, log_popularity: log(1 + training interactions) of each user, of each item, with
         mean 0 and standard deviation 1.
       cold, tail: 1 where the user is cold, where the item is tail.
+      fold: which half of the users each is in (`gates.folds`), where users are split and known by
+        their rows; None: their number says.
     """
 
     log_history: Float[Array, "U"]
     log_popularity: Float[Array, "I"]
     cold: Float[Array, "U"]
     tail: Float[Array, "I"]
+    fold: Int[Array, "U"] | None = None
 
 
 @struct.dataclass
@@ -84,6 +87,7 @@ class PairFacts:
     log_popularity: Float[Array, "*G 2"]
     cold: Float[Array, "*G"]
     tail: Float[Array, "*G 2"]
+    fold: Int[Array, "*G"] | None = None
 
 
 @struct.dataclass

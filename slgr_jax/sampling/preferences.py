@@ -215,4 +215,5 @@ def pair_facts(
         log_popularity=at(facts.log_popularity, items),
         cold=at(facts.cold, users),
         tail=at(facts.tail, items),
+        fold=None if facts.fold is None else facts.fold[users],
     )

@@ -97,17 +97,15 @@ class ByUser:
             self._order = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=shards.users)
         self._offsets = np.concatenate([[0], np.cumsum(counts)])
-        # Row k, column v: user k V + v, number k of shard v.
-        dealt = np.zeros((shards.rows, shards.count), np.int64)
-        dealt.reshape(-1)[: counts.size] = counts
-        self._begins = np.cumsum(dealt, axis=0) - dealt
-        self.counts = dealt.sum(axis=0)
+        dealt = np.append(counts, 0)[shards.by_row]
+        self._begins = np.cumsum(dealt, axis=1) - dealt
+        self.counts = dealt.sum(axis=1)
         self.longest = max(int(self.counts.max()), 1)
 
     def bounds(self) -> ShardRows:
         """[V, rows] where the entries of each user begin in those of the shard."""
         shape = (self._shards.count, self._shards.rows)
-        return ShardRows(shape, np.dtype(np.int32), lambda shard: self._begins[:, shard])
+        return ShardRows(shape, np.dtype(np.int32), lambda shard: self._begins[shard])
 
     def entries(self, values: np.ndarray) -> ShardRows:
         """[V, longest, ...] the [n, ...] values of each shard's entries."""
@@ -130,7 +128,7 @@ class ByUser:
             rank = np.empty_like(self._order)
             rank[self._order] = np.arange(rank.size)
             place = rank[entries]
-        begins = self._begins.reshape(-1)[owners]
+        begins = self._begins.reshape(-1)[self._shards.row[owners]]
         local = place - self._offsets[owners] + begins
         return np.where(entries < 0, -1, local).astype(np.int32)
 
@@ -144,7 +142,7 @@ class ByUser:
 
     def _places(self, shard: int) -> np.ndarray:
         """[n_v] which of the n entries are the shard's, in its order."""
-        users = np.arange(shard, self._shards.users, self._shards.count)
+        users = self._shards.of_shard(shard)
         begins, counts = self._offsets[users], self._offsets[users + 1] - self._offsets[users]
         within = np.cumsum(counts) - counts
         places = np.repeat(begins - within, counts) + np.arange(counts.sum())
@@ -159,8 +157,13 @@ def _numbers(of_shard: np.ndarray) -> ShardRows:
 def _of_users(values: np.ndarray, shards: UserShards) -> Any:
     """[V, rows] the [U] values of each shard's users."""
     return ShardRows(
-        (shards.count, shards.rows), values.dtype, lambda shard: values[shard :: shards.count]
+        (shards.count, shards.rows), values.dtype, lambda shard: values[shards.of_shard(shard)]
     )
+
+
+def _numbers_of(users: np.ndarray, shards: UserShards) -> np.ndarray:
+    """The number that each user has in its shard."""
+    return shards.row[users] % shards.rows
 
 
 def _owners(offsets: Any) -> np.ndarray:
@@ -188,7 +191,7 @@ def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:
     if data.targets is not None:
         targets, share = _targets(data.targets, shards)
     return Interactions(
-        users=by_user.entries(np.asarray(data.users) // shards.count),
+        users=by_user.entries(_numbers_of(np.asarray(data.users), shards)),
         items=by_user.entries(data.items),
         negatives=_excluded(data.negatives, shards),
         cumulative=data.cumulative,
@@ -197,6 +200,7 @@ def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:
             log_popularity=facts.log_popularity,
             cold=_of_users(np.asarray(facts.cold), shards),
             tail=facts.tail,
+            fold=None if facts.fold is None else _of_users(np.asarray(facts.fold), shards),
         ),
         targets=targets,
         hard=None if data.hard is None else _hard(data.hard, shards),
@@ -207,7 +211,7 @@ def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:
 def _targets(targets: Targets, shards: UserShards) -> tuple[Targets, Share]:
     by_user: Any = ByUser(np.asarray(targets.users), shards)
     return Targets(
-        users=by_user.entries(np.asarray(targets.users) // shards.count),
+        users=by_user.entries(_numbers_of(np.asarray(targets.users), shards)),
         items=by_user.entries(targets.items),
         as_of=None if targets.as_of is None else by_user.entries(targets.as_of),
         labels=None if targets.labels is None else by_user.entries(targets.labels),
@@ -226,7 +230,7 @@ def deal_teacher(teacher: Teacher, shards: UserShards) -> Teacher:
         users = np.asarray(teacher.users)
         by_user: Any = ByUser(users, shards)
         dealt = teacher.replace(  # type: ignore[attr-defined]
-            users=by_user.entries(users // shards.count),
+            users=by_user.entries(_numbers_of(users, shards)),
             items=by_user.entries(teacher.items),
             margins=by_user.entries(teacher.margins),
             share=by_user.share(),
@@ -237,7 +241,7 @@ def deal_teacher(teacher: Teacher, shards: UserShards) -> Teacher:
     starts = np.array(teacher.starts)
     of_starts: Any = ByUser(starts[:, 1], shards)
     starts[:, 0] = by_user.local(starts[:, 0], starts[:, 1])
-    starts[:, 1] //= shards.count
+    starts[:, 1] = _numbers_of(starts[:, 1], shards)
     dealt = teacher.replace(  # type: ignore[attr-defined]
         offsets=by_user.bounds(),
         items=by_user.entries(teacher.items),
@@ -269,7 +273,7 @@ def deal_labels(source: LabelSource, teacher: Teacher, shards: UserShards) -> La
     return LabelSource(
         ChosenItems(
             offsets=of_chosen.bounds(),
-            users=of_chosen.entries(users // shards.count),
+            users=of_chosen.entries(_numbers_of(users, shards)),
             items=of_chosen.entries(chosen.items),
             as_of=of_chosen.entries(chosen.as_of),
             negatives=_excluded(chosen.negatives, shards),

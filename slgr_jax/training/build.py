@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
-from slgr_jax.guidance import hard_negatives, make_guidance
+from slgr_jax.guidance import gates, hard_negatives, make_guidance
 from slgr_jax.guidance.base import Sources
 from slgr_jax.guidance.pairwise import Pairwise
 from slgr_jax.kernels import build as kernel_build
@@ -117,6 +119,10 @@ def _placed(trainer: Trainer, interactions: Interactions, guided: Any) -> Device
     users, guidance, layout = trainer.layout.users, trainer.guidance, trainer.layout
     if users is None:
         return DeviceArrays(layout.put(interactions), guidance=layout.put(guided))
+    # A step knows users by their rows, and a gate by their number.
+    fold = gates.folds(jnp.arange(users.users))
+    facts = dataclasses.replace(interactions.facts, fold=fold)
+    interactions = dataclasses.replace(interactions, facts=facts)
     interactions = user_shards.deal_interactions(interactions, users)
     if guidance is not None:
         assert isinstance(guidance, Pairwise), "config.RunConfig refuses others"

@@ -251,5 +251,5 @@ def with_users(layout: Layout, run: config.RunConfig, dataset: Dataset) -> Layou
       ConfigError: the devices do not divide its shards of users.
     """
     count = run.train.user_shards
-    users = UserShards(count, dataset.n_users) if count else None
+    users = UserShards.deal(dataset.history, count) if count else None
     return dataclasses.replace(layout, users=users)

@@ -131,7 +131,7 @@ def _draw_shard(
         drawn = drawn[0], guidance.draw(of_guidance, of_teacher, interactions.facts, None)
 
     def named(queries: Queries) -> Queries:
-        return dataclasses.replace(queries, users=queries.users * users.count + number)
+        return dataclasses.replace(queries, users=number * users.rows + queries.users)
 
     of_shard: tuple[Batch, Any] = jax.tree.map(
         lambda x: named(x) if isinstance(x, Queries) else x,

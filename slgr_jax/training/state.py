@@ -205,11 +205,11 @@ def by_user(learner: Learner, serving: ServingState) -> ServingState:
     ]
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)
-    def dealt_back(rows: jax.Array) -> jax.Array:
-        by_shard = rows.reshape(users.count, users.rows, -1)
-        return by_shard.swapaxes(0, 1).reshape(users.table_rows, -1)[: users.users]
+    def dealt_back(values: jax.Array, row: jax.Array) -> jax.Array:
+        return values[row]
 
-    values = {name: dealt_back(serving.values[name]) for name in split}
+    row = layout.put(users.row)
+    values = {name: dealt_back(serving.values[name], row) for name in split}
     return dataclasses.replace(serving, values={**serving.values, **values})
 
 

@@ -64,13 +64,13 @@ def _sources(dataset, users: np.ndarray, *, below: bool, pairs: bool) -> tuple[A
 
 
 def _world_of(dataset, path, users: np.ndarray):
-    """The same world without other users, counted anew."""
-    parts = []
+    """The same world without other users, counted anew in the order of `users`."""
+    parts, number = [], np.zeros(dataset.n_users, np.int32)
+    number[users] = np.arange(users.size)
     for name in PARTS:
         part = dataset.part(name)
         keep = np.isin(part.users, users)
-        own = np.searchsorted(users, part.users[keep])
-        parts.append(np.stack([own, part.items[keep]], axis=1))
+        parts.append(np.stack([number[part.users[keep]], part.items[keep]], axis=1))
     return worlds.write_dataset(path, *parts, n_users=users.size, n_items=30)
 
 
@@ -92,7 +92,7 @@ def test_a_shard_has_the_arrays_of_a_world_of_its_users(tmp_path, kind):
     """7 shards of 40 users: some have a user more. What the device does not read is left out."""
     dataset = worlds.random_dataset(tmp_path / "d", n_users=40)
     knobs = {"below": kind == "below", "pairs": kind == "pairs"}
-    shards = UserShards(7, 40)
+    shards = UserShards.deal(dataset.history, 7)
     interactions, teacher, labels = _sources(dataset, np.arange(40), **knobs)
     own = (
         user_shards.deal_interactions(interactions, shards),
@@ -100,7 +100,7 @@ def test_a_shard_has_the_arrays_of_a_world_of_its_users(tmp_path, kind):
         user_shards.deal_labels(labels, teacher, shards),
     )
     for shard in (0, 6):
-        users = np.arange(shard, 40, 7)
+        users = shards.of_shard(shard)
         world = _world_of(dataset, tmp_path / f"d{shard}", users)
         alone = _leaves(_sources(world, users, **knobs))
         compared = 0
@@ -115,37 +115,52 @@ def test_a_shard_has_the_arrays_of_a_world_of_its_users(tmp_path, kind):
 def test_entries_in_any_order_are_found_where_they_were_dealt():
     rng = np.random.default_rng(0)
     owners, values = rng.integers(0, 23, 300), rng.random(300)
-    shards = UserShards(4, 23)
+    shards = UserShards.deal(np.bincount(owners, minlength=23), 4)
+    shard, row = np.divmod(shards.row, shards.rows)
     by_user = user_shards.ByUser(owners, shards)
     local = by_user.local(np.arange(300), owners)
     dealt, bounds = by_user.entries(values).block(0, 4), by_user.bounds().block(0, 4)
-    np.testing.assert_array_equal(dealt[owners % 4, local], values)
-    row = owners // 4
-    assert (bounds[owners % 4, row] <= local).all()
-    assert (local < bounds[owners % 4, row + 1]).all()
-    assert (np.bincount(owners % 4) == by_user.counts).all()
+    shard, row = shard[owners], row[owners]
+    np.testing.assert_array_equal(dealt[shard, local], values)
+    assert (bounds[shard, row] <= local).all()
+    assert (local < bounds[shard, row + 1]).all()
+    assert (np.bincount(shard) == by_user.counts).all()
 
 
 def test_counts_weights_and_facts_are_those_of_all(tmp_path):
     dataset = worlds.random_dataset(tmp_path / "d", n_users=5)
-    shards = UserShards(8, 5)  # more shards than users
+    shards = UserShards.deal(dataset.history, 8)  # more shards than users
     cold = np.arange(5) % 2
     made = arrays.interactions(
         dataset, make_run("d", "w", negatives="popularity").sampler, cold, np.zeros(30)
     )
     own = user_shards.deal_interactions(made, shards)
     of_user = np.bincount(dataset.positives(("train",)).owners(), minlength=5)
-    np.testing.assert_array_equal(own.share.count.block(0, 8), [*of_user, 0, 0, 0])
-    weights = own.share.weight.block(0, 8)
-    np.testing.assert_allclose(weights, 8 * own.share.count.block(0, 8) / of_user.sum())
-    for shard in range(5):
-        np.testing.assert_array_equal(own.facts.cold.block(shard, shard + 1)[0], [cold[shard], 0])
-        row = own.negatives.shifts.block(shard, shard + 1)[0][: of_user[shard]]
-        begin = of_user[:shard].sum()
-        np.testing.assert_array_equal(row, made.negatives.shifts[begin : begin + of_user[shard]])
+    shard_of, rows = np.divmod(shards.row, shards.rows)
+    assert (rows == 0).all()
+    expected = np.zeros(8, int)
+    expected[shard_of] = of_user
+    np.testing.assert_array_equal(own.share.count.block(0, 8), expected)
+    np.testing.assert_allclose(own.share.weight.block(0, 8), 8 * expected / of_user.sum())
+    for user, shard in enumerate(shard_of.tolist()):
+        np.testing.assert_array_equal(own.facts.cold.block(shard, shard + 1)[0], [cold[user], 0])
+        row = own.negatives.shifts.block(shard, shard + 1)[0][: of_user[user]]
+        begin = of_user[:user].sum()
+        np.testing.assert_array_equal(row, made.negatives.shifts[begin : begin + of_user[user]])
     assert own.cumulative is made.cumulative
     with pytest.raises(InputError, match=r"--user_shards=8: 3 of them have nothing to draw"):
         user_shards.refuse_empty_shards(own, shards)
+
+
+def test_shards_have_as_many_users_and_about_as_many_interactions():
+    """Heavy tails, sorted: dealt one after the other, the first shard would have the most."""
+    rng = np.random.default_rng(0)
+    counts = np.sort(rng.lognormal(3.0, 1.0, 2000)).astype(int)[::-1]
+    shards = UserShards.deal(counts, 16)
+    load = np.array([counts[shards.of_shard(shard)].sum() for shard in range(16)])
+    assert {shards.of_shard(shard).size for shard in range(16)} == {125}
+    assert load.max() / load.mean() < 1.05
+    assert sorted(shards.by_row[shards.by_row < 2000].tolist()) == list(range(2000))
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -176,10 +191,13 @@ def test_weighted_draws_are_uniform_over_pairs_and_preferences(tmp_path, n_users
     )
     batch, guided = jax.device_get(draw(keys, made.arrays))
 
+    shards = trainer.layout.users
+    whose = np.minimum(shards.by_row.ravel(), n_users - 1)  # nobody's weigh nothing
+    batch = batch.replace(queries=batch.queries.replace(users=whose[batch.queries.users]))
     pairs = dataset.positives(("train",))
     drawn = batch.queries.users.astype(np.int64) * 30 + batch.items[..., 0]
     real = batch.weights > 0
-    _uniform(drawn, batch.weights, pairs.keys(30), 8)
+    _uniform(drawn, batch.weights, pairs.keys(30), shards)
     negatives = batch.items[..., 1][real]
     assert not pairs.contains(batch.queries.users[real], negatives).any()
     one = batch.queries.users[real] == pairs.owners()[0]
@@ -191,19 +209,19 @@ def test_weighted_draws_are_uniform_over_pairs_and_preferences(tmp_path, n_users
     assert preferences.weights.sum(axis=1) == pytest.approx(64, rel=1e-5)
     real = preferences.weights > 0
     assert (preferences.margins[real] > 0).all()
-    starts = preferences.queries.users.astype(np.int64)
+    starts = whose[preferences.queries.users]
     expected = np.bincount(users, minlength=n_users) * 64 * 2000 / users.size
     seen = np.bincount(starts.ravel(), preferences.weights.ravel(), minlength=n_users)[:n_users]
     np.testing.assert_allclose(seen, expected, rtol=0.06)
 
 
-def _uniform(drawn: np.ndarray, weights: np.ndarray, keys: np.ndarray, shards: int) -> None:
+def _uniform(drawn: np.ndarray, weights: np.ndarray, keys: np.ndarray, shards: UserShards) -> None:
     """Weights of all keys are alike: by chi-square within a shard, whose lanes weigh the same."""
     index = np.searchsorted(keys, np.where(weights > 0, drawn, keys[0]))
     assert (keys[index] == drawn)[weights > 0].all()
     count = np.bincount(index[weights > 0], minlength=keys.size)
     weight = np.bincount(index.ravel(), weights.ravel(), minlength=keys.size)
-    shard = keys // 30 % shards
+    shard = shards.row[keys // 30] // shards.rows
     for number in np.unique(shard):
         assert scipy.stats.chisquare(count[shard == number]).pvalue > 1e-4
         mean = weight[shard == number].sum() / (shard == number).sum()

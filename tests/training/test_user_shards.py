@@ -70,20 +70,6 @@ def test_four_devices_have_the_numbers_of_one(dataset, tmp_path, name, table_sha
         assert float(other_sums[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-5)
 
 
-def test_a_row_begins_as_without_shards(dataset, tmp_path):
-    layout = make_layout(devices=jax.devices()[:4])
-    split, _ = _made(dataset, tmp_path, layout)
-    whole, _ = _made(dataset, tmp_path, worlds.one_device(), user_shards=0)
-    begins = [
-        state.by_user(
-            trainer, state.make_serving_state(trainer)(state.init_state(trainer, 0), Context())
-        )
-        for trainer in (split, whole)
-    ]
-    for name, values in begins[0].values.items():
-        np.testing.assert_array_equal(values, begins[1].values[name])
-
-
 def _held(tree: Any) -> set[int]:
     """Bytes of a device, of each."""
     held: dict[Any, int] = {}
@@ -172,9 +158,7 @@ def test_sizes_that_shards_cannot_share_are_refused(dataset, tmp_path):
 def test_layouts_know_their_users(dataset, tmp_path):
     trainer, _ = _made(dataset, tmp_path, worlds.one_device())
     users = trainer.layout.users
-    rows = users.row_of(np.arange(43))
-    np.testing.assert_array_equal(users.user_of(rows), np.arange(43))
-    assert len(set(rows.tolist())) == 43
-    assert rows.max() < users.table_rows
+    np.testing.assert_array_equal(users.by_row.ravel()[users.row], np.arange(43))
+    assert users.row.max() < users.table_rows
     assert dataclasses.replace(trainer.layout, users=None).table_rows(43, of_users=True) == 128
     assert pathlib.Path(trainer.config.workdir) == tmp_path
