@@ -91,7 +91,7 @@ from slgr_jax.config.training import (
     SamplerConfig,
     TrainConfig,
 )
-from slgr_jax.config.tune import TuneConfig
+from slgr_jax.config.tune import CompareConfig, SearchConfig, TuneConfig
 from slgr_jax.config.vectors import INIT_HOWS, VectorConfig
 
 __all__ = [
@@ -109,6 +109,7 @@ __all__ = [
     "CarryConfig",
     "CollectConfig",
     "CombineConfig",
+    "CompareConfig",
     "EMBEDDERS",
     "EmbedConfig",
     "EvaluationConfig",
@@ -165,6 +166,7 @@ __all__ = [
     "SPLITS",
     "SamplerConfig",
     "ScoreConfig",
+    "SearchConfig",
     "ServeConfig",
     "SliceConfig",
     "TABLE_DTYPES",

@@ -1,4 +1,4 @@
-"""The knobs of slgr tune."""
+"""The knobs of searches: slgr tune, and what slgr compare tunes its arms by."""
 
 from __future__ import annotations
 
@@ -11,7 +11,34 @@ PRUNERS = ("median", "hyperband", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneConfig(Section):
+class SearchConfig(Section):
+    """How settings are drawn."""
+
+    sampler: str = knob(
+        "tpe", "tpe learns from the trials so far, random does not", choices=SAMPLERS
+    )
+    sampler_seed: int = knob(0, "seed of what the sampler draws", minimum=0, maximum=COUNT)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(SearchConfig):
+    """The search, the same for every arm."""
+
+    trials: int = knob(
+        20,
+        "trials of each arm of each backbone, with seed 0; the first has the defaults",
+        minimum=1,
+        maximum=100_000,
+    )
+    widen: bool = knob(
+        True,
+        "give every arm twice a quarter of --trials more; where its best trial is at an end of a "
+        "range, in a wider one",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig(SearchConfig):
     """The search."""
 
     trials: int = knob(
@@ -30,10 +57,6 @@ class TuneConfig(Section):
     seeds: int = knob(
         1, "runs of a trial, from --seed on; their mean is its value", minimum=1, maximum=1000
     )
-    sampler: str = knob(
-        "tpe", "tpe learns from the trials so far, random does not", choices=SAMPLERS
-    )
-    sampler_seed: int = knob(0, "seed of what the sampler draws", minimum=0, maximum=COUNT)
     pruner: str = knob(
         "median",
         "stop a trial early: median = below the median of the others at that epoch; hyperband; "

@@ -1,4 +1,4 @@
-"""What `slgr tune` searches: knobs and the values each may take.
+"""What `slgr tune` and `slgr compare` search: knobs and the values each may take.
 
     lr=1e-3..1e-1:log      every number between two, on a logarithmic scale
     layers=1..4            every whole number between two, ends included
@@ -15,6 +15,7 @@ A config file has them in a table, as the same text, or as TOML writes such thin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Mapping, Sequence
@@ -108,11 +109,9 @@ def make_space(search: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str,
             "nothing to search: give --search=lr=1e-3..1e-1:log,dim=32|64|128, or a table [search] "
             "in --config"
         )
-    fields: dict[str, dataclasses.Field[Any]] = {}
-    hints: dict[str, Any] = {}
+    fields, hints = _fields(), dict[str, Any]()
     for section in config.sections().values():
         types = typing.get_type_hints(section)
-        fields |= {flag_name(field): field for field in dataclasses.fields(section)}
         hints |= {flag_name(field): types[field.name] for field in dataclasses.fields(section)}
     search = {"lambda" if name == "lambda_" else name: values for name, values in search.items()}
     config_file.refuse_unknown("--search", search, fields)
@@ -124,10 +123,8 @@ def make_space(search: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str,
             raise ConfigError(f"--search: {name} cannot be searched; {fix}")
         if name in fixed:
             raise ConfigError(f"--{name} is given and searched; drop one of the two")
-        space[name] = _read(name, hints[name], values)
-        ends = space[name]
-        tried = ends.values if isinstance(ends, Choice) else (ends.low, ends.high)
-        for value in tried:
+        of = space[name] = _read(name, hints[name], values)
+        for value in of.values if isinstance(of, Choice) else (of.low, of.high):
             _check_value(fields[name], name, values, value)
     return space
 
@@ -232,37 +229,120 @@ def corners(space: SearchSpace) -> list[dict[str, Any]]:
     ]
 
 
+def values_of(run: config.RunConfig) -> dict[str, Any]:
+    """Every knob of a run by its command-line name."""
+    return {
+        flag_name(field): getattr(getattr(run, section), field.name)
+        for section, kind in config.sections().items()
+        for field in dataclasses.fields(kind)
+    }
+
+
 def at_an_end(space: SearchSpace, chosen: Mapping[str, Any]) -> list[str]:
-    """`lr 0.0991 is at the end of its range 0.001..0.1:log` for each such knob of `chosen`.
+    """`lr 0.0991 is at the end of its range 0.001..0.1:log` for each such knob of `chosen`."""
+    return [
+        f"{name} {_shown(chosen[name])} is at the end of its range {space[name]}"
+        for name, _ in ends(space, chosen)
+    ]
+
+
+def ends(
+    space: SearchSpace, chosen: Mapping[str, Any], *, edge: float = _EDGE
+) -> list[tuple[str, int]]:
+    """(knob, 0 its low end or 1 its high end) for each knob of `chosen` that is at an end.
 
     Of choices only those of numbers have ends. An end that is the knob's own is none.
+
+    Args:
+      edge: share of a range, on its scale, that counts as its end.
     """
-    fields = {
+    at_ends = []
+    for name, of in space.items():
+        if name not in chosen:
+            continue
+        bounds = _bounds(of)
+        side = _side(of, bounds, chosen[name], edge)
+        if side is not None and bounds[side] != _limits(name)[side]:
+            at_ends.append((name, side))
+    return at_ends
+
+
+def wider(name: str, of: Range | Choice, side: int) -> tuple[Range | Choice, Any] | None:
+    """The range a step further at one side, and a value in the middle of what is new.
+
+    A step is a third of the range on its scale; of numbers to choose from the ratio of the last
+    two. It ends where the knob ends; None where it ends there already.
+    """
+    low, high = _bounds(of)
+    limit = _limits(name)[side]
+    if isinstance(of, Choice):
+        values = sorted(of.values)
+        last, before = (values[-1], values[-2]) if side else (values[0], values[1])
+        new = type(last)(last * last / before) if before else last
+        if new in of.values or (limit is not None and (new > limit if side else new < limit)):
+            return None
+        return Choice((*of.values, new) if side else (new, *of.values)), new
+
+    at, step = (high, 1) if side else (low, -1)
+    share = (high / low) ** (1 / 3) if of.log else (high - low) / 3
+    end = at * share**step if of.log else at + step * share
+    middle = at * share ** (step / 2) if of.log else at + step * share / 2
+    if limit is not None and (end - limit) * step >= 0:
+        end, middle = limit, (at + limit) / 2
+        if _is_open(name, side):  # the limit itself is no value
+            end = middle
+    if of.is_whole:
+        end, middle = round(end), round(middle)
+    else:
+        end, middle = float(f"{end:.4g}"), float(f"{middle:.4g}")
+    if end == at:
+        return None
+    return Range(*((low, end) if side else (end, high)), of.log), middle
+
+
+@functools.cache
+def _fields() -> dict[str, dataclasses.Field[Any]]:
+    return {
         flag_name(field): field
         for section in config.sections().values()
         for field in dataclasses.fields(section)
     }
-    ends = []
-    for name, of in space.items():
-        value, meta = chosen[name], knobs.knob_of(fields[name])
-        if isinstance(of, Choice):
-            numbers: Sequence[Any] = [v for v in of.values if type(v) in (int, float)]
-            low, high = (min(numbers), max(numbers)) if numbers else (None, None)
-            side = 0 if value == low else 1 if value == high else None
-        else:
-            low, high = of.low, of.high
-            side = _side(of, value)
-        own = (meta.minimum, meta.maximum)
-        if side is not None and (low, high)[side] != own[side]:
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            ends.append(f"{name} {shown} is at the end of its range {of}")
-    return ends
 
 
-def _side(of: Range, value: float) -> int | None:
+def _limits(name: str) -> tuple[float | None, float | None]:
+    """The least and the greatest value of a knob; None where there is none."""
+    if name not in _fields():
+        return None, None
+    meta = knobs.knob_of(_fields()[name])
+    return (
+        meta.above if meta.minimum is None else meta.minimum,
+        meta.below if meta.maximum is None else meta.maximum,
+    )
+
+
+def _is_open(name: str, side: int) -> bool:
+    """Whether a knob's limit is not among its values."""
+    meta = knobs.knob_of(_fields()[name])
+    return (meta.maximum if side else meta.minimum) is None
+
+
+def _bounds(of: Range | Choice) -> tuple[Any, Any]:
+    """The ends of a range, or of the numbers to choose from; None where these are none."""
+    if isinstance(of, Range):
+        return of.low, of.high
+    numbers: Sequence[Any] = [value for value in of.values if type(value) in (int, float)]
+    return (min(numbers), max(numbers)) if numbers else (None, None)
+
+
+def _side(of: Range | Choice, bounds: tuple[Any, Any], value: Any, edge: float) -> int | None:
     """0 or 1: the end of the range that a value is at; None in between."""
-    if of.is_whole:
-        return 0 if value == of.low else 1 if value == of.high else None
-    low, high, at = (math.log(x) if of.log else x for x in (of.low, of.high, value))
+    low, high = bounds
+    if isinstance(of, Choice) or of.is_whole:
+        return None if low is None else 0 if value == low else 1 if value == high else None
+    low, high, at = (math.log(x) if of.log else x for x in (low, high, value))
     share = (at - low) / (high - low)
-    return 0 if share < _EDGE else 1 if share > 1 - _EDGE else None
+    return 0 if share < edge else 1 if share > 1 - edge else None
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value

@@ -24,16 +24,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slgr_jax import config, progress
-from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.experiments import pool, results, search_space
+from slgr_jax.experiments import pool, results, sampler, search_space
 from slgr_jax.experiments.pool import LOGGER
-from slgr_jax.experiments.search_space import Choice, SearchSpace
+from slgr_jax.experiments.search_space import SearchSpace
 from slgr_jax.experiments.study_results import TrialResult, TuneResult, shown_settings
 from slgr_jax.files import write_atomically
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
     from tqdm import tqdm
@@ -207,13 +205,13 @@ def run_trial(plan: StudyPlan, draw: int) -> TrialResult:
     """
     import optuna
 
-    study = _loaded(plan, seed=_seed(plan, draw))
-    trial = study.ask(_distributions(plan.space))
+    study = _loaded(plan, seed=sampler.seed_of(plan.options.sampler_seed, draw))
+    trial = study.ask(sampler.distributions(plan.space))
     directory = trial.user_attrs.get("directory", f"{trial.number:04d}")
     trial.set_user_attr("directory", directory)
     reporter = _Reporter(study, trial, plan.metric)
     try:
-        outcomes = _train(plan.runs(_settings(plan, trial.params), directory), reporter)
+        outcomes = _train(plan.runs(sampler.settings(plan.space, trial.params), directory), reporter)
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     else:
@@ -277,10 +275,6 @@ class _Reporter:
 # --------------------------------------------------------------------- the study
 
 
-def _seed(plan: StudyPlan, draw: int) -> int:
-    return int(np.random.SeedSequence([plan.options.sampler_seed, draw]).generate_state(1)[0])
-
-
 def _storage(plan: StudyPlan) -> Any:
     import optuna
 
@@ -309,40 +303,12 @@ def _loaded(plan: StudyPlan, *, seed: int) -> Study:
         most = max(plan.runs(search_space.corners(plan.space)[0])[0].train.epochs, 2)
         least = min(options.prune_after, most - 1)
         pruner = optuna.pruners.HyperbandPruner(min_resource=least, max_resource=most)
-    random = options.sampler == "random"
-    samplers = optuna.samplers
-    sampler = samplers.RandomSampler(seed=seed) if random else samplers.TPESampler(seed=seed)
     return optuna.load_study(
-        study_name=NAME, storage=_storage(plan), sampler=sampler, pruner=pruner
+        study_name=NAME,
+        storage=_storage(plan),
+        sampler=sampler.make(options.sampler, seed),
+        pruner=pruner,
     )
-
-
-def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
-    from optuna import distributions as kinds
-
-    made: dict[str, BaseDistribution] = {}
-    for name, of in space.items():
-        if isinstance(of, Choice):
-            made[name] = kinds.CategoricalDistribution([_label(value) for value in of.values])
-        elif of.is_whole:
-            made[name] = kinds.IntDistribution(int(of.low), int(of.high), log=of.log)
-        else:
-            made[name] = kinds.FloatDistribution(of.low, of.high, log=of.log)
-    return made
-
-
-def _label(value: Any) -> Any:
-    """A choice as Optuna keeps it: lists are text."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-def _settings(plan: StudyPlan, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial's parameters are as knobs."""
-    settings = dict(params)
-    for name, of in plan.space.items():
-        if isinstance(of, Choice) and name in settings:
-            settings[name] = {_label(value): value for value in of.values}[settings[name]]
-    return settings
 
 
 def _opened(plan: StudyPlan) -> Study:
@@ -353,15 +319,11 @@ def _opened(plan: StudyPlan) -> Study:
     """
     from slgr_jax.data import schema
 
-    try:
-        import optuna
-        import tomli_w  # noqa: F401 - at the end it would be late to miss it
-    except ImportError as error:
-        raise ConfigError(
-            f"slgr tune needs the extra: pip install 'slgr_jax[tune]' ({error})"
-        ) from error
+    # tomli_w writes best.toml: at the end it would be late to miss it.
+    sampler.require("slgr tune", "optuna", "tomli_w")
+    import optuna
 
-    fixed = {name: _label(value) for name, value in plan.fixed.items()}
+    fixed = {name: sampler.label(value) for name, value in plan.fixed.items()}
     searched = {f"search {name}": str(of) for name, of in plan.space.items()}
     names = ("seeds", "sampler", "sampler_seed", "pruner", "prune_after")
     options = {name: getattr(plan.options, name) for name in names}
@@ -396,14 +358,10 @@ def _defaults(plan: StudyPlan) -> dict[str, Any] | None:
         run = config.make_run(plan.data, "", **plan.fixed)
     except ConfigError:  # what is fixed needs something that is searched
         return None
-    values = {
-        flag_name(field): getattr(getattr(run, section), field.name)
-        for section, kind in config.sections().items()
-        for field in dataclasses.fields(kind)
-    }
+    values = search_space.values_of(run)
     if any(values[name] not in of for name, of in plan.space.items()):
         return None
-    return {name: _label(values[name]) for name in plan.space}
+    return {name: sampler.label(values[name]) for name in plan.space}
 
 
 def _retry_unfinished(plan: StudyPlan, study: Study) -> None:
@@ -445,7 +403,7 @@ def _read(plan: StudyPlan, trial: FrozenTrial) -> TrialResult:
         state,
         trial.value if state == "complete" else None,
         attributes.get("epoch", trial.last_step),
-        _settings(plan, trial.params),
+        sampler.settings(plan.space, trial.params),
         str(plan.out / TRIALS / attributes.get("directory", f"{trial.number:04d}")),
         bool(attributes.get("default")),
     )
