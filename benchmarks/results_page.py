@@ -176,7 +176,9 @@ def _audits(audits: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def _confirmed(facts: Mapping[str, Any] | None) -> Iterator[str]:
     yield from ("## Confirmation", "")
-    yield "Data that no choice was made on, by [PROTOCOL.md](../benchmarks/PROTOCOL.md), which was"
+    edition = "" if facts is None else f"edition {facts.get('edition', 1)} of "
+    page = "[PROTOCOL.md](../benchmarks/PROTOCOL.md)"
+    yield f"Data that no choice was made on, by {edition}{page}, which was"
     yield "fixed before."
     if facts is None:
         yield "Not run yet."

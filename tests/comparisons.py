@@ -6,9 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slgr_jax import config
 from slgr_jax.experiments import arms, results
 
-GRID = {"lr": (0.1, 0.2), "l2": (0.0, 1.0, 2.0)}
+# What leaves the learning rate alone to search of `none`.
+GIVEN = {"l2": 0.01, "dropout": 0.0, "dim": 8, "loss": "bpr", "negatives": "uniform"}
 USERS, SEEDS = 24, 4
 KINDS = {"overall": "all", "cold_users": "all", "warm_users": "all", "tail_items": "tail",
          "head_items": "head"}  # fmt: skip
@@ -23,8 +25,7 @@ def plan_of(path, *, asked=("none", "global", "paper"), controls=(), own_arms=No
         "teacher": "llm",
         "backbones": ("mf",),
         "seeds": 3,
-        "lambdas": (1.0, 3.0),
-        "grids": {"mf": GRID},
+        "options": config.CompareConfig(trials=8, widen=False),
         "data": str(path / "data"),
         "out": path / "out",
     } | more

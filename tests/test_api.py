@@ -273,10 +273,9 @@ def test_a_comparison_of_arms(prepared, tmp_path, caplog):
             guidance=["none", "global"],
             controls=[],
             seeds=2,
-            tune={"lr": [0.05], "l2": [0.01]},
-            tune_lambda=[0.1],
-            tune_guidance_loss=False,
-            tune_base=False,
+            trials=2,
+            widen=False,
+            search="lr=0.05|0.1",
             workers=1,
             **SMALL,
         )

@@ -32,11 +32,7 @@ def compare(
     matched_to: str = "",
     focus: str = "",
     seeds: int = 5,
-    tune_runs: int = 0,
-    tune: Mapping[str, Sequence[float]] | None = None,
-    tune_lambda: Sequence[float] | None = None,
-    tune_guidance_loss: bool = True,
-    tune_base: bool = True,
+    search: str | Mapping[str, Any] = "",
     refit: bool = False,
     workers: int = 0,
     **knobs: Any,
@@ -52,27 +48,27 @@ def compare(
       teacher: product under DATA/teacher; without one only the arm none can be measured.
       preset: shape of a published table, table2 or table3.
       backbones: recommenders; mf by default.
-      guidance: arms; none, global, pointwise, rule, paper and calibrated by default.
+      guidance: arms; none, global, pointwise, rule, paper, calibrated and auto by default.
       arm: more arms, each `NAME:knob=value,knob=value`.
       controls: controls besides: constant, shuffled, consensus, popularity, item_item, ease,
         ials; all but ials by default.
-      matched_to: arm that controls copy; empty: the first that has a gate.
+      matched_to: arm that controls copy; empty: auto, or without it the first that has a gate.
       focus: arm that the verdict is about; empty: `matched_to`.
       seeds: runs of an arm, at least 2.
-      tune_runs: most tuning runs of an arm; 0: as many as `none` takes, its grid and `tune_base`.
-      tune: lr, l2, dropout -> values tried, in place of the backbone's own.
-      tune_lambda: values of lambda tried.
-      tune_guidance_loss: also try an arm's other loss, at its best lambda.
-      tune_base: also try other bases of `none`, and go beyond ends of what was tried.
+      search: ranges in place of the usual ones, or of more knobs, written as for `tune`.
       refit: also train every run once more, on training and validation; the verdict is theirs.
       workers: processes on a CPU; 0: one per core.
-      **knobs: of every run; one that is tuned is then fixed.
+      **knobs: of `slgr_jax.config.CompareConfig` (trials, sampler, sampler_seed, widen), and of
+        every run; what is given is not searched.
 
     Raises:
       UserError: what is asked for cannot be compared; said before the first run.
     """
-    from slgr_jax.experiments import arms, comparison
+    from slgr_jax.experiments import comparison, search_space
 
+    sections: tuple[type[Section], ...] = (config.CompareConfig, *config.sections().values())
+    values = knob_values(sections, knobs)
+    names = {flag_name(field) for field in dataclasses.fields(config.CompareConfig)}
     request = comparison.Request(
         teacher=teacher,
         preset=preset,
@@ -83,13 +79,10 @@ def compare(
         matched_to=matched_to,
         focus=focus,
         seeds=seeds,
-        tune_runs=tune_runs,
-        tune=tune or {},
-        tune_lambda=arms.LAMBDAS if tune_lambda is None else tune_lambda,
-        tune_guidance_loss=tune_guidance_loss,
-        tune_base=tune_base,
+        search=search_space.as_mapping(search),
+        options=section_of(config.CompareConfig, values),
         refit=refit,
-        knobs=knob_values(tuple(config.sections().values()), knobs),
+        knobs={name: value for name, value in values.items() if name not in names},
     )
     paths = [data] if isinstance(data, str | os.PathLike) else data
     places = [os.fspath(path) for path in paths]
@@ -129,7 +122,7 @@ def tune(
     plan = study.make_plan(
         os.path.abspath(data),
         pathlib.Path(out),
-        search_space.split_text(search) if isinstance(search, str) else search,
+        search_space.as_mapping(search),
         {name: value for name, value in values.items() if name not in names},
         section_of(config.TuneConfig, values),
     )

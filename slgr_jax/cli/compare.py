@@ -6,26 +6,29 @@
     slgr compare --quick --data=DATA --teacher=NAME
     slgr compare --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
 
-1. Tuning, on validation with seed 0: `none` over the backbone's grid, then other bases (a greater
-   width, other negatives, another loss); every other arm over lambda at the settings of `none`, its
-   other guidance loss at the best lambda, then over the grid, until it has had as many runs as
-   `none` (every lambda is tried at least). Ends of ranges are gone beyond.
-2. --seeds runs of every arm.
+1. Tuning, on validation with seed 0: one search for every arm, with as many trials, the same
+   sampler and the same ranges (learning rate, penalty, dropout, width, loss, the power of
+   popularity that negatives are drawn by; --search for others). An arm's own knobs (lambda, its
+   loss, ...) are searched within the same trials. Where the best trial is at an end of a range,
+   that range gets wider, and the report says so. Needs the extra tune.
+2. --seeds runs of every arm; of auto each with what that seed's validation prefers.
 3. Every run meets the test part, once.
 4. --refit: each once more, on training and validation: what one would serve.
 
 Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
 calibrated; hard_negatives (what the teacher lists against what `none` would recommend instead,
 calibrated with the margin of `none` among its inputs), on the same pairs global_hard_negatives
-(alpha 1) and paper_hard_negatives (the paper's gate); hard_own (no teacher: a user's own training
-items against a share of what `none` ranks highest); --arm for others (reference_runs=none: the run
-of `none` of the same seed).
-Controls, in every report: constant (the matched gate's mean alpha); shuffled (another user's
-answers, without this user's own training items); and as teachers consensus (what the LLM names
-most, the same for everybody), popularity, item_item, EASE (ease; ials where it is asked for).
+(alpha 1) and paper_hard_negatives (the paper's gate); auto (none, global, calibrated, paper or, of
+free lists, hard_negatives: which of them, its own search and then each seed's validation say);
+hard_own (no teacher: a user's own training items against a share of what `none` ranks highest);
+--arm for others (reference_runs=none: the run of `none` of the same seed).
+Controls, in every report: constant (the matched gate's mean weight, on the same pairs); shuffled
+(another user's answers, without this user's own training items); and as teachers consensus (what
+the LLM names most, the same for everybody), popularity, item_item, EASE (ease; ials where it is
+asked for).
 
 Called again it goes on where it was: finished runs are known by their settings and data. Other
-knobs of a run (--epochs, --batch_size, ...) hold for every arm; one that is tuned is then fixed.
+knobs of a run (--epochs, --batch_size, ...) hold for every arm; what is given is not searched.
 Writes DIR/report.md, report.json, summary.md, .csv and .tex, and pictures; of several data sets, in
 DIR/NAME. Ends with the small table and the verdict. Comparisons of several teachers may share DIR:
 the runs of `none` are trained once, and the report of another teacher moves to DIR/reports/TEACHER.
@@ -53,7 +56,7 @@ from slgr_jax.errors import ConfigError
 USAGE = __doc__ or ""
 
 
-def knob_sections() -> list[type[Section]]:
+def run_sections() -> list[type[Section]]:
     """The sections of a run without the knobs that a comparison sets itself."""
     from slgr_jax.experiments import comparison
 
@@ -76,7 +79,7 @@ def define() -> None:
     absl_flags.DEFINE_list(
         "guidance",
         list(comparison.DEFAULT_ARMS),
-        f"arms: {', '.join((*arms.ARMS, *arms.CONTROLS))}",
+        f"arms: {', '.join((*arms.ARMS, arms.AUTO, *arms.CONTROLS))}",
     )
     absl_flags.DEFINE_multi_string(
         "arm", [], "one more arm: NAME:knob=value,knob=value; may be given several times"
@@ -87,7 +90,9 @@ def define() -> None:
         f"controls besides, of {', '.join(arms.CONTROLS)}; --controls= for none of them",
     )
     absl_flags.DEFINE_string(
-        "matched_to", "", f"arm that controls copy; the first there is of {', '.join(arms.GATED)}"
+        "matched_to",
+        "",
+        f"arm that controls copy; the first there is of {', '.join((arms.AUTO, *arms.GATED))}",
     )
     absl_flags.DEFINE_string(
         "focus", "", "arm that the verdict is about; --matched_to unless given"
@@ -103,48 +108,14 @@ def define() -> None:
         "also train every run once more on training and validation, with its settings, epochs and "
         "gate: a second table and the verdict",
     )
-    _define_tuning(arms.TUNED[:-1], arms.LAMBDAS)
+    flags.define_space(
+        "search",
+        "ranges in place of the usual ones, or of more knobs: lr=1e-3..1e-1:log,layers=1..4,"
+        "dim=32|64|128; a table in a file",
+    )
     absl_flags.DEFINE_integer(
         "workers", 0, "processes on a CPU; 0 = one per core; accelerators take one", lower_bound=0
     )
-
-
-def _define_tuning(tuned: tuple[str, ...], lambdas: tuple[float, ...]) -> None:
-    absl_flags.DEFINE_integer(
-        "tune_runs",
-        0,
-        "most tuning runs per arm; 0 = as many as none takes: its grid and --tune_base",
-        lower_bound=0,
-    )
-    for name in tuned:
-        absl_flags.DEFINE_list(
-            f"tune_{name}", [], f"values of --{name} tried; empty = the backbone's"
-        )
-    absl_flags.DEFINE_list(
-        "tune_lambda", [f"{value:g}" for value in lambdas], "values of --lambda tried"
-    )
-    absl_flags.DEFINE_bool(
-        "tune_base",
-        True,
-        "also try, at the best point of none, --dim=256, negatives by popularity^0.5 and "
-        "--loss=bce (mf, lightgcn; a knob that is given is left alone), and one step further where "
-        "a chosen value is an end of what was tried",
-    )
-    absl_flags.DEFINE_bool(
-        "tune_guidance_loss",
-        True,
-        "also try, at an arm's best lambda, its other loss: hinge and logistic, of calibrated "
-        "confidence and hinge, of hard negatives the gate without a reference; paper and pointwise "
-        "keep their own, and --guidance_loss is that of every arm",
-    )
-
-
-def _values(name: str) -> tuple[float, ...]:
-    """The numbers of a --tune_ flag."""
-    try:
-        return tuple(float(text) for text in flags.FLAGS[name].value)
-    except ValueError as error:
-        raise ConfigError(f"--{name}: {error}; give numbers, e.g. --{name}=0.1,1") from error
 
 
 def _quick(given: absl_flags.FlagValues) -> None:
@@ -170,7 +141,7 @@ def _quick(given: absl_flags.FlagValues) -> None:
 
 def main(_: list[str]) -> None:
     """Compare; end with what was found."""
-    from slgr_jax.experiments import arms, comparison
+    from slgr_jax.experiments import comparison, search_space
 
     given = flags.FLAGS
     if given.quick:
@@ -193,13 +164,10 @@ def main(_: list[str]) -> None:
         matched_to=given.matched_to,
         focus=given.focus,
         seeds=given.seeds,
-        tune_runs=given.tune_runs,
-        tune={name: _values(f"tune_{name}") for name in arms.TUNED[:-1]},
-        tune_lambda=_values("tune_lambda"),
-        tune_guidance_loss=given.tune_guidance_loss,
-        tune_base=given.tune_base,
+        search=search_space.as_mapping(given.search),
+        options=flags.section_from_flags(config.CompareConfig),
         refit=given.refit,
-        knobs=flags.given_knobs(*knob_sections()),
+        knobs=flags.given_knobs(*run_sections()),
     )
     compared = comparison.compare_all(
         given.data,
@@ -217,7 +185,7 @@ def run() -> None:
         main,
         usage=USAGE,
         name="slgr compare",
-        sections=knob_sections(),
+        sections=[config.CompareConfig, *run_sections()],
         define=define,
         required=("data",),
     )

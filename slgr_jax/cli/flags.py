@@ -58,6 +58,18 @@ class _IntTuple(flags.ArgumentParser[tuple[int, ...]]):
             raise ValueError("expected integers separated by commas, e.g. 10,20") from error
 
 
+class _Space(flags.ArgumentParser[Any]):
+    """A search space: text on the command line, a table in a config file."""
+
+    def flag_type(self) -> str:
+        return "space"
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str | Mapping):
+            raise ValueError("expected a table of knobs and their values")
+        return argument
+
+
 class _TupleSerializer(flags.ArgumentSerializer[Any]):
     def serialize(self, value: Any) -> str:
         return ",".join(str(part) for part in value)
@@ -105,6 +117,11 @@ def define_section(section: type[Section]) -> None:
         if name in FLAGS:
             raise AssertionError(f"two knobs are called --{name}")
         _define(name, field.default, hint, meta)
+
+
+def define_space(name: str, text: str) -> None:
+    """Define a flag that holds a search space (`experiments.search_space`)."""
+    flags.DEFINE(_Space(), name, "", text)
 
 
 def _define(name: str, default: Any, hint: Any, meta: Knob) -> None:

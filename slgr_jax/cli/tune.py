@@ -12,9 +12,6 @@ it. Writes STUDY/best.toml, which slgr train --config takes. Needs the extra tun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from absl import flags as absl_flags
 
 from slgr_jax import api, config
@@ -29,25 +26,11 @@ SECTIONS: tuple[type[Section], ...] = (
 )
 
 
-class _Space(absl_flags.ArgumentParser[Any]):
-    """A search space: text on the command line, a table in a config file."""
-
-    def flag_type(self) -> str:
-        return "space"
-
-    def parse(self, argument: Any) -> Any:
-        if not isinstance(argument, str | Mapping):
-            raise ValueError("expected a table of knobs and their values")
-        return argument
-
-
 def define() -> None:
     """Define the flags that are no knobs."""
     absl_flags.DEFINE_string("data", None, "dataset directory that slgr prepare wrote")
     absl_flags.DEFINE_string("out", None, "directory of the study")
-    absl_flags.DEFINE(
-        _Space(), "search", "", "what to search: lr=1e-3..1e-1:log,layers=1..4,dim=32|64|128"
-    )
+    flags.define_space("search", "what to search: lr=1e-3..1e-1:log,layers=1..4,dim=32|64|128")
 
 
 def main(_: list[str]) -> None:

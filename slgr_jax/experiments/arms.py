@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slgr_jax import config
-from slgr_jax.config import CLICK_BACKBONES, DISTILLATIONS, SEQUENCE_BACKBONES, RunConfig
+from slgr_jax.config import DISTILLATIONS, RunConfig
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
+from slgr_jax.experiments.search_space import SearchSpace
 from slgr_jax.teacher.products import controls
 
 Settings = Mapping[str, float | str]
@@ -56,7 +57,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 VECTOR_ARMS = ("init", "adapter")
 # Arms that learn from no teacher.
 UNTAUGHT = ("none", "hard_own", *VECTOR_ARMS)
-# Arms in which alpha is learned or a rule: what controls can be matched to, first choice first.
+# Arms in which alpha is learned or a rule: what controls can be matched to, first choice first, but
+# for `auto`, which comes before them.
 GATED = (
     *("hard_negatives", "calibrated", "paper", "budget", "rule", "paper_hard_negatives"),
     *(f"{name}_selective" for name in DISTILLATIONS),
@@ -68,69 +70,14 @@ CONTROLS = ("constant", *controls.CONTROLS)
 DEFAULT_CONTROLS = tuple(control for control in CONTROLS if control != "ials")
 UNTUNED = ("constant", "shuffled")
 
-# Guidance losses that are tried: of a gate whose alpha is a probability, and of others. Where alpha
-# says how much and not how likely, a loss that aims at alpha would push against the teacher.
-LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("confidence", "hinge")}
-OTHER_LOSSES = ("hinge", "logistic")
-LITERAL = (
-    "paper",
-    "paper_hard_negatives",
-    "pointwise",
-)  # arms that keep the loss they are known by
-# What is tried of a gate with a reference, in place of another loss: the gate without it.
-BLIND: Mapping[str, str] = {"gate_inputs": "history,popularity,teacher"}
+# The arm that chooses: its search and each seed's validation say which of its variants a run is.
+# The last one only where unlisted items rank below the teacher's lists.
+AUTO = config.AUTO
+VARIANTS = ("none", "global", "calibrated", "paper")
+FREE_LISTS = "hard_negatives"
 
-LAMBDAS = (0.03, 0.1, 0.3, 1.0)
-# How much of an arm is tried first, where that is not lambda: knob and values.
-AMOUNTS: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "hard_own": ("hard_share", (0.03, 0.1, 0.3))
-}
-# What is tuned of each backbone: knob -> values; lambda comes on top for guided arms.
-_CLICK = {"lr": (5e-4, 1e-3), "dropout": (0.0, 0.1, 0.2, 0.5)}
-_SEQUENCE = {"lr": (5e-4, 1e-3), "dropout": (0.1, 0.2, 0.3, 0.5)}
-GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
-    "mf": {"lr": (0.05, 0.1), "l2": (0.005, 0.01, 0.02, 0.05)},
-    "lightgcn": {"lr": (1e-3, 3e-3), "l2": (1e-4, 1e-3, 3e-3, 1e-2)},
-    **dict.fromkeys(SEQUENCE_BACKBONES, _SEQUENCE),
-    **dict.fromkeys(CLICK_BACKBONES, _CLICK),
-}
-TUNED = ("lr", "l2", "dropout", "lambda")
-# What else is tried of `none`, and of arms that read vectors, at its best point, each alone and
-# what helps together: a gain over a weak recommender is that recommender's. Guided arms begin where
-# `none` ended.
-_BASES: tuple[Settings, ...] = (
-    {"dim": 256},
-    {"negatives": "popularity", "popularity_power": 0.5},
-    {"loss": "bce"},
-)
-BASES: Mapping[str, tuple[Settings, ...]] = dict.fromkeys(("mf", "lightgcn"), _BASES)
-
-
-def grids(
-    backbones: Sequence[str],
-    fixed: Mapping[str, Any],
-    tried: Mapping[str, tuple[float, ...]],
-) -> dict[str, dict[str, tuple[float, ...]]]:
-    """What is tuned of each backbone.
-
-    Args:
-      backbones: names.
-      fixed: knobs that are given: they are not tuned, but are in every setting.
-      tried: knob -> values in place of the backbone's own; empty: its own, if it has any.
-
-    Raises:
-      ConfigError: an unknown backbone.
-    """
-    unknown = [name for name in backbones if name not in GRIDS]
-    if unknown:
-        known = listing(GRIDS, limit=99)
-        raise ConfigError(f"--backbones: {listing(unknown)} is not one of: {known}")
-
-    replaced = {name: values for name, values in tried.items() if values}
-    for name in TUNED:
-        if name in fixed and name != "lambda":
-            replaced[name] = (float(fixed[name]),)
-    return {backbone: {**GRIDS[backbone], **replaced} for backbone in backbones}
+# Losses of pairs whose weight is not alpha: what a constant gate of their mean weight has instead.
+_CONSTANT_LOSS: Mapping[str, str] = {"confidence": "logistic", "gain": "logistic"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,19 +89,16 @@ class ComparisonPlan:
       out: directory of the runs and of the report.
       knobs: what the command line says of every run, by name.
       teacher: product under DATA/teacher; empty if no arm is guided.
-      vectors: product under DATA/embeddings; empty without `VECTOR_ARMS`.
       backbones, arms: what is compared; `none` is among the arms, controls come last.
       matched: the arm that controls take their knobs from; empty without controls.
       focus: the arm that the verdict is about.
       seeds: runs of an arm.
-      grids: backbone -> what is tuned of it.
-      lambdas: weights of the guidance that are tried.
-      tune_loss: also try what `variants` says of an arm, at its best lambda.
+      options: how every arm is searched.
+      search: knob -> what it may be, in place of `arm_spaces.RANGES` and of arms' own ranges.
+      softmax: loss in place of softmax where the catalogue is large (`arm_spaces.softmax_of`).
+      variants: what `auto` chooses among.
       own_arms: arms beside `ARMS`: name -> knobs.
-      tune_runs: most tuning runs of an arm; 0: as many as `none` takes, which are its grid, `bases`
-        and what `widen` asks for.
-      bases: backbone -> what is tried of `none` at its best point.
-      widen: where the best value is an end of what was tried, try one step further, at most twice.
+      vectors: product under DATA/embeddings; empty without `VECTOR_ARMS`.
       refit: also train every run once more, on training and validation.
     """
 
@@ -167,23 +111,13 @@ class ComparisonPlan:
     matched: str
     focus: str
     seeds: int
-    grids: Mapping[str, Mapping[str, tuple[float, ...]]]
-    lambdas: tuple[float, ...]
-    tune_loss: bool = True
+    options: config.CompareConfig = dataclasses.field(default_factory=config.CompareConfig)
+    search: SearchSpace = dataclasses.field(default_factory=dict)
+    softmax: str = "softmax"
+    variants: tuple[str, ...] = VARIANTS
     own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    tune_runs: int = 0
     vectors: str = ""
-    bases: Mapping[str, tuple[Settings, ...]] = dataclasses.field(default_factory=dict)
-    widen: bool = False
     refit: bool = False
-
-    @property
-    def searched_arms(self) -> tuple[str, ...]:
-        """Tuned arms whose settings are points of the backbone's grid, `none` among them: those
-        without a teacher or an amount of their own."""
-        return tuple(
-            arm for arm in self.tuned_arms if not self.teacher_of(arm) and arm not in AMOUNTS
-        )
 
     @property
     def tuned_arms(self) -> tuple[str, ...]:
@@ -192,31 +126,32 @@ class ComparisonPlan:
 
     def teacher_of(self, arm: str) -> str:
         """The product that `arm` learns from."""
-        knobs = {**ARMS, **self.own_arms}.get(arm, {})
-        if knobs.get("guidance") == "none":
+        if {**ARMS, **self.own_arms}.get(arm, {}).get("guidance") == "none":
             return ""
         return (
             controls.control_name(self.teacher, arm) if arm in controls.CONTROLS else self.teacher
         )
 
-    def knobs_of(self, arm: str) -> dict[str, Any]:
-        """The knobs that make the arm, its teacher among them."""
+    def copied(self, arm: str) -> str:
+        """The arm whose knobs an arm has: itself, or of a control what it is matched to."""
+        return self.matched if arm in CONTROLS else arm
+
+    def chooses(self, arm: str) -> bool:
+        """Whether a variant is among an arm's settings: `auto`, and controls matched to it."""
+        return self.copied(arm) == AUTO
+
+    def knobs_of(self, arm: str, variant: str = "") -> dict[str, Any]:
+        """The knobs that make the arm, its teacher among them.
+
+        Args:
+          variant: of an arm that chooses.
+        """
         of_arm = {
             name: self.vectors if value == VECTORS else value
-            for name, value in {**ARMS, **self.own_arms}[
-                self.matched if arm in CONTROLS else arm
-            ].items()
+            for name, value in {**ARMS, **self.own_arms}[variant or self.copied(arm)].items()
         }
-        if arm == "constant":  # its alpha is a setting: the matched gate's mean
-            knobs = {**self._shared_knobs(of_arm), **of_arm, "teacher": self.teacher}
-            matched = config.make_run("", "", **knobs)
-            loss = matched.guidance_loss_name
-            of_arm["gate"] = "constant"
-            if of_arm["guidance"] == "pairwise":
-                # `gain` compares alpha with a prior, which a constant gate has not: `confidence` is
-                # its counterpart for a gate that compares with 1/2.
-                of_arm["guidance_loss"] = {"gain": "confidence"}.get(loss, loss)
-        return {**of_arm, "teacher": self.teacher_of(arm)}
+        guided = of_arm.get("guidance") != "none"
+        return {**of_arm, "teacher": self.teacher_of(arm) if guided else ""}
 
     def _shared_knobs(self, of_arm: Mapping[str, Any]) -> dict[str, Any]:
         """The knobs of every run, without those of a guidance that the arm does not have: a run
@@ -229,29 +164,6 @@ class ComparisonPlan:
         }
         return {name: value for name, value in self.knobs.items() if name not in unused}
 
-    def amounts(self, arm: str) -> tuple[Settings, ...]:
-        """What is tried first of an arm, at the settings of `none`: the values of lambda."""
-        name, values = AMOUNTS.get(arm, ("lambda", self.lambdas))
-        values = (self.knobs[name],) if name in self.knobs else values
-        return tuple({name: value} for value in values)
-
-    def variants(self, arm: str) -> tuple[Settings, ...]:
-        """What is tried beside the arm as it is: its other guidance loss, or its gate without the
-        reference."""
-        of_arm = self.knobs_of(arm)
-        knobs = {**self._shared_knobs(of_arm), **of_arm}
-        copied = self.matched if arm in CONTROLS else arm
-        if not self.tune_loss or copied in LITERAL or of_arm["guidance"] != "pairwise":
-            return ()
-        if copied == "hard_negatives":
-            return (BLIND,)
-        if "guidance_loss" in knobs:
-            return ()
-
-        default = config.make_run("", "", **knobs).guidance_loss_name
-        losses = LOSSES.get(knobs.get("gate", ""), OTHER_LOSSES)
-        return tuple({"guidance_loss": loss} for loss in losses if loss != default)
-
     def config(
         self,
         backbone: str,
@@ -262,7 +174,7 @@ class ComparisonPlan:
         *,
         reference: pathlib.Path | None = None,
     ) -> RunConfig:
-        """The run of an arm with its settings.
+        """The run of an arm with its settings, the variant of one that chooses among them.
 
         Args:
           reference: the run of `none` that an arm with one reads.
@@ -270,32 +182,38 @@ class ComparisonPlan:
         Raises:
           ConfigError: a knob has no such value, an arm's gate for instance.
         """
-        of_arm = self.knobs_of(arm)
+        settings = dict(settings)
+        of_arm = self.knobs_of(arm, str(settings.pop("variant", "")))
         knobs = {**self._shared_knobs(of_arm), **of_arm, **settings}
         if "negatives" in of_arm:  # what the arm is, whatever suits `none`
             knobs["negatives"] = of_arm["negatives"]
         if knobs.get("reference_runs") == REFERENCE and reference is not None:
             knobs["reference_runs"] = str(reference)
-        return config.make_run(self.data, str(workdir), backbone=backbone, seed=seed, **knobs)
+        where = {"backbone": backbone, "seed": seed}
+        if arm == "constant" and of_arm["guidance"] != "none":
+            learned = {name: value for name, value in knobs.items() if name != "alpha"}
+            run = config.make_run(self.data, str(workdir), **where, **learned)
+            if run.guidance.guidance == "pairwise":
+                loss = run.guidance_loss_name
+                knobs["guidance_loss"] = _CONSTANT_LOSS.get(loss, loss)
+            knobs["gate"] = "constant"
+        return config.make_run(self.data, str(workdir), **where, **knobs)
 
-    def tune_dir(self, backbone: str, arm: str, settings: Settings) -> pathlib.Path:
-        """Where a tuning run is kept."""
-        parts = (
-            f"{key}{value if isinstance(value, str) else format(value, 'g')}"
-            for key, value in settings.items()
-        )
-        return self._folder(backbone, "tune", arm) / "_".join([arm, *parts])
+    def tune_dir(self, backbone: str, arm: str) -> pathlib.Path:
+        """Where the tuning runs of an arm are kept, each in `trial_N`."""
+        return self._folder(backbone, "tune", arm) / arm
 
     def run_dir(self, backbone: str, arm: str, tuned: Mapping[str, Any], seed: int) -> pathlib.Path:
         """Where a run that meets the test part is kept: that of seed 0 is the run that tuning
         trained, where it did.
 
         Args:
-          tuned: what tuning tried and chose of the arm.
+          tuned: what tuning tried and chose of the arm, or of a finalist of `auto`.
         """
-        if seed == 0 and tuned["tried"]:
-            return self.tune_dir(backbone, arm, tuned["chosen"])
-        return self._folder(backbone, "runs", arm) / f"{arm}_seed{seed}"
+        if seed == 0 and tuned["trial"] is not None:
+            return self.tune_dir(backbone, arm) / trial_name(tuned["trial"])
+        variant = f"_{tuned['chosen']['variant']}" if self.chooses(arm) else ""
+        return self._folder(backbone, "runs", arm) / f"{arm}{variant}_seed{seed}"
 
     def _folder(self, backbone: str, kind: str, arm: str) -> pathlib.Path:
         """Arms that learn from a teacher have a folder of its name: comparisons of several teachers
@@ -310,28 +228,36 @@ class ComparisonPlan:
     def run(
         self, backbone: str, arm: str, of_arms: Mapping[str, Mapping[str, Any]], seed: int
     ) -> RunConfig:
-        """The run of a seed with the settings that tuning chose.
+        """The run of a seed with the settings that tuning chose; of `auto` the first finalist's.
 
         Args:
           of_arms: arm -> what tuning tried and chose.
         """
-        tuned = of_arms[arm]
+        return self._run(backbone, arm, of_arms, of_arms[arm], seed)
+
+    def candidates(
+        self, backbone: str, arm: str, of_arms: Mapping[str, Mapping[str, Any]], seed: int
+    ) -> list[RunConfig]:
+        """The runs of a seed that validation chooses among: of `auto` its finalists, else one."""
+        finalists = of_arms[arm].get("finalists") or [of_arms[arm]]
+        return [self._run(backbone, arm, of_arms, of, seed) for of in finalists]
+
+    def _run(
+        self,
+        backbone: str,
+        arm: str,
+        of_arms: Mapping[str, Mapping[str, Any]],
+        tuned: Mapping[str, Any],
+        seed: int,
+    ) -> RunConfig:
         workdir = self.run_dir(backbone, arm, tuned, seed)
         reference = self.run_dir(backbone, "none", of_arms["none"], seed)
         return self.config(backbone, arm, tuned["chosen"], workdir, seed, reference=reference)
 
-    def check(self) -> None:
-        """Refuse what no run can be made of, before the first one.
 
-        Raises:
-          ConfigError: an arm, a backbone or a knob that there is not.
-        """
-        for backbone in self.backbones:
-            for arm in self.arms:
-                try:
-                    self.config(backbone, arm, {}, self.out)
-                except ConfigError as error:
-                    raise ConfigError(f"arm {arm} of {backbone}: {error}") from error
+def trial_name(number: int) -> str:
+    """The directory of a trial."""
+    return f"trial_{number:03d}"
 
 
 def own_arm(text: str) -> tuple[str, dict[str, Any]]:
@@ -345,7 +271,7 @@ def own_arm(text: str) -> tuple[str, dict[str, Any]]:
     pairs = [part.partition("=") for part in rest.split(",")]
     if not re.fullmatch(r"[A-Za-z0-9-]+", name) or not all(k and v for k, _, v in pairs):
         raise ConfigError(f"--arm={text}: write NAME:knob=value,knob=value")
-    if name in ARMS or name in CONTROLS:
+    if name in ARMS or name in CONTROLS or name == AUTO:
         raise ConfigError(f"--arm={text}: there is an arm {name} already; give another name")
     return name, {"guidance": "pairwise"} | {key: _value(value) for key, _, value in pairs}
 
@@ -369,17 +295,17 @@ def choose(
     Args:
       asked: arms, controls among them or not.
       wanted: more controls; left out where there is nothing to control.
-      matched, focus: arms, or empty: the first of `GATED` among the arms; the focus may be any.
+      matched, focus: arms, or empty: the first of `auto` and `GATED` among the arms; the focus may
+        be any.
       own_arms: arms beside `ARMS`; they are compared without being asked for.
 
     Raises:
       ConfigError: an unknown arm, or one that cannot be matched.
     """
-    unknown = [arm for arm in asked if arm not in (*ARMS, *CONTROLS)]
+    unknown = [arm for arm in asked if arm not in (*ARMS, AUTO, *CONTROLS)]
     if unknown:
-        known = listing((*ARMS, *CONTROLS), limit=99)
-        hint = "; slgr train alone takes auto" if config.AUTO in unknown else ""
-        raise ConfigError(f"--guidance: {listing(unknown)} is not one of: {known}{hint}")
+        known = listing((*ARMS, AUTO, *CONTROLS), limit=99)
+        raise ConfigError(f"--guidance: {listing(unknown)} is not one of: {known}")
 
     unknown = [arm for arm in wanted if arm not in CONTROLS]
     if unknown:
@@ -388,6 +314,7 @@ def choose(
     plain = [arm for arm in dict.fromkeys(["none", *asked, *own_arms]) if arm not in CONTROLS]
     gated = [arm for arm in GATED if arm in plain]
     gated += [arm for arm, knobs in own_arms.items() if knobs.get("gate", "constant") != "constant"]
+    gated = [AUTO, *gated] if AUTO in plain else gated
     for flag, arm, among in (("matched_to", matched, gated), ("focus", focus, plain[1:])):
         if arm and arm not in among:
             raise ConfigError(f"--{flag}={arm} is not one of the arms: {listing(among)}")
@@ -396,7 +323,7 @@ def choose(
     if asked_controls and not gated:
         raise ConfigError(
             f"--guidance: the control {asked_controls[0]} copies an arm with a gate; add one of: "
-            f"{listing(GATED)}"
+            f"{listing((AUTO, *GATED))}"
         )
 
     matched = matched or (gated[0] if gated else "")

@@ -16,12 +16,21 @@ from typing import Any
 
 from slgr_jax import config
 from slgr_jax.errors import ConfigError, listing
-from slgr_jax.experiments import arms, pool, presets, results, tuning
+from slgr_jax.experiments import (
+    arm_spaces,
+    arms,
+    pool,
+    presets,
+    results,
+    sampler,
+    search_space,
+    tuning,
+)
 from slgr_jax.experiments.arms import ComparisonPlan
 from slgr_jax.files import write_atomically
 
 LOGGER = logging.getLogger(__name__)
-DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated")
+DEFAULT_ARMS = ("none", "global", "pointwise", "rule", "paper", "calibrated", arms.AUTO)
 # Knobs of a run that a comparison sets itself.
 SET_HERE = frozenset(
     {
@@ -45,17 +54,14 @@ class Request:
       guidance: arms; `DEFAULT_ARMS` by default.
       arm: more arms, each NAME:knob=value,knob=value.
       controls: controls besides; all by default, none of them with a preset.
-      matched_to: arm that controls copy; empty: the first gated arm.
+      matched_to: arm that controls copy; empty: `auto` where it is asked for, else the first gated.
       focus: arm that the verdict is about; empty: `matched_to`.
       seeds: runs of an arm, at least 2.
-      tune_runs: tuning runs of an arm; 0: as many as the backbone's grid has points.
-      tune: lr, l2, dropout -> values tried; empty: the backbone's own.
-      tune_lambda: values of lambda tried.
-      tune_guidance_loss: also try an arm's other loss, at its best lambda.
-      tune_base: also try other bases of `none` (`arms.BASES`), and one step further than an end of
-        what was tried.
+      search: knob -> what it may be, as `search_space` reads it: in place of what is searched of
+        every arm that has the knob.
+      options: how every arm is searched.
       refit: also train every run once more, on training and validation; the verdict is theirs.
-      knobs: of every run, by their command-line names; one that is tuned is then fixed.
+      knobs: of every run, by their command-line names; what is given is not searched.
     """
 
     teacher: str = ""
@@ -68,11 +74,8 @@ class Request:
     matched_to: str = ""
     focus: str = ""
     seeds: int = 5
-    tune_runs: int = 0
-    tune: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
-    tune_lambda: Sequence[float] = arms.LAMBDAS
-    tune_guidance_loss: bool = True
-    tune_base: bool = True
+    search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: config.CompareConfig = dataclasses.field(default_factory=config.CompareConfig)
     refit: bool = False
     knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -86,6 +89,8 @@ class Request:
                 f"--{fixed[0]}={self.knobs[fixed[0]]} is set by the arms of a comparison; choose "
                 "arms with --guidance, --arm and --backbones instead"
             )
+        if fixed := sorted(SET_HERE & set(self.search)):
+            raise ConfigError(f"--search: {fixed[0]} is set by the arms of a comparison; drop it")
 
 
 def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
@@ -94,6 +99,8 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
     Raises:
       ConfigError: an arm, a control or a knob that there is not, or nothing to tune.
     """
+    from slgr_jax.data import schema
+
     request = _with_preset(request)
     asked = request.guidance or ()
     if not request.teacher and not set(asked) <= set(arms.UNTAUGHT):
@@ -116,42 +123,29 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         arms_asked, controls, request.matched_to, request.focus, more_arms
     )
 
-    knobs, backbones = request.knobs, request.backbones or ("mf",)
-    given = (knobs["lambda"],) if "lambda" in knobs else request.tune_lambda
-    tried = {name: tuple(map(float, values)) for name, values in request.tune.items()}
+    backbones, knobs = request.backbones or ("mf",), request.knobs
+    search = search_space.make_space(request.search, knobs) if request.search else {}
+    n_items = schema.read_dataset_manifest(data).counts["items"]
     plan = ComparisonPlan(
         data=data,
         out=out,
-        knobs={name: value for name, value in knobs.items() if name not in arms.TUNED},
+        knobs=knobs,
         teacher=request.teacher,
         backbones=tuple(dict.fromkeys(backbones)),
         arms=chosen,
         matched=matched,
         focus=focus,
         seeds=request.seeds,
-        grids=arms.grids(backbones, knobs, tried),
-        lambdas=tuple(map(float, given)),
-        tune_loss=request.tune_guidance_loss,
+        options=request.options,
+        search=search,
+        softmax=arm_spaces.softmax_of(n_items),
+        variants=arm_spaces.variants_of(data, request.teacher) if arms.AUTO in chosen else (),
         own_arms=more_arms,
-        tune_runs=request.tune_runs,
         vectors=request.vectors,
-        bases=_bases(backbones, knobs) if request.tune_base else {},
-        widen=request.tune_base,
         refit=request.refit,
     )
-    _check_lambdas(plan)
-    plan.check()
+    arm_spaces.check(plan)
     return plan
-
-
-def _bases(
-    backbones: Sequence[str], knobs: Mapping[str, Any]
-) -> dict[str, tuple[arms.Settings, ...]]:
-    """The bases that are tried of each backbone, without those of a knob that is given."""
-    return {
-        backbone: tuple(base for base in arms.BASES.get(backbone, ()) if not knobs.keys() & base)
-        for backbone in backbones
-    }
 
 
 def _with_preset(request: Request) -> Request:
@@ -169,18 +163,6 @@ def _with_preset(request: Request) -> Request:
     )
 
 
-def _check_lambdas(plan: ComparisonPlan) -> None:
-    if not any(map(plan.teacher_of, plan.arms)):
-        return
-    if not plan.lambdas:
-        raise ConfigError("--tune_lambda is empty; give at least one value")
-    if 0 < plan.tune_runs < len(plan.lambdas):
-        raise ConfigError(
-            f"--tune_runs={plan.tune_runs} is below the {len(plan.lambdas)} values of "
-            "--tune_lambda; raise it, or try fewer"
-        )
-
-
 # --------------------------------------------------------------------- one data set
 
 
@@ -195,17 +177,9 @@ def compare(plan: ComparisonPlan, workers: int, command: str = "") -> dict[str, 
     train = functools.partial(pool.train_runs, workers=workers, root=plan.out)
     LOGGER.info("tuning %s of %s", listing(plan.arms, 99), listing(plan.backbones, 99))
     tuned = tuning.tune(plan, train)
-    runs = {
-        (backbone, arm): [plan.run(backbone, arm, of_arms, seed) for seed in range(plan.seeds)]
-        for backbone, of_arms in tuned.items()
-        for arm in plan.arms
-    }
-
-    every = [run for seeds in runs.values() for run in seeds]
     LOGGER.info("%d seeds of each", plan.seeds)
-    for run, outcome in zip(every, train(every), strict=True):
-        if outcome["error"]:
-            raise ConfigError(f"{run.workdir}: {outcome['error']}")
+    runs = _train_seeds(plan, tuned, train)
+    every = [run for seeds in runs.values() for run in seeds]
 
     LOGGER.info("meeting the test part")
     pool.evaluate_runs(every, workers=workers)
@@ -219,6 +193,37 @@ def compare(plan: ComparisonPlan, workers: int, command: str = "") -> dict[str, 
 
 
 _Runs = Mapping[tuple[str, str], Sequence[config.RunConfig]]
+
+
+def _train_seeds(plan: ComparisonPlan, tuned: tuning.Tuned, train: tuning.Train) -> _Runs:
+    """A run a seed of every arm; where it has finalists, the one that is best on that seed's
+    validation, which is added to `tuned`.
+
+    Raises:
+      ConfigError: a run diverged, and so did the other finalist, where there is one.
+    """
+    candidates = {
+        (backbone, arm, seed): plan.candidates(backbone, arm, of_arms, seed)
+        for backbone, of_arms in tuned.items()
+        for arm in plan.arms
+        for seed in range(plan.seeds)
+    }
+    every = [run for of_seed in candidates.values() for run in of_seed]
+    outcomes = {run.workdir: outcome for run, outcome in zip(every, train(every), strict=True)}
+    runs: dict[tuple[str, str], list[config.RunConfig]] = {}
+    for (backbone, arm, _), of_seed in candidates.items():
+        valid = {run: outcomes[run.workdir]["best_metric"] for run in of_seed}
+        finished = [run for run in of_seed if outcomes[run.workdir]["error"] is None]
+        if not finished:
+            raise ConfigError(f"{of_seed[0].workdir}: {outcomes[of_seed[0].workdir]['error']}")
+        best = max(finished, key=lambda run: valid[run] or 0.0)
+        runs.setdefault((backbone, arm), []).append(best)
+        if finalists := tuned[backbone][arm].get("finalists"):
+            names = [finalist["chosen"]["variant"] for finalist in finalists]
+            choice = {"variant": names[of_seed.index(best)]}
+            choice["valid"] = dict(zip(names, valid.values(), strict=True))
+            tuned[backbone][arm].setdefault("by_seed", []).append(choice)
+    return runs
 
 
 def _refit(plan: ComparisonPlan, runs: _Runs, train: tuning.Train) -> _Runs:
@@ -310,6 +315,7 @@ def _protocol(plan: ComparisonPlan, tuned: tuning.Tuned, command: str) -> dict[s
         "matched_to": plan.matched,
         "focus": plan.focus,
         "seeds": plan.seeds,
+        "search": dataclasses.asdict(plan.options),
         "budget": {
             backbone: {arm: len(its["tried"]) for arm, its in of_arms.items() if its["tried"]}
             for backbone, of_arms in tuned.items()
@@ -449,6 +455,7 @@ def compare_all(
     """
     from slgr_jax.data import shards
 
+    sampler.require("slgr compare", "optuna")
     names = [pool.check_data(path) for path in data]
     if len(set(names)) < len(names):
         raise ConfigError(f"--data: {listing(names)}: two data sets of one name")

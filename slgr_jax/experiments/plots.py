@@ -96,7 +96,8 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 def _spread(rows: Sequence[Mapping[str, Any]], middle: str) -> np.ndarray:
     """[2, n] lengths of error bars; NaN where there is no interval."""
     centre = _column(rows, middle)
-    return np.stack([centre - _column(rows, "low"), _column(rows, "high") - centre])
+    lengths = np.stack([centre - _column(rows, "low"), _column(rows, "high") - centre])
+    return np.maximum(lengths, 0.0)  # of equal seeds, rounding leaves less than 0
 
 
 def _bars(rows: Sequence[Row], style: Style) -> Any:

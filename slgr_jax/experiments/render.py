@@ -8,8 +8,9 @@ from typing import Any
 from slgr_jax.experiments import results
 from slgr_jax.experiments.arms import CONTROLS
 from slgr_jax.experiments.summary import REFERENCES, Row
-from slgr_jax.experiments.tuning import as_text, at_an_end
+from slgr_jax.experiments.tuning import as_text
 
+Tuned = Mapping[str, Mapping[str, Mapping[str, Any]]]
 _TESTS = (
     "Means over seeds; +- half of the 95 % interval (Student's t over seeds). vs: difference to "
     "that arm, seed by seed. p seeds: paired t-test over seeds; p users: over users, each user's "
@@ -44,7 +45,8 @@ def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     title = f"# {protocol['data']}"
     title += f", teacher {protocol['teacher']}" if protocol["teacher"] else ""
 
-    lines = [title, "", *_verdict(report["verdict"]), *_ends(report["tuned"])]
+    tuned = report["tuned"]
+    lines = [title, "", *_verdict(report["verdict"]), *_choices(tuned), *_ends(tuned)]
     lines += _protocol(protocol)
     lines += [f"![{name}]({name})" for name in pictures] + [""]
     lines += _primary(protocol, rows)
@@ -107,6 +109,7 @@ def short(report: Mapping[str, Any]) -> str:
         [
             title,
             tables.text_table(short_rows(report)),
+            *_choices(report["tuned"]),
             *_ends(report["tuned"]),
             *short_verdict(report),
         ]
@@ -196,7 +199,8 @@ def _significant(counts: Mapping[str, Any], word: str) -> str:
 
 # What each control is, of the arm {m} that it is matched to.
 EXPLAINED: Mapping[str, str] = {
-    "constant": "a constant alpha, the mean that {m} had in its best epoch (settings of {m})",
+    "constant": "a constant gate on the pairs of {m}, of the mean weight that {m} gave them in its "
+    "best epoch (settings of {m})",
     "shuffled": "{m} with another user's answers (settings of {m})",
     "consensus": "{m} with what the LLM names most as the teacher, the same for everybody, tuned",
     "popularity": "{m} with training popularity as the teacher, tuned",
@@ -211,7 +215,7 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Protocol",
         "",
-        f"- Tuned with seed 0: {tuned}. Runs for each tuned arm: "
+        f"- Tuned with seed 0: {tuned}. {_search(protocol['search'])} Trials of each tuned arm: "
         + "; ".join(
             f"{backbone} " + ", ".join(f"{arm} {n}" for arm, n in arms.items())
             for backbone, arms in protocol["budget"].items()
@@ -227,6 +231,20 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
     for arm in controls:
         lines.append(f"- Control {arm}: " + EXPLAINED[arm].format(m=protocol["matched_to"]) + ".")
     return [*lines, ""]
+
+
+def _search(options: Mapping[str, Any]) -> str:
+    """How every arm was searched."""
+    more = (
+        ", then two times a quarter as many, in wider ranges where the best is at an end"
+        if options["widen"]
+        else ""
+    )
+    return (
+        f"One search for every arm: {options['trials']} trials of {options['sampler']}, sampler "
+        f"seed {options['sampler_seed']}, the first at the defaults{more}; of auto as many less as "
+        "its second finalists are."
+    )
 
 
 def _half(row: Mapping[str, Any]) -> float | None:
@@ -281,57 +299,61 @@ def _baselines(rows: Sequence[Row]) -> list[str]:
     return ["## Beside them, tuned on validation, without tests", "", _markdown(rows), ""]
 
 
-def _ends(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """What was chosen at an end of its grid, before anybody reads the tables."""
+def _ends(tuned: Tuned) -> list[str]:
+    """Whose best trial is still at an end of a range, before anybody reads the tables."""
     lines = [
-        f"- {backbone} {arm}: {'; '.join(ends)} of what was tried"
+        f"- {backbone} {arm}: {'; '.join(of_arm['ends'])}"
         for backbone, arms in tuned.items()
         for arm, of_arm in arms.items()
-        if (ends := at_an_end(arm, of_arm))
+        if of_arm.get("ends")
     ]
     if not lines:
         return []
-    title = "**Chosen at an end of its grid**, so that a wider one may change the outcome:"
+    title = "**Chosen at an end of its range**, so that a wider one may change the outcome:"
     return [title, "", *lines, ""]
 
 
-def _tuning(tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    chosen, sweep = [], []
+def _choices(tuned: Tuned) -> list[str]:
+    """What `auto`, and controls that choose as it does, are in each seed."""
+    lines = []
     for backbone, arms in tuned.items():
         for arm, of_arm in arms.items():
-            line: Row = {"backbone": backbone, "arm": arm}
-            chosen.append(line | _chosen(of_arm))
-            by_lambda = _sweep(of_arm["tried"], arms["none"]["chosen"])
-            if by_lambda:
-                sweep.append(line | by_lambda)
+            chosen = [choice["variant"] for choice in of_arm.get("by_seed", ())]
+            if chosen:
+                text = ", ".join(f"seed {seed} {variant}" for seed, variant in enumerate(chosen))
+                lines.append(f"- {arm} of {backbone} is by validation: {text}")
+    return [*lines, ""] if lines else []
 
-    lines = ["## Lambda sweep: validation at the settings of `none`, seed 0", ""]
-    lines = [*lines, _markdown(sweep), ""] if sweep else []
-    return [*lines, "## Tuned on validation", "", _markdown(chosen), ""]
+
+def _tuning(tuned: Tuned) -> list[str]:
+    rows: list[Row] = []
+    ranges, widened = [], []
+    for backbone, arms in tuned.items():
+        for arm, of_arm in arms.items():
+            rows.append({"backbone": backbone, "arm": arm, **_chosen(of_arm)})
+            if of_arm["tried"]:
+                texts = ", ".join(f"{name} {of}" for name, of in of_arm["ranges"].items())
+                ranges.append(f"- {backbone} {arm}: {texts}")
+                steps = "; ".join(of_arm["widened"]) or "none"
+                widened.append(f"- {backbone} {arm}: {steps}")
+
+    lines = ["## Tuned on validation", "", _markdown(rows), ""]
+    if ranges:
+        lines += ["Ranges:", "", *ranges, "", "Ranges that were widened:", "", *widened, ""]
+    return lines
 
 
 def _chosen(of_arm: Mapping[str, Any]) -> Row:
-    """How many runs an arm had, what was chosen, and the range of what was tried."""
+    """How many trials an arm had, what was chosen, and the range of what was tried."""
     settings = as_text(of_arm["chosen"])
     if "settings_of" in of_arm:
         settings += f" (those of {of_arm['settings_of']})"
     values = [row["valid"] for row in of_arm["tried"] if row["valid"] is not None]
     return {
-        "runs": len(of_arm["tried"]),
+        "trials": len(of_arm["tried"]),
         "chosen": settings,
         "worst": min(values, default=None),
         "best": max(values, default=None),
-    }
-
-
-def _sweep(tried: Sequence[Row], unguided: Mapping[str, Any]) -> Row:
-    """Validation by lambda of the runs that differ from the settings of `none` in lambda alone."""
-    return {
-        f"lambda {row['lambda']:g}": row["valid"]
-        for row in tried
-        if "lambda" in row
-        and row.keys() <= {*unguided, "lambda", "valid", "epoch"}
-        and all(row.get(name) == value for name, value in unguided.items())
     }
 
 

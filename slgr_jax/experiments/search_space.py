@@ -74,6 +74,11 @@ class Choice:
 SearchSpace = Mapping[str, Range | Choice]
 
 
+def as_mapping(search: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A search space as `make_space` takes it, from text or a table."""
+    return split_text(search) if isinstance(search, str) else search
+
+
 def split_text(text: str) -> dict[str, str]:
     """`lr=1e-3..1e-1:log,dim=32|64` as name -> values, unread.
 
@@ -238,11 +243,11 @@ def values_of(run: config.RunConfig) -> dict[str, Any]:
     }
 
 
-def at_an_end(space: SearchSpace, chosen: Mapping[str, Any]) -> list[str]:
+def at_an_end(space: SearchSpace, chosen: Mapping[str, Any], *, edge: float = _EDGE) -> list[str]:
     """`lr 0.0991 is at the end of its range 0.001..0.1:log` for each such knob of `chosen`."""
     return [
         f"{name} {_shown(chosen[name])} is at the end of its range {space[name]}"
-        for name, _ in ends(space, chosen)
+        for name, _ in ends(space, chosen, edge=edge)
     ]
 
 
@@ -292,7 +297,7 @@ def wider(name: str, of: Range | Choice, side: int) -> tuple[Range | Choice, Any
         if _is_open(name, side):  # the limit itself is no value
             end = middle
     if of.is_whole:
-        end, middle = round(end), round(middle)
+        end, middle = round(end), round(middle) if round(middle) != at else round(end)
     else:
         end, middle = float(f"{end:.4g}"), float(f"{middle:.4g}")
     if end == at:

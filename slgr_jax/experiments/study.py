@@ -211,7 +211,9 @@ def run_trial(plan: StudyPlan, draw: int) -> TrialResult:
     trial.set_user_attr("directory", directory)
     reporter = _Reporter(study, trial, plan.metric)
     try:
-        outcomes = _train(plan.runs(sampler.settings(plan.space, trial.params), directory), reporter)
+        outcomes = _train(
+            plan.runs(sampler.settings(plan.space, trial.params), directory), reporter
+        )
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     else:

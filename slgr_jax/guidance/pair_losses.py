@@ -35,14 +35,26 @@ def confidence(x: Float[Array, "..."], alpha: Float[Array, "..."]) -> Float[Arra
 
     The soft loss alone pulls sigmoid(x) to 1/2 there, and so unlearns what interactions taught.
     """
-    return jnp.square(2.0 * alpha - 1.0) * soft(x, alpha)
+    return weight("confidence", alpha, alpha) * soft(x, alpha)
 
 
 def gain(
     x: Float[Array, "..."], alpha: Float[Array, "..."], prior: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """|alpha - prior| times the soft loss: 0 where the teacher adds nothing to a reference run."""
-    return jnp.abs(alpha - prior) * soft(x, alpha)
+    return weight("gain", alpha, prior) * soft(x, alpha)
+
+
+def weight(
+    name: str, alpha: Float[Array, "..."], prior: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """How much a preference counts with a loss: the factor before its hinge, logistic or soft one.
+
+    (2 alpha - 1)^2 of confidence, |alpha - prior| of gain, else alpha.
+    """
+    if name == "confidence":
+        return jnp.square(2.0 * alpha - 1.0)
+    return jnp.abs(alpha - prior) if name == "gain" else alpha
 
 
 # (x, alpha, prior) -> the loss of a preference.

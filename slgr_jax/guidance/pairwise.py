@@ -19,7 +19,7 @@ import jax
 
 from slgr_jax.config import RunConfig
 from slgr_jax.guidance import pair_losses
-from slgr_jax.guidance.base import GuidanceLoss, Scored
+from slgr_jax.guidance.base import GuidanceLoss, Scored, mean_over_queries
 from slgr_jax.guidance.gated import Gated, GatedArrays, GatedDraw
 from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
@@ -36,6 +36,12 @@ class Pairwise(Gated):
 
     width = 2
     draws_entries = True
+
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Where a preference's weight is not alpha, its mean is told too."""
+        weighed = self.run.guidance_loss_name in ("confidence", "gain")
+        return (*Gated.metrics, "weight") if weighed else Gated.metrics
 
     @property
     def queries(self) -> int:
@@ -71,7 +77,12 @@ class Pairwise(Gated):
         pair_loss = pair_losses.pair_loss(self.run.guidance_loss_name, self.run.pairwise.margin)
         terms = pair_loss(scored.differences, alpha, prior)
         agrees = jax.lax.stop_gradient(scored.differences) > 0
-        return self.added(params, terms, alpha, agrees, drawn, observed, layout)
+        added = self.added(params, terms, alpha, agrees, drawn, observed, layout)
+        if "weight" not in self.metrics:
+            return added
+        weights = pair_losses.weight(self.run.guidance_loss_name, alpha, prior)
+        weight = mean_over_queries(weights, layout)
+        return added._replace(metrics={**added.metrics, "weight": weight})
 
 
 def make(run: RunConfig, reference_backbones: tuple[AnyBackbone, ...], native: bool) -> Pairwise:

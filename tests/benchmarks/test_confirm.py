@@ -39,7 +39,9 @@ def test_the_protocol_names_what_the_command_runs() -> None:
     named = set(re.findall(r"`([a-z_0-9]+)`", PROTOCOL))
     arms = {*full.arms, *full.controls}
     assert arms <= named
-    assert arms == {*confirm.WITHOUT_LLM, *confirm.UNSELECTED, *confirm.METHODS}
+    assert arms == {*confirm.WITHOUT_LLM, *confirm.UNSELECTED, confirm.METHOD}
+    assert confirm.MET == (("leave_last", "Beauty"),)
+    assert "Beauty by `leave_last`" in PROTOCOL
     assert {*full.backbones, *confirm.SPLITS, confirm.TEACHER} <= named
     assert all(f"**{dataset}**" in PROTOCOL for dataset in ("Beauty", "Sports", "Toys"))
     assert full.seeds == 5
@@ -95,26 +97,36 @@ def test_the_best_control_is_the_one_that_leaves_least() -> None:
 
 
 def test_primary_questions_are_corrected_among_themselves() -> None:
-    def result(p: float) -> dict[str, object]:
+    def result(p: float, met: bool = False) -> dict[str, object]:
         tests = {"adds overall": {"p_users": p}, "adds cold_users": {"p_users": 0.01}, "x": None}
-        return {"tests": tests}
+        return {"tests": tests, "met": met}
 
     results = [result(0.01), result(0.02), result(0.5)]
     confirm.correct(results)
     primary = [one["tests"]["adds overall"]["p_users_holm"] for one in results]  # type: ignore[index]
     assert primary == pytest.approx([0.03, 0.04, 0.5])
     assert results[0]["tests"]["adds cold_users"]["p_users_holm"] == pytest.approx(0.03)  # type: ignore[index]
+    # A cell whose test part was met asks no primary question: it is corrected with the others.
+    results.append(result(0.001, met=True))
+    confirm.correct(results)
+    primary = [one["tests"]["adds overall"]["p_users_holm"] for one in results]  # type: ignore[index]
+    assert primary == pytest.approx([0.03, 0.04, 0.5, 0.005])
 
 
-def test_validation_chooses_the_method() -> None:
-    tuned = {
-        "none": {"tried": [{"valid": 0.9}]},
-        "calibrated": {"tried": [{"valid": 0.1}, {"valid": None}, {"valid": 0.3}]},
-        "hard_negatives": {"tried": [{"valid": 0.2}]},
+def test_a_cell_says_what_validation_chose() -> None:
+    against = {"difference": 0.01, "relative": 0.1, "low_users": 0.0, "high_users": 0.02}
+    row = {"arm": "auto", "slice": "overall", "metric": "ndcg@10", "mean": 0.5}
+    row |= {"vs_none": {**against, "p_seeds": 0.1, "p_users": 0.02}}
+    report = {
+        "refit": {"rows": [row], "baselines": []},
+        "protocol": {"split_hash": "h", "thresholds": {}, "seeds": 2, "budget": {}},
+        "tuned": {"mf": {"auto": {"by_seed": [{"variant": "none"}, {"variant": "paper"}]}}},
     }
-    assert confirm.method_of(tuned) == "calibrated"
-    tuned["hard_negatives"]["tried"].append({"valid": 0.31})
-    assert confirm.method_of(tuned) == "hard_negatives"
+    for split, met in (("leave_last", True), ("ratio_1", False)):
+        result = confirm.result_of(report, confirm.Cell(split, "Beauty", "mf"))
+        assert (result["method"], result["chosen"]) == ("auto", ["none", "paper"])
+        assert result["met"] == met
+        assert result["tests"]["adds overall"]["best"] == "none"
 
 
 def test_a_finished_cell_takes_no_time(tmp_path: pathlib.Path) -> None:

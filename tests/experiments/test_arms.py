@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import worlds
 from comparisons import plan_of
 
 from slgr_jax import config
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arms, comparison, results
+from slgr_jax.experiments import arm_spaces, arms, comparison, results
 from slgr_jax.teacher.products import controls
 
 
@@ -23,6 +24,8 @@ def test_arms_are_ordered_and_matched():
         "calibrated",
     )
     assert choose(("paper", "rule"), ("shuffled",), "rule", "paper")[1:] == ("rule", "paper")
+    assert choose(("paper", "auto"), ("shuffled",))[1:] == ("auto", "auto")
+    assert choose(("auto",), ("shuffled",), focus="auto")[0] == ("none", "auto", "shuffled")
     # Without a gate to match there is nothing to control.
     assert choose(("none", "global"), arms.CONTROLS) == (("none", "global"), "", "global")
     wide = {"wide": {"guidance": "pairwise", "gate": "paper"}}
@@ -73,15 +76,14 @@ def test_every_arm_is_the_run_that_its_name_says(tmp_path):
     }
     assert runs["global"].gate.alpha == 1.0
     assert plan.config("mf", "constant", {"alpha": 0.25}, tmp_path).gate.alpha == 0.25
-    plan.check()
+    arm_spaces.check(plan)
     wrong = plan_of(tmp_path, own_arms={"wide": {"guidance": "pairwise", "gate": "oracle"}})
     with pytest.raises(ConfigError, match="arm wide of mf: --gate='oracle'"):
-        wrong.check()
+        arm_spaces.check(wrong)
 
 
 def test_arms_of_vectors_have_no_teacher_and_the_product_of_vectors(tmp_path):
     plan = plan_of(tmp_path, asked=("none", "init", "adapter", "global"), vectors="words")
-    assert plan.searched_arms == ("none", "init", "adapter")
     runs = {arm: plan.config("mf", arm, {"lr": 0.3}, tmp_path) for arm in plan.arms}
     assert {arm: run.guidance.teacher for arm, run in runs.items()} == {
         **dict.fromkeys(("none", "init", "adapter"), ""),
@@ -94,8 +96,10 @@ def test_arms_of_vectors_have_no_teacher_and_the_product_of_vectors(tmp_path):
 
 
 def test_arms_of_vectors_need_a_product_and_no_teacher(tmp_path):
+    data = str(worlds.random_dataset(tmp_path / "data").path)
+
     def plan(**asked):
-        return comparison.make_plan("data", tmp_path, comparison.Request(**asked))
+        return comparison.make_plan(data, tmp_path, comparison.Request(**asked))
 
     asked = plan(guidance=("none", "init", "adapter"), vectors="words", controls=())
     assert asked.arms == ("none", "init", "adapter")
@@ -111,12 +115,18 @@ def test_arms_of_vectors_need_a_product_and_no_teacher(tmp_path):
 
 @pytest.mark.parametrize("matched", arms.GATED)
 def test_every_control_copies_every_gated_arm(tmp_path, matched):
-    """A constant gate has no alpha_0: `gain` becomes `confidence`, other losses stay."""
+    """A constant gate has the matched gate's weight: of `confidence` and `gain`, whose weight is
+    not alpha, on the loss whose weight is; other losses stay, and so do the pairs."""
     plan = plan_of(tmp_path, asked=("none", matched), controls=arms.CONTROLS)
-    plan.check()
-    losses = {"calibrated": "confidence", "hard_negatives": "confidence"}
+    arm_spaces.check(plan)
+    losses = {"calibrated": "logistic", "hard_negatives": "logistic"}
     constant = plan.config("mf", "constant", {"alpha": 0.25}, tmp_path)
     assert constant.guidance_loss_name == losses.get(matched, "hinge")
+    assert constant.hard_negatives == plan.config("mf", matched, {}, tmp_path).hard_negatives
+    if matched == "calibrated":  # a loss that its search chose
+        for chosen, loss in (("hinge", "hinge"), ("confidence", "logistic"), ("soft", "soft")):
+            settings = {"alpha": 0.25, "guidance_loss": chosen}
+            assert plan.config("mf", "constant", settings, tmp_path).guidance_loss_name == loss
     assert constant.gate.gate == "constant"
     shuffled = plan.config("mf", "shuffled", {}, tmp_path)
     if matched.endswith("_selective"):  # it has no loss of pairs
@@ -131,7 +141,7 @@ def test_a_constant_gate_copies_an_arm_without_pairs(tmp_path):
     """It has no knobs of pairwise guidance, which its run would refuse."""
     own = dict([arms.own_arm("lists:guidance=rrd,gate=calibrated,rrd_pool=9")])
     plan = plan_of(tmp_path, asked=("none",), controls=("constant",), own_arms=own)
-    plan.check()
+    arm_spaces.check(plan)
     run = plan.config("mf", "constant", {"alpha": 0.25}, tmp_path)
     assert (run.guidance.guidance, run.gate.gate, run.gate.alpha) == ("rrd", "constant", 0.25)
     assert run.rrd.pool == 9
@@ -139,11 +149,9 @@ def test_a_constant_gate_copies_an_arm_without_pairs(tmp_path):
 
 def test_teachers_share_a_folder_and_the_runs_without_one(tmp_path):
     plans = [plan_of(tmp_path, teacher=name, controls=("shuffled",)) for name in ("llm", "gpt")]
-    tuned = {"none": {"tried": [1], "chosen": {"lr": 0.1}}, "paper": {"tried": [], "chosen": {}}}
-    settings = {"lr": 0.1}
     for where in (
-        lambda plan, arm: plan.tune_dir("mf", arm, settings),
-        lambda plan, arm: plan.run_dir("mf", arm, tuned["paper"], 1),
+        lambda plan, arm: plan.tune_dir("mf", arm),
+        lambda plan, arm: plan.run_dir("mf", arm, {"trial": None, "chosen": {}}, 1),
     ):
         first, second = ([where(plan, arm) for arm in plan.arms] for plan in plans)
         assert plans[0].arms == ("none", "global", "paper", "shuffled")
@@ -163,17 +171,3 @@ def test_the_report_of_another_teacher_is_kept(tmp_path):
     kept = sorted(path.name for path in (tmp_path / "reports" / "llm").iterdir())
     assert kept == ["ndcg.png", "report.json", "report.md", "summary.tex"]
     comparison._keep_other(tmp_path, "gpt")  # nothing there
-
-
-def test_grids_are_the_backbones_unless_said_otherwise():
-    grids = arms.grids(["mf", "dcnv2"], {}, {"lr": (), "dropout": ()})
-    assert grids == {"mf": arms.GRIDS["mf"], "dcnv2": arms.GRIDS["dcnv2"]}
-    given = {"dropout": 0.25, "lambda": 3.0, "epochs": 5}
-    grids = arms.grids(["mf", "dcnv2"], given, {"lr": (0.1,), "l2": ()})
-    assert grids == {
-        "mf": {"lr": (0.1,), "l2": arms.GRIDS["mf"]["l2"], "dropout": (0.25,)},
-        "dcnv2": {"lr": (0.1,), "dropout": (0.25,)},
-    }
-    assert set(arms.GRIDS) == set(config.BACKBONES)
-    with pytest.raises(ConfigError, match=r"--backbones: svd .* mf, lightgcn"):
-        arms.grids(["svd"], {}, {})

@@ -15,11 +15,17 @@ import worlds
 from comparisons import pick
 from scipy import stats as scipy_stats
 
+from slgr_jax import config
 from slgr_jax.data import schema, shards
 from slgr_jax.experiments import comparison
 from slgr_jax.teacher.products import preferences
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+
+
+def tuned_dir(report, root, backbone, arm):
+    """The trial that was chosen of an arm."""
+    return root / arm / f"trial_{report['tuned'][backbone][arm]['trial']:03d}"
 
 
 def launch(*given):
@@ -33,7 +39,7 @@ def test_help_needs_no_jax():
     code += f"runpy.run_path({str(BENCHMARKS / 'compare_guidance.py')!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--guidance=none,global,pointwise,rule,paper,calibrated" in done.stdout
+    assert "--guidance=none,global,pointwise,rule,paper,calibrated,auto" in done.stdout
     assert "--early_stop_metric" in done.stdout
     assert "use of the teacher in training" not in done.stdout  # that knob is the arms'
 
@@ -49,8 +55,9 @@ def test_mistakes_are_one_line(tmp_path):
         ((*where, "--teacher=llm", "--guidance=best"), "best is not one of: none, global"),
         ((*where, "--backbones=svd"), "--backbones: svd is not one of: mf, lightgcn"),
         ((*where, "--preset=table9"), "--preset=table9 is not one of: table2, table3"),
-        ((*where, "--teacher=llm", "--tune_runs=2"), "--tune_runs=2 is below the 4 values"),
-        ((*where, "--teacher=llm", "--guidance=paper"), "has no teacher 'llm'"),
+        ((*where, "--search=dim=4", "--guidance=none"), "dim=4 needs two values at least"),
+        ((*where, "--search=gate=paper|rule"), "--search: gate is set by the arms"),
+        ((*where, "--teacher=llm", "--guidance=paper,auto"), "has no teacher 'llm'"),
         (("--data=/nowhere", where[1]), "/nowhere is not a directory"),
     ):
         done = launch(*given)
@@ -92,11 +99,10 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
         "--seeds=2",
         "--epochs=1",
         "--dim=4",
-        "--tune_lr=0.01",
+        "--trials=2",
+        "--nowiden",
+        "--loss=bce",
         "--l2=0",
-        "--tune_dropout=0.1",
-        "--tune_lambda=0.1",
-        "--notune_base",
         "--workers=2",
         "--batch_size=64",
         "--mlp=4",
@@ -112,7 +118,7 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
         (backbone, arm): [
             out / backbone / "runs" / folder / f"{arm}_seed{seed}"
             if seed
-            else next((out / backbone / "tune" / folder).glob(f"{arm}_*"))
+            else tuned_dir(report, out / backbone / "tune" / folder, backbone, arm)
             for seed in range(2)
         ]
         for backbone in ("mf", "dcnv2")
@@ -145,7 +151,7 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
     # Called again: nothing is trained or tested, and the report is the same but for the pictures.
     outcomes = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")
                 if path.name in ("outcome.json", "rows.json")}  # fmt: skip
-    assert len(outcomes) == 2 * 2 * 4
+    assert len(outcomes) == 2 * 2 * (2 + 1 + 2)  # trials, a second seed, tests
     again = launch(*given)
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == when for path, when in outcomes.items())
@@ -158,8 +164,7 @@ def test_refits_are_a_second_table_and_the_verdict(tmp_path):
     request = comparison.Request(
         guidance=("none", "hard_own"),
         seeds=2,
-        tune={"lr": (0.3,), "l2": (0.01,)},
-        tune_base=False,
+        options=config.CompareConfig(trials=1, widen=False),
         refit=True,
         knobs={"epochs": 3, "dim": 4, "batch_size": 64, "hard_share": 0.2, "hard_pool": 5},
     )
@@ -170,7 +175,7 @@ def test_refits_are_a_second_table_and_the_verdict(tmp_path):
     assert report["verdict"]["focus"] == "hard_own"
     root = tmp_path / "out/mf"
     for arm in ("none", "hard_own"):
-        tuned = next((root / "tune").glob(f"{arm}_*"))
+        tuned = tuned_dir(report, root / "tune", "mf", arm)
         for rows, runs in (
             (report["rows"], [tuned, root / f"runs/{arm}_seed1"]),
             (refit["rows"], [root / f"refit/{arm}_seed{seed}" for seed in (0, 1)]),

@@ -87,7 +87,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, caplog):
     logged = [record["valid/ndcg@10"] for record in results.log(run.workdir)]
     assert outcome["best_metric"] == max(logged)
     best = results.log(run.workdir)[outcome["best_epoch"] - 1]
-    assert tuning.mean_alpha(tmp_path / "out" / "a") == best["train/alpha"]
+    assert tuning.mean_weight(tmp_path / "out" / "a") == best["train/alpha"]
 
     root = tmp_path / "out" / "a"
     other = shutil.copytree(root, tmp_path / "other")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from comparisons import PRIMARY, SEEDS, USERS, pick
 
+from slgr_jax import config
 from slgr_jax.experiments import plots, presets, render, summary
 
 
@@ -19,12 +22,18 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
         "protocol": {
             "data": "books", "teacher": "llm", "arms": ["none", "global", "paper", "constant"],
             "backbones": ["mf", "dcnv2"], "matched_to": "paper", "primary": PRIMARY, "seeds": SEEDS,
+            "search": dataclasses.asdict(config.CompareConfig()),
             "budget": {"mf": {"none": 6}}, "thresholds": {"cold users": 9}, "tests": 30,
         },
         "rows": rows,
         "verdict": summary.verdict(rows, "paper"),
-        "tuned": {"mf": {"none": {"tried": [], "chosen": {"lr": 0.1}},
-                         "paper": {"tried": tried, "chosen": {"lr": 0.1, "lambda": 0.3}}}},
+        "tuned": {"mf": {
+            "none": {"tried": [], "chosen": {"lr": 0.1}, "settings_of": "paper"},
+            "paper": {"tried": tried, "chosen": {"lr": 0.1, "lambda": 0.3},
+                      "ranges": {"lambda": "0.3..1:log"}, "widened": ["lambda 0.3..1 to 0.2..1"],
+                      "ends": ["lambda 0.3 is at the end of its range 0.2..1"]},
+            "auto": {"tried": [], "chosen": {},
+                     "by_seed": [{"variant": "none"}, {"variant": "paper"}]}}},
         "cost": [{"backbone": "mf", "arm": "none", "seconds": None}],
         "gate": [{"backbone": "mf", "arm": "paper", "auc": 0.5, "calibration_error": None,
                   "slices": {"overall": {"alpha": 0.3, "right": None, "n": 7}},
@@ -52,9 +61,12 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
         f"{vs['difference']:.4f}",
     ]  # fmt: skip
     assert float(cells[7]) == pytest.approx(vs["p_seeds_holm"], rel=1e-3)
-    assert "| mf       | paper |     0.5000 |        - |" in text  # the sweep; what diverged is `-`
     assert "lr 0.1, lambda 0.3" in text
-    assert "- mf paper: lambda 0.3, the least of what was tried" in text
+    assert "- mf paper: lambda 0.3 is at the end of its range" in text
+    assert "- mf paper: lambda 0.3..1:log" in text
+    assert "- mf paper: lambda 0.3..1 to 0.2..1" in text
+    assert "- auto of mf is by validation: seed 0 none, seed 1 paper" in text
+    assert "20 trials of tpe, sampler seed 0" in text
     # Nothing to say of gates: no table and no picture of them.
     report |= {"gate": [], "alpha_by_epoch": [], "baselines": []}
     assert "## Gates" not in render.render(report, [])

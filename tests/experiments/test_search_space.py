@@ -15,6 +15,7 @@ from slgr_jax.experiments.search_space import (
     corners,
     make_space,
     split_text,
+    wider,
 )
 
 TEXT = (
@@ -133,3 +134,22 @@ def test_the_end_of_a_range_is_told(name, value, at_end):
     middle = {"lr": 3e-3, "layers": 3, "dropout": 0.2, "dim": 64, "backbone": "lightgcn"}
     ends = at_an_end(space, middle | {name: value})
     assert [end.split()[0] for end in ends] == ([name] if at_end else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "side", "expected"),
+    [
+        ("lr", Range(1e-3, 1.0, log=True), 1, (Range(1e-3, 10.0, log=True), 3.162)),
+        ("lr", Range(1e-3, 1.0, log=True), 0, (Range(1e-4, 1.0, log=True), 3.162e-4)),
+        ("dropout", Range(0.0, 0.6), 1, (Range(0.0, 0.8), 0.7)),
+        ("dropout", Range(0.0, 0.9), 1, (Range(0.0, 0.95), 0.95)),  # below 1
+        ("hard_share", Range(0.1, 0.9), 1, (Range(0.1, 1.0), 0.95)),  # 1 itself
+        ("hard_share", Range(0.1, 1.0), 1, None),
+        ("layers", Range(1, 4), 1, (Range(1, 5), 5)),
+        ("dim", Choice((32, 64, 128)), 1, (Choice((32, 64, 128, 256)), 256)),
+        ("dim", Choice((32, 64, 128)), 0, (Choice((16, 32, 64, 128)), 16)),
+        ("dim", Choice((1, 2)), 0, None),
+    ],
+)
+def test_a_range_is_wider_by_a_third_of_it(name, of, side, expected):
+    assert wider(name, of, side) == expected

@@ -117,7 +117,7 @@ def _scored(scores):
     return Scored(scores, scores[:, 0] - scores[:, 1], _noisy(scores))
 
 
-@pytest.mark.parametrize("name", ["hinge", "soft"])
+@pytest.mark.parametrize("name", ["hinge", "soft", "confidence"])
 def test_a_step_adds_the_mean_of_its_pairs_and_says_how_often_they_agree(name):
     """Of the paper's gate, which reads the scores: they move the loss by its pairs alone."""
     run = RunConfig(
@@ -147,13 +147,17 @@ def test_a_step_adds_the_mean_of_its_pairs_and_says_how_often_they_agree(name):
     if name == "hinge":
         terms, slope = alpha * np.maximum(0, 1.5 - x), -alpha * (x < 1.5)
     else:
-        terms = -alpha * np.log(expit(x)) - (1 - alpha) * np.log(expit(-x))
-        slope = expit(x) - alpha
+        weight = (2 * alpha - 1) ** 2 if name == "confidence" else np.ones(16)
+        terms = weight * (-alpha * np.log(expit(x)) - (1 - alpha) * np.log(expit(-x)))
+        slope = weight * (expit(x) - alpha)
     step = added(scores)
     assert float(step.loss) == pytest.approx(terms.mean(), rel=1e-5)
     assert float(step.gate) == 0.0
     assert float(step.metrics["alpha"]) == pytest.approx(alpha.mean(), rel=1e-5)
     assert float(step.metrics["agreement"]) == (x > 0).mean()
+    assert tuple(step.metrics) == guidance.metrics
+    if name == "confidence":  # what a pair counts by is not alpha, and is told
+        assert float(step.metrics["weight"]) == pytest.approx(weight.mean(), rel=1e-5)
     gradient = jax.grad(lambda scores: added(scores).loss)(scores)
     expected = np.stack([slope, -slope], axis=1) / 16
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,299 @@
+"""What is searched of each arm: the ranges that all arms of a backbone share, and an arm's own.
+
+Shared: learning rate, penalty, dropout, width, the recommendation loss, and by which power of
+popularity negatives are drawn (0: uniformly). An arm's own knobs come after these, so that the
+trials that are drawn at random have the same shared values in every arm (`sampler.suggest`).
+Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slgr_jax import config
+from slgr_jax.config import CLICK_BACKBONES, LOSSES_OF, SEQUENCE_BACKBONES
+from slgr_jax.config.knobs import flag_name
+from slgr_jax.errors import ConfigError, listing
+from slgr_jax.experiments import sampler, search_space
+from slgr_jax.experiments.arms import (
+    AUTO,
+    FREE_LISTS,
+    REFERENCE,
+    UNTUNED,
+    VARIANTS,
+    ComparisonPlan,
+    Settings,
+)
+from slgr_jax.experiments.search_space import Choice, Range, SearchSpace
+
+Space = dict[str, Range | Choice]
+
+_ALL: SearchSpace = {"dropout": Range(0.0, 0.5), "dim": Choice((32, 64, 128, 256))}
+_SEQUENCE: SearchSpace = {
+    "lr": Range(2e-4, 5e-3, log=True),
+    "l2": Range(1e-6, 1e-2, log=True),
+    **_ALL,
+}
+_CLICK: SearchSpace = {
+    "lr": Range(2e-4, 2e-2, log=True),
+    "l2": Range(1e-6, 5e-2, log=True),
+    **_ALL,
+}
+# Numbers that every arm of a backbone searches; the loss and negatives come beside them.
+RANGES: Mapping[str, SearchSpace] = {
+    "mf": {"lr": Range(0.01, 0.3, log=True), "l2": Range(1e-3, 0.2, log=True), **_ALL},
+    "lightgcn": {"lr": Range(5e-4, 0.02, log=True), "l2": Range(1e-5, 0.03, log=True), **_ALL},
+    **dict.fromkeys(SEQUENCE_BACKBONES, _SEQUENCE),
+    **dict.fromkeys(CLICK_BACKBONES, _CLICK),
+}
+_POWER: SearchSpace = {"popularity_power": Range(0.0, 1.0)}
+_SOFTMAX = ("softmax", "sampled_softmax")
+# A softmax over more items than these costs more than all else in a step.
+SOFTMAX_ITEMS = 10_000
+
+_LAMBDA = Range(0.01, 10.0, log=True)
+# What is first tried of lambda against hard negatives, where 1 to 10 does best.
+_HARD_LAMBDA = 1.0
+# Arms that keep the loss and the gate that they are known by.
+LITERAL = ("paper", "paper_hard_negatives", "pointwise")
+# Losses of pairs that are searched: of a gate whose alpha is a probability, and of others. Where
+# alpha says how much and not how likely, a loss that aims at alpha would push against the teacher.
+_LOSSES: Mapping[str, tuple[str, ...]] = {"calibrated": ("confidence", "hinge")}
+_OTHER_LOSSES = ("hinge", "logistic")
+# The gate with a reference among its inputs is also tried without.
+_INPUTS = ("reference,history,popularity,teacher", "history,popularity,teacher")
+# Temperatures of distillations: from a quarter of their default to four times it.
+_TEMPERATURES = (
+    *("kd_temperature", "list_kl_temperature", "list_kl_teacher_temperature"),
+    *("dllm2rec_temperature", "cd_temperature", "dcd_temperature", "unkd_temperature"),
+)
+# A knob of an arm that is where its search begins.
+_BEGINS = "gate_inputs"
+
+
+def softmax_of(n_items: int) -> str:
+    """The loss over the catalogue that is searched where it has so many items."""
+    return _SOFTMAX[n_items > SOFTMAX_ITEMS]
+
+
+def variants_of(data: str, teacher: str) -> tuple[str, ...]:
+    """What `auto` chooses among: hard negatives where unlisted items rank below the lists.
+
+    Raises:
+      ConfigError: there is no such product.
+    """
+    from slgr_jax.data import schema
+    from slgr_jax.teacher.products import preferences
+
+    if teacher not in (products := preferences.products(data)):
+        raise ConfigError(f"{data} has no teacher {teacher!r}; it has: {listing(products)}")
+    product = schema.read_teacher_manifest(preferences.product_path(data, teacher))
+    free_lists = product.kind == "scores" and product.unlisted == "below"
+    return (*VARIANTS, FREE_LISTS) if free_lists else VARIANTS
+
+
+def space_of(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
+    """What is searched of an arm: what it shares, then its own; nothing that is given."""
+    space = {**RANGES[backbone], **_losses(plan, backbone, arm), **_POWER, **_own(plan, arm)}
+    of_arm = _knobs_of(plan, arm)
+    if {"negatives", "rating_threshold"} & {*of_arm, *plan.knobs, *plan.search}:
+        del space["popularity_power"]
+    space = {
+        name: of
+        for name, of in space.items()
+        if name not in plan.knobs and (name not in of_arm or name == _BEGINS)
+    }
+    return space | {name: of for name, of in plan.search.items() if _takes(plan, arm, name)}
+
+
+def _knobs_of(plan: ComparisonPlan, arm: str) -> Mapping[str, Any]:
+    """The knobs that make the arm; of one that chooses those of none of its variants."""
+    return {} if plan.chooses(arm) else plan.knobs_of(arm)
+
+
+def _variants(plan: ComparisonPlan, arm: str) -> tuple[Settings, ...]:
+    """Settings that say a variant, of an arm that chooses; else none."""
+    if not plan.chooses(arm):
+        return ({},)
+    return tuple({"variant": variant} for variant in plan.variants)
+
+
+def _losses(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
+    """The recommendation losses that the backbone takes and the arm can have."""
+    if "loss" in plan.knobs:
+        return {}
+    unwanted = set(_SOFTMAX) - {plan.softmax}
+    names = [loss for loss in LOSSES_OF[backbone] if loss not in unwanted]
+    names = [loss for loss in names if _is_run(plan, backbone, arm, {"loss": loss})]
+    return {"loss": Choice(tuple(names))} if len(names) > 1 else {}
+
+
+def _is_run(plan: ComparisonPlan, backbone: str, arm: str, settings: Settings) -> bool:
+    try:
+        for variant in _variants(plan, arm):
+            plan.config(backbone, arm, {**settings, **variant}, plan.out)
+    except ConfigError:
+        return False
+    return True
+
+
+def _own(plan: ComparisonPlan, arm: str) -> Space:
+    """The arm's own knobs; a control has those of the arm that it is matched to."""
+    if plan.chooses(arm):
+        return {"variant": Choice(plan.variants), "lambda": _LAMBDA}
+    knobs = plan.knobs_of(arm)
+    if knobs.get("negatives") == "hard":
+        return {"hard_share": Range(0.01, 0.5, log=True)}
+    if knobs["guidance"] == "none":
+        return {}
+
+    space: Space = {"lambda": _LAMBDA}
+    space |= _temperatures(str(knobs["guidance"]))
+    gate = knobs.get("gate", config.GateConfig.gate)
+    if gate == "budget":
+        space["budget"] = Range(0.1, 0.9)
+    if knobs.get(_BEGINS) == _INPUTS[0]:
+        space[_BEGINS] = Choice(_INPUTS)
+    elif knobs["guidance"] == "pairwise" and plan.copied(arm) not in LITERAL:
+        space["guidance_loss"] = Choice(_LOSSES.get(gate, _OTHER_LOSSES))
+    return space
+
+
+def _temperatures(guidance: str) -> Space:
+    """The temperatures of a distillation."""
+    section = config.method_sections().get(guidance)
+    if section is None:
+        return {}
+    defaults: dict[str, Any] = {
+        flag_name(field): field.default for field in dataclasses.fields(section)
+    }
+    return {
+        name: Range(defaults[name] / 4, defaults[name] * 4, log=True)
+        for name in _TEMPERATURES
+        if name in defaults
+    }
+
+
+def _takes(plan: ComparisonPlan, arm: str, name: str) -> bool:
+    """Whether a knob that the user searches does something in an arm."""
+    knobs = _knobs_of(plan, arm)
+    if name in knobs and name != _BEGINS:
+        return False
+    of_method = {
+        flag_name(field): method
+        for method, section in config.method_sections().items()
+        for field in dataclasses.fields(section)
+    }
+    guidance = knobs.get("guidance", "none")
+    if name in of_method:
+        return of_method[name] == guidance
+    if name in ("hard_share", "hard_pool"):
+        return knobs.get("negatives") == "hard"
+    of_guidance = {
+        flag_name(field)
+        for section in (config.GuidanceConfig, config.GateConfig)
+        for field in dataclasses.fields(section)
+    }
+    if plan.chooses(arm):
+        return name not in of_guidance or name == "lambda"
+    return name not in of_guidance or guidance != "none"
+
+
+def settings_of(
+    plan: ComparisonPlan, backbone: str, arm: str, space: SearchSpace, params: Mapping[str, Any]
+) -> Settings:
+    """Parameters as knobs of the arm's run, without those that do nothing there."""
+    settings = sampler.settings(space, params)
+    if settings.get("variant") == "none":
+        settings.pop("lambda", None)
+    power = settings.pop("popularity_power", 0.0)
+    if power and plan.config(backbone, arm, settings, plan.out).loss_name != "softmax":
+        settings |= {"negatives": "popularity", "popularity_power": power}
+    return settings
+
+
+def first_params(
+    plan: ComparisonPlan, backbone: str, arm: str, space: SearchSpace
+) -> list[dict[str, Any]]:
+    """What is tried first: the defaults, or what is nearest to them; of each variant."""
+    first = []
+    for variant in _variants(plan, arm):
+        run = plan.config(backbone, arm, variant, plan.out)
+        values = {**search_space.values_of(run), **variant}
+        values |= {"loss": run.loss_name, "guidance_loss": run.guidance_loss_name}
+        if run.sampler.negatives != "popularity":
+            values["popularity_power"] = 0.0
+        if run.guided and run.hard_negatives:
+            values["lambda"] = _HARD_LAMBDA
+        first.append({name: sampler.nearest(of, values[name]) for name, of in space.items()})
+    return first
+
+
+def trials_of(plan: ComparisonPlan, arm: str) -> tuple[int, ...]:
+    """How many trials come before each look at the ends of ranges, the same sum for every arm.
+
+    An arm that chooses trains a second finalist with each seed but the first: its search has so
+    many less.
+    """
+    options = plan.options
+    more = -(-options.trials // 4) if options.widen else 0
+    first = options.trials - (plan.seeds - 1 if plan.chooses(arm) else 0)
+    return (first, more, more) if more else (first,)
+
+
+def check(plan: ComparisonPlan) -> None:
+    """Refuse what no run can be made of, before the first one.
+
+    Raises:
+      ConfigError: an arm, a backbone, a knob or a range that there is not, or too few trials.
+    """
+    unknown = [name for name in plan.backbones if name not in RANGES]
+    if unknown:
+        known = listing(RANGES, limit=99)
+        raise ConfigError(f"--backbones: {listing(unknown)} is not one of: {known}")
+    if AUTO in plan.arms and trials_of(plan, AUTO)[0] < len(plan.variants):
+        least = len(plan.variants) + plan.seeds - 1
+        raise ConfigError(
+            f"--trials={plan.options.trials} is below the {least} that arm auto takes: one of each "
+            f"of {listing(plan.variants, 9)}, and a second finalist with every seed but the first; "
+            "raise it, or drop auto"
+        )
+    unused = [n for n in plan.search if not any(_takes(plan, arm, n) for arm in plan.tuned_arms)]
+    if unused:
+        raise ConfigError(f"--search: no arm has a use for {listing(unused)}; drop it")
+    for backbone in plan.backbones:
+        for arm in plan.arms:
+            try:
+                for settings in _corners(plan, backbone, arm):
+                    plan.config(backbone, arm, settings, pathlib.Path(plan.out))
+            except ConfigError as error:
+                raise ConfigError(f"arm {arm} of {backbone}: {error}") from error
+
+
+def _corners(plan: ComparisonPlan, backbone: str, arm: str) -> Sequence[Settings]:
+    """Settings in which every end of the arm's ranges occurs."""
+    if arm in UNTUNED:
+        return _variants(plan, arm)
+    if not plan.chooses(arm):
+        plan.config(backbone, arm, {}, plan.out)
+    space = space_of(plan, backbone, arm)
+    if not space:
+        if sum(trials_of(plan, arm)) > 1:
+            raise ConfigError(
+                "every knob is given, nothing is left to search; add --trials=1 --nowiden"
+            )
+        return [{}]
+    corners = [
+        {name: sampler.label(value) for name, value in corner.items()}
+        for corner in search_space.corners(space)
+    ]
+    return [settings_of(plan, backbone, arm, space, corner) for corner in corners]
+
+
+def reads_reference(plan: ComparisonPlan, arm: str) -> bool:
+    """Whether runs of the arm read the run of `none` of their seed."""
+    variants = plan.variants if plan.chooses(arm) else ("",)
+    return any(plan.knobs_of(arm, v).get("reference_runs") == REFERENCE for v in variants)
