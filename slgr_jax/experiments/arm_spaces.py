@@ -188,6 +188,9 @@ def _takes(plan: ComparisonPlan, arm: str, name: str) -> bool:
         for field in dataclasses.fields(section)
     }
     guidance = knobs.get("guidance", "none")
+    if name == "popularity_power":
+        negatives = {**plan.knobs, **knobs}.get("negatives", "popularity")
+        return negatives == "popularity"
     if name in of_method:
         return of_method[name] == guidance
     if name in ("hard_share", "hard_pool"):

@@ -254,7 +254,8 @@ class Search:
     def _asked_for(self) -> dict[str, Any]:
         options = self._plan.options
         asked = {"sampler": options.sampler, "sampler_seed": options.sampler_seed}
-        asked |= {"trials": list(self._stages)}
+        by_seeds = f" with {self._plan.seeds} seeds" if self._plan.chooses(self.arm) else ""
+        asked |= {"trials": " + ".join(map(str, self._stages)) + by_seeds}
         asked |= {f"search {name}": str(of) for name, of in self._asked.items()}
         return asked
 
@@ -296,6 +297,6 @@ def mean_weight(workdir: pathlib.Path) -> float:
 def as_text(settings: Settings) -> str:
     """`lr 0.1, lambda 0.3`."""
     return ", ".join(
-        f"{key} {value if isinstance(value, str) else format(value, '.4g')}"
+        f"{key} {format(value, '.4g') if isinstance(value, float) else value}"
         for key, value in settings.items()
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
+import worlds
 from comparisons import GIVEN, plan_of
 
 from slgr_jax import config
+from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arm_spaces, arms, sampler
+from slgr_jax.experiments import arm_spaces, arms, comparison, presets, sampler
 from slgr_jax.experiments.search_space import Choice, Range
+from slgr_jax.teacher.products import preferences
 
 SHARED = ["lr", "l2", "dropout", "dim", "loss", "popularity_power"]
 
@@ -85,6 +89,10 @@ def test_what_is_given_is_not_searched_and_what_is_asked_for_is(tmp_path):
     unused = plan_of(tmp_path, asked=("none",), search={"hard_share": Range(0.1, 0.2)})
     with pytest.raises(ConfigError, match="no arm has a use for hard_share"):
         arm_spaces.check(unused)
+    for where in ({"asked": ("none",), "knobs": GIVEN}, {"asked": ("hard_own",)}):
+        power = plan_of(tmp_path, search={"popularity_power": Range(0.5, 0.9)}, **where)
+        space = arm_spaces.space_of(power, "mf", where["asked"][0])
+        assert "popularity_power" not in space  # negatives are given
     nothing = plan_of(tmp_path, asked=("none",), knobs={**GIVEN, "lr": 0.1})
     with pytest.raises(ConfigError, match="nothing is left to search; add --trials=1"):
         arm_spaces.check(nothing)
@@ -127,6 +135,20 @@ def test_the_first_trial_is_as_near_the_defaults_as_ranges_allow(tmp_path):
     assert (click["lr"], click["l2"], click["loss"]) == (1e-3, 1e-6, "bce")  # l2 0 is below it
 
 
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_presets_search_what_the_paper_leaves_open(tmp_path, preset):
+    data = worlds.random_dataset(tmp_path / "data")
+    rows = [[0, 0, 1], [1, 2, 3], [0.5, 0.25, 0.1]]
+    table = pa.table(rows, names=["user", "item", "score"]).cast(schema.TEACHER_SCORES)
+    preferences.write_product(data, "llm", table, provenance=preferences.Provenance())
+    request = comparison.Request(preset=preset, teacher="llm")
+    plan = comparison.make_plan(str(data.path), tmp_path / "out", request)
+    for backbone in plan.backbones:
+        assert list(arm_spaces.space_of(plan, backbone, "none")) == ["lr", "l2", "dropout"]
+        own = list(arm_spaces.space_of(plan, backbone, "paper"))[3:]
+        assert own == ["lambda"]
+
+
 def test_draws_at_random_depend_on_seed_number_and_the_space_before():
     pytest.importorskip("optuna", reason="needs the extra tune")
     base = {"lr": Range(1e-3, 1.0, log=True), "dim": Choice((8, 16, 32))}
@@ -139,7 +161,7 @@ def test_draws_at_random_depend_on_seed_number_and_the_space_before():
 
     for number in range(4):
         first = draw(base, number)
-        assert first == draw(base, number, tried=[({"lr": 0.5, "dim": 8}, 1.0)])
+        assert first == draw(base, number, tried=[({"lr": 0.5, "dim": 8}, 1.0)] * 9)
         assert {name: draw(more, number)[name] for name in base} == first
         assert first != draw(base, number, seed=1)
     assert len({draw(base, number)["lr"] for number in range(4)}) == 4
