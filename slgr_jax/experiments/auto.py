@@ -56,8 +56,7 @@ if TYPE_CHECKING:
     from slgr_jax.training.loop import Outcome
 
 TABLE, CANDIDATES = "auto.json", "candidates"
-GUIDED = ("global", "calibrated", "paper")
-FREE_LISTS = "hard_negatives"
+GUIDED, FREE_LISTS = arms.VARIANTS[1:], arms.FREE_LISTS
 LAMBDAS, HARD_LAMBDAS = (0.1, 1.0), (1.0, 5.0)
 LEVEL = 0.05
 
