@@ -239,12 +239,12 @@ def test_what_contradicts_the_search_is_refused(right, tmp_path, knobs, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_auto_is_for_train_alone(right, tmp_path):
+def test_auto_is_for_train_and_an_arm_of_comparisons(right, tmp_path):
     data = right[0] / "data"
     with pytest.raises(ConfigError, match="choice among runs, which slgr train alone makes"):
         sl.tune(data, tmp_path, "lr=0.01..0.1", guidance="auto", teacher="pairs")
-    with pytest.raises(ConfigError, match="slgr train alone takes auto"):
-        sl.compare(data, tmp_path, teacher="pairs", guidance=["auto"])
+    with pytest.raises(ConfigError, match="guidance is set by the arms of a comparison"):
+        sl.compare(data, tmp_path, teacher="pairs", search="guidance=auto|none")
     with pytest.raises(ConfigError, match="--workers=2 is not used for one run"):
         sl.train(data, tmp_path, workers=2)
     with pytest.raises(ConfigError, match="auto is there already"):
