@@ -4,6 +4,13 @@ A section is a frozen dataclass whose fields are made with `knob`. `flags.py` de
 command line from the same fields, so a default or a help text is never written twice.
 """
 
+from slgr_jax.config.alignment import (
+    HintConfig,
+    HTDConfig,
+    RLMRecConConfig,
+    RLMRecGenConfig,
+    check_fits,
+)
 from slgr_jax.config.applies import check_auto, check_used
 from slgr_jax.config.backbones import (
     BACKBONE_DEFAULTS,
@@ -29,6 +36,7 @@ from slgr_jax.config.distillation import (
 )
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
+    ALIGNMENTS,
     AUTO,
     DISTILLATIONS,
     GATE_INPUTS,
@@ -95,6 +103,7 @@ from slgr_jax.config.tune import CompareConfig, SearchConfig, TuneConfig
 from slgr_jax.config.vectors import INIT_HOWS, VectorConfig
 
 __all__ = [
+    "ALIGNMENTS",
     "AUTO",
     "AskConfig",
     "BACKBONES",
@@ -155,6 +164,10 @@ __all__ = [
     "DCDConfig",
     "UnKDConfig",
     "DISTILLATIONS",
+    "HintConfig",
+    "HTDConfig",
+    "RLMRecConConfig",
+    "RLMRecGenConfig",
     "ReportConfig",
     "RequestConfig",
     "RunConfig",
@@ -181,6 +194,7 @@ __all__ = [
     "UNLISTED",
     "VectorConfig",
     "check_auto",
+    "check_fits",
     "check_used",
     "differences",
     "learns_from_sequences",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from slgr_jax.config.backbones import BUILT_IN, CLICK_BACKBONES, SEQUENCE_BACKBONES
 from slgr_jax.config.guidance import (
+    ALIGNMENTS,
     BUILT_IN_GUIDANCE,
     LIST_GUIDANCES,
     GateConfig,
@@ -56,6 +57,7 @@ _APPLIES: Mapping[str, Applies] = {
     "popularity_power": Applies("negatives", ("popularity",)),
     **dict.fromkeys(("hard_share", "hard_pool"), Applies("negatives", ("hard",))),
     "lists_per_step": Applies("guidance", LIST_GUIDANCES),
+    "aligned_per_step": Applies("guidance", ALIGNMENTS),
     "margin": Applies("guidance_loss", ("hinge",)),
     "pair_candidates": Applies("pair_selection", ("largest_gap",)),
     **dict.fromkeys(("rrd_temperature", "rrd_pool"), Applies("rrd_sample", (True,))),
@@ -75,6 +77,10 @@ _APPLIES: Mapping[str, Applies] = {
     ),
     **dict.fromkeys(("row_negatives", "row_seed"), Applies("rows", ("sampled",))),
 }
+_OF_VECTORS = (
+    *("adapter_hidden", "adapter_experts", "adapter_shared"),
+    *("event_vectors", "vector_l2", "vector_dtype"),
+)
 _BUILT_IN: Mapping[str, Collection[str]] = {
     "backbone": BUILT_IN,
     "guidance": BUILT_IN_GUIDANCE,
@@ -110,7 +116,16 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name in ("init_how", "init_scale") and not run.vectors.init_products:
             text = f"--{name}={_text(value)} is not used without initial vectors"
             unused.append(f"{text}; add --init_item_vectors=NAME (slgr teach embed)")
-        elif name in ("adapter_hidden", "vector_l2", "vector_dtype") and not run.vectors.products:
+        elif name == "drop" and not run.loss.drop_share:
+            text = f"--{name}={_text(value)} is not used with --drop_share=0"
+            unused.append(f"{text}; add --drop_share=0.1")
+        elif name == "event_vectors" and not _has_event_vectors(run):
+            text = f"--{name}={_text(value)} is not used without a history's fields of vectors"
+            unused.append(f"{text}; add --item_vectors=NAME and --backbone={CLICK_BACKBONES[0]}")
+        elif name == "adapter_shared" and not run.vectors.adapter_experts:
+            text = f"--{name}={_text(value)} is not used without experts"
+            unused.append(f"{text}; add --adapter_experts=5")
+        elif name in _OF_VECTORS and not run.vectors.products:
             text = f"--{name}={_text(value)} is not used without vectors"
             unused.append(f"{text}; add --item_vectors=NAME (slgr teach embed)")
         elif name in _APPLIES and not _does(run, _APPLIES[name], values):
@@ -149,7 +164,15 @@ def check_auto(given: Mapping[str, Any]) -> None:
 
 def _names(*sections: type[Any]) -> set[str]:
     names = {flag_name(field) for section in sections for field in dataclasses.fields(section)}
-    return names - {"guidance", "teacher"}  # RunConfig holds these against each other
+    # RunConfig holds these against each other.
+    return names - {"guidance", "teacher", "teacher_vectors"}
+
+
+def _has_event_vectors(run: RunConfig) -> bool:
+    """Whether the events of a history have fields that vectors make."""
+    model = run.model
+    clicks = model.backbone in CLICK_BACKBONES or model.backbone not in BUILT_IN
+    return clicks and model.history_fields and bool(run.vectors.item_vectors)
 
 
 def _values(run: RunConfig) -> dict[str, tuple[Any, Any]]:

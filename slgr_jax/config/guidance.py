@@ -14,7 +14,9 @@ from slgr_jax.errors import ConfigError, listing
 AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by validation
 # Losses of global distillation from the literature: docs/distillation.md.
 DISTILLATIONS = ("kd", "list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd", "unkd")
-BUILT_IN_GUIDANCE = ("none", "pairwise", "pointwise", *DISTILLATIONS)
+# Those that align a recommender's vectors with those of a product: docs/alignment.md.
+ALIGNMENTS = ("hint", "htd", "rlmrec_con", "rlmrec_gen")
+BUILT_IN_GUIDANCE = ("none", "pairwise", "pointwise", *DISTILLATIONS, *ALIGNMENTS)
 GUIDANCE = list(BUILT_IN_GUIDANCE)
 # Those that draw whole lists, which must be known to rank above what they leave out.
 LIST_GUIDANCES = ("list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd")
@@ -24,7 +26,9 @@ GATES = ["paper", "constant", "rule", "budget", "calibrated"]
 SUPERVISED_GATES = ["calibrated"]
 # Knobs whose default is another one for some guidances.
 GUIDANCE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    name: {"gate": "constant"} for name in ("pointwise", *DISTILLATIONS)
+    **{name: {"gate": "constant"} for name in ("pointwise", *DISTILLATIONS, *ALIGNMENTS)},
+    # A cosine's gradient grows as a vector shrinks: 0.01 ruins LightGCN (benchmarks/LOG.md).
+    **{name: {"gate": "constant", "lambda": 0.001} for name in ("rlmrec_con", "rlmrec_gen")},
 }
 GATE_INPUTS = (
     *("margin", "history", "popularity", "uncertainty"),
@@ -67,14 +71,26 @@ class GuidanceConfig(Section):
         "first items as positives, weighed by place and by the recommender's error; dllm2rec = by "
         "place, score and agreement; cd = soft labels of listed items drawn by rank; rrd = its "
         "lists in order, above what they leave out; dcd = the same where recommender and teacher "
-        "disagree; unkd = its order among items of similar popularity. Each goes through --gate. "
+        "disagree; unkd = its order among items of similar popularity. Of --teacher_vectors: "
+        "hint = map the recommender's vectors to them; htd = their cosines; rlmrec_con = contrast "
+        "of users and items with their own; rlmrec_gen = the vectors of masked nodes of a graph. "
+        "Each goes through --gate. "
         "slgr train takes auto too: none, or pairwise with the gate and lambda that validation "
         "prefers beyond noise",
         choices=GUIDANCE,
     )
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
+    teacher_vectors: str = knob(
+        "",
+        "hint, htd, rlmrec_con, rlmrec_gen: the product under DATA/embeddings (slgr teach embed) "
+        "that the recommender's vectors of users and items are aligned with",
+    )
     weight: float = knob(
-        0.1, "weight of the guidance loss", flag="lambda", minimum=0, maximum=FLOAT
+        0.1,
+        "weight of the guidance loss; rlmrec_con and rlmrec_gen: 0.001 by default",
+        flag="lambda",
+        minimum=0,
+        maximum=FLOAT,
     )
     preferences_per_step: int = knob(
         0,
@@ -86,6 +102,13 @@ class GuidanceConfig(Section):
         0,
         "guidances that learn lists: lists G per step; 0 = as many candidates as the batch's "
         "triples have",
+        minimum=0,
+        maximum=BATCH,
+    )
+    aligned_per_step: int = knob(
+        0,
+        "guidances of --teacher_vectors: interactions G per step whose user, item and another item "
+        "are aligned; 0 = batch_size, but no more than 512: contrasts and cosines cost G times G",
         minimum=0,
         maximum=BATCH,
     )

@@ -77,7 +77,7 @@ def check(field: dataclasses.Field[Any], value: Any) -> None:
     """
     meta, name = knob_of(field), flag_name(field)
     if meta.choices is not None and value not in meta.choices:
-        known = listing(choice for choice in meta.choices if choice)
+        known = listing((choice for choice in meta.choices if choice), limit=len(meta.choices))
         raise ConfigError(f"--{name}={value!r} is not one of: {known}")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, str | bool):

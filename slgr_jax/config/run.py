@@ -8,6 +8,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from slgr_jax.config.alignment import (
+    HintConfig,
+    HTDConfig,
+    RLMRecConConfig,
+    RLMRecGenConfig,
+)
 from slgr_jax.config.backbones import (
     BACKBONE_DEFAULTS,
     LOSSES_OF,
@@ -26,6 +32,7 @@ from slgr_jax.config.distillation import (
 )
 from slgr_jax.config.evaluation import EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
+    ALIGNMENTS,
     BUILT_IN_GUIDANCE,
     GUIDANCE_DEFAULTS,
     GateConfig,
@@ -60,22 +67,17 @@ class RunConfig:
     rrd: RRDConfig = dataclasses.field(default_factory=RRDConfig)
     dcd: DCDConfig = dataclasses.field(default_factory=DCDConfig)
     unkd: UnKDConfig = dataclasses.field(default_factory=UnKDConfig)
+    hint: HintConfig = dataclasses.field(default_factory=HintConfig)
+    htd: HTDConfig = dataclasses.field(default_factory=HTDConfig)
+    rlmrec_con: RLMRecConConfig = dataclasses.field(default_factory=RLMRecConConfig)
+    rlmrec_gen: RLMRecGenConfig = dataclasses.field(default_factory=RLMRecGenConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.guidance.guidance != "none" and not self.guidance.teacher:
-            raise ConfigError(
-                f"--guidance={self.guidance.guidance} needs --teacher=NAME, a product under "
-                "DATA/teacher (make one with slgr teach)"
-            )
-        if self.guidance.guidance == "none" and self.guidance.teacher:
-            raise ConfigError(
-                f"--teacher={self.guidance.teacher} is not used with --guidance=none; "
-                "add --guidance=pairwise or drop it"
-            )
+        self._check_teacher()
         self._check_methods()
         self._check_reference_runs()
         self._check_vectors()
@@ -113,6 +115,27 @@ class RunConfig:
         for reason, holds in reasons.items():
             if holds:
                 raise ConfigError(f"--user_shards={shards}: {reason}; drop one of them")
+
+    def _check_teacher(self) -> None:
+        """A guidance has the product that it learns from, and none is named that nobody reads."""
+        guidance = self.guidance
+        reads: tuple[str, ...] = ("teacher_vectors",) if self.aligns else ("teacher",)
+        if not self.guided:
+            reads = ()
+        elif guidance.guidance not in BUILT_IN_GUIDANCE:
+            reads = ("teacher", "teacher_vectors")  # one's own: nothing is known of it
+        if reads and not any(getattr(guidance, name) for name in reads):
+            where = "DATA/embeddings (make one with slgr teach embed)"
+            where = where if self.aligns else "DATA/teacher (make one with slgr teach)"
+            raise ConfigError(
+                f"--guidance={guidance.guidance} needs --{reads[0]}=NAME, a product under {where}"
+            )
+        for name, example in (("teacher", "pairwise"), ("teacher_vectors", "rlmrec_con")):
+            if (product := getattr(guidance, name)) and name not in reads:
+                raise ConfigError(
+                    f"--{name}={product} is not used with --guidance={guidance.guidance}; add "
+                    f"--guidance={example} or drop it"
+                )
 
     def _check_methods(self) -> None:
         """Refuse knobs of a guidance that this run does not have: they would do nothing."""
@@ -192,6 +215,12 @@ class RunConfig:
                     f"with, and --no{side}_rows leaves none; drop one of them"
                 )
 
+        if not self.vectors.event_vectors and self.vectors.alone("item"):
+            raise ConfigError(
+                "--noitem_rows leaves the events of a history their vectors alone, and "
+                "--noevent_vectors takes these; drop one of them"
+            )
+
     def _check_loss(self) -> None:
         backbone, loss = self.model.backbone, self.loss
         if loss.loss not in ("auto", *LOSSES_OF[backbone]):
@@ -208,6 +237,13 @@ class RunConfig:
             raise ConfigError(
                 f"--rating_threshold labels rows; --backbone={backbone} learns from sequences of "
                 "interactions: drop the low ones with slgr prepare --min_rating"
+            )
+        if loss.drop_share and (
+            self.loss_name not in ("bpr", "bce") or learns_from_sequences(backbone)
+        ):
+            raise ConfigError(
+                f"--drop_share={loss.drop_share:g} drops triples or rows of --loss=bpr or bce, and "
+                f"--backbone={backbone} --loss={self.loss_name} learns neither; drop it"
             )
         if self.sampler.rating_power and learns_from_sequences(backbone):
             raise ConfigError(
@@ -263,6 +299,22 @@ class RunConfig:
         return self.guidance.guidance != "none"
 
     @property
+    def aligns(self) -> bool:
+        """Whether its guidance learns from vectors of users and items, not from a teacher's word
+        on items."""
+        return self.guidance.guidance in ALIGNMENTS
+
+    @property
+    def guided_by(self) -> str:
+        """The product that its guidance learns from; empty without guidance."""
+        return self.guidance.teacher or self.guidance.teacher_vectors
+
+    @property
+    def aligned_per_step(self) -> int:
+        """G: interactions drawn per step by a guidance of vectors."""
+        return self.guidance.aligned_per_step or min(self.sampler.batch_size, 512)
+
+    @property
     def reference_runs(self) -> tuple[str, ...]:
         """Directories of the runs that a gate reads, or that rank hard negatives."""
         return self.gate.members if self.guided or self.draws_hard_negatives else ()
@@ -299,6 +351,8 @@ class RunConfig:
         """G: preferences drawn per step; 0 without guidance."""
         if not self.guided:
             return 0
+        if self.aligns:
+            return self.aligned_per_step
         return self.guidance.preferences_per_step or self.sampler.batch_size
 
 

@@ -71,6 +71,19 @@ class LossConfig(Section):
         minimum=0,
         maximum=FLOAT,
     )
+    drop_share: float = knob(
+        0.0,
+        "bpr, bce: share of a batch's losses that count nothing, --drop says which (LLMRec: 0.71); "
+        "not of sequence backbones",
+        minimum=0,
+        below=1,
+    )
+    drop: str = knob(
+        "easiest",
+        "easiest = the least losses, as LLMRec's program does; hardest = the greatest, as its text "
+        "says and as a truncated loss against noise does",
+        choices=("easiest", "hardest"),
+    )
     min_history: int = knob(
         0,
         "learn from interactions that have at least this many earlier ones of the user (the click "

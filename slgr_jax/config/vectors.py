@@ -53,6 +53,24 @@ class VectorConfig(Section):
     adapter_hidden: tuple[int, ...] = knob(
         (), "widths of the adapter's hidden layers; none = a linear map", minimum=1, maximum=WIDTH
     )
+    adapter_experts: int = knob(
+        0,
+        "experts of each side's adapter, mixed by a softmax of its vectors, each a network with a "
+        "ReLU behind every layer (KAR: 5); --adapter_hidden is theirs, 128 by default; 0 = one map",
+        minimum=0,
+        maximum=1024,
+    )
+    adapter_shared: int = knob(
+        2,
+        "experts besides that the adapters of items and of users share",
+        minimum=0,
+        maximum=1024,
+    )
+    event_vectors: bool = knob(
+        True,
+        "click backbones: the events of a history have the field of their vectors, too; "
+        "--noevent_vectors: the item that is scored alone (KAR), at less cost",
+    )
     vector_l2: float = knob(
         1.0,
         "share of --l2 that is on what vectors come to; less where new items are to be found",
@@ -68,6 +86,11 @@ class VectorConfig(Section):
         """Side -> the product whose vectors stay beside training."""
         named = {"item": self.item_vectors, "user": self.user_vectors}
         return {side: name for side, name in named.items() if name}
+
+    @property
+    def expert_hidden(self) -> tuple[int, ...]:
+        """Hidden layers of each expert."""
+        return self.adapter_hidden or (128,)
 
     def alone(self, side: str) -> bool:
         """Whether a side has vectors and no rows."""

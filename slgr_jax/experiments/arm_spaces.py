@@ -55,6 +55,8 @@ _SOFTMAX = ("softmax", "sampled_softmax")
 SOFTMAX_ITEMS = 10_000
 
 _LAMBDA = Range(0.01, 10.0, log=True)
+# Of losses on vectors, which are larger than the recommendation loss where they are strong.
+_ALIGNED_LAMBDA = Range(1e-4, 0.1, log=True)
 # What is first tried of lambda against hard negatives, where 1 to 10 does best.
 _HARD_LAMBDA = 1.0
 # Arms that keep the loss and the gate that they are known by.
@@ -150,7 +152,8 @@ def _own(plan: ComparisonPlan, arm: str) -> Space:
     if knobs["guidance"] == "none":
         return {}
 
-    space: Space = {"lambda": _LAMBDA}
+    aligned = knobs["guidance"] in config.ALIGNMENTS
+    space: Space = {"lambda": _ALIGNED_LAMBDA if aligned else _LAMBDA}
     space |= _temperatures(str(knobs["guidance"]))
     gate = knobs.get("gate", config.GateConfig.gate)
     if gate == "budget":
@@ -271,7 +274,8 @@ def check(plan: ComparisonPlan) -> None:
         for arm in plan.arms:
             try:
                 for settings in _corners(plan, backbone, arm):
-                    plan.config(backbone, arm, settings, pathlib.Path(plan.out))
+                    run = plan.config(backbone, arm, settings, pathlib.Path(plan.out))
+                    config.check_fits(run.guidance.guidance, backbone)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm} of {backbone}: {error}") from error
 

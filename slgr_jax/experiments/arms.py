@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slgr_jax import config
-from slgr_jax.config import DISTILLATIONS, RunConfig
+from slgr_jax.config import ALIGNMENTS, DISTILLATIONS, RunConfig
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments.search_space import SearchSpace
@@ -47,16 +47,30 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
     "paper_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "paper"},
     "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": REFERENCE},
+    "pruned": {"guidance": "none", "drop_share": 0.71},  # LLMRec's, of which no LLM is a part
     # Global distillation of the literature; each selective: a place is believed as the gate says.
     **{name: {"guidance": name} for name in DISTILLATIONS},
     **{f"{name}_selective": {"guidance": name, "gate": "calibrated"} for name in DISTILLATIONS},
+    **{name: {"guidance": name, "teacher_vectors": VECTORS} for name in ALIGNMENTS},
+    **{
+        f"{name}_selective": {"guidance": name, "teacher_vectors": VECTORS, "gate": "calibrated"}
+        for name in ALIGNMENTS
+    },
     "init": {"guidance": "none", "init_item_vectors": VECTORS},
     "adapter": {"guidance": "none", "item_vectors": VECTORS},
+    "kar": {
+        "guidance": "none",
+        "item_vectors": VECTORS,
+        "user_vectors": VECTORS,
+        "adapter_experts": 5,
+        "event_vectors": False,
+    },
 }
 # Arms that read a product of vectors, not a teacher's.
-VECTOR_ARMS = ("init", "adapter")
+ALIGNED = (*ALIGNMENTS, *(f"{name}_selective" for name in ALIGNMENTS))
+VECTOR_ARMS = ("init", "adapter", "kar", *ALIGNED)
 # Arms that learn from no teacher.
-UNTAUGHT = ("none", "hard_own", *VECTOR_ARMS)
+UNTAUGHT = ("none", "hard_own", "pruned", *VECTOR_ARMS)
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first, but
 # for `auto`, which comes before them.
 GATED = (
@@ -126,7 +140,8 @@ class ComparisonPlan:
 
     def teacher_of(self, arm: str) -> str:
         """The product that `arm` learns from."""
-        if {**ARMS, **self.own_arms}.get(arm, {}).get("guidance") == "none":
+        knobs = {**ARMS, **self.own_arms}.get(arm, {})
+        if knobs.get("guidance") == "none" or "teacher_vectors" in knobs:
             return ""
         return (
             controls.control_name(self.teacher, arm) if arm in controls.CONTROLS else self.teacher

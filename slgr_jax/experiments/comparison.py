@@ -48,7 +48,7 @@ class Request:
 
     Attributes:
       teacher: product under DATA/teacher; without one no guided arm can be measured.
-      vectors: product under DATA/embeddings of the arms init and adapter.
+      vectors: product under DATA/embeddings of `arms.VECTOR_ARMS`.
       preset: shape of a published table, one of `presets.PRESETS`; empty: none.
       backbones: recommenders; mf by default.
       guidance: arms; `DEFAULT_ARMS` by default.
@@ -111,7 +111,8 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         fix = (
             f"missing --vectors=NAME (slgr teach embed), which arm {reads_vectors[0]} reads"
             if reads_vectors
-            else f"--vectors={request.vectors} is read by no arm; add init or adapter to --guidance"
+            else f"--vectors={request.vectors} is read by no arm; add init, adapter, "
+            "rlmrec_con or another of vectors to --guidance"
         )
         raise ConfigError(fix)
     arms_asked = DEFAULT_ARMS if request.guidance is None else request.guidance
@@ -268,7 +269,7 @@ def _rows(plan: ComparisonPlan, runs: _Runs, primary: Mapping[str, str]) -> list
 
     first = next(iter(runs.values()))[0]
     where = {key: [pathlib.Path(run.workdir) for run in seeds] for key, seeds in runs.items()}
-    no_llm = (*arms.CONTROLS, *arms.UNTAUGHT[1:])
+    no_llm = {*arms.CONTROLS, *arms.UNTAUGHT[1:]} - {*arms.ALIGNED}
     controls = [arm for arm in plan.arms if arm in no_llm and arm != plan.focus]
     return summary.rows_of(where, first.evaluation.ks, primary, plan.focus, controls)
 

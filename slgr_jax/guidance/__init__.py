@@ -1,6 +1,19 @@
 """Uses of an LLM product in training: the protocol, and one file a method."""
 
-from slgr_jax.guidance import cd, dcd, kd, list_kl, pairwise, pointwise, rd, rrd, unkd
+from slgr_jax.guidance import (
+    cd,
+    dcd,
+    hint,
+    htd,
+    kd,
+    list_kl,
+    pairwise,
+    pointwise,
+    rd,
+    rlmrec,
+    rrd,
+    unkd,
+)
 from slgr_jax.guidance.base import Guidance, built_in, make_guidance, register
 
 built_in(
@@ -15,6 +28,10 @@ built_in(
         "rrd": rrd.make,
         "dcd": dcd.make,
         "unkd": unkd.make,
+        "hint": hint.make,
+        "htd": htd.make,
+        "rlmrec_con": rlmrec.make_con,
+        "rlmrec_gen": rlmrec.make_gen,
     }
 )
 

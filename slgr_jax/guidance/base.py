@@ -30,9 +30,9 @@ from slgr_jax.config import RunConfig, register_guidance
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Access, Candidates, Dropout, Reads
+from slgr_jax.models.row_access import Access, Candidates, Dropout, Masked, Reads, Vectors
 from slgr_jax.models.scoring import Scoring
-from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Context, Histories
 from slgr_jax.sampling.negatives import Generators
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from slgr_jax.guidance.gating import Gating
 
 ReferenceRun = tuple[AnyBackbone, Scoring]  # a finished run, as of a moment of its users
+METHOD = "method"  # of a guidance's parameters, those of no gate
 _CANDIDATES = "guidance"
 
 
@@ -91,11 +92,14 @@ class Scored:
       scores: [G, C] logits.
       differences: [G] s_0 - s_1 where C is 2; None otherwise.
       stochastic: (key, dropout rate) -> [G, C] logits of one stochastic pass.
+      vectors: () -> the vectors whose dot products the scores are; of a guidance that
+        `reads_vectors`.
     """
 
     scores: Float[Array, "G C"]
     differences: Float[Array, "G"] | None
     stochastic: Callable[[jax.Array, float], Float[Array, "G C"]] = struct.field(pytree_node=False)
+    vectors: Callable[[], Vectors] | None = struct.field(pytree_node=False, default=None)
 
 
 class GuidanceLoss(NamedTuple):
@@ -145,6 +149,12 @@ class Guidance(Protocol):
         """Whether `Scored.stochastic` is called: its passes need candidates of their own."""
         ...
 
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether `Scored.vectors` is called: rows are read then, not dot products of them. Only
+        backbones that are a dot product have them; `arrays` refuses others."""
+        ...
+
     def arrays(self, sources: Sources) -> tuple[Any, Csr | None]:
         """Host arrays to draw from, and training interactions to leave out for its sake.
 
@@ -153,22 +163,38 @@ class Guidance(Protocol):
         """
         ...
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Dense parameters: a gate's, an adapter's; {} where there are none."""
+    def init(self, key: jax.Array, backbone: AnyBackbone) -> dict[str, Any]:
+        """Dense parameters: a gate's, and under `METHOD` those of the method itself, which learn as
+        the backbone's dense parameters do; {} where there are none."""
         ...
 
     def draw(
-        self, words_of: Generators, arrays: Any, facts: Facts, histories: Histories | None
+        self,
+        words_of: Generators,
+        arrays: Any,
+        interactions: Interactions,
+        histories: Histories | None,
     ) -> Any:
-        """What S steps train on, [S, G, ...], each a function of its own generators."""
+        """What S steps train on, [S, G, ...], each a function of its own generators.
+
+        Args:
+          arrays: of this guidance, on the devices.
+          interactions: what batches are drawn from, and what is known of users and items.
+        """
         ...
 
     def candidates(self, drawn: Any) -> Candidates:
         """The candidates [G, C] of one step's draw whose scores `loss` reads."""
         ...
 
+    def masked(self, params: Mapping[str, Any], drawn: Any, layout: Layout) -> Masked:
+        """Rows that the step's pass is to see otherwise than they are, by table, before a graph
+        propagates them; {} for most. Asked of a guidance that `reads_vectors` alone."""
+        ...
+
     def observe(self, frozen: Frozen, drawn: Any, arrays: Any, key: jax.Array) -> Any:
-        """What is scored without a gradient: labelled preferences, reference runs."""
+        """What is scored or looked up without a gradient: labelled preferences, reference runs,
+        a product's vectors."""
         ...
 
     def loss(

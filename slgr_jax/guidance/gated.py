@@ -25,6 +25,8 @@ from slgr_jax.guidance import teacher_product
 from slgr_jax.guidance.base import Frozen, GuidanceLoss, Sources, mean_over_queries
 from slgr_jax.guidance.gating import GateArrays, Gating, Observed, Stochastic
 from slgr_jax.mesh import Layout, UserShards
+from slgr_jax.models.backbones import AnyBackbone
+from slgr_jax.models.row_access import Masked
 from slgr_jax.sampling import user_shards
 from slgr_jax.sampling.arrays import Facts
 from slgr_jax.sampling.context import Histories
@@ -72,6 +74,7 @@ class Gated:
     native: bool = False
 
     draws_entries = False
+    reads_vectors = False
     metrics = ("alpha", "agreement")
     queries_knob = "--preferences_per_step"
 
@@ -106,7 +109,7 @@ class Gated:
             )
         return teacher
 
-    def arrays(self, sources: Sources) -> tuple[GatedArrays, Csr | None]:
+    def arrays(self, sources: Sources) -> tuple[Any, Csr | None]:
         teacher = self.teacher_arrays(sources)
         gate, left_out = self.gating.arrays(sources, teacher, entries=self.draws_entries)
         return GatedArrays(teacher, gate), left_out
@@ -133,8 +136,11 @@ class Gated:
         )
         return dataclasses.replace(self, run=run, gating=dataclasses.replace(self.gating, run=run))
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: jax.Array, backbone: AnyBackbone) -> dict[str, Any]:
         return self.gating.init(key)
+
+    def masked(self, params: Mapping[str, Any], drawn: Any, layout: Layout) -> Masked:
+        return {}
 
     def draw_labelled(
         self,
@@ -159,7 +165,7 @@ class Gated:
         pairs: Preferences = drawn.pairs
         return pairs
 
-    def observe(self, frozen: Frozen, drawn: Any, arrays: GatedArrays, key: jax.Array) -> Observed:
+    def observe(self, frozen: Frozen, drawn: Any, arrays: Any, key: jax.Array) -> Observed:
         pairs = self.gate_pairs(drawn)
         return self.gating.observe(
             frozen,

@@ -31,7 +31,7 @@ from slgr_jax.guidance.gating import Gating
 from slgr_jax.guidance.pointwise import Pointwise, PointwiseDraw
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Histories
 from slgr_jax.sampling.negatives import Generators
 from slgr_jax.sampling.teacher_arrays import TeacherLists
@@ -72,10 +72,10 @@ class SoftLabels(Pointwise):
         self,
         words_of: Generators,
         arrays: GatedArrays,
-        facts: Facts,
+        interactions: Interactions,
         histories: Histories | None,
     ) -> PointwiseDraw:
-        drawn, teacher = super().draw(words_of, arrays, facts, histories), arrays.teacher
+        drawn, teacher = super().draw(words_of, arrays, interactions, histories), arrays.teacher
         assert isinstance(teacher, TeacherLists)
         knobs = self.run.kd
         targets = soft_labels(

@@ -45,7 +45,7 @@ from slgr_jax.guidance.gating import Gating
 from slgr_jax.guidance.lists import NO_SCORE, ListArrays, ListDraw, ListGuidance, estimated_ranks
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import Facts, host_array
+from slgr_jax.sampling.arrays import Interactions, host_array
 from slgr_jax.sampling.context import Histories, host32
 from slgr_jax.sampling.negatives import Generators, below
 from slgr_jax.sampling.teacher_arrays import TeacherLists
@@ -146,20 +146,20 @@ class ListKL(ListGuidance):
         self,
         words_of: Generators,
         arrays: ListArrays,
-        facts: Facts,
+        interactions: Interactions,
         histories: Histories | None,
     ) -> ListKLDraw:
         assert isinstance(arrays, ListKLArrays)
-        drawn, interactions = super().draw(words_of, arrays, facts, histories), arrays.interactions
-        if interactions is None:
+        drawn, ranked = super().draw(words_of, arrays, interactions, histories), arrays.interactions
+        if ranked is None:
             return ListKLDraw(**vars(drawn))
         words = random_bits.words(words_of.own, 1, self.queries)[0]
         users = drawn.queries.users
-        start = interactions.offsets[users]
-        count = interactions.offsets[users + 1] - start
-        chosen = jnp.minimum(start + below(words, count), interactions.items.shape[0] - 1)
-        items = jnp.concatenate([drawn.items, interactions.items[chosen][..., None]], axis=-1)
-        ranks = jnp.where(count > 0, interactions.ranks[chosen], 0.0)
+        start = ranked.offsets[users]
+        count = ranked.offsets[users + 1] - start
+        chosen = jnp.minimum(start + below(words, count), ranked.items.shape[0] - 1)
+        items = jnp.concatenate([drawn.items, ranked.items[chosen][..., None]], axis=-1)
+        ranks = jnp.where(count > 0, ranked.ranks[chosen], 0.0)
         return ListKLDraw(**(vars(drawn) | {"items": items}), teacher_ranks=ranks)
 
     def place_losses(self, scores: Float[Array, "G C"], drawn: ListDraw) -> Float[Array, "G K"]:

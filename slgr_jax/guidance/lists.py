@@ -37,7 +37,7 @@ from slgr_jax.guidance.gating import Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Histories, Queries, host32
 from slgr_jax.sampling.labelled_preferences import LabelledPreferences
 from slgr_jax.sampling.negatives import Generators, below, draw_outside
@@ -155,7 +155,7 @@ class ListGuidance(Gated):
         self,
         words_of: Generators,
         arrays: ListArrays,
-        facts: Facts,
+        interactions: Interactions,
         histories: Histories | None,
     ) -> ListDraw:
         teacher, count = arrays.teacher, self.queries
@@ -180,7 +180,7 @@ class ListGuidance(Gated):
             at_the_end_of_training(pair_users, histories),
             pair_items,
             scores - teacher.floor,
-            pair_facts(facts, pair_users, pair_items, native=self.native),
+            pair_facts(interactions.facts, pair_users, pair_items, native=self.native),
         )
         noise = None
         if self.chooses:
@@ -194,7 +194,7 @@ class ListGuidance(Gated):
             teacher.unlisted.free[users],
             noise,
             pairs,
-            self.draw_labelled(words_of, arrays, facts, histories),
+            self.draw_labelled(words_of, arrays, interactions.facts, histories),
         )
 
     def _unlisted(

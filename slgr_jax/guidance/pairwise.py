@@ -25,7 +25,7 @@ from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
-from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Histories
 from slgr_jax.sampling.negatives import Generators
 from slgr_jax.sampling.preferences import draw_preferences
@@ -51,13 +51,15 @@ class Pairwise(Gated):
         self,
         words_of: Generators,
         arrays: GatedArrays,
-        facts: Facts,
+        interactions: Interactions,
         histories: Histories | None,
     ) -> GatedDraw:
-        preferences = draw_preferences(words_of, arrays.teacher, facts, histories, self.rule)
+        preferences = draw_preferences(
+            words_of, arrays.teacher, interactions.facts, histories, self.rule
+        )
         return GatedDraw(
             self.as_asked(preferences, arrays),
-            self.draw_labelled(words_of, arrays, facts, histories),
+            self.draw_labelled(words_of, arrays, interactions.facts, histories),
         )
 
     def candidates(self, drawn: GatedDraw) -> Candidates:

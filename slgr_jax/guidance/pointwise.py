@@ -27,7 +27,7 @@ from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
-from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Histories
 from slgr_jax.sampling.labelled_preferences import LabelledPreferences
 from slgr_jax.sampling.negatives import Generators
@@ -76,7 +76,7 @@ class Pointwise(Gated):
         self,
         words_of: Generators,
         arrays: GatedArrays,
-        facts: Facts,
+        interactions: Interactions,
         histories: Histories | None,
     ) -> PointwiseDraw:
         teacher = arrays.teacher
@@ -96,13 +96,13 @@ class Pointwise(Gated):
             at_the_end_of_training(users, histories),
             items,
             margins,
-            pair_facts(facts, users, items, native=self.native),
+            pair_facts(interactions.facts, users, items, native=self.native),
             entries,
         )
         return PointwiseDraw(
             self.as_asked(pairs, arrays),
             targets,
-            self.draw_labelled(words_of, arrays, facts, histories),
+            self.draw_labelled(words_of, arrays, interactions.facts, histories),
         )
 
     def candidates(self, drawn: PointwiseDraw) -> Candidates:

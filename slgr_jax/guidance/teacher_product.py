@@ -8,7 +8,7 @@ from slgr_jax.config import RunConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError, InputError
-from slgr_jax.guidance import hard_negatives
+from slgr_jax.guidance import hard_negatives, vector_teacher
 from slgr_jax.guidance.base import Sources
 from slgr_jax.models.backbones import SequenceBackbone
 from slgr_jax.sampling import labelled_preferences as labels
@@ -36,8 +36,11 @@ def preference_rule(run: RunConfig, *, native: bool) -> PreferenceRule:
     )
 
 
-def teacher_arrays(sources: Sources) -> TeacherLists | TeacherPairs:
+def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | TeacherPairs:
     """The teacher's preferences as host arrays to draw from.
+
+    Args:
+      part: of vectors, on whose items their word is asked (`vector_teacher.lists`).
 
     Raises:
       ManifestError, ShardError: the product does not fit or is damaged.
@@ -45,6 +48,8 @@ def teacher_arrays(sources: Sources) -> TeacherLists | TeacherPairs:
       InputError: it states no preference at all.
     """
     run, dataset, guidance = sources.run, sources.dataset, sources.run.guidance
+    if guidance.teacher_vectors and not guidance.teacher:
+        return vector_teacher.lists(dataset, guidance.teacher_vectors, part)
     teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
     if run.hard_negatives:
         ranked_highest = hard_negatives.of_lists(
@@ -95,17 +100,19 @@ def labelled_arrays(
     run, dataset, backbone, gate = sources.run, sources.dataset, sources.backbone, sources.run.gate
     if not run.gate_is_taught:
         return None, None
-    path = preferences.product_path(run.data, run.guidance.teacher)
-    manifest = schema.read_teacher_manifest(path)
-    hides = manifest.training_items == "hidden"
+    training_items = "no question"  # of vectors nobody asks about single items
+    if run.guidance.teacher:
+        path = preferences.product_path(run.data, run.guidance.teacher)
+        training_items = schema.read_teacher_manifest(path).training_items
+    hides = training_items == "hidden"
     # A window of a history, or a graph, shows the recommender what it should not learn from.
     # Reference runs have learned from it: they agree on what a user chose, and a gate would see it.
     blind = not isinstance(backbone, SequenceBackbone) and GRAPH not in backbone.reads
     able = blind and not run.reference_runs
     if gate.labelled_preferences == "hidden" and not (hides and able):
         why = (
-            f"teacher {run.guidance.teacher} was not asked about hidden training items (its "
-            f"manifest says training_items={manifest.training_items})"
+            f"teacher {run.guided_by} was not asked about hidden training items (its "
+            f"manifest says training_items={training_items})"
         )
         if hides and not blind:
             why = f"--backbone={run.model.backbone} would still see them in histories or its graph"
@@ -128,7 +135,7 @@ def labelled_arrays(
         where = "hidden training items" if source == "hidden" else "validation interactions"
         raise InputError(
             f"--gate={gate.gate} learns where the answer is known, and the teacher "
-            f"{run.guidance.teacher} has no word on any of the {arrays.chosen.items.shape[0]} "
+            f"{run.guided_by} has no word on any of the {arrays.chosen.items.shape[0]} "
             f"{where}; use another --gate, or have the teacher asked about them (slgr teach "
             "candidates)"
         )

@@ -44,7 +44,7 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import Facts
+from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Histories, host32
 from slgr_jax.sampling.negatives import Generators, below
 from slgr_jax.sampling.preferences import Preferences, at_the_end_of_training, pair_facts
@@ -177,7 +177,7 @@ class UnbiasedDistillation(Gated):
         self,
         words_of: Generators,
         arrays: GroupedArrays,
-        facts: Facts,
+        interactions: Interactions,
         histories: Histories | None,
     ) -> GatedDraw:
         teacher = arrays.teacher
@@ -192,11 +192,12 @@ class UnbiasedDistillation(Gated):
             at_the_end_of_training(users, histories),
             items,
             scores[..., 0] - scores[..., 1],
-            pair_facts(facts, users, items, native=self.native),
+            pair_facts(interactions.facts, users, items, native=self.native),
             entries,
         )
         return GatedDraw(
-            self.as_asked(pairs, arrays), self.draw_labelled(words_of, arrays, facts, histories)
+            self.as_asked(pairs, arrays),
+            self.draw_labelled(words_of, arrays, interactions.facts, histories),
         )
 
     def candidates(self, drawn: GatedDraw) -> Candidates:

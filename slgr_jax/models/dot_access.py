@@ -26,7 +26,17 @@ from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones.base import FactorModel
-from slgr_jax.models.row_access import Candidates, Dropout, Leaves, Reads, Tables, View
+from slgr_jax.models.row_access import (
+    NOTHING,
+    Candidates,
+    Dropout,
+    Leaves,
+    Masked,
+    Reads,
+    Tables,
+    Vectors,
+    View,
+)
 from slgr_jax.models.row_optimizers import RowOptimizer
 from slgr_jax.sampling.context import Context
 
@@ -55,6 +65,7 @@ class _DotLeaves:
         context: Context,
         reads: Reads,
         dropout: Dropout,
+        masked: Masked = NOTHING,
     ) -> View:
         return _DotView(leaves["scores"])
 
@@ -205,6 +216,9 @@ class _DotView:
     def scores(self, name: str, dropout: Dropout) -> jax.Array:
         assert dropout is None, "a stochastic pass needs the rows"
         return self.candidate_scores
+
+    def vectors(self, name: str, dropout: Dropout) -> Vectors:
+        raise AssertionError("dot products have no rows")
 
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         raise AssertionError("dot products have no rows")

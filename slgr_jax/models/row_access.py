@@ -15,6 +15,7 @@ Shape letters: N queries, C candidates of a query, D width, R rows of a table.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,9 @@ from slgr_jax.sampling.features import FeatureSlots
 Tables = Mapping[str, jax.Array]
 Leaves = Any  # a pytree of float arrays
 Dropout = tuple[float, jax.Array] | None
+# Table -> the ids of rows [M] and what a pass sees in place of each, [D].
+Masked = Mapping[str, tuple[Int[Array, "M"], Float[Array, "D"]]]
+NOTHING: Masked = types.MappingProxyType({})
 
 
 @struct.dataclass
@@ -67,11 +71,22 @@ class Reads(NamedTuple):
     whole: frozenset[str] = frozenset()
 
 
+class Vectors(NamedTuple):
+    """What scores are the dot products of: queries and their candidates."""
+
+    queries: Float[Array, "N E"]
+    items: Float[Array, "N C E"]
+
+
 class View(Protocol):
     """What one forward pass sees of the leaves."""
 
     def scores(self, name: str, dropout: Dropout) -> Float[Array, "N C"]:
         """Logits of `Reads.candidates[name]`."""
+        ...
+
+    def vectors(self, name: str, dropout: Dropout) -> Vectors:
+        """The vectors of `Reads.candidates[name]`, of a backbone that is a dot product."""
         ...
 
     def rows(self, name: str) -> Mapping[str, Float[Array, "... D"]]:
@@ -97,8 +112,14 @@ class Access(Protocol):
         context: Context,
         reads: Reads,
         dropout: Dropout,
+        masked: Masked = NOTHING,
     ) -> View:
-        """The leaves for one pass; `dropout` is of what all candidates share (a graph's edges)."""
+        """The leaves for one pass.
+
+        Args:
+          dropout: of what all candidates share (a graph's edges).
+          masked: rows of whole tables that the pass sees otherwise.
+        """
         ...
 
     def squares(
@@ -138,6 +159,21 @@ def candidate_ids(
     return {"both": backbone.ids(context, candidates.queries, candidates.items)}
 
 
+def candidate_vectors(
+    backbone: DotBackbone,
+    params: Mapping[str, Any],
+    rows: Mapping[str, Mapping[str, jax.Array]],
+    context: Context,
+    candidates: Candidates,
+    dropout: Dropout,
+) -> Vectors:
+    """The vectors of candidates from the rows that `candidate_ids` names."""
+    states = backbone.query_vectors(
+        params, rows["query"], context, candidates.queries, dropout=dropout
+    )
+    return Vectors(states, backbone.item_vectors(params, rows["item"]))
+
+
 def candidate_scores(
     backbone: AnyBackbone,
     params: Mapping[str, Any],
@@ -148,10 +184,7 @@ def candidate_scores(
 ) -> Float[Array, "N C"]:
     """Logits of candidates from the rows that `candidate_ids` names."""
     if isinstance(backbone, DotBackbone):
-        states = backbone.query_vectors(
-            params, rows["query"], context, candidates.queries, dropout=dropout
-        )
-        return dots(states, backbone.item_vectors(params, rows["item"]))
+        return dots(*candidate_vectors(backbone, params, rows, context, candidates, dropout))
     return backbone.score(
         params, rows["both"], context, candidates.queries, candidates.items, dropout=dropout
     )
@@ -258,8 +291,9 @@ class RowAccess:
         context: Context,
         reads: Reads,
         dropout: Dropout,
+        masked: Masked = NOTHING,
     ) -> View:
-        values = self._propagated(params, leaves, context, reads, dropout)
+        values = self._propagated(params, leaves, context, reads, dropout, masked)
         ids = self._named_ids(context, reads)
         rows = self._gathered(leaves["rows"], values, ids)
         for name, feature_table in feature_tables(self.backbone).items():
@@ -296,10 +330,13 @@ class RowAccess:
         context: Context,
         reads: Reads,
         dropout: Dropout,
+        masked: Masked,
     ) -> Mapping[str, jax.Array]:
         backbone = self.backbone
         values = with_features_added(backbone, leaves["whole"], context)
         values = adapters.added(backbone, params, values, self._whole_vectors(context, reads))
+        for name, (ids, instead) in masked.items():
+            values[name] = values[name].at[ids].set(instead)
         if isinstance(backbone, DotBackbone) and backbone.whole:
             return backbone.propagate(params, values, context, dropout=dropout)
         return values
@@ -436,6 +473,13 @@ class _RowsView:
     def scores(self, name: str, dropout: Dropout) -> jax.Array:
         sides, candidates = _sides(self.groups, name), self.reads.candidates[name]
         return candidate_scores(
+            self.backbone, self.params, sides, self.context, candidates, dropout
+        )
+
+    def vectors(self, name: str, dropout: Dropout) -> Vectors:
+        sides, candidates = _sides(self.groups, name), self.reads.candidates[name]
+        assert isinstance(self.backbone, DotBackbone), "only a dot product has vectors"
+        return candidate_vectors(
             self.backbone, self.params, sides, self.context, candidates, dropout
         )
 

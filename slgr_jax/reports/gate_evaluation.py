@@ -51,7 +51,7 @@ def evaluate_gate(run: TrainedRun, *, part: str = "test") -> dict[str, Any] | No
     # Hard negatives are those of training: histories cut before validation.
     references = restore.as_of(run.reference_runs, "valid")
     sources = Sources(run.config, run.dataset, run.restored.backbone, references)
-    teacher = teacher_product.teacher_arrays(sources)
+    teacher = teacher_product.teacher_arrays(sources, part)
     drawn = draw(run, teacher, part)
     if drawn is None:
         return None

@@ -120,7 +120,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
         "backbone": run.model.backbone,
         "loss": run.loss_name,
         "guidance": run.guidance.guidance,
-        "teacher": run.guidance.teacher if run.guided else "",
+        "teacher": run.guided_by,
         "gate": run.gate.gate if run.guided else "",
         "seed": run.train.seed,
         "refit": run.train.refit,
@@ -131,7 +131,7 @@ def _what(run: RunConfig) -> str:
     guidance = "no guidance"
     if run.guided:
         guidance = (
-            f"guidance {run.guidance.guidance} of {run.guidance.teacher} through gate "
+            f"guidance {run.guidance.guidance} of {run.guided_by} through gate "
             f"{run.gate.gate}, lambda {run.guidance.weight:g}"
         )
     refit = f", refit of {run.train.refit}" if run.train.refit else ""

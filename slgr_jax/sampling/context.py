@@ -105,7 +105,7 @@ class FrozenVectors:
     """
 
     item: Num[Array, "Rp W"] | None = None
-    user: Num[Array, "Rp W"] | None = None
+    user: Num[Array, "Up V"] | None = None
 
 
 @struct.dataclass
@@ -136,10 +136,12 @@ class VectorSizes:
     Attributes:
       width: Z, numbers of a vector.
       alone: whether vectors stand in place of rows.
+      of_events: whether events of a history have them as fields, too.
     """
 
     width: int
     alone: bool
+    of_events: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _check(run: TrainedRun, ids: Sequence[str], vectors: np.ndarray) -> None:
         )
     if vectors.ndim != 2 or len(ids) != len(vectors) or not len(ids):
         raise InputError(f"{len(ids)} ids and vectors of shape {vectors.shape}; give one an id")
-    width = _adapter(backbone)[1].vectors
+    width = adapters.of(backbone)[_rows_name(backbone)].vectors
     if vectors.shape[1] != width:
         raise InputError(
             f"new items have vectors of {vectors.shape[1]} numbers, --item_vectors={product} has "
@@ -142,10 +142,10 @@ def _check(run: TrainedRun, ids: Sequence[str], vectors: np.ndarray) -> None:
         )
 
 
-def _adapter(backbone: AnyBackbone) -> tuple[str, adapters.Adapter]:
-    """The adapter of items, and the name of the rows that it makes."""
+def _rows_name(backbone: AnyBackbone) -> str:
+    """The name of the rows that the adapter of items makes."""
     by_name = adapters.of(backbone).items()
-    return next((name, adapter) for name, adapter in by_name if adapter.side == "item")
+    return next(name for name, adapter in by_name if adapter.side == "item")
 
 
 def _made(run: TrainedRun, values: Float[np.ndarray, "n Z"]) -> dict[str, jax.Array]:
@@ -155,8 +155,8 @@ def _made(run: TrainedRun, values: Float[np.ndarray, "n Z"]) -> dict[str, jax.Ar
     standard = vector_products.standard(run.dataset, "item", trained)
     new = Vectors(values, np.ones(len(values), bool))
     stored = standard.apply(new, knobs.vector_dtype).astype(np.float32)  # rounded as known ones are
-    name, adapter = _adapter(backbone)
-    rows = adapter.apply(run.restored.serving.params[adapters.PARAMS][name], jnp.asarray(stored))
+    name, params = _rows_name(backbone), run.restored.serving.params
+    rows = adapters.made_of(backbone, params, name, jnp.asarray(stored))
     if isinstance(backbone, LightGCN):
         rows = rows / (run.config.model.layers + 1)
     elif isinstance(backbone, DotBackbone) and backbone.whole:

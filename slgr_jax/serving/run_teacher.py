@@ -10,6 +10,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import teacher_lists
 from slgr_jax.serving.trained_run import TrainedRun, load
+from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.products import preferences
 
 
@@ -31,7 +32,7 @@ def from_run(
             f"{workdir} learned from validation, too: its lists would show validation to whoever "
             "learns from them; name a run that was trained on training interactions alone"
         )
-    guided = f", guided by {run.config.guidance.teacher}" if run.config.guided else ""
+    guided = f", guided by {run.config.guided_by}" if run.config.guided else ""
     return teacher_lists.write(
         dataset,
         common,
@@ -48,6 +49,8 @@ def _built_from(run: TrainedRun) -> str:
     """What the run has seen: training, or what its teacher saw if that is more."""
     if not run.config.guided:
         return "train_only"
+    if run.config.aligns:
+        return embeddings.read_manifest(run.dataset, run.config.guided_by).built_from
     root = preferences.product_path(run.config.data, run.config.guidance.teacher)
     if not (root / schema.MANIFEST).is_file():
         raise ConfigError(

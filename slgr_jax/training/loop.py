@@ -456,7 +456,7 @@ def opening(start: str, experiment: Experiment, programs: Programs) -> str:
     kind = layout.mesh.devices.ravel()[0].device_kind
     guidance = "none"
     if run.guided:
-        guidance = f"{run.guidance.guidance} of {run.guidance.teacher} through gate {run.gate.gate}"
+        guidance = f"{run.guidance.guidance} of {run.guided_by} through gate {run.gate.gate}"
     return (
         f"{start}: {run.model.backbone} on {dataset.manifest.name}, {dataset.n_users} users x "
         f"{dataset.n_items} items, {len(dataset.train)} training interactions, "

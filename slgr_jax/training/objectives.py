@@ -118,6 +118,33 @@ class Objective(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """Losses of a batch that count nothing: a share of this device's, by their size.
+
+    LLMRec (WSDM'24) prunes "noise" so: its program keeps the hardest 29 % (`easiest`), its text
+    means the others (`hardest`, which is also the truncated loss of T-CE, arXiv 2006.04153).
+
+    Attributes:
+      share: in [0, 1).
+      which: easiest | hardest.
+    """
+
+    share: float = 0.0
+    which: str = "easiest"
+
+    def left(self, loss: Float[Array, "B"], weights: Float[Array, "B"]) -> Float[Array, "B"]:
+        """The weights, 0 of what is dropped: floor((1 - share) n) of n that had one are left."""
+        if not self.share:
+            return weights
+        there = weights > 0
+        size = jax.lax.stop_gradient(loss if self.which == "easiest" else -loss)
+        order = jnp.argsort(jnp.where(there, -size, jnp.inf))  # what is left comes first
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
+        count = jnp.floor((1.0 - self.share) * jnp.sum(there) + 1e-4)
+        return jnp.where(place < count, weights, 0.0)
+
+
 def _guided(scores: Float[Array, "G C"]) -> Guided:
     return Guided(scores, losses.difference(scores) if scores.shape[1] == 2 else None)
 
@@ -150,6 +177,7 @@ class Triples:
 
     pair_loss: str  # bpr | bce
     merged: bool
+    dropped: Dropped = Dropped()
 
     @property
     def penalised(self) -> tuple[str, ...]:
@@ -197,6 +225,7 @@ class Triples:
         else:
             labels = jnp.zeros_like(scores).at[:, 0].set(1.0)
             loss = jnp.mean(losses.binary_cross_entropy(scores, labels), axis=1)
+        weights = self.dropped.left(loss, weights)
         return Learned(
             losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
@@ -211,6 +240,7 @@ class Triples:
 class LabelledItems:
     """Binary cross-entropy of one item with its label."""
 
+    dropped: Dropped = Dropped()
     penalised = (TRIPLES,)
 
     def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
@@ -222,10 +252,9 @@ class LabelledItems:
         assert batch.labels is not None
         right = ((scores > 0) == (batch.labels > 0.5)).astype(jnp.float32)
         loss = losses.binary_cross_entropy(scores, batch.labels)
+        weights = self.dropped.left(loss, batch.weights)
         return Learned(
-            losses.masked_sum(loss, batch.weights),
-            losses.masked_sum(right, batch.weights),
-            jnp.sum(batch.weights),
+            losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
 
     def guided(self, view: View, inputs: Inputs) -> Guided:
@@ -391,17 +420,18 @@ def make_objective(
     if loss in ("softmax", "sampled_softmax"):
         assert isinstance(backbone, DotBackbone)  # config.LOSSES_OF
         return Softmax(backbone, _Catalogue(backbone, plan))
+    dropped = Dropped(run.loss.drop_share, run.loss.drop)
     if plan.negatives == 0:
-        return LabelledItems()
+        return LabelledItems(dropped)
     # Lists as pairs read a query's rows once a pair: worth it only where these stay in a cache.
     as_pairs = (
         guidance is None
         or guidance.width == 2
         or (guidance.width % 2 == 0 and plan.native and dot_model(backbone) is not None)
     )
-    # A stochastic pass scores a guidance's candidates alone.
-    stochastic = guidance is not None and guidance.reads_stochastic
-    return Triples(loss, merged=plan.negatives == 1 and as_pairs and not stochastic)
+    # A stochastic pass scores a guidance's candidates alone, and vectors are no dot products.
+    apart = guidance is not None and (guidance.reads_stochastic or guidance.reads_vectors)
+    return Triples(loss, plan.negatives == 1 and as_pairs and not apart, dropped)
 
 
 def negatives_of_triple(run: RunConfig, length: int) -> int:

@@ -180,8 +180,8 @@ def same_features(workdir: str, run: config.RunConfig, dataset: Dataset) -> bool
 
 
 def teacher_hash(run: config.RunConfig) -> str:
-    """SHA-256 over the checksums of the teacher's shards; empty without guidance."""
-    if run.guidance.guidance == "none":
+    """SHA-256 over the checksums of the teacher's shards; empty without a teacher of lists."""
+    if not run.guidance.teacher:
         return ""
     path = preferences.product_path(run.data, run.guidance.teacher)
     return schema.files_hash(schema.read_teacher_manifest(path).files)

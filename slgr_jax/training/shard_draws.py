@@ -128,7 +128,7 @@ def _draw_shard(
     )
     drawn: Any = (draw(of_triples, interactions, plan), None)
     if guidance is not None:
-        drawn = drawn[0], guidance.draw(of_guidance, of_teacher, interactions.facts, None)
+        drawn = drawn[0], guidance.draw(of_guidance, of_teacher, interactions, None)
 
     def named(queries: Queries) -> Queries:
         return dataclasses.replace(queries, users=number * users.rows + queries.users)

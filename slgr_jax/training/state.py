@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from slgr_jax.config import RunConfig
-from slgr_jax.guidance.base import Guidance
+from slgr_jax.guidance.base import METHOD, Guidance
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
@@ -64,8 +64,8 @@ class Learner:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam for dense parameters; no weight decay, a gate least of all. A refit's gate, with
-        whatever else its guidance has learned, stays as it is."""
+        """Adam for dense parameters; no weight decay, a gate least of all. A refit's gate stays as
+        it is; what a method learns beside a gate (`METHOD`) it learns again."""
         dense = optax.adam(self.config.optimizer.dense_lr)
         if self.guidance is None:
             return dense
@@ -73,7 +73,15 @@ class Learner:
         if self.config.train.refit:
             of_guidance = optax.set_to_zero()
         by_part = {"backbone": dense, "guidance": of_guidance}
-        return optax.multi_transform(by_part, {name: name for name in by_part})
+
+        def labels(params: dict[str, Any]) -> dict[str, Any]:
+            parts: dict[str, Any] = {name: name for name in by_part}
+            if METHOD in params["guidance"]:
+                of_method = {METHOD: "backbone"}
+                parts["guidance"] = dict.fromkeys(params["guidance"], "guidance") | of_method
+            return parts
+
+        return optax.multi_transform(by_part, labels)
 
     @property
     def row_optimizer(self) -> RowOptimizer:
@@ -126,7 +134,7 @@ def init_state(
             "guidance": {},
         }
         if learner.guidance is not None:
-            params["guidance"] = learner.guidance.init(for_guidance)
+            params["guidance"] = learner.guidance.init(for_guidance, learner.backbone)
         return params, learner.optimizer.init(params)
 
     params, opt_state = jax.jit(dense, out_shardings=learner.layout.replicated)(keys[""])

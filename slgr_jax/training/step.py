@@ -35,7 +35,15 @@ from slgr_jax.guidance.base import Frozen, Scored
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.dot_access import BroadcastDotAccess, DotAccess
-from slgr_jax.models.row_access import Access, Candidates, Leaves, Reads, RowAccess
+from slgr_jax.models.row_access import (
+    Access,
+    Candidates,
+    Leaves,
+    Masked,
+    Reads,
+    RowAccess,
+    Vectors,
+)
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions
 from slgr_jax.sampling.batch import Batch, draw
 from slgr_jax.sampling.context import Context
@@ -212,8 +220,8 @@ def draw_steps(trainer: Trainer, keys: jax.Array, arrays: DeviceArrays) -> tuple
     batch = draw(of_triples, interactions, trainer.plan)
     if trainer.guidance is None:
         return batch, None
-    facts, histories = interactions.facts, arrays.context.histories
-    return batch, trainer.guidance.draw(of_guidance, arrays.guidance, facts, histories)
+    histories = arrays.context.histories
+    return batch, trainer.guidance.draw(of_guidance, arrays.guidance, interactions, histories)
 
 
 def train_step(
@@ -347,7 +355,11 @@ def _loss(
         part.for_pass,
         part.candidates,
     )
-    view = access.view(backbone_params, leaves, context, part.reads, inputs.pass_(_SHARED_PASS))
+    guidance, shared = trainer.guidance, inputs.pass_(_SHARED_PASS)
+    masked: Masked = {}
+    if guidance is not None and guidance.reads_vectors:
+        masked = guidance.masked(params["guidance"], part.guided, trainer.layout)
+    view = access.view(backbone_params, leaves, context, part.reads, shared, masked)
     learned = objective.learn(view, inputs)
 
     triples = trainer.layout.sum_over_all(jax.lax.stop_gradient(learned.count))
@@ -361,17 +373,20 @@ def _loss(
             penalty += losses.masked_sum(of_triples, batch.weights) * per_triple
         penalty = 0.5 * config.optimizer.l2 * penalty
     sums = {"triples": triples, "rec_loss": rec, "accuracy": learned.right * per_triple}
-    if trainer.guidance is None:
+    if guidance is None:
         return rec + penalty, sums
+
+    def vectors() -> Vectors:
+        return view.vectors(objectives.GUIDANCE, inputs.pass_(1))
 
     def stochastic(key: jax.Array, rate: float) -> jax.Array:
         again = access.view(backbone_params, leaves, context, part.reads, (rate, key))
         return again.scores(objectives.GUIDANCE, (rate, key))
 
     scores, differences = objective.guided(view, inputs)
-    added = trainer.guidance.loss(
+    added = guidance.loss(
         params["guidance"],
-        Scored(scores, differences, stochastic),
+        Scored(scores, differences, stochastic, vectors),
         part.guided,
         part.observed,
         trainer.layout,

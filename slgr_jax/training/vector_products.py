@@ -64,14 +64,19 @@ def named(run: RunConfig) -> dict[str, tuple[str, str]]:
         for table, name in run.vectors.init_products.items()
     }
     beside = {f"{side}_vectors": (name, f"{side}s") for side, name in run.vectors.products.items()}
-    return initial | beside
+    guiding = {}
+    if name := run.guidance.teacher_vectors:
+        guiding = {f"teacher_vectors ({side})": (name, side) for side in ("items", "users")}
+    return initial | beside | guiding
 
 
 def sizes(run: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """The fields of `Sizes` that shape adapters."""
     return {
         f"{side}_vectors": VectorSizes(
-            embeddings.read_manifest(dataset, name).dim, run.vectors.alone(side)
+            embeddings.read_manifest(dataset, name).dim,
+            run.vectors.alone(side),
+            run.vectors.event_vectors,
         )
         for side, name in run.vectors.products.items()
     }

@@ -349,13 +349,23 @@ def _with_fresh_slots(
 
 
 def _same_guidance(run: config.RunConfig, source: config.RunConfig) -> bool:
-    """Whether a gate means the same in both: one guidance, one gate, one list of inputs."""
+    """Whether a gate means the same in both: one guidance, one gate, one list of inputs; and what
+    a method learns beside it: the same vectors and knobs."""
     if not (run.guided and source.guided):
         return run.guided == source.guided
     alike = [
-        (each.guidance.guidance, each.gate.gate, each.gate.gate_inputs) for each in (run, source)
+        (
+            *(each.guidance.guidance, each.gate.gate, each.gate.gate_inputs),
+            *(each.guidance.teacher_vectors, each.aligns and _method(each)),
+        )
+        for each in (run, source)
     ]
     return alike[0] == alike[1]
+
+
+def _method(run: config.RunConfig) -> Any:
+    """The section of the run's guidance."""
+    return getattr(run, run.guidance.guidance)
 
 
 def _grown(

@@ -122,6 +122,13 @@ def test_a_message_names_the_ends_of_a_range():
             make()
 
 
+def _product(guidance):
+    """What a guidance learns from."""
+    if guidance == "none":
+        return {}
+    return {"teacher_vectors" if guidance in config.ALIGNMENTS else "teacher": "t"}
+
+
 def test_a_name_that_config_offers_can_be_made_and_no_other():
     """The registries and the choices are two lists: neither may have what the other lacks."""
     for name in config.BACKBONES:
@@ -130,7 +137,7 @@ def test_a_name_that_config_offers_can_be_made_and_no_other():
     for name in config.GATES:
         assert callable(make_gate(GateConfig(gate=name)))
     for name in config.GUIDANCE:
-        guided = config.make_run("d", "w", guidance=name, teacher="" if name == "none" else "t")
+        guided = config.make_run("d", "w", guidance=name, **_product(name))
         assert (make_guidance(guided) is None) == (name == "none")
     for name in config.TABLE_OPTIMIZERS:
         assert make_row_optimizer(OptimizerConfig(table_optimizer=name)).initial(2).ndim == 1
@@ -183,8 +190,12 @@ def test_json_gives_back_every_knob(method):
     sections = {name: _changed(section) for name, section in kept.items()}
     vectors = sections["vectors"]
     sections["vectors"] = dataclasses.replace(vectors, **_WITHOUT)
-    sections["guidance"] = dataclasses.replace(sections["guidance"], guidance=method)
+    products = {"teacher": "", "teacher_vectors": ""} | _product(method)
+    unused = {name for name, product in products.items() if not product}
+    guidance = dataclasses.replace(sections["guidance"], guidance=method, **products)
+    sections["guidance"] = guidance
     sections["train"] = dataclasses.replace(sections["train"], user_shards=0)  # goes with few
+    unused.add("user_shards")
     run = RunConfig(data="a b", workdir="ü", **sections)
     again = knobs.from_json(RunConfig, knobs.to_json(run), "config")
     assert again == run
@@ -193,9 +204,7 @@ def test_json_gives_back_every_knob(method):
     changed = {text[2:].split(":")[0] for text in config.differences(plain, run)}
     fields = [field for section in kept.values() for field in dataclasses.fields(section)]
     only = {"backbone"} if len(config.BACKBONES) == 1 else set()
-    assert changed == {knobs.flag_name(field) for field in fields} - only - _WITHOUT.keys() - {
-        "user_shards"
-    }
+    assert changed == {knobs.flag_name(field) for field in fields} - only - _WITHOUT.keys() - unused
     assert config.differences(run, again) == []
     vectors = dataclasses.replace(vectors, item_rows=True, user_rows=True)
     run = RunConfig(data="d", workdir="w", vectors=vectors)
@@ -318,10 +327,19 @@ def test_what_a_gate_resolves_its_knobs_to():
     with pytest.raises(ConfigError, match=r"--gate_inputs=history,fame: choose from margin"):
         run(gate="calibrated", gate_inputs="history,fame")
     for method in config.GUIDANCE_DEFAULTS:  # what their authors believe, unless told
-        assert run(guidance=method).gate.gate == "constant"
-        assert run(guidance=method, gate="rule").gate.gate == "rule"
-        with pytest.raises(ConfigError, match=f"--guidance={method} needs --teacher"):
+        guided = {"guidance": method, **_product(method)}
+        assert config.make_run("d", "w", **guided).gate.gate == "constant"
+        assert config.make_run("d", "w", **guided, gate="rule").gate.gate == "rule"
+        assert config.make_run("d", "w", **guided, **{"lambda": 0.7}).guidance.weight == 0.7
+        (product,) = _product(method)
+        with pytest.raises(ConfigError, match=f"--guidance={method} needs --{product}=NAME"):
             config.make_run("d", "w", guidance=method)
+    aligned = config.make_run("d", "w", guidance="rlmrec_con", teacher_vectors="v")
+    assert aligned.guidance.weight == 0.001
+    with pytest.raises(ConfigError, match=r"--teacher=t is not used with --guidance=htd; add"):
+        config.make_run("d", "w", guidance="htd", teacher_vectors="v", teacher="t")
+    with pytest.raises(ConfigError, match=r"--teacher_vectors=v is not used with --guidance=rd"):
+        config.make_run("d", "w", guidance="rd", teacher_vectors="v", teacher="t")
 
 
 # --- knobs that do nothing ------------------------------------------------------------------------

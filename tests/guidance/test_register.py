@@ -61,6 +61,7 @@ class PullUp:
     metrics = ("error",)
     learning_rate = 0.01
     reads_stochastic = False
+    reads_vectors = False
     queries_knob = "queries of PullUp"
 
     @property
@@ -73,10 +74,10 @@ class PullUp:
         liked = teacher.scores == 1
         return Liked(users[liked].astype(np.int32), teacher.items[liked].astype(np.int32)), None
 
-    def init(self, key):
+    def init(self, key, backbone):
         return {"offset": jnp.zeros(())}
 
-    def draw(self, words_of, arrays, facts, histories):
+    def draw(self, words_of, arrays, interactions, histories):
         words = random_bits.words(words_of.own, 1, self.queries)[0]
         at = below(words, arrays.users.shape[0])
         queries = at_the_end_of_training(arrays.users[at], histories)
@@ -84,6 +85,9 @@ class PullUp:
 
     def candidates(self, drawn):
         return Candidates(drawn.queries, drawn.items[:, None])
+
+    def masked(self, params, drawn, layout):
+        return {}
 
     def observe(self, frozen, drawn, arrays, key):
         return None

@@ -16,6 +16,7 @@ from slgr_jax.models import losses
 from slgr_jax.sampling.context import recent
 from slgr_jax.training import build, step
 from slgr_jax.training import state as state_lib
+from slgr_jax.training.objectives import Dropped
 
 COMMON = {
     "dim": 8,
@@ -51,6 +52,46 @@ def _stepped(trainer, arrays, state, steps=1):
 
 def _values(trainer, state, context):
     return state_lib.make_serving_state(trainer)(state, context).values
+
+
+def test_what_is_dropped_is_as_computed_elsewhere():
+    """Means over what is left of 29 % of ten, hardest and easiest; padding is no part of it."""
+    margins = np.array([2, -1, 0.5, 3, -2, 0, 1, 0.2, -0.4, 4, -9.0])
+    loss, weights = jnp.asarray(np.log1p(np.exp(-margins))), jnp.ones(11).at[10].set(0.0)
+    for which, mean in (("easiest", 1.720095), ("hardest", 0.033369)):
+        left = Dropped(0.71, which).left(loss, weights)
+        assert float(jnp.sum(left)) == 2
+        assert float(jnp.sum(left * loss)) / 2 == pytest.approx(mean, abs=1e-6)
+    assert float(jnp.sum(Dropped().left(loss, weights) * loss)) / 10 == pytest.approx(0.662549)
+    assert float(jnp.sum(Dropped(0.5).left(loss, jnp.zeros(11)))) == 0
+
+
+def test_dropped_triples_move_nothing(tmp_path):
+    """One SGD step of what is left alone, on the fast path of dot products and by rows."""
+
+    def left(scores, batch):
+        loss = jax.nn.softplus(scores[:, 1] - scores[:, 0])
+        return Dropped(0.75).left(loss, batch.weights)
+
+    for kernels in ("xla", "auto"):
+        trainer, arrays, batch, state = _built(
+            tmp_path, backbone="mf", item_bias=False, l2=0.0, drop_share=0.75, kernels=kernels
+        )
+        values = {n: np.asarray(state.tables[n])[:, :8] for n in ("user", "item")}
+        users, items = np.asarray(batch.queries.users), np.asarray(batch.items)
+        scores = np.einsum("bd,bcd->bc", values["user"][users], values["item"][items])
+        weights = np.asarray(left(jnp.asarray(scores), batch))
+        assert weights.sum() == 4
+        slope = weights / (1 + np.exp(scores[:, 0] - scores[:, 1]))
+        moved = {n: np.zeros_like(v) for n, v in values.items()}
+        difference = values["item"][items[:, 0]] - values["item"][items[:, 1]]
+        np.add.at(moved["user"], users, slope[:, None] * difference)
+        np.add.at(moved["item"], items[:, 0], slope[:, None] * values["user"][users])
+        np.add.at(moved["item"], items[:, 1], -slope[:, None] * values["user"][users])
+        new = _stepped(trainer, arrays, state)[0]
+        for name, value in values.items():
+            after = np.asarray(new.tables[name])[:, :8]
+            assert_allclose(after - value, 0.5 * moved[name], rtol=1e-3, atol=1e-5)
 
 
 def _check(tmp_path, plain_loss, count, **knobs):

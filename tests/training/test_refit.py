@@ -146,7 +146,8 @@ def test_the_gate_is_the_runs_best_and_learns_no_more(guided):
     state = restore.restore_run(str(again), "last").serving
     assert_same(state.guidance, served(run).guidance)
     fresh = build.build(run_directory.read_config(str(run)), dataset_lib.load(run_data(run)))
-    start = fresh.trainer.guidance.init(jax.random.key(0))
+    trainer = fresh.trainer
+    start = trainer.guidance.init(jax.random.key(0), trainer.backbone)
     moved = [np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in zip(
         jax.tree.leaves(start), jax.tree.leaves(served(run).guidance), strict=True)]  # fmt: skip
     assert max(moved) > 0.01  # or the test could not tell a frozen gate from a fresh one

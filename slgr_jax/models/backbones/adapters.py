@@ -10,7 +10,8 @@ looked up like a row and never written: no gradient, no optimiser state, no plac
 A is trained as dense parameters are. Rows without a vector have A = 0.
 
 DLLM2Rec (RecSys'24) adds W z + c to the input embedding, LLMEmb (AAAI'25) and LLM-ESR (NeurIPS'24)
-map vectors by two linear layers, KAR (RecSys'24) has such outputs as fields.
+map vectors by two linear layers. KAR (RecSys'24, arXiv 2306.10933) has a mixture of experts'
+outputs as fields (`Experts`).
 
 Shape letters: Z numbers of a vector, D width of a row.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import types
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -33,6 +35,7 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import Sizes
 
+SHARED = "shared"  # of these, the experts that they have in common
 PARAMS = "adapters"  # of a backbone's dense parameters, those of its adapters
 FIELDS = {"item": "item_vector", "user": "user_vector"}  # side -> its field of a click model
 
@@ -83,15 +86,75 @@ class Adapter:
         return layers
 
     def apply(
-        self, params: Mapping[str, Any], stored: Float[Array, "... Z1"]
+        self,
+        params: Mapping[str, Any],
+        stored: Float[Array, "... Z1"],
+        shared: Mapping[str, Any] | None = None,
     ) -> Float[Array, "... D"]:
-        """What stored vectors come to; 0 where there is none."""
+        """What stored vectors come to; 0 where there is none.
+
+        Args:
+          shared: parameters that it has in common with other adapters.
+        """
         x, has = stored[..., :-1], stored[..., -1:]
         for number in range(len(self.hidden) + 1):
             layer = params[f"layer_{number}"]
             x = jnp.dot(jax.nn.relu(x) if number else x, layer["kernel"])
             x = x + jnp.expand_dims(layer["bias"], tuple(range(x.ndim - 1)))
         return x * has
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Adapter):
+    """A(z) = sum over the experts e of softmax(G z)_e relu(W_n relu(... relu(W_1 z + b_1)) + b_n)
+
+    KAR's hybrid-expert adaptor (section 3.3): some experts are the side's own, some are shared with
+    the other side's adapter, the gate G is the side's own.
+
+    Attributes:
+      experts: how many are its own.
+      shared: how many it has in common with other adapters.
+    """
+
+    experts: int = 1
+    shared: int = 0
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        for_experts, for_gate = jax.random.split(key)
+        count = self.experts + self.shared
+        gate = jax.random.normal(for_gate, (self.vectors, count)) / np.sqrt(self.vectors)
+        return {"gate": gate, **self.init_experts(for_experts, self.experts)}
+
+    def init_experts(self, key: jax.Array, count: int) -> dict[str, Any]:
+        """Fresh parameters of some experts."""
+        one = dataclasses.replace(self, init_std=self.init_std * np.sqrt(2.0))
+        stacked: dict[str, Any] = jax.vmap(functools.partial(Adapter.init, one))(
+            jax.random.split(key, count)
+        )
+        return stacked
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        stored: Float[Array, "... Z1"],
+        shared: Mapping[str, Any] | None = None,
+    ) -> Float[Array, "... D"]:
+        z, has = stored[..., :-1].reshape(-1, self.vectors), stored[..., -1:]
+        outputs = [self._outputs(params, z)]
+        if self.shared:
+            assert shared is not None
+            outputs.append(self._outputs(shared, z))
+        weights = jax.nn.softmax(z @ params["gate"])
+        mixed = jnp.einsum("nx,xnd->nd", weights, jnp.concatenate(outputs))
+        return mixed.reshape(*stored.shape[:-1], self.width) * has
+
+    def _outputs(self, params: Mapping[str, Any], z: Float[Array, "N Z"]) -> Float[Array, "X N D"]:
+        """What each expert makes of vectors."""
+        layers = [params[f"layer_{number}"] for number in range(len(self.hidden) + 1)]
+        x = jnp.broadcast_to(z, (layers[0]["kernel"].shape[0], *z.shape))
+        for layer in layers:
+            x = jax.nn.relu(jnp.einsum("xni,xio->xno", x, layer["kernel"]) + layer["bias"][:, None])
+        return x
 
 
 @runtime_checkable
@@ -130,13 +193,26 @@ def with_vectors(backbone: Any, config: VectorConfig, sizes: Sizes) -> Any:
             )
         own = tables[side]
         beside = backbone.vector_fields and not of_side.alone
-        adapters[FIELDS[side] if beside else side] = Adapter(
-            side, own.rows, of_side.width, own.width, config.adapter_hidden, own.init_std
+        sizes_of = (side, own.rows, of_side.width, own.width)
+        adapters[FIELDS[side] if beside else side] = (
+            Adapter(*sizes_of, config.adapter_hidden, own.init_std)
+            if not config.adapter_experts
+            else Experts(
+                *(*sizes_of, config.expert_hidden, own.init_std),
+                *(config.adapter_experts, config.adapter_shared),
+            )
         )
         if of_side.alone:
             del tables[side]
     if not adapters:
         return backbone
+    widths = {adapter.vectors for adapter in adapters.values()}
+    if config.adapter_experts and config.adapter_shared and len(widths) > 1:
+        raise ConfigError(
+            f"--adapter_shared={config.adapter_shared} experts read the vectors of items and of "
+            f"users, and these have {' and '.join(map(str, sorted(widths)))} numbers; give one "
+            "product for both, or --adapter_shared=0"
+        )
     composed = copy.copy(backbone)
     composed.adapters, composed.tables = adapters, tables
     return composed
@@ -156,6 +232,10 @@ def init_params(backbone: Any, key: jax.Array) -> dict[str, Any]:
             name: adapter.init(each)
             for (name, adapter), each in zip(sorted(adapters.items()), keys, strict=True)
         }
+        first = next(iter(adapters.values()))
+        if isinstance(first, Experts) and first.shared:
+            for_shared = jax.random.fold_in(key, 2)
+            params[PARAMS][SHARED] = first.init_experts(for_shared, first.shared)
     return params
 
 
@@ -163,6 +243,18 @@ def row_specs(backbone: Any) -> dict[str, TableSpec]:
     """Every table that scoring reads: those that are trained, and what vectors come to."""
     made = {name: adapter.spec for name, adapter in of(backbone).items()}
     return {**made, **backbone.tables}
+
+
+def made_of(
+    backbone: Any, params: Mapping[str, Any], name: str, stored: Float[Array, "... Z1"]
+) -> Float[Array, "... D"]:
+    """What the adapter called `name` makes of stored vectors.
+
+    Args:
+      params: the backbone's.
+    """
+    of_adapters = params[PARAMS]
+    return of(backbone)[name].apply(of_adapters[name], stored, of_adapters.get(SHARED))
 
 
 def added(
@@ -174,6 +266,6 @@ def added(
     """Rows by name, and to them, or in their place, what stored vectors of these names come to."""
     out = dict(rows)
     for name, stored in vectors.items():
-        made = of(backbone)[name].apply(params[PARAMS][name], stored)
+        made = made_of(backbone, params, name, stored)
         out[name] = out[name] + made if name in out else made
     return out

@@ -4,7 +4,8 @@ A row, (query, candidate), has these fields, each of width D:
   user; item; the mean of the item's categories;
   the mean of the last L events' items; the mean of the events' category means;
   each feature of the user and of the item (`sampling.features`), and the mean of the events' own;
-  what their vectors come to (`adapters`), and the mean of the events' own;
+  what their vectors come to (`adapters`), and the mean of the events' own, unless events go
+  without (`VectorSizes.of_events`): the field is the candidate's alone then;
   each feature of the interaction: of the query, the same for all of its candidates
   (`context.at_interactions`).
 Categories where the data have some, history unless it is switched off, features where --features
@@ -15,7 +16,8 @@ DeepFM and xDeepFM add a first-order term: a number for each id, averaged as its
 the last entry of the id's row, of width D + 1, so that it costs no table of its own.
 
 Shape letters: N queries, C candidates, L events, F categories of an item, T fields of an item
-(itself, categories, features), Q fields of the query, W width of a row (D or D + 1).
+(itself, categories, features), P of an event (as many, unless vectors are the candidates' alone),
+Q fields of the query, W width of a row (D or D + 1).
 """
 
 from __future__ import annotations
@@ -105,6 +107,8 @@ class ClickModel:
         for side, of_side in by_side.items():
             if of_side is not None:
                 counts[features_lib.TABLES[side]] = of_side.rows
+        of_items = sizes.item_vectors
+        self._event_vectors = of_items is None or of_items.of_events
         self._vectors = {
             side: of_side is not None and not of_side.alone
             for side, of_side in (("user", sizes.user_vectors), ("item", sizes.item_vectors))
@@ -120,13 +124,16 @@ class ClickModel:
         self.dropout = dropout
 
     def init(self, key: jax.Array) -> Params:
-        parts = 1 + self._categories + self._features["item"] + self._vectors["item"]
+        of_target = int(self._vectors["item"] and not self._event_vectors)
+        parts = 1 + self._categories + self._features["item"] + self._vectors["item"] - of_target
         of_query = 1 + self._features["user"] + self._features[INTERACTION] + self._vectors["user"]
-        item = jnp.zeros((1, 1, parts, self._dim))
         if isinstance(self._network, Din):
             query, real = jnp.zeros((1, of_query, self._dim)), jnp.zeros((1, 1), bool)
-            return self._network.init(key, query, item, item, real)["params"]
-        count = of_query + parts * (1 + self._history)
+            target, event = (
+                jnp.zeros((1, 1, fields, self._dim)) for fields in (parts + of_target, parts)
+            )
+            return self._network.init(key, query, target, event, real)["params"]
+        count = of_query + parts * (1 + self._history) + of_target
         return self._network.init(key, jnp.zeros((1, count, self._dim)))["params"]
 
     def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
@@ -141,7 +148,8 @@ class ClickModel:
         for side, named in (("user", queries.users), ("item", seen), (INTERACTION, interactions)):
             if self._features[side]:
                 ids[features_lib.TABLES[side]] = self._slots(context, side).rows[named]
-        for side, named in (("user", queries.users), ("item", seen)):
+        looked_up = seen if self._event_vectors else items
+        for side, named in (("user", queries.users), ("item", looked_up)):
             if self._vectors[side]:
                 ids[VECTOR_FIELDS[side]] = named
         return ids
@@ -159,7 +167,7 @@ class ClickModel:
         if self._features[side]:
             of_slots = rows[features_lib.TABLES[side]]
             fields.append(features_lib.each(self._slots(context, side), named, of_slots))
-        if self._vectors.get(side):
+        if self._vectors.get(side) and (side != "item" or self._event_vectors):
             fields.append(rows[VECTOR_FIELDS[side]][..., None, :])
         return fields
 
@@ -183,6 +191,9 @@ class ClickModel:
         of_items = self._feature_fields(rows, context, "item", seen)
         fields = jnp.concatenate([fields, *of_items], axis=2)
         target, events = fields[:, : items.shape[1]], fields[:, items.shape[1] :]
+        if self._vectors["item"] and not self._event_vectors:
+            of_vectors = rows[VECTOR_FIELDS["item"]]
+            target = jnp.concatenate([target, of_vectors[:, :, None, :]], axis=2)
         of_users = self._feature_fields(rows, context, "user", queries.users)
         interactions = at_interactions(context, queries).interactions
         if interactions is not None:
@@ -214,7 +225,7 @@ class ClickModel:
         params: Params,
         query: Float[Array, "N Q W"],
         target: Float[Array, "N C T W"],
-        events: Float[Array, "N L T W"],
+        events: Float[Array, "N L P W"],
         real: Bool[Array, "N L"],
         dropout: Dropout,
     ) -> Float[Array, "N C"]:

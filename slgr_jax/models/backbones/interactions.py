@@ -311,6 +311,8 @@ class Din(nn.Module):
       v = sum_l w_l e_l / sqrt(E), without softmax: the strength of an interest stays;
       logit = w . MLP([q, t, v, t * v]) + b, with Dice; q the query's other fields.
     Activations, scale and t * v are RecBole's, q is the paper's (RecBole leaves the user out).
+    Where candidates have fields that events lack, these are the last of T, and no part of what t is
+    compared and multiplied with.
     """
 
     attention: tuple[int, ...]
@@ -321,20 +323,22 @@ class Din(nn.Module):
         self,
         query: Float[Array, "N Q D"],
         target: Float[Array, "N C T D"],
-        events: Float[Array, "N L T D"],
+        events: Float[Array, "N L P D"],
         real: Bool[Array, "N L"],
         *,
         dropout: Dropout = None,
     ) -> Float[Array, "N C"]:
-        n, c, parts, dim = target.shape
-        t, e = target.reshape(n, c, parts * dim), events.reshape(n, -1, parts * dim)
-        weights = jnp.where(real[:, None, :], self._weights(t, e), 0.0)
+        n, c, _, dim = target.shape
+        parts = events.shape[2]
+        t, e = target.reshape(n, c, -1), events.reshape(n, -1, parts * dim)
+        alike = t[..., : parts * dim]
+        weights = jnp.where(real[:, None, :], self._weights(alike, e), 0.0)
         scaled = weights * np.float32((parts * dim) ** -0.5)
         # A sum of products, not a batched matrix product: with few candidates a query, that
         # would be a call a query on CPU.
         pooled = jnp.sum(scaled[..., None] * e[:, None, :, :], axis=2)
         side = jnp.broadcast_to(query.reshape(n, 1, -1), (n, c, query.shape[1] * dim))
-        x = jnp.concatenate([side, t, pooled, t * pooled], axis=2).reshape(n * c, -1)
+        x = jnp.concatenate([side, t, pooled, alike * pooled], axis=2).reshape(n * c, -1)
         deep = Mlp(self.mlp, dice=True)(x, dropout=dropout)
         return nn.Dense(1, kernel_init=GLOROT)(deep).reshape(n, c)
 

@@ -283,6 +283,15 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
     return Embeddings(manifest, **read)
 
 
+def width_of(data: PathLike, name: str) -> int:
+    """Numbers of a vector of DATA/embeddings/NAME.
+
+    Raises:
+      ManifestError: no such product, or a damaged one.
+    """
+    return schema.read_embedding_manifest(product_path(data, name)).dim
+
+
 def read_manifest(dataset: Dataset, name: str) -> schema.EmbeddingManifest:
     """The manifest of DATA/embeddings/NAME, which fits `dataset`, or refuse the product.
 
