@@ -20,8 +20,9 @@ _TESTS = (
 
 _COST = (
     "triples_per_s: of the fastest epoch of all seeds; speed_vs_none: that over `none`'s, the "
-    "ratio of steps a second. cpu_seconds: of the process, compilation and validation included. "
-    "Runs share the machine with each other: for orientation."
+    "ratio of steps a second. best_at_the_end: seeds whose last epoch was their best. "
+    "cpu_seconds: of the process, compilation and validation included. Runs share the machine "
+    "with each other: for orientation."
 )
 
 
@@ -47,6 +48,7 @@ def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
     tuned = report["tuned"]
     lines = [title, "", *_verdict(report["verdict"]), *_choices(tuned), *_ends(tuned)]
+    lines += _still_rising(report["cost"])
     lines += _protocol(protocol)
     lines += [f"![{name}]({name})" for name in pictures] + [""]
     lines += _primary(protocol, rows)
@@ -111,6 +113,7 @@ def short(report: Mapping[str, Any]) -> str:
             tables.text_table(short_rows(report)),
             *_choices(report["tuned"]),
             *_ends(report["tuned"]),
+            *_still_rising(report["cost"]),
             *short_verdict(report),
         ]
     )
@@ -310,6 +313,20 @@ def _ends(tuned: Tuned) -> list[str]:
     if not lines:
         return []
     title = "**Chosen at an end of its range**, so that a wider one may change the outcome:"
+    return [title, "", *lines, ""]
+
+
+def _still_rising(costs: Sequence[Row]) -> list[str]:
+    """Who was best at the last epoch: which arm learns faster says nothing of where they end."""
+    lines = [
+        f"- {row['backbone']} {row['arm']}: seeds: {row['best_at_the_end']}, at epoch "
+        f"{row['epochs']:.0f}"
+        for row in costs
+        if row.get("best_at_the_end")
+    ]
+    if not lines:
+        return []
+    title = "**Best at the last epoch**, so that more (--epochs) may change the outcome:"
     return [title, "", *lines, ""]
 
 

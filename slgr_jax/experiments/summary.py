@@ -209,7 +209,8 @@ def _correct(rows: Sequence[Row]) -> None:
 
 
 def costs(runs: Runs) -> list[Row]:
-    """Mean time of training by backbone and arm, and the fastest epoch's speed beside `none`'s."""
+    """Mean time of training by backbone and arm, and the fastest epoch's speed beside `none`'s;
+    how many seeds were best at their last epoch."""
     out: list[Row] = []
     speeds: dict[tuple[str, str], float | None] = {}
     for (backbone, arm), workdirs in runs.items():
@@ -224,11 +225,17 @@ def costs(runs: Runs) -> list[Row]:
                 "seconds": _mean(outcome.get("seconds") for outcome in outcomes),
                 "cpu_seconds": _mean(outcome.get("cpu_seconds") for outcome in outcomes),
                 "epochs": _mean(outcome.get("epoch") for outcome in outcomes),
+                "best_at_the_end": sum(map(_best_at_the_end, outcomes)),
                 "triples_per_s": speed,
                 "speed_vs_none": speed / base if speed and base else None,
             }
         )
     return out
+
+
+def _best_at_the_end(outcome: Mapping[str, Any]) -> bool:
+    """Whether the last epoch was the best so far: more might have been better."""
+    return outcome.get("best_epoch") is not None and outcome["best_epoch"] == outcome["epoch"]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -34,7 +34,10 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
                       "ends": ["lambda 0.3 is at the end of its range 0.2..1"]},
             "auto": {"tried": [], "chosen": {},
                      "by_seed": [{"variant": "none"}, {"variant": "paper"}]}}},
-        "cost": [{"backbone": "mf", "arm": "none", "seconds": None}],
+        "cost": [
+            {"backbone": "mf", "arm": "none", "epochs": 5.0, "best_at_the_end": 2},
+            {"backbone": "mf", "arm": "paper", "epochs": 7.5, "best_at_the_end": 0},
+        ],
         "gate": [{"backbone": "mf", "arm": "paper", "auc": 0.5, "calibration_error": None,
                   "slices": {"overall": {"alpha": 0.3, "right": None, "n": 7}},
                   "reliability": bins}],
@@ -65,6 +68,8 @@ def test_the_report_shows_the_numbers_and_draws_them(written, tmp_path, monkeypa
     assert "- mf paper: lambda 0.3 is at the end of its range" in text
     assert "- mf paper: lambda 0.3..1:log" in text
     assert "- mf paper: lambda 0.3..1 to 0.2..1" in text
+    assert "- mf none: seeds: 2, at epoch 5" in text
+    assert "- mf paper: seeds" not in text
     assert "- auto of mf is by validation: seed 0 none, seed 1 paper" in text
     assert "20 trials of tpe, sampler seed 0" in text
     # Nothing to say of gates: no table and no picture of them.

@@ -92,6 +92,7 @@ def test_what_is_undefined_is_null(tmp_path):
     cost = summary.costs(runs)[1]
     assert {key: value for key, value in cost.items() if key not in ("backbone", "arm")} == (
         dict.fromkeys(("seconds", "cpu_seconds", "epochs", "triples_per_s", "speed_vs_none"))
+        | {"best_at_the_end": 0}
     )
     one_seed = {key: dirs[:1] for key, dirs in runs.items()}
     row = pick(summary.rows_of(one_seed, (10,), {"mf": "ndcg@10"}), "mf", "paper", "overall",
@@ -105,7 +106,8 @@ def test_cost_and_gates_are_means_over_seeds(tmp_path):
         for seed, root in enumerate(dirs):
             write_run(root, seed, 0.0)
             guided = arm == "paper"
-            outcome = {"seconds": 4.0 + 2 * seed + guided, "epoch": 5}
+            outcome = {"seconds": 4.0 + 2 * seed + guided, "epoch": 5, "best_epoch": 4 + seed}
+            outcome |= {"best_epoch": 3} if guided else {}
             results.write_json(root / results.OUTCOME, outcome)
             rates = [100, 900 + seed, 400] if guided else [100, 1802, 1700]
             more = {"train/alpha": 0.5} if guided else {}
@@ -129,6 +131,7 @@ def test_cost_and_gates_are_means_over_seeds(tmp_path):
     assert (none["seconds"], none["speed_vs_none"]) == (5.0, 1.0)
     assert (paper["seconds"], paper["triples_per_s"]) == (6.0, 901.0)
     assert paper["speed_vs_none"] == pytest.approx(901 / 1802)
+    assert (none["best_at_the_end"], paper["best_at_the_end"]) == (1, 0)
     (gate,) = summary.gates(runs)
     assert (gate["auc"], gate["calibration_error"]) == (pytest.approx(0.7), None)
     alpha = pytest.approx((40 * 0.25 + 10 * 0.5) / 50)
