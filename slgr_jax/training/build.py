@@ -16,7 +16,7 @@ from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import gates, hard_negatives, make_guidance
 from slgr_jax.guidance.base import Sources
-from slgr_jax.guidance.pairwise import Pairwise
+from slgr_jax.guidance.gated import Gated
 from slgr_jax.kernels import build as kernel_build
 from slgr_jax.mesh import Layout, put
 from slgr_jax.models.backbones import AnyBackbone, SequenceBackbone
@@ -125,7 +125,7 @@ def _placed(trainer: Trainer, interactions: Interactions, guided: Any) -> Device
     interactions = dataclasses.replace(interactions, facts=facts)
     interactions = user_shards.deal_interactions(interactions, users)
     if guidance is not None:
-        assert isinstance(guidance, Pairwise), "config.RunConfig refuses others"
+        assert isinstance(guidance, Gated), "config.RunConfig refuses others"
         guided = guidance.deal(guided, users)
     if trainer.config.optimizer.table_optimizer == "lazy_adam":
         user_shards.refuse_empty_shards((interactions, guided), users)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from slgr_jax.guidance.base import Guidance
-from slgr_jax.guidance.pairwise import Pairwise
+from slgr_jax.guidance.gated import Gated
 from slgr_jax.mesh import Layout, UserShards
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.arrays import Dealt, DeviceArrays, Interactions
@@ -44,7 +44,7 @@ def draw_own(
     """
     users = layout.users
     assert users is not None, "users are split"
-    assert guidance is None or isinstance(guidance, Pairwise), "config.RunConfig refuses others"
+    assert guidance is None or isinstance(guidance, Gated), "config.RunConfig refuses others"
     of_shard = dataclasses.replace(
         plan, triples=plan.triples // users.count, shared=plan.shared // users.count
     )
@@ -116,7 +116,7 @@ def _lanes(drawn: jax.Array) -> jax.Array:
 def _draw_shard(
     users: UserShards,
     plan: SamplingPlan,
-    guidance: Pairwise | None,
+    guidance: Guidance | None,
     number: jax.Array,
     words_of: tuple[Generators, Generators],
     interactions: Interactions,

@@ -147,8 +147,8 @@ def test_preferences_are_drawn_among_list_and_rivals(world, tmp_path):
     # has 4 listed partners; of the others 5 of 8 partners are hard negatives.
     assert rival[users, items[:, 1]].mean() == pytest.approx(5 / 9 + 4 / 9 * 5 / 8, abs=0.01)
     # a gate without a reference does not score it again
-    facts = experiment.arrays.interactions.facts
-    assert guidance.draw(words_of, arrays, facts, None).pairs.entries is None
+    interactions = experiment.arrays.interactions
+    assert guidance.draw(words_of, arrays, interactions, None).pairs.entries is None
     assert guidance.gating.reference_backbones == ()
     assert arrays.gate.reference_runs == ()
 

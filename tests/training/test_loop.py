@@ -506,7 +506,8 @@ def test_help_teaches_without_importing_jax():
     assert found.returncode == 0
     assert time.monotonic() - begin < 10  # under a second on an idle machine
     assert "--lambda=0.1" in found.stdout
-    assert "weight of the guidance loss (>= 0; <= 3.4e+38)" in found.stdout
+    assert "weight of the guidance loss; rlmrec_con and rlmrec_gen: 0.001" in found.stdout
+    assert "(>= 0; <= 3.4e+38)" in found.stdout
     imported = {line.split("|")[-1].strip() for line in found.stderr.splitlines()}
     assert not imported & {"jax", "pyarrow", "flax", "numpy"}
 
