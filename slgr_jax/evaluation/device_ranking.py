@@ -208,7 +208,7 @@ def score_room(*, users: int, n_items: int, mesh: Mesh | None) -> jax.Array:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("score_users", "n_items", "mesh"),
+    static_argnames=("score_users", "n_items", "mesh", "split", "specs"),
     donate_argnames=("room",),
     keep_unused=True,
 )
@@ -220,59 +220,43 @@ def score_chunk(
     score_users: ScoreUsers,
     n_items: int,
     mesh: Mesh | None,
+    split: UserShards | None = None,
+    specs: tuple[PartitionSpec, ...] = (),
 ) -> jax.Array:
     """[B, I] float32, split by user over `mesh`. Users under 0 are padding.
 
     Its own program, so that both passes over a chunk see the same bits. `room` is given up: the
     scores are written over it. New memory for each chunk would take a CPU longer to hand out, a
     page at a time, than the scores to compute.
-    """
-    del room
-    scores = score_users(state, jnp.maximum(users, 0))
-    if scores.shape != (users.size, n_items):
-        wanted = (users.size, n_items)
-        raise ConfigError(f"score_users gave scores of shape {scores.shape}, expected {wanted}")
-    scores = scores.astype(jnp.float32)
-    return scores if mesh is None else jax.lax.with_sharding_constraint(scores, by_user(mesh))
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("score_users", "n_items", "mesh", "split", "specs"),
-    donate_argnames=("room",),
-    keep_unused=True,
-)
-def score_own_chunk(
-    room: jax.Array | None,
-    state: Any,
-    users: jax.Array,
-    *,
-    score_users: ScoreUsers,
-    n_items: int,
-    mesh: Mesh | None,
-    split: UserShards,
-    specs: tuple[PartitionSpec, ...],
-) -> jax.Array:
-    """`score_chunk` where users are split: each device scores its own, with what it has of them.
 
     Args:
-      users: their rows of `split`; a device's part of them are its own.
-      specs: of the leaves of `state`; those of users are split over all devices.
+      users: with `split` their rows of it; a device's part of them are its own, which it scores
+        with what it has of them.
+      specs: with `split` of the leaves of `state`; those of users are split over all devices.
     """
     del room
 
-    def own(state: Any, users: jax.Array) -> jax.Array:
-        rows = jnp.maximum(_own_rows(users, split, mesh), 0)
-        return score_users(state, rows).astype(jnp.float32)
+    def scored(state: Any, users: jax.Array) -> jax.Array:
+        scores = score_users(state, jnp.maximum(users, 0))
+        if scores.shape != (users.size, n_items):
+            wanted = (users.size, n_items)
+            raise ConfigError(f"score_users gave scores of shape {scores.shape}, expected {wanted}")
+        return scores.astype(jnp.float32)
 
     if mesh is None:
-        return own(state, users)
-    by_user = PartitionSpec(mesh.axis_names)
+        return scored(state, users)
+    if split is None:
+        return jax.lax.with_sharding_constraint(scored(state, users), by_user(mesh))
+
+    def of_own(state: Any, users: jax.Array) -> jax.Array:
+        return scored(state, _own_rows(users, split, mesh))
+
+    rows = PartitionSpec(mesh.axis_names)
     of_state = jax.tree.unflatten(jax.tree.structure(state), specs)
-    scored = jax.shard_map(
-        own, mesh=mesh, in_specs=(of_state, by_user), out_specs=by_user, check_vma=False
+    on_each = jax.shard_map(
+        of_own, mesh=mesh, in_specs=(of_state, rows), out_specs=rows, check_vma=False
     )
-    return scored(state, users)
+    return on_each(state, users)
 
 
 def _own_rows(users: jax.Array, split: UserShards, mesh: Mesh | None) -> jax.Array:

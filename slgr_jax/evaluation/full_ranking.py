@@ -66,20 +66,15 @@ class _Scorer:
     ) -> None:
         """Plan chunks of at most `users_per_chunk` users, no more than `n_users` need."""
         self.n_items, self.mesh, self.split = n_items, mesh, split
+        leaves = jax.tree.leaves(state) if split is not None and mesh is not None else []
         self._score = functools.partial(
-            device_ranking.score_chunk, score_users=score_users, n_items=n_items, mesh=mesh
+            device_ranking.score_chunk,
+            score_users=score_users,
+            n_items=n_items,
+            mesh=mesh,
+            split=split,
+            specs=tuple(leaf.sharding.spec for leaf in leaves),
         )
-        if split is not None:
-            leaves = jax.tree.leaves(state)
-            specs = () if mesh is None else tuple(leaf.sharding.spec for leaf in leaves)
-            self._score = functools.partial(
-                device_ranking.score_own_chunk,
-                score_users=score_users,
-                n_items=n_items,
-                mesh=mesh,
-                split=split,
-                specs=specs,
-            )
         self._state = state
 
         size = 1 if mesh is None else mesh.size

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.config import RunConfig
 from slgr_jax.guidance.base import Guidance
+from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import adapters
 from slgr_jax.models.backbones.base import (
@@ -120,27 +121,29 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """Losses of a batch that count nothing: a share of this device's, by their size.
+    """Losses of a batch that count nothing: a share of them, by their size, of all devices.
 
     LLMRec (WSDM'24) prunes "noise" so: its program keeps the hardest 29 % (`easiest`), its text
     means the others (`hardest`, which is also the truncated loss of T-CE, arXiv 2006.04153).
 
     Attributes:
-      share: in [0, 1).
+      share: in (0, 1).
       which: easiest | hardest.
     """
 
-    share: float = 0.0
-    which: str = "easiest"
+    share: float
+    which: str
+    layout: Layout
 
     def left(self, loss: Float[Array, "B"], weights: Float[Array, "B"]) -> Float[Array, "B"]:
         """The weights, 0 of what is dropped: floor((1 - share) n) of n that had one are left."""
-        if not self.share:
-            return weights
-        there = weights > 0
         size = jax.lax.stop_gradient(loss if self.which == "easiest" else -loss)
-        order = jnp.argsort(jnp.where(there, -size, jnp.inf))  # what is left comes first
+        sizes, there = map(self.layout.gather_over_all, (size, weights > 0))
+        order = jnp.argsort(jnp.where(there, -sizes, jnp.inf))  # what is left comes first
         place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
+        if self.layout.devices > 1:
+            own = self.layout.device_index() * loss.shape[0]
+            place = jax.lax.dynamic_slice_in_dim(place, own, loss.shape[0])
         count = jnp.floor((1.0 - self.share) * jnp.sum(there) + 1e-4)
         return jnp.where(place < count, weights, 0.0)
 
@@ -177,7 +180,7 @@ class Triples:
 
     pair_loss: str  # bpr | bce
     merged: bool
-    dropped: Dropped = Dropped()
+    dropped: Dropped | None = None
 
     @property
     def penalised(self) -> tuple[str, ...]:
@@ -225,7 +228,8 @@ class Triples:
         else:
             labels = jnp.zeros_like(scores).at[:, 0].set(1.0)
             loss = jnp.mean(losses.binary_cross_entropy(scores, labels), axis=1)
-        weights = self.dropped.left(loss, weights)
+        if self.dropped is not None:
+            weights = self.dropped.left(loss, weights)
         return Learned(
             losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
@@ -240,7 +244,7 @@ class Triples:
 class LabelledItems:
     """Binary cross-entropy of one item with its label."""
 
-    dropped: Dropped = Dropped()
+    dropped: Dropped | None = None
     penalised = (TRIPLES,)
 
     def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
@@ -252,7 +256,9 @@ class LabelledItems:
         assert batch.labels is not None
         right = ((scores > 0) == (batch.labels > 0.5)).astype(jnp.float32)
         loss = losses.binary_cross_entropy(scores, batch.labels)
-        weights = self.dropped.left(loss, batch.weights)
+        weights = batch.weights
+        if self.dropped is not None:
+            weights = self.dropped.left(loss, weights)
         return Learned(
             losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
         )
@@ -411,7 +417,11 @@ def dot_model(backbone: AnyBackbone) -> FactorModel | None:
 
 
 def make_objective(
-    run: RunConfig, backbone: AnyBackbone, guidance: Guidance | None, plan: SamplingPlan
+    run: RunConfig,
+    backbone: AnyBackbone,
+    guidance: Guidance | None,
+    plan: SamplingPlan,
+    layout: Layout,
 ) -> Objective:
     """The objective that --loss names for `backbone`."""
     loss = run.loss_name
@@ -420,7 +430,8 @@ def make_objective(
     if loss in ("softmax", "sampled_softmax"):
         assert isinstance(backbone, DotBackbone)  # config.LOSSES_OF
         return Softmax(backbone, _Catalogue(backbone, plan))
-    dropped = Dropped(run.loss.drop_share, run.loss.drop)
+    share = run.loss.drop_share
+    dropped = Dropped(share, run.loss.drop, layout) if share else None
     if plan.negatives == 0:
         return LabelledItems(dropped)
     # Lists as pairs read a query's rows once a pair: worth it only where these stay in a cache.

@@ -85,7 +85,9 @@ class Trainer(Learner):
     @functools.cached_property
     def objective(self) -> objectives.Objective:
         """What is learned from interactions."""
-        return objectives.make_objective(self.config, self.backbone, self.guidance, self.plan)
+        return objectives.make_objective(
+            self.config, self.backbone, self.guidance, self.plan, self.layout
+        )
 
     @property
     def access(self) -> Access:
