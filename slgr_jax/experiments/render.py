@@ -48,7 +48,7 @@ def render(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
     tuned = report["tuned"]
     lines = [title, "", *_verdict(report["verdict"]), *_choices(tuned), *_ends(tuned)]
-    lines += _still_rising(report["cost"])
+    lines += _still_rising(report["cost"], protocol["seeds"])
     lines += _protocol(protocol)
     lines += [f"![{name}]({name})" for name in pictures] + [""]
     lines += _primary(protocol, rows)
@@ -113,7 +113,7 @@ def short(report: Mapping[str, Any]) -> str:
             tables.text_table(short_rows(report)),
             *_choices(report["tuned"]),
             *_ends(report["tuned"]),
-            *_still_rising(report["cost"]),
+            *_still_rising(report["cost"], protocol["seeds"]),
             *short_verdict(report),
         ]
     )
@@ -316,11 +316,10 @@ def _ends(tuned: Tuned) -> list[str]:
     return [title, "", *lines, ""]
 
 
-def _still_rising(costs: Sequence[Row]) -> list[str]:
+def _still_rising(costs: Sequence[Row], seeds: int) -> list[str]:
     """Who was best at the last epoch: which arm learns faster says nothing of where they end."""
     lines = [
-        f"- {row['backbone']} {row['arm']}: seeds: {row['best_at_the_end']}, at epoch "
-        f"{row['epochs']:.0f}"
+        f"- {row['backbone']} {row['arm']}: {row['best_at_the_end']} of {seeds} seeds"
         for row in costs
         if row.get("best_at_the_end")
     ]
