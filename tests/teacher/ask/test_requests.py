@@ -262,10 +262,6 @@ def test_files_hold_at_most_so_many_requests_and_bytes(world, drawn, tmp_path):
         assert file.sha256 == shards.sha256_of(by_count / file.path)
 
 
-def damage_nothing(root):
-    pass
-
-
 def damage_by_losing_a_file(root):
     (root / "requests-00002.jsonl").unlink()
 
@@ -326,7 +322,7 @@ def test_parquet_files_hold_the_same_requests_and_take_the_place_of_lines(
 @pytest.mark.parametrize(
     ("damage", "kept"),
     [
-        (damage_nothing, 4),
+        (lambda root: None, 4),
         (damage_by_losing_a_file, 2),
         (damage_by_truncation, 1),
         (damage_by_one_byte, 1),
