@@ -2,8 +2,9 @@
 
     python benchmarks/results_page.py
 
-audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py. No
-number of the page is written by hand; a test holds the page to the files.
+audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py,
+table3.json of quality/paper_tables.py. No number of the page is written by hand; a test holds the
+page to the files.
 """
 
 from __future__ import annotations
@@ -47,9 +48,14 @@ ARM_NAMES: Mapping[str, str] = {
 }
 
 
-def page(audits: Sequence[Mapping[str, Any]], confirmation: Mapping[str, Any] | None) -> str:
+def page(
+    audits: Sequence[Mapping[str, Any]],
+    confirmation: Mapping[str, Any] | None,
+    table3: Mapping[str, Any] | None,
+) -> str:
     """The page in Markdown."""
-    return "\n".join([*_survives(audits), *_audits(audits), *_confirmed(confirmation)]) + "\n"
+    parts = (_survives(audits), _audits(audits), _confirmed(confirmation), _table3(table3))
+    return "\n".join(line for part in parts for line in part) + "\n"
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
@@ -214,13 +220,41 @@ def _cell(result: Mapping[str, Any]) -> Iterator[str]:
         yield _row(f"`{arm}`", *(number(means[column]) for column in columns))
 
 
+def _table3(facts: Mapping[str, Any] | None) -> Iterator[str]:
+    yield from ("", "## The paper's table 3", "")
+    yield "AUC of labelled test rows, DCNv2: printed numbers beside ours, whose teacher is another"
+    yield "([how](repeat.md)). Ours are comparable with each other, not with the printed."
+    if facts is None:
+        yield "Not run yet."
+        return
+    yield ""
+    columns = [column for column in facts["rows"][0] if not column.endswith("+-")]
+    yield from (_row(*columns), "|---|---|---|" + "---:|" * (len(columns) - 3))
+    for row in facts["rows"]:
+        yield _row(
+            *(row[name] for name in columns[:3]),
+            *(
+                number(row[name])
+                + (f" ± {number(spread)}" if (spread := row.get(f"{name} +-")) else "")
+                for name in columns[3:]
+            ),
+        )
+    yield ""
+    for cell, found in facts["found"].items():
+        yield from (f"{cell}:", "", *found, "")
+    yield f"`{' '.join(facts['flags'])}`. Cut: {'; '.join(facts['cut']) or 'nothing'}."
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def read() -> str:
     """The page of what is committed."""
     audits = [json.loads((RESULTS / f"audit_{name}.json").read_text(encoding="utf-8"))
               for name in ("books", "lastfm", "ml")]  # fmt: skip
-    path = RESULTS / "confirmation.json"
-    confirmation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return page(audits, confirmation)
+    return page(audits, _read("confirmation.json"), _read("table3.json"))
 
 
 if __name__ == "__main__":

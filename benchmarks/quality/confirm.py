@@ -16,24 +16,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import idgenrec
 
 from slgr_jax.cli import flags
 from slgr_jax.config.knobs import Section, knob
-from slgr_jax.errors import ConfigError, InputError
+from slgr_jax.errors import ConfigError
 
 EDITION = 2  # of PROTOCOL.md
-DATASETS = ("Beauty", "Sports", "Toys")
 SPLITS: Mapping[str, tuple[str, ...]] = {
     "leave_last": ("--split=leave_last",),
     "ratio_1": ("--split=ratio", "--ratio_by=user", "--seed=1"),
@@ -52,9 +45,6 @@ MET = (("leave_last", "Beauty"),)
 QUESTIONS = (("overall", "ndcg@10"), ("cold_users", "ndcg@10"), ("tail_items", "rows_auc"))
 ALSO_SHOWN = (("tail_items", "ndcg@100"),)
 LEVEL = 0.05
-_SEQUENCES = "user_sequence.txt"
-_KEYWORDS = "item_generative_indexing_phase_0.txt"
-_TO_SAVE = 120  # seconds that a comparison has to save its runs in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,89 +116,26 @@ def cells(scale: Scale) -> list[Cell]:
     """All cells, in the order in which they are run: every data set once, then other splits."""
     return [
         Cell(split, dataset, backbone)
-        for split, backbone, dataset in itertools.product(SPLITS, scale.backbones, DATASETS)
+        for split, backbone, dataset in itertools.product(
+            SPLITS, scale.backbones, idgenrec.DATASETS
+        )
     ]
-
-
-class OutOfTimeError(Exception):
-    """--minutes are over."""
-
-
-class Budget:
-    """The time that is left for commands."""
-
-    def __init__(self, minutes: float) -> None:
-        self._end = time.monotonic() + 60 * minutes if minutes else math.inf
-
-    def run(self, *arguments: str) -> None:
-        """Run a command of `slgr`.
-
-        Raises:
-          OutOfTimeError: it was stopped, or did not begin.
-          ConfigError: it failed.
-        """
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise OutOfTimeError
-        print(shlex.join(["slgr", *arguments]), flush=True)
-        process = subprocess.Popen([sys.executable, "-m", "slgr_jax.cli", *arguments])
-        try:
-            status = process.wait(None if math.isinf(left) else left)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(_TO_SAVE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            raise OutOfTimeError from None
-        if status:
-            raise ConfigError(f"slgr {arguments[0]} ended with status {status}; its line is above")
 
 
 # --- data and teacher ------------------------------------------------------------------------
 
 
-def sample(source: pathlib.Path, target: pathlib.Path, share: float) -> None:
-    """Copy a folder of IDGenRec with `share` of its users: those at the places that
-    `default_rng(0).choice` draws without replacement, in the order of the file."""
-    lines = (source / _SEQUENCES).read_text(encoding="utf-8").splitlines(keepends=True)
-    chosen = np.random.default_rng(0).choice(len(lines), round(share * len(lines)), replace=False)
-    target.mkdir(parents=True, exist_ok=True)
-    kept = "".join(lines[place] for place in sorted(chosen))
-    (target / _SEQUENCES).write_text(kept, encoding="utf-8")
-    (target / _KEYWORDS).write_bytes((source / _KEYWORDS).read_bytes())
-
-
-def folder_of(root: pathlib.Path, dataset: str) -> pathlib.Path:
-    """The folder of a data set in a clone.
-
-    Raises:
-      InputError: there is none.
-    """
-    for folder in (root / "rec_datasets" / dataset, root / dataset):
-        if (folder / _SEQUENCES).is_file() and (folder / _KEYWORDS).is_file():
-            return folder
-    raise InputError(
-        f"{root} holds no rec_datasets/{dataset} with {_SEQUENCES} and {_KEYWORDS}; give a clone "
-        "of github.com/agiresearch/IDGenRec as --input"
-    )
-
-
-def make_data(cell: Cell, config: ConfirmConfig, budget: Budget) -> pathlib.Path:
+def make_data(cell: Cell, config: ConfirmConfig, budget: idgenrec.Budget) -> pathlib.Path:
     """The dataset directory of a cell, with its teacher; made where it is not there."""
     share = SCALES[config.scale].users
-    folder = folder_of(pathlib.Path(config.input), cell.dataset)
+    folder = idgenrec.folder_of(pathlib.Path(config.input), cell.dataset)
     if share < 1:
         sampled = pathlib.Path(config.out) / "input" / cell.dataset
-        if not (sampled / _KEYWORDS).is_file():
-            sample(folder, sampled, share)
+        if not (sampled / idgenrec.KEYWORDS).is_file():
+            idgenrec.sample(folder, sampled, share)
         folder = sampled
     data = pathlib.Path(config.out) / "data" / f"{cell.dataset}_{cell.split}"
-    if not (data / "manifest.json").is_file():
-        name = f"--name={cell.dataset}"
-        where = (f"--input={folder / _SEQUENCES}", f"--out={data}")
-        budget.run("prepare", "--source=idgenrec", *where, name, *SPLITS[cell.split])
+    idgenrec.prepare(folder, data, cell.dataset, budget, *SPLITS[cell.split])
     if not (data / "teacher" / TEACHER / "manifest.json").is_file():
         budget.run("teach", "nearest", f"--data={data}", f"--name={TEACHER}", "--listed=50")
     return data
@@ -217,7 +144,7 @@ def make_data(cell: Cell, config: ConfirmConfig, budget: Budget) -> pathlib.Path
 # --- one cell --------------------------------------------------------------------------------
 
 
-def run_cell(cell: Cell, config: ConfirmConfig, budget: Budget) -> dict[str, Any]:
+def run_cell(cell: Cell, config: ConfirmConfig, budget: idgenrec.Budget) -> dict[str, Any]:
     """Compare the method with its controls."""
     scale = SCALES[config.scale]
     out = pathlib.Path(config.out) / "runs" / f"{cell.dataset}_{cell.split}_{cell.backbone}"
@@ -355,8 +282,8 @@ def main(_: list[str]) -> None:
 
     config: ConfirmConfig = flags.section_from_flags(ConfirmConfig)
     scale, out = SCALES[config.scale], pathlib.Path(config.out)
-    for dataset in DATASETS:
-        folder_of(pathlib.Path(config.input), dataset)
+    for dataset in idgenrec.DATASETS:
+        idgenrec.folder_of(pathlib.Path(config.input), dataset)
     out.mkdir(parents=True, exist_ok=True)
     stated = out / "scale.txt"
     if stated.is_file() and stated.read_text() != config.scale:
@@ -366,11 +293,11 @@ def main(_: list[str]) -> None:
         )
     stated.write_text(config.scale)
 
-    budget, results, cut = Budget(config.minutes), [], []
+    budget, results, cut = idgenrec.Budget(config.minutes), [], []
     for cell in cells(scale):
         try:
             results.append(run_cell(cell, config, budget))
-        except OutOfTimeError:
+        except idgenrec.OutOfTimeError:
             cut.append(cell.name)
     correct(results)
     facts = {

@@ -114,6 +114,7 @@ class ComparisonPlan:
       own_arms: arms beside `ARMS`: name -> knobs.
       vectors: product under DATA/embeddings; empty without `VECTOR_ARMS`.
       refit: also train every run once more, on training and validation.
+      backbone_knobs: backbone -> what a preset says of its runs, by name.
     """
 
     data: str
@@ -132,6 +133,7 @@ class ComparisonPlan:
     own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     vectors: str = ""
     refit: bool = False
+    backbone_knobs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def tuned_arms(self) -> tuple[str, ...]:
@@ -199,7 +201,8 @@ class ComparisonPlan:
         """
         settings = dict(settings)
         of_arm = self.knobs_of(arm, str(settings.pop("variant", "")))
-        knobs = {**self._shared_knobs(of_arm), **of_arm, **settings}
+        of_backbone = self.backbone_knobs.get(backbone, {})
+        knobs = {**self._shared_knobs(of_arm), **of_backbone, **of_arm, **settings}
         if "negatives" in of_arm:  # what the arm is, whatever suits `none`
             knobs["negatives"] = of_arm["negatives"]
         if knobs.get("reference_runs") == REFERENCE and reference is not None:

@@ -144,6 +144,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         own_arms=more_arms,
         vectors=request.vectors,
         refit=request.refit,
+        backbone_knobs=_backbone_knobs(request),
     )
     arm_spaces.check(plan)
     return plan
@@ -154,14 +155,27 @@ def _with_preset(request: Request) -> Request:
     if not request.preset:
         return request
     preset = presets.PRESETS[request.preset]
+    arms_asked = request.guidance
+    # Whether a teacher is missing depends on what the user asked for, not on the preset.
+    if arms_asked is None and request.teacher:
+        arms_asked = presets.arms_of(preset, request.vectors)
     return dataclasses.replace(
         request,
         backbones=preset.backbones if request.backbones is None else request.backbones,
-        # Whether a teacher is missing depends on what the user asked for, not on the preset.
-        guidance=preset.arms if request.guidance is None and request.teacher else request.guidance,
+        guidance=arms_asked,
         controls=() if request.controls is None else request.controls,
         knobs={**preset.knobs, **request.knobs},
     )
+
+
+def _backbone_knobs(request: Request) -> Mapping[str, Mapping[str, Any]]:
+    """What the preset says of single backbones, but for what is given."""
+    if not request.preset:
+        return {}
+    return {
+        backbone: {name: value for name, value in knobs.items() if name not in request.knobs}
+        for backbone, knobs in presets.PRESETS[request.preset].backbone_knobs.items()
+    }
 
 
 # --------------------------------------------------------------------- one data set

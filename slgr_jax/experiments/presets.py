@@ -10,11 +10,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from slgr_jax.experiments.arms import VECTOR_ARMS
 from slgr_jax.experiments.summary import Row
 
 DOMAINS = ("Sports", "Beauty", "Toys")
-# Names of slgr prepare --source=s3rec data sets.
-_DOMAIN_OF = {"Sports_and_Outdoors": "Sports", "Beauty": "Beauty", "Toys_and_Games": "Toys"}
+# Names of data sets of slgr prepare --source=s3rec, and of --source=idgenrec.
+_DOMAIN_OF = {
+    **{domain: domain for domain in DOMAINS},
+    "Sports_and_Outdoors": "Sports",
+    "Toys_and_Games": "Toys",
+}
 
 Triple = tuple[float, float, float]
 FRAMEWORKS = ("None", "KD", "KAR", "LLM-CF", "S-LLMR")
@@ -89,14 +94,14 @@ TABLE3: Mapping[str, Mapping[str, Triple]] = {
     },
 }
 _ROWS = (
-    "Rows: S3-Rec 5-core data, --split=leave_last, targets with an earlier event, one drawn "
-    "negative to each positive. The training rows are as many as the paper's '#Reviews' in all "
-    "three domains; its negatives, and how they were drawn, are not published: pooled AUC is "
-    "comparable between arms, not with the printed numbers to the digit."
+    "Rows: 5-core data of S3-Rec, --split=leave_last, targets with an earlier event, one drawn "
+    "negative to each positive, drawn anew at each step. The training rows are as many as the "
+    "paper's '#Reviews' in all three domains; its negatives, and how they were drawn, are not "
+    "published: pooled AUC is comparable between arms, not with the printed numbers to the digit."
 )
-_NO_TEACHER = (
-    "The paper's teacher (GPT-4o-mini on item texts) is not published and the S3-Rec files have no "
-    "texts: without --teacher only `none` can be run, and a teacher of yours is another one."
+_TEACHER = (
+    "The paper's teacher (GPT-4o-mini on item texts) is not published: --teacher is another one, "
+    "and without it only `none` can be run."
 )
 _COLD = (
     "Cold in the paper: fewer than 3 events, which no test row has under leave-last; here: users "
@@ -104,9 +109,19 @@ _COLD = (
 )
 _COPIED = (
     "The paper's rows None, KD, KAR and LLM-CF equal LLM-CF's own table cell for cell: embedding "
-    "32 and learning rate .01 there, 64 and .001 for S-LLMR. Seeds are not stated. Ours "
-    "are all run in one setting: width 64, binary cross-entropy, uniform negatives; learning rate, "
-    "penalty, dropout and lambda are searched alike for every arm."
+    "32 and learning rate .01 there, 64 and .001 for S-LLMR. Seeds are not stated. Ours are all "
+    "run in one setting: width 64, batches of 128 positives with as many negatives, binary "
+    "cross-entropy, 30 epochs at most, patience 2; learning rate, penalty, dropout and lambda are "
+    "searched alike for every arm."
+)
+_SHAPES = (
+    "Networks as LLM-CF has them (MLP 200-80; DCN of 3 layers; DCNv2 of 2 with 4 experts of rank "
+    "4; xDeepFM 100-100-100; AutoInt of one layer, 2 heads, width 64; DIN 64-16), but for its "
+    "batch normalisation in DCN and DCNv2, and without brands."
+)
+_PAIRS = (
+    "Pairs by the paper's rule, those of the largest score gaps (--pair_selection=largest_gap), "
+    "of any user and not of those in the batch; their loss is a mean and not a sum."
 )
 
 
@@ -115,39 +130,71 @@ class Preset:
     """What a preset says where the command line does not.
 
     Attributes:
-      backbones, arms: what is compared.
+      backbones, arms: what is compared; arms that read vectors only where there are some.
       knobs: of every run.
+      backbone_knobs: backbone -> knobs of its runs.
       remarks: what differs from the paper.
     """
 
     backbones: tuple[str, ...]
     arms: tuple[str, ...]
     knobs: Mapping[str, Any]
+    backbone_knobs: Mapping[str, Mapping[str, Any]]
     remarks: tuple[str, ...]
 
 
-# The paper's: rows, their loss, uniform negatives, width. The rest is searched as ever.
-_KNOBS = {"min_history": 1, "loss": "bce", "negatives": "uniform", "dim": 64}
+# The paper's rows, loss, negatives, width, batch and pairs; LLM-CF's stopping.
+_KNOBS = {
+    "min_history": 1,
+    "loss": "bce",
+    "negatives": "uniform",
+    "dim": 64,
+    "batch_size": 128,
+    "epochs": 30,
+    "patience": 2,
+    "pair_selection": "largest_gap",
+}
+# LLM-CF's networks, where they are not our defaults.
+_NETWORKS: Mapping[str, Mapping[str, Any]] = {
+    "autoint": {"layers": 1},
+    "dcn": {"layers": 3},
+    "dcnv2": {"low_rank": 4},
+}
 PRESETS: Mapping[str, Preset] = {
     "table2": Preset(
         tuple(TABLE2),
-        ("none", "global", "pointwise", "paper", "calibrated"),
+        ("none", "kd", "kar", "global", "pointwise", "paper", "calibrated"),
         _KNOBS,
+        _NETWORKS,
         (
             _ROWS,
-            _NO_TEACHER,
+            _TEACHER,
             _COPIED,
-            "The paper's KD distils soft labels of a fine-tuned LLaMA-2-7B into every row: nearest "
-            "to it is our `pointwise`, then `global`; there is no KAR and no LLM-CF here.",
+            _SHAPES,
+            _PAIRS,
+            "The paper's KD distils soft labels of a fine-tuned LLaMA-2-7B into every row; `kd` "
+            "here those of --teacher into the pairs that it scored. `kar` has the experts of KAR "
+            "over --vectors, a user's being what the product says. There is no LLM-CF here: its "
+            "product, chains of thought of training rows, is not published.",
         ),
     ),
     "table3": Preset(
         ("dcnv2",),
         ("none", "global", "pointwise", "paper", "calibrated"),
         _KNOBS,
-        (_ROWS, _NO_TEACHER, _COLD, _COPIED),
+        _NETWORKS,
+        (_ROWS, _TEACHER, _COLD, _COPIED, _SHAPES, _PAIRS),
     ),
 }
+
+
+def arms_of(preset: Preset, vectors: str) -> tuple[str, ...]:
+    """The preset's arms, without those that read vectors where there are none.
+
+    Args:
+      vectors: product under DATA/embeddings, or empty.
+    """
+    return tuple(arm for arm in preset.arms if vectors or arm not in VECTOR_ARMS)
 
 
 def table(name: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -159,20 +206,25 @@ def table(name: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
     """
     from slgr_jax.reports import tables
 
-    rows = _table2(reports) if name == "table2" else _table3(reports)
     lines = [
         f"# S-LLMR, Table {name[-1]}: AUC on labelled test rows",
         "",
-        tables.markdown_table(rows),
+        tables.markdown_table(rows(name, reports)),
         "",
     ]
     others = [data for data in reports if data not in _DOMAIN_OF]
     if others:
         lines += [f"Not in the paper: {', '.join(others)}.", ""]
-    missing = [domain for data, domain in _DOMAIN_OF.items() if data not in reports]
+    run = {_DOMAIN_OF.get(data) for data in reports}
+    missing = [domain for domain in DOMAINS if domain not in run]
     if missing:
         lines += [f"Not run: {', '.join(missing)}.", ""]
     return "\n".join([*lines, *(f"- {remark}" for remark in PRESETS[name].remarks)]) + "\n"
+
+
+def rows(name: str, reports: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The table's rows: printed numbers, which end in "(printed)", beside ours."""
+    return _table2(reports) if name == "table2" else _table3(reports)
 
 
 def _ours(report: Mapping[str, Any], backbone: str, arm: str, name: str) -> Row:

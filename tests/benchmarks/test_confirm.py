@@ -17,13 +17,14 @@ QUALITY = ROOT / "benchmarks" / "quality"
 sys.path.insert(0, str(QUALITY))
 
 import confirm  # noqa: E402
+import idgenrec  # noqa: E402
 
 PROTOCOL = (ROOT / "benchmarks" / "PROTOCOL.md").read_text(encoding="utf-8")
 
 
 def clone(root: pathlib.Path, users: int = 40) -> pathlib.Path:
     """A tiny IDGenRec."""
-    for dataset in confirm.DATASETS:
+    for dataset in idgenrec.DATASETS:
         folder = root / "rec_datasets" / dataset
         folder.mkdir(parents=True)
         lines = [f"U{u} " + " ".join(f"B{(u + k) % 9}" for k in range(5)) for u in range(users)]
@@ -74,7 +75,7 @@ def test_every_data_set_comes_before_another_recommender_or_split() -> None:
 
 def test_a_sample_keeps_whole_users_in_their_order(tmp_path: pathlib.Path) -> None:
     source = clone(tmp_path / "clone") / "rec_datasets" / "Beauty"
-    confirm.sample(source, tmp_path / "kept", 0.25)
+    idgenrec.sample(source, tmp_path / "kept", 0.25)
     kept = (tmp_path / "kept" / "user_sequence.txt").read_text().splitlines()
     every = (source / "user_sequence.txt").read_text().splitlines()
     drawn = np.random.default_rng(0).choice(40, 10, replace=False)
@@ -135,14 +136,14 @@ def test_a_finished_cell_takes_no_time(tmp_path: pathlib.Path) -> None:
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({"method": "calibrated"}))
     config = confirm.ConfirmConfig(out=str(tmp_path), scale="reduced")
-    result = confirm.run_cell(cell, config, confirm.Budget(1e-9))
+    result = confirm.run_cell(cell, config, idgenrec.Budget(1e-9))
     assert result == {"cell": "Toys, leave_last, mf", "method": "calibrated"}
     other = confirm.Cell("ratio_1", "Toys", "mf")
-    with pytest.raises(confirm.OutOfTimeError):
+    with pytest.raises(idgenrec.OutOfTimeError):
         confirm.run_cell(
             other,
             dataclasses.replace(config, input=str(clone(tmp_path / "clone"))),
-            confirm.Budget(1e-9),
+            idgenrec.Budget(1e-9),
         )
 
 

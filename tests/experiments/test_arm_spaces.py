@@ -149,6 +149,35 @@ def test_presets_search_what_the_paper_leaves_open(tmp_path, preset):
         assert own == ["lambda"]
 
 
+def test_presets_run_what_the_paper_and_its_benchmark_say(tmp_path):
+    data = worlds.random_dataset(tmp_path / "data")
+    rows = [[0, 0, 1], [1, 2, 3], [0.5, 0.25, 0.1]]
+    table = pa.table(rows, names=["user", "item", "score"]).cast(schema.TEACHER_SCORES)
+    preferences.write_product(data, "llm", table, provenance=preferences.Provenance())
+
+    def plan_of(**asked):
+        request = comparison.Request(preset="table2", teacher="llm", **asked)
+        return comparison.make_plan(str(data.path), tmp_path / "out", request)
+
+    plan = plan_of(knobs={"epochs": 3})
+    run = plan.config("dcn", "paper", {"lambda": 0.5}, tmp_path / "run")
+    assert run.pairwise.pair_selection == "largest_gap"
+    assert (run.sampler.batch_size, run.model.dim, run.train.patience) == (128, 64, 2)
+    assert (run.train.epochs, run.model.layers, run.loss_name) == (3, 3, "bce")
+    assert run.guidance.weight == 0.5
+    networks = [plan.config(name, "none", {}, tmp_path / "run").model for name in plan.backbones]
+    shapes = [(network.backbone, network.layers, network.low_rank) for network in networks]
+    assert shapes == [
+        *(("deepfm", 2, 0), ("xdeepfm", 2, 0), ("autoint", 1, 0)),
+        *(("dcn", 3, 0), ("dcnv2", 2, 4), ("din", 2, 0)),
+    ]
+    # What is given wins; KAR's experts need vectors.
+    given = plan_of(knobs={"layers": 5}, vectors="texts")
+    assert given.config("dcn", "none", {}, tmp_path / "run").model.layers == 5
+    assert "kar" in given.arms
+    assert "kar" not in plan.arms
+
+
 def test_draws_at_random_depend_on_seed_number_and_the_space_before():
     pytest.importorskip("optuna", reason="needs the extra tune")
     base = {"lr": Range(1e-3, 1.0, log=True), "dim": Choice((8, 16, 32))}
