@@ -22,7 +22,7 @@ from slgr_jax.config.backbones import (
     learns_from_sequences,
     register_backbone,
 )
-from slgr_jax.config.baselines import BASELINES, BaselineConfig
+from slgr_jax.config.baselines import BASELINES, EASE_BY_DEFAULT, BaselineConfig
 from slgr_jax.config.cluster import CLUSTERS, ClusterConfig
 from slgr_jax.config.distillation import (
     CDConfig,
@@ -80,6 +80,7 @@ from slgr_jax.config.teach import (
     CombineConfig,
     EmbedConfig,
     ExportConfig,
+    FactorConfig,
     FreeTeacherConfig,
     ImportConfig,
     NearestConfig,
@@ -109,6 +110,7 @@ __all__ = [
     "BACKBONES",
     "BACKBONE_DEFAULTS",
     "BASELINES",
+    "EASE_BY_DEFAULT",
     "BUILT_FROM",
     "BaselineConfig",
     "CLICK_BACKBONES",
@@ -123,6 +125,7 @@ __all__ = [
     "EmbedConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "FactorConfig",
     "FreeTeacherConfig",
     "FUSIONS",
     "GATES",

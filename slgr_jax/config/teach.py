@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from slgr_jax.config.baselines import BASELINES
-from slgr_jax.config.knobs import Section, knob
+from slgr_jax.config.knobs import WIDTH, Section, knob
 
 # What a teacher product was built from; the loader refuses `includes_eval`.
 BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
@@ -398,12 +398,24 @@ class NearestConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class FreeTeacherConfig(Section):
-    """from_baseline: a recommender without an LLM as the teacher."""
+    """from_baseline, factors: a recommender without an LLM."""
 
     baseline: str = knob(
         "ease",
-        "whose lists: popular, item_item, ease or ials (extra ials)",
+        "whose lists, or factors: popular, item_item, ease or ials (extra ials)",
         choices=BASELINES,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorConfig(Section):
+    """factors: vectors whose inner products are a recommender's scores."""
+
+    width: int = knob(
+        256,
+        "numbers of a vector, the best first: a run whose rows are narrower takes the first ones",
+        minimum=1,
+        maximum=WIDTH,
     )
 
 
@@ -469,6 +481,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     CollectConfig,
     EmbedConfig,
     NearestConfig,
+    FactorConfig,
     FreeTeacherConfig,
     CombineConfig,
     ExportConfig,

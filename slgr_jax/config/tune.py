@@ -35,6 +35,11 @@ class CompareConfig(SearchConfig):
         "give every arm twice a quarter of --trials more; where its best trial is at an end of a "
         "range, in a wider one",
     )
+    ease_start: bool = knob(
+        True,
+        "mf: search, too, whether rows begin as drawn or with the factors of EASE's scores (slgr "
+        "teach factors), where EASE is a baseline and there are as many users and items as numbers",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 from slgr_jax.config.knobs import FLOAT, WIDTH, Section, knob
 from slgr_jax.config.training import TABLE_DTYPES
 
-INIT_HOWS = ("pca", "variance", "uniform", "random", "all")
+INIT_HOWS = ("pca", "variance", "uniform", "random", "leading", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class VectorConfig(Section):
         "pca",
         "which numbers of a vector a row begins with: pca = the first principal components; "
         "variance = the coordinates that vary most over the most popular fifth; uniform = every "
-        "n-th; random = any, drawn with repetition (all three LLMInit's); all = all of them, as "
-        "many as a row has",
+        "n-th; random = any, drawn with repetition (all three LLMInit's); leading = the first ones "
+        "(slgr teach factors); all = all of them, as many as a row has",
         choices=INIT_HOWS,
     )
     init_scale: float = knob(

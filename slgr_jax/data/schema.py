@@ -315,7 +315,7 @@ class EmbeddingManifest:
     built_from: str
     model: str
     prompt_hash: str
-    users_from: str  # history: mean of the training items' vectors; text; file
+    users_from: str  # history: mean of the training items' vectors; text; file; factors
     dim: int
     dtype: str  # float32 | float16
     counts: Mapping[str, int]  # items, users: rows with a vector; dropped_...

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from scipy.linalg import lapack
 
-from slgr_jax.config import BaselineConfig
+from slgr_jax.config import EASE_BY_DEFAULT, BaselineConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import click_metrics, full_ranking
@@ -36,8 +36,6 @@ _ROW_USERS = 256  # users whose rows are scored at once
 _EASE_BYTES = 24
 # Co-occurrences and cosines in float32, and the cosines on the device.
 _ITEM_ITEM_BYTES = 12
-# Items: 1,682 take 0.4 s of one core for each lambda, and the time grows with their cube.
-_EASE_BY_DEFAULT = 5_000
 _HISTORY_STEP = 16  # items of one user's history that one loop step marks
 
 Settings = Mapping[str, float]
@@ -409,7 +407,7 @@ def row_scores(fitted: Fitted, rows: LabelledRows) -> np.ndarray:
 def chosen(options: BaselineConfig, n_items: int) -> tuple[str, ...]:
     """The baselines that `--baselines` names for a catalogue of `n_items`."""
     if options.baselines == "auto":
-        small = n_items <= _EASE_BY_DEFAULT and _ease(options).fits(n_items)
+        small = n_items <= EASE_BY_DEFAULT and _ease(options).fits(n_items)
         return ("popular", "ease") if small else ("popular",)
     names = options.baselines.split(",")
     return () if options.baselines == "none" else tuple(dict.fromkeys(names))
@@ -419,7 +417,7 @@ def left_out(options: BaselineConfig, n_items: int) -> str:
     """Why EASE is not among the baselines that were asked for with `auto`; empty where it is."""
     if options.baselines != "auto" or "ease" in chosen(options, n_items):
         return ""
-    if n_items <= _EASE_BY_DEFAULT:
+    if n_items <= EASE_BY_DEFAULT:
         return f"EASE is left out: over {n_items:,} items it needs more than --ease_gb"
     return (
         f"EASE is left out: its time grows with the cube of the items, of which there are "

@@ -1,9 +1,10 @@
 """What is searched of each arm: the ranges that all arms of a backbone share, and an arm's own.
 
-Shared: learning rate, penalty, dropout, width, the recommendation loss, and by which power of
-popularity negatives are drawn (0: uniformly). An arm's own knobs come after these, so that the
-trials that are drawn at random have the same shared values in every arm (`sampler.suggest`).
-Nothing here imports JAX.
+Shared: learning rate, penalty, dropout, width, the recommendation loss, by which power of
+popularity negatives are drawn (0: uniformly), and of mf whether rows begin as drawn or with EASE's
+factors (`evaluation.factors`), so that what guidance is added to can be as good as EASE. An arm's
+own knobs come after these, so that the trials that are drawn at random have the same shared values
+in every arm (`sampler.suggest`). Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -54,6 +55,20 @@ _SOFTMAX = ("softmax", "sampled_softmax")
 # A softmax over more items than these costs more than all else in a step.
 SOFTMAX_ITEMS = 10_000
 
+# How rows of these backbones may begin, and the product of the second way.
+STARTS = ("drawn", "ease")
+_STARTED = ("mf",)
+FACTORS = "ease_factors"
+_FACTOR_WIDTH = 512  # the widest rows that are searched of them
+# Scores that begin so small as those of drawn rows would be lost among drawn biases.
+_FACTOR_SCALE = 10.0
+_FROM_FACTORS: Settings = {
+    "init_item_vectors": FACTORS,
+    "init_user_vectors": FACTORS,
+    "init_how": "leading",
+    "init_scale": _FACTOR_SCALE,
+}
+
 _LAMBDA = Range(0.01, 10.0, log=True)
 # Of losses on vectors, which are larger than the recommendation loss where they are strong.
 _ALIGNED_LAMBDA = Range(1e-4, 0.1, log=True)
@@ -81,6 +96,19 @@ def softmax_of(n_items: int) -> str:
     return _SOFTMAX[n_items > SOFTMAX_ITEMS]
 
 
+def factors_width(counts: Mapping[str, int], knobs: Mapping[str, Any]) -> int:
+    """Numbers of EASE's factors, 0 where rows do not begin with them: EASE is fitted to catalogues
+    as small as those where it is a baseline by default, and has as many factors as a row may need.
+
+    Args:
+      counts: of the dataset's users and items.
+      knobs: given ones; the width among them or not.
+    """
+    width = int(knobs.get("dim", _FACTOR_WIDTH))
+    fitted = counts["items"] <= config.EASE_BY_DEFAULT
+    return width if fitted and width <= min(counts["users"], counts["items"]) else 0
+
+
 def variants_of(data: str, teacher: str) -> tuple[str, ...]:
     """What `auto` chooses among: hard negatives where unlisted items rank below the lists.
 
@@ -99,8 +127,10 @@ def variants_of(data: str, teacher: str) -> tuple[str, ...]:
 
 def space_of(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
     """What is searched of an arm: what it shares, then its own; nothing that is given."""
-    space = {**RANGES[backbone], **_losses(plan, backbone, arm), **_POWER, **_own(plan, arm)}
     of_arm = _knobs_of(plan, arm)
+    starts = _starts(plan, backbone, of_arm)
+    losses = _losses(plan, backbone, arm)
+    space = {**RANGES[backbone], **losses, **_POWER, **starts, **_own(plan, arm)}
     if {"negatives", "rating_threshold"} & {*of_arm, *plan.knobs, *plan.search}:
         del space["popularity_power"]
     space = {
@@ -131,6 +161,12 @@ def _losses(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
     names = [loss for loss in LOSSES_OF[backbone] if loss not in unwanted]
     names = [loss for loss in names if _is_run(plan, backbone, arm, {"loss": loss})]
     return {"loss": Choice(tuple(names))} if len(names) > 1 else {}
+
+
+def _starts(plan: ComparisonPlan, backbone: str, of_arm: Mapping[str, Any]) -> Space:
+    """How rows may begin, where the arm does not say it itself."""
+    said = backbone not in _STARTED or "init_item_vectors" in of_arm
+    return {} if said or not plan.factors_width else {"start": Choice(STARTS)}
 
 
 def _is_run(plan: ComparisonPlan, backbone: str, arm: str, settings: Settings) -> bool:
@@ -215,6 +251,8 @@ def settings_of(
     settings = sampler.settings(space, params)
     if settings.get("variant") == "none":
         settings.pop("lambda", None)
+    if settings.pop("start", STARTS[0]) != STARTS[0]:
+        settings |= _FROM_FACTORS
     power = settings.pop("popularity_power", 0.0)
     if power and plan.config(backbone, arm, settings, plan.out).loss_name != "softmax":
         settings |= {"negatives": "popularity", "popularity_power": power}
@@ -224,17 +262,23 @@ def settings_of(
 def first_params(
     plan: ComparisonPlan, backbone: str, arm: str, space: SearchSpace
 ) -> list[dict[str, Any]]:
-    """What is tried first: the defaults, or what is nearest to them; of each variant."""
+    """What is tried first: the defaults, or what is nearest to them; of each variant. Then, where
+    rows may begin with factors, the first of these so, at the least learning rate: from there more
+    is to be lost."""
     first = []
     for variant in _variants(plan, arm):
         run = plan.config(backbone, arm, variant, plan.out)
         values = {**search_space.values_of(run), **variant}
         values |= {"loss": run.loss_name, "guidance_loss": run.guidance_loss_name}
+        values["start"] = STARTS[0]
         if run.sampler.negatives != "popularity":
             values["popularity_power"] = 0.0
         if run.guided and run.hard_negatives:
             values["lambda"] = _HARD_LAMBDA
         first.append({name: sampler.nearest(of, values[name]) for name, of in space.items()})
+    if "start" in space:
+        least = {"lr": sampler.nearest(space["lr"], 0.0)} if "lr" in space else {}
+        first.append({**first[0], **least, "start": STARTS[1]})
     return first
 
 

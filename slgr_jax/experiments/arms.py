@@ -115,6 +115,7 @@ class ComparisonPlan:
       vectors: product under DATA/embeddings; empty without `VECTOR_ARMS`.
       refit: also train every run once more, on training and validation.
       backbone_knobs: backbone -> what a preset says of its runs, by name.
+      factors_width: numbers of EASE's factors, which rows may begin with; 0: they begin as drawn.
     """
 
     data: str
@@ -134,6 +135,7 @@ class ComparisonPlan:
     vectors: str = ""
     refit: bool = False
     backbone_knobs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    factors_width: int = 0
 
     @property
     def tuned_arms(self) -> tuple[str, ...]:

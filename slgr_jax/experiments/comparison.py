@@ -126,7 +126,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
 
     backbones, knobs = request.backbones or ("mf",), request.knobs
     search = search_space.make_space(request.search, knobs) if request.search else {}
-    n_items = schema.read_dataset_manifest(data).counts["items"]
+    counts = schema.read_dataset_manifest(data).counts
     plan = ComparisonPlan(
         data=data,
         out=out,
@@ -139,12 +139,13 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         seeds=request.seeds,
         options=request.options,
         search=search,
-        softmax=arm_spaces.softmax_of(n_items),
+        softmax=arm_spaces.softmax_of(counts["items"]),
         variants=arm_spaces.variants_of(data, request.teacher) if arms.AUTO in chosen else (),
         own_arms=more_arms,
         vectors=request.vectors,
         refit=request.refit,
         backbone_knobs=_backbone_knobs(request),
+        factors_width=arm_spaces.factors_width(counts, knobs) if request.options.ease_start else 0,
     )
     arm_spaces.check(plan)
     return plan
@@ -415,17 +416,19 @@ def _keep_other(out: pathlib.Path, teacher: str) -> None:
     LOGGER.info("moved the report that was there to %s", kept)
 
 
-def make_controls(plan: ComparisonPlan) -> None:
-    """Write the control products that are not there."""
+def make_products(plan: ComparisonPlan) -> None:
+    """Write the control products, and the factors that rows may begin with, that are not there."""
     from slgr_jax.data import dataset
-    from slgr_jax.evaluation import teacher_lists
+    from slgr_jax.evaluation import factors, teacher_lists
     from slgr_jax.teacher.products import controls
 
     wanted = [arm for arm in plan.arms if arm in controls.CONTROLS]
-    if wanted:
+    if wanted or plan.factors_width:
         data = dataset.load(plan.data)
         for control in wanted:
             LOGGER.info("control %s", teacher_lists.ensure_control(data, plan.teacher, control))
+        if plan.factors_width:
+            factors.ensure(data, arm_spaces.FACTORS, plan.factors_width)
 
 
 # --------------------------------------------------------------------- several data sets
@@ -482,7 +485,7 @@ def compare_all(
     reports, texts = {}, {}
     with shards.locked(out):  # a second comparison would train over the runs of the first
         for plan in plans:
-            make_controls(plan)
+            make_products(plan)
         for name, plan in zip(names, plans, strict=True):
             reports[name] = compare(plan, processes, command)
             texts[name] = write(reports[name], plan.out)

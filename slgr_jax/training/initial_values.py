@@ -12,6 +12,8 @@ root mean square length of these rows that of drawn ones, times --init_scale:
     variance  the E coordinates of largest variance over the most popular fifth of the items
     uniform   coordinates 0, n, 2n, ... with n = floor(Z / E)
     random    E coordinates, drawn with repetition; the same for every seed
+    leading   coordinates 0 to E - 1: the best, of vectors in the order of what they explain, as
+              `slgr teach factors` makes them
     all       Z = E: vectors that were made for this width, as SAID's are
 
 `variance`, `uniform` and `random` are LLMInit's (arXiv 2503.01814). Where a table's rows have an
@@ -228,6 +230,10 @@ def _random(vectors: Vectors, width: int, counts: np.ndarray) -> Projection:
     return _columns(np.random.default_rng(0).integers(vectors.values.shape[1], size=width))
 
 
+def _leading(vectors: Vectors, width: int, counts: np.ndarray) -> Projection:
+    return lambda values: values[:, :width]
+
+
 def _all(vectors: Vectors, width: int, counts: np.ndarray) -> Projection:
     return lambda values: values
 
@@ -237,5 +243,6 @@ _PROJECTIONS: Mapping[str, Callable[[Vectors, int, np.ndarray], Projection]] = {
     "variance": _variance,
     "uniform": _uniform,
     "random": _random,
+    "leading": _leading,
     "all": _all,
 }

@@ -178,6 +178,32 @@ def test_presets_run_what_the_paper_and_its_benchmark_say(tmp_path):
     assert "kar" not in plan.arms
 
 
+def test_rows_of_mf_may_begin_with_the_factors_of_ease(tmp_path):
+    plan = plan_of(tmp_path, asked=("none", "init", "hard_negatives"), factors_width=512)
+    spaces = {arm: arm_spaces.space_of(plan, "mf", arm) for arm in plan.arms}
+    assert list(spaces["none"]) == [*SHARED, "start"]
+    assert list(spaces["hard_negatives"])[:7] == [*SHARED, "start"]
+    assert "start" not in spaces["init"]  # which begins with other vectors
+    assert "start" not in arm_spaces.space_of(plan, "lightgcn", "none")
+    drawn, factors = arm_spaces.first_params(plan, "mf", "none", spaces["none"])
+    assert (drawn["start"], factors["start"]) == ("drawn", "ease")
+    assert factors == {**drawn, "start": "ease", "lr": 0.01}
+    settings = arm_spaces.settings_of(plan, "mf", "none", spaces["none"], factors)
+    run = plan.config("mf", "none", settings, tmp_path)
+    assert run.vectors.init_products == dict.fromkeys(("item", "user"), arm_spaces.FACTORS)
+    assert (run.vectors.init_how, run.vectors.init_scale) == ("leading", 10.0)
+    of_drawn = arm_spaces.settings_of(plan, "mf", "none", spaces["none"], drawn)
+    assert not plan.config("mf", "none", of_drawn, tmp_path).vectors.init_products
+
+    def width(users, items, **knobs):
+        return arm_spaces.factors_width({"users": users, "items": items}, knobs)
+
+    assert width(600, 5000) == 512
+    assert width(600, 5001) == 0  # EASE is not a baseline there
+    assert width(511, 5000) == 0
+    assert width(100, 200, dim=64) == 64
+
+
 def test_draws_at_random_depend_on_seed_number_and_the_space_before():
     pytest.importorskip("optuna", reason="needs the extra tune")
     base = {"lr": Range(1e-3, 1.0, log=True), "dim": Choice((8, 16, 32))}

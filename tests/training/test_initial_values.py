@@ -145,6 +145,7 @@ def test_variance_takes_the_published_columns():
     [
         ("uniform", 3, [0, 4, 8]),
         ("uniform", 5, [0, 2, 4, 6, 8]),
+        ("leading", 3, [0, 1, 2]),
         ("all", 12, list(range(12))),
     ],
 )

@@ -10,6 +10,7 @@
     slgr teach collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
     slgr teach from_run --data=DATA --name=NAME --run=WORKDIR [--listed=50]
     slgr teach from_baseline --data=DATA --name=NAME [--baseline=ease] [--listed=50]
+    slgr teach factors --data=DATA --name=NAME [--baseline=ease] [--width=256]
     slgr teach combine --data=DATA --name=NAME --names=TEACHER,TEACHER[,...]
     slgr teach export --data=DATA --name=NAME --out=FILE
     slgr teach carry --data=DATA2 --from=DATA --name=NAME
@@ -19,6 +20,7 @@
 To ask an LLM of your own: candidates, requests, ask (or a batch service), collect, report.
 With answers in a file already: import, report. Without an LLM: score or nearest read the texts of
 items, from_run and from_baseline (EASE, ...) interactions alone; combine mixes them with the LLM's.
+factors writes vectors of users and items that training can begin with.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from slgr_jax.cli.teach import (
     combine,
     embed,
     export,
+    factors,
     from_baseline,
     from_run,
     import_scores,
@@ -62,6 +65,7 @@ COMMANDS: Mapping[str, SubCommand] = {
     "collect": collect.COMMAND,
     "from_run": from_run.COMMAND,
     "from_baseline": from_baseline.COMMAND,
+    "factors": factors.COMMAND,
     "combine": combine.COMMAND,
     "export": export.COMMAND,
     "carry": carry.COMMAND,
