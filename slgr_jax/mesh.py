@@ -45,6 +45,18 @@ def put(tree: Any, sharding: Any) -> Any:
         return jax.tree.map(of_process, tree)
 
 
+def part_of_lanes() -> tuple[jax.Array | int, int]:
+    """Which part of the lanes of a batch the surrounding `shard_map` works on, and of how many
+    equal ones; (0, 1) outside of any.
+
+    So noise of lanes is a function of their number in the batch, whatever the mesh: a step's key
+    is the same on every device.
+    """
+    if not {DATA, TABLE} <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        return 0, 1
+    return jax.lax.axis_index((DATA, TABLE)), int(jax.lax.axis_size((DATA, TABLE)))
+
+
 @dataclasses.dataclass(frozen=True)
 class UserShards:
     """Users dealt out to V shards, a constant of a run; each device has V / devices of them.
@@ -57,11 +69,13 @@ class UserShards:
       count: V.
       users: U.
       row: [U] where each user is in a table of all users, shard after shard.
+      here: [V] bool, of whose users this process has what belongs to them; None: of all.
     """
 
     count: int
     users: int
     row: np.ndarray = dataclasses.field(compare=False, repr=False)
+    here: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def deal(cls, interactions: np.ndarray, count: int) -> UserShards:
@@ -165,6 +179,12 @@ class Layout:
         """Shards of users that each device has."""
         assert self.users is not None, "users are split"
         return self.users.count // self.devices
+
+    @property
+    def shards_of_process(self) -> np.ndarray:
+        """[V] bool: which shards of users are on devices of this process."""
+        own = [x.process_index == jax.process_index() for x in self.mesh.devices.flat]
+        return np.repeat(own, self.shards_here)
 
     @property
     def batches_sharding(self) -> NamedSharding:

@@ -83,6 +83,35 @@ def from_pairs(
     )
 
 
+def write(dataset: Dataset, *, rows_per_shard: int = 1 << 20) -> None:
+    """The directory that `dataset.load` reads it from, as `slgr prepare` would have made it."""
+    files = {}
+    for name in schema.PARTS:
+        part = dataset.part(name)
+        columns = {"user": part.users, "item": part.items}
+        nothing = {
+            "timestamp": pa.nulls(len(part), schema.TIMESTAMP),
+            "rating": pa.nulls(len(part), pa.float32()),
+        }
+        table = pa.table(columns | nothing).cast(schema.INTERACTIONS)
+        files[name] = shards.write_shards(
+            dataset.path, f"{name}/part", table, rows_per_shard=rows_per_shard
+        )
+    for name, side, count in (
+        ("users", schema.USERS, dataset.n_users),
+        ("items", schema.ITEMS, dataset.n_items),
+    ):
+        columns = {
+            field.name: pa.nulls(count, field.type)
+            if field.nullable
+            else pa.array(np.arange(count).astype(str)).cast(field.type)
+            for field in side
+        }
+        table = pa.table(columns, schema=side)
+        files[name] = shards.write_shards(dataset.path, name, table, rows_per_shard=rows_per_shard)
+    schema.write_manifest(dataset.path, dataclasses.replace(dataset.manifest, files=files))
+
+
 def _nothing() -> Part:
     return Part(np.zeros(0, np.int32), np.zeros(0, np.int32), None, None)
 

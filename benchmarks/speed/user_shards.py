@@ -5,15 +5,18 @@
 mf, d = 64, Adagrad, guided by lists through a calibrated gate, on synthetic pairs. A child process
 for each number of virtual CPU devices makes the arrays, the state and the serving state of a run,
 as training does, and adds up what each device really holds of them (`addressable_shards`), with
---user_shards and without; then two processes of two devices each, gloo between them. Printed:
-megabytes of a device by part, the same on all of them, and of a process; beside them what
-`slgr train --plan` says of the same parts.
+--user_shards and without; then one, two and four processes, gloo between them, that read the data
+from disk as training does. Printed: megabytes of a device by part, the same on all of them, and of
+a process; beside them what `slgr train --plan` says of the same parts. Of a process also what it
+has read of the dataset, and how much more memory than before it had at its greatest until its
+arrays were made (VmHWM: pages of mapped files are among it).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -34,27 +37,36 @@ def define() -> tuple[str, ...]:
     absl_flags.DEFINE_enum("size", "large", sorted(synthetic.SIZES), "of the pairs")
     absl_flags.DEFINE_integer("user_shards", 128, "parts that users are cut in", lower_bound=1)
     absl_flags.DEFINE_list("devices", ["1", "2", "4", "8"], "numbers of devices")
-    absl_flags.DEFINE_string("child", "", "of a child: FOLDER,SHARDS,DEVICES[,HOST:PORT/process]")
-    return ("size", "user_shards", "devices")
+    absl_flags.DEFINE_list("processes", ["1", "2", "4"], "numbers of processes of two devices")
+    absl_flags.DEFINE_string("child", "", "FOLDER,SHARDS,DEVICES[,HOST:PORT/process/processes]")
+    return ("size", "user_shards", "devices", "processes")
 
 
 def child(folder: str, user_shards: int, devices: int, place: str) -> None:
     """One process; prints a line of JSON: bytes by part of each of its devices, and the plan's."""
     if place:
-        address, process = place.split("/")
-        cluster.start(cluster.Place(address, 2, int(process)))
+        address, process, processes = place.split("/")
+        if int(processes) > 1:
+            cluster.start(cluster.Place(address, int(processes), int(process)))
     import jax
     import synthetic_dataset
 
     from slgr_jax.config import make_run
-    from slgr_jax.training import build, memory_plan, state
+    from slgr_jax.training import build, loop, memory_plan, state
 
-    dataset = synthetic_dataset.from_pairs(synthetic.Pairs.load(folder), folder, validation=True)
     run = make_run(
         folder, "", user_shards=user_shards, kernels="xla", guidance="pairwise", gate="calibrated",
         teacher=synthetic_dataset.TEACHER, labelled_per_step=4096,
     )  # fmt: skip
+    jax.devices()
+    before = _peak()
+    if place:
+        dataset = loop.load_data(run)
+    else:
+        pairs = synthetic.Pairs.load(folder)
+        dataset = synthetic_dataset.from_pairs(pairs, folder, validation=True)
     made = build.build(run, dataset)
+    peak = _peak() - before
     begin = state.init_state(made.trainer, 0)
     serving = state.make_serving_state(made.trainer)(begin, made.arrays.context)
     trees = (
@@ -76,7 +88,14 @@ def child(folder: str, user_shards: int, devices: int, place: str) -> None:
         (plan,) = memory_plan.make_plans(run, dataset, [(devices, 1)])
         names = ("tables", "interactions", "teacher", "step", "draws", "device")
         planned = {name: getattr(plan, name) for name in names}
-    print(json.dumps({"held": held, "plan": planned}))
+    read = memory_plan.of_dataset(dataset)
+    print(json.dumps({"held": held, "plan": planned, "read": read, "peak": peak}))
+
+
+def _peak() -> int:
+    """Bytes of memory that this process had at its greatest."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _start(folder: str, user_shards: int, devices: int, place: str = "") -> subprocess.Popen[str]:
@@ -109,6 +128,7 @@ def main(_: list[str]) -> None:
         pairs = synthetic.make(synthetic.SIZES[given.size])
         pairs.save(folder)
         dataset = synthetic_dataset.from_pairs(pairs, folder, validation=True)
+        synthetic_dataset.write(dataset)
         synthetic_dataset.write_teachers(dataset)
         del dataset, pairs
         for shards in (0, given.user_shards):
@@ -120,12 +140,15 @@ def main(_: list[str]) -> None:
                     read["plan"][name] for name in ("tables", "interactions", "teacher")
                 )
                 rows.append(_row(shards, f"1 x {devices}", "device", held))
-            with socket.create_server(("localhost", 0)) as server:
-                address = f"localhost:{server.getsockname()[1]}"
-            both = [_start(folder, shards, 2, f"{address}/{number}") for number in (0, 1)]
-            for read in [_read(process) for process in both][:1]:
+            for count in map(int, given.processes):
+                with socket.create_server(("localhost", 0)) as server:
+                    address = f"localhost:{server.getsockname()[1]}"
+                places = [f"{address}/{number}/{count}" for number in range(count)]
+                started = [_start(folder, shards, 2, place) for place in places]
+                read, *_ = [_read(process) for process in started]
                 held = {name: sum(sizes) for name, sizes in read["held"].items()}
-                rows.append(_row(shards, "2 x 2", "process", held))
+                held |= {"dataset": read["read"], "peak": read["peak"]}
+                rows.append(_row(shards, f"{count} x 2", "process", held))
     print("MB\n")
     print(tables.markdown_table(rows))
 
@@ -135,7 +158,12 @@ def _row(shards: int, mesh: str, of: str, held: dict[str, int]) -> dict[str, str
     row = {"--user_shards": str(shards), "processes x devices": mesh, "of a": of}
     row |= {name: f"{held[name] / 1e6:.1f}" for name in PARTS}
     row["all of these"] = f"{total / 1e6:.1f}"
-    row["--plan of all but serving"] = f"{held.get('of these, --plan', 0) / 1e6:.1f}"
+    for name, what in (
+        ("of these, --plan", "--plan of all but serving"),
+        ("dataset", "dataset in memory"),
+        ("peak", "peak less before"),
+    ):
+        row[what] = f"{held[name] / 1e6:.1f}" if name in held else ""
     return row
 
 

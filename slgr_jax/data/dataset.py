@@ -32,15 +32,17 @@ class Csr:
     Attributes:
       offsets: [R + 1] int64.
       indices: [n] int32.
+      lengths: [R] int32 of every row, where rows of others were left unread and are empty here.
     """
 
     offsets: np.ndarray
     indices: np.ndarray
+    lengths: np.ndarray | None = None
 
     @property
     def counts(self) -> np.ndarray:
-        """[R] int32: the length of each row."""
-        return np.diff(self.offsets).astype(np.int32)
+        """[R] int32: the length of each row, of those that were left unread too."""
+        return np.diff(self.offsets).astype(np.int32) if self.lengths is None else self.lengths
 
     def row(self, r: int) -> np.ndarray:
         """The entries of row `r`, ascending."""
@@ -174,6 +176,23 @@ class Slices:
 
 
 @dataclasses.dataclass(frozen=True)
+class OfUsers:
+    """Whose training interactions a process has read, and what is counted over everybody's.
+
+    Attributes:
+      read: [U] bool.
+      history: [U] int32: distinct training items of each user.
+      popularity: [I] int32: distinct training users of each item.
+      rows: training interactions.
+    """
+
+    read: np.ndarray
+    history: np.ndarray
+    popularity: np.ndarray
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Everything a run needs to know of a dataset directory."""
 
@@ -186,6 +205,7 @@ class Dataset:
     items: pa.Table  # schema.ITEMS, row i is item i
     features: tuple[Feature, ...] = ()  # as prepared; `known_features` has the categories too
     as_split: Dataset | None = None  # of `with_validation`: what that was called on
+    of_users: OfUsers | None = None  # of `own_users.load`: train has rows of some, test has none
 
     def with_validation(self) -> Dataset:
         """The dataset of a run that learns from validation too (`slgr train --refit`).
@@ -225,7 +245,20 @@ class Dataset:
 
     @functools.cached_property
     def _train_positives(self) -> Csr:
-        return Csr.from_pairs(self.train.users, self.train.items, self.n_users)
+        pairs = Csr.from_pairs(self.train.users, self.train.items, self.n_users)
+        if self.of_users is None:
+            return pairs
+        return dataclasses.replace(pairs, lengths=self.of_users.history)
+
+    @property
+    def train_rows(self) -> int:
+        """Interactions of the training part, those that were left unread too."""
+        return len(self.train) if self.of_users is None else self.of_users.rows
+
+    @property
+    def train_pairs(self) -> int:
+        """Distinct (user, item) of the training part, those that were left unread too."""
+        return int(self.positives(("train",)).counts.sum(dtype=np.int64))
 
     @functools.cached_property
     def history(self) -> np.ndarray:
@@ -241,6 +274,8 @@ class Dataset:
     def learned_popularity(self) -> np.ndarray:
         """[I] int32: distinct users of each item in what is learned from; other than `popularity`
         only of `with_validation`."""
+        if self.of_users is not None:
+            return self.of_users.popularity
         indices = self.positives(("train",)).indices
         return np.bincount(indices, minlength=self.n_items).astype(np.int32)
 
@@ -347,7 +382,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     parts: dict[str, Any] = {}
     for name in schema.PARTS:
         tables = shards.open_shards(root, manifest.files[name], schema.INTERACTIONS, verify=verify)
-        parts[name] = _part(tables, f"{root}/{name}", users.num_rows, items.num_rows)
+        parts[name] = part_of(tables, f"{root}/{name}", users.num_rows, items.num_rows)
     rows = {
         "user": users.num_rows,
         "item": items.num_rows,
@@ -363,9 +398,13 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     )
 
 
-def _part(tables: list[pa.Table], where: str, n_users: int, n_items: int) -> Part:
+def part_of(tables: list[pa.Table], where: str, n_users: int, n_items: int) -> Part:
     """The rows of shards as arrays; the shards are taken out of the list, and their memory freed,
-    one after the other."""
+    one after the other.
+
+    Raises:
+      ShardError: an index is outside the id maps.
+    """
     n_rows = sum(table.num_rows for table in tables)
     columns: dict[str, np.ndarray] = {"user": np.empty(n_rows, np.int32)}
     columns["item"] = np.empty(n_rows, np.int32)

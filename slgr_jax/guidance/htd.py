@@ -36,6 +36,7 @@ from slgr_jax.guidance.gating import Gating
 from slgr_jax.guidance.vector_teacher import unit_rows
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
+from slgr_jax.sampling import random_bits
 
 _ITEMS = 1 << 30  # added to ids of items, which stand among users
 
@@ -183,7 +184,8 @@ class Topology(Alignment):
     ) -> Float[Array, "n K"]:
         """One-hot, with the gradient of the softmax."""
         logits = teacher @ params["assign"]
-        noisy = (logits + jax.random.gumbel(key, logits.shape)) / self.knobs.temperature
+        noise = random_bits.of_lanes(lambda shape: jax.random.gumbel(key, shape), logits.shape)
+        noisy = (logits + noise) / self.knobs.temperature
         soft = jax.nn.softmax(noisy)
         hard = jax.nn.one_hot(jnp.argmax(noisy, axis=-1), logits.shape[-1])
         return hard + soft - jax.lax.stop_gradient(soft)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from slgr_jax import cluster
 from slgr_jax.config import RunConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Csr
@@ -12,6 +13,7 @@ from slgr_jax.guidance import hard_negatives, vector_teacher
 from slgr_jax.guidance.base import Sources
 from slgr_jax.models.backbones import SequenceBackbone
 from slgr_jax.sampling import labelled_preferences as labels
+from slgr_jax.sampling import user_shards
 from slgr_jax.sampling.context import GRAPH
 from slgr_jax.sampling.teacher_arrays import (
     PreferenceRule,
@@ -20,7 +22,7 @@ from slgr_jax.sampling.teacher_arrays import (
     teacher_lists,
     teacher_pairs,
 )
-from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products import own_users, preferences
 
 
 def preference_rule(run: RunConfig, *, native: bool) -> PreferenceRule:
@@ -50,7 +52,13 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
     run, dataset, guidance = sources.run, sources.dataset, sources.run.guidance
     if guidance.teacher_vectors and not guidance.teacher:
         return vector_teacher.lists(dataset, guidance.teacher_vectors, part)
-    teacher = preferences.load(dataset, guidance.teacher, verify=run.train.verify_checksums)
+    verify, every_number = run.train.verify_checksums, None
+    if dataset.of_users is None:
+        teacher = preferences.load(dataset, guidance.teacher, verify=verify)
+    else:
+        teacher, every_number = own_users.load(
+            dataset, guidance.teacher, pieces=cluster.processes(), verify=verify
+        )
     if run.hard_negatives:
         ranked_highest = hard_negatives.of_lists(
             dataset,
@@ -66,7 +74,9 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
         # Margins are above 0; a slice of everything is no copy.
         keep = teacher.margin >= guidance.min_gap if guidance.min_gap > 0 else slice(None)
         items = np.stack([teacher.preferred[keep], teacher.other[keep]], axis=1)
-        arrays = teacher_pairs(teacher.users[keep], items, teacher.margin[keep])
+        if every_number is not None and guidance.min_gap > 0:
+            every_number = every_number[every_number >= guidance.min_gap]
+        arrays = teacher_pairs(teacher.users[keep], items, teacher.margin[keep], every_number)
     else:
         arrays = teacher_lists(
             teacher.offsets,
@@ -77,8 +87,9 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
             unlisted_below=teacher.manifest.unlisted == "below",
             positives=dataset.positives(("train",)),
             n_items=dataset.n_items,
+            every_score=every_number,
         )
-    if not arrays.stated:
+    if not user_shards.total(int(arrays.stated), dataset):
         gap = guidance.min_gap
         why = f" of --min_gap={gap:g} or more" if gap else ": no user has two different scores"
         raise InputError(
@@ -124,14 +135,16 @@ def labelled_arrays(
 
     source, left_out = "valid", None
     arrays = labels.label_source(dataset, teacher, labels.chosen_items(dataset, source))
+    count = user_shards.total(int(arrays.count), dataset)
     if hides and able and gate.labelled_preferences != "validation":
         hidden = labels.hidden_positives(dataset, *_asked(teacher))
         of_hidden = labels.label_source(
             dataset, teacher, labels.chosen_items(dataset, "hidden", hidden)
         )
-        if gate.labelled_preferences == "hidden" or of_hidden.count > arrays.count:
-            source, left_out, arrays = "hidden", hidden, of_hidden
-    if not arrays.count:
+        hidden_count = user_shards.total(int(of_hidden.count), dataset)
+        if gate.labelled_preferences == "hidden" or hidden_count > count:
+            source, left_out, arrays, count = "hidden", hidden, of_hidden, hidden_count
+    if not count:
         where = "hidden training items" if source == "hidden" else "validation interactions"
         raise InputError(
             f"--gate={gate.gate} learns where the answer is known, and the teacher "

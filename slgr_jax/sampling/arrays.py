@@ -322,7 +322,7 @@ def interactions(
       InputError: nothing to train on, or counts past what int32 arrays address.
     """
     pairs = dataset.positives(("train",))
-    if pairs.indices.size == 0:
+    if dataset.train_pairs == 0:
         raise InputError(f"{dataset.path} has no training interactions; check the split")
     if pairs.indices.size >= 2**31 or dataset.n_items >= 2**30:
         raise InputError(

@@ -8,9 +8,14 @@ used for, drawing samples and rounding, asks for uniform and uncorrelated words,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Shaped, UInt32
+
+from slgr_jax.mesh import part_of_lanes
 
 WEYL = 0x9E3779B9  # 2^32 / golden ratio
 
@@ -36,6 +41,36 @@ def of_part(generators: UInt32[Array, "S 2"], number: Int[Array, ""]) -> UInt32[
 def words(generators: UInt32[Array, "S 2"], rows: int, size: int) -> UInt32[Array, "rows S size"]:
     """[rows, size] uniform words of each of S generators, a function of it alone."""
     counter = jnp.arange(rows * size, dtype=jnp.uint32).reshape(rows, 1, size)
+    return _hashed(counter, generators)
+
+
+def words_of_lanes(key: jax.Array, shape: tuple[int, ...], axis: int = 0) -> UInt32[Array, "..."]:
+    """Uniform words of a device's lanes, which lie along `axis`: those that one device draws for
+    them among all lanes."""
+    generator, (part, parts) = generators(key[None]), part_of_lanes()
+    if parts == 1:
+        return words(generator, 1, math.prod(shape)).reshape(shape)
+    before, lanes, each = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    lane = jnp.asarray(part, jnp.uint32) * lanes + jnp.arange(lanes, dtype=jnp.uint32)
+    first = jnp.arange(before, dtype=jnp.uint32)[:, None] * (parts * lanes) + lane[None, :]
+    counter = first[..., None] * each + jnp.arange(each, dtype=jnp.uint32)[None, None, :]
+    return _hashed(counter.reshape(1, 1, -1), generator).reshape(shape)
+
+
+def of_lanes(
+    draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...]
+) -> Shaped[Array, "..."]:
+    """draw(shape of all lanes), of which a device keeps its own `shape[0]`: for few numbers."""
+    part, parts = part_of_lanes()
+    if parts == 1:
+        return draw(shape)
+    every = draw((parts * shape[0], *shape[1:]))
+    return jax.lax.dynamic_slice_in_dim(every, part * shape[0], shape[0])
+
+
+def _hashed(
+    counter: UInt32[Array, "rows 1 size"], generators: UInt32[Array, "S 2"]
+) -> UInt32[Array, "rows S size"]:
     first, second = generators[None, :, :1], generators[None, :, 1:]
     return mixed(mixed(counter * jnp.uint32(WEYL) + first) ^ second)
 

@@ -84,13 +84,20 @@ class TeacherPairs:
         return int(self.users.shape[0])
 
 
-def teacher_pairs(users: np.ndarray, items: np.ndarray, margins: np.ndarray) -> TeacherPairs:
+def teacher_pairs(
+    users: np.ndarray,
+    items: np.ndarray,
+    margins: np.ndarray,
+    every_margin: np.ndarray | None = None,
+) -> TeacherPairs:
     """Stated preferences, ready to be drawn from (host arrays).
 
     Args:
       users, items, margins: [E], [E, 2] (preferred, other), [E].
+      every_margin: the margins of all users, where those are of some.
     """
-    scale = float(np.mean(margins)) if margins.size else 0.0
+    every_margin = margins if every_margin is None else every_margin
+    scale = float(np.mean(every_margin)) if every_margin.size else 0.0
     return TeacherPairs(
         host_array(users, np.int32),
         host_array(items, np.int32),
@@ -109,6 +116,7 @@ def teacher_lists(
     unlisted_below: bool,
     positives: Csr,
     n_items: int,
+    every_score: np.ndarray | None = None,
 ) -> TeacherLists:
     """Per-user score lists, ready to be drawn from (host arrays).
 
@@ -117,6 +125,7 @@ def teacher_lists(
       min_gap, unlisted_share: as of `PreferenceRule`.
       unlisted_below: an item outside a user's list ranks below it.
       positives: training pairs, never the unlisted side of a preference.
+      every_score: the scores of all users' lists, where those are of some users.
     """
     counts = np.diff(offsets)
     users = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
@@ -144,14 +153,14 @@ def teacher_lists(
     for column, values in enumerate((first, users[first], low[first], high[first])):
         starts[:, column] = values
 
-    entry_scores = host_array(scores, np.float32)
+    of_all = host_array(scores if every_score is None else every_score, np.float32)
     return TeacherLists(
         offsets=host32(offsets),
         items=host32(items),
-        scores=entry_scores,
+        scores=host_array(scores, np.float32),
         starts=host32(starts),
         unlisted=cut,
-        floor=float(scores.min()) if scores.size else 0.0,
-        ceiling=float(scores.max()) if scores.size else 0.0,
-        margin_scale=(float(np.std(entry_scores)) if scores.size else 0.0) or 1.0,
+        floor=float(of_all.min()) if of_all.size else 0.0,
+        ceiling=float(of_all.max()) if of_all.size else 0.0,
+        margin_scale=(float(np.std(of_all)) if of_all.size else 0.0) or 1.0,
     )

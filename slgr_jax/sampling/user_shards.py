@@ -16,6 +16,7 @@ Shape letters: V shards, U users, n entries, n_v of one shard.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slgr_jax import cluster
+from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.mesh import Layout, UserShards
 from slgr_jax.sampling.arrays import (
@@ -99,7 +102,7 @@ class ByUser:
         self._offsets = np.concatenate([[0], np.cumsum(counts)])
         dealt = np.append(counts, 0)[shards.by_row]
         self._begins = np.cumsum(dealt, axis=1) - dealt
-        self.counts = dealt.sum(axis=1)
+        self.counts = _of_all(dealt.sum(axis=1), shards)
         self.longest = max(int(self.counts.max()), 1)
 
     def bounds(self) -> ShardRows:
@@ -149,6 +152,27 @@ class ByUser:
         return places if self._order is None else self._order[places]
 
 
+def _of_all(counts: np.ndarray, shards: UserShards) -> np.ndarray:
+    """[V] counts of every shard, from those that each process has of its own."""
+    if shards.here is None:
+        return counts
+    return np.sum(over_processes(np.where(shards.here, counts, 0)), axis=0)
+
+
+def over_processes(values: np.ndarray) -> np.ndarray:
+    """[P, ...] few numbers of each process of the job, on all of them, who all call this.
+
+    Raises:
+      UserError: a process failed meanwhile.
+    """
+    return np.array([json.loads(text) for text in cluster.every(json.dumps(values.tolist()))])
+
+
+def total(count: int, dataset: Dataset) -> int:
+    """What all processes have of something of users, if this one has its own users' alone."""
+    return count if dataset.of_users is None else int(over_processes(np.array(count)).sum())
+
+
 def _numbers(of_shard: np.ndarray) -> ShardRows:
     """[V] a number of each shard."""
     return ShardRows(of_shard.shape, of_shard.dtype, lambda shard: of_shard[shard : shard + 1])
@@ -179,8 +203,13 @@ def _excluded(cut: Excluded, shards: UserShards) -> Excluded:
         marks=by_user.every(cut.keys, MARKED),
         shifts=None if cut.shifts is None else by_user.entries(cut.shifts),
         free=_of_users(np.asarray(cut.free), shards),
-        search_steps=cut.search_steps,
+        search_steps=_greatest(cut.search_steps, shards),
     )
+
+
+def _greatest(number: int, shards: UserShards) -> int:
+    """Of every process's own, what is compiled in everywhere."""
+    return number if shards.here is None else int(over_processes(np.array(number)).max())
 
 
 def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:

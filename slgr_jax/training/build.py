@@ -95,7 +95,8 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
 
     targets = _targets(run, dataset, backbone, context, left_out)
     interactions = dataclasses.replace(interactions, targets=targets)
-    plan = _plan(run, dataset, backbone, interactions, interactions.drawn, native=native)
+    drawn = user_shards.total(interactions.drawn, dataset)
+    plan = _plan(run, dataset, backbone, interactions, drawn, native=native)
     trainer = Trainer(run, backbone, guidance, layout, plan)
     check_devices(trainer)
     begins = run.train.restart or not checkpoint.exists(run.workdir)

@@ -379,6 +379,8 @@ def load_data(run: config.RunConfig) -> Dataset:
         ranking=run.evaluation.ranking,
         rows=run.evaluation.rows != "none",
     )
+    if run.train.user_shards and cluster.processes() > 1:
+        return restore.load_own_users(run)
     return restore.load_data(run)
 
 
@@ -459,7 +461,7 @@ def opening(start: str, experiment: Experiment, programs: Programs) -> str:
         guidance = f"{run.guidance.guidance} of {run.guided_by} through gate {run.gate.gate}"
     return (
         f"{start}: {run.model.backbone} on {dataset.manifest.name}, {dataset.n_users} users x "
-        f"{dataset.n_items} items, {len(dataset.train)} training interactions, "
+        f"{dataset.n_items} items, {dataset.train_rows} training interactions, "
         f"{programs.per_epoch} steps an epoch, {layout.devices} x {kind}, guidance: {guidance}"
         f"{initial_values.summary(experiment.initial, dataset)}"
     )

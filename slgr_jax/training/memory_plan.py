@@ -51,6 +51,8 @@ class MemoryPlan:
       checkpoint: all of a checkpoint on the disk, before compression; two are there for a moment.
       host: of a process that all devices belong to: the dataset, what goes to the devices, and the
         copy that a checkpoint is written from.
+      host_each: of one of as many processes as devices: where users are split, of training what
+        belongs to its own users alone, and no test part.
     """
 
     devices: int
@@ -65,6 +67,7 @@ class MemoryPlan:
     step: int
     checkpoint: int
     host: int
+    host_each: int
 
     @property
     def arguments(self) -> int:
@@ -126,8 +129,19 @@ def _plan(
         draws=draws,
         step=temporaries - draws,
         checkpoint=checkpoint,
-        host=_of_dataset(dataset) + _total(arrays) + checkpoint,
+        host=of_dataset(dataset) + _total(arrays) + checkpoint,
+        host_each=_read_by_each(dataset, trainer) + _per_device((arrays, state, serving)),
     )
+
+
+def _read_by_each(dataset: Dataset, trainer: Trainer) -> int:
+    """Bytes of the dataset that one of as many processes as devices reads (`own_users.load`)."""
+    every = of_dataset(dataset)
+    if trainer.layout.users is None:
+        return every
+    train, test = (_arrays_of(part) for part in (dataset.train, dataset.test))
+    counted = dataset.history.nbytes + dataset.popularity.nbytes + dataset.n_users
+    return every - test - train + train // trainer.layout.devices + counted
 
 
 def _abstract_arrays(arrays: DeviceArrays, trainer: Trainer) -> DeviceArrays:
@@ -185,14 +199,21 @@ def _per_device(tree: Any) -> int:
     )
 
 
-def _of_dataset(dataset: Dataset) -> int:
+def of_dataset(dataset: Dataset) -> int:
     """Bytes of the arrays and Arrow tables of a loaded dataset."""
-    total = 0
-    for holder in (dataset, dataset.train, dataset.valid, dataset.test):
-        for value in vars(holder).values():
-            if isinstance(value, np.ndarray | pa.Table | pa.Array | pa.ChunkedArray):
-                total += value.nbytes
+    holders = dataset.train, dataset.valid, dataset.test, dataset.of_users
+    total = _arrays_of(dataset) + sum(
+        _arrays_of(holder) for holder in holders if holder is not None
+    )
     return total
+
+
+def _arrays_of(holder: Any) -> int:
+    fields = (getattr(holder, field.name) for field in dataclasses.fields(holder))
+    arrays = (
+        x for x in fields if isinstance(x, np.ndarray | pa.Table | pa.Array | pa.ChunkedArray)
+    )
+    return sum(array.nbytes for array in arrays)
 
 
 def as_rows(plans: Sequence[MemoryPlan]) -> list[dict[str, Any]]:
@@ -203,7 +224,8 @@ def as_rows(plans: Sequence[MemoryPlan]) -> list[dict[str, Any]]:
         row = {"devices": row.pop("devices"), "table shards": row.pop("table_shards")} | {
             name.replace("_", " "): round(bytes_ / 1e6, 1) for name, bytes_ in row.items()
         }
-        on_disk, host = row.pop("checkpoint"), row.pop("host")
-        row |= {"a device": round(plan.device / 1e6, 1), "host": host, "checkpoint": on_disk}
+        on_disk, host, each = (row.pop(name) for name in ("checkpoint", "host", "host each"))
+        row |= {"a device": round(plan.device / 1e6, 1), "host": host, "host each": each}
+        row |= {"checkpoint": on_disk}
         rows.append({name: str(value) for name, value in row.items()})
     return rows

@@ -441,7 +441,10 @@ def make_objective(
         or (guidance.width % 2 == 0 and plan.native and dot_model(backbone) is not None)
     )
     # A stochastic pass scores a guidance's candidates alone, and vectors are no dot products.
-    apart = guidance is not None and (guidance.reads_stochastic or guidance.reads_vectors)
+    # Dropout is a function of a lane's number among those of its kind.
+    apart = guidance is not None and (
+        guidance.reads_stochastic or guidance.reads_vectors or backbone.dropout > 0
+    )
     return Triples(loss, plan.negatives == 1 and as_pairs and not apart, dropped)
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from slgr_jax import config
 from slgr_jax.data import dataset as dataset_lib
+from slgr_jax.data import own_users
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
@@ -113,6 +115,23 @@ def load_data(run: config.RunConfig) -> Dataset:
     """
     dataset = dataset_lib.load(run.data, verify=run.train.verify_checksums)
     return dataset.with_validation() if run.train.refit else dataset
+
+
+def load_own_users(run: config.RunConfig) -> Dataset:
+    """The dataset as a process of a job reads it whose users are split over its devices.
+
+    Raises:
+      ManifestError, ShardError: it is damaged, or none.
+      ConfigError: shards of users that the devices cannot have as many of each.
+    """
+    layout = layout_of(run)
+
+    def choose(history: np.ndarray) -> np.ndarray:
+        users = UserShards.deal(history, run.train.user_shards)
+        shards = dataclasses.replace(layout, users=users).shards_of_process
+        return np.asarray(shards[users.row // users.rows], bool)
+
+    return own_users.load(run.data, choose, verify=run.train.verify_checksums)
 
 
 def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -> RestoredRun:
@@ -252,4 +271,8 @@ def with_users(layout: Layout, run: config.RunConfig, dataset: Dataset) -> Layou
     """
     count = run.train.user_shards
     users = UserShards.deal(dataset.history, count) if count else None
-    return dataclasses.replace(layout, users=users)
+    layout = dataclasses.replace(layout, users=users)
+    if users is None or dataset.of_users is None:
+        return layout
+    here = layout.shards_of_process
+    return dataclasses.replace(layout, users=dataclasses.replace(users, here=here))

@@ -395,7 +395,7 @@ def write_record(
         "refit": origin(run, "refit"),
         "users": dataset.n_users,
         "items": dataset.n_items,
-        "train_pairs": int(dataset.positives(("train",)).indices.size),
+        "train_pairs": dataset.train_pairs,
         "drawn_an_epoch": trainer.plan.drawn,
         "guidance_queries_per_step": trainer.guidance.queries if trainer.guidance else 0,
         "cold_user_history": slices.cold_user_history,

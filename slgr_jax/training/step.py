@@ -52,7 +52,7 @@ from slgr_jax.training import objectives, shard_draws
 from slgr_jax.training.state import Learner, TrainState
 
 Sums = dict[str, jax.Array]
-# Salt of the key of what supervises a gate; above any device's index, so streams never collide.
+# Salt of the key of what supervises a gate.
 _FOR_OBSERVING = (1 << 31) + 1
 # The number of the pass whose dropout all candidates share (a graph's edges).
 _SHARED_PASS = 2
@@ -272,9 +272,6 @@ def _local_step(
     """The step of one device on its part of the batch."""
     layout, access, context = trainer.layout, trainer.access, arrays.context
     guidance, arrays = trainer.guidance, shard_draws.in_step(arrays)
-    for_rounding = key
-    if layout.devices > 1:
-        key = jax.random.fold_in(key, layout.device_index())
     if batch.shared is not None:
         batch = batch.replace(shared=layout.gather_over_all(batch.shared))  # type: ignore[attr-defined]
 
@@ -306,7 +303,7 @@ def _local_step(
     bad = sum(jnp.where(flag, 0, 1 << bit) for bit, flag in enumerate(finite))
 
     summed = jax.tree.map(lambda g: g * jnp.maximum(triples, 1.0), leaves_grad)
-    new_tables, new_slots = access.write(state_tables, slots, context, reads, summed, for_rounding)
+    new_tables, new_slots = access.write(state_tables, slots, context, reads, summed, key)
     updates, opt_state = trainer.optimizer.update(params_grad, opt_state, params)
     params = optax.apply_updates(params, updates)
     sums = {"steps": jnp.float32(1.0), "loss": loss, "triples": triples, **sums}

@@ -220,7 +220,14 @@ RUNS = {
 TRAIN = """
 import json, sys
 import slgr_jax
+from slgr_jax.data import own_users
 data, out, runs, *job = sys.argv[1:]
+read = own_users.load
+def load(*args, **more):
+    dataset = read(*args, **more)
+    print("read", len(dataset.train), flush=True)
+    return dataset
+own_users.load = load
 job = dict(flag[2:].split("=") for flag in job)
 job |= {name: int(job[name]) for name in ("processes", "process_id")}
 for name, knobs in json.loads(runs).items():
@@ -254,6 +261,11 @@ def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path)
             np.testing.assert_allclose(curve(workdir), alone, rtol=1e-5, atol=1e-5, err_msg=name)
     assert (tmp_path / "1x4" / "deepfm").is_dir()
     assert all((tmp_path / "2x2" / name).is_dir() for name in runs)
+    # Only where users are split, each process reads the interactions of its own alone.
+    read = [[x for x in end.out.splitlines() if x.startswith("read ")] for end in ended]
+    first, second = (int(line.split()[1]) for (line,) in read)
+    assert first + second == len(dataset.train)
+    assert abs(first - second) < len(dataset.train) / 8
 
 
 def test_an_error_of_one_is_the_same_line_on_both(dataset, tmp_path):

@@ -18,7 +18,6 @@ from slgr_jax.config import make_run
 from slgr_jax.errors import ConfigError, InputError, ManifestError
 from slgr_jax.guidance import alignment, htd, rlmrec, vector_teacher
 from slgr_jax.guidance.base import METHOD, Frozen, Sources, make_guidance
-from slgr_jax.mesh import make_layout
 from slgr_jax.reports import gate_evaluation
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors
@@ -334,26 +333,6 @@ def test_what_is_learned_falls(data, name, backbone, knobs):
         lambda a, b: np.abs(a - np.asarray(b)).max(), start, state.params["guidance"][METHOD]
     )
     assert min(jax.tree.leaves(moved)) > 0
-
-
-@pytest.mark.parametrize("name", config.ALIGNMENTS)
-def test_eight_devices_compute_what_one_does(data, name):
-    """Loss and gradients of a step, contrasts and topologies across devices among them."""
-    outcomes = []
-    for layout in (worlds.one_device(), make_layout(table_shards=2)):
-        knobs = {"guidance": name, "backbone": "lightgcn", "dim": E, "htd_groups": 0, "layers": 1}
-        if name == "htd":
-            knobs["htd_groups"] = 0  # noise of groups is a device's own
-        else:
-            del knobs["htd_groups"]
-        experiment = build(_run(data, **knobs), data, layout)
-        state = init_state(experiment.trainer, 0)
-        run_steps = step.make_run_steps(experiment.trainer)
-        key = jax.random.key_data(jax.random.key(3))
-        state, sums, _ = run_steps(state, experiment.arrays, key, jnp.int32(2))
-        tables = {name: np.asarray(table)[:20] for name, table in state.tables.items()}
-        outcomes.append((tables, jax.device_get((sums, state.params))))
-    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=2e-4, atol=2e-5), *outcomes)
 
 
 def test_masked_nodes_are_seen_as_the_token_and_get_no_gradient(data):

@@ -74,25 +74,6 @@ def _steps(trainer, arrays, state, count):
     return step.make_run_steps(trainer)(state, arrays, key, jnp.int32(count))
 
 
-@pytest.mark.parametrize(("gate", "method"), [("calibrated", "pairwise"), ("budget", "dcd")])
-def test_eight_devices_supervise_as_one(tmp_path, gate, method):
-    """Of lists too, whose items are chosen by what was drawn and by the scores of the step."""
-    dataset = _dataset(tmp_path / "d")
-    ends = {}
-    guidance = GuidanceConfig(guidance=method, teacher="t", weight=1.0, lists_per_step=8)
-    for devices in (1, 8):
-        run = _config(
-            dataset, tmp_path / "r", GateConfig(gate=gate, labelled_per_step=16), guidance
-        )
-        trainer, arrays, state = _built(run, dataset, devices)
-        state, sums, _ = _steps(trainer, arrays, state, 6)
-        ends[devices] = jax.device_get((state.params["guidance"], sums))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), ends[1], ends[8]
-    )
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(ends[1][0]))
-
-
 def test_a_calibrated_gate_learns_the_share_of_right_answers(tmp_path):
     """With nothing to go by but a constant input, alpha of each fold becomes the weighted share of
     right answers among the *other* fold's labelled ones; the gated loss does not move it."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from scipy import stats
 
+from slgr_jax.mesh import DATA, TABLE, make_layout
 from slgr_jax.sampling import random_bits
 
 
@@ -59,3 +63,21 @@ def test_normal_numbers_are_normal_and_rows_differ():
     assert ends[0] == -ends[1] < -5
     some = random_bits.of_rows(jax.random.key(3), np.array([7, 3999]), 32)
     np.testing.assert_array_equal(random_bits.normal(some), found[[7, 3999]])
+
+
+def test_a_device_draws_for_its_lanes_what_one_device_draws_for_them():
+    """Along the first axis and along the second, of which each of four devices has a quarter."""
+    key, mesh = jax.random.key(5), make_layout(devices=jax.devices()[:4]).mesh
+
+    def drawn(x, axis):
+        return random_bits.words_of_lanes(key, x.shape, axis)
+
+    def normal(x):
+        return random_bits.of_lanes(lambda shape: jax.random.normal(key, shape), x.shape)
+
+    split = PartitionSpec((DATA, TABLE)), PartitionSpec(None, (DATA, TABLE))
+    draws = [(functools.partial(drawn, axis=axis), split[axis]) for axis in (0, 1)]
+    for draw, spec in (*draws, (normal, split[0])):
+        x = np.zeros((8, 12, 3), np.float32)
+        over_devices = jax.jit(jax.shard_map(draw, mesh=mesh, in_specs=spec, out_specs=spec))
+        np.testing.assert_array_equal(over_devices(x), draw(x))

@@ -16,7 +16,6 @@ from slgr_jax.config import make_run
 from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
-from slgr_jax.mesh import make_layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.row_access import Candidates, Reads, RowAccess
 from slgr_jax.sampling.context import Queries
@@ -310,26 +309,6 @@ def test_records_without_features_are_of_runs_without(data, tmp_path):
     path.write_text(json.dumps(record))
     assert run_directory.same_features(run.workdir, run, data)
     assert run_directory.same_features(run.workdir, _run(data, "x", features="all"), data) is False
-
-
-@pytest.mark.slow
-def test_eight_devices_equal_one_with_guidance(tmp_path):
-    data = _groups(tmp_path / "d")
-    users = np.repeat(np.arange(WARM), 4)
-    items = np.tile([0, 5, 11, 17], WARM)
-    worlds.teach(data, users, items, np.tile(np.float32([1, 2, 3, 4]), WARM))
-    run = _run(data, "run", features="all", guidance="pairwise", teacher="t", gate="paper")
-    values = []
-    for layout in (worlds.one_device(), make_layout(table_shards=2)):
-        experiment = build.build(run, data, layout)
-        state = state_lib.init_state(experiment.trainer, 0)
-        after, sums, _ = step.make_run_steps(experiment.trainer)(
-            state, experiment.arrays, jax.random.key(0), jnp.int32(5)
-        )
-        assert float(sums["guidance_loss"]) > 0
-        values.append(_values(experiment, after))
-    for name, alone in values[0].items():
-        np.testing.assert_allclose(values[1][name], alone, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import worlds
 
 from slgr_jax.config import GuidanceConfig, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
+from slgr_jax.data import own_users
 from slgr_jax.errors import ConfigError
 from slgr_jax.mesh import make_layout
 from slgr_jax.training import build, checkpoint, memory_plan, state, step
@@ -81,6 +82,13 @@ def test_parts_are_those_of_a_run_within_a_tenth(tmp_path, world, mesh):
     assert plan.serving == pytest.approx(_on_first_device((serving, restored)), rel=0.1)
     saved = checkpoint.array_shapes({"state": begun, "best": serving})
     assert plan.checkpoint == pytest.approx(sum(array.bytes for array in saved), rel=0.1)
+
+    if world is _by_user:  # one of eight processes has two of the sixteen shards
+        users = experiment.trainer.layout.users
+        own = own_users.load(dataset.path, lambda history: users.row < 2 * users.rows)
+        held = memory_plan.of_dataset(own) + _on_first_device((arrays, begun, serving))
+        assert plan.host_each == pytest.approx(held, rel=0.1)
+        assert memory_plan.of_dataset(own) < 0.6 * memory_plan.of_dataset(dataset)
 
     # What XLA says of the program that the run itself compiles.
     key, count = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)

@@ -11,7 +11,6 @@ from numpy.testing import assert_allclose
 
 from slgr_jax.config import make_run
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.mesh import make_layout
 from slgr_jax.models import losses
 from slgr_jax.sampling.context import recent
 from slgr_jax.training import build, step
@@ -287,30 +286,3 @@ def test_sampled_softmax_of_every_item_once_is_the_softmax():
     log_p = jax.nn.log_softmax(states @ vectors.T)
     assert_allclose(loss, -log_p[jnp.arange(7), targets], rtol=1e-5)
     assert_allclose(first, jnp.argmax(log_p, axis=1) == targets)
-
-
-# --- several devices ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"loss": "softmax"},
-        {"drop_share": 0.6},
-        {"loss": "sampled_softmax", "shared_negatives": 16},
-        {"backbone": "sasrec", "max_history": 4, "hidden": 8, "layers": 1, "dropout": 0.0},
-        {"backbone": "lightgcn", "table_optimizer": "lazy_adam", "lr": 0.01},
-        {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "max_history": 3, "loss": "bpr"},
-    ],
-    ids=lambda knobs: "-".join(map(str, list(knobs.values())[:1])),
-)
-def test_eight_devices_equal_one(tmp_path, knobs):
-    alone, arrays, _, state = _built(tmp_path, **knobs)
-    expected, sums, _ = _stepped(alone, arrays, state, steps=3)
-    many, arrays, _, state = _built(tmp_path, make_layout(table_shards=2), **knobs)
-    got, many_sums, _ = _stepped(many, arrays, state, steps=3)
-    for name, spec in alone.backbone.tables.items():
-        size = (slice(spec.rows), slice(spec.width))
-        assert_allclose(got.tables[name][size], expected.tables[name][size], rtol=1e-3, atol=1e-4)
-    for name in sums:
-        assert float(many_sums[name]) == pytest.approx(float(sums[name]), rel=1e-3)

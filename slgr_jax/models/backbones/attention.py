@@ -33,14 +33,18 @@ class Drop(nn.Module):
     """Dropout on words of `random_words`: x / (1 - rate) with probability 1 - rate, else 0.
 
     Flax's own draws them with Threefry, which on CPU costs more than the layer it is put on.
+
+    Attributes:
+      axis: which axis of x is that of a batch's lanes.
     """
+
+    axis: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*N"], rate: float) -> Float[Array, "*N"]:
         if rate == 0.0:
             return x
-        generator = random_bits.generators(self.make_rng("dropout")[None])
-        words = random_bits.words(generator, 1, x.size).reshape(x.shape)
+        words = random_bits.words_of_lanes(self.make_rng("dropout"), x.shape, self.axis)
         return jnp.where(words >= jnp.uint32(rate * 2**32), x / (1.0 - rate), 0.0)
 
 

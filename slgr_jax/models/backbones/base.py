@@ -201,7 +201,8 @@ class SequenceBackbone(DotBackbone, Protocol):
         Args:
           events: rows of table `item` of the L + 1 events, oldest first, the latest always last.
           real: which of them are events of the user.
-          key: of dropout, and of masks where the backbone draws some.
+          key: of dropout, and of masks where the backbone draws some; the same on every device.
+            What is drawn of it for lanes is drawn by their number (`random_bits.words_of_lanes`).
         """
         ...
 

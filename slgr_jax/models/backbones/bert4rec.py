@@ -44,7 +44,7 @@ def cloze_places(
     """
     windows, length = real.shape
     most = max(1, int(probability * length + 0.5))
-    words = random_bits.words(random_bits.generators(key[None]), windows, length + 1)[:, 0]
+    words = random_bits.words_of_lanes(key, (windows, length + 1))
     uniform = (words >> 8).astype(jnp.float32) * 2.0**-24
 
     # The places with the largest numbers are masked; one in `ONLY_LAST` sequences puts its last

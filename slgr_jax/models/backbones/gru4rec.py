@@ -101,7 +101,7 @@ class Recurrent(nn.Module):
         dim = x.shape[-1]
         states, real = jnp.swapaxes(x, 0, 1), real.T
         for layer in range(self.layers):
-            states = GruLayer(self.width, name=f"layer_{layer}")(Drop()(states, rate), real)
+            states = GruLayer(self.width, name=f"layer_{layer}")(Drop(axis=1)(states, rate), real)
         states = states[-1:] if only_last else states
         output = nn.Dense(dim, kernel_init=nn.initializers.glorot_uniform(), name="output")
         return output(jnp.swapaxes(states, 0, 1))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from slgr_jax.mesh import part_of_lanes
 from slgr_jax.models.backbones.base import Dropout
 from slgr_jax.sampling import random_bits
 
@@ -37,7 +38,8 @@ def dropped(x: Float[Array, "R W"], dropout: Dropout, layer: int) -> Float[Array
     if dropout is None or dropout[0] <= 0.0:
         return x
     rate, key = dropout
-    rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+    part, _ = part_of_lanes()
+    rows = part * x.shape[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
     words = random_bits.of_rows(jax.random.fold_in(key, layer), rows, x.shape[1])
     keep = words >= jnp.uint32(int(rate * 2**32))
     return jnp.where(keep, x / (1.0 - rate), 0.0)

@@ -17,6 +17,7 @@ from slgr_jax.models.backbones.base import (
     TableRows,
 )
 from slgr_jax.models.embedding_table import TableSpec
+from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.context import Context, Queries
 
 
@@ -66,7 +67,9 @@ class MatrixFactorization(ItemTableBackbone):
         user = rows["user"]
         if dropout is not None:
             rate, key = dropout
-            kept = jax.random.bernoulli(key, 1.0 - rate, user.shape)
+            kept = random_bits.of_lanes(
+                lambda shape: jax.random.bernoulli(key, 1.0 - rate, shape), user.shape
+            )
             user = jnp.where(kept, user / (1.0 - rate), 0.0)
         if self._item_bias:
             user = user.at[..., -1].set(1.0)
