@@ -99,7 +99,9 @@ def define() -> None:
     )
     absl_flags.DEFINE_string("teacher", "", "name of the teacher product under DATA/teacher")
     absl_flags.DEFINE_string(
-        "vectors", "", "name of the product under DATA/embeddings that init and adapter read"
+        "vectors",
+        "",
+        "name of the product under DATA/embeddings that init, adapter, kar, kser and others read",
     )
     absl_flags.DEFINE_integer("seeds", 5, "seeds per arm", lower_bound=2)
     absl_flags.DEFINE_bool(

@@ -78,9 +78,11 @@ _APPLIES: Mapping[str, Applies] = {
     **dict.fromkeys(("row_negatives", "row_seed"), Applies("rows", ("sampled",))),
 }
 _OF_VECTORS = (
-    *("adapter_hidden", "adapter_experts", "adapter_shared"),
+    *("adapter_hidden", "adapter_experts", "adapter_shared", "adapter_chunks"),
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
+# Of what --train_only=adapters leaves as it is.
+_OF_FROZEN = ("lr", "dropout", "init_slots")
 _BUILT_IN: Mapping[str, Collection[str]] = {
     "backbone": BUILT_IN,
     "guidance": BUILT_IN_GUIDANCE,
@@ -119,9 +121,15 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name == "drop" and not run.loss.drop_share:
             text = f"--{name}={_text(value)} is not used with --drop_share=0"
             unused.append(f"{text}; add --drop_share=0.1")
+        elif name in ("event_vectors", "vector_l2") and run.vectors.adapter_chunks:
+            why = "chunks are of the item that is scored and the user, and --l2 is not on them"
+            unused.append(f"--{name}={_text(value)} is not used with --adapter_chunks: {why}")
         elif name == "event_vectors" and not _has_event_vectors(run):
             text = f"--{name}={_text(value)} is not used without a history's fields of vectors"
             unused.append(f"{text}; add --item_vectors=NAME and --backbone={CLICK_BACKBONES[0]}")
+        elif name in _OF_FROZEN and run.adapters_alone:
+            text = f"--{name}={_text(value)} is not used with --train_only=adapters"
+            unused.append(f"{text}, which moves no row and no network")
         elif name == "adapter_shared" and not run.vectors.adapter_experts:
             text = f"--{name}={_text(value)} is not used without experts"
             unused.append(f"{text}; add --adapter_experts=5")

@@ -81,6 +81,7 @@ class RunConfig:
         self._check_methods()
         self._check_reference_runs()
         self._check_vectors()
+        self._check_train_only()
         self._check_loss()
         self._check_user_shards()
 
@@ -197,7 +198,43 @@ class RunConfig:
                 "that were trained before it"
             )
 
+    @property
+    def adapters_alone(self) -> bool:
+        """Whether rows and the network stay as --init_from left them (--train_only)."""
+        return self.train.train_only == "adapters"
+
+    def _check_train_only(self) -> None:
+        if not self.adapters_alone:
+            return
+        if not self.vectors.products:
+            raise ConfigError(
+                "--train_only=adapters trains what makes rows of vectors: add --item_vectors=NAME "
+                "(slgr teach embed), or drop it"
+            )
+        if not self.train.init_from:
+            raise ConfigError(
+                "--train_only=adapters leaves rows and network as a trained run has them: name it, "
+                "--init_from=RUN, or drop it"
+            )
+        if self.guided:
+            raise ConfigError(
+                f"--train_only=adapters trains no gate and no rows, which "
+                f"--guidance={self.guidance.guidance} is for; drop one of them"
+            )
+
     def _check_vectors(self) -> None:
+        knobs = self.vectors
+        if knobs.adapter_chunks and knobs.adapter_experts:
+            raise ConfigError(
+                f"--adapter_chunks and --adapter_experts={knobs.adapter_experts} are two ways to "
+                "read vectors; drop one of them"
+            )
+        for side in ("item", "user"):
+            if knobs.adapter_chunks and knobs.alone(side):
+                raise ConfigError(
+                    f"--adapter_chunks selects chunks by the {side}'s row, and --no{side}_rows "
+                    "leaves none; drop one of them"
+                )
         if self.train.init_from and self.vectors.init_products:
             names = listing(f"--init_{table}_vectors" for table in self.vectors.init_products)
             raise ConfigError(

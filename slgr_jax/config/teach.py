@@ -6,6 +6,7 @@ import dataclasses
 
 from slgr_jax.config.baselines import BASELINES
 from slgr_jax.config.knobs import WIDTH, Section, knob
+from slgr_jax.errors import ConfigError
 
 # What a teacher product was built from; the loader refuses `includes_eval`.
 BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
@@ -378,7 +379,42 @@ class EmbedConfig(Section):
         "write only this file: batch-API embedding requests (.jsonl) of the item texts for "
         "--model; give what comes back with --vectors",
     )
-    dtype: str = knob("float32", "type of the numbers on disk", choices=("float32", "float16"))
+    dtype: str = knob(
+        "float32",
+        "type of the numbers on disk (chunks: float16)",
+        choices=("float32", "float16"),
+    )
+    chunks: int = knob(
+        0,
+        "several vectors a row: at most so many chunks of each field (title, categories, text; of "
+        "a file its column field). --vectors: one line a chunk. 0 = one vector a row",
+        minimum=0,
+        maximum=1024,
+    )
+    chunk_words: int = knob(
+        64,
+        "--chunks: words of a chunk; more where a text would have more chunks than --chunks",
+        minimum=1,
+        maximum=100_000,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        default = type(self).chunk_words
+        if not self.chunks and self.chunk_words != default:
+            raise ConfigError(
+                f"--chunk_words={self.chunk_words} is of several vectors a row; add --chunks=8"
+            )
+        if self.chunks and self.text_requests:
+            raise ConfigError(
+                f"--text_requests asks for one vector a row, and --chunks={self.chunks} for "
+                "several; drop one of them (vectors of chunks made elsewhere: --vectors)"
+            )
+        if self.chunks and self.vectors and self.chunk_words != default:
+            raise ConfigError(
+                f"--chunk_words={self.chunk_words} cuts texts, and --vectors={self.vectors} are "
+                "vectors of chunks already; drop one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

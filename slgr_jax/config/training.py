@@ -11,6 +11,7 @@ from slgr_jax.errors import ConfigError, listing
 NEGATIVES = ("uniform", "popularity", "in_batch", "hard")
 KERNELS = ("auto", "native", "xla")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
+TRAINED = ("all", "adapters")
 INIT_SLOTS = ("keep", "reset")
 TABLE_DTYPES = ("float32", "bfloat16")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -189,6 +190,12 @@ class TrainConfig(Section):
         "and large ones for new rows, best in few epochs; reset = large ones for all, better after "
         "many",
         choices=INIT_SLOTS,
+    )
+    train_only: str = knob(
+        "all",
+        "all, or adapters = what makes rows and fields of --item_vectors and --user_vectors alone: "
+        "rows and the network of --init_from stay as they are, to the bit, without dropout",
+        choices=TRAINED,
     )
     refit: str = knob(
         "",

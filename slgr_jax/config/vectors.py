@@ -66,6 +66,13 @@ class VectorConfig(Section):
         minimum=0,
         maximum=1024,
     )
+    adapter_chunks: bool = knob(
+        False,
+        "choose among a row's several vectors (slgr teach embed --chunks) by a selection network "
+        "and an attention, KSER-style; --adapter_hidden is the network's, 64 by default. Click "
+        "backbones: of the item that is scored, and of the user. Without it, and for all else, a "
+        "row's vector is the mean of its chunks",
+    )
     event_vectors: bool = knob(
         True,
         "click backbones: the events of a history have the field of their vectors, too; "
@@ -91,6 +98,11 @@ class VectorConfig(Section):
     def expert_hidden(self) -> tuple[int, ...]:
         """Hidden layers of each expert."""
         return self.adapter_hidden or (128,)
+
+    @property
+    def selection_hidden(self) -> tuple[int, ...]:
+        """Hidden layers of the networks that select chunks."""
+        return self.adapter_hidden or (64,)
 
     def alone(self, side: str) -> bool:
         """Whether a side has vectors and no rows."""

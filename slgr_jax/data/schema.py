@@ -168,6 +168,17 @@ def vectors(dim: int, dtype: str) -> pa.Schema:
     return pa.schema([pa.field("vector", pa.list_(kind, dim))])
 
 
+def chunks(numbers: int, fields: int) -> pa.Schema:
+    """One row per item (or user) in index order: the numbers of all its chunks, zeros where there
+    are fewer; and how many chunks each field has."""
+    return pa.schema(
+        [
+            pa.field("vector", pa.list_(pa.float16(), numbers), nullable=False),
+            pa.field("counts", pa.list_(pa.int16(), fields), nullable=False),
+        ]
+    )
+
+
 # Annotation of a manifest's field -> its type in JSON; a mapping is an object.
 _JSON_TYPES: Mapping[str, type] = {
     "str": str,
@@ -320,6 +331,8 @@ class EmbeddingManifest:
     dtype: str  # float32 | float16
     counts: Mapping[str, int]  # items, users: rows with a vector; dropped_...
     files: Mapping[str, tuple[ShardFile, ...]]  # keys: items, users; row = index
+    # items, users: of rows of several vectors field -> its slots, by name; {}: one vector a row
+    fields: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     format: str = EMBEDDINGS_FORMAT
     version: int = VERSION
 
@@ -402,6 +415,9 @@ def read_answer_manifest(directory: str | os.PathLike[str]) -> AnswerManifest:
 def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManifest:
     """Read an embedding product's manifest; a missing or damaged one is a `ManifestError`."""
     raw = _read_json(directory, EMBEDDINGS_FORMAT, "slgr teach embed")
+    raw["fields"] = {
+        name: dict(sorted(of_table.items())) for name, of_table in raw.get("fields", {}).items()
+    }
     return EmbeddingManifest(**_with_files(raw, ("items", "users"), directory))
 
 

@@ -30,6 +30,8 @@ _AGAINST_HARD_NEGATIVES = {
 }
 # What a knob of an arm says that names the product of --vectors.
 VECTORS = "--vectors"
+# The arm that needs a product of several vectors a row.
+CHUNKED = "kser"
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "none": {"guidance": "none"},
@@ -65,10 +67,18 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "adapter_experts": 5,
         "event_vectors": False,
     },
+    # As of all arms of vectors: every parameter is trained. Arms that read one vector a row read
+    # the mean of its chunks.
+    CHUNKED: {
+        "guidance": "none",
+        "item_vectors": VECTORS,
+        "user_vectors": VECTORS,
+        "adapter_chunks": True,
+    },
 }
 # Arms that read a product of vectors, not a teacher's.
 ALIGNED = (*ALIGNMENTS, *(f"{name}_selective" for name in ALIGNMENTS))
-VECTOR_ARMS = ("init", "adapter", "kar", *ALIGNED)
+VECTOR_ARMS = ("init", "adapter", "kar", CHUNKED, *ALIGNED)
 # Arms that learn from no teacher.
 UNTAUGHT = ("none", "hard_own", "pruned", *VECTOR_ARMS)
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first, but

@@ -37,7 +37,7 @@ SET_HERE = frozenset(
         *("backbone", "guidance", "teacher", "gate", "alpha", "hard_negatives", "seed", "restart"),
         "refit",
         *("init_item_vectors", "init_user_vectors", "item_vectors", "user_vectors"),
-        *("item_rows", "user_rows"),
+        *("item_rows", "user_rows", "adapter_chunks", "train_only"),
     }
 )
 
@@ -93,6 +93,19 @@ class Request:
             raise ConfigError(f"--search: {fixed[0]} is set by the arms of a comparison; drop it")
 
 
+def _check_chunks(data: str, name: str) -> None:
+    """Refuse a product of one vector a row, which the arm `kser` cannot choose among."""
+    from slgr_jax.data import schema
+
+    product = pathlib.Path(data) / schema.EMBEDDINGS_DIR / name
+    if not schema.read_embedding_manifest(product).fields:
+        raise ConfigError(
+            f"arm {arms.CHUNKED} chooses among a row's chunks, and --vectors={name} has one vector "
+            "a row; make chunks (slgr teach embed --chunks=8), which the other arms read the mean "
+            "of, or drop the arm"
+        )
+
+
 def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
     """What is compared on one data set.
 
@@ -115,6 +128,8 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
             "rlmrec_con or another of vectors to --guidance"
         )
         raise ConfigError(fix)
+    if arms.CHUNKED in asked:
+        _check_chunks(data, request.vectors)
     arms_asked = DEFAULT_ARMS if request.guidance is None else request.guidance
     controls = arms.DEFAULT_CONTROLS if request.controls is None else request.controls
     more_arms = dict(map(arms.own_arm, request.arm))

@@ -312,9 +312,9 @@ class RowAccess:
         return _RowsView(self.backbone, params, context, reads, rows, values)
 
     def _vectors(
-        self, context: Context, ids: Ids, values: Mapping[str, jax.Array]
+        self, context: Context, ids: Ids, values: Mapping[str, Any]
     ) -> dict[str, jax.Array]:
-        """Name -> stored vectors of a group's ids; not of whole tables, which have theirs."""
+        """Name -> stored vectors of a group's ids; not of those in `values`, which have theirs."""
         return {
             name: embedding_table.lookup(
                 context.vectors_of(adapter.side), ids[name], adapter.stored.width, self.layout
@@ -372,8 +372,11 @@ class RowAccess:
             for part in _used_slots(by_table, ids[group], context).values():
                 squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)
                 totals[name] = totals[name] + squares if name in totals else squares
+        adapted = adapters.of(self.backbone).items()
+        free = {name: adapter for name, adapter in adapted if not adapter.penalised}
         for group, named in self._named_ids(context, reads).items():
-            made = adapters.added(self.backbone, params, {}, self._vectors(context, named, {}))
+            vectors = self._vectors(context, named, free)
+            made = adapters.added(self.backbone, params, {}, vectors)
             name = group.split("/")[0]
             for part in made.values():
                 squares = jnp.sum(jnp.square(part.reshape(part.shape[0], -1)), axis=1)

@@ -101,7 +101,8 @@ class FrozenVectors:
     """Vectors that are looked up like rows and never written; None where a side has none.
 
     Each is a table without optimiser slots (`models.embedding_table.RowFormat`) of R rows with
-    padding: Z numbers, then 1 where the row has a vector, 0 where it has none.
+    padding: Z numbers, then 1 where the row has a vector, 0 where it has none. Of chunks
+    (`VectorSizes.fields`) that is so of each of a row's slots, one behind the other.
     """
 
     item: Num[Array, "Rp W"] | None = None
@@ -137,11 +138,14 @@ class VectorSizes:
       width: Z, numbers of a vector.
       alone: whether vectors stand in place of rows.
       of_events: whether events of a history have them as fields, too.
+      fields: of rows with several vectors (chunks) that are chosen among, how many slots each field
+        of the text has; empty: a row has one vector.
     """
 
     width: int
     alone: bool
     of_events: bool = True
+    fields: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

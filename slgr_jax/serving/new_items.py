@@ -112,6 +112,11 @@ def _check(run: TrainedRun, ids: Sequence[str], vectors: np.ndarray) -> None:
             f"{run.workdir} was trained without --item_vectors: it has no adapter to score new "
             "items with; train one with it"
         )
+    if run.config.vectors.adapter_chunks:
+        raise ConfigError(
+            f"{run.workdir} selects chunks (--adapter_chunks) by an item's row, which a new item "
+            "has none of; train a run without it to score new items"
+        )
     changed = vector_products.changed(
         run.config, run.dataset, run_directory.read_record(run.workdir)
     )

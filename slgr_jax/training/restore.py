@@ -104,7 +104,10 @@ def backbone_and_context(
     looked_up = context_lib.make_context(dataset, reads, most_categories=most, chosen=chosen)
     sizes = context_lib.sizes(dataset, reads, most_categories=most, chosen=chosen)
     sizes = dataclasses.replace(sizes, **vector_products.sizes(run, dataset))
-    return make_backbone(run.model, sizes, run.vectors, native=native), looked_up
+    model = run.model
+    if run.adapters_alone:  # a network that learns nothing scores as it does when it serves
+        model = dataclasses.replace(model, dropout=0.0)
+    return make_backbone(model, sizes, run.vectors, native=native), looked_up
 
 
 def load_data(run: config.RunConfig) -> Dataset:

@@ -31,6 +31,9 @@ from slgr_jax.models.row_optimizers import RowOptimizer, make_row_optimizer
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
 
+# Rows whose chunks are float32 at once.
+_CHUNKED_ROWS = 2048
+
 
 @struct.dataclass
 class TrainState:
@@ -67,6 +70,8 @@ class Learner:
         """Adam for dense parameters; no weight decay, a gate least of all. A refit's gate stays as
         it is; what a method learns beside a gate (`METHOD`) it learns again."""
         dense = optax.adam(self.config.optimizer.dense_lr)
+        if self.config.adapters_alone:
+            return optax.multi_transform({True: dense, False: optax.set_to_zero()}, _is_of_adapters)
         if self.guidance is None:
             return dense
         of_guidance = optax.adam(self.guidance.learning_rate)
@@ -82,6 +87,20 @@ class Learner:
             return parts
 
         return optax.multi_transform(by_part, labels)
+
+    def updated(
+        self, params: dict[str, Any], gradient: dict[str, Any], opt_state: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """Dense parameters after one update, and the optimiser's state; what --train_only leaves
+        out is as it was, to the bit."""
+        updates, opt_state = self.optimizer.update(gradient, opt_state, params)
+        updated = optax.apply_updates(params, updates)
+        if self.config.adapters_alone:  # -0 plus an update of 0 would be 0
+            trained = _is_of_adapters(params)
+            updated = jax.tree.map(
+                lambda is_trained, new, old: new if is_trained else old, trained, updated, params
+            )
+        return updated, opt_state
 
     @property
     def row_optimizer(self) -> RowOptimizer:
@@ -99,6 +118,16 @@ class Learner:
     def leaf_names(self) -> list[str]:
         """What `step.Health.leaves` refers to, bit by bit."""
         return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
+
+
+def _is_of_adapters(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameter -> whether it is an adapter's."""
+    no_leaf = functools.partial(jax.tree.map, lambda _: False)
+    of_backbone = {
+        name: jax.tree.map(lambda _: True, part) if name == adapters.PARAMS else no_leaf(part)
+        for name, part in params["backbone"].items()
+    }
+    return {**no_leaf(params), "backbone": of_backbone}
 
 
 def init_state(
@@ -153,6 +182,7 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
             for name, spec in backbone.tables.items()
         }
         values = with_features_added(backbone, values, context)
+        values |= _of_chunks(learner, params, values, context)
         values = adapters.added(backbone, params, values, _stored(backbone, context))
         if isinstance(backbone, DotBackbone) and backbone.whole:
             values |= backbone.propagate(params, values, context)
@@ -165,11 +195,53 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
 
 
 def _stored(backbone: AnyBackbone, context: Context) -> dict[str, jax.Array]:
-    """Name -> the stored vectors of every row."""
+    """Name -> the stored vectors of every row; of chunks see `_of_chunks`."""
     return {
         name: embedding_table.values_of(context.vectors_of(adapter.side), adapter.stored)
         for name, adapter in adapters.of(backbone).items()
+        if not isinstance(adapter, adapters.Extractor)
     }
+
+
+def _of_chunks(
+    learner: Learner,
+    params: Mapping[str, Any],
+    values: Mapping[str, jax.Array],
+    context: Context,
+) -> dict[str, jax.Array]:
+    """Name -> rows with what their chunks come to.
+
+    A block of rows at a time: in float32 all chunks take twice the memory of what is stored.
+    """
+    out = {}
+    for name, adapter in adapters.of(learner.backbone).items():
+        if not isinstance(adapter, adapters.Extractor):
+            continue
+        table, rows = context.vectors_of(adapter.side), adapter.rows
+        row_format = embedding_table.RowFormat.of(table, adapter.stored.width)
+        size = rows if learner.layout.table_shards > 1 else min(_CHUNKED_ROWS, rows)
+
+        def block(
+            begin: jax.Array,
+            name: str = name,
+            table: jax.Array = table,
+            row_format: embedding_table.RowFormat = row_format,
+            size: int = size,
+        ) -> jax.Array:
+            packed = jax.lax.dynamic_slice_in_dim(table, begin, size)
+            known = {
+                table_name: jax.lax.dynamic_slice_in_dim(table_rows, begin, size)
+                for table_name, table_rows in values.items()
+                if table_name == name
+            }
+            stored = {name: row_format.unpack(packed)[0]}
+            return adapters.added(learner.backbone, params, known, stored)[name]
+
+        begins = np.minimum(np.arange(0, rows, size), rows - size)  # the last one overlaps
+        blocks = jax.lax.map(block, jnp.asarray(begins))
+        last = blocks[-1, size * len(begins) - rows :]
+        out[name] = jnp.concatenate([blocks[:-1].reshape(-1, last.shape[1]), last])
+    return out
 
 
 def abstract_state(learner: Learner) -> TrainState:

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -302,10 +301,11 @@ def _local_step(
     finite += [_all_finite(params), jnp.isfinite(loss)]
     bad = sum(jnp.where(flag, 0, 1 << bit) for bit, flag in enumerate(finite))
 
-    summed = jax.tree.map(lambda g: g * jnp.maximum(triples, 1.0), leaves_grad)
-    new_tables, new_slots = access.write(state_tables, slots, context, reads, summed, key)
-    updates, opt_state = trainer.optimizer.update(params_grad, opt_state, params)
-    params = optax.apply_updates(params, updates)
+    new_tables, new_slots = state_tables, slots
+    if not trainer.config.adapters_alone:
+        summed = jax.tree.map(lambda g: g * jnp.maximum(triples, 1.0), leaves_grad)
+        new_tables, new_slots = access.write(state_tables, slots, context, reads, summed, key)
+    params, opt_state = trainer.updated(params, params_grad, opt_state)
     sums = {"steps": jnp.float32(1.0), "loss": loss, "triples": triples, **sums}
     return new_tables, new_slots, params, opt_state, sums, bad
 

@@ -4,13 +4,15 @@ Vectors that stay beside training (`--item_vectors`) come to an adapter as (z - 
 mean of the vectors of items (users) with training interactions and s, one number, makes their
 entries' root mean square 1. Sentence vectors share a large mean, which says nothing of an item.
 
-Shape letters: R rows, Z width of a vector.
+Of a product of chunks (`--adapter_chunks`) m and s are those of all chunks of these items (users).
+
+Shape letters: R rows, S slots of a row, Z width of a vector.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,10 +21,10 @@ import numpy as np
 from slgr_jax.config import RunConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
-from slgr_jax.errors import InputError
+from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.mesh import Layout
 from slgr_jax.sampling.context import FrozenVectors, VectorSizes
-from slgr_jax.teacher.local import embeddings
+from slgr_jax.teacher.local import chunks, embeddings
 from slgr_jax.teacher.local.vectors import Vectors
 
 _ROWS_AT_ONCE = 1 << 14
@@ -71,15 +73,27 @@ def named(run: RunConfig) -> dict[str, tuple[str, str]]:
 
 
 def sizes(run: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """The fields of `Sizes` that shape adapters."""
-    return {
-        f"{side}_vectors": VectorSizes(
-            embeddings.read_manifest(dataset, name).dim,
-            run.vectors.alone(side),
-            run.vectors.event_vectors,
+    """The fields of `Sizes` that shape adapters.
+
+    Raises:
+      ManifestError: a product is not there, or not for this dataset.
+      ConfigError: chunks are to be chosen among, and rows have one vector.
+    """
+    of_sides, knobs = {}, run.vectors
+    fields: tuple[int, ...]
+    for side, name in knobs.products.items():
+        manifest, fields = embeddings.read_manifest(dataset, name), ()
+        if knobs.adapter_chunks:
+            if not manifest.fields:
+                raise ConfigError(
+                    f"--adapter_chunks chooses among a row's chunks, and --{side}_vectors={name} "
+                    "has one vector a row; make chunks (slgr teach embed --chunks=8), or drop it"
+                )
+            fields = tuple(manifest.fields[f"{side}s"].values())
+        of_sides[f"{side}_vectors"] = VectorSizes(
+            manifest.dim, knobs.alone(side), knobs.event_vectors, fields
         )
-        for side, name in run.vectors.products.items()
-    }
+    return of_sides
 
 
 def frozen(run: RunConfig, dataset: Dataset, layout: Layout) -> FrozenVectors | None:
@@ -92,10 +106,13 @@ def frozen(run: RunConfig, dataset: Dataset, layout: Layout) -> FrozenVectors | 
     """
     tables: dict[str, Any] = {}  # host arrays, standing in for what `device_put` makes of them
     for side, name in run.vectors.products.items():
-        vectors = of_side(dataset, side, name)
-        rows = layout.padded_rows(vectors.has.size)
         dtype = run.vectors.vector_dtype
-        table = standard(dataset, side, vectors).apply(vectors, dtype, rows)
+        if run.vectors.adapter_chunks:
+            table = _of_chunks(dataset, side, name, dtype, layout)
+        else:
+            vectors = of_side(dataset, side, name)
+            rows = layout.padded_rows(vectors.has.size)
+            table = standard(dataset, side, vectors).apply(vectors, dtype, rows)
         tables[side] = table.view(np.uint16) if dtype == "bfloat16" else table  # see `RowFormat`
     return FrozenVectors(**tables) if tables else None
 
@@ -108,20 +125,60 @@ def of_side(dataset: Dataset, side: str, name: str) -> Vectors:
 
 def standard(dataset: Dataset, side: str, vectors: Vectors) -> Standard:
     """What standardises the vectors of a side."""
-    counts = dataset.popularity if side == "item" else dataset.history
-    trained = vectors.has & (counts > 0)
-    rows, width = int(trained.sum()), vectors.values.shape[1]
-    mean, squares = np.zeros(width), 0.0
-    for block in _blocks(trained.size):
-        mean += vectors.values[block][trained[block]].sum(axis=0, dtype=np.float64) / max(rows, 1)
-    for block in _blocks(trained.size):
-        squares += float(np.square(vectors.values[block][trained[block]] - mean).sum())
+    trained = vectors.has & _has_interactions(dataset, side)
+
+    def of_trained() -> Iterator[np.ndarray]:
+        for block in _blocks(trained.size):
+            yield vectors.values[block][trained[block]]
+
+    return _standard(side, vectors.values.shape[1], of_trained)
+
+
+def _has_interactions(dataset: Dataset, side: str) -> np.ndarray:
+    return (dataset.popularity if side == "item" else dataset.history) > 0
+
+
+def _standard(side: str, width: int, blocks: Callable[[], Iterator[np.ndarray]]) -> Standard:
+    """The mean and the scale of vectors, which `blocks` gives some at a time, twice."""
+    count, total, squares = 0, np.zeros(width), 0.0
+    for block in blocks():
+        count += len(block)
+        total += block.sum(axis=0, dtype=np.float64)
+    mean = total / max(count, 1)
+    for block in blocks():
+        squares += float(np.square(block - mean).sum())
     if not squares:
         raise InputError(
-            f"--{side}_vectors: {rows} {side}s with training interactions have a vector, "
+            f"--{side}_vectors: {count} vectors of {side}s with training interactions, "
             "and all of these are alike; make vectors that tell them apart"
         )
-    return Standard(mean, math.sqrt(squares / (rows * width)))
+    return Standard(mean, math.sqrt(squares / (count * width)))
+
+
+def _of_chunks(dataset: Dataset, side: str, name: str, dtype: str, layout: Layout) -> np.ndarray:
+    """[R, S (Z + 1)]: of each slot the standardised chunk, then 1; zeros where it is empty."""
+    trained = _has_interactions(dataset, side)
+    manifest = embeddings.read_manifest(dataset, name)
+    verified = False
+
+    def blocks() -> Iterator[chunks.Block]:
+        nonlocal verified
+        yield from embeddings.load_chunks(dataset, name, f"{side}s", verify=not verified)
+        verified = True
+
+    def of_trained() -> Iterator[np.ndarray]:
+        for block in blocks():
+            yield block.values[block.real & trained[block.rows][:, None]]
+
+    scaling = _standard(side, manifest.dim, of_trained)
+    slots = sum(manifest.fields[f"{side}s"].values())
+    rows = layout.padded_rows(trained.size)
+    out = np.zeros((rows, slots, manifest.dim + 1), jnp.dtype(dtype))
+    for block in blocks():
+        standardised = (block.values - scaling.mean) / scaling.scale
+        out[block.rows, :, :-1] = np.where(block.real[..., None], standardised, 0)
+        out[block.rows, :, -1] = block.real
+    return out.reshape(rows, -1)
 
 
 def hashes(run: RunConfig, dataset: Dataset) -> dict[str, str]:

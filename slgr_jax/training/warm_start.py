@@ -3,7 +3,9 @@
     tables    the rows of RUN's users, items and categories, with their optimiser slots, are the
               first rows; those behind them are as fresh as in any run
     features  each value's row, by the value: new ones are fresh
-    params    copied, with their optimiser's state; those of the guidance where it is the same
+    params    copied, with their optimiser's state; those of the guidance where it is the same.
+              Adapters of vectors that RUN had none of begin as fresh as in any run, and so does
+              the optimiser's state then, and with --train_only
     step, draws, patience    begin anew
 
 The rows and parameters are RUN's best, as it serves them, and the slots its last: a checkpoint
@@ -95,6 +97,7 @@ def beginning(
     def begin(seed: np.int32) -> TrainState:
         state, of_run = fresh(seed), kept()
         params, opt_state = {**state.params, **of_run.params}, state.opt_state
+        params["backbone"] = {**state.params["backbone"], **of_run.params["backbone"]}
         if of_run.opt_state is not None:
             opt_state = of_run.opt_state
         tables = {
@@ -146,7 +149,7 @@ def _origin(learner: Learner, dataset: Dataset) -> Origin:
     rows = {name: int(table["rows"]) for name, table in record["tables"].items()}
     made = {
         name: int(record[f"{adapter.side}s"])
-        for name, adapter in adapters.of(learner.backbone).items()
+        for name, adapter in adapters.of(_backbone_of(learner, source)).items()
     }
     origin = Origin(workdir, source, rows, {**made, **rows}, shapes)
     places = _feature_places(learner, origin, dataset)
@@ -252,7 +255,16 @@ def _check_shapes(learner: Learner, origin: Origin) -> None:
 def _learner_of(learner: Learner, origin: Origin) -> Learner:
     """What RUN trained, if its model has this run's shapes."""
     source = origin.config
-    return Learner(source, learner.backbone, make_guidance(source), learner.layout)
+    backbone = _backbone_of(learner, source)
+    return Learner(source, backbone, make_guidance(source), learner.layout)
+
+
+def _backbone_of(learner: Learner, source: config.RunConfig) -> AnyBackbone:
+    """The backbone that RUN trained, if its model has this run's shapes."""
+    if source.vectors.products:
+        return learner.backbone
+    without: AnyBackbone = adapters.without_vectors(learner.backbone)
+    return without
 
 
 def _abstract(learner: Learner, origin: Origin) -> TrainState:
@@ -288,7 +300,7 @@ class _Kept:
 
 def _read(learner: Learner, origin: Origin) -> _Kept:
     of_run = _learner_of(learner, origin)
-    backbone = learner.backbone
+    backbone = of_run.backbone
     serving = abstract_serving(of_run)
     values: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(
@@ -313,6 +325,9 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
         }
         params = {"backbone": best.params, "guidance": best.guidance}
     opt_state = state.opt_state
+    of_others = learner.config.adapters_alone != origin.config.adapters_alone
+    if of_others or set(params["backbone"]) != set(_params_of(learner)):
+        opt_state = None  # of other parameters
     if learner.config.train.init_slots == "reset":
         opt_state = None
         rows = {
@@ -323,6 +338,12 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
         del params["guidance"]
         opt_state = None
     return _Kept(rows, params, opt_state, origin.places)
+
+
+def _params_of(learner: Learner) -> Mapping[str, Any]:
+    """The dense parameters of this run's backbone, as shapes."""
+    of_backbone: Mapping[str, Any] = abstract_state(learner).params["backbone"]
+    return of_backbone
 
 
 def _serves_sums(backbone: AnyBackbone) -> bool:

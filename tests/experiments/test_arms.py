@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import worlds
 from comparisons import plan_of
 
 from slgr_jax import config
+from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.errors import ConfigError
 from slgr_jax.experiments import arm_spaces, arms, comparison, results
+from slgr_jax.teacher.local import embeddings
+from slgr_jax.teacher.local.chunks import Chunks
+from slgr_jax.teacher.local.vectors import Vectors
 from slgr_jax.teacher.products import controls
 
 
@@ -111,6 +116,18 @@ def test_arms_of_vectors_need_a_product_and_no_teacher(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             plan(**request)
+    dataset = dataset_lib.load(data)
+    for name, kind in (("one", Vectors), ("several", chunks_of_one)):
+        rows = (dataset.n_items, dataset.n_users)
+        both = (kind(np.ones((n, 2), np.float32), np.ones(n, bool)) for n in rows)
+        embeddings.write(dataset, name, *both, users_from="file")
+    with pytest.raises(ConfigError, match=r"arm kser chooses .* has one vector a row"):
+        plan(guidance=("kser",), vectors="one")
+    assert plan(guidance=("kar", "kser"), vectors="several").arms == ("none", "kar", "kser")
+
+
+def chunks_of_one(values, has):
+    return Chunks(values[:, None].astype(np.float16), has[:, None].astype(np.int16), {"text": 1})
 
 
 @pytest.mark.parametrize("matched", arms.GATED)

@@ -2,6 +2,7 @@
 
     slgr teach embed --data=DATA --name=wordllama
     slgr teach embed --data=DATA --name=my_vectors --vectors=items.parquet --model=some-model
+    slgr teach embed --data=DATA --name=pieces --chunks=8
     slgr teach embed --data=DATA --name=hosted --model=some-model --text_requests=texts.jsonl
 
 `slgr teach nearest --embeddings=NAME` turns them into lists.

@@ -11,9 +11,9 @@ A is trained as dense parameters are. Rows without a vector have A = 0.
 
 DLLM2Rec (RecSys'24) adds W z + c to the input embedding, LLMEmb (AAAI'25) and LLM-ESR (NeurIPS'24)
 map vectors by two linear layers. KAR (RecSys'24, arXiv 2306.10933) has a mixture of experts'
-outputs as fields (`Experts`).
+outputs as fields (`Experts`). A KSER-style extractor reads several vectors a row (`Extractor`).
 
-Shape letters: Z numbers of a vector, D width of a row.
+Shape letters: Z numbers of a vector, D width of a row, S slots for vectors of a row.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from slgr_jax.config import VectorConfig
 from slgr_jax.errors import ConfigError
+from slgr_jax.models.backbones import chunk_extractor
 from slgr_jax.models.embedding_table import TableSpec
-from slgr_jax.sampling.context import Sizes
+from slgr_jax.sampling.context import Sizes, VectorSizes
 
-SHARED = "shared"  # of these, the experts that they have in common
+SHARED = "shared"  # of these, what they have in common: experts, an alignment
 PARAMS = "adapters"  # of a backbone's dense parameters, those of its adapters
 FIELDS = {"item": "item_vector", "user": "user_vector"}  # side -> its field of a click model
 
@@ -85,16 +86,27 @@ class Adapter:
             }
         return layers
 
+    def init_shared(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters that it has in common with other adapters; {} without any."""
+        return {}
+
+    @property
+    def penalised(self) -> bool:
+        """Whether --l2 is on what vectors come to, as it is on rows."""
+        return True
+
     def apply(
         self,
         params: Mapping[str, Any],
         stored: Float[Array, "... Z1"],
         shared: Mapping[str, Any] | None = None,
+        row: Float[Array, "... D"] | None = None,
     ) -> Float[Array, "... D"]:
         """What stored vectors come to; 0 where there is none.
 
         Args:
           shared: parameters that it has in common with other adapters.
+          row: what they are added to; None where nothing is.
         """
         x, has = stored[..., :-1], stored[..., -1:]
         for number in range(len(self.hidden) + 1):
@@ -125,6 +137,9 @@ class Experts(Adapter):
         gate = jax.random.normal(for_gate, (self.vectors, count)) / np.sqrt(self.vectors)
         return {"gate": gate, **self.init_experts(for_experts, self.experts)}
 
+    def init_shared(self, key: jax.Array) -> dict[str, Any]:
+        return self.init_experts(key, self.shared) if self.shared else {}
+
     def init_experts(self, key: jax.Array, count: int) -> dict[str, Any]:
         """Fresh parameters of some experts."""
         one = dataclasses.replace(self, init_std=self.init_std * np.sqrt(2.0))
@@ -138,6 +153,7 @@ class Experts(Adapter):
         params: Mapping[str, Any],
         stored: Float[Array, "... Z1"],
         shared: Mapping[str, Any] | None = None,
+        row: Float[Array, "... D"] | None = None,
     ) -> Float[Array, "... D"]:
         z, has = stored[..., :-1].reshape(-1, self.vectors), stored[..., -1:]
         outputs = [self._outputs(params, z)]
@@ -155,6 +171,85 @@ class Experts(Adapter):
         for layer in layers:
             x = jax.nn.relu(jnp.einsum("xni,xio->xno", x, layer["kernel"]) + layer["bias"][:, None])
         return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor(Adapter):
+    """Several vectors a row, and the choice among them (`chunk_extractor`).
+
+    Beside a row, A(z) = Z of the row as the one field X, which is the query, too. Where a network
+    sees both sides (`joint`) it is mapped chunks, which serving keeps: the network selects among
+    them by the user and the item (`of_query`) and aligns them (`chunk_extractor.aligned`).
+
+    Attributes:
+      fields: how many slots each field of the text has; S together.
+      joint: whether a network goes on from mapped chunks.
+    """
+
+    fields: tuple[int, ...] = ()
+    joint: bool = False
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return sum(self.fields)
+
+    @property
+    def stored(self) -> TableSpec:
+        """How vectors lie in a table: of each slot Z numbers, then 1 (0 where it is empty)."""
+        return TableSpec(self.rows, self.slots * (self.vectors + 1), 0.0)
+
+    @property
+    def spec(self) -> TableSpec:
+        width = self.slots * (self.width + 1) if self.joint else self.width
+        return TableSpec(self.rows, width, self.init_std)
+
+    @property
+    def penalised(self) -> bool:
+        """No: mapped chunks have one length, and Z is another for every query."""
+        return False
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        query = self.width * (2 if self.joint else 1)
+        return chunk_extractor.init_selection(
+            key, vectors=self.vectors, width=self.width, query=query, hidden=self.hidden
+        )
+
+    def init_shared(self, key: jax.Array) -> dict[str, Any]:
+        return {"alignment": chunk_extractor.init_alignment(key, self.width)}
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        stored: Float[Array, "... SZ"],
+        shared: Mapping[str, Any] | None = None,
+        row: Float[Array, "... D"] | None = None,
+    ) -> Float[Array, "... D"]:
+        slots = stored.reshape(*stored.shape[:-1], self.slots, self.vectors + 1)
+        chunks = chunk_extractor.mapped(params, slots)
+        if self.joint:
+            return chunks.reshape(*stored.shape[:-1], -1)
+        assert row is not None, "an item that has no row has no query"
+        assert shared is not None
+        of_fields, present = chunk_extractor.selected(params, chunks, row, self.fields)
+        x = row[..., None, :]
+        return chunk_extractor.aligned(shared["alignment"], x, of_fields, present)[..., 0, :]
+
+    def of_query(
+        self,
+        params: Mapping[str, Any],
+        kept: Float[Array, "... SD"],
+        query: Float[Array, "... Q"],
+    ) -> tuple[Float[Array, "... F D"], Bool[Array, "... F"]]:
+        """r_f of every field for a query, and which fields there are.
+
+        Args:
+          params: the side's.
+          kept: what `apply` made of stored vectors.
+          query: q.
+        """
+        chunks = kept.reshape(*kept.shape[:-1], self.slots, self.width + 1)
+        return chunk_extractor.selected(params, chunks, query, self.fields)
 
 
 @runtime_checkable
@@ -193,15 +288,8 @@ def with_vectors(backbone: Any, config: VectorConfig, sizes: Sizes) -> Any:
             )
         own = tables[side]
         beside = backbone.vector_fields and not of_side.alone
-        sizes_of = (side, own.rows, of_side.width, own.width)
-        adapters[FIELDS[side] if beside else side] = (
-            Adapter(*sizes_of, config.adapter_hidden, own.init_std)
-            if not config.adapter_experts
-            else Experts(
-                *(*sizes_of, config.expert_hidden, own.init_std),
-                *(config.adapter_experts, config.adapter_shared),
-            )
-        )
+        name = FIELDS[side] if beside else side
+        adapters[name] = _adapter(config, side, own, of_side, joint=beside)
         if of_side.alone:
             del tables[side]
     if not adapters:
@@ -215,6 +303,33 @@ def with_vectors(backbone: Any, config: VectorConfig, sizes: Sizes) -> Any:
         )
     composed = copy.copy(backbone)
     composed.adapters, composed.tables = adapters, tables
+    return composed
+
+
+def _adapter(
+    config: VectorConfig, side: str, own: TableSpec, of_side: VectorSizes, *, joint: bool
+) -> Adapter:
+    """What makes rows of the vectors of a side, whose own rows are `own`."""
+    sizes = (side, own.rows, of_side.width)
+    if of_side.fields:
+        # A network's fields are vectors; what is added to a row is added to its scalars, too.
+        width = own.vector_width if joint else own.width
+        hidden = config.selection_hidden
+        return Extractor(*sizes, width, hidden, own.init_std, fields=of_side.fields, joint=joint)
+    if config.adapter_experts:
+        return Experts(
+            *(*sizes, own.width, config.expert_hidden, own.init_std),
+            *(config.adapter_experts, config.adapter_shared),
+        )
+    return Adapter(*sizes, own.width, config.adapter_hidden, own.init_std)
+
+
+def without_vectors(backbone: Any) -> Any:
+    """A copy of a backbone whose every table is trained as one that sees no vectors."""
+    if not of(backbone):
+        return backbone
+    composed = copy.copy(backbone)
+    composed.adapters = NONE
     return composed
 
 
@@ -233,9 +348,8 @@ def init_params(backbone: Any, key: jax.Array) -> dict[str, Any]:
             for (name, adapter), each in zip(sorted(adapters.items()), keys, strict=True)
         }
         first = next(iter(adapters.values()))
-        if isinstance(first, Experts) and first.shared:
-            for_shared = jax.random.fold_in(key, 2)
-            params[PARAMS][SHARED] = first.init_experts(for_shared, first.shared)
+        if shared := first.init_shared(jax.random.fold_in(key, 2)):
+            params[PARAMS][SHARED] = shared
     return params
 
 
@@ -246,15 +360,20 @@ def row_specs(backbone: Any) -> dict[str, TableSpec]:
 
 
 def made_of(
-    backbone: Any, params: Mapping[str, Any], name: str, stored: Float[Array, "... Z1"]
+    backbone: Any,
+    params: Mapping[str, Any],
+    name: str,
+    stored: Float[Array, "... Z1"],
+    row: Float[Array, "... D"] | None = None,
 ) -> Float[Array, "... D"]:
     """What the adapter called `name` makes of stored vectors.
 
     Args:
       params: the backbone's.
+      row: what it is added to; None where nothing is.
     """
     of_adapters = params[PARAMS]
-    return of(backbone)[name].apply(of_adapters[name], stored, of_adapters.get(SHARED))
+    return of(backbone)[name].apply(of_adapters[name], stored, of_adapters.get(SHARED), row)
 
 
 def added(
@@ -266,6 +385,7 @@ def added(
     """Rows by name, and to them, or in their place, what stored vectors of these names come to."""
     out = dict(rows)
     for name, stored in vectors.items():
-        made = made_of(backbone, params, name, stored)
-        out[name] = out[name] + made if name in out else made
+        row = out.get(name)
+        made = made_of(backbone, params, name, stored, row)
+        out[name] = made if row is None else row + made
     return out

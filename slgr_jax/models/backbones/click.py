@@ -8,6 +8,8 @@ A row, (query, candidate), has these fields, each of width D:
   without (`VectorSizes.of_events`): the field is the candidate's alone then;
   each feature of the interaction: of the query, the same for all of its candidates
   (`context.at_interactions`).
+Chunks of texts (`adapters.Extractor`) are no field: what they come to for the user and the
+candidate is added to the fields (of `Din` the candidate's), without events.
 Categories where the data have some, history unless it is switched off, features where --features
 names some. `Din` gets the events themselves. A mean of nothing is a vector of zeros: an item
 without categories, a query without events. An event's item reads the same table as a candidate.
@@ -15,7 +17,8 @@ without categories, a query without events. An event's item reads the same table
 DeepFM and xDeepFM add a first-order term: a number for each id, averaged as its field is. It is
 the last entry of the id's row, of width D + 1, so that it costs no table of its own.
 
-Shape letters: N queries, C candidates, L events, F categories of an item, T fields of an item
+Shape letters: N queries, C candidates, L events, F categories of an item (in `_with_texts`: all
+fields of a row), S numbers of a row's chunks, K blocks of B candidates, T fields of an item
 (itself, categories, features), P of an event (as many, unless vectors are the candidates' alone),
 Q fields of the query, W width of a row (D or D + 1).
 """
@@ -30,8 +33,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
+from slgr_jax.models.backbones import chunk_extractor
 from slgr_jax.models.backbones.adapters import FIELDS as VECTOR_FIELDS
-from slgr_jax.models.backbones.adapters import NONE, Adapter
+from slgr_jax.models.backbones.adapters import NONE, PARAMS, SHARED, Adapter, Extractor
 from slgr_jax.models.backbones.base import (
     Dropout,
     Ids,
@@ -109,9 +113,16 @@ class ClickModel:
                 counts[features_lib.TABLES[side]] = of_side.rows
         of_items = sizes.item_vectors
         self._event_vectors = of_items is None or of_items.of_events
+        vectors = {"user": sizes.user_vectors, "item": sizes.item_vectors}
         self._vectors = {
-            side: of_side is not None and not of_side.alone
-            for side, of_side in (("user", sizes.user_vectors), ("item", sizes.item_vectors))
+            side: of_side is not None and not of_side.alone and not of_side.fields
+            for side, of_side in vectors.items()
+        }
+        # Side -> the name of its chunks.
+        self._chunks = {
+            side: VECTOR_FIELDS[side]
+            for side, of_side in vectors.items()
+            if of_side is not None and of_side.fields
         }
         width = dim + first_order
         self.tables: Mapping[str, TableSpec] = {
@@ -152,6 +163,9 @@ class ClickModel:
         for side, named in (("user", queries.users), ("item", looked_up)):
             if self._vectors[side]:
                 ids[VECTOR_FIELDS[side]] = named
+        for side, named in (("user", queries.users), ("item", items)):
+            if side in self._chunks:
+                ids[self._chunks[side]] = named
         return ids
 
     def _slots(self, context: Context, side: str) -> features_lib.FeatureSlots:
@@ -204,11 +218,18 @@ class ClickModel:
             mean = _mean(events.reshape(n, length, -1), real)
             query = jnp.concatenate([query, mean.reshape(n, *shape)], axis=1)
 
-        def run(target: Float[Array, "N C T W"]) -> Float[Array, "N C"]:
-            return self._run(params, query, target, events, real, dropout)
+        chunks = {side: rows[name] for side, name in self._chunks.items()}
+        of_user = {side: kept[:, None] for side, kept in chunks.items() if side == "user"}
+        of_candidates = {"target": target, **chunks}
+        of_candidates.pop("user", None)
+
+        def run(of_candidates: Mapping[str, jax.Array]) -> Float[Array, "N C"]:
+            of_texts = {side: x for side, x in of_candidates.items() if side != "target"} | of_user
+            target = of_candidates["target"]
+            return self._run(params, query, target, events, real, of_texts, dropout)
 
         # Blocks would all draw the same dropout masks.
-        return run(target) if dropout is not None else _by_block(run, target)
+        return run(of_candidates) if dropout is not None else _by_block(run, of_candidates)
 
     def _items(
         self, context: Context, queries: Queries, items: Int[Array, "N C"]
@@ -227,22 +248,62 @@ class ClickModel:
         target: Float[Array, "N C T W"],
         events: Float[Array, "N L P W"],
         real: Bool[Array, "N L"],
+        chunks: Mapping[str, Float[Array, "N _ S"]],
         dropout: Dropout,
     ) -> Float[Array, "N C"]:
-        """Logits of candidates."""
+        """Logits of candidates.
+
+        Args:
+          chunks: side -> what `adapters.Extractor` keeps of a user (once) or of each candidate.
+        """
         network, variables = self._network, {"params": params}
+        asking = query[:, :1], target[:, :, 0]
         if isinstance(network, Din):
+            target = self._with_texts(params, asking, target, chunks)
             scores = network.apply(variables, query, target, events, real, dropout=dropout)
             assert isinstance(scores, jax.Array)
             return scores
         n, c = target.shape[:2]
         side = jnp.broadcast_to(query[:, None], (n, c, *query.shape[1:]))
-        fields = jnp.concatenate([side, target], axis=2).reshape(n * c, -1, query.shape[2])
+        fields = jnp.concatenate([side, target], axis=2)
+        fields = self._with_texts(params, asking, fields, chunks)
+        fields = fields.reshape(n * c, -1, query.shape[2])
         scores = network.apply(variables, fields[..., : self._dim], dropout=dropout)
         assert isinstance(scores, jax.Array)
         if self._first_order:
             scores = scores + jnp.sum(fields[..., self._dim], axis=1)
         return scores.reshape(n, c)
+
+    def _with_texts(
+        self,
+        params: Params,
+        asking: tuple[Float[Array, "N 1 W"], Float[Array, "N C W"]],
+        fields: Float[Array, "N C F W"],
+        chunks: Mapping[str, Float[Array, "N _ S"]],
+    ) -> Float[Array, "N C F W"]:
+        """Fields X as X + Z (`chunk_extractor`), their first-order weights as they are.
+
+        Args:
+          asking: the rows of the user and of the candidates, which chunks are selected by.
+        """
+        if not chunks:
+            return fields
+        of_user, of_item = (row[..., : self._dim] for row in asking)
+        query = jnp.concatenate([jnp.broadcast_to(of_user, of_item.shape), of_item], axis=2)
+        of_adapters, parts = params[PARAMS], []
+        for side, kept in sorted(chunks.items()):
+            name = self._chunks[side]
+            extractor = self.adapters[name]
+            assert isinstance(extractor, Extractor)
+            parts.append(extractor.of_query(of_adapters[name], kept, query))
+        of_texts, present = zip(*parts, strict=True)
+        z = chunk_extractor.aligned(
+            of_adapters[SHARED]["alignment"],
+            fields[..., : self._dim],
+            jnp.concatenate(of_texts, axis=2),
+            jnp.concatenate(present, axis=2),
+        )
+        return fields + jnp.pad(z, [(0, 0)] * 3 + [(0, fields.shape[3] - self._dim)])
 
 
 def make_click(
@@ -320,14 +381,19 @@ def _mean(rows: Float[Array, "*B K W"], real: Bool[Array, "*B K"]) -> Float[Arra
 
 
 def _by_block(
-    run: Callable[[jax.Array], jax.Array], target: Float[Array, "N C T W"]
+    run: Callable[[Mapping[str, jax.Array]], jax.Array],
+    of_candidates: Mapping[str, Float[Array, "N C ..."]],
 ) -> Float[Array, "N C"]:
     """`run` on the candidates in equal blocks of at most `BLOCK` rows (or one candidate)."""
-    n, c, *shape = target.shape
+    n, c = of_candidates["target"].shape[:2]
     blocks = -(-c // max(1, BLOCK // n))
     if blocks <= 1:
-        return run(target)
+        return run(of_candidates)
     size = -(-c // blocks)
-    padded = jnp.pad(target, [(0, 0), (0, blocks * size - c), (0, 0), (0, 0)])
-    scores = jax.lax.map(run, jnp.moveaxis(padded.reshape(n, blocks, size, *shape), 1, 0))
+
+    def cut(x: Float[Array, "N C ..."]) -> Float[Array, "K N B ..."]:
+        padded = jnp.pad(x, [(0, 0), (0, blocks * size - c)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(n, blocks, size, *x.shape[2:]), 1, 0)
+
+    scores = jax.lax.map(run, jax.tree.map(cut, dict(of_candidates)))
     return jnp.moveaxis(scores, 0, 1).reshape(n, blocks * size)[:, :c]

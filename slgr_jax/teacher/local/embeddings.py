@@ -1,8 +1,8 @@
 """Vectors of items and users as a product: DATA/embeddings/NAME.
 
-They come from a local model (`embed`), or from files (`vector_files`).
+They come from a local model (`embed`), or from files (`vector_files`, `chunk_files`).
 Row i is item i; an item without a vector is a null, never a filler. `load` refuses what was made
-for another split or id map.
+for another split or id map. A row may have several vectors (`chunks`): `load` gives their mean.
 
 Shape letters: U users, I items, R rows of either, D width of a vector.
 """
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,8 @@ from slgr_jax.config import EmbedConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError, listing
-from slgr_jax.teacher.local import likelihood, scorers, vector_files
+from slgr_jax.teacher.local import chunk_files, chunks, likelihood, scorers, vector_files
+from slgr_jax.teacher.local.chunks import Chunks
 from slgr_jax.teacher.local.vectors import Vectors, profiles
 from slgr_jax.teacher.products import preferences
 from slgr_jax.teacher.products.same_split import refuse_other_split
@@ -32,6 +35,7 @@ PathLike = str | os.PathLike[str]
 
 # What a model reads of an item; a part that is missing is left out.
 TEXT = "title. category, category. description"
+_ITEM_FIELDS = ("title", "categories", "text")  # of which each is cut into chunks
 _SHARD_BYTES = 1 << 28
 
 
@@ -67,6 +71,9 @@ def embed(
     """
     root = product_path(dataset.path, common.name)
     shards.check_target(root, overwrite=common.overwrite)
+    if options.chunks:
+        with shards.scratch_directory(root) as scratch:
+            return _embed_chunks(dataset, common, options, llm, built_from, unknown, scratch)
     counts: dict[str, int] = {}
     if options.vectors:
         items, users, counts = _from_files(dataset, options, unknown)
@@ -108,6 +115,64 @@ def item_texts(dataset: Dataset) -> list[str]:
         pieces = (" ".join((piece or "").split()) for piece in (title, category_names, text))
         texts.append(". ".join(piece for piece in pieces if piece))
     return texts
+
+
+def item_fields(dataset: Dataset) -> dict[str, list[str]]:
+    """Field -> [I] texts of items; empty where an item has none."""
+    columns = {name: dataset.items.column(name).to_pylist() for name in _ITEM_FIELDS}
+    columns["categories"] = [
+        ", ".join(name for name in names or () if name) for names in columns["categories"]
+    ]
+    return {name: [text or "" for text in column] for name, column in columns.items()}
+
+
+def _embed_chunks(
+    dataset: Dataset,
+    common: TeachConfig,
+    options: EmbedConfig,
+    llm: str,
+    built_from: str,
+    unknown: str,
+    scratch: pathlib.Path,
+) -> schema.EmbeddingManifest:
+    """`embed` with several vectors a row; numbers are mapped in `scratch` meanwhile."""
+    counts: dict[str, int] = {}
+    users: Chunks | None = None
+    if options.vectors:
+        read = functools.partial(
+            chunk_files.read_chunks, most=options.chunks, scratch=scratch, unknown=unknown
+        )
+        model, prompt_hash = common.model, ""
+        items, counts = read(options.vectors, dataset, "item")
+        if options.user_vectors:
+            users, dropped = read(options.user_vectors, dataset, "user")
+            counts |= {f"user_{name}": count for name, count in dropped.items()}
+        users_from = "file" if options.user_vectors else "history"
+    else:
+        built_from, users_from = "train_only", options.users
+        local = _embedder(options, llm)
+        size = options.chunks, options.chunk_words
+        what = f"{' '.join(_ITEM_FIELDS)}: {size[0]} chunks of {size[1]} words"
+        model, prompt_hash = local.name, hashlib.sha256(what.encode()).hexdigest()[:16]
+        items = chunks.of_texts(local, item_fields(dataset), *size, scratch, "items")
+        if options.users == "text":
+            texts = {"text": _user_texts(dataset)}
+            users = chunks.of_texts(local, texts, *size, scratch, "users")
+    if users is None:
+        users = chunks.of_histories(dataset.positives(("train",)), items, scratch)
+    return write(
+        dataset,
+        common.name,
+        items,
+        users,
+        users_from=users_from,
+        built_from=built_from,
+        model=model,
+        prompt_hash=prompt_hash,
+        counts=counts,
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
+    )
 
 
 def mean_of_history(history: Csr, items: Vectors) -> Vectors:
@@ -194,8 +259,8 @@ def product_path(data: PathLike, name: str) -> pathlib.Path:
 def write(
     dataset: Dataset,
     name: str,
-    items: Vectors,
-    users: Vectors,
+    items: Vectors | Chunks,
+    users: Vectors | Chunks,
     *,
     users_from: str,
     built_from: str = "train_only",
@@ -209,18 +274,33 @@ def write(
     """Write vectors in index order as a product; all or nothing.
 
     Raises:
-      InputError: users and items differ in width, or a vector is not finite as `dtype`.
+      InputError: users and items differ in width or in how many vectors a row has, or a vector is
+        not finite as `dtype` (of chunks always float16).
     """
-    dim = items.values.shape[1]
-    if users.values.shape[1] != dim:
-        raise InputError(f"item vectors have width {dim}, user vectors {users.values.shape[1]}")
+    dim = items.values.shape[-1]
+    if users.values.shape[-1] != dim:
+        raise InputError(f"item vectors have width {dim}, user vectors {users.values.shape[-1]}")
 
-    tables = {
-        table_name: _table(vectors, dtype, table_name)
-        for table_name, vectors in (("items", items), ("users", users))
-    }
-    rows = max(1, min(rows_per_shard, _SHARD_BYTES // (dim * np.dtype(dtype).itemsize)))
-    facts = {"items": int(items.has.sum()), "users": int(users.has.sum())}
+    if isinstance(items, Chunks) != isinstance(users, Chunks):
+        raise InputError("rows of items and of users both have chunks, or both one vector")
+    if isinstance(items, Chunks):
+        dtype = chunks.DTYPE
+    by_table = {"items": items, "users": users}
+    facts = {table_name: int(vectors.has.sum()) for table_name, vectors in by_table.items()}
+    fields = {}
+    for table_name, vectors in by_table.items():
+        if isinstance(vectors, Chunks):
+            fields[table_name] = dict(vectors.fields)
+            facts[f"chunks_of_{table_name}"] = int(vectors.counts.sum())
+
+    def write_table(staging: pathlib.Path, table_name: str) -> tuple[schema.ShardFile, ...]:
+        vectors, prefix = by_table[table_name], f"{table_name}/part"
+        of_row = int(np.prod(vectors.values.shape[1:])) * np.dtype(dtype).itemsize
+        rows = max(1, min(rows_per_shard, _SHARD_BYTES // of_row))
+        if isinstance(vectors, Chunks):
+            return chunks.write(staging, prefix, vectors, rows)
+        table = _table(vectors, dtype, table_name)
+        return shards.write_shards(staging, prefix, table, rows_per_shard=rows)
 
     root = product_path(dataset.path, name)
     with shards.atomic_directory(root, overwrite=overwrite) as staging:
@@ -237,12 +317,8 @@ def write(
             dim=dim,
             dtype=dtype,
             counts={**facts, **(counts or {})},
-            files={
-                table_name: shards.write_shards(
-                    staging, f"{table_name}/part", table, rows_per_shard=rows
-                )
-                for table_name, table in tables.items()
-            },
+            files={table_name: write_table(staging, table_name) for table_name in by_table},
+            fields=fields,
         )
         schema.write_manifest(staging, manifest)
     return manifest
@@ -277,10 +353,26 @@ def load(dataset: Dataset, name: str, *, verify: bool = True) -> Embeddings:
     root, manifest = product_path(dataset.path, name), read_manifest(dataset, name)
     sizes = {"items": dataset.n_items, "users": dataset.n_users}
     read = {
-        table_name: _read(root, manifest, table_name, rows, verify)
+        table_name: chunks.means(
+            chunks.read(root, manifest, table_name, verify=verify), rows, manifest.dim
+        )
+        if manifest.fields
+        else _read(root, manifest, table_name, rows, verify)
         for table_name, rows in sizes.items()
     }
     return Embeddings(manifest, **read)
+
+
+def load_chunks(
+    dataset: Dataset, name: str, table_name: str, *, verify: bool = True
+) -> Iterator[chunks.Block]:
+    """The chunks of the items (users) of a product that `read_manifest` says has some.
+
+    Raises:
+      ManifestError, ShardError: as `load`.
+    """
+    root, manifest = product_path(dataset.path, name), read_manifest(dataset, name)
+    return chunks.read(root, manifest, table_name, verify=verify)
 
 
 def width_of(data: PathLike, name: str) -> int:
@@ -315,6 +407,13 @@ def read_manifest(dataset: Dataset, name: str) -> schema.EmbeddingManifest:
         )
     if manifest.dtype not in ("float32", "float16"):
         raise ManifestError(f"{root}: dtype {manifest.dtype!r} is not one of: float32, float16")
+    for table_name, of_table in manifest.fields.items():
+        rows = sum(file.rows for file in manifest.files[table_name])
+        expected = {"items": dataset.n_items, "users": dataset.n_users}[table_name]
+        if rows != expected:
+            raise ShardError(f"{root}/{table_name} has {rows} rows, the id map has {expected}")
+        if not of_table or min(of_table.values()) < 1:
+            raise ManifestError(f"{root}: fields of {table_name} are {of_table}; {fix}")
     return manifest
 
 
@@ -348,6 +447,8 @@ def report(manifest: schema.EmbeddingManifest) -> str:
         for table_name in ("items", "users")
     }
     extra = {key: count for key, count in counts.items() if count and key not in rows}
+    if manifest.fields:
+        extra["bytes"] = sum(file.bytes for files in manifest.files.values() for file in files)
     lines = [
         f"embeddings {manifest.name}: {manifest.dim} x {manifest.dtype}"
         + (f" by {manifest.model}" if manifest.model else "")
@@ -355,6 +456,9 @@ def report(manifest: schema.EmbeddingManifest) -> str:
         f"  vectors of {counts['items']:,} of {rows['items']:,} items and {counts['users']:,} of "
         f"{rows['users']:,} users (from: {manifest.users_from}); built_from={manifest.built_from}",
     ]
+    for table_name, of_table in manifest.fields.items():
+        slots = ", ".join(f"{field} {count}" for field, count in of_table.items())
+        lines.append(f"  chunks of a row of {table_name}, at most: {slots}")
     if extra:
         lines.append("  " + ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in extra.items()))
     return "\n".join(lines)

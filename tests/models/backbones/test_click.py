@@ -352,7 +352,9 @@ def test_many_candidates_are_scored_as_one_by_one_and_as_by_block(name, monkeypa
     alone = np.concatenate([case(items=items[:, c : c + 1]) for c in range(3)], axis=1)
     np.testing.assert_allclose(alone[:, :2], case(), rtol=1e-5, atol=1e-5)
     ran, scan = [], jax.lax.map
-    monkeypatch.setattr(jax.lax, "map", lambda run, x: ran.append(x.shape) or scan(run, x))
+    monkeypatch.setattr(
+        jax.lax, "map", lambda run, x: ran.append(x["target"].shape) or scan(run, x)
+    )
     monkeypatch.setattr(click, "BLOCK", 2 * len(USERS))
     blocked = dataclasses.replace(case, score=_jit(lambda *args: case.model.score(*args)))
     np.testing.assert_allclose(blocked(items=items), alone, rtol=1e-5, atol=1e-5)
