@@ -78,7 +78,7 @@ _APPLIES: Mapping[str, Applies] = {
     **dict.fromkeys(("row_negatives", "row_seed"), Applies("rows", ("sampled",))),
 }
 _OF_VECTORS = (
-    *("adapter_hidden", "adapter_experts", "adapter_shared", "adapter_chunks"),
+    *("adapter_hidden", "adapter_experts", "adapter_shared", "adapter_chunks", "adapter_gate"),
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
 # Of what --train_only=adapters leaves as it is.
@@ -115,7 +115,7 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name == "most_feature_values" and run.model.features == "none":
             text = f"--{name}={_text(value)} is not used with --features=none"
             unused.append(f"{text}; add --features=all")
-        elif name in ("init_how", "init_scale") and not run.vectors.init_products:
+        elif name in ("init_how", "init_scale", "init_half") and not run.vectors.init_products:
             text = f"--{name}={_text(value)} is not used without initial vectors"
             unused.append(f"{text}; add --init_item_vectors=NAME (slgr teach embed)")
         elif name == "drop" and not run.loss.drop_share:

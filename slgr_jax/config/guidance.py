@@ -33,7 +33,11 @@ GUIDANCE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 GATE_INPUTS = (
     *("margin", "history", "popularity", "uncertainty"),
     *("teacher", "slices", "agreement", "reference"),
+    *("votes", "confidence", "named", "named_gap"),
 )
+# Those that say what a teacher knows: of its word on a user, and of an item over all users.
+WORD_INPUTS = ("votes", "confidence")
+NAMED_INPUTS = ("named", "named_gap")
 LABEL_SOURCES = ("auto", "validation", "hidden")
 UNCERTAINTIES = ("confidence", "entropy", "dropout", "ensemble")
 PAIR_SELECTIONS = ("uniform", "largest_gap")
@@ -202,7 +206,10 @@ class GateConfig(Section):
         "gate=calibrated: what the gate reads: history and popularity (log counts), teacher "
         "(its margin), slices (cold, tail), uncertainty (q of both items), margin (the "
         "recommender's own s_ua - s_ub), agreement (its sign), reference (the mean of s_ua - s_ub "
-        "over the runs of --reference_runs). With uncertainty, margin or agreement a soft loss "
+        "over the runs of --reference_runs); of what the teacher knows votes (how far its several "
+        "answers on each item agree), confidence (|2p - 1| of answers that are probabilities), "
+        "named (in how many users' lists each item is, log, standardised), named_gap (named less "
+        "popularity). With uncertainty, margin or agreement a soft loss "
         "aims at what the recommender already believes, which benchmarks/LOG.md found to help "
         "less; a reference stands still",
     )
@@ -287,6 +294,12 @@ class GateConfig(Section):
     def input_names(self) -> tuple[str, ...]:
         """What --gate_inputs names."""
         return tuple(name for name in self.gate_inputs.split(",") if name)
+
+    @property
+    def knowledge_inputs(self) -> tuple[str, ...]:
+        """Those of a supervised gate's inputs that say what the teacher knows."""
+        known = (*WORD_INPUTS, *NAMED_INPUTS)
+        return tuple(name for name in known if self.supervised and name in self.input_names)
 
     @property
     def supervised(self) -> bool:

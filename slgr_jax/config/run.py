@@ -103,6 +103,9 @@ class RunConfig:
                 self.guided and self.pairwise.pair_selection == "largest_gap"
             ),
             "--reference_runs are whole on every device": bool(self.reference_runs),
+            f"--gate_inputs={self.gate.gate_inputs} are of whole lists": (
+                self.guided and bool(self.gate.knowledge_inputs)
+            ),
             "--negatives=in_batch are other users' items": self.sampler.negatives == "in_batch",
             f"--features={features} are whole on every device": features != "none",
             f"{listing(vectors)} are in the order of rows without shards": bool(vectors),
@@ -252,6 +255,16 @@ class RunConfig:
                     f"with, and --no{side}_rows leaves none; drop one of them"
                 )
 
+        if self.vectors.adapter_gate and self.vectors.adapter_experts:
+            raise ConfigError(
+                f"--adapter_gate weighs one map, and the {self.vectors.adapter_experts} of "
+                "--adapter_experts have a gate of their own; drop one of them"
+            )
+        if self.vectors.adapter_gate and self.vectors.adapter_chunks:
+            raise ConfigError(
+                "--adapter_gate weighs one map, and --adapter_chunks weighs each chunk; drop one "
+                "of them"
+            )
         if not self.vectors.event_vectors and self.vectors.alone("item"):
             raise ConfigError(
                 "--noitem_rows leaves the events of a history their vectors alone, and "

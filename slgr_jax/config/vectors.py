@@ -37,6 +37,14 @@ class VectorConfig(Section):
         above=0,
         maximum=FLOAT,
     )
+    init_half: float = knob(
+        0.0,
+        "begin with a share a = H / (H + n) of the vector and as much less of what would be drawn, "
+        "n the training interactions of the item (or of the user, with --init_user_vectors): half "
+        "and half at n = H, so that cold and tail rows believe the text more; 0 = all alike",
+        minimum=0,
+        maximum=FLOAT,
+    )
 
     item_vectors: str = knob(
         "",
@@ -72,6 +80,12 @@ class VectorConfig(Section):
         "and an attention, KSER-style; --adapter_hidden is the network's, 64 by default. Click "
         "backbones: of the item that is scored, and of the user. Without it, and for all else, a "
         "row's vector is the mean of its chunks",
+    )
+    adapter_gate: bool = knob(
+        False,
+        "multiply what an adapter makes of a vector by sigmoid(w log(1 + n) + b), n the training "
+        "interactions of the item (user), w and b learned with the rest and one for each side: how "
+        "far a text is believed where there is a log",
     )
     event_vectors: bool = knob(
         True,

@@ -92,6 +92,14 @@ TEACHER_PREFERENCES = pa.schema(
         pa.field("margin", pa.float32(), nullable=False),
     ]
 )
+# One row per answer that was made of several: which share of these speak alike of the item.
+TEACHER_VOTES = pa.schema(
+    [
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("votes", pa.float32(), nullable=False),
+    ]
+)
 TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
     "scores": TEACHER_SCORES,
     "preferences": TEACHER_PREFERENCES,
@@ -251,6 +259,7 @@ class TeacherManifest:
     training_items: str = "shown"  # one of TRAINING_ITEMS
     order: str = ""  # user: the rows of each shard ascend by user; empty: nothing is promised
     carried_from: str = ""  # split hash of the parent dataset whose product this was
+    votes: tuple[ShardFile, ...] = ()  # TEACHER_VOTES; () where answers are not of several
     format: str = TEACHER_FORMAT
     version: int = VERSION
 
@@ -387,7 +396,8 @@ def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
 def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
     """Read a teacher product's manifest; a missing, foreign or damaged one is a `ManifestError`."""
     raw = _read_json(directory, TEACHER_FORMAT, "slgr teach")
-    raw["files"] = _shard_files(raw["files"], pathlib.Path(directory) / MANIFEST)
+    where = pathlib.Path(directory) / MANIFEST
+    raw |= {key: _shard_files(raw.get(key, []), where) for key in ("files", "votes")}
     return TeacherManifest(**raw)
 
 

@@ -72,6 +72,8 @@ _FROM_FACTORS: Settings = {
 _LAMBDA = Range(0.01, 10.0, log=True)
 # Of losses on vectors, which are larger than the recommendation loss where they are strong.
 _ALIGNED_LAMBDA = Range(1e-4, 0.1, log=True)
+# Training interactions of an item that begins with half its vector: from hardly any to nearly all.
+_INIT_HALF = Range(0.3, 300.0, log=True)
 # What is first tried of lambda against hard negatives, where 1 to 10 does best.
 _HARD_LAMBDA = 1.0
 # Arms that keep the loss and the gate that they are known by.
@@ -87,8 +89,8 @@ _TEMPERATURES = (
     *("kd_temperature", "list_kl_temperature", "list_kl_teacher_temperature"),
     *("dllm2rec_temperature", "cd_temperature", "dcd_temperature", "unkd_temperature"),
 )
-# A knob of an arm that is where its search begins.
-_BEGINS = "gate_inputs"
+# Knobs of an arm that are where its search begins.
+_BEGINS = ("gate_inputs", "init_half")
 
 
 def softmax_of(n_items: int) -> str:
@@ -136,7 +138,7 @@ def space_of(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
     space = {
         name: of
         for name, of in space.items()
-        if name not in plan.knobs and (name not in of_arm or name == _BEGINS)
+        if name not in plan.knobs and (name not in of_arm or name in _BEGINS)
     }
     return space | {name: of for name, of in plan.search.items() if _takes(plan, arm, name)}
 
@@ -183,6 +185,8 @@ def _own(plan: ComparisonPlan, arm: str) -> Space:
     if plan.chooses(arm):
         return {"variant": Choice(plan.variants), "lambda": _LAMBDA}
     knobs = plan.knobs_of(arm)
+    if "init_half" in knobs:
+        return {"init_half": _INIT_HALF}
     if knobs.get("negatives") == "hard":
         return {"hard_share": Range(0.01, 0.5, log=True)}
     if knobs["guidance"] == "none":
@@ -194,8 +198,8 @@ def _own(plan: ComparisonPlan, arm: str) -> Space:
     gate = knobs.get("gate", config.GateConfig.gate)
     if gate == "budget":
         space["budget"] = Range(0.1, 0.9)
-    if knobs.get(_BEGINS) == _INPUTS[0]:
-        space[_BEGINS] = Choice(_INPUTS)
+    if knobs.get("gate_inputs") == _INPUTS[0]:
+        space["gate_inputs"] = Choice(_INPUTS)
     elif knobs["guidance"] == "pairwise" and plan.copied(arm) not in LITERAL:
         space["guidance_loss"] = Choice(_LOSSES.get(gate, _OTHER_LOSSES))
     return space
@@ -219,7 +223,7 @@ def _temperatures(guidance: str) -> Space:
 def _takes(plan: ComparisonPlan, arm: str, name: str) -> bool:
     """Whether a knob that the user searches does something in an arm."""
     knobs = _knobs_of(plan, arm)
-    if name in knobs and name != _BEGINS:
+    if name in knobs and name not in _BEGINS:
         return False
     of_method = {
         flag_name(field): method
@@ -232,6 +236,8 @@ def _takes(plan: ComparisonPlan, arm: str, name: str) -> bool:
         return negatives == "popularity"
     if name in of_method:
         return of_method[name] == guidance
+    if name == "init_half":
+        return "init_item_vectors" in knobs
     if name in ("hard_share", "hard_pool"):
         return knobs.get("negatives") == "hard"
     of_guidance = {

@@ -60,6 +60,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
     "init": {"guidance": "none", "init_item_vectors": VECTORS},
     "adapter": {"guidance": "none", "item_vectors": VECTORS},
+    # Each selective: a row believes its vector as far as its training interactions say.
+    "init_selective": {"guidance": "none", "init_item_vectors": VECTORS, "init_half": 10.0},
+    "adapter_selective": {"guidance": "none", "item_vectors": VECTORS, "adapter_gate": True},
     "kar": {
         "guidance": "none",
         "item_vectors": VECTORS,
@@ -78,7 +81,10 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 }
 # Arms that read a product of vectors, not a teacher's.
 ALIGNED = (*ALIGNMENTS, *(f"{name}_selective" for name in ALIGNMENTS))
-VECTOR_ARMS = ("init", "adapter", "kar", CHUNKED, *ALIGNED)
+VECTOR_ARMS = (
+    *("init", "adapter", "init_selective", "adapter_selective", "kar"),
+    *(CHUNKED, *ALIGNED),
+)
 # Arms that learn from no teacher.
 UNTAUGHT = ("none", "hard_own", "pruned", *VECTOR_ARMS)
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first, but
@@ -292,13 +298,13 @@ def trial_name(number: int) -> str:
 
 def own_arm(text: str) -> tuple[str, dict[str, Any]]:
     """`wide:gate=calibrated,gate_hidden=8` as a name and knobs; guidance=pairwise goes without
-    saying.
+    saying. What has no `=` goes on with the value before it: `gate_inputs=history,teacher`.
 
     Raises:
       ConfigError: not of this form, or the name is taken.
     """
     name, _, rest = text.partition(":")
-    pairs = [part.partition("=") for part in rest.split(",")]
+    pairs = [part.partition("=") for part in re.split(r",(?=[^,]*=)", rest)]
     if not re.fullmatch(r"[A-Za-z0-9-]+", name) or not all(k and v for k, _, v in pairs):
         raise ConfigError(f"--arm={text}: write NAME:knob=value,knob=value")
     if name in ARMS or name in CONTROLS or name == AUTO:

@@ -157,7 +157,7 @@ class Gated:
 
     def as_asked(self, pairs: Pairs, arrays: GatedArrays) -> Pairs:
         """Drawn pairs without their entries, where the gate looks nothing up by them."""
-        asked = arrays.gate.entry_scores is not None
+        asked = arrays.gate.entry_scores is not None or arrays.gate.knowledge is not None
         return pairs if asked else pairs.replace(entries=None)  # type: ignore[attr-defined]
 
     def gate_pairs(self, drawn: Any) -> Preferences:

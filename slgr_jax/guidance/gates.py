@@ -22,9 +22,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.config import GATE_INPUTS, GateConfig, register_gate
+from slgr_jax.config import GATE_INPUTS, NAMED_INPUTS, WORD_INPUTS, GateConfig, register_gate
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.random_bits import WEYL
+
+# Inputs that a prior does not have: they are the teacher's.
+_OF_TEACHER = ("teacher", *WORD_INPUTS, *NAMED_INPUTS)
 
 
 @struct.dataclass
@@ -40,6 +43,8 @@ class GateInputs:
       score_margin: the recommender's own s_ua - s_ub.
       teacher_margin: the teacher's score difference, > 0, over a typical one.
       reference_margin: the mean of s_ua - s_ub over the reference runs; 0 without any.
+      votes, confidence, named: what the teacher knows of each item (`teacher_knowledge`); 0 where
+        the gate does not read it.
       fold: 0 or 1, the half of the users that the user is in (`folds`).
     """
 
@@ -51,6 +56,9 @@ class GateInputs:
     score_margin: Float[Array, "G"]
     teacher_margin: Float[Array, "G"]
     reference_margin: Float[Array, "G"]
+    votes: Float[Array, "G 2"]
+    confidence: Float[Array, "G 2"]
+    named: Float[Array, "G 2"]
     fold: Int[Array, "G"]
 
 
@@ -117,10 +125,10 @@ class LogisticGate(nn.Module):
     has been seen to.
 
     With a reference it also learns the prior, what one would believe of two items without knowing
-    which of them the teacher prefers: with g of the same form, of the same inputs but the
-    teacher's margin, and z' those with the items exchanged, sigmoid((g_f(z) - g_f(z')) / 2).
-    Exchanging the items exchanges the prior p and 1 - p, so that alpha - p is what the
-    teacher adds.
+    which of them the teacher prefers: with g of the same form, of the same inputs but those that
+    are the teacher's (its margin, what it knows), and z' those with the items exchanged,
+    sigmoid((g_f(z) - g_f(z')) / 2). Exchanging the items exchanges the prior p and 1 - p, so that
+    alpha - p is what the teacher adds.
     """
 
     names: tuple[str, ...]
@@ -143,7 +151,7 @@ class LogisticGate(nn.Module):
         if "reference" not in self.names:
             return alpha_logits[None]
 
-        names = tuple(name for name in self.names if name != "teacher")
+        names = tuple(name for name in self.names if name not in _OF_TEACHER)
         prior = _ByFold(_first_belief(names), self.hidden, name="prior")
         difference = prior(_features(names, inputs), in_fold) - prior(
             _features(names, exchanged(inputs)), in_fold
@@ -187,6 +195,10 @@ def _columns(inputs: GateInputs) -> dict[str, list[jax.Array]]:
         "slices": [inputs.cold, *inputs.tail.T],
         "agreement": [jnp.sign(inputs.score_margin)],
         "reference": [inputs.reference_margin],
+        "votes": [*inputs.votes.T],
+        "confidence": [*inputs.confidence.T],
+        "named": [*inputs.named.T],
+        "named_gap": [*(inputs.named - inputs.popularity).T],
     }
 
 
@@ -212,6 +224,9 @@ def exchanged(inputs: GateInputs) -> GateInputs:
         uncertainty=inputs.uncertainty[:, ::-1],
         score_margin=-inputs.score_margin,
         reference_margin=-inputs.reference_margin,
+        votes=inputs.votes[:, ::-1],
+        confidence=inputs.confidence[:, ::-1],
+        named=inputs.named[:, ::-1],
     )
 
 
@@ -281,6 +296,9 @@ def empty_inputs() -> GateInputs:
         score_margin=of_pair,
         teacher_margin=of_pair,
         reference_margin=of_pair,
+        votes=of_item,
+        confidence=of_item,
+        named=of_item,
         fold=jnp.zeros((0,), jnp.int32),
     )
 

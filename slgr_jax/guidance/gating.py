@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr
-from slgr_jax.guidance import gates, teacher_product
+from slgr_jax.guidance import gates, teacher_knowledge, teacher_product
 from slgr_jax.guidance.base import Frozen, Sources, mean_over_queries
+from slgr_jax.guidance.teacher_knowledge import Knowledge, PairKnowledge
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
@@ -57,11 +58,13 @@ class GateArrays:
         `entry_scores` has all that they would be asked.
       entry_scores: [M, E] their logits of the entries of the teacher's lists, where every
         preference is of two entries; None otherwise.
+      knowledge: what the gate reads of how much the teacher knows; None where it does not.
     """
 
     labels: LabelSource | None
     reference_runs: tuple[Scoring, ...]
     entry_scores: Float[Array, "M E"] | None = None
+    knowledge: Knowledge | None = None
 
 
 @struct.dataclass
@@ -72,11 +75,13 @@ class Observed:
       margin_scale: a typical teacher margin, in which gates read them.
       labelled: a gate's inputs for the labelled preferences; None without any.
       reference_scores: [M, G, 2] logits of the preferences by the reference runs; None without any.
+      knowledge: what the teacher knows of the preferences; None where the gate does not read it.
     """
 
     margin_scale: float = struct.field(pytree_node=False)
     labelled: gates.GateInputs | None = None
     reference_scores: Float[Array, "M G 2"] | None = None
+    knowledge: PairKnowledge | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +119,14 @@ class Gating:
           entries: whether preferences say which entries of the lists they are of.
         """
         labels, left_out = teacher_product.labelled_arrays(sources, teacher)
+        known = teacher_knowledge.arrays(sources.run, sources.dataset, teacher, entries=entries)
         if not self.reference_backbones:
-            return GateArrays(labels, ()), left_out
+            return GateArrays(labels, (), knowledge=known), left_out
         runs = tuple(scoring for _, scoring in sources.reference_runs)
         # A finished run scores the same all through training: what can be asked is asked once.
         if entries and isinstance(teacher, TeacherLists) and teacher.unlisted is None:
-            return GateArrays(labels, (), self._entry_scores(runs, teacher)), left_out
-        return GateArrays(labels, runs), left_out
+            return GateArrays(labels, (), self._entry_scores(runs, teacher), known), left_out
+        return GateArrays(labels, runs, knowledge=known), left_out
 
     def _entry_scores(
         self, reference_runs: tuple[Scoring, ...], teacher: TeacherLists
@@ -191,8 +197,22 @@ class Gating:
                 labelled.facts,
                 key,
                 self._of_reference_runs(arrays, labelled),
+                self._known(arrays, labelled),
             )
-        return Observed(margin_scale, inputs, self._of_reference_runs(arrays, pairs))
+        return Observed(
+            margin_scale,
+            inputs,
+            self._of_reference_runs(arrays, pairs),
+            self._known(arrays, pairs),
+        )
+
+    def _known(
+        self, arrays: GateArrays, pairs: Preferences | LabelledPreferences
+    ) -> PairKnowledge | None:
+        """What the teacher knows of both items."""
+        return teacher_knowledge.at(
+            arrays.knowledge, pairs.items, pairs.entries, native=self.native
+        )
 
     def _of_reference_runs(
         self, arrays: GateArrays, pairs: Preferences | LabelledPreferences
@@ -240,6 +260,7 @@ class Gating:
             preferences.facts,
             key,
             observed.reference_scores,
+            observed.knowledge,
         )
         return self.alpha_and_prior(params, inputs)
 
@@ -297,6 +318,7 @@ def gate_inputs(
     facts: PairFacts,
     key: jax.Array,
     reference_scores: Float[Array, "M G 2"] | None = None,
+    knowledge: PairKnowledge | None = None,
 ) -> gates.GateInputs:
     """What a gate may see of preferences, detached from the recommender.
 
@@ -305,6 +327,7 @@ def gate_inputs(
       stochastic: (key, dropout rate) -> the logits of one stochastic pass.
       margins: the teacher's, over a typical one.
       reference_scores: logits of both items by each reference run, where there are any.
+      knowledge: what the teacher knows of both items, where the gate reads it.
     """
     config = run.gate
     if config.uncertainty == "ensemble":
@@ -322,6 +345,9 @@ def gate_inputs(
     reference_margin = jnp.zeros_like(margins)
     if reference_scores is not None:
         reference_margin = jnp.mean(reference_scores[..., 0] - reference_scores[..., 1], axis=0)
+    if knowledge is None:
+        unread = jnp.zeros_like(scores)
+        knowledge = PairKnowledge(unread, unread, unread)
     inputs = gates.GateInputs(
         history=facts.log_history,
         popularity=facts.log_popularity,
@@ -331,6 +357,9 @@ def gate_inputs(
         score_margin=scores[:, 0] - scores[:, 1],
         teacher_margin=margins,
         reference_margin=reference_margin,
+        votes=knowledge.votes,
+        confidence=knowledge.confidence,
+        named=knowledge.named,
         fold=gates.folds(users) if facts.fold is None else facts.fold,
     )
     return jax.tree.map(jax.lax.stop_gradient, inputs)

@@ -60,11 +60,12 @@ class InitialRows(NamedTuple):
 
     Attributes:
       values: [Rp, E] the vector of each row, E = `TableSpec.vector_width`.
-      given: [Rp] which rows have one; the others, padding among them, are drawn.
+      share: [Rp] how much of a row is its vector: a in a v + sqrt(1 - a^2) r, with r what would be
+        drawn; 0 where there is no vector, padding among them.
     """
 
     values: Float[Array, "Rp E"]
-    given: Bool[Array, "Rp"]
+    share: Float[Array, "Rp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +192,9 @@ def init_table(
         values = values * np.float32(spec.init_std / np.sqrt(width))
         if initial is not None:
             drawn = values[:, : spec.vector_width]
-            vectors = jnp.where(initial.given[:, None], initial.values, drawn)
+            share = initial.share[:, None]
+            # To the bit the one or the other where the share is 1 or 0.
+            vectors = share * initial.values + jnp.sqrt(1.0 - share**2) * drawn
             values = jnp.concatenate([vectors, values[:, spec.vector_width :]], axis=1)
         slots = jnp.broadcast_to(first_slots[None, :], (rows, first_slots.size))
         return row_format.pack(values, slots)

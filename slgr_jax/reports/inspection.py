@@ -25,7 +25,7 @@ from slgr_jax.evaluation.results import METRICS, PER_USER
 from slgr_jax.teacher.ask import candidates, requests
 from slgr_jax.teacher.collect import answer_log, quarantine
 from slgr_jax.teacher.local import embeddings
-from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products import preferences, votes
 from slgr_jax.training import checkpoint_manifest, epochs, run_directory
 from slgr_jax.training.checkpoint_manifest import CheckpointManifest
 
@@ -300,7 +300,10 @@ def _refuse_other_hashes(dataset: Dataset) -> None:
 
 
 def _teacher(dataset: Dataset, name: str) -> str:
-    return preferences.report(preferences.load(dataset, name).manifest)
+    manifest = preferences.load(dataset, name).manifest
+    if manifest.votes:
+        votes.load(dataset, name)
+    return preferences.report(manifest)
 
 
 def _embeddings(dataset: Dataset, name: str) -> str:

@@ -355,14 +355,15 @@ def hard_negatives(pools: Csr) -> HardNegatives:
 def make_facts(dataset: Dataset, cold: np.ndarray, tail: np.ndarray) -> Facts:
     """The facts of `dataset` (host arrays)."""
     return Facts(
-        log_history=_standardised(dataset.history),
-        log_popularity=_standardised(dataset.popularity),
+        log_history=standardised(dataset.history),
+        log_popularity=standardised(dataset.popularity),
         cold=host_array(cold, np.float32),
         tail=host_array(tail, np.float32),
     )
 
 
-def _standardised(counts: np.ndarray) -> Any:
+def standardised(counts: np.ndarray) -> Any:
+    """log(1 + counts) with mean 0 and standard deviation 1 (a host array)."""
     logs = np.log1p(counts.astype(np.float64))
     return host_array((logs - logs.mean()) / max(float(logs.std()), 1e-6), np.float32)
 

@@ -35,9 +35,10 @@ from slgr_jax.data.features import INTERACTION, of_values
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.evaluation import click_metrics, full_ranking
 from slgr_jax.evaluation.ranking_metrics import PartResult, Values
-from slgr_jax.guidance import make_guidance
+from slgr_jax.guidance import make_guidance, teacher_knowledge
 from slgr_jax.guidance.base import Guidance
 from slgr_jax.guidance.gating import Gating, gate_inputs
+from slgr_jax.guidance.teacher_knowledge import PairKnowledge
 from slgr_jax.models.backbones import DotBackbone
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.models.scoring import (
@@ -345,6 +346,7 @@ class TrainedRun:
             Candidates(queries, jnp.asarray(items)),
             jnp.asarray(margins),
             jax.device_put(facts),
+            teacher_knowledge.of_pairs(self.config, self.dataset, users, items),
         )
         return np.asarray(alpha, np.float64)
 
@@ -356,6 +358,7 @@ class TrainedRun:
         candidates: Candidates,
         margins: jax.Array,
         facts: arrays.Facts,
+        knowledge: PairKnowledge | None,
     ) -> jax.Array:
         run, backbone = self.config, self.restored.backbone
 
@@ -366,6 +369,7 @@ class TrainedRun:
             candidates: Candidates,
             margins: jax.Array,
             facts: arrays.Facts,
+            knowledge: PairKnowledge | None,
         ) -> Any:
             def scores(dropout: tuple[float, jax.Array] | None) -> jax.Array:
                 return pair_scores(backbone, scoring, candidates, dropout)
@@ -380,10 +384,11 @@ class TrainedRun:
                 pair_facts(facts, users, candidates.items),
                 jax.random.key(1),
                 gating.ask_reference_runs(references, candidates.queries, candidates.items),
+                knowledge,
             )
             return gating.alpha_and_prior(scoring.serving.guidance, inputs)[0]
 
-        return jnp.asarray(believe(scoring, references, candidates, margins, facts))
+        return jnp.asarray(believe(scoring, references, candidates, margins, facts, knowledge))
 
     # -------------------------------------------------------------------------- evaluation
 

@@ -16,6 +16,14 @@ root mean square length of these rows that of drawn ones, times --init_scale:
               `slgr teach factors` makes them
     all       Z = E: vectors that were made for this width, as SAID's are
 
+With --init_half=H items with n training interactions begin with
+
+    a_i q_i + sqrt(1 - a_i^2) r_i,    a_i = H / (H + n_i),    r_i what would be drawn
+
+of which the root mean square length is the same: an item that training says much of begins almost
+as drawn, one that it says nothing of with its vector. Users' own vectors likewise; a mean over
+items is all of training that there is, and is taken whole.
+
 `variance`, `uniform` and `random` are LLMInit's (arXiv 2503.01814). Where a table's rows have an
 entry that is no part of a vector (a bias), that entry is drawn. Training goes on from there as
 from any beginning: nothing of the vectors is left in a step, a checkpoint or serving.
@@ -86,15 +94,27 @@ def initial_rows(
         projected["user"] = means_of_items(dataset, projected["item"])
 
     return {
-        table: _placed(scaled(of_table, specs[table], run.vectors.init_scale), layout)
+        table: _placed(
+            scaled(of_table, specs[table], run.vectors.init_scale),
+            shares(interactions[table], run.vectors.init_half if table in named else 0.0),
+            layout,
+        )
         for table, of_table in projected.items()
     }
+
+
+def shares(counts: np.ndarray, half: float) -> np.ndarray:
+    """[R] a = H / (H + n) of rows with n training interactions; 1 where H is 0."""
+    if not half:
+        return np.ones(counts.size, np.float32)
+    share: np.ndarray = (half / (half + counts.astype(np.float64))).astype(np.float32)
+    return share
 
 
 def counts(initial: Mapping[str, InitialRows], dataset: Dataset) -> dict[str, dict[str, int]]:
     """By table: how many rows begin with a vector, and how many as drawn."""
     rows = {"item": dataset.n_items, "user": dataset.n_users}
-    given = {table: int(np.asarray(of_table.given).sum()) for table, of_table in initial.items()}
+    given = {table: int((np.asarray(of.share) > 0).sum()) for table, of in initial.items()}
     return {
         table: {"vectors": count, "drawn": rows[table] - count} for table, count in given.items()
     }
@@ -134,11 +154,12 @@ def scaled(vectors: Vectors, spec: TableSpec, factor: float) -> Vectors:
     return Vectors((vectors.values * (wanted / length)).astype(np.float32), vectors.has)
 
 
-def _placed(vectors: Vectors, layout: Layout) -> InitialRows:
-    """With the table's padding rows."""
+def _placed(vectors: Vectors, share: np.ndarray, layout: Layout) -> InitialRows:
+    """With the table's padding rows; what has no vector has no share of one."""
     more = layout.padded_rows(vectors.has.size) - vectors.has.size
-    values = np.pad(vectors.values, ((0, more), (0, 0)))
-    return InitialRows(values, np.pad(vectors.has, (0, more)))  # type: ignore[arg-type]
+    values = np.pad(np.where(vectors.has[:, None], vectors.values, 0), ((0, more), (0, 0)))
+    share = np.pad(np.where(vectors.has, share, 0).astype(np.float32), (0, more))
+    return InitialRows(values, share)  # type: ignore[arg-type]
 
 
 # --- projections --------------------------------------------------------------------------------

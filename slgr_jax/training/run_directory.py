@@ -184,7 +184,8 @@ def teacher_hash(run: config.RunConfig) -> str:
     if not run.guidance.teacher:
         return ""
     path = preferences.product_path(run.data, run.guidance.teacher)
-    return schema.files_hash(schema.read_teacher_manifest(path).files)
+    manifest = schema.read_teacher_manifest(path)
+    return schema.files_hash((*manifest.files, *manifest.votes))
 
 
 @contextlib.contextmanager

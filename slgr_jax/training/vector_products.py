@@ -36,19 +36,25 @@ class Standard(NamedTuple):
     mean: np.ndarray
     scale: float
 
-    def apply(self, vectors: Vectors, dtype: str, rows: int = 0) -> np.ndarray:
+    def apply(
+        self, vectors: Vectors, dtype: str, rows: int = 0, counts: np.ndarray | None = None
+    ) -> np.ndarray:
         """[R, Z + 1] standardised vectors, then 1; zeros throughout where there is none.
 
         Args:
+          counts: of the training interactions of each row, n: log(1 + n) comes before the 1, and
+            rows are one longer (`Adapter.stored`).
           dtype: float32 or bfloat16.
           rows: R, with rows of zeros behind the vectors; 0: as many as there are vectors.
         """
         count, width = vectors.values.shape
-        out = np.zeros((rows or count, width + 1), jnp.dtype(dtype))
+        out = np.zeros((rows or count, width + 1 + (counts is not None)), jnp.dtype(dtype))
         for block in _blocks(count):
             standardised = (vectors.values[block] - self.mean) / self.scale
             has = vectors.has[block, None]
-            out[block, :-1] = np.where(has, standardised, 0)
+            out[block, :width] = np.where(has, standardised, 0)
+            if counts is not None:
+                out[block, width] = np.where(vectors.has[block], np.log1p(counts[block]), 0)
             out[block, -1:] = has
         return out
 
@@ -112,7 +118,10 @@ def frozen(run: RunConfig, dataset: Dataset, layout: Layout) -> FrozenVectors | 
         else:
             vectors = of_side(dataset, side, name)
             rows = layout.padded_rows(vectors.has.size)
-            table = standard(dataset, side, vectors).apply(vectors, dtype, rows)
+            counts = None
+            if run.vectors.adapter_gate:
+                counts = dataset.popularity if side == "item" else dataset.history
+            table = standard(dataset, side, vectors).apply(vectors, dtype, rows, counts)
         tables[side] = table.view(np.uint16) if dtype == "bfloat16" else table  # see `RowFormat`
     return FrozenVectors(**tables) if tables else None
 

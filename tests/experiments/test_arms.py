@@ -51,6 +51,9 @@ def test_an_arm_of_ones_own():
     assert (name, knobs["guidance"], knobs["margin"]) == ("wide", "pairwise", 0.5)
     run = config.make_run("", "", teacher="llm", **knobs)
     assert (run.gate.gate, run.pairwise.margin, run.model.item_bias) == ("paper", 0.5, False)
+    assert arms.own_arm("w:gate_inputs=history,teacher,gate_hidden=8")[1] == {
+        "guidance": "pairwise", "gate_inputs": "history,teacher", "gate_hidden": 8,
+    }  # fmt: skip
     for text in ("wide", "wide:", "wide:gate", "a b:gate=paper", "paper:gate=rule"):
         with pytest.raises(ConfigError, match="--arm="):
             arms.own_arm(text)

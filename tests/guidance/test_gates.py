@@ -25,6 +25,9 @@ def _inputs(count: int = 64, seed: int = 0) -> gates.GateInputs:
         score_margin=jnp.asarray(rng.normal(size=count), jnp.float32),
         teacher_margin=jnp.asarray(rng.uniform(size=count), jnp.float32),
         reference_margin=jnp.asarray(rng.normal(size=count), jnp.float32),
+        votes=jnp.asarray(rng.uniform(size=(count, 2)), jnp.float32),
+        confidence=jnp.asarray(rng.uniform(size=(count, 2)), jnp.float32),
+        named=jnp.asarray(rng.normal(size=(count, 2)), jnp.float32),
         fold=jnp.asarray(rng.integers(0, 2, count), jnp.int32),
     )
 
@@ -113,6 +116,10 @@ def _columns(inputs, names):
         "slices": [inputs.cold, *inputs.tail.T],
         "agreement": [np.sign(inputs.score_margin)],
         "reference": [inputs.reference_margin],
+        "votes": list(inputs.votes.T),
+        "confidence": list(inputs.confidence.T),
+        "named": list(inputs.named.T),
+        "named_gap": list((inputs.named - inputs.popularity).T),
     }
     return np.stack([column for name in names for column in found[name]], axis=1)
 
@@ -170,6 +177,7 @@ def test_what_is_believed_without_the_teacher_does_not_know_whom_it_prefers():
     starts at what the reference believes, and is 1/2 without one."""
     inputs = _inputs()
     names = ("margin", "history", "popularity", "teacher", "slices", "reference")
+    names += ("votes", "confidence", "named", "named_gap")
     gating = _gating(
         gate="calibrated", gate_inputs=",".join(names), gate_hidden=4, reference_runs="a"
     )
@@ -184,7 +192,7 @@ def test_what_is_believed_without_the_teacher_does_not_know_whom_it_prefers():
         popularity=inputs.popularity[:, ::-1], tail=inputs.tail[:, ::-1],
         score_margin=-inputs.score_margin, reference_margin=-inputs.reference_margin,
     )  # fmt: skip
-    without_teacher = tuple(name for name in names if name != "teacher")
+    without_teacher = ("margin", "history", "popularity", "slices", "reference")
     rows, turned_rows = (_columns(_as_float64(each), without_teacher) for each in (inputs, turned))
     logit = [
         0.5 * (_logit(params["prior"], 1 - fold, z) - _logit(params["prior"], 1 - fold, other))

@@ -98,6 +98,20 @@ def test_items_begin_with_principal_components_and_users_with_the_mean_of_their_
         np.testing.assert_array_equal(begun[table][:, 5], drawn[table][:, 5])
 
 
+def test_rows_that_training_says_much_of_begin_less_with_their_vector(data):
+    """a v + sqrt(1 - a^2) r with a = H / (H + n), by hand; users' means are whole."""
+    drawn, whole = _initial(data, init_item_vectors=""), _initial(data)
+    begun = _initial(data, init_half=2.0)
+    has = embeddings.load(data, "text").items.has
+    count = np.bincount(data.train.items, minlength=ITEMS)
+    share = np.where(has, 2.0 / (2.0 + count), 0.0)[:, None]
+    assert np.unique(share).size > 4
+    expected = share * whole["item"][:, :5] + np.sqrt(1 - share**2) * drawn["item"][:, :5]
+    np.testing.assert_allclose(begun["item"][:, :5], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(begun["item"][~has], drawn["item"][~has])
+    np.testing.assert_array_equal(begun["user"], whole["user"])
+
+
 @pytest.mark.parametrize(
     ("backbone", "knobs", "tables"),
     [

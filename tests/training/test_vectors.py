@@ -74,11 +74,15 @@ def _standard(data: Dataset, side: str) -> np.ndarray:
 def _adapted(data: Dataset, params, side: str, name: str) -> np.ndarray:
     """[R, D] what the adapter called `name` makes of vectors, in plain loops."""
     layers = jax.tree.map(lambda x: np.asarray(x, np.float64), params["adapters"][name])
-    out = []
-    for z in _standard(data, side):
+    gate, out = layers.pop("gate", None), []
+    counts = {"item": data.train.items, "user": data.train.users}[side].tolist()
+    for row, z in enumerate(_standard(data, side)):
         for number in range(len(layers)):
             layer = layers[f"layer_{number}"]
             z = (np.maximum(z, 0) if number else z) @ layer["kernel"] + layer["bias"]
+        if gate is not None:
+            logit = gate["weight"] * np.log(1 + counts.count(row)) + gate["bias"]
+            z = z / (1 + np.exp(-logit))
         out.append(np.nan_to_num(z))
     return np.array(out)
 
@@ -119,6 +123,7 @@ USER_IDS, ITEM_IDS = np.array([0, 7, 23]), np.array([[0, 1], [14, 3], [11, 11]],
         ({"item_rows": False}, {"user": 1, "item": 0}),
         ({"item_rows": False, "user_vectors": "text", "user_rows": False}, {"user": 0, "item": 0}),
         ({"vector_l2": 0.25}, {"user": 1, "item": 1}),
+        ({"adapter_gate": True, "user_vectors": "text"}, {"user": 1, "item": 1}),
     ],
 )
 def test_mf_scores_and_serves_rows_with_what_vectors_come_to(data, knobs, rows):
@@ -126,6 +131,10 @@ def test_mf_scores_and_serves_rows_with_what_vectors_come_to(data, knobs, rows):
         worlds.need_native_kernels()
     experiment = build.build(_run(data, "run", **knobs), data)
     state = state_lib.init_state(experiment.trainer, 0)
+    for params in state.params["backbone"]["adapters"].values():
+        if "gate" in params:  # begins at 1/2, whatever the count
+            assert params["gate"] == {"weight": 0.0, "bias": 0.0}
+            params["gate"] = {"weight": jnp.float32(0.7), "bias": jnp.float32(-1.1)}
     values = _values(experiment, state)
     assert set(values) == {name for name, kept in rows.items() if kept}
     backbone_params = state.params["backbone"]
@@ -308,6 +317,14 @@ def test_a_run_begins_with_the_last_rows_of_another_not_with_sums(data, tmp_path
         ({"backbone": "sasrec", "user_vectors": "text"}, r"--user_vectors: SASRec has no rows of"),
         ({"user_rows": False}, r"--nouser_rows leaves users their vectors alone: add --user_vec"),
         ({"item_rows": False, "init_item_vectors": "text"}, r"is what rows begin with, and --noit"),
+        (
+            {"adapter_gate": True, "adapter_experts": 2},
+            r"--adapter_gate weighs one map, and the 2 of",
+        ),
+        (
+            {"adapter_gate": True, "adapter_chunks": True},
+            r"and --adapter_chunks weighs each chunk; drop one",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(data, knobs, message):

@@ -4,6 +4,8 @@ Wherever a backbone sees a row of item i it sees
 
     e_i + A(z_i)        its own row and what its vector comes to (`--item_vectors`)
     A(z_i)              the vector alone (`--noitem_rows`): also of an item that no step has seen
+    e_i + g(n_i) A(z_i) with `--adapter_gate`: g(n) = sigmoid(w log(1 + n) + b), n the training
+                        interactions of the item: where there is a log, a text may be worth less
 
 and of users likewise. Click models that keep rows have A(z_i) as one more field instead. z_i is
 looked up like a row and never written: no gradient, no optimiser state, no place in a checkpoint.
@@ -37,6 +39,7 @@ from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import Sizes, VectorSizes
 
 SHARED = "shared"  # of these, what they have in common: experts, an alignment
+GATE = "gate"  # of an adapter's parameters, what weighs its output or its experts
 PARAMS = "adapters"  # of a backbone's dense parameters, those of its adapters
 FIELDS = {"item": "item_vector", "user": "user_vector"}  # side -> its field of a click model
 
@@ -53,6 +56,7 @@ class Adapter:
       hidden: widths of the layers between.
       init_std: fresh outputs have the length of drawn rows, as vectors come with entries of root
         mean square 1.
+      gated: whether outputs are multiplied by g(n), which begins at 1/2 whatever n.
     """
 
     side: str
@@ -61,11 +65,13 @@ class Adapter:
     width: int
     hidden: tuple[int, ...]
     init_std: float
+    gated: bool = False
 
     @property
     def stored(self) -> TableSpec:
-        """How vectors lie in a table: Z numbers, then 1 (0 where a row has no vector)."""
-        return TableSpec(self.rows, self.vectors + 1, 0.0)
+        """How vectors lie in a table: Z numbers, then (where it is gated) log(1 + n), then 1 (0
+        where a row has no vector)."""
+        return TableSpec(self.rows, self.vectors + self.gated + 1, 0.0)
 
     @property
     def spec(self) -> TableSpec:
@@ -84,6 +90,8 @@ class Adapter:
                 "kernel": np.float32(std) * drawn,
                 "bias": jnp.zeros(outputs),
             }
+        if self.gated:
+            layers[GATE] = {"weight": jnp.zeros(()), "bias": jnp.zeros(())}
         return layers
 
     def init_shared(self, key: jax.Array) -> dict[str, Any]:
@@ -108,7 +116,10 @@ class Adapter:
           shared: parameters that it has in common with other adapters.
           row: what they are added to; None where nothing is.
         """
-        x, has = stored[..., :-1], stored[..., -1:]
+        x, has = stored[..., : self.vectors], stored[..., -1:]
+        if self.gated:
+            gate, log_count = params[GATE], stored[..., self.vectors : self.vectors + 1]
+            has = has * jax.nn.sigmoid(gate["weight"] * log_count + gate["bias"])
         for number in range(len(self.hidden) + 1):
             layer = params[f"layer_{number}"]
             x = jnp.dot(jax.nn.relu(x) if number else x, layer["kernel"])
@@ -135,7 +146,7 @@ class Experts(Adapter):
         for_experts, for_gate = jax.random.split(key)
         count = self.experts + self.shared
         gate = jax.random.normal(for_gate, (self.vectors, count)) / np.sqrt(self.vectors)
-        return {"gate": gate, **self.init_experts(for_experts, self.experts)}
+        return {GATE: gate, **self.init_experts(for_experts, self.experts)}
 
     def init_shared(self, key: jax.Array) -> dict[str, Any]:
         return self.init_experts(key, self.shared) if self.shared else {}
@@ -160,7 +171,7 @@ class Experts(Adapter):
         if self.shared:
             assert shared is not None
             outputs.append(self._outputs(shared, z))
-        weights = jax.nn.softmax(z @ params["gate"])
+        weights = jax.nn.softmax(z @ params[GATE])
         mixed = jnp.einsum("nx,xnd->nd", weights, jnp.concatenate(outputs))
         return mixed.reshape(*stored.shape[:-1], self.width) * has
 
@@ -319,9 +330,10 @@ def _adapter(
     if config.adapter_experts:
         return Experts(
             *(*sizes, own.width, config.expert_hidden, own.init_std),
-            *(config.adapter_experts, config.adapter_shared),
+            experts=config.adapter_experts,
+            shared=config.adapter_shared,
         )
-    return Adapter(*sizes, own.width, config.adapter_hidden, own.init_std)
+    return Adapter(*sizes, own.width, config.adapter_hidden, own.init_std, config.adapter_gate)
 
 
 def without_vectors(backbone: Any) -> Any:

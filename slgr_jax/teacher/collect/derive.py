@@ -15,7 +15,7 @@ from slgr_jax.config import CollectConfig, TeachConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.teacher.collect import answer_log, free_lists
-from slgr_jax.teacher.products import preferences, training_items
+from slgr_jax.teacher.products import preferences, training_items, votes
 
 
 def write(
@@ -42,13 +42,16 @@ def write(
         "prompt_tokens": int(ledger["accepted"]["prompt_tokens"]),
         "completion_tokens": int(ledger["accepted"]["completion_tokens"]),
     }
+    agreement: pa.Table | None = None
     free = answer_log.is_free(log)
     paired = log.sources[0]["prompt"] == "pairwise"
     hidden = any(source["training_items"] == "hidden" for source in log.sources)
     if free:
         known = free_lists.hidden_items(dataset, log)
         hidden = hidden and known is not None
-        table, of_titles = free_lists.scores(rows, dataset, known, subtitles=common.subtitles)
+        table, agreement, of_titles = free_lists.scores(
+            rows, dataset, known, subtitles=common.subtitles
+        )
         counts |= of_titles
     elif paired:
         users, low, high, p = _pair_probabilities(rows, dataset.n_items)
@@ -57,7 +60,8 @@ def write(
         else:
             table = _win_rates(users, low, high, p, dataset.n_items)
     else:
-        table = _mean_scores(rows, dataset.n_items, by_rank=options.aggregate == "rank")
+        by_rank = options.aggregate == "rank"
+        table, agreement = _mean_scores(rows, dataset.n_items, by_rank=by_rank)
 
     def joined(key: str) -> str:
         return "+".join(dict.fromkeys(str(source[key]) for source in log.sources))
@@ -85,11 +89,19 @@ def write(
         counts=counts,
         rows_per_shard=common.rows_per_shard,
         overwrite=True,
+        votes=agreement,
     )
 
 
-def _mean_scores(rows: pa.Table, n_items: int, *, by_rank: bool) -> pa.Table:
-    """Mean over answers of each (user, item): schema.TEACHER_SCORES; null where none has one."""
+def _mean_scores(
+    rows: pa.Table, n_items: int, *, by_rank: bool
+) -> tuple[pa.Table, pa.Table | None]:
+    """Mean over answers of each (user, item), null where none has one, and how far they agree.
+
+    Returns:
+      schema.TEACHER_SCORES; schema.TEACHER_VOTES of the scores from their lowest, 0, to their
+      highest, 1: None where no item has two answers.
+    """
     users, items = (rows.column(k).to_numpy().astype(np.int64) for k in ("user", "item"))
     scores = rows.column("score").to_numpy().astype(np.float64)  # null is NaN here
     if by_rank:
@@ -100,7 +112,8 @@ def _mean_scores(rows: pa.Table, n_items: int, *, by_rank: bool) -> pa.Table:
     answers = np.bincount(place, given, keys.size)
     means = (sums / np.maximum(answers, 1)).astype(np.float32)
     arrays = [pa.array(part.astype(np.int32)) for part in np.divmod(keys, n_items)]
-    return pa.table([*arrays, pa.array(means, mask=answers == 0)], schema=schema.TEACHER_SCORES)
+    table = pa.table([*arrays, pa.array(means, mask=answers == 0)], schema=schema.TEACHER_SCORES)
+    return table, votes.of_answers(keys, place[given], scores[given], n_items)
 
 
 def _ranks(groups: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from slgr_jax.data import schema
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError, ManifestError
 from slgr_jax.teacher.ask import candidates
-from slgr_jax.teacher.products import titles, training_items
+from slgr_jax.teacher.products import titles, training_items, votes
 from slgr_jax.teacher.products.titles import TitleIndex
 
 
@@ -42,8 +42,8 @@ def hidden_items(dataset: Dataset, log: schema.AnswerManifest) -> Csr | None:
 
 def scores(
     rows: pa.Table, dataset: Dataset, hidden: Csr | None, *, subtitles: bool
-) -> tuple[pa.Table, dict[str, int]]:
-    """The lists of a log as scores, and counts of what became of their titles.
+) -> tuple[pa.Table, pa.Table | None, dict[str, int]]:
+    """The lists of a log as scores, how far its answers agree, what became of their titles.
 
     The score of an item is minus the mean of its places over a user's answers; an answer of m
     titles that leaves it out has it at place m + 1, as what is not listed ranks below.
@@ -56,7 +56,8 @@ def scores(
       subtitles: see `TitleIndex.match`.
 
     Returns:
-      schema.TEACHER_SCORES; the counts of `titles.counts` and of `training_items`.
+      schema.TEACHER_SCORES; schema.TEACHER_VOTES, None where no user has two answers; the counts
+      of `titles.counts` and of `training_items`.
 
     Raises:
       InputError: no title is of an item that its user may choose.
@@ -79,14 +80,14 @@ def scores(
                 keys.append(int(user_of[start]) * dataset.n_items + match.item)
                 above_the_rest.append(end - start + 1 - place)
 
-    table = _mean_places(
+    table, agreement = _mean_places(
         np.array(keys, np.int64), np.array(above_the_rest), user_of[starts], ends - starts, dataset
     )
     where = f"answer log of {rows.num_rows:,} titles"
     if not table.num_rows:
         raise InputError(f"{where}: none is of the catalogue of {dataset.path}")
     table, dropped = training_items.drop(table, dataset, where, hidden=hidden)
-    return table, {**titles.counts(how), **dropped}
+    return table, agreement, {**titles.counts(how), **dropped}
 
 
 def _mean_places(
@@ -95,16 +96,23 @@ def _mean_places(
     users: np.ndarray,
     lengths: np.ndarray,
     dataset: Dataset,
-) -> pa.Table:
-    """Minus the mean place of each (user, item); `users` and `lengths` are of every answer."""
+) -> tuple[pa.Table, pa.Table | None]:
+    """Minus the mean place of each (user, item), and their votes; `users` and `lengths` are of
+    every answer."""
     answers = np.bincount(users, minlength=dataset.n_users)
     below_all = np.bincount(users, lengths + 1, dataset.n_users)
     pairs, pair = np.unique(keys, return_inverse=True)
     owners, items = np.divmod(pairs, dataset.n_items)
-    places = below_all[owners] - np.bincount(pair, above_the_rest, pairs.size)
+    above = np.bincount(pair, above_the_rest, pairs.size)
+    places = below_all[owners] - above
     columns = [
         owners.astype(np.int32),
         items.astype(np.int32),
         (-places / answers[owners]).astype(np.float32),
     ]
-    return pa.table(columns, schema=schema.TEACHER_SCORES)
+    agreement = None
+    if answers.max(initial=0) > 1:
+        squares = np.bincount(pair, np.square(above_the_rest, dtype=np.float64), pairs.size)
+        share = votes.share_of(above, squares, answers[owners])
+        agreement = votes.table(pairs, share, dataset.n_items)
+    return pa.table(columns, schema=schema.TEACHER_SCORES), agreement

@@ -17,6 +17,8 @@ of unlisted items:
                     item is not on it. The result is `unknown`.
     method mean     only who answered, in either case: its scale has no place for unlisted items.
 
+The product also keeps how far these values agree (`votes.py`).
+
 Shape letters: T teachers, U users, n rows of a teacher, m of the result.
 """
 
@@ -33,6 +35,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.teacher.products import preferences, rows
+from slgr_jax.teacher.products.votes import share_of
 
 _SAYS = {
     "reciprocal": "reciprocal: mean 1/rank",
@@ -67,12 +70,14 @@ class Fused:
       users, items: [m] int32.
       scores: [m] float32, computed in float64.
       votes: [m] int32: how many teachers answered.
+      agreement: [m] float32: share of the teachers that speak alike of it (`votes.share_of`).
     """
 
     users: np.ndarray
     items: np.ndarray
     scores: np.ndarray
     votes: np.ndarray
+    agreement: np.ndarray
 
 
 def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> Fused:
@@ -108,7 +113,8 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
 
         pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
         owners, items = np.divmod(pairs, bound)
-        total = np.bincount(place, np.concatenate(said))
+        values = np.concatenate(said)
+        total = np.bincount(place, values)
         votes = np.bincount(place)
 
         if method == "mean":
@@ -125,13 +131,14 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
             *(x.astype(np.int32) for x in (owners + first, items)),
             fused.astype(np.float32),
             votes.astype(np.int32),
+            share_of(total, np.bincount(place, values**2), speakers),
         )
 
     rows.over_users(np.sum([teacher.offsets for teacher in teachers], axis=0), fuse_users)
-    empty = tuple(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float32, np.int32))
-    pieces = [empty, *(pieces_by_first[first] for first in sorted(pieces_by_first))]
-    users, items, scores, votes = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    return Fused(users, items, scores, votes)
+    kinds = (np.int32, np.int32, np.float32, np.int32, np.float32)
+    pieces = [tuple(np.zeros(0, kind) for kind in kinds)]
+    pieces += [pieces_by_first[first] for first in sorted(pieces_by_first)]
+    return Fused(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
 
 def _scaled(scores: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -183,12 +190,16 @@ def combine(
             f"is {most}: " + ("lower --min_votes" if most else "combine others")
         )
 
-    columns = [x if kept.all() else x[kept] for x in (fused.users, fused.items, fused.scores)]
+    columns = [
+        x if kept.all() else x[kept]
+        for x in (fused.users, fused.items, fused.scores, fused.agreement)
+    ]
+    of_pairs, scores, agreement = columns[:2], columns[2], columns[3]
     below = all(part.below for part in answers)
     return preferences.write_product(
         dataset,
         common.name,
-        pa.table(columns, schema=schema.TEACHER_SCORES),
+        pa.table([*of_pairs, scores], schema=schema.TEACHER_SCORES),
         provenance=preferences.Provenance(
             built_from=max((m.built_from for m in manifests), key=schema.BUILT_FROM.index),
             unlisted="below" if below else "unknown",
@@ -200,6 +211,7 @@ def combine(
         counts={"dropped_by_min_votes": int(kept.size - kept.sum())},
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,
+        votes=pa.table([*of_pairs, agreement], schema=schema.TEACHER_VOTES),
     )
 
 

@@ -311,11 +311,15 @@ def write_product(
     counts: Mapping[str, int] | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
+    votes: pa.Table | None = None,
 ) -> schema.TeacherManifest:
     """Write `table` (indices; one of `schema.TEACHER_SCHEMAS`, in any order) as a product.
 
     Rows are stored in the order of `Teacher`, so that reading sorts nothing. The manifest is
     written last, and the directory appears only when it is whole.
+
+    Args:
+      votes: `schema.TEACHER_VOTES`, where answers were made of several (`products/votes.py`).
 
     Raises:
       ShardError: rows that `load` would refuse.
@@ -343,7 +347,10 @@ def write_product(
         files = shards.write_shards(
             staging, "part", rows.table_of(kind, arrays), rows_per_shard=rows_per_shard
         )
-        manifest = dataclasses.replace(manifest, files=files)
+        of_votes: tuple[schema.ShardFile, ...] = ()
+        if votes is not None:
+            of_votes = shards.write_shards(staging, "votes", votes, rows_per_shard=rows_per_shard)
+        manifest = dataclasses.replace(manifest, files=files, votes=of_votes)
         schema.write_manifest(staging, manifest)
     return manifest
 
@@ -401,8 +408,12 @@ def append(
         prefix = f"{_ADDED}{number:05d}-part"
         files = shards.write_shards(root, prefix, table, rows_per_shard=rows_per_shard)
         shards.sync(root)
-        manifest = dataclasses.replace(manifest, files=(*manifest.files, *files))
+        # What is added is not made of several answers: votes would say nothing of it.
+        outdated = [root / file.path for file in manifest.votes]
+        manifest = dataclasses.replace(manifest, files=(*manifest.files, *files), votes=())
         schema.write_manifest(root, manifest)
+        for path in outdated:
+            path.unlink()
         shards.sync(root)
 
     return manifest

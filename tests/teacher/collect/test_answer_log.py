@@ -271,13 +271,17 @@ def test_means_over_permutations_by_hand():
             *((2, 1, 5, None, None), (3, 1, 6, None, 0.2)),
         ]
     )
-    raw = derive._mean_scores(rows, 10, by_rank=False).to_pylist()
+    table, votes = derive._mean_scores(rows, 10, by_rank=False)
+    raw = table.to_pylist()
     assert [(row["user"], row["item"]) for row in raw] == [(0, 5), (0, 6), (0, 7), (1, 5), (1, 6)]
     assert [row["score"] for row in raw] == [
         pytest.approx(0.9), pytest.approx(0.45), pytest.approx(0.25), None, pytest.approx(0.2)
     ]  # fmt: skip
+    # From .1, 0, to .9, 1: of item 6 0 and .875, of item 7 0 and .375, of item 5 one alone.
+    agreement = {(row["user"], row["item"]): row["votes"] for row in votes.to_pylist()}
+    assert agreement == pytest.approx({(0, 5): 1, (0, 6): 0.5, (0, 7): 0.5, (1, 6): 1})
     # Request 0: places 0.5, 0.5, 2 of 2; request 1: 1, 0 of 1; request 3: alone.
-    ranks = derive._mean_scores(rows, 10, by_rank=True).to_pylist()
+    ranks = derive._mean_scores(rows, 10, by_rank=True)[0].to_pylist()
     assert [row["score"] for row in ranks] == [1, 0.625, 0.125, None, 0.5]
 
 

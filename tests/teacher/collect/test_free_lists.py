@@ -197,10 +197,14 @@ def test_lists_of_one_user_are_one_by_mean_place(films):
         (k, u, p, 0, title) for k, (u, said) in enumerate(lists) for p, title in enumerate(said)
     ]
     table = pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema.TITLES)
-    got, _ = scores(table, films, None, subtitles=False)
+    got, votes, _ = scores(table, films, None, subtitles=False)
     found = {(row["user"], row["item"]): row["score"] for row in got.to_pylist()}
     # User 1 has seen Ran (item 4). What an answer of m titles leaves out is at place m + 1.
     assert found == {(0, 4): -1.0, (1, 2): -(1 + 2) / 2, (1, 9): -(4 + 1) / 2}
+    # Of the places above what is left out: Heat 3 and 1, Solaris 0 and 2.
+    agreement = {(row["user"], row["item"]): row["votes"] for row in votes.to_pylist()}
+    expected = {(1, 2): 4**2 / (2 * 10), (1, 9): 2**2 / (2 * 4), (0, 4): 1.0}
+    assert {pair: agreement[pair] for pair in expected} == pytest.approx(expected)
 
 
 def test_hidden_training_items_are_kept_and_other_ones_dropped(films, tmp_path):
