@@ -18,13 +18,20 @@ No flags are parsed and nothing is printed: lines for people go to `logging.getL
 
 from slgr_jax.api.experiments import compare, tune
 from slgr_jax.api.runs import evaluate, export, inspect, load, recommend
-from slgr_jax.api.training import IMPORT_COMMON, import_teacher, prepare, train
+from slgr_jax.api.training import (
+    IMPORT_COMMON,
+    import_interactions,
+    import_teacher,
+    prepare,
+    train,
+)
 
 __all__ = [
     "IMPORT_COMMON",
     "compare",
     "evaluate",
     "export",
+    "import_interactions",
     "import_teacher",
     "inspect",
     "load",

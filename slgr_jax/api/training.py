@@ -1,4 +1,4 @@
-"""From files to a run: `prepare`, `import_teacher`, `train`."""
+"""From files to a run: `prepare`, `import_teacher`, `import_interactions`, `train`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ PathLike = str | os.PathLike[str]
 
 # The knobs of `slgr teach` that an import uses, beside DATA and NAME.
 IMPORT_COMMON = ("model", "delimiter", "rows_per_shard", "overwrite", "subtitles")
+# Those of an import that say something of scores alone.
+_OF_SCORES = (
+    *("scores", "score_column", "score_kind", "unlisted", "training_items"),
+    *("keep_training_items", "duplicates", "append"),
+)
 
 
 def prepare(*, source: str, input: PathLike, out: PathLike, **knobs: Any) -> DatasetManifest:
@@ -122,6 +127,60 @@ def import_teacher(
         subtitles=common.subtitles,
         raw=raw,
         names=names,
+    )
+
+
+def import_interactions(
+    data: PathLike | Dataset, interactions: PathLike, name: str, **knobs: Any
+) -> TeacherManifest:
+    """What users take in an LLM's word, in a file, to the product DATA/teacher/NAME.
+
+    `slgr teach import --interactions=FILE`; `train(guidance="interactions", teacher=NAME)` learns
+    them beside the interactions of DATA.
+
+    Args:
+      data: as of `import_teacher`.
+      interactions: Parquet, Arrow, JSON lines or CSV file with user, item and optionally weight,
+        above 0 and up to 1.
+      name: what training calls the product.
+      **knobs: of `import_teacher`, but for those of scores.
+
+    Raises:
+      UserError: the file cannot be used, or a knob is of scores; the message names the row.
+    """
+    from slgr_jax.data import dataset as dataset_lib
+    from slgr_jax.teacher.products import preferences, pseudo_interactions
+
+    values = knob_values(
+        (config.TeachConfig, config.ImportConfig),
+        {"interactions": interactions, "name": name, **knobs},
+    )
+    common: config.TeachConfig = section_of(config.TeachConfig, values)
+    options: config.ImportConfig = section_of(config.ImportConfig, values)
+    defaults = config.ImportConfig()
+    for knob_name in _OF_SCORES:
+        if (value := getattr(options, knob_name)) != getattr(defaults, knob_name):
+            raise ConfigError(
+                f"--{knob_name}={value} is of --scores, not of --interactions; drop one of them"
+            )
+    # The column of weights may be missing: it is named only where the user names it.
+    names = {options.user_column: "user", options.item_column: "item"}
+    if options.weight_column != defaults.weight_column:
+        names[options.weight_column] = "weight"
+    return pseudo_interactions.import_file(
+        data if isinstance(data, dataset_lib.Dataset) else dataset_lib.load(data),
+        pathlib.Path(options.interactions),
+        common.name,
+        provenance=preferences.Provenance(
+            built_from=options.built_from, model=common.model, prompt_hash=options.prompt_hash
+        ),
+        names=names,
+        unknown=options.unknown,
+        delimiter=common.delimiter,
+        items_as=options.items_as,
+        subtitles=common.subtitles,
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
     )
 
 

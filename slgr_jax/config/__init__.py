@@ -24,6 +24,7 @@ from slgr_jax.config.backbones import (
 )
 from slgr_jax.config.baselines import BASELINES, EASE_BY_DEFAULT, BaselineConfig
 from slgr_jax.config.cluster import CLUSTERS, ClusterConfig
+from slgr_jax.config.derive import DeriveConfig
 from slgr_jax.config.distillation import (
     CDConfig,
     DCDConfig,
@@ -53,6 +54,7 @@ from slgr_jax.config.guidance import (
     WORD_INPUTS,
     GateConfig,
     GuidanceConfig,
+    InteractionsConfig,
     PairwiseConfig,
     register_gate,
     register_guidance,
@@ -144,6 +146,7 @@ __all__ = [
     "GuidanceConfig",
     "INIT_HOWS",
     "ImportConfig",
+    "InteractionsConfig",
     "KERNELS",
     "LOSSES",
     "LOSSES_OF",
@@ -171,6 +174,7 @@ __all__ = [
     "DCDConfig",
     "UnKDConfig",
     "DISTILLATIONS",
+    "DeriveConfig",
     "HintConfig",
     "HTDConfig",
     "RLMRecConConfig",

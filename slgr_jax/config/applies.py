@@ -32,6 +32,9 @@ class Applies(NamedTuple):
 
 _TRANSFORMERS = ("sasrec", "bert4rec")
 _WITH_LAYERS = ("lightgcn", *SEQUENCE_BACKBONES, "autoint", "dcn", "dcnv2")
+_READ_PREFERENCES = tuple(
+    name for name in BUILT_IN_GUIDANCE if name not in ("none", "interactions")
+)
 _LEARNED_GATES = ("paper", "budget", "calibrated")
 
 # By command-line name. Of a backbone, guidance or gate of a user's own nothing is known: it may
@@ -56,6 +59,8 @@ _APPLIES: Mapping[str, Applies] = {
     "negatives": Applies("loss", ("bpr", "bce", "sampled_softmax")),
     "popularity_power": Applies("negatives", ("popularity",)),
     **dict.fromkeys(("hard_share", "hard_pool"), Applies("negatives", ("hard",))),
+    "interactions_edges": Applies("backbone", ("lightgcn",)),
+    **dict.fromkeys(("min_gap", "unlisted_share"), Applies("guidance", _READ_PREFERENCES)),
     "lists_per_step": Applies("guidance", LIST_GUIDANCES),
     "aligned_per_step": Applies("guidance", ALIGNMENTS),
     "margin": Applies("guidance_loss", ("hinge",)),

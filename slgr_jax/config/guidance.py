@@ -16,7 +16,11 @@ AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by val
 DISTILLATIONS = ("kd", "list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd", "unkd")
 # Those that align a recommender's vectors with those of a product: docs/alignment.md.
 ALIGNMENTS = ("hint", "htd", "rlmrec_con", "rlmrec_gen")
-BUILT_IN_GUIDANCE = ("none", "pairwise", "pointwise", *DISTILLATIONS, *ALIGNMENTS)
+BUILT_IN_GUIDANCE = (
+    *("none", "pairwise", "pointwise", "interactions"),
+    *DISTILLATIONS,
+    *ALIGNMENTS,
+)
 GUIDANCE = list(BUILT_IN_GUIDANCE)
 # Those that draw whole lists, which must be known to rank above what they leave out.
 LIST_GUIDANCES = ("list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd")
@@ -26,7 +30,10 @@ GATES = ["paper", "constant", "rule", "budget", "calibrated"]
 SUPERVISED_GATES = ["calibrated"]
 # Knobs whose default is another one for some guidances.
 GUIDANCE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    **{name: {"gate": "constant"} for name in ("pointwise", *DISTILLATIONS, *ALIGNMENTS)},
+    **{
+        name: {"gate": "constant"}
+        for name in ("pointwise", "interactions", *DISTILLATIONS, *ALIGNMENTS)
+    },
     # A cosine's gradient grows as a vector shrinks: 0.01 ruins LightGCN (benchmarks/LOG.md).
     **{name: {"gate": "constant", "lambda": 0.001} for name in ("rlmrec_con", "rlmrec_gen")},
 }
@@ -70,7 +77,8 @@ class GuidanceConfig(Section):
     guidance: str = knob(
         "none",
         "use of the teacher in training; pairwise = its preferences; pointwise = squared error of "
-        "sigmoid(score) and its score, scaled to [0, 1]; kd = cross-entropy with its scores as "
+        "sigmoid(score) and its score, scaled to [0, 1]; interactions = what it says that users "
+        "take, as interactions beside those of DATA; kd = cross-entropy with its scores as "
         "soft labels; list_kl = divergence of two softmaxes over its list (LLMD4Rec); rd = its "
         "first items as positives, weighed by place and by the recommender's error; dllm2rec = by "
         "place, score and agreement; cd = soft labels of listed items drawn by rank; rrd = its "
@@ -98,7 +106,8 @@ class GuidanceConfig(Section):
     )
     preferences_per_step: int = knob(
         0,
-        "pairwise, pointwise, kd, unkd: preferences G per step; 0 = batch_size",
+        "pairwise, pointwise, interactions, kd, unkd: preferences (interactions) G per step; 0 = "
+        "batch_size",
         minimum=0,
         maximum=BATCH,
     )
@@ -170,6 +179,26 @@ class PairwiseConfig(Section):
         "below the list; 0 = against any unlisted item. With it, add reference to --gate_inputs",
         minimum=0,
         maximum=BATCH,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractionsConfig(Section):
+    """--guidance=interactions: what a teacher says that users take, beside what they took."""
+
+    places: int = knob(
+        10,
+        "first places of a teacher's list that count as interactions, each with weight 1; 0 = "
+        "whole lists. What slgr teach import --interactions or slgr teach interactions wrote is "
+        "taken whole, with its weights",
+        flag="interactions_places",
+        minimum=0,
+        maximum=WIDTH,
+    )
+    edges: bool = knob(
+        False,
+        "they are edges of the graph too, whatever the gate says of them (lightgcn)",
+        flag="interactions_edges",
     )
 
 

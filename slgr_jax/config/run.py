@@ -37,6 +37,7 @@ from slgr_jax.config.guidance import (
     GUIDANCE_DEFAULTS,
     GateConfig,
     GuidanceConfig,
+    InteractionsConfig,
     PairwiseConfig,
 )
 from slgr_jax.config.knobs import Section, flag_name
@@ -59,6 +60,7 @@ class RunConfig:
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     pairwise: PairwiseConfig = dataclasses.field(default_factory=PairwiseConfig)
+    interactions: InteractionsConfig = dataclasses.field(default_factory=InteractionsConfig)
     kd: KDConfig = dataclasses.field(default_factory=KDConfig)
     list_kl: ListKLConfig = dataclasses.field(default_factory=ListKLConfig)
     rd: RDConfig = dataclasses.field(default_factory=RDConfig)

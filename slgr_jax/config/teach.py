@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from slgr_jax.config.baselines import BASELINES
+from slgr_jax.config.derive import DeriveConfig
 from slgr_jax.config.knobs import WIDTH, Section, knob
 from slgr_jax.errors import ConfigError
 
@@ -72,6 +73,12 @@ class ImportConfig(Section):
         "in the raw data. Or a folder with an answer a user as the model wrote it, user_12.txt: "
         "lists of titles",
     )
+    interactions: str = knob(
+        "",
+        "in place of --scores: a file with user, item[, weight] of what users take in the LLM's "
+        "word, to be learned as interactions (slgr train --guidance=interactions); weights above 0 "
+        "and up to 1, without them all are 1",
+    )
     built_from: str = knob(
         "train_only",
         "what the teacher saw; train_only = training interactions, prefix = what came "
@@ -111,6 +118,7 @@ class ImportConfig(Section):
     user_column: str = knob("user", "--scores: column with user ids, where it is not called user")
     item_column: str = knob("item", "--scores: column with item ids or titles, likewise")
     score_column: str = knob("score", "--scores: column with scores, likewise")
+    weight_column: str = knob("weight", "--interactions: column with weights, likewise")
     items_as: str = knob(
         "ids",
         "what names the items: ids of the raw data, or titles (what names no item, or two, is "
@@ -520,6 +528,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     FactorConfig,
     FreeTeacherConfig,
     CombineConfig,
+    DeriveConfig,
     ExportConfig,
     CarryConfig,
     ReportConfig,

@@ -50,6 +50,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "paper_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "paper"},
     "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": REFERENCE},
     "pruned": {"guidance": "none", "drop_share": 0.71},  # LLMRec's, of which no LLM is a part
+    # What the teacher says that users take, beside what they took.
+    "interactions": {"guidance": "interactions"},
+    "interactions_selective": {"guidance": "interactions", "gate": "calibrated"},
     # Global distillation of the literature; each selective: a place is believed as the gate says.
     **{name: {"guidance": name} for name in DISTILLATIONS},
     **{f"{name}_selective": {"guidance": name, "gate": "calibrated"} for name in DISTILLATIONS},
@@ -91,7 +94,7 @@ UNTAUGHT = ("none", "hard_own", "pruned", *VECTOR_ARMS)
 # for `auto`, which comes before them.
 GATED = (
     *("hard_negatives", "calibrated", "paper", "budget", "rule", "paper_hard_negatives"),
-    *(f"{name}_selective" for name in DISTILLATIONS),
+    *(f"{name}_selective" for name in ("interactions", *DISTILLATIONS)),
 )
 # A control takes the knobs of the matched arm. `constant` and `shuffled` take its tuned settings
 # too: they change one thing. The others teach something else, and are tuned like any arm.

@@ -5,6 +5,7 @@ from slgr_jax.guidance import (
     dcd,
     hint,
     htd,
+    interactions,
     kd,
     list_kl,
     pairwise,
@@ -20,6 +21,7 @@ built_in(
     {
         "pairwise": pairwise.make,
         "pointwise": pointwise.make,
+        "interactions": interactions.make,
         "kd": kd.make,
         "list_kl": list_kl.make,
         "rd": rd.make_rd,

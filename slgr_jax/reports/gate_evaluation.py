@@ -22,6 +22,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.evaluation import ranking_metrics
 from slgr_jax.guidance import teacher_product
 from slgr_jax.guidance.base import Sources
+from slgr_jax.guidance.interactions import PseudoInteractions
 from slgr_jax.reports import calibration
 from slgr_jax.sampling import arrays, random_bits
 from slgr_jax.sampling import labelled_preferences as labels
@@ -51,7 +52,10 @@ def evaluate_gate(run: TrainedRun, *, part: str = "test") -> dict[str, Any] | No
     # Hard negatives are those of training: histories cut before validation.
     references = restore.as_of(run.reference_runs, "valid")
     sources = Sources(run.config, run.dataset, run.restored.backbone, references)
-    teacher = teacher_product.teacher_arrays(sources, part)
+    if isinstance(run.guidance, PseudoInteractions):  # of lists it reads the first places
+        teacher: TeacherLists | TeacherPairs = run.guidance.teacher_arrays(sources)
+    else:
+        teacher = teacher_product.teacher_arrays(sources, part)
     drawn = draw(run, teacher, part)
     if drawn is None:
         return None

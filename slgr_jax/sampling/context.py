@@ -280,7 +280,7 @@ def make_context(
     return Context(
         _histories(dataset) if HISTORY in reads else None,
         _fields(dataset, most_categories)[0] if FIELDS in reads else None,
-        _graph(dataset.positives(("train",)), dataset.n_items) if GRAPH in reads else None,
+        make_graph(dataset.positives(("train",)), dataset.n_items) if GRAPH in reads else None,
         Features(*slots) if FEATURES in reads else None,
     )
 
@@ -365,7 +365,8 @@ def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:
     return Fields(host32(categories), host32(kept)), len(flat.dictionary)
 
 
-def _graph(pairs: Csr, n_items: int) -> Graph:
+def make_graph(pairs: Csr, n_items: int) -> Graph:
+    """The graph of users and items with `pairs`, user -> items, as its edges (host arrays)."""
     users = np.repeat(np.arange(pairs.offsets.size - 1), pairs.counts)
     back = Csr.from_pairs(pairs.indices, users, n_items)
     return Graph(

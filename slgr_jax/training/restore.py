@@ -17,6 +17,7 @@ from slgr_jax.data import own_users
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
+from slgr_jax.guidance import interactions as pseudo_interactions
 from slgr_jax.guidance import make_guidance
 from slgr_jax.guidance.base import ReferenceRun
 from slgr_jax.mesh import Layout, UserShards, make_layout, put
@@ -183,6 +184,7 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
             serving = saved.restore_best(abstract_serving(trained))
         else:
             state = saved.restore_state(abstract_state(trained))
+            placed = layout.put(_with_edges(workdir, run, dataset, backbone, looked_up))
             vectors = _frozen(workdir, run, dataset, layout)
             reads = dataclasses.replace(placed, vectors=layout.put(vectors))
             serving = make_serving_state(trained)(state, reads)
@@ -209,6 +211,20 @@ def _frozen(
     if changed := vector_products.changed(run, dataset, run_directory.read_record(workdir)):
         raise ConfigError(f"{workdir}: {changed}; put those back, or take the best state")
     return vector_products.frozen(run, dataset, layout)
+
+
+def _with_edges(
+    workdir: str, run: config.RunConfig, dataset: Dataset, backbone: AnyBackbone, context: Context
+) -> Context:
+    """The context with the edges that the run in `workdir` was trained with."""
+    was = run_directory.recorded(workdir)
+    changed = was is not None and was["teacher_hash"] != run_directory.teacher_hash(run)
+    if run.interactions.edges and changed:
+        raise ConfigError(
+            f"{workdir}: teacher {run.guidance.teacher} has other interactions now than the graph "
+            "was trained with; put those back, or take the best state"
+        )
+    return pseudo_interactions.with_edges(run, dataset, backbone, context)
 
 
 def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[RestoredRun]:

@@ -4,6 +4,7 @@
     slgr teach score --data=DATA --name=NAME
     slgr teach embed --data=DATA --name=NAME [--embedder=MODEL | --vectors=FILE]
     slgr teach nearest --data=DATA --name=NAME [--listed=50] [--embeddings=EMBEDDED]
+    slgr teach interactions --data=DATA --name=NAME [--lists=TEACHER] [--rare_items=0]
     slgr teach candidates --data=DATA --name=NAME [--run=WORKDIR]
     slgr teach requests --data=DATA --name=NAME --model=LLM [--dry_run]
     slgr teach ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
@@ -42,6 +43,7 @@ from slgr_jax.cli.teach import (
     from_run,
     import_scores,
     inspect,
+    interactions,
     nearest,
     report,
     requests,
@@ -59,6 +61,7 @@ COMMANDS: Mapping[str, SubCommand] = {
     "score": score.COMMAND,
     "embed": embed.COMMAND,
     "nearest": nearest.COMMAND,
+    "interactions": interactions.COMMAND,
     "candidates": candidates.COMMAND,
     "requests": requests.COMMAND,
     "ask": ask.COMMAND,
@@ -130,5 +133,6 @@ def run() -> None:
         name=f"{NAME} {name}",
         sections=command.flag_sections(),
         required=("data", "name", *command.required),
+        stand_ins=command.stand_ins,
         hints=hints(name),
     )

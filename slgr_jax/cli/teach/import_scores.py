@@ -5,10 +5,12 @@
     slgr teach import --data=DATA --name=my_lists --scores=titles.csv --items_as=titles
     slgr teach import --data=DATA --name=my_lists --scores=FOLDER --items_as=titles
     slgr teach import --data=DATA --name=my_llm --scores=more.csv --append
+    slgr teach import --data=DATA --name=taken --interactions=pairs.csv
 
 The file has user, item, score (an empty score: not answered), or user, item, rank (1 the best), or
 user, preferred, other[, margin]. A folder has an answer a user, as the model wrote it: a text file
-user_12.txt or user_12_ANYTHING.txt with a list of titles.
+user_12.txt or user_12_ANYTHING.txt with a list of titles. --interactions: a file with user,
+item[, weight] of what users take in the LLM's word, for slgr train --guidance=interactions.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
     from slgr_jax.teacher.products import preferences
 
     knobs = flags.given_knobs(config.TeachConfig, config.ImportConfig)
-    print(preferences.report(api.import_teacher(**{**knobs, "data": dataset})))
+    read = api.import_interactions if "interactions" in knobs else api.import_teacher
+    print(preferences.report(read(**{**knobs, "data": dataset})))
 
 
 COMMAND = SubCommand(
@@ -37,4 +40,5 @@ COMMAND = SubCommand(
     common=api.IMPORT_COMMON,
     sections=(config.ImportConfig,),
     required=("scores",),
+    stand_ins={"scores": "interactions"},
 )

@@ -12,6 +12,8 @@ Shape letters: U users, I items, D width of a vector, L length of a list.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 
@@ -95,13 +97,14 @@ def _without_mean(vectors: Vectors) -> Vectors:
     return Vectors(values.astype(np.float32), vectors.has & (values != 0).any(axis=1))
 
 
-def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> schema.TeacherManifest:
-    """Write DATA/teacher/NAME from texts (wordllama), or from DATA/embeddings/`--embeddings`.
+def vectors_of(
+    dataset: Dataset, options: NearestConfig
+) -> tuple[Vectors, Vectors, preferences.Provenance]:
+    """Vectors of items and users, and what they are: of `--embeddings`, or of the item texts.
 
     Raises:
       UserError: the extra `llm` is not installed.
       ManifestError, ShardError: the embeddings do not fit or are damaged.
-      InputError: there is nothing to list.
       ConfigError: --nocentre without --embeddings.
     """
     if not (options.centre or options.embeddings):
@@ -109,25 +112,44 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
             "--nocentre is for --embeddings=NAME: the vectors of the item texts are centred and "
             "whitened field by field; drop it"
         )
+    seen = dataset.positives(("train",))
+    if not options.embeddings:
+        cosine = scorers.Cosine(dataset, scorers.WordLlama())
+        items = Vectors(cosine.vectors, cosine.described)
+        provenance = preferences.Provenance(
+            model=cosine.name, prompt_hash=cosine.prompt_hash, score_kind="cosine"
+        )
+        return items, embeddings.mean_of_history(seen, items), provenance
+
+    product = embeddings.load(dataset, options.embeddings)
+    items, users, manifest = product.items, product.users, product.manifest
+    if options.centre:
+        items, users = centred(items, users, seen, users_from=manifest.users_from)
+    return (
+        items,
+        users,
+        preferences.Provenance(
+            built_from=manifest.built_from,
+            model=manifest.model,
+            prompt_hash=manifest.prompt_hash,
+            score_kind="cosine of centred vectors" if options.centre else "cosine",
+        ),
+    )
+
+
+def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> schema.TeacherManifest:
+    """Write DATA/teacher/NAME from texts (wordllama), or from DATA/embeddings/`--embeddings`.
+
+    Raises:
+      UserError: as `vectors_of`.
+      InputError: there is nothing to list.
+    """
     shards.check_target(
         preferences.product_path(dataset.path, common.name), overwrite=common.overwrite
     )
 
     seen = dataset.positives(("train",))
-    if options.embeddings:
-        product = embeddings.load(dataset, options.embeddings)
-        items, users = product.items, product.users
-        manifest = product.manifest
-        if options.centre:
-            items, users = centred(items, users, seen, users_from=manifest.users_from)
-        model, prompt_hash, built_from = manifest.model, manifest.prompt_hash, manifest.built_from
-        kind = "cosine of centred vectors" if options.centre else "cosine"
-    else:
-        cosine = scorers.Cosine(dataset, scorers.WordLlama())
-        items = Vectors(cosine.vectors, cosine.described)
-        users = embeddings.mean_of_history(seen, items)
-        model, prompt_hash, built_from = cosine.name, cosine.prompt_hash, "train_only"
-        kind = "cosine"
+    items, users, provenance = vectors_of(dataset, options)
     columns = nearest(items, users, seen, options.listed)
 
     if not columns[0].size:
@@ -137,13 +159,11 @@ def write(dataset: Dataset, common: TeachConfig, options: NearestConfig) -> sche
             "vectors"
         )
 
-    provenance = preferences.Provenance(
-        built_from=built_from,
+    provenance = dataclasses.replace(
+        provenance,
         unlisted="below",
         training_items="none",
-        model=model,
-        prompt_hash=prompt_hash,
-        score_kind=f"{kind}, nearest {options.listed}",
+        score_kind=f"{provenance.score_kind}, nearest {options.listed}",
     )
     return preferences.write_product(
         dataset,

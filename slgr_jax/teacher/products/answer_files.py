@@ -17,10 +17,12 @@ from slgr_jax.errors import InputError, listing
 # Columns of each kind: the user, the items, then the number.
 ITEM_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "scores": ("item",),
+    "interactions": ("item",),
     "preferences": ("preferred", "other"),
 }
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "scores": ("score", "rank"),
+    "interactions": ("weight", "label"),
     "preferences": ("margin",),
 }
 _ITEM_NAMES = frozenset(itertools.chain.from_iterable(ITEM_COLUMNS.values()))
@@ -28,7 +30,12 @@ _BINARY_HEADS = (b"PAR1", b"ARRO", b"\xff\xff\xff\xff")
 
 
 def read(
-    path: pathlib.Path, delimiter: str, *, titled: bool, names: Mapping[str, str] | None = None
+    path: pathlib.Path,
+    delimiter: str,
+    *,
+    titled: bool,
+    names: Mapping[str, str] | None = None,
+    interactions: bool = False,
 ) -> pa.Table:
     """The table in a file: all columns, or of CSV those that are known.
 
@@ -36,6 +43,7 @@ def read(
       path: the file; delimiter: CSV column separator.
       names: what its columns are called -> user, item or score, where that is something else.
       titled: a column title names the items, and is called item in what is returned.
+      interactions: see `kind_of`.
 
     Raises:
       InputError, ShardError: it cannot be read, or lacks columns.
@@ -64,7 +72,7 @@ def read(
         if len(set(header)) != len(header):
             raise InputError(f"{path} names a column twice: {listing(header)}")
         header = _renamed(header, names, path)
-        kind_of(header, path, titled=titled)
+        kind_of(header, path, titled=titled, interactions=interactions)
         table = pacsv.read_csv(
             path,
             read_options=pacsv.ReadOptions(column_names=header, skip_rows=1) if names else None,
@@ -149,9 +157,22 @@ def _with_items(table: pa.Table, *, titled: bool) -> pa.Table:
     return table.rename_columns({"title": "item"})
 
 
-def kind_of(columns: Sequence[str], path: pathlib.Path, *, titled: bool) -> str:
-    """Scores or preferences, by the names of columns; `InputError` where they are neither."""
+def kind_of(
+    columns: Sequence[str], path: pathlib.Path, *, titled: bool, interactions: bool = False
+) -> str:
+    """Scores or preferences, by the names of columns; `InputError` where they are neither.
+
+    Args:
+      interactions: it must be these: a user and an item, with or without a number.
+    """
     names = {"item" if titled and name == "title" else name for name in columns}
+    if interactions:
+        if {"user", "item"} <= names:
+            return "interactions"
+        raise InputError(
+            f"{path} has columns {listing(columns)}; expected user, item and optionally weight"
+            + _other_delimiter(columns)
+        )
     if {"user", "item"} <= names and names & set(NUMBERS["scores"]):
         return "scores"
     if {"user", "preferred", "other"} <= names:
