@@ -64,12 +64,12 @@ def compare(
     Raises:
       UserError: what is asked for cannot be compared; said before the first run.
     """
-    from slgr_jax.experiments import comparison, search_space
+    from slgr_jax.experiments import comparison, planning, search_space
 
     sections: tuple[type[Section], ...] = (config.CompareConfig, *config.sections().values())
     values = knob_values(sections, knobs)
     names = {flag_name(field) for field in dataclasses.fields(config.CompareConfig)}
-    request = comparison.Request(
+    request = planning.Request(
         teacher=teacher,
         preset=preset,
         backbones=backbones,

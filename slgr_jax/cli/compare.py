@@ -58,14 +58,14 @@ USAGE = __doc__ or ""
 
 def run_sections() -> list[type[Section]]:
     """The sections of a run without the knobs that a comparison sets itself."""
-    from slgr_jax.experiments import comparison
+    from slgr_jax.experiments import planning
 
-    return [flags.without(section, comparison.SET_HERE) for section in config.sections().values()]
+    return [flags.without(section, planning.SET_HERE) for section in config.sections().values()]
 
 
 def define() -> None:
     """Define the flags that are no knobs of a run."""
-    from slgr_jax.experiments import arms, comparison, presets
+    from slgr_jax.experiments import arms, planning, presets
 
     absl_flags.DEFINE_list("data", [], "dataset directories that slgr prepare wrote")
     absl_flags.DEFINE_string("out", "", "directory of the runs and the report")
@@ -78,7 +78,7 @@ def define() -> None:
     absl_flags.DEFINE_list("backbones", ["mf"], f"recommenders: {', '.join(config.BACKBONES)}")
     absl_flags.DEFINE_list(
         "guidance",
-        list(comparison.DEFAULT_ARMS),
+        list(planning.DEFAULT_ARMS),
         f"arms: {', '.join((*arms.ARMS, arms.AUTO, *arms.CONTROLS))}",
     )
     absl_flags.DEFINE_multi_string(
@@ -143,7 +143,7 @@ def _quick(given: absl_flags.FlagValues) -> None:
 
 def main(_: list[str]) -> None:
     """Compare; end with what was found."""
-    from slgr_jax.experiments import comparison, search_space
+    from slgr_jax.experiments import comparison, planning, search_space
 
     given = flags.FLAGS
     if given.quick:
@@ -155,7 +155,7 @@ def main(_: list[str]) -> None:
     def chosen(name: str) -> list[str] | None:
         return given[name].value if given[name].present else None
 
-    request = comparison.Request(
+    request = planning.Request(
         teacher=given.teacher,
         vectors=given.vectors,
         preset=given.preset,

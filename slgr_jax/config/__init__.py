@@ -65,7 +65,6 @@ from slgr_jax.config.run import RunConfig, differences, make_run, method_section
 from slgr_jax.config.serve import ServeConfig
 from slgr_jax.config.teach import (
     BUILT_FROM,
-    EMBEDDERS,
     FUSIONS,
     LIST_SIZES,
     ORDERS,
@@ -82,17 +81,15 @@ from slgr_jax.config.teach import (
     CarryConfig,
     CollectConfig,
     CombineConfig,
-    EmbedConfig,
     ExportConfig,
-    FactorConfig,
     FreeTeacherConfig,
     ImportConfig,
-    NearestConfig,
     ReportConfig,
     RequestConfig,
     ScoreConfig,
     TeachConfig,
 )
+from slgr_jax.config.teach_vectors import EMBEDDERS, EmbedConfig, FactorConfig, NearestConfig
 from slgr_jax.config.training import (
     KERNELS,
     NEGATIVES,

@@ -52,6 +52,7 @@ EMBEDDINGS_FORMAT = "slgr_jax.embeddings"
 VERSION = 1
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+_PAIR = [pa.field("user", pa.int32(), nullable=False), pa.field("item", pa.int32(), nullable=False)]
 
 INTERACTIONS = pa.schema(
     [
@@ -93,13 +94,7 @@ TEACHER_PREFERENCES = pa.schema(
     ]
 )
 # One row per answer that was made of several: which share of these speak alike of the item.
-TEACHER_VOTES = pa.schema(
-    [
-        pa.field("user", pa.int32(), nullable=False),
-        pa.field("item", pa.int32(), nullable=False),
-        pa.field("votes", pa.float32(), nullable=False),
-    ]
-)
+TEACHER_VOTES = pa.schema([*_PAIR, pa.field("votes", pa.float32(), nullable=False)])
 TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
     "scores": TEACHER_SCORES,
     "preferences": TEACHER_PREFERENCES,
@@ -108,17 +103,9 @@ TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
 # One row per (user, item) to ask about, sorted; `reasons` has bit k set where set k of
 # `REASONS` drew it.
 REASONS = ("popular", "cold", "tail", "hard_top", "hard_uncertain", "calibration")
-CANDIDATES = pa.schema(
-    [
-        pa.field("user", pa.int32(), nullable=False),
-        pa.field("item", pa.int32(), nullable=False),
-        pa.field("reasons", pa.int32(), nullable=False),
-    ]
-)
+CANDIDATES = pa.schema([*_PAIR, pa.field("reasons", pa.int32(), nullable=False)])
 # Training items that no prompt of the user shows as history: what calibration asks about.
-HIDDEN = pa.schema(
-    [pa.field("user", pa.int32(), nullable=False), pa.field("item", pa.int32(), nullable=False)]
-)
+HIDDEN = pa.schema(_PAIR)
 # One row per request, in the order of the request files; `items` as the prompt shows them.
 REQUESTS = pa.schema(
     [

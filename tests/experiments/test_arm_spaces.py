@@ -10,7 +10,7 @@ from comparisons import GIVEN, plan_of
 from slgr_jax import config
 from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arm_spaces, arms, comparison, presets, sampler
+from slgr_jax.experiments import arm_spaces, arms, planning, presets, sampler
 from slgr_jax.experiments.search_space import Choice, Range
 from slgr_jax.teacher.products import preferences
 
@@ -141,8 +141,8 @@ def test_presets_search_what_the_paper_leaves_open(tmp_path, preset):
     rows = [[0, 0, 1], [1, 2, 3], [0.5, 0.25, 0.1]]
     table = pa.table(rows, names=["user", "item", "score"]).cast(schema.TEACHER_SCORES)
     preferences.write_product(data, "llm", table, provenance=preferences.Provenance())
-    request = comparison.Request(preset=preset, teacher="llm")
-    plan = comparison.make_plan(str(data.path), tmp_path / "out", request)
+    request = planning.Request(preset=preset, teacher="llm")
+    plan = planning.make_plan(str(data.path), tmp_path / "out", request)
     for backbone in plan.backbones:
         assert list(arm_spaces.space_of(plan, backbone, "none")) == ["lr", "l2", "dropout"]
         own = list(arm_spaces.space_of(plan, backbone, "paper"))[3:]
@@ -156,8 +156,8 @@ def test_presets_run_what_the_paper_and_its_benchmark_say(tmp_path):
     preferences.write_product(data, "llm", table, provenance=preferences.Provenance())
 
     def plan_of(**asked):
-        request = comparison.Request(preset="table2", teacher="llm", **asked)
-        return comparison.make_plan(str(data.path), tmp_path / "out", request)
+        request = planning.Request(preset="table2", teacher="llm", **asked)
+        return planning.make_plan(str(data.path), tmp_path / "out", request)
 
     plan = plan_of(knobs={"epochs": 3})
     run = plan.config("dcn", "paper", {"lambda": 0.5}, tmp_path / "run")

@@ -10,7 +10,7 @@ from comparisons import plan_of
 from slgr_jax import config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arm_spaces, arms, comparison, results
+from slgr_jax.experiments import arm_spaces, arms, comparison, planning, results
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.chunks import Chunks
 from slgr_jax.teacher.local.vectors import Vectors
@@ -107,7 +107,7 @@ def test_arms_of_vectors_need_a_product_and_no_teacher(tmp_path):
     data = str(worlds.random_dataset(tmp_path / "data").path)
 
     def plan(**asked):
-        return comparison.make_plan(data, tmp_path, comparison.Request(**asked))
+        return planning.make_plan(data, tmp_path, planning.Request(**asked))
 
     asked = plan(guidance=("none", "init", "adapter"), vectors="words", controls=())
     assert asked.arms == ("none", "init", "adapter")

@@ -17,7 +17,7 @@ from scipy import stats as scipy_stats
 
 from slgr_jax import config
 from slgr_jax.data import schema, shards
-from slgr_jax.experiments import comparison
+from slgr_jax.experiments import comparison, planning
 from slgr_jax.teacher.products import preferences
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
@@ -161,7 +161,7 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
 @pytest.mark.slow
 def test_refits_are_a_second_table_and_the_verdict(tmp_path):
     data = worlds.random_dataset(tmp_path / "data", n_users=40, n_items=30, per_user=10)
-    request = comparison.Request(
+    request = planning.Request(
         guidance=("none", "hard_own"),
         seeds=2,
         options=config.CompareConfig(trials=1, widen=False),
