@@ -134,7 +134,7 @@ def _rows(plan: ComparisonPlan, runs: _Runs, primary: Mapping[str, str]) -> list
 
     first = next(iter(runs.values()))[0]
     where = {key: [pathlib.Path(run.workdir) for run in seeds] for key, seeds in runs.items()}
-    no_llm = {*arms.CONTROLS, *arms.UNTAUGHT[1:]} - {*arms.ALIGNED}
+    no_llm = {*arms.CONTROLS, *arms.UNTAUGHT[1:]} - {*arms.VECTOR_ARMS}  # an LLM's, perhaps
     controls = [arm for arm in plan.arms if arm in no_llm and arm != plan.focus]
     return summary.rows_of(where, first.evaluation.ks, primary, plan.focus, controls)
 
