@@ -157,7 +157,14 @@ _FITTING = {
     **{"uncertainty": "ensemble", "reference_runs": "a,b"},
 }
 # What a run with --init_from cannot have.
-_WITHOUT = {"init_item_vectors": "", "init_user_vectors": "", "item_rows": True, "user_rows": True}
+_WITHOUT = {
+    "adapter_chunks": False,
+    "adapter_gate": False,
+    "init_item_vectors": "",
+    "init_user_vectors": "",
+    "item_rows": True,
+    "user_rows": True,
+}
 
 
 def _changed(section: type) -> object:
@@ -194,8 +201,9 @@ def test_json_gives_back_every_knob(method):
     unused = {name for name, product in products.items() if not product}
     guidance = dataclasses.replace(sections["guidance"], guidance=method, **products)
     sections["guidance"] = guidance
-    sections["train"] = dataclasses.replace(sections["train"], user_shards=0)  # goes with few
-    unused.add("user_shards")
+    few = {"user_shards": 0, "train_only": "all"}  # what goes with few
+    sections["train"] = dataclasses.replace(sections["train"], **few)
+    unused |= few.keys()
     run = RunConfig(data="a b", workdir="ü", **sections)
     again = knobs.from_json(RunConfig, knobs.to_json(run), "config")
     assert again == run
@@ -206,7 +214,8 @@ def test_json_gives_back_every_knob(method):
     only = {"backbone"} if len(config.BACKBONES) == 1 else set()
     assert changed == {knobs.flag_name(field) for field in fields} - only - _WITHOUT.keys() - unused
     assert config.differences(run, again) == []
-    vectors = dataclasses.replace(vectors, item_rows=True, user_rows=True)
+    alone = {"adapter_experts": 0, "adapter_gate": False}  # beside them --adapter_chunks is refused
+    vectors = dataclasses.replace(vectors, item_rows=True, user_rows=True, **alone)
     run = RunConfig(data="d", workdir="w", vectors=vectors)
     assert knobs.from_json(RunConfig, knobs.to_json(run), "config") == run
 
