@@ -33,7 +33,7 @@ def compare(
     focus: str = "",
     seeds: int = 5,
     search: str | Mapping[str, Any] = "",
-    refit: bool = False,
+    refit: bool | None = None,
     workers: int = 0,
     **knobs: Any,
 ) -> Comparison:
@@ -57,6 +57,7 @@ def compare(
       seeds: runs of an arm, at least 2.
       search: ranges in place of the usual ones, or of more knobs, written as for `tune`.
       refit: also train every run once more, on training and validation; the verdict is theirs.
+        By default it is so, but not with a preset.
       workers: processes on a CPU; 0: one per core.
       **knobs: of `slgr_jax.config.CompareConfig` (trials, sampler, sampler_seed, widen), and of
         every run; what is given is not searched.

@@ -13,7 +13,8 @@
    that range gets wider, and the report says so. Needs the extra tune.
 2. --seeds runs of every arm; of auto each with what that seed's validation prefers.
 3. Every run meets the test part, once.
-4. --refit: each once more, on training and validation: what one would serve.
+4. Each once more, on training and validation, with its settings, epochs and gate: what one would
+   serve, and what the verdict is about. --norefit leaves it out, and so do presets.
 
 Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
 calibrated; hard_negatives (what the teacher lists against what `none` would recommend instead,
@@ -45,6 +46,7 @@ from __future__ import annotations
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -106,9 +108,9 @@ def define() -> None:
     absl_flags.DEFINE_integer("seeds", 5, "seeds per arm", lower_bound=2)
     absl_flags.DEFINE_bool(
         "refit",
-        False,
+        True,
         "also train every run once more on training and validation, with its settings, epochs and "
-        "gate: a second table and the verdict",
+        "gate: a second table and the verdict; not with --preset unless it is given",
     )
     flags.define_space(
         "search",
@@ -152,7 +154,7 @@ def main(_: list[str]) -> None:
     if not given.out:
         raise ConfigError("missing --out; see slgr compare --help")
 
-    def chosen(name: str) -> list[str] | None:
+    def chosen(name: str) -> Any:
         return given[name].value if given[name].present else None
 
     request = planning.Request(
@@ -168,7 +170,7 @@ def main(_: list[str]) -> None:
         seeds=given.seeds,
         search=search_space.as_mapping(given.search),
         options=flags.section_from_flags(config.CompareConfig),
-        refit=given.refit,
+        refit=chosen("refit"),
         knobs=flags.given_knobs(*run_sections()),
     )
     compared = comparison.compare_all(

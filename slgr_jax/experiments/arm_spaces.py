@@ -269,8 +269,8 @@ def first_params(
     plan: ComparisonPlan, backbone: str, arm: str, space: SearchSpace
 ) -> list[dict[str, Any]]:
     """What is tried first: the defaults, or what is nearest to them; of each variant. Then, where
-    rows may begin with factors, the first of these so, at the least learning rate: from there more
-    is to be lost."""
+    rows may begin with factors, the first of these so, in the widest rows, as a rank is what lies
+    between them and EASE, and at the least learning rate: from there more is to be lost."""
     first = []
     for variant in _variants(plan, arm):
         run = plan.config(backbone, arm, variant, plan.out)
@@ -283,8 +283,12 @@ def first_params(
             values["lambda"] = _HARD_LAMBDA
         first.append({name: sampler.nearest(of, values[name]) for name, of in space.items()})
     if "start" in space:
-        least = {"lr": sampler.nearest(space["lr"], 0.0)} if "lr" in space else {}
-        first.append({**first[0], **least, "start": STARTS[1]})
+        ends = {
+            name: search_space.bounds(space[name])[end]
+            for name, end in (("dim", 1), ("lr", 0))
+            if name in space
+        }
+        first.append({**first[0], **ends, "start": STARTS[1]})
     return first
 
 

@@ -47,6 +47,7 @@ class Request:
         every arm that has the knob.
       options: how every arm is searched.
       refit: also train every run once more, on training and validation; the verdict is theirs.
+        By default it is so, but not with a preset, whose paper trains on training alone.
       knobs: of every run, by their command-line names; what is given is not searched.
     """
 
@@ -62,7 +63,7 @@ class Request:
     seeds: int = 5
     search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: config.CompareConfig = dataclasses.field(default_factory=config.CompareConfig)
-    refit: bool = False
+    refit: bool | None = None
     knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,7 +145,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         variants=arm_spaces.variants_of(data, request.teacher) if arms.AUTO in chosen else (),
         own_arms=more_arms,
         vectors=request.vectors,
-        refit=request.refit,
+        refit=not request.preset if request.refit is None else request.refit,
         backbone_knobs=_backbone_knobs(request),
         factors_width=arm_spaces.factors_width(counts, knobs) if request.options.ease_start else 0,
     )

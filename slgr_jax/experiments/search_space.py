@@ -265,9 +265,9 @@ def ends(
     for name, of in space.items():
         if name not in chosen:
             continue
-        bounds = _bounds(of)
-        side = _side(of, bounds, chosen[name], edge)
-        if side is not None and bounds[side] != _limits(name)[side]:
+        both = bounds(of)
+        side = _side(of, both, chosen[name], edge)
+        if side is not None and both[side] != _limits(name)[side]:
             at_ends.append((name, side))
     return at_ends
 
@@ -278,7 +278,7 @@ def wider(name: str, of: Range | Choice, side: int) -> tuple[Range | Choice, Any
     A step is a third of the range on its scale; of numbers to choose from the ratio of the last
     two. It ends where the knob ends; None where it ends there already.
     """
-    low, high = _bounds(of)
+    low, high = bounds(of)
     limit = _limits(name)[side]
     if isinstance(of, Choice):
         values = sorted(of.values)
@@ -331,7 +331,7 @@ def _is_open(name: str, side: int) -> bool:
     return (meta.maximum if side else meta.minimum) is None
 
 
-def _bounds(of: Range | Choice) -> tuple[Any, Any]:
+def bounds(of: Range | Choice) -> tuple[Any, Any]:
     """The ends of a range, or of the numbers to choose from; None where these are none."""
     if isinstance(of, Range):
         return of.low, of.high
@@ -339,9 +339,9 @@ def _bounds(of: Range | Choice) -> tuple[Any, Any]:
     return (min(numbers), max(numbers)) if numbers else (None, None)
 
 
-def _side(of: Range | Choice, bounds: tuple[Any, Any], value: Any, edge: float) -> int | None:
+def _side(of: Range | Choice, both: tuple[Any, Any], value: Any, edge: float) -> int | None:
     """0 or 1: the end of the range that a value is at; None in between."""
-    low, high = bounds
+    low, high = both
     if isinstance(of, Choice) or of.is_whole:
         return None if low is None else 0 if value == low else 1 if value == high else None
     low, high, at = (math.log(x) if of.log else x for x in (low, high, value))

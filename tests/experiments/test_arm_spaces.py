@@ -160,6 +160,8 @@ def test_presets_run_what_the_paper_and_its_benchmark_say(tmp_path):
         return planning.make_plan(str(data.path), tmp_path / "out", request)
 
     plan = plan_of(knobs={"epochs": 3})
+    assert not plan.refit  # the paper trains on training alone
+    assert plan_of(refit=True).refit
     run = plan.config("dcn", "paper", {"lambda": 0.5}, tmp_path / "run")
     assert run.pairwise.pair_selection == "largest_gap"
     assert (run.sampler.batch_size, run.model.dim, run.train.patience) == (128, 64, 2)
@@ -187,7 +189,7 @@ def test_rows_of_mf_may_begin_with_the_factors_of_ease(tmp_path):
     assert "start" not in arm_spaces.space_of(plan, "lightgcn", "none")
     drawn, factors = arm_spaces.first_params(plan, "mf", "none", spaces["none"])
     assert (drawn["start"], factors["start"]) == ("drawn", "ease")
-    assert factors == {**drawn, "start": "ease", "lr": 0.01}
+    assert factors == {**drawn, "start": "ease", "lr": 0.01, "dim": 256}
     settings = arm_spaces.settings_of(plan, "mf", "none", spaces["none"], factors)
     run = plan.config("mf", "none", settings, tmp_path)
     assert run.vectors.init_products == dict.fromkeys(("item", "user"), arm_spaces.FACTORS)

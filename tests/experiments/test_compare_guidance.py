@@ -108,6 +108,7 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
         "--mlp=4",
         "--history_bins=5,7",
         "--popularity_bins=12",
+        "--norefit",
     )
     done = launch(*given)
     assert done.returncode == 0, done.stderr
@@ -165,7 +166,6 @@ def test_refits_are_a_second_table_and_the_verdict(tmp_path):
         guidance=("none", "hard_own"),
         seeds=2,
         options=config.CompareConfig(trials=1, widen=False),
-        refit=True,
         knobs={"epochs": 3, "dim": 4, "batch_size": 64, "hard_share": 0.2, "hard_pool": 5},
     )
     done = comparison.compare_all([str(data.path)], tmp_path / "out", request, workers=1)
