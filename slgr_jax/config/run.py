@@ -372,6 +372,11 @@ class RunConfig:
         return self.gate.members if self.guided or self.draws_hard_negatives else ()
 
     @property
+    def adds_edges(self) -> bool:
+        """Whether what guides the run is also edges of the graph."""
+        return self.interactions.edges
+
+    @property
     def draws_hard_negatives(self) -> bool:
         """Whether negatives of triples come from what reference runs rank highest."""
         return self.sampler.negatives == "hard"

@@ -16,6 +16,7 @@ from slgr_jax.guidance import (
     unkd,
 )
 from slgr_jax.guidance.base import Guidance, built_in, make_guidance, register
+from slgr_jax.guidance.interactions import with_edges
 
 built_in(
     {
@@ -37,4 +38,5 @@ built_in(
     }
 )
 
-__all__ = ["Guidance", "make_guidance", "register"]
+# What a guidance adds to the graph that a backbone propagates along.
+__all__ = ["Guidance", "make_guidance", "register", "with_edges"]

@@ -99,7 +99,7 @@ def with_edges(
     Raises:
       UserError: as `product`.
     """
-    if not run.interactions.edges or GRAPH not in backbone.reads:
+    if not run.adds_edges or GRAPH not in backbone.reads:
         return context
     trained, pseudo = dataset.positives(("train",)), product(run, dataset)
     owners = np.repeat(np.arange(dataset.n_users), np.diff(pseudo.offsets))

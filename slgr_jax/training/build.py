@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError
-from slgr_jax.guidance import gates, hard_negatives, make_guidance
-from slgr_jax.guidance import interactions as pseudo_interactions
+from slgr_jax.guidance import gates, hard_negatives, make_guidance, with_edges
 from slgr_jax.guidance.base import Sources
 from slgr_jax.guidance.gated import Gated
 from slgr_jax.kernels import build as kernel_build
@@ -74,7 +73,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         units=kernel_build.step_units(run),
     )
     backbone, context = restore.backbone_and_context(run, dataset, native=native)
-    context = pseudo_interactions.with_edges(run, dataset, backbone, context)
+    context = with_edges(run, dataset, backbone, context)
     context = dataclasses.replace(context, vectors=vector_products.frozen(run, dataset, layout))
     slices = dataset.slices(run.slices)
     interactions = arrays_lib.interactions(

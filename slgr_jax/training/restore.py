@@ -17,8 +17,7 @@ from slgr_jax.data import own_users
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
-from slgr_jax.guidance import interactions as pseudo_interactions
-from slgr_jax.guidance import make_guidance
+from slgr_jax.guidance import make_guidance, with_edges
 from slgr_jax.guidance.base import ReferenceRun
 from slgr_jax.mesh import Layout, UserShards, make_layout, put
 from slgr_jax.models.backbones import AnyBackbone, make_backbone, reads_of
@@ -219,12 +218,12 @@ def _with_edges(
     """The context with the edges that the run in `workdir` was trained with."""
     was = run_directory.recorded(workdir)
     changed = was is not None and was["teacher_hash"] != run_directory.teacher_hash(run)
-    if run.interactions.edges and changed:
+    if run.adds_edges and changed:
         raise ConfigError(
             f"{workdir}: teacher {run.guidance.teacher} has other interactions now than the graph "
             "was trained with; put those back, or take the best state"
         )
-    return pseudo_interactions.with_edges(run, dataset, backbone, context)
+    return with_edges(run, dataset, backbone, context)
 
 
 def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[RestoredRun]:

@@ -21,7 +21,6 @@ Q numbers of a query, T fields of the recommender, H width of a hidden layer.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +62,7 @@ def init_alignment(key: jax.Array, width: int) -> dict[str, jax.Array]:
 def _init_perceptron(key: jax.Array, inputs: int, hidden: Sequence[int]) -> dict[str, Any]:
     """Weights ~ N(0, 2 / inputs) before a relu, N(0, 1 / inputs) of the last layer; biases 0."""
     layers = {}
-    sizes = itertools.pairwise((inputs, *hidden, 1))
+    sizes = zip((inputs, *hidden), (*hidden, 1), strict=True)
     for number, (above, below) in enumerate(sizes):
         gain = 1.0 if number == len(hidden) else 2.0
         drawn = jax.random.normal(jax.random.fold_in(key, number), (above, below))
