@@ -24,7 +24,6 @@ import idgenrec
 
 from slgr_jax.cli import flags
 from slgr_jax.config.knobs import Section, knob
-from slgr_jax.errors import ConfigError
 
 EDITION = 2  # of PROTOCOL.md
 SPLITS: Mapping[str, tuple[str, ...]] = {
@@ -285,27 +284,17 @@ def main(_: list[str]) -> None:
     for dataset in idgenrec.DATASETS:
         idgenrec.folder_of(pathlib.Path(config.input), dataset)
     out.mkdir(parents=True, exist_ok=True)
-    stated = out / "scale.txt"
-    if stated.is_file() and stated.read_text() != config.scale:
-        raise ConfigError(
-            f"{out} holds --scale={stated.read_text()}; choose another --out for "
-            f"--scale={config.scale}"
-        )
-    stated.write_text(config.scale)
-
-    budget, results, cut = idgenrec.Budget(config.minutes), [], []
-    for cell in cells(scale):
-        try:
-            results.append(run_cell(cell, config, budget))
-        except idgenrec.OutOfTimeError:
-            cut.append(cell.name)
+    idgenrec.hold_scale(out / "scale.txt", config.scale)
+    budget = idgenrec.Budget(config.minutes)
+    by_cell, cut = idgenrec.run_all(cells(scale), lambda cell: run_cell(cell, config, budget))
+    results = list(by_cell.values())
     correct(results)
     facts = {
         "edition": EDITION,
         "scale": config.scale,
         **dataclasses.asdict(scale),
         "results": results,
-        "cut": cut,
+        "cut": [cell.name for cell in cut],
     }
     results_lib.write_json(out / "confirmation.json", facts)
     text = render(facts)

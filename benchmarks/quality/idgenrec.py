@@ -10,10 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from slgr_jax.errors import ConfigError, InputError
+
+Cell = TypeVar("Cell")  # what a benchmark runs one after the other
 
 DATASETS = ("Beauty", "Sports", "Toys")
 SEQUENCES = "user_sequence.txt"
@@ -55,6 +59,31 @@ class Budget:
             raise OutOfTimeError from None
         if status:
             raise ConfigError(f"slgr {arguments[0]} ended with status {status}; its line is above")
+
+
+def hold_scale(path: pathlib.Path, scale: str) -> None:
+    """Write `scale` to a file of --out, where what is there is of one scale alone.
+
+    Raises:
+      ConfigError: it is of another.
+    """
+    if path.is_file() and (held := path.read_text()) != scale:
+        raise ConfigError(f"{path} says --scale={held}; choose another --out for --scale={scale}")
+    path.write_text(scale)
+
+
+def run_all(
+    cells: Sequence[Cell], run_cell: Callable[[Cell], dict[str, Any]]
+) -> tuple[dict[Cell, dict[str, Any]], list[Cell]]:
+    """What each cell came to, and the cells that the budget cut."""
+    results: dict[Cell, dict[str, Any]] = {}
+    cut = []
+    for cell in cells:
+        try:
+            results[cell] = run_cell(cell)
+        except OutOfTimeError:
+            cut.append(cell)
+    return results, cut
 
 
 def sample(source: pathlib.Path, target: pathlib.Path, share: float) -> None:

@@ -24,7 +24,6 @@ import idgenrec
 
 from slgr_jax.cli import flags
 from slgr_jax.config.knobs import Section, knob
-from slgr_jax.errors import ConfigError
 from slgr_jax.experiments import presets, render
 from slgr_jax.experiments.arms import VECTOR_ARMS
 
@@ -172,22 +171,12 @@ def main(_: list[str]) -> None:
     for dataset in idgenrec.DATASETS:
         idgenrec.folder_of(pathlib.Path(config.input), dataset)
     out.mkdir(parents=True, exist_ok=True)
-    stated = out / f"{config.table}_scale.txt"
-    if stated.is_file() and stated.read_text() != config.scale:
-        raise ConfigError(
-            f"{out} holds {config.table} with --scale={stated.read_text()}; choose another --out "
-            f"for --scale={config.scale}"
-        )
-    stated.write_text(config.scale)
-
-    budget, cut = idgenrec.Budget(config.minutes), []
-    reports: dict[Cell, dict[str, Any]] = {}
-    for cell in cells(config.table):
-        try:
-            reports[cell] = run_cell(cell, config, budget)
-        except idgenrec.OutOfTimeError:
-            cut.append(cell.name)
-    facts = facts_of(config, reports, cut)
+    idgenrec.hold_scale(out / f"{config.table}_scale.txt", config.scale)
+    budget = idgenrec.Budget(config.minutes)
+    reports, cut = idgenrec.run_all(
+        cells(config.table), lambda cell: run_cell(cell, config, budget)
+    )
+    facts = facts_of(config, reports, [cell.name for cell in cut])
     results.write_json(out / f"{config.table}.json", facts)
     text = page(facts, presets.table(config.table, by_dataset(reports)) if reports else "")
     (out / f"{config.table}.md").write_text(text, encoding="utf-8")

@@ -59,8 +59,8 @@ def compare(
       refit: also train every run once more, on training and validation; the verdict is theirs.
         By default it is so, but not with a preset.
       workers: processes on a CPU; 0: one per core.
-      **knobs: of `slgr_jax.config.CompareConfig` (trials, sampler, sampler_seed, widen), and of
-        every run; what is given is not searched.
+      **knobs: of `slgr_jax.config.CompareConfig` (trials, widen, ease_start, sampler,
+        sampler_seed), and of every run; what is given is not searched.
 
     Raises:
       UserError: what is asked for cannot be compared; said before the first run.

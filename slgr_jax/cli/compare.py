@@ -8,7 +8,8 @@
 
 1. Tuning, on validation with seed 0: one search for every arm, with as many trials, the same
    sampler and the same ranges (learning rate, penalty, dropout, width, loss, the power of
-   popularity that negatives are drawn by; --search for others). An arm's own knobs (lambda, its
+   popularity that negatives are drawn by, of mf whether rows begin with EASE's factors; --search
+   for others). An arm's own knobs (lambda, its
    loss, ...) are searched within the same trials. Where the best trial is at an end of a range,
    that range gets wider, and the report says so. Needs the extra tune.
 2. --seeds runs of every arm; of auto each with what that seed's validation prefers.

@@ -38,7 +38,7 @@ class CompareConfig(SearchConfig):
     ease_start: bool = knob(
         True,
         "mf: search, too, whether rows begin as drawn or with the factors of EASE's scores (slgr "
-        "teach factors), where EASE is a baseline and there are as many users and items as numbers",
+        "teach factors), where EASE is a baseline by default",
     )
 
 

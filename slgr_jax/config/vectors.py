@@ -27,8 +27,9 @@ class VectorConfig(Section):
         "pca",
         "which numbers of a vector a row begins with: pca = the first principal components; "
         "variance = the coordinates that vary most over the most popular fifth; uniform = every "
-        "n-th; random = any, drawn with repetition (all three LLMInit's); leading = the first ones "
-        "(slgr teach factors); all = all of them, as many as a row has",
+        "n-th; random = any, drawn with repetition (all three LLMInit's); leading = the first "
+        "ones, of narrower vectors all, and the rest is drawn (slgr teach factors); all = all of "
+        "them, as many as a row has",
         choices=INIT_HOWS,
     )
     init_scale: float = knob(

@@ -59,7 +59,7 @@ SOFTMAX_ITEMS = 10_000
 STARTS = ("drawn", "ease")
 _STARTED = ("mf",)
 FACTORS = "ease_factors"
-_FACTOR_WIDTH = 512  # the widest rows that are searched of them
+_FACTOR_WIDTH = 512  # most numbers of them; wider rows are drawn behind these
 # Scores that begin so small as those of drawn rows would be lost among drawn biases.
 _FACTOR_SCALE = 10.0
 _FROM_FACTORS: Settings = {
@@ -100,15 +100,15 @@ def softmax_of(n_items: int) -> str:
 
 def factors_width(counts: Mapping[str, int], knobs: Mapping[str, Any]) -> int:
     """Numbers of EASE's factors, 0 where rows do not begin with them: EASE is fitted to catalogues
-    as small as those where it is a baseline by default, and has as many factors as a row may need.
+    as small as those where it is a baseline by default.
 
     Args:
       counts: of the dataset's users and items.
       knobs: given ones; the width among them or not.
     """
-    width = int(knobs.get("dim", _FACTOR_WIDTH))
-    fitted = counts["items"] <= config.EASE_BY_DEFAULT
-    return width if fitted and width <= min(counts["users"], counts["items"]) else 0
+    if counts["items"] > config.EASE_BY_DEFAULT:
+        return 0
+    return min(int(knobs.get("dim", _FACTOR_WIDTH)), counts["users"], counts["items"])
 
 
 def variants_of(data: str, teacher: str) -> tuple[str, ...]:

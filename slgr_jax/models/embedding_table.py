@@ -59,12 +59,13 @@ class InitialRows(NamedTuple):
     """What the rows of a table begin with, where it is given.
 
     Attributes:
-      values: [Rp, E] the vector of each row, E = `TableSpec.vector_width`.
+      values: [Rp, C] what the first C numbers of each row's vector begin with, of the
+        `TableSpec.vector_width` that it has; the others are drawn.
       share: [Rp] how much of a row is its vector: a in a v + sqrt(1 - a^2) r, with r what would be
         drawn; 0 where there is no vector, padding among them.
     """
 
-    values: Float[Array, "Rp E"]
+    values: Float[Array, "Rp C"]
     share: Float[Array, "Rp"]
 
 
@@ -191,11 +192,12 @@ def init_table(
         values = random_bits.normal(random_bits.of_rows(key, ids, width))
         values = values * np.float32(spec.init_std / np.sqrt(width))
         if initial is not None:
-            drawn = values[:, : spec.vector_width]
+            given = initial.values.shape[1]
+            drawn, rest = values[:, :given], values[:, given:]
             share = initial.share[:, None]
             # To the bit the one or the other where the share is 1 or 0.
             vectors = share * initial.values + jnp.sqrt(1.0 - share**2) * drawn
-            values = jnp.concatenate([vectors, values[:, spec.vector_width :]], axis=1)
+            values = jnp.concatenate([vectors, rest], axis=1)
         slots = jnp.broadcast_to(first_slots[None, :], (rows, first_slots.size))
         return row_format.pack(values, slots)
 

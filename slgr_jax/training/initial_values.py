@@ -13,7 +13,7 @@ root mean square length of these rows that of drawn ones, times --init_scale:
     uniform   coordinates 0, n, 2n, ... with n = floor(Z / E)
     random    E coordinates, drawn with repetition; the same for every seed
     leading   coordinates 0 to E - 1: the best, of vectors in the order of what they explain, as
-              `slgr teach factors` makes them
+              `slgr teach factors` makes them; of narrower ones all, and the rest is drawn
     all       Z = E: vectors that were made for this width, as SAID's are
 
 With --init_half=H items with n training interactions begin with
@@ -138,7 +138,8 @@ def means_of_items(dataset: Dataset, items: Vectors) -> Vectors:
 
 
 def scaled(vectors: Vectors, spec: TableSpec, factor: float) -> Vectors:
-    """`vectors` at `factor` times the root mean square length of drawn rows, init_std sqrt(E / D).
+    """`vectors` at `factor` times the root mean square length of as many numbers of drawn rows,
+    init_std sqrt(C / D) of C.
 
     Raises:
       InputError: all of them are zero.
@@ -150,7 +151,7 @@ def scaled(vectors: Vectors, spec: TableSpec, factor: float) -> Vectors:
             f"initial vectors: {vectors.has.sum()} of {vectors.has.size} rows have one, and all "
             "are zero as --init_how has them; name another product"
         )
-    wanted = factor * spec.init_std * math.sqrt(spec.vector_width / spec.width)
+    wanted = factor * spec.init_std * math.sqrt(vectors.values.shape[1] / spec.width)
     return Vectors((vectors.values * (wanted / length)).astype(np.float32), vectors.has)
 
 
@@ -177,7 +178,7 @@ def make_projection(how: str, vectors: Vectors, width: int, counts: np.ndarray) 
       ConfigError: vectors have too few numbers, or vary in too few directions.
     """
     available = vectors.values.shape[1]
-    if available < width or (how == "all" and available != width):
+    if (available < width and how != "leading") or (how == "all" and available != width):
         relation = "exactly" if how == "all" else "at least"
         raise ConfigError(
             f"--init_how={how} fills {width} numbers of a row and needs vectors of {relation} as "

@@ -176,6 +176,8 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
     layout = make_layout()
     learner = Learner(run, backbone, make_guidance(run), layout)
     trained = dataclasses.replace(learner, layout=_trained_on(run, dataset, layout))
+    if which != "best":
+        looked_up = _with_edges(workdir, run, dataset, backbone, looked_up)
     placed = layout.put(looked_up)
     saved = checkpoint.Checkpoints(workdir, writable=False, verify=run.train.verify_checksums)
     try:
@@ -183,7 +185,6 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
             serving = saved.restore_best(abstract_serving(trained))
         else:
             state = saved.restore_state(abstract_state(trained))
-            placed = layout.put(_with_edges(workdir, run, dataset, backbone, looked_up))
             vectors = _frozen(workdir, run, dataset, layout)
             reads = dataclasses.replace(placed, vectors=layout.put(vectors))
             serving = make_serving_state(trained)(state, reads)

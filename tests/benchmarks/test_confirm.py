@@ -163,4 +163,4 @@ def test_cells_beyond_the_budget_are_named(tmp_path: pathlib.Path) -> None:
         [*command[:-2], "--scale=full"], capture_output=True, text=True, check=False
     )
     assert other.returncode == 2
-    assert "holds --scale=reduced" in other.stderr
+    assert "scale.txt says --scale=reduced; choose another --out" in other.stderr

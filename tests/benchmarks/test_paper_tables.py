@@ -96,4 +96,4 @@ def test_cells_beyond_the_budget_are_named_and_finished_ones_take_none(
         [*command[:-2], "--scale=full"], capture_output=True, text=True, check=False
     )
     assert other.returncode == 2
-    assert "holds table3 with --scale=hours" in other.stderr
+    assert "table3_scale.txt says --scale=hours; choose another --out" in other.stderr

@@ -170,6 +170,18 @@ def test_columns_are_taken_as_they_are(how, width, expected):
     np.testing.assert_array_equal(projection(values), values[:, expected])
 
 
+def test_rows_wider_than_leading_vectors_are_drawn_behind_them(data):
+    drawn = _initial(data, dim=20, init_item_vectors="")["item"]
+    begun = _initial(data, dim=20, init_how="leading")["item"]
+    np.testing.assert_array_equal(begun[:, WIDTH:], drawn[:, WIDTH:])
+    np.testing.assert_array_equal(begun[list(NO_TEXT)], drawn[list(NO_TEXT)])
+    vectors = embeddings.load(data, "text").items
+    values, has = vectors.values, vectors.has
+    # The numbers that are given are as large as those that are drawn: .1 / sqrt(20) each.
+    scale = 0.1 * np.sqrt(WIDTH / 20) / np.sqrt(np.square(values[has]).sum(axis=1).mean())
+    np.testing.assert_allclose(begun[has, :WIDTH], scale * values[has], rtol=1e-5)
+
+
 def test_random_columns_are_the_same_every_time():
     vectors = Vectors(np.arange(100, dtype=np.float32)[None], np.ones(1, bool))
     first, second = (

@@ -67,9 +67,8 @@ class MatrixFactorization(ItemTableBackbone):
         user = rows["user"]
         if dropout is not None:
             rate, key = dropout
-            kept = random_bits.of_lanes(
-                lambda shape: jax.random.bernoulli(key, 1.0 - rate, shape), user.shape
-            )
+            words = random_bits.words_of_lanes(key, user.shape)
+            kept = words >= jnp.uint32(int(rate * 2**32))
             user = jnp.where(kept, user / (1.0 - rate), 0.0)
         if self._item_bias:
             user = user.at[..., -1].set(1.0)

@@ -196,10 +196,9 @@ def first_places(
 
     A user's own training items have no place. Of equal scores the lower item comes first.
     """
-    kept = _kept(dataset, teacher, most)
-    owners = _owners(teacher)
     places = _places(dataset, teacher)
-    return owners[kept], teacher.items[kept], places[kept]
+    kept = _among_first(places, most)
+    return _owners(teacher)[kept], teacher.items[kept], places[kept]
 
 
 def of_teacher(dataset: Dataset, teacher: Teacher, places: int) -> Pseudo:
@@ -228,7 +227,7 @@ def of_teacher(dataset: Dataset, teacher: Teacher, places: int) -> Pseudo:
             f"(its manifest says unlisted={manifest.unlisted}): derive interactions from it with "
             f"slgr teach interactions --lists={manifest.name} --places=K, or use --guidance=kd"
         )
-    kept = _kept(dataset, teacher, 0 if weighted else places)
+    kept = _among_first(_places(dataset, teacher), 0 if weighted else places)
     counts = np.bincount(_owners(teacher)[kept], minlength=dataset.n_users)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     if not kept.any():
@@ -249,14 +248,10 @@ def _owners(teacher: Teacher) -> Int[np.ndarray, "n"]:
     return np.repeat(np.arange(counts.size), counts)
 
 
-def _outside(dataset: Dataset, teacher: Teacher) -> Bool[np.ndarray, "n"]:
-    """Which rows are no training items of their users."""
-    return ~dataset.positives(("train",)).contains(_owners(teacher), teacher.items)
-
-
 def _places(dataset: Dataset, teacher: Teacher) -> Int[np.ndarray, "n"]:
     """Place of each row among those of its user that are no training items; 0: it is one."""
-    owners, outside = _owners(teacher), _outside(dataset, teacher)
+    owners = _owners(teacher)
+    outside = ~dataset.positives(("train",)).contains(owners, teacher.items)
     best_first = np.lexsort((teacher.items, -teacher.scores, owners))
     counted = outside[best_first].astype(np.int64)
     before = np.concatenate([[0], np.cumsum(counted)])
@@ -266,8 +261,7 @@ def _places(dataset: Dataset, teacher: Teacher) -> Int[np.ndarray, "n"]:
     return places
 
 
-def _kept(dataset: Dataset, teacher: Teacher, most: int) -> Bool[np.ndarray, "n"]:
-    places = _places(dataset, teacher)
+def _among_first(places: Int[np.ndarray, "n"], most: int) -> Bool[np.ndarray, "n"]:
     return (places > 0) & ((places <= most) if most else True)
 
 
