@@ -22,7 +22,6 @@ from slgr_jax.experiments import sampler, search_space
 from slgr_jax.experiments.arms import (
     AUTO,
     FREE_LISTS,
-    REFERENCE,
     UNTUNED,
     VARIANTS,
     ComparisonPlan,
@@ -352,9 +351,3 @@ def _corners(plan: ComparisonPlan, backbone: str, arm: str) -> Sequence[Settings
         for corner in search_space.corners(space)
     ]
     return [settings_of(plan, backbone, arm, space, corner) for corner in corners]
-
-
-def reads_reference(plan: ComparisonPlan, arm: str) -> bool:
-    """Whether runs of the arm read the run of `none` of their seed."""
-    variants = plan.variants if plan.chooses(arm) else ("",)
-    return any(plan.knobs_of(arm, v).get("reference_runs") == REFERENCE for v in variants)

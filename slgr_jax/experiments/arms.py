@@ -21,12 +21,13 @@ from slgr_jax.teacher.products import controls
 
 Settings = Mapping[str, float | str]
 
-# What --reference_runs says in an arm that reads the run of `none` of the same seed.
-REFERENCE = "none"
+# What --reference_runs says in an arm that reads a run of the same seed: of `none`, or of that arm
+# without an LLM's word which tuning found best.
+OF_NONE, OF_STRONGEST = "none", "strongest"
 _AGAINST_HARD_NEGATIVES = {
     "guidance": "pairwise",
     "hard_negatives": 100,
-    "reference_runs": REFERENCE,
+    "reference_runs": OF_STRONGEST,
 }
 # What a knob of an arm says that names the product of --vectors.
 VECTORS = "--vectors"
@@ -48,7 +49,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "gate_inputs": "reference,history,popularity,teacher",
     },
     "paper_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "paper"},
-    "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": REFERENCE},
+    "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": OF_NONE},
     "pruned": {"guidance": "none", "drop_share": 0.71},  # LLMRec's, of which no LLM is a part
     # What the teacher says that users take, beside what they took.
     "interactions": {"guidance": "interactions"},
@@ -88,8 +89,10 @@ VECTOR_ARMS = (
     *("init", "adapter", "init_selective", "adapter_selective", "kar"),
     *(CHUNKED, *ALIGNED),
 )
+# Arms without a word of an LLM: one of them is the reference of those with one.
+WITHOUT_LLM = ("none", "hard_own", "pruned")
 # Arms that learn from no teacher.
-UNTAUGHT = ("none", "hard_own", "pruned", *VECTOR_ARMS)
+UNTAUGHT = (*WITHOUT_LLM, *VECTOR_ARMS)
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first, but
 # for `auto`, which comes before them.
 GATED = (
@@ -215,7 +218,7 @@ class ComparisonPlan:
         """The run of an arm with its settings, the variant of one that chooses among them.
 
         Args:
-          reference: the run of `none` that an arm with one reads.
+          reference: the run that an arm with a reference reads.
 
         Raises:
           ConfigError: a knob has no such value, an arm's gate for instance.
@@ -226,7 +229,7 @@ class ComparisonPlan:
         knobs = {**self._shared_knobs(of_arm), **of_backbone, **of_arm, **settings}
         if "negatives" in of_arm:  # what the arm is, whatever suits `none`
             knobs["negatives"] = of_arm["negatives"]
-        if knobs.get("reference_runs") == REFERENCE and reference is not None:
+        if knobs.get("reference_runs") in (OF_NONE, OF_STRONGEST) and reference is not None:
             knobs["reference_runs"] = str(reference)
         where = {"backbone": backbone, "seed": seed}
         if arm == "constant" and of_arm["guidance"] != "none":
@@ -237,6 +240,27 @@ class ComparisonPlan:
                 knobs["guidance_loss"] = _CONSTANT_LOSS.get(loss, loss)
             knobs["gate"] = "constant"
         return config.make_run(self.data, str(workdir), **where, **knobs)
+
+    def reads(self, arm: str) -> str:
+        """What the arm's runs read: a run `OF_NONE`, `OF_STRONGEST`, or none (empty)."""
+        variants = self.variants if self.chooses(arm) else ("",)
+        read = {str(self.knobs_of(arm, variant).get("reference_runs", "")) for variant in variants}
+        return next((which for which in (OF_STRONGEST, OF_NONE) if which in read), "")
+
+    def reference(self, arm: str, of_arms: Mapping[str, Mapping[str, Any]]) -> str:
+        """The arm whose run of the same seed an arm reads; of `OF_STRONGEST` the first of equals.
+
+        Args:
+          of_arms: arm -> what tuning chose, of those without an LLM's word that are compared.
+        """
+        if self.reads(arm) != OF_STRONGEST:
+            return "none"
+        valid = {
+            other: of_arms[other]["tried"][of_arms[other]["trial"]]["valid"]
+            for other in WITHOUT_LLM
+            if other in self.arms
+        }
+        return max(valid, key=valid.__getitem__)
 
     def tune_dir(self, backbone: str, arm: str) -> pathlib.Path:
         """Where the tuning runs of an arm are kept, each in `trial_N`."""
@@ -290,7 +314,8 @@ class ComparisonPlan:
         seed: int,
     ) -> RunConfig:
         workdir = self.run_dir(backbone, arm, tuned, seed)
-        reference = self.run_dir(backbone, "none", of_arms["none"], seed)
+        read = self.reference(arm, of_arms)
+        reference = self.run_dir(backbone, read, of_arms[read], seed)
         return self.config(backbone, arm, tuned["chosen"], workdir, seed, reference=reference)
 
 

@@ -99,7 +99,7 @@ class AutoPlan:
         else:
             of_teacher = {"teacher": self.teacher, "lambda": candidate.weight}
             knobs = {**self.knobs, **arms.ARMS[candidate.arm], **of_teacher}
-        if knobs.get("reference_runs") == arms.REFERENCE:
+        if knobs.get("reference_runs") == arms.OF_STRONGEST:  # there is no other without an LLM
             unguided = Candidate("none", again=candidate.again)
             knobs["reference_runs"] = str(self.directory(unguided))
         if candidate.again:

@@ -82,10 +82,15 @@ def evaluate_runs(runs: Sequence[RunConfig], *, workers: int) -> None:
 
 
 def waves(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """The runs that others of them read (--reference_runs), then the rest."""
-    read = {member for run in runs for member in run.reference_runs}
-    first = [run for run in runs if run.workdir in read]
-    return [first, [run for run in runs if run.workdir not in read]]
+    """The runs that read none of the others (--reference_runs), then those that read these, ..."""
+    left, in_turn = list(runs), list[list[RunConfig]]()
+    while left:
+        untrained = {run.workdir for run in left}
+        wave = [run for run in left if untrained.isdisjoint(run.reference_runs)]
+        assert wave, "no run reads itself"
+        in_turn.append(wave)
+        left = [run for run in left if run not in wave]
+    return in_turn
 
 
 def groups(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:

@@ -7,7 +7,7 @@
    that range is a step wider from there on, and the first trial looks at what is new.
 
 Every arm has the same number of trials; of `auto` those with which each seed chooses among two
-finalists count, too. Arms that read the run of `none` begin when its search has ended. What an arm
+finalists count, too. Arms that read another's run begin when its search has ended. What an arm
 drew is in its `search.json`: called again, a search goes on with it, and trains no finished trial.
 """
 
@@ -20,7 +20,14 @@ from typing import Any
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments import arm_spaces, results, sampler, search_space
-from slgr_jax.experiments.arms import UNTUNED, ComparisonPlan, Settings, trial_name
+from slgr_jax.experiments.arms import (
+    OF_NONE,
+    OF_STRONGEST,
+    UNTUNED,
+    ComparisonPlan,
+    Settings,
+    trial_name,
+)
 
 # What a run came to: best_metric, best_epoch, error, ...; see `pool`.
 Train = Callable[[Sequence[RunConfig]], list[dict[str, Any]]]
@@ -41,10 +48,9 @@ def tune(plan: ComparisonPlan, train: Train) -> Tuned:
         search with other settings.
     """
     tuned: Tuned = {backbone: {} for backbone in plan.backbones}
-    reading = [arm for arm in plan.tuned_arms if arm_spaces.reads_reference(plan, arm)]
-    for arms in ([arm for arm in plan.tuned_arms if arm not in reading], reading):
+    for arms in _in_turn(plan):
         searches = [
-            Search(plan, backbone, arm, tuned[backbone].get("none"))
+            Search(plan, backbone, arm, tuned[backbone])
             for backbone in plan.backbones
             for arm in arms
         ]
@@ -58,6 +64,15 @@ def tune(plan: ComparisonPlan, train: Train) -> Tuned:
             if arm in UNTUNED:
                 tuned[backbone][arm] = _matched(plan, backbone, arm, tuned[backbone])
     return {b: {arm: of_arms[arm] for arm in plan.arms} for b, of_arms in tuned.items()}
+
+
+def _in_turn(plan: ComparisonPlan) -> list[list[str]]:
+    """Tuned arms that read no run, then those that read one of `none`, then those that read one of
+    any of these."""
+    return [
+        [arm for arm in plan.tuned_arms if plan.reads(arm) == which]
+        for which in ("", OF_NONE, OF_STRONGEST)
+    ]
 
 
 def _search_all(searches: Sequence[Search], train: Train) -> None:
@@ -76,7 +91,7 @@ class Search:
       space: what is searched now.
 
     Args:
-      unguided: what tuning chose of `none`; None while it is not known.
+      of_arms: what tuning chose of the arms before it.
     """
 
     def __init__(
@@ -84,14 +99,18 @@ class Search:
         plan: ComparisonPlan,
         backbone: str,
         arm: str,
-        unguided: Mapping[str, Any] | None,
+        of_arms: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.backbone, self.arm = backbone, arm
         self.space = arm_spaces.space_of(plan, backbone, arm)
         self._plan = plan
         self._asked = self.space  # as it was before it was widened
         self._directory = plan.tune_dir(backbone, arm)
-        self._reference = None if unguided is None else plan.run_dir(backbone, "none", unguided, 0)
+        self._read: str | None = None
+        self._reference: pathlib.Path | None = None
+        if plan.reads(arm):
+            self._read = plan.reference(arm, of_arms)
+            self._reference = plan.run_dir(backbone, self._read, of_arms[self._read], 0)
         self._stages = arm_spaces.trials_of(plan, arm)
         self._startup = max(self._stages[0] // 2, 1)
         self._first = arm_spaces.first_params(plan, backbone, arm, self.space)
@@ -162,6 +181,8 @@ class Search:
             "widened": self._widened,
             "ends": search_space.at_an_end(self.space, self._settings[best], edge=_EDGE),
         }
+        if self._read is not None:
+            of_arm["reference"] = self._read
         if self._plan.chooses(self.arm):
             of_arm["finalists"] = [
                 {"chosen": dict(self._settings[number]), "trial": number}

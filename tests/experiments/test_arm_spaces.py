@@ -44,9 +44,7 @@ def test_arms_share_ranges_and_have_their_own_after_them(tmp_path):
     assert spaces["calibrated"]["guidance_loss"] == Choice(("confidence", "hinge"))
     assert spaces["kd"]["kd_temperature"] == Range(0.25, 4.0, log=True)
     assert set(arm_spaces.RANGES) == set(config.BACKBONES)
-    assert arm_spaces.reads_reference(plan, "auto")
-    assert arm_spaces.reads_reference(plan, "ease")
-    assert not arm_spaces.reads_reference(plan, "paper")
+    assert [plan.reads(arm) for arm in ("auto", "ease", "paper")] == ["strongest", "strongest", ""]
 
 
 def test_losses_are_those_that_backbone_arm_and_catalogue_allow(tmp_path):

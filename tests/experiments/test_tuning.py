@@ -230,8 +230,10 @@ def test_auto_needs_a_trial_of_each_variant(tmp_path):
     arm_spaces.check(dataclasses.replace(few, options=options(trials=6)))
 
 
-def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
-    """While tuning, at the settings that `none` got; later of each seed, which train before."""
+@pytest.mark.parametrize("strongest", ["none", "hard_own"])
+def test_a_reference_is_the_strongest_run_without_an_llm_of_the_same_seed(tmp_path, strongest):
+    """While tuning, at the settings that its arm got; later of each seed, which train before. What
+    asks for the run of `none` has that one."""
     wide = {"guidance": "pairwise", "gate": "constant", "hard_negatives": 7}
     plan = plan_of(
         tmp_path,
@@ -241,14 +243,26 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
     )
     assert (plan.matched, plan.focus) == ("hard_negatives", "hard_negatives")
     landscape = Landscape(
-        lambda run: near(0.1)(run) + 9 * ("reference" not in run.gate.gate_inputs)
+        lambda run: (
+            near(0.1)(run)
+            + 9 * ("reference" not in run.gate.gate_inputs)
+            + (run.draws_hard_negatives and strongest == "hard_own")
+        )
     )
     tuned = tuning.tune(plan, landscape)["mf"]
-    best = str(plan.run_dir("mf", "none", tuned["none"], 0))
+    best, best_own = (str(plan.run_dir("mf", arm, tuned[arm], 0)) for arm in ("none", "hard_own"))
+    read = {
+        **dict.fromkeys(("none", "paper"), ()),
+        **dict.fromkeys(("hard_own", "wide"), (best,)),
+        **dict.fromkeys(("hard_negatives", "popularity"), (best_own,)),
+    }
+    if strongest == "none":
+        read |= {"hard_negatives": (best,), "popularity": (best,)}
+    assert tuned["hard_negatives"]["reference"] == tuned["popularity"]["reference"] == strongest
+    assert "reference" not in tuned["paper"]
     for workdir, run in landscape.runs.items():
         arm = pathlib.Path(workdir).parent.name
-        reads = run.hard_negatives or run.draws_hard_negatives
-        assert run.reference_runs == ((best,) if reads else ())
+        assert run.reference_runs == read[arm]
         if arm in ("hard_negatives", "popularity", "wide"):
             assert run.hard_negatives == (7 if arm == "wide" else 100)
         if arm == "hard_own":  # the arm is what it is, whatever suits `none`
@@ -259,12 +273,14 @@ def test_a_reference_is_the_run_of_none_of_the_same_seed(tmp_path):
         assert tuned[arm]["chosen"]["gate_inputs"] == "history,popularity,teacher"
     runs = {(arm, seed): plan.run("mf", arm, tuned, seed) for arm in plan.arms for seed in range(2)}
     assert runs["none", 0].workdir == best
-    for arm in ("hard_negatives", "wide", "shuffled", "popularity", "hard_own"):
-        for seed in range(2):
+    for seed in range(2):
+        for arm in ("hard_negatives", "shuffled", "popularity"):
+            assert runs[arm, seed].reference_runs == (runs[strongest, seed].workdir,)
+        for arm in ("wide", "hard_own"):
             assert runs[arm, seed].reference_runs == (runs["none", seed].workdir,)
     assert runs["paper", 1].reference_runs == ()
 
     # Runs that others read are trained before them.
-    first, rest = pool.waves([runs["hard_negatives", 1], runs["none", 0], runs["none", 1]])
-    assert first == [runs["none", 1]]
-    assert rest == [runs["hard_negatives", 1], runs["none", 0]]
+    asked = [runs[name] for name in (("hard_negatives", 1), ("hard_own", 1), ("none", 1))]
+    expected = [asked[2:], asked[:2]] if strongest == "none" else [[asked[i]] for i in (2, 1, 0)]
+    assert pool.waves(asked) == expected
