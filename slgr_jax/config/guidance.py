@@ -22,6 +22,8 @@ BUILT_IN_GUIDANCE = (
     *ALIGNMENTS,
 )
 GUIDANCE = list(BUILT_IN_GUIDANCE)
+# Those that read nothing of a user but what a device has of its own users (--user_shards).
+GUIDANCE_BY_USER = ("pairwise", "pointwise", "interactions", *DISTILLATIONS)
 # Those that draw whole lists, which must be known to rank above what they leave out.
 LIST_GUIDANCES = ("list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd")
 GUIDANCE_LOSSES = ("auto", "hinge", "logistic", "soft", "confidence", "gain")

@@ -34,6 +34,7 @@ from slgr_jax.config.evaluation import EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
     ALIGNMENTS,
     BUILT_IN_GUIDANCE,
+    GUIDANCE_BY_USER,
     GUIDANCE_DEFAULTS,
     GateConfig,
     GuidanceConfig,
@@ -98,9 +99,8 @@ class RunConfig:
         reasons = {
             f"--backbone={self.model.backbone} reads what is on every device, which "
             f"{listing(SPLIT_BY_USER)} does not": self.model.backbone not in SPLIT_BY_USER,
-            f"--guidance={guidance} draws from what is on every device, which pairwise does not": (
-                self.guided and guidance != "pairwise"
-            ),
+            f"--guidance={guidance} reads what is on every device, which "
+            f"{listing(GUIDANCE_BY_USER)} do not": self.guided and guidance not in GUIDANCE_BY_USER,
             "--pair_selection=largest_gap compares the preferences of all users": (
                 self.guided and self.pairwise.pair_selection == "largest_gap"
             ),

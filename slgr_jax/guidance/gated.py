@@ -121,7 +121,7 @@ class Gated:
         if labels is not None:
             labels = user_shards.deal_labels(labels, arrays.teacher, shards)
         teacher = user_shards.deal_teacher(arrays.teacher, shards)
-        return GatedArrays(teacher, GateArrays(labels, ()))
+        return dataclasses.replace(arrays, teacher=teacher, gate=GateArrays(labels, ()))
 
     def of_shard(self: Method, count: int) -> Method:
         """What draws the lanes of one of so many shards of users."""

@@ -36,6 +36,8 @@ from jaxtyping import Array, Float
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.errors import InputError
+from slgr_jax.guidance import teacher_product
 from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
 from slgr_jax.guidance.gated import Gated, GatedArrays, GatedDraw
 from slgr_jax.guidance.gating import Gating, Observed
@@ -43,12 +45,13 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
+from slgr_jax.sampling import user_shards
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import GRAPH, Context, Histories, make_graph
 from slgr_jax.sampling.negatives import Generators
 from slgr_jax.sampling.preferences import draw_preferences
 from slgr_jax.sampling.teacher_arrays import PreferenceRule, TeacherLists, teacher_lists
-from slgr_jax.teacher.products import preferences, pseudo_interactions
+from slgr_jax.teacher.products import pseudo_interactions
 from slgr_jax.teacher.products.pseudo_interactions import Pseudo
 
 
@@ -81,14 +84,20 @@ def row_loss(scores: Float[Array, "G 2"], loss: str, *, rows: bool) -> Float[Arr
     return 0.5 * (of_taken + of_other)
 
 
-def product(run: RunConfig, dataset: Dataset) -> Pseudo:
-    """The pseudo-interactions of a run.
+def product(run: RunConfig, dataset: Dataset) -> tuple[Pseudo, np.ndarray]:
+    """The pseudo-interactions of a run, and the scores of everybody's rows of the product.
 
     Raises:
       ManifestError, ShardError, InputError: the product does not fit, is damaged, or states none.
     """
-    teacher = preferences.load(dataset, run.guidance.teacher, verify=run.train.verify_checksums)
-    return pseudo_interactions.of_teacher(dataset, teacher, run.interactions.places)
+    teacher, every_score = teacher_product.load(run, dataset)
+    pseudo = pseudo_interactions.of_teacher(dataset, teacher, run.interactions.places)
+    if not user_shards.total(pseudo.items.size, dataset):
+        raise InputError(
+            f"--guidance=interactions: teacher {run.guidance.teacher!r} names nothing outside its "
+            "users' own training items"
+        )
+    return pseudo, every_score
 
 
 def with_edges(
@@ -101,7 +110,7 @@ def with_edges(
     """
     if not run.adds_edges or GRAPH not in backbone.reads:
         return context
-    trained, pseudo = dataset.positives(("train",)), product(run, dataset)
+    trained, (pseudo, _) = dataset.positives(("train",)), product(run, dataset)
     owners = np.repeat(np.arange(dataset.n_users), np.diff(pseudo.offsets))
     edges = Csr.from_pairs(
         np.concatenate([trained.owners(), owners]),
@@ -111,7 +120,7 @@ def with_edges(
     return dataclasses.replace(context, graph=make_graph(edges, dataset.n_items))
 
 
-def _as_lists(pseudo: Pseudo, dataset: Dataset) -> TeacherLists:
+def _as_lists(pseudo: Pseudo, every_score: np.ndarray, dataset: Dataset) -> TeacherLists:
     """Each user's pseudo-interactions as a list, above every item that is no training item."""
     return teacher_lists(
         pseudo.offsets,
@@ -122,6 +131,7 @@ def _as_lists(pseudo: Pseudo, dataset: Dataset) -> TeacherLists:
         unlisted_below=True,
         positives=dataset.positives(("train",)),
         n_items=dataset.n_items,
+        every_score=every_score,
     )
 
 
@@ -145,11 +155,11 @@ class PseudoInteractions(Gated):
         )
 
     def teacher_arrays(self, sources: Sources) -> TeacherLists:
-        return _as_lists(product(self.run, sources.dataset), sources.dataset)
+        return _as_lists(*product(self.run, sources.dataset), sources.dataset)
 
     def arrays(self, sources: Sources) -> tuple[PseudoArrays, Csr | None]:
-        pseudo = product(self.run, sources.dataset)
-        teacher = _as_lists(pseudo, sources.dataset)
+        pseudo, every_score = product(self.run, sources.dataset)
+        teacher = _as_lists(pseudo, every_score, sources.dataset)
         gate, left_out = self.gating.arrays(sources, teacher, entries=self.draws_entries)
         return PseudoArrays(teacher, gate, pseudo.weighted), left_out
 

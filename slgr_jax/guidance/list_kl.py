@@ -31,6 +31,9 @@ training interactions.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,10 +44,12 @@ from slgr_jax.config import ListKLConfig, RunConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance.base import Sources
+from slgr_jax.guidance.gated import GatedArrays
 from slgr_jax.guidance.gating import Gating
 from slgr_jax.guidance.lists import NO_SCORE, ListArrays, ListDraw, ListGuidance, estimated_ranks
+from slgr_jax.mesh import UserShards
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.sampling import random_bits
+from slgr_jax.sampling import random_bits, user_shards
 from slgr_jax.sampling.arrays import Interactions, host_array
 from slgr_jax.sampling.context import Histories, host32
 from slgr_jax.sampling.negatives import Generators, below
@@ -142,6 +147,19 @@ class ListKL(ListGuidance):
             interactions = _ranked(arrays.teacher, sources)
         return ListKLArrays(**vars(arrays), interactions=interactions), left_out
 
+    def deal(self, arrays: GatedArrays, shards: UserShards) -> ListKLArrays:
+        dealt = super().deal(arrays, shards)
+        assert isinstance(arrays, ListKLArrays)
+        assert isinstance(dealt, ListKLArrays)
+        ranked = arrays.interactions
+        if ranked is None:
+            return dealt
+        by_user: Any = user_shards.ByUser(user_shards.owners_of(ranked.offsets), shards)
+        own = RankedInteractions(
+            by_user.bounds(), by_user.entries(ranked.items), by_user.entries(ranked.ranks)
+        )
+        return dataclasses.replace(dealt, interactions=own)
+
     def draw(
         self,
         words_of: Generators,
@@ -191,12 +209,13 @@ def _ranked(teacher: TeacherLists, sources: Sources) -> RankedInteractions:
     positives = dataset.positives(("train",))
     offsets, items = np.asarray(teacher.offsets, np.int64), np.asarray(teacher.items)
     owners = np.repeat(np.arange(offsets.size - 1), np.diff(offsets))
-    keys = owners * dataset.n_items + items
+    past_every_key = dataset.n_users * dataset.n_items  # so that a search finds one
+    keys = np.append(owners * dataset.n_items + items, past_every_key)
     order = np.argsort(keys)
     wanted = positives.keys(dataset.n_items)
-    nearest = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), keys.size - 1)]
+    nearest = order[np.searchsorted(keys, wanted, sorter=order)]
     has = keys[nearest] == wanted
-    if not has.any():
+    if not user_shards.total(int(has.sum()), dataset):
         raise ConfigError(
             "--list_kl_sample_weights compares ranks of what users have, and teacher "
             f"{sources.run.guidance.teacher} lists no training item; drop it, or use lists that "

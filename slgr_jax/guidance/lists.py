@@ -20,8 +20,9 @@ more), S steps drawn at once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,22 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
 from slgr_jax.guidance.gated import Gated, GatedArrays
 from slgr_jax.guidance.gating import Observed
-from slgr_jax.mesh import Layout
+from slgr_jax.mesh import Layout, UserShards
 from slgr_jax.models.row_access import Candidates
-from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import Interactions
+from slgr_jax.sampling import random_bits, user_shards
+from slgr_jax.sampling.arrays import Interactions, Share, drawable
 from slgr_jax.sampling.context import Histories, Queries, host32
 from slgr_jax.sampling.labelled_preferences import LabelledPreferences
 from slgr_jax.sampling.negatives import Generators, below, draw_outside
-from slgr_jax.sampling.preferences import Preferences, at_the_end_of_training, pair_facts
+from slgr_jax.sampling.preferences import (
+    Preferences,
+    at_the_end_of_training,
+    lane_weights,
+    pair_facts,
+)
 from slgr_jax.sampling.teacher_arrays import TeacherLists
 
+Lists = TypeVar("Lists", bound="ListGuidance")
 # A score that no exponential sees: of a place that a list lacks, of an item that is not drawn.
 NO_SCORE = np.float32(-1e30)
 
@@ -55,10 +62,12 @@ class ListArrays(GatedArrays):
     Attributes:
       users: [m] those with a list and an item outside it.
       longest: places of the longest list.
+      share: of a shard of users, its part of `users`.
     """
 
     users: Int[Array, "m"]
     longest: int = struct.field(pytree_node=False)
+    share: Share | None = None
 
 
 @struct.dataclass
@@ -151,6 +160,24 @@ class ListGuidance(Gated):
         users = np.unique(np.asarray(teacher.starts)[:, 1])
         return ListArrays(teacher, gate, host32(users), longest), left_out
 
+    def deal(self, arrays: GatedArrays, shards: UserShards) -> ListArrays:
+        dealt = super().deal(arrays, shards)
+        assert isinstance(arrays, ListArrays)
+        assert isinstance(dealt, ListArrays)
+        users = np.asarray(arrays.users)
+        by_user: Any = user_shards.ByUser(users, shards)
+        return dataclasses.replace(
+            dealt,
+            users=by_user.entries(user_shards.numbers_of(users, shards)),
+            longest=user_shards.greatest(arrays.longest, shards),
+            share=by_user.share(),
+        )
+
+    def of_shard(self: Lists, count: int) -> Lists:
+        of_shard = super().of_shard(count)
+        lists = dataclasses.replace(of_shard.run.guidance, lists_per_step=self.queries // count)
+        return dataclasses.replace(of_shard, run=dataclasses.replace(of_shard.run, guidance=lists))
+
     def draw(
         self,
         words_of: Generators,
@@ -162,7 +189,7 @@ class ListGuidance(Gated):
         assert isinstance(teacher, TeacherLists)
         assert teacher.unlisted is not None
         words = random_bits.words(words_of.other, 1, count)[0]
-        users = arrays.users[below(words, arrays.users.shape[0])]
+        users = arrays.users[below(words, drawable(arrays.share, arrays.users))]
         start, end = teacher.offsets[users], teacher.offsets[users + 1]
         places = self.places(words_of, arrays, end - start)
 
@@ -181,6 +208,7 @@ class ListGuidance(Gated):
             pair_items,
             scores - teacher.floor,
             pair_facts(interactions.facts, pair_users, pair_items, native=self.native),
+            weights=lane_weights(arrays.share, pair_users),
         )
         noise = None
         if self.chooses:

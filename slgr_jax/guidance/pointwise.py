@@ -35,6 +35,7 @@ from slgr_jax.sampling.preferences import (
     Preferences,
     at_the_end_of_training,
     draw_scored,
+    lane_weights,
     pair_facts,
 )
 from slgr_jax.sampling.teacher_arrays import TeacherLists
@@ -98,6 +99,7 @@ class Pointwise(Gated):
             margins,
             pair_facts(interactions.facts, users, items, native=self.native),
             entries,
+            lane_weights(teacher.share, users),
         )
         return PointwiseDraw(
             self.as_asked(pairs, arrays),

@@ -7,7 +7,7 @@ import numpy as np
 from slgr_jax import cluster
 from slgr_jax.config import RunConfig
 from slgr_jax.data import schema
-from slgr_jax.data.dataset import Csr
+from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.guidance import hard_negatives, vector_teacher
 from slgr_jax.guidance.base import Sources
@@ -23,6 +23,7 @@ from slgr_jax.sampling.teacher_arrays import (
     teacher_pairs,
 )
 from slgr_jax.teacher.products import own_users, preferences
+from slgr_jax.teacher.products.rows import Teacher
 
 
 def preference_rule(run: RunConfig, *, native: bool) -> PreferenceRule:
@@ -36,6 +37,20 @@ def preference_rule(run: RunConfig, *, native: bool) -> PreferenceRule:
         together=run.sampler.triples_per_user,
         native=native,
     )
+
+
+def load(run: RunConfig, dataset: Dataset) -> tuple[Teacher, np.ndarray]:
+    """The product that a run names, of the users whose interactions `dataset` has; and the scores
+    or margins of everybody's rows.
+
+    Raises:
+      ManifestError, ShardError: it does not fit or is damaged.
+    """
+    name, verify = run.guidance.teacher, run.train.verify_checksums
+    if dataset.of_users is not None:
+        return own_users.load(dataset, name, pieces=cluster.processes(), verify=verify)
+    teacher = preferences.load(dataset, name, verify=verify)
+    return teacher, teacher.numbers
 
 
 def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | TeacherPairs:
@@ -52,13 +67,7 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
     run, dataset, guidance = sources.run, sources.dataset, sources.run.guidance
     if guidance.teacher_vectors and not guidance.teacher:
         return vector_teacher.lists(dataset, guidance.teacher_vectors, part)
-    verify, every_number = run.train.verify_checksums, None
-    if dataset.of_users is None:
-        teacher = preferences.load(dataset, guidance.teacher, verify=verify)
-    else:
-        teacher, every_number = own_users.load(
-            dataset, guidance.teacher, pieces=cluster.processes(), verify=verify
-        )
+    teacher, every_number = load(run, dataset)
     if run.hard_negatives:
         ranked_highest = hard_negatives.of_lists(
             dataset,
@@ -74,7 +83,7 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
         # Margins are above 0; a slice of everything is no copy.
         keep = teacher.margin >= guidance.min_gap if guidance.min_gap > 0 else slice(None)
         items = np.stack([teacher.preferred[keep], teacher.other[keep]], axis=1)
-        if every_number is not None and guidance.min_gap > 0:
+        if guidance.min_gap > 0:
             every_number = every_number[every_number >= guidance.min_gap]
         arrays = teacher_pairs(teacher.users[keep], items, teacher.margin[keep], every_number)
     else:

@@ -22,6 +22,7 @@ more of them; the axis of length 2 is (preferred, other).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -40,14 +41,19 @@ from slgr_jax.guidance import pair_losses
 from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
 from slgr_jax.guidance.gated import Gated, GatedArrays, GatedDraw
 from slgr_jax.guidance.gating import Gating, Observed
-from slgr_jax.mesh import Layout
+from slgr_jax.mesh import Layout, UserShards
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.row_access import Candidates
-from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import Interactions
+from slgr_jax.sampling import random_bits, user_shards
+from slgr_jax.sampling.arrays import Interactions, Share, drawable
 from slgr_jax.sampling.context import Histories, host32
 from slgr_jax.sampling.negatives import Generators, below
-from slgr_jax.sampling.preferences import Preferences, at_the_end_of_training, pair_facts
+from slgr_jax.sampling.preferences import (
+    Preferences,
+    at_the_end_of_training,
+    lane_weights,
+    pair_facts,
+)
 from slgr_jax.sampling.teacher_arrays import TeacherLists
 
 LOGGER = logging.getLogger(__name__)
@@ -60,10 +66,12 @@ class GroupedArrays(GatedArrays):
     Attributes:
       entries: [E] entries of the teacher's lists by user, then group, then place, the best first.
       segments: [m, 3] user, where in `entries` they begin, how many places are drawn from.
+      share: of a shard of users, its part of `segments`.
     """
 
     entries: Int[Array, "E"]
     segments: Int[Array, "m 3"]
+    share: Share | None = None
 
 
 def popularity_groups(popularity: np.ndarray, count: int) -> np.ndarray:
@@ -156,7 +164,8 @@ class UnbiasedDistillation(Gated):
         entries = np.lexsort((-np.arange(keys.size), keys))
         which, begin, length = np.unique(keys[entries], return_index=True, return_counts=True)
         able = length >= 2
-        if not able.any():
+        segments_of_all = user_shards.total(int(able.sum()), sources.dataset)
+        if not segments_of_all:
             raise InputError(
                 f"--guidance=unkd compares items of one group, and teacher "
                 f"{self.run.guidance.teacher} lists no two of any of {self.knobs.groups} groups "
@@ -164,14 +173,33 @@ class UnbiasedDistillation(Gated):
             )
         LOGGER.info(
             "unkd: %d of %d groups of users' items have two listed items or more",
-            int(able.sum()),
-            self.knobs.groups * int(np.count_nonzero(counts)),
+            segments_of_all,
+            self.knobs.groups * user_shards.total(int(np.count_nonzero(counts)), sources.dataset),
         )
         columns = (which // self.knobs.groups, begin, np.minimum(length, self.knobs.pool))
         segments = np.stack([column[able] for column in columns], axis=1)
         return GroupedArrays(
             teacher, arrays.gate, entries=host32(entries), segments=host32(segments)
         ), left_out
+
+    def deal(self, arrays: GatedArrays, shards: UserShards) -> GroupedArrays:
+        dealt = super().deal(arrays, shards)
+        assert isinstance(arrays, GroupedArrays)
+        assert isinstance(arrays.teacher, TeacherLists)
+        assert isinstance(dealt, GroupedArrays)
+        # `entries` are each user's own, one user after the other: as many as in the teacher's.
+        owners = user_shards.owners_of(arrays.teacher.offsets)
+        of_entries: Any = user_shards.ByUser(owners, shards)
+        segments = np.array(arrays.segments)
+        of_segments: Any = user_shards.ByUser(segments[:, 0], shards)
+        segments[:, 1] = of_entries.local(segments[:, 1], segments[:, 0])
+        segments[:, 0] = user_shards.numbers_of(segments[:, 0], shards)
+        return dataclasses.replace(
+            dealt,
+            entries=of_entries.entries(of_entries.local(np.asarray(arrays.entries), owners)),
+            segments=of_segments.entries(segments),
+            share=of_segments.share(),
+        )
 
     def draw(
         self,
@@ -183,7 +211,7 @@ class UnbiasedDistillation(Gated):
         teacher = arrays.teacher
         assert isinstance(teacher, TeacherLists)
         words = random_bits.words(words_of.own, 3, self.queries)
-        segment = arrays.segments[below(words[0], arrays.segments.shape[0])]
+        segment = arrays.segments[below(words[0], drawable(arrays.share, arrays.segments))]
         users, begin, lengths = jnp.moveaxis(segment, -1, 0)
         places = two_places(words[1], words[2], lengths, self.knobs.temperature)
         entries = arrays.entries[begin[..., None] + places]
@@ -194,6 +222,7 @@ class UnbiasedDistillation(Gated):
             scores[..., 0] - scores[..., 1],
             pair_facts(interactions.facts, users, items, native=self.native),
             entries,
+            lane_weights(arrays.share, users),
         )
         return GatedDraw(
             self.as_asked(pairs, arrays),

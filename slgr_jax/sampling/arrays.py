@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -58,6 +59,11 @@ class Share:
 
     count: Int[Array, ""]
     weight: Float[Array, ""]
+
+
+def drawable(share: Share | None, entries: jax.Array) -> int | Int[Array, ""]:
+    """How many entries there are to draw from; of a shard at least 1, which may be padding."""
+    return int(entries.shape[0]) if share is None else jnp.maximum(share.count, 1)
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.kernels import cpu
 from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.arrays import Facts, PairFacts
+from slgr_jax.sampling.arrays import Facts, PairFacts, Share
 from slgr_jax.sampling.context import Histories, Queries
 from slgr_jax.sampling.negatives import Generators, below, draw_outside
 from slgr_jax.sampling.teacher_arrays import PreferenceRule, TeacherLists, TeacherPairs
@@ -56,6 +56,11 @@ def at_the_end_of_training(users: Int[Array, "*G"], histories: Histories | None)
     return Queries(users, None if histories is None else histories.trained[users])
 
 
+def lane_weights(share: Share | None, lanes: Int[Array, "*G"]) -> Float[Array, "*G"] | None:
+    """What each lane weighs that is drawn from a shard of users; None: all weigh 1."""
+    return None if share is None else jnp.broadcast_to(share.weight, lanes.shape)
+
+
 def draw_preferences(
     words_of: Generators,
     teacher: TeacherLists | TeacherPairs,
@@ -65,16 +70,13 @@ def draw_preferences(
 ) -> Preferences:
     """G preferences a step, and what is known of them."""
     users, items, margins, entries = draw_pairs(words_of, teacher, rule)
-    weights = None
-    if teacher.share is not None:
-        weights = jnp.broadcast_to(teacher.share.weight, users.shape)
     return Preferences(
         at_the_end_of_training(users, histories),
         items,
         margins,
         pair_facts(facts, users, items, native=rule.native),
         entries,
-        weights,
+        lane_weights(teacher.share, users),
     )
 
 

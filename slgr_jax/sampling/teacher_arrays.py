@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.data.dataset import Csr, beaten
-from slgr_jax.sampling.arrays import Excluded, Share, excluded, host_array
+from slgr_jax.sampling.arrays import Excluded, Share, drawable, excluded, host_array
 from slgr_jax.sampling.context import host32
 
 
@@ -61,9 +60,7 @@ class TeacherLists:
     @property
     def stated(self) -> int | Int[Array, ""]:
         """How many entries there are to start a preference with; of a shard at least 1, padding."""
-        if self.share is not None:
-            return jnp.maximum(self.share.count, 1)
-        return int(self.starts.shape[0])
+        return drawable(self.share, self.starts)
 
 
 @struct.dataclass
@@ -79,9 +76,7 @@ class TeacherPairs:
     @property
     def stated(self) -> int | Int[Array, ""]:
         """How many preferences there are to draw from; of a shard at least 1, padding."""
-        if self.share is not None:
-            return jnp.maximum(self.share.count, 1)
-        return int(self.users.shape[0])
+        return drawable(self.share, self.users)
 
 
 def teacher_pairs(

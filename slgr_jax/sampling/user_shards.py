@@ -185,29 +185,29 @@ def _of_users(values: np.ndarray, shards: UserShards) -> Any:
     )
 
 
-def _numbers_of(users: np.ndarray, shards: UserShards) -> np.ndarray:
+def numbers_of(users: np.ndarray, shards: UserShards) -> np.ndarray:
     """The number that each user has in its shard."""
     return shards.row[users] % shards.rows
 
 
-def _owners(offsets: Any) -> np.ndarray:
+def owners_of(offsets: Any) -> np.ndarray:
     counts = np.diff(np.asarray(offsets))
     return np.repeat(np.arange(counts.size, dtype=np.int32), counts)
 
 
 def _excluded(cut: Excluded, shards: UserShards) -> Excluded:
-    by_user: Any = ByUser(_owners(cut.offsets), shards)
+    by_user: Any = ByUser(owners_of(cut.offsets), shards)
     return Excluded(
         offsets=by_user.bounds(),
         keys=by_user.entries(cut.keys),
         marks=by_user.every(cut.keys, MARKED),
         shifts=None if cut.shifts is None else by_user.entries(cut.shifts),
         free=_of_users(np.asarray(cut.free), shards),
-        search_steps=_greatest(cut.search_steps, shards),
+        search_steps=greatest(cut.search_steps, shards),
     )
 
 
-def _greatest(number: int, shards: UserShards) -> int:
+def greatest(number: int, shards: UserShards) -> int:
     """Of every process's own, what is compiled in everywhere."""
     return number if shards.here is None else int(over_processes(np.array(number)).max())
 
@@ -220,7 +220,7 @@ def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:
     if data.targets is not None:
         targets, share = _targets(data.targets, shards)
     return Interactions(
-        users=by_user.entries(_numbers_of(np.asarray(data.users), shards)),
+        users=by_user.entries(numbers_of(np.asarray(data.users), shards)),
         items=by_user.entries(data.items),
         negatives=_excluded(data.negatives, shards),
         cumulative=data.cumulative,
@@ -240,7 +240,7 @@ def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:
 def _targets(targets: Targets, shards: UserShards) -> tuple[Targets, Share]:
     by_user: Any = ByUser(np.asarray(targets.users), shards)
     return Targets(
-        users=by_user.entries(_numbers_of(np.asarray(targets.users), shards)),
+        users=by_user.entries(numbers_of(np.asarray(targets.users), shards)),
         items=by_user.entries(targets.items),
         as_of=None if targets.as_of is None else by_user.entries(targets.as_of),
         labels=None if targets.labels is None else by_user.entries(targets.labels),
@@ -248,7 +248,7 @@ def _targets(targets: Targets, shards: UserShards) -> tuple[Targets, Share]:
 
 
 def _hard(pools: HardNegatives, shards: UserShards) -> HardNegatives:
-    by_user: Any = ByUser(_owners(pools.offsets), shards)
+    by_user: Any = ByUser(owners_of(pools.offsets), shards)
     return HardNegatives(by_user.bounds(), by_user.entries(pools.items))
 
 
@@ -259,18 +259,18 @@ def deal_teacher(teacher: Teacher, shards: UserShards) -> Teacher:
         users = np.asarray(teacher.users)
         by_user: Any = ByUser(users, shards)
         dealt = teacher.replace(  # type: ignore[attr-defined]
-            users=by_user.entries(_numbers_of(users, shards)),
+            users=by_user.entries(numbers_of(users, shards)),
             items=by_user.entries(teacher.items),
             margins=by_user.entries(teacher.margins),
             share=by_user.share(),
         )
         return dealt
 
-    by_user = ByUser(_owners(teacher.offsets), shards)
+    by_user = ByUser(owners_of(teacher.offsets), shards)
     starts = np.array(teacher.starts)
     of_starts: Any = ByUser(starts[:, 1], shards)
     starts[:, 0] = by_user.local(starts[:, 0], starts[:, 1])
-    starts[:, 1] = _numbers_of(starts[:, 1], shards)
+    starts[:, 1] = numbers_of(starts[:, 1], shards)
     dealt = teacher.replace(  # type: ignore[attr-defined]
         offsets=by_user.bounds(),
         items=by_user.entries(teacher.items),
@@ -302,7 +302,7 @@ def deal_labels(source: LabelSource, teacher: Teacher, shards: UserShards) -> La
     return LabelSource(
         ChosenItems(
             offsets=of_chosen.bounds(),
-            users=of_chosen.entries(_numbers_of(users, shards)),
+            users=of_chosen.entries(numbers_of(users, shards)),
             items=of_chosen.entries(chosen.items),
             as_of=of_chosen.entries(chosen.as_of),
             negatives=_excluded(chosen.negatives, shards),
@@ -321,8 +321,8 @@ def _list_labels(
     shards: UserShards,
 ) -> ListLabels:
     places = np.asarray(labels.chosen)
-    entries = ByUser(_owners(teacher.offsets), shards)
-    of_others = _owners(labels.other_offsets)
+    entries = ByUser(owners_of(teacher.offsets), shards)
+    of_others = owners_of(labels.other_offsets)
     others: Any = ByUser(of_others, shards)
     return ListLabels(
         chosen=by_user.entries(of_chosen.local(places, users[places])),

@@ -23,6 +23,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain": {"negatives": "popularity"},
     "calibrated": {**GUIDED, "gate": "calibrated", "item_bias": True},
     "budget": {**GUIDED, "gate": "budget", "table_dtype": "bfloat16"},
+    "lists": {
+        **GUIDED,
+        "teacher": "below",
+        "guidance": "list_kl",
+        "list_kl_sample_weights": True,
+        "list_kl_places": 3,
+        "list_kl_samples": 3,
+        "gate": "calibrated",
+        "lists_per_step": 16,
+        "labelled_per_step": 16,
+        "loss": "softmax",
+    },
     "softmax": {"loss": "sampled_softmax", "shared_negatives": 16},
 }
 
@@ -35,7 +47,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory):
     users = np.repeat(np.arange(43), rng.integers(0, 3, 43) * 4)
     items = np.concatenate([np.sort(rng.permutation(30)[:n]) for n in np.bincount(users)])
     scores = rng.random(users.size).astype(np.float32)
-    worlds.teach(world, users.astype(np.int32), items.astype(np.int32), scores)
+    for name, unlisted in (("t", "unknown"), ("below", "below")):
+        worlds.teach(
+            world,
+            users.astype(np.int32),
+            items.astype(np.int32),
+            scores,
+            name=name,
+            unlisted=unlisted,
+        )
     return world
 
 
@@ -54,7 +74,8 @@ def _trained(trainer, arrays, steps):
 
 
 @pytest.mark.parametrize(
-    ("name", "table_shards"), [("plain", 1), ("calibrated", 2), ("budget", 1), ("softmax", 2)]
+    ("name", "table_shards"),
+    [("plain", 1), ("calibrated", 2), ("budget", 1), ("lists", 2), ("softmax", 2)],
 )
 def test_four_devices_have_the_numbers_of_one(dataset, tmp_path, name, table_shards):
     """What is drawn and what is learned, to rounding; with items split over two of them, too."""
@@ -133,7 +154,7 @@ def test_a_run_goes_on_elsewhere_and_is_served_whole(dataset, tmp_path):
 
 REFUSED = {
     "--backbone=lightgcn": {"backbone": "lightgcn"},
-    "--guidance=kd": {"guidance": "kd", "teacher": "t"},
+    "--guidance=hint": {"guidance": "hint", "teacher_vectors": "v"},
     "--negatives=in_batch": {"negatives": "in_batch"},
     "--pair_selection=largest_gap": {**GUIDED, "pair_selection": "largest_gap"},
     "--reference_runs": {**GUIDED, "uncertainty": "ensemble", "reference_runs": "a,b"},

@@ -30,8 +30,7 @@ def load(
     kept, numbers = [], []
     for piece in range(pieces):
         teacher = preferences.load(dataset, name, verify=verify, reader=(piece, pieces))
-        scored = teacher.manifest.kind == "scores"
-        numbers.append(teacher.scores if scored else teacher.margin)
+        numbers.append(teacher.numbers)
         kept.append(_only(teacher, dataset.of_users.read))
     lengths = np.sum([np.diff(teacher.offsets) for teacher in kept], axis=0)
     columns = {

@@ -230,8 +230,6 @@ def of_teacher(dataset: Dataset, teacher: Teacher, places: int) -> Pseudo:
     kept = _among_first(_places(dataset, teacher), 0 if weighted else places)
     counts = np.bincount(_owners(teacher)[kept], minlength=dataset.n_users)
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    if not kept.any():
-        raise InputError(f"{where} names nothing outside its users' own training items")
     return Pseudo(offsets, teacher.items[kept], teacher.scores[kept], weighted)
 
 
