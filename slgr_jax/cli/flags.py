@@ -33,6 +33,7 @@ from slgr_jax.files import cache_directory
 FLAGS = flags.FLAGS
 EXIT_USER_ERROR = 2
 EXIT_KILLED = 130  # 128 + SIGINT, as a shell says it
+EXIT_AWAITING = 76  # what somebody else makes is not there yet: the same command goes on
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command goes on later
 _HELP = frozenset({"-h", "-help", "--help", "--helpfull", "--helpshort"})
 # absl's names for the types of flags that are no knobs.

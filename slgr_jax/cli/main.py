@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from slgr_jax.cli import (
     compare,
     evaluate,
+    exchange,
     export,
     flags,
     inspect,
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command(inspect.USAGE, inspect.run),
     "compare": Command(compare.USAGE, compare.run),
     "tune": Command(tune.USAGE, tune.run),
+    "exchange": Command(exchange.USAGE, exchange.run),
     "quickstart": Command(quickstart.USAGE, quickstart.run),
 }
 

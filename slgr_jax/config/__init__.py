@@ -36,6 +36,7 @@ from slgr_jax.config.distillation import (
     UnKDConfig,
 )
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
+from slgr_jax.config.exchange import ExchangeConfig
 from slgr_jax.config.guidance import (
     ALIGNMENTS,
     AUTO,
@@ -125,6 +126,7 @@ __all__ = [
     "EMBEDDERS",
     "EmbedConfig",
     "EvaluationConfig",
+    "ExchangeConfig",
     "ExportConfig",
     "FactorConfig",
     "FreeTeacherConfig",

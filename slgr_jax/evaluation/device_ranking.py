@@ -350,6 +350,28 @@ def rank_chunk(
     return _on_rows(ranked, mesh, scores, users, seen, relevant)
 
 
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def log_sum_chunk(
+    scores: jax.Array,
+    users: jax.Array,
+    seen: DeviceCsr,
+    temperature: jax.Array | float,
+    *,
+    mesh: Mesh | None,
+) -> dict[str, jax.Array]:
+    """log_sums: [B] log sum_j exp(s_j / temperature) over the items that are not masked; bad: [B],
+    as of `rank_chunk`."""
+
+    def rows(
+        scores: jax.Array, users: jax.Array, seen: DeviceCsr, temperature: jax.Array
+    ) -> dict[str, jax.Array]:
+        bad = (users >= 0) & ~(jnp.max(jnp.abs(scores), axis=1) < jnp.inf)
+        left = _scatter_rows(scores, users, seen, -jnp.inf)
+        return {"log_sums": jax.nn.logsumexp(left / temperature, axis=1), "bad": bad}
+
+    return _on_rows(rows, mesh, scores, users, seen, temperature)
+
+
 @functools.partial(jax.jit, static_argnames=("pieces", "bits", "mesh", "native"))
 def pool_chunk(
     scores: jax.Array,

@@ -316,6 +316,35 @@ def top_k(
     return lists(users)
 
 
+def log_sums(
+    score_users: ScoreUsers,
+    state: Any,
+    users: np.ndarray,
+    seen: Csr,
+    n_items: int,
+    *,
+    temperature: float,
+    users_per_chunk: int = 1024,
+    mesh: Mesh | None = None,
+    kernels: str = "auto",
+) -> np.ndarray:
+    """[n] log sum_j exp(s_uj / T) of each of `users` over the items not in its row of `seen`.
+
+    -inf where there are none. Arguments and errors: as of `top_k`; temperature: T.
+    """
+    scorer = _Scorer(score_users, state, users.size, n_items, users_per_chunk, mesh, kernels)
+    masked = scorer.put_rows(seen)
+
+    def of_chunk(scores: jax.Array, chunk: jax.Array, _: np.ndarray) -> dict[str, jax.Array]:
+        return device_ranking.log_sum_chunk(scores, chunk, masked, temperature, mesh=mesh)
+
+    sums = np.empty(users.size, np.float32)
+    for places, result in scorer.each(users, of_chunk):
+        _refuse_nonfinite(users[places], result["bad"])
+        sums[places] = result["log_sums"][: sums[places].size]
+    return sums
+
+
 def rank(
     score_users: ScoreUsers,
     state: Any,

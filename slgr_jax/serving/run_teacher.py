@@ -41,11 +41,11 @@ def from_run(
         length=length,
         model=f"run {os.path.basename(os.path.abspath(workdir))} ({run.config.model.backbone}"
         f"{guided})",
-        built_from=_built_from(run),
+        built_from=built_from(run),
     )
 
 
-def _built_from(run: TrainedRun) -> str:
+def built_from(run: TrainedRun) -> str:
     """What the run has seen: training, or what its teacher saw if that is more."""
     if not run.config.guided:
         return "train_only"
