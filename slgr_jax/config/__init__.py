@@ -7,6 +7,7 @@ command line from the same fields, so a default or a help text is never written 
 from slgr_jax.config.alignment import (
     HintConfig,
     HTDConfig,
+    LLMESRConfig,
     RLMRecConConfig,
     RLMRecGenConfig,
     check_fits,
@@ -165,6 +166,7 @@ __all__ = [
     "PrepareConfig",
     "ROWS",
     "KDConfig",
+    "LLMESRConfig",
     "ListKLConfig",
     "RDConfig",
     "DLLM2RecConfig",

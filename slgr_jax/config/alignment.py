@@ -122,3 +122,17 @@ class RLMRecGenConfig(Section):
         minimum=0,
         maximum=WIDTH,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMESRConfig(Section):
+    """--guidance=llm_esr: users towards those whose texts are alike."""
+
+    neighbours: int = knob(
+        10,
+        "users with the nearest vectors whose mean a user's vector is drawn to; of a sequence "
+        "model each is one more sequence to encode",
+        flag="llm_esr_neighbours",
+        minimum=1,
+        maximum=1024,
+    )

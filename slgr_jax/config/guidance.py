@@ -15,7 +15,7 @@ AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by val
 # Losses of global distillation from the literature: docs/distillation.md.
 DISTILLATIONS = ("kd", "list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd", "unkd")
 # Those that align a recommender's vectors with those of a product: docs/alignment.md.
-ALIGNMENTS = ("hint", "htd", "rlmrec_con", "rlmrec_gen")
+ALIGNMENTS = ("hint", "htd", "rlmrec_con", "rlmrec_gen", "llm_esr")
 BUILT_IN_GUIDANCE = (
     *("none", "pairwise", "pointwise", "interactions"),
     *DISTILLATIONS,
@@ -87,8 +87,9 @@ class GuidanceConfig(Section):
         "lists in order, above what they leave out; dcd = the same where recommender and teacher "
         "disagree; unkd = its order among items of similar popularity. Of --teacher_vectors: "
         "hint = map the recommender's vectors to them; htd = their cosines; rlmrec_con = contrast "
-        "of users and items with their own; rlmrec_gen = the vectors of masked nodes of a graph. "
-        "Each goes through --gate. "
+        "of users and items with their own; rlmrec_gen = the vectors of masked nodes of a graph; "
+        "llm_esr = a user's vector drawn to those of users with the nearest vectors. Each goes "
+        "through --gate. "
         "slgr train takes auto too: none, or pairwise with the gate and lambda that validation "
         "prefers beyond noise",
         choices=GUIDANCE,
@@ -96,8 +97,8 @@ class GuidanceConfig(Section):
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
     teacher_vectors: str = knob(
         "",
-        "hint, htd, rlmrec_con, rlmrec_gen: the product under DATA/embeddings (slgr teach embed) "
-        "that the recommender's vectors of users and items are aligned with",
+        "hint, htd, rlmrec_con, rlmrec_gen, llm_esr: the product under DATA/embeddings (slgr teach "
+        "embed) that the recommender's vectors of users and items are aligned with",
     )
     weight: float = knob(
         0.1,

@@ -11,6 +11,7 @@ from typing import Any
 from slgr_jax.config.alignment import (
     HintConfig,
     HTDConfig,
+    LLMESRConfig,
     RLMRecConConfig,
     RLMRecGenConfig,
 )
@@ -74,6 +75,7 @@ class RunConfig:
     htd: HTDConfig = dataclasses.field(default_factory=HTDConfig)
     rlmrec_con: RLMRecConConfig = dataclasses.field(default_factory=RLMRecConConfig)
     rlmrec_gen: RLMRecGenConfig = dataclasses.field(default_factory=RLMRecGenConfig)
+    llm_esr: LLMESRConfig = dataclasses.field(default_factory=LLMESRConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

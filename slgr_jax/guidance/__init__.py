@@ -8,6 +8,7 @@ from slgr_jax.guidance import (
     interactions,
     kd,
     list_kl,
+    llm_esr,
     pairwise,
     pointwise,
     rd,
@@ -35,6 +36,7 @@ built_in(
         "htd": htd.make,
         "rlmrec_con": rlmrec.make_con,
         "rlmrec_gen": rlmrec.make_gen,
+        "llm_esr": llm_esr.make,
     }
 )
 

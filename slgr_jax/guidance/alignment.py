@@ -132,6 +132,8 @@ class Lanes:
       student: e; teacher: z.
       has: [G, 3] 1 where there is a z.
       weights: [G, 3] alpha, 0 where there is no z.
+      others, known: e of other users of each lane, and 1 where there is one; of a method that has
+        any (`Alignment.with_others`).
     """
 
     ids: Int[Array, "G 3"]
@@ -139,6 +141,8 @@ class Lanes:
     teacher: Float[Array, "G 3 Z"]
     has: Float[Array, "G 3"]
     weights: Float[Array, "G 3"]
+    others: Float[Array, "G N E"] | None = None
+    known: Float[Array, "G N"] | None = None
 
 
 class Perceptron(nn.Module):
@@ -190,6 +194,10 @@ class Alignment(Gated):
           params: the method's own.
         """
         raise NotImplementedError
+
+    def with_others(self, lanes: Lanes, others: Float[Array, "M E"], drawn: AlignmentDraw) -> Lanes:
+        """The lanes with e of what `candidates` has behind them: nothing, for most methods."""
+        return lanes
 
     @property
     def queries(self) -> int:
@@ -329,14 +337,21 @@ class Alignment(Gated):
         margins -= vector_teacher.cosines(of_user, of_other)
         pairs = drawn.pairs.replace(margins=margins)  # type: ignore[attr-defined]
         drawn = drawn.replace(pairs=pairs)  # type: ignore[attr-defined]
-        alpha, _ = self.believe(params, scored.scores, scored.stochastic, drawn, observed, for_gate)
+        count = drawn.items.shape[0]
+        scores = scored.scores[:count]
 
-        states, items = scored.vectors()
-        student = jnp.concatenate([states[:, None], items], axis=1)[..., : observed.width]
+        def stochastic(key: jax.Array, rate: float) -> Float[Array, "G 2"]:
+            return scored.stochastic(key, rate)[:count]
+
+        alpha, _ = self.believe(params, scores, stochastic, drawn, observed, for_gate)
+
+        states, items = (vectors[..., : observed.width] for vectors in scored.vectors())
+        student = jnp.concatenate([states[:count, None], items[:count]], axis=1)
         ids = jnp.concatenate([drawn.queries.users[:, None], drawn.items], axis=1)
         lanes = Lanes(ids, student, vectors, has, alpha[:, None] * has)
+        lanes = self.with_others(lanes, states[count:], drawn)
         losses = self.lane_losses(params[METHOD], lanes, layout, for_method)
-        agrees = jax.lax.stop_gradient(scored.scores[:, 0] > scored.scores[:, 1])
+        agrees = jax.lax.stop_gradient(scores[:, 0] > scores[:, 1])
         return self.added(params, losses, alpha, agrees, drawn, observed, layout)
 
 

@@ -65,6 +65,8 @@ def _lanes(seed=0, lanes=6, width=E):
         teacher=jnp.asarray(rng.normal(size=(lanes, 3, Z)), jnp.float32),
         has=jnp.asarray(has),
         weights=jnp.asarray(has * rng.random((lanes, 1)), jnp.float32),
+        others=jnp.asarray(rng.normal(size=(lanes, 2, width)), jnp.float32),
+        known=jnp.asarray(np.arange(lanes)[:, None] % 3 > np.arange(2), jnp.float32),
     )
 
 
@@ -167,6 +169,17 @@ def _expected_hint(params, lanes):
     return 3 * (lanes.weights * errors).sum() / lanes.has.sum()
 
 
+def _expected_esr(params, lanes):
+    total, count = 0.0, 0
+    for lane in range(len(lanes.ids)):
+        others = lanes.others[lane][lanes.known[lane] > 0]
+        if lanes.has[lane, 0] and len(others):
+            count += 1
+            errors = (lanes.student[lane, 0] - others.mean(0)) ** 2
+            total += lanes.weights[lane, 0] * errors.mean()
+    return total / count
+
+
 def _expected_ftd(params, lanes):
     ids = (lanes.ids + np.array([0, 1000, 1000])).reshape(-1)
     student, teacher = lanes.student.reshape(-1, E), lanes.teacher.reshape(-1, Z)
@@ -191,6 +204,7 @@ def _expected_ftd(params, lanes):
         ("rlmrec_gen", {}, _expected_gen),
         ("hint", {"hint_hidden": 3}, _expected_hint),
         ("htd", {"htd_groups": 0}, _expected_ftd),
+        ("llm_esr", {}, _expected_esr),
     ],
 )
 def test_losses_are_those_of_plain_numpy(name, knobs, expected):
@@ -198,6 +212,7 @@ def test_losses_are_those_of_plain_numpy(name, knobs, expected):
     lanes = _lanes()
     losses = method.lane_losses(params, lanes, worlds.one_device(), jax.random.key(1))
     host = {name: np.asarray(value, np.float64) for name, value in vars(lanes).items()}
+    host["known"] = host["known"] > 0
     expected_loss = expected(params, types.SimpleNamespace(**host))
     assert float(jnp.mean(losses)) == pytest.approx(expected_loss, rel=1e-5)
 
@@ -241,6 +256,8 @@ def test_gradients_are_right_and_nothing_without_a_vector_matters(name):
         )
     assert float(jnp.abs(gradient).max()) > 0
     assert (np.asarray(gradient)[np.asarray(lanes.weights) == 0] == 0).all()
+    to_others = jax.grad(lambda x: loss(lanes.replace(others=x)))(lanes.others)
+    assert (np.asarray(to_others) == 0).all()
     nothing = lanes.replace(has=jnp.zeros((6, 3)), weights=jnp.zeros((6, 3)))
     assert float(loss(nothing)) == 0.0
 
@@ -282,6 +299,30 @@ def test_vectors_come_standardised_and_are_looked_up_by_lane(data):
     assert_allclose(seen.has[:, 1:], ~np.isin(one.items, NO_TEXT))
 
 
+def test_neighbours_are_the_users_with_the_nearest_vectors(data):
+    """All users but oneself and those that training does not know, the best first."""
+    experiment = _experiment(data, guidance="llm_esr", llm_esr_neighbours=USERS + 2)
+    arrays = experiment.arrays.guidance
+    vectors = np.asarray(arrays.users.values, np.float64)
+    cosines = _unit(vectors) @ _unit(vectors).T
+    drawn = draws_of(experiment, steps=2)
+    for user, others, known in zip(
+        drawn.queries.users.ravel(),
+        drawn.others.users.reshape(-1, USERS + 2),
+        drawn.known.reshape(-1, USERS + 2),
+        strict=True,
+    ):
+        able = [v for v in np.argsort(-cosines[user]) if v != user and data.history[v] > 0]
+        assert others[: len(able)].tolist() == able
+        assert known.sum() == known[: len(able)].sum() == len(able)
+
+    one = jax.tree.map(lambda x: x[0], drawn)
+    asked = experiment.trainer.guidance.candidates(one)
+    lanes = len(one.items)
+    assert_allclose(asked.queries.users[:lanes], one.queries.users)
+    assert_allclose(asked.queries.users[lanes:].reshape(lanes, -1), one.others.users)
+
+
 def test_cosines_label_what_a_gate_is_taught(data):
     run = _run(data, gate="calibrated")
     teacher = vector_teacher.lists(data, "text", "valid")
@@ -315,6 +356,7 @@ def test_cosines_label_what_a_gate_is_taught(data):
         ("rlmrec_gen", "lightgcn", {"dim": E, "layers": 2}),
         ("hint", "mf", {"item_vectors": "text", "gate": "paper"}),
         ("htd", "lightgcn", {"dim": E, "htd_groups": 3, "dropout": 0.2}),
+        ("llm_esr", "sasrec", {"dim": E, "max_history": 4, "layers": 1, "gate": "rule"}),
     ],
 )
 def test_what_is_learned_falls(data, name, backbone, knobs):
@@ -332,7 +374,7 @@ def test_what_is_learned_falls(data, name, backbone, knobs):
     moved = jax.tree.map(
         lambda a, b: np.abs(a - np.asarray(b)).max(), start, state.params["guidance"][METHOD]
     )
-    assert min(jax.tree.leaves(moved)) > 0
+    assert min(jax.tree.leaves(moved), default=1.0) > 0  # llm_esr has none
 
 
 def test_masked_nodes_are_seen_as_the_token_and_get_no_gradient(data):
