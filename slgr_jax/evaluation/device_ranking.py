@@ -274,9 +274,14 @@ def _own_csr(rows: DeviceCsr) -> DeviceCsr:
     return DeviceCsr(bounds, flat(rows.indices))
 
 
-@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("scores",))
+@functools.partial(jax.jit, static_argnames=("mesh", "split"), donate_argnames=("scores",))
 def keep_listable(
-    scores: jax.Array, users: jax.Array, listable: Listable, *, mesh: Mesh | None
+    scores: jax.Array,
+    users: jax.Array,
+    listable: Listable,
+    *,
+    mesh: Mesh | None,
+    split: UserShards | None = None,
 ) -> jax.Array:
     """[B, I] `scores`, which are given up, with LEFT_OUT where an item may not be listed."""
 
@@ -294,7 +299,7 @@ def keep_listable(
 
         return _over_rows(jnp.full_like(scores, LEFT_OUT), users, only, take)
 
-    return _split_by_user(keep, mesh, scores, users, *listable)
+    return _split_by_user(keep, mesh, split, scores, users, *listable)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "k", "mesh", "native", "split"))
@@ -338,16 +343,7 @@ def rank_chunk(
             out["top"] = _top(scores, k)
         return out
 
-    ranked = by_kernel if native else rows
-
-    def of_own(scores: Any, users: Any, seen: DeviceCsr, relevant: DeviceCsr) -> dict[str, Any]:
-        assert split is not None
-        own = _own_rows(users, split, mesh)
-        return ranked(scores, own, _own_csr(seen), _own_csr(relevant))
-
-    if split is not None:
-        return _on_rows(of_own, mesh, scores, users, seen, relevant, whole=False)
-    return _on_rows(ranked, mesh, scores, users, seen, relevant)
+    return _on_rows(by_kernel if native else rows, mesh, split, scores, users, seen, relevant)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
@@ -369,10 +365,10 @@ def log_sum_chunk(
         left = _scatter_rows(scores, users, seen, -jnp.inf)
         return {"log_sums": jax.nn.logsumexp(left / temperature, axis=1), "bad": bad}
 
-    return _on_rows(rows, mesh, scores, users, seen, temperature)
+    return _on_rows(rows, mesh, None, scores, users, seen, temperature)
 
 
-@functools.partial(jax.jit, static_argnames=("pieces", "bits", "mesh", "native"))
+@functools.partial(jax.jit, static_argnames=("pieces", "bits", "mesh", "native", "split"))
 def pool_chunk(
     scores: jax.Array,
     users: jax.Array,
@@ -384,6 +380,7 @@ def pool_chunk(
     bits: int,
     mesh: Mesh | None,
     native: bool,
+    split: UserShards | None = None,
 ) -> jax.Array:
     """[B, pieces]: `_pool_counts` over each user's candidates that are not relevant.
 
@@ -391,14 +388,14 @@ def pool_chunk(
     its `pieces` are 2, its `bits` 32.
     """
     if native:
-        return _on_rows(ranks.pool_rows, mesh, scores, users, seen, relevant, pool)
+        return _on_rows(ranks.pool_rows, mesh, split, scores, users, seen, relevant, pool)
 
     def rows(scores: Any, users: Any, seen: Any, relevant: Any, pool: Any) -> jax.Array:
         for excluded in (seen, relevant):
             scores = _scatter_rows(scores, users, excluded, jnp.inf)
         return _pool_counts(scores, pool, pieces, bits)
 
-    return _on_rows(rows, mesh, scores, users, seen, relevant, pool)
+    return _on_rows(rows, mesh, split, scores, users, seen, relevant, pool)
 
 
 def by_user(mesh: Mesh) -> NamedSharding:
@@ -411,10 +408,15 @@ def by_user_or_here(mesh: Mesh | None) -> jax.sharding.Sharding:
 
 
 def _on_rows(
-    function: Any, mesh: Mesh | None, scores: Any, users: Any, *others: Any, whole: bool = True
+    function: Any,
+    mesh: Mesh | None,
+    split: UserShards | None,
+    scores: Any,
+    users: Any,
+    *others: Any,
 ) -> Any:
     """`function(scores, users, *others)`, each device on its own users; results on all."""
-    results = _split_by_user(function, mesh, scores, users, *others, whole=whole)
+    results = _split_by_user(function, mesh, split, scores, users, *others)
     if mesh is None:
         return results
     # Every process reads every result: they are small, the scores are not among them.
@@ -422,16 +424,29 @@ def _on_rows(
 
 
 def _split_by_user(
-    function: Any, mesh: Mesh | None, scores: Any, users: Any, *others: Any, whole: bool = True
+    function: Any,
+    mesh: Mesh | None,
+    split: UserShards | None,
+    scores: Any,
+    users: Any,
+    *others: Any,
 ) -> Any:
     """`function(scores, users, *others)`, each device on its own users; results are there.
 
     Args:
-      others: whole on every device, or each split as the users are.
+      others: whole on every device; rows of users, where these are `split`, with their users.
     """
+    is_own = [split is not None and isinstance(other, DeviceCsr) for other in others]
+
+    def of_own(scores: Any, users: Any, *others: Any) -> Any:
+        if split is not None:
+            users = _own_rows(users, split, mesh)
+        own = [_own_csr(x) if its else x for x, its in zip(others, is_own, strict=True)]
+        return function(scores, users, *own)
+
     if mesh is None:
-        return function(scores, users, *others)
+        return of_own(scores, users, *others)
     by_user, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
-    specs = (by_user, by_user, *[everywhere if whole else by_user] * len(others))
-    split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=by_user, check_vma=False)
-    return split(scores, users, *others)
+    specs = (by_user, by_user, *[by_user if its else everywhere for its in is_own])
+    on_each = jax.shard_map(of_own, mesh=mesh, in_specs=specs, out_specs=by_user, check_vma=False)
+    return on_each(scores, users, *others)

@@ -116,22 +116,21 @@ class _Scorer:
         return DeviceCsr(self.put(csr.offsets.astype(np.int32)), self.put(indices))
 
     def arranged(self, users: np.ndarray) -> np.ndarray:
-        """The users in the order that they are ranked in.
+        """Which of the users are ranked when: places in `users`.
 
         Where they are split, a device's part of each chunk is its own users; -1 fills it up.
         """
         size = 1 if self.mesh is None else self.mesh.size
         if self.split is None or size == 1:
-            return users
+            return np.arange(users.size, dtype=np.int32)
         device = self.split.row[users] // (self.split.table_rows // size)
         share = self.chunk // size
         chunks = -(-int(np.bincount(device, minlength=size).max()) // share)
+        by_device = np.argsort(device, kind="stable")
+        device = device[by_device]
+        place = np.arange(users.size) - np.searchsorted(device, device)  # among its device's users
         arranged = np.full((chunks, size, share), -1, np.int32)
-        for number in range(size):
-            own = np.full(chunks * share, -1, np.int32)
-            of_device = users[device == number]
-            own[: of_device.size] = of_device
-            arranged[:, number] = own.reshape(chunks, share)
+        arranged[place // share, device, place % share] = by_device
         return arranged.reshape(-1)
 
     def each(
@@ -145,10 +144,10 @@ class _Scorer:
 
         The device is one chunk ahead of the host.
         """
-        with progress.bar(users.size, "user") as bar:
+        with progress.bar(int(np.sum(users >= 0)), "user") as bar:
             for places, result in self._each(users, call, listable, between_chunks):
                 yield places, result
-                bar.update(users[places].size)
+                bar.update(int(np.sum(users[places] >= 0)))
 
     def _each(
         self,
@@ -170,7 +169,9 @@ class _Scorer:
 
             scores = self._score(self._room, self._state, chunk)
             if listable is not None:
-                scores = device_ranking.keep_listable(scores, chunk, listable, mesh=self.mesh)
+                scores = device_ranking.keep_listable(
+                    scores, chunk, listable, mesh=self.mesh, split=self.split
+                )
             waiting.append((slice(begin, begin + of_chunk.size), call(scores, chunk, of_chunk)))
             if self._room is not None:
                 self._room = scores
@@ -221,16 +222,22 @@ class TopLists:
         k: int,
         users_per_chunk: int = 1024,
         mesh: Mesh | None = None,
+        split: UserShards | None = None,
         kernels: str = "auto",
     ) -> None:
-        """Arguments and errors: as of `top_k`."""
+        """Arguments and errors: as of `top_k`; `split` as of `rank`."""
         self._scorer = _Scorer(
-            score_users, state, users_per_chunk, n_items, users_per_chunk, mesh, kernels
+            score_users, state, users_per_chunk, n_items, users_per_chunk, mesh, kernels, split
         )
         self.k, self.chunk, self._counts = min(k, n_items), self._scorer.chunk, seen.counts
         self._masked, self._turn = self._scorer.put_rows(seen), threading.Lock()
         self._best = functools.partial(
-            device_ranking.rank_chunk, width=0, k=self.k, mesh=mesh, native=self._scorer.native
+            device_ranking.rank_chunk,
+            width=0,
+            k=self.k,
+            mesh=mesh,
+            native=self._scorer.native,
+            split=split,
         )
 
     def put(self, allowed: np.ndarray | None, only: Csr | None) -> Listable | None:
@@ -255,6 +262,9 @@ class TopLists:
         """
         users = np.asarray(users, np.int32)
         order = np.argsort(self._counts[users], kind="stable")  # a chunk's users cost the same
+        arranged = self._scorer.arranged(users[order])
+        asked = np.where(arranged < 0, -1, order[arranged])  # place in `users`, or nobody's
+        asking = np.where(asked < 0, -1, users[asked])
         items = np.empty((users.size, self.k), np.int32)
         scores = np.empty(items.shape, np.float32)
 
@@ -262,11 +272,12 @@ class TopLists:
             return self._best(scores, chunk, self._masked, None)
 
         with self._turn:
-            for places, ranked in self._scorer.each(users[order], best, listable):
-                rows = order[places]
-                _refuse_nonfinite(users[rows], ranked["bad"])
-                items[rows] = ranked["top"]["items"][: rows.size]
-                scores[rows] = ranked["top"]["scores"][: rows.size]
+            for places, ranked in self._scorer.each(asking, best, listable):
+                rows = asked[places]
+                _refuse_nonfinite(asking[places], ranked["bad"])
+                real = np.flatnonzero(rows >= 0)
+                items[rows[real]] = ranked["top"]["items"][real]
+                scores[rows[real]] = ranked["top"]["scores"][real]
         if listable is not None:
             left_out = scores <= device_ranking.LEFT_OUT
             items[left_out], scores[left_out] = -1, -np.inf
@@ -370,7 +381,7 @@ def rank(
       relevant: [U] rows of items to find.
       seen: [U] rows of masked items; a relevant item among them is dropped and counted.
       top_k: length of `Ranking.top_items`; 0 for none.
-      pooled_auc: also compute `Ranking.pooled_auc`; not of users that are split.
+      pooled_auc: also compute `Ranking.pooled_auc`.
       split: how the users of `state` are split over `mesh`; each is ranked where it is. None: they
         are not.
       between_chunks: called between two chunks of users; what it raises ends the ranking.
@@ -383,7 +394,8 @@ def rank(
     users = np.flatnonzero(counts).astype(np.int32)
     users = users[np.lexsort((seen.counts[users], counts[users]))]
     scorer = _Scorer(score_users, state, users.size, n_items, users_per_chunk, mesh, kernels, split)
-    users = scorer.arranged(users)
+    arranged = scorer.arranged(users)
+    users = np.where(arranged < 0, -1, users[arranged])
     masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
     rank_chunk = functools.partial(
         device_ranking.rank_chunk,
@@ -418,8 +430,8 @@ def rank(
         name: np.concatenate([np.zeros(0, dtype), *pairs[name]])
         for name, dtype in PAIR_DTYPES.items()
     }
-    top, users = top[users >= 0], users[users >= 0]
-    ranked = assemble(users, relevant, seen, n_items, flat, top)
+    real = users >= 0
+    ranked = assemble(users[real], relevant, seen, n_items, flat, top[real])
     if not pooled_auc:
         return ranked
     auc = _pooled_auc(scorer, users, ranked, masked, wanted)
@@ -448,7 +460,12 @@ def _pooled_auc(
         bits = 31 - (scorer.n_items - 1).bit_length()
         pieces = -(-(2 * n_relevant).bit_length() // bits)
     look_up = functools.partial(
-        device_ranking.pool_chunk, pieces=pieces, bits=bits, mesh=scorer.mesh, native=scorer.native
+        device_ranking.pool_chunk,
+        pieces=pieces,
+        bits=bits,
+        mesh=scorer.mesh,
+        native=scorer.native,
+        split=scorer.split,
     )
 
     total = 0  # a Python integer: pairs x pairs may pass 2^63
@@ -472,12 +489,13 @@ def evaluate_dataset(
     *,
     parts: Sequence[str] = ("valid", "test"),
     mesh: Mesh | None = None,
+    split: UserShards | None = None,
     kernels: str = "auto",
 ) -> dict[str, PartResult]:
     """Every metric of every slice of each of `parts`: valid masks train, test train and valid.
 
     Args:
-      score_users, state, mesh, kernels: as for `top_k`.
+      score_users, state, mesh, split, kernels: as for `rank`.
       dataset: gives relevant and masked items.
       slices: what is cold, tail, and the bins.
       evaluation: cut-offs, users ranked at once, pooled AUC or not.
@@ -495,6 +513,7 @@ def evaluate_dataset(
             top_k=max(evaluation.ks),
             pooled_auc=evaluation.pooled_auc,
             mesh=mesh,
+            split=split,
             kernels=kernels,
         )
         out[part] = summarize_part(ranked, data, evaluation.ks)

@@ -126,7 +126,7 @@ def _blended(run: EvaluatedRun, lists: Lists, out: pathlib.Path) -> EvaluatedRun
             f"--blend={lists.name} adds to the scores of a ranking, and {run.workdir} ranks "
             "nothing (--noranking)"
         )
-    trained = load(run.workdir, run.checkpoint, data=str(run.dataset.path))
+    trained = load(run.workdir, run.checkpoint, data=str(run.dataset.path)).whole
     scored = {
         part: (trained.score_users, trained.restored.scoring(part)) for part in ("valid", "test")
     }

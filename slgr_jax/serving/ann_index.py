@@ -3,7 +3,7 @@
 usearch (the extra `export`): a hierarchical navigable small world graph (Malkov & Yashunin 2018,
 1603.09320). Keys are item indices.
 
-Shape letters: U users, I items, E width, n queries, K neighbours.
+Shape letters: I items, E width, n users that are compared, K neighbours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from slgr_jax import progress
 from slgr_jax.errors import ConfigError
@@ -58,30 +58,29 @@ def save(index: Any, path: str | os.PathLike[str]) -> None:
     index.save(os.fspath(path))
 
 
+def sample(n_users: int, *, seed: int = 0) -> Int[np.ndarray, "n"]:
+    """`SAMPLE` users to compare, ascending; fewer are all compared."""
+    rng = np.random.default_rng(seed)
+    size = min(SAMPLE, n_users)
+    return np.sort(rng.choice(n_users, size, replace=False)).astype(np.int32)
+
+
 def recall(
-    index: Any,
-    users: Float[np.ndarray, "U E"],
-    items: Float[np.ndarray, "I E"],
-    k: int,
-    *,
-    seed: int = 0,
+    index: Any, users: Float[np.ndarray, "n E"], items: Float[np.ndarray, "I E"], k: int
 ) -> tuple[float, int]:
     """(mean share of a user's true top K that the index finds, users compared).
 
     Args:
-      seed: of the sample of `SAMPLE` users; fewer users are all compared.
+      users: vectors of a `sample` of them.
     """
-    rng = np.random.default_rng(seed)
-    size = min(SAMPLE, len(users))
-    chosen = users[np.sort(rng.choice(len(users), size, replace=False))]
     k = min(k, len(items))
     exact = np.concatenate(
-        [np.argpartition(-(part @ items.T), k - 1)[:, :k] for part in _pieces(chosen, len(items))]
+        [np.argpartition(-(part @ items.T), k - 1)[:, :k] for part in _pieces(users, len(items))]
     )
-    shown: Iterator[np.ndarray] = progress.over(list(chosen), "query")
+    shown: Iterator[np.ndarray] = progress.over(list(users), "query")
     listed = np.concatenate([_keys(index, query, k)[None, :] for query in shown])
     hits = [np.isin(some, true).sum() for some, true in zip(listed, exact, strict=True)]
-    return float(np.mean(hits) / k), size
+    return float(np.mean(hits) / k), len(users)
 
 
 def _keys(index: Any, query: Float[np.ndarray, "E"], k: int) -> np.ndarray:

@@ -17,14 +17,14 @@ import datetime
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slgr_jax import __version__
+from slgr_jax import __version__, progress
 from slgr_jax.data import shards
 from slgr_jax.data.schema import MANIFEST
 from slgr_jax.errors import ConfigError, listing
@@ -33,11 +33,11 @@ from slgr_jax.serving import ann_index
 from slgr_jax.serving.ann_index import INSTALL
 
 if TYPE_CHECKING:
-    from slgr_jax.serving.trained_run import TrainedRun, Vectors
+    from slgr_jax.serving.trained_run import TrainedRun
 
 PathLike = str | os.PathLike[str]
 FORMATS = ("parquet", "npy", "safetensors", "none")
-_PARQUET_ROWS = 1 << 16  # of a row group
+_BLOCK = 1 << 16  # vectors that are written at once; of Parquet a row group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +129,10 @@ def export(
     manifest = _about(run)
     with shards.atomic_directory(out, overwrite=overwrite) as folder:
         if request.format != "none":
-            vectors = run.vectors()
-            manifest["vectors"] = _write_vectors(folder, request.format, run, vectors)
+            items = run.run_vectors.of_items()
+            manifest["vectors"] = _write_vectors(folder, request.format, run, items)
             if request.index != "none":
-                manifest["index"] = _write_index(folder, vectors, k)
+                manifest["index"] = _write_index(folder, run, items, k)
         if request.scorer:
             manifest["scorer"] = _write_scorer(folder, run, k)
         if request.scorer or request.format != "parquet":
@@ -171,53 +171,72 @@ def _about(run: TrainedRun) -> dict[str, Any]:
 
 
 def _write_vectors(
-    folder: pathlib.Path, kind: str, run: TrainedRun, vectors: Vectors
+    folder: pathlib.Path, kind: str, run: TrainedRun, items: np.ndarray
 ) -> dict[str, Any]:
-    """Write the vectors; what the manifest says of them."""
-    _WRITERS[kind](folder, run, vectors)
+    """Write the vectors, of users a block at a time; what the manifest says of them.
+
+    Args:
+      items: [I, E].
+    """
+    with progress.bar(run.dataset.n_users, "user", label="vectors"):
+        _WRITERS[kind](folder, run, items)
     return {
         "format": kind,
-        "width": int(vectors.users.shape[1]),
-        "dtype": str(vectors.users.dtype),
+        "width": int(items.shape[1]),
+        "dtype": str(items.dtype),
         "score": "the inner product of a user's and an item's vector; biases are folded in, do "
         "not normalise",
         "rows": "in the order of the ids",
     }
 
 
-def _write_parquet(folder: pathlib.Path, run: TrainedRun, vectors: Vectors) -> None:
-    for name, ids, rows in (
-        ("user", run.dataset.user_ids, vectors.users),
-        ("item", run.item_id_array, vectors.items),
+def _blocks(run: TrainedRun) -> Iterator[tuple[int, np.ndarray]]:
+    """(first user, vectors of it and those that follow), block after block."""
+    for begin in range(0, run.dataset.n_users, _BLOCK):
+        end = min(begin + _BLOCK, run.dataset.n_users)
+        yield begin, run.run_vectors.of_users(np.arange(begin, end, dtype=np.int32))
+
+
+def _write_parquet(folder: pathlib.Path, run: TrainedRun, items: np.ndarray) -> None:
+    of_items = ((begin, items[begin : begin + _BLOCK]) for begin in range(0, len(items), _BLOCK))
+    kind = pa.list_(pa.float32(), items.shape[1])
+    for name, ids, blocks in (
+        ("user", run.dataset.user_ids, _blocks(run)),
+        ("item", run.item_id_array, of_items),
     ):
-        kind = pa.list_(pa.float32(), rows.shape[1])
         schema = pa.schema([(name, pa.string()), ("vector", kind)])
         with pq.ParquetWriter(folder / f"{name}s.parquet", schema) as writer:
-            for begin in range(0, len(rows), _PARQUET_ROWS):
-                flat = pa.array(rows[begin : begin + _PARQUET_ROWS].reshape(-1))
-                lists = pa.FixedSizeListArray.from_arrays(flat, type=kind)
-                part = [ids.slice(begin, _PARQUET_ROWS), lists]
+            for begin, rows in blocks:
+                lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
+                part = [ids.slice(begin, len(rows)), lists]
                 writer.write_table(pa.table(part, schema=schema))
 
 
-def _write_npy(folder: pathlib.Path, run: TrainedRun, vectors: Vectors) -> None:
-    np.save(folder / "users.npy", vectors.users)
-    np.save(folder / "items.npy", vectors.items)
+def _write_npy(folder: pathlib.Path, run: TrainedRun, items: np.ndarray) -> None:
+    with open(folder / "users.npy", "wb") as file:
+        shape = (run.dataset.n_users, items.shape[1])
+        about = {"descr": items.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, about)
+        for _, rows in _blocks(run):
+            rows.tofile(file)
+    np.save(folder / "items.npy", items)
 
 
-def _write_safetensors(folder: pathlib.Path, run: TrainedRun, vectors: Vectors) -> None:
+def _write_safetensors(folder: pathlib.Path, run: TrainedRun, items: np.ndarray) -> None:
+    """The one format whose library takes all vectors at once."""
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
         raise ConfigError(
             f"--format=safetensors needs the extra: {INSTALL}; or take --format=parquet or npy"
         ) from error
+    everybody = np.arange(run.dataset.n_users, dtype=np.int32)
     # It copies what is not contiguous as it lies in memory.
-    tensors = {name: np.ascontiguousarray(rows) for name, rows in vectors._asdict().items()}
+    tensors = {"users": run.run_vectors.of_users(everybody), "items": np.ascontiguousarray(items)}
     save_file(tensors, folder / "vectors.safetensors")
 
 
-_WRITERS: dict[str, Callable[[pathlib.Path, TrainedRun, Vectors], None]] = {
+_WRITERS: dict[str, Callable[[pathlib.Path, TrainedRun, np.ndarray], None]] = {
     "parquet": _write_parquet,
     "npy": _write_npy,
     "safetensors": _write_safetensors,
@@ -236,10 +255,13 @@ def _write_ids(folder: pathlib.Path, run: TrainedRun) -> dict[str, str]:
 # ------------------------------------------------------------------------ index and scorer
 
 
-def _write_index(folder: pathlib.Path, vectors: Vectors, k: int) -> dict[str, Any]:
-    index = ann_index.build(vectors.items)
+def _write_index(
+    folder: pathlib.Path, run: TrainedRun, items: np.ndarray, k: int
+) -> dict[str, Any]:
+    index = ann_index.build(items)
     ann_index.save(index, folder / "items.usearch")
-    share, users = ann_index.recall(index, vectors.users, vectors.items, k)
+    asked = run.run_vectors.of_users(ann_index.sample(run.dataset.n_users))
+    share, users = ann_index.recall(index, asked, items, k)
     return {
         "library": "usearch",
         "file": "items.usearch",

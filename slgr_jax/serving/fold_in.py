@@ -61,7 +61,8 @@ from slgr_jax.serving.histories import Events, History, events_of
 
 if TYPE_CHECKING:
     from slgr_jax.serving.recommender import Recommendations
-    from slgr_jax.serving.trained_run import TrainedRun, Vectors
+    from slgr_jax.serving.run_vectors import Vectors
+    from slgr_jax.serving.trained_run import TrainedRun
 
 # M of a score that is a dot product and of one that is a network's; powers of two.
 NEGATIVES = {"dot": 2048, "network": 256}

@@ -108,6 +108,7 @@ class Recommender:
             k=k,
             users_per_chunk=batch_users,
             mesh=run.restored.mesh,
+            split=run.restored.split,
             kernels=run.config.train.kernels,
         )
         self.k, self.batch_users = self._lists.k, self._lists.chunk

@@ -26,7 +26,7 @@ def from_run(
       ConfigError: not a run of `dataset`, or one that has learned from validation.
       InputError: the product is there, without --overwrite.
     """
-    run = load(workdir, data=str(dataset.path))
+    run = load(workdir, data=str(dataset.path)).whole
     if not len(run.dataset.valid) and len(dataset.valid):
         raise ConfigError(
             f"{workdir} learned from validation, too: its lists would show validation to whoever "

@@ -126,7 +126,7 @@ def _without_source_lines() -> Iterator[None]:
 def _served(run: TrainedRun) -> Scoring:
     """What the programs read: no graph, which the tables have been propagated on, no gate, and no
     histories where these are an argument."""
-    scoring = run.restored.scoring("test")
+    scoring = run.whole.restored.scoring("test")
     context, as_of = dataclasses.replace(scoring.context, graph=None), scoring.as_of
     if isinstance(run.restored.backbone, SequenceBackbone):
         context, as_of = dataclasses.replace(context, histories=None), None

@@ -70,7 +70,7 @@ def knowledge(run: TrainedRun, *, listed: int, temperature: float) -> StudentKno
     Raises:
       NonFiniteError: a score is NaN or infinite.
     """
-    restored, data = run.restored, run.dataset
+    restored, data = run.whole.restored, run.dataset
     scoring, trained = restored.scoring("valid"), data.positives(("train",))
     common: dict[str, Any] = {"mesh": restored.mesh, "kernels": run.config.train.kernels}
     users = np.arange(data.n_users, dtype=np.int32)

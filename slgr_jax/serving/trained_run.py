@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
-from slgr_jax import progress
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.data.features import INTERACTION, of_values
@@ -39,13 +38,10 @@ from slgr_jax.guidance import make_guidance, teacher_knowledge
 from slgr_jax.guidance.base import Guidance
 from slgr_jax.guidance.gating import Gating, gate_inputs
 from slgr_jax.guidance.teacher_knowledge import PairKnowledge
-from slgr_jax.models.backbones import DotBackbone
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.models.scoring import (
     Scoring,
-    catalogue_vectors,
     pair_scores,
-    query_vectors,
     score_rows,
 )
 from slgr_jax.sampling import arrays, labelled_rows
@@ -61,18 +57,12 @@ from slgr_jax.serving.recommender import (
     Recommender,
     item_filter,
 )
+from slgr_jax.serving.run_vectors import RunVectors, Vectors
 from slgr_jax.training import restore, run_directory
 from slgr_jax.training.restore import RestoredRun
 
 # Rows that one call of `scores` puts on the device.
 _CHUNK = 8192
-
-
-class Vectors(NamedTuple):
-    """Vectors whose inner product is the score, biases folded in."""
-
-    users: Float[np.ndarray, "U E"]
-    items: Float[np.ndarray, "I E"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +101,10 @@ class TrainedRun:
         if len(users) != len(items):
             raise InputError(f"{len(users)} users and {len(items)} items; give pairs")
         user_index, item_index = self.user_index(users), self.item_index(items)
-        scoring = self.restored.scoring("test")
+        scoring, rows = self.restored.scoring("test"), self.restored.rows_of(user_index)
         chunks = [
-            np.asarray(self._pair_scores(scoring, user_chunk, item_chunk[:, None]))[:, 0]
-            for user_chunk, item_chunk in _chunks(user_index, item_index)
+            np.asarray(self._pair_scores(scoring, row_chunk, item_chunk[:, None]))[:, 0]
+            for row_chunk, item_chunk in _chunks(rows, item_index)
         ]
         return np.concatenate([np.zeros(0, np.float32), *chunks])[: len(users)]
 
@@ -228,7 +218,14 @@ class TrainedRun:
 
     @functools.cached_property
     def _folder(self) -> Folder:
-        return Folder(self)
+        return Folder(self.whole)
+
+    @functools.cached_property
+    def whole(self) -> TrainedRun:
+        """This run for what knows users by their number: those that are split over the devices
+        have their order again, whole on each."""
+        restored = self.restored.whole()
+        return self if restored is self.restored else TrainedRun(self.workdir, restored)
 
     def vectors(self) -> Vectors:
         """Vectors of all users and items whose inner product is `scores`.
@@ -236,25 +233,17 @@ class TrainedRun:
         Raises:
           ConfigError: a backbone whose score is no inner product.
         """
-        backbone, scoring = self.restored.backbone, self.restored.scoring("test")
-        if not isinstance(backbone, DotBackbone):
-            raise ConfigError(
-                f"--backbone={self.config.model.backbone} scores a user and an item together: it "
-                "has no vectors; use scores() or recommend(), or export its scorer (slgr export "
-                "--format=none --scorer)"
-            )
-        n_users, chunk = self.dataset.n_users, 1024
+        everybody = np.arange(self.dataset.n_users, dtype=np.int32)
+        return Vectors(self.run_vectors.of_users(everybody), self.run_vectors.of_items())
 
-        @jax.jit
-        def of_users(scoring: Scoring, users: jax.Array) -> jax.Array:
-            return query_vectors(backbone, scoring, scoring.queries(users))
+    @functools.cached_property
+    def run_vectors(self) -> RunVectors:
+        """`vectors` of some users at a time.
 
-        parts = []
-        for begin in progress.over(range(0, n_users, chunk), "part", label="vectors"):
-            users = np.minimum(np.arange(begin, begin + chunk, dtype=np.int32), n_users - 1)
-            parts.append(np.asarray(of_users(scoring, users)))
-        items = np.asarray(catalogue_vectors(backbone, scoring))
-        return Vectors(np.concatenate(parts)[:n_users], items)
+        Raises:
+          ConfigError: as of `vectors`.
+        """
+        return RunVectors(self.restored)
 
     def with_items(self, ids: Sequence[str], vectors: Float[np.ndarray, "n Z"]) -> TrainedRun:
         """This run with new items behind its own, scored by its adapter from their vectors.
@@ -336,7 +325,7 @@ class TrainedRun:
             references = ()
         slices = self.dataset.slices(self.config.slices)
         facts = arrays.make_facts(self.dataset, slices.cold_users, slices.tail_items)
-        queries = scoring.queries(jnp.asarray(users))
+        queries = scoring.queries(jnp.asarray(self.restored.rows_of(users)))
         if as_of is not None and scoring.as_of is not None:
             queries = Queries(jnp.asarray(users), jnp.asarray(as_of))
         alpha = self._alpha(
@@ -344,6 +333,7 @@ class TrainedRun:
             scoring,
             references,
             Candidates(queries, jnp.asarray(items)),
+            jnp.asarray(users),
             jnp.asarray(margins),
             jax.device_put(facts),
             teacher_knowledge.of_pairs(self.config, self.dataset, users, items),
@@ -356,6 +346,7 @@ class TrainedRun:
         scoring: Scoring,
         references: tuple[Scoring, ...],
         candidates: Candidates,
+        users: jax.Array,
         margins: jax.Array,
         facts: arrays.Facts,
         knowledge: PairKnowledge | None,
@@ -367,6 +358,7 @@ class TrainedRun:
             scoring: Scoring,
             references: tuple[Scoring, ...],
             candidates: Candidates,
+            users: jax.Array,
             margins: jax.Array,
             facts: arrays.Facts,
             knowledge: PairKnowledge | None,
@@ -374,7 +366,6 @@ class TrainedRun:
             def scores(dropout: tuple[float, jax.Array] | None) -> jax.Array:
                 return pair_scores(backbone, scoring, candidates, dropout)
 
-            users = candidates.queries.users
             inputs = gate_inputs(
                 run,
                 scores(None),
@@ -388,7 +379,8 @@ class TrainedRun:
             )
             return gating.alpha_and_prior(scoring.serving.guidance, inputs)[0]
 
-        return jnp.asarray(believe(scoring, references, candidates, margins, facts, knowledge))
+        alpha = believe(scoring, references, candidates, users, margins, facts, knowledge)
+        return jnp.asarray(alpha)
 
     # -------------------------------------------------------------------------- evaluation
 
@@ -416,6 +408,7 @@ class TrainedRun:
                 evaluation,
                 parts=(part,),
                 mesh=run.mesh,
+                split=run.split,
                 kernels=self.config.train.kernels,
             ).get(part)
         by_slice: dict[str, Values] = {}
@@ -464,7 +457,7 @@ def load(workdir: str, which: str = "best", *, data: str | None = None) -> Train
     """
     if which not in ("best", "last"):
         raise ConfigError(f"which={which!r} is not one of: best, last")
-    return TrainedRun(workdir, restore.restore_run(workdir, which, data=data))
+    return TrainedRun(workdir, restore.restore_run(workdir, which, data=data, split=True))
 
 
 def _index(known: Any, names: Sequence[str], kind: str) -> np.ndarray:

@@ -66,8 +66,27 @@ class RestoredRun:
         return layout.mesh if layout.devices > 1 else None
 
     @property
+    def split(self) -> UserShards | None:
+        """How users are split over `mesh`; None: row u of their table is that of user u."""
+        return self.learner.layout.users
+
+    def rows_of(self, users: np.ndarray) -> np.ndarray:
+        """[n] where users are in their table, which is what `score_users` asks about."""
+        return users if self.split is None else self.split.row[users]
+
+    def whole(self) -> RestoredRun:
+        """This run with the rows of its users in the order of their numbers, whole on all devices;
+        itself where they are so."""
+        if self.split is None:
+            return self
+        layout = make_layout()
+        serving = put(by_user(self.learner, self.serving), layout.replicated)
+        learner = dataclasses.replace(self.learner, layout=layout)
+        return dataclasses.replace(self, learner=learner, serving=serving)
+
+    @property
     def score_users(self) -> Callable[[Any, jax.Array], jax.Array]:
-        """(scoring, users [B]) -> scores [B, I]."""
+        """(scoring, users [B], or where they are split `rows_of` them) -> scores [B, I]."""
         return score_users(self.backbone)
 
     def scoring(self, part: str) -> Scoring:
@@ -137,11 +156,15 @@ def load_own_users(run: config.RunConfig) -> Dataset:
     return own_users.load(run.data, choose, verify=run.train.verify_checksums)
 
 
-def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -> RestoredRun:
+def restore_run(
+    workdir: str, which: str = "best", *, data: str | None = None, split: bool = False
+) -> RestoredRun:
     """A run's dataset and its `best` or `last` state, for evaluation and export.
 
     Args:
       data: where its dataset is now; None: where it was trained.
+      split: leave users as --user_shards has split them, where the devices can have as many
+        shards each; they have their order again, whole on every device, otherwise.
 
     Raises:
       ConfigError: the dataset is not there, or is another one than the run was trained on.
@@ -166,16 +189,22 @@ def restore_run(workdir: str, which: str = "best", *, data: str | None = None) -
             f"{workdir} was trained with --features={run.model.features}, and those of "
             f"{dataset.path} are others now; point --data back or train again"
         )
-    return _restored(workdir, run, dataset, which)
+    restored = _restored(workdir, run, dataset, which)
+    return restored if split and _may_stay_split(restored) else restored.whole()
+
+
+def _may_stay_split(restored: RestoredRun) -> bool:
+    """Whether every device has some of the users, and nothing is looked up by a user's number."""
+    every = restored.learner.layout.devices == make_layout().devices
+    return every and not jax.tree.leaves(restored.context)
 
 
 def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str) -> RestoredRun:
-    """A state of the run in `workdir`, which was trained on `dataset`."""
+    """A state of the run in `workdir`, which was trained on `dataset`, as its users are split."""
     backbone, looked_up = backbone_and_context(run, dataset, native=False)
     # One table shard, whatever the run had: a serving state is the same on any layout.
     layout = make_layout()
-    learner = Learner(run, backbone, make_guidance(run), layout)
-    trained = dataclasses.replace(learner, layout=_trained_on(run, dataset, layout))
+    trained = Learner(run, backbone, make_guidance(run), _trained_on(run, dataset, layout))
     if which != "best":
         looked_up = _with_edges(workdir, run, dataset, backbone, looked_up)
     placed = layout.put(looked_up)
@@ -190,9 +219,7 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
             serving = make_serving_state(trained)(state, reads)
     finally:
         saved.close()
-    if trained.layout.users is not None:
-        serving = put(by_user(trained, serving), layout.replicated)
-    return RestoredRun(learner, dataset, serving, placed)
+    return RestoredRun(trained, dataset, serving, placed)
 
 
 def _trained_on(run: config.RunConfig, dataset: Dataset, layout: Layout) -> Layout:
@@ -258,7 +285,7 @@ def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[Rest
                     f"{dataset.path} has {what} {here[:8]}; name runs that were trained on this "
                     "dataset"
                 )
-        reference = _restored(workdir, trained, dataset, "best")
+        reference = _restored(workdir, trained, dataset, "best").whole()
         model = trained.model
         features = context_lib.choose_features(model, dataset).digest
         kind = (

@@ -15,6 +15,7 @@ from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.evaluation import device_ranking, full_ranking, ranking_metrics
+from slgr_jax.mesh import UserShards, make_layout
 
 
 def table(state: jax.Array, users: jax.Array) -> jax.Array:
@@ -226,9 +227,9 @@ def test_pooled_auc_sums_pass_32_bits(monkeypatch):
     world = make_world(3, 30, 1000, ties=True, overlap=False)
     look_up = device_ranking.pool_chunk
 
-    def narrow(*args, pieces, bits, mesh, native):
+    def narrow(*args, pieces, bits, **how):
         assert pieces == 1
-        digits = jax.device_get(look_up(*args, pieces=5, bits=3, mesh=mesh, native=native))
+        digits = jax.device_get(look_up(*args, pieces=5, bits=3, **how))
         assert digits[:, 4].any()
         return (digits << (3 * np.arange(5))).sum(axis=1, keepdims=True)
 
@@ -432,3 +433,39 @@ def _everywhere(scores: np.ndarray, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jax.device_put(scores)
     return jax.device_put(scores, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def _split(world: World, devices: int) -> dict[str, object]:
+    """The world's users dealt out to eight shards over devices: how `rank` is asked about them."""
+    users = UserShards.deal(np.arange(world.scores.shape[0]) % 5, 8)
+    layout = make_layout(devices=jax.devices()[:devices])
+    rows = np.zeros((users.table_rows, world.scores.shape[1]), np.float32)
+    rows[users.row] = world.scores
+    mesh = layout.mesh if devices > 1 else None
+    return {"state": jax.device_put(rows, layout.users_sharding), "mesh": mesh, "split": users}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_users_that_are_split_have_the_same_ranks_and_lists(devices):
+    """Also the pooled AUC, and lists of users who ask in any order, twice, with filters by user."""
+    world = make_world(11, 37, 90, ties=True, overlap=True)
+    of_split = _split(world, devices)
+    relevant, seen = world.csr
+    state = of_split.pop("state")
+    ranked = full_ranking.rank(
+        table, state, relevant, seen, 90, users_per_chunk=16, top_k=7, **of_split
+    )
+    check(world, ranked, 7)
+
+    asked = np.array([3, 36, 3, 0, 17, 1, 30, 2], np.int32)
+    allowed = np.arange(90) % 3 > 0
+    only = Csr.from_pairs(*np.nonzero(np.random.default_rng(0).random((37, 90)) < 0.3), 37)
+    lists = [
+        full_ranking.TopLists(table, of, seen, 90, k=5, users_per_chunk=8, **how)
+        for of, how in ((state, of_split), (jax.device_put(world.scores), {}))
+    ]
+    for filters in ((None, None), (allowed, None), (allowed, only)):
+        got, expected = (each(asked, each.put(*filters)) for each in lists)
+        np.testing.assert_array_equal(got.items, expected.items)
+        np.testing.assert_array_equal(got.scores, expected.scores)
+    assert lists[0](np.zeros(0, np.int32)).items.shape == (0, 5)
