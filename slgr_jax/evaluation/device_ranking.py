@@ -3,6 +3,7 @@
 Each is jitted with fixed shapes. A chunk's scores [B, I] exist only on the device; the loops over
 a user's relevant and seen items have a dynamic length, so a chunk costs what its own users need.
 On one CPU device the kernels of `kernels/ranks.py` do the work; they return the same numbers.
+`placement.py` says which device ranks whom over which items: what follows is done by each.
 
 Shape letters: U users, I items, B users of a chunk, K cut-off, W room for relevant items.
 """
@@ -11,21 +12,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation.placement import Block, Placement
 from slgr_jax.kernels import ranks
-from slgr_jax.mesh import UserShards
 from slgr_jax.sampling.user_shards import flat, flat_bounds
 
 ScoreUsers = Callable[[Any, jax.Array], jax.Array]  # (state, users [B] int32) -> [B, I] float32
 
+
+class ByVectors(Protocol):
+    """`ScoreUsers` whose scores are inner products."""
+
+    def __call__(self, state: Any, users: jax.Array) -> jax.Array: ...
+
+    def queries(self, state: Any, users: jax.Array) -> jax.Array:
+        """[B, E] vectors of users."""
+        ...
+
+    def items(self, state: Any) -> jax.Array:
+        """[I, E] vectors of all items; more rows where tables are padded."""
+        ...
+
+
 _SEEN_STEP = 16  # seen items of one user that one loop step masks
+_NOWHERE = np.iinfo(np.int32).max  # a column past any
 _BLOCK = 128  # items counted or compared together; the catalogue is padded to whole blocks
 _POOL_TILE = 1 << 20  # scores that one step of the pooled AUC's loop looks up
 # The score of what may not be listed: below any other, and finite, as a NaN is looked for.
@@ -66,24 +83,27 @@ class Pool(NamedTuple):
     steps: jax.Array  # [] int32
 
 
-def _scatter_rows(scores: jax.Array, users: jax.Array, rows: DeviceCsr, value: float) -> jax.Array:
+def _scatter_rows(
+    scores: jax.Array, users: jax.Array, rows: DeviceCsr, value: float, block: Block
+) -> jax.Array:
     """`scores` [B, I] with `value` at each user's items in `rows`."""
 
-    def fill(scores: jax.Array, row: jax.Array, items: jax.Array) -> jax.Array:
-        return scores.at[row, items].set(value, mode="drop")
+    def fill(scores: jax.Array, row: jax.Array, columns: jax.Array) -> jax.Array:
+        return scores.at[row, columns].set(value, mode="drop")
 
-    return _over_rows(scores, users, rows, fill)
+    return _over_rows(scores, users, rows, block, fill)
 
 
 def _over_rows(
     carry: jax.Array,
     users: jax.Array,
     rows: DeviceCsr,
+    block: Block,
     step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`carry = step(carry, row [B, 1], items [B, _SEEN_STEP])` until all of `rows` have come.
+    """`carry = step(carry, row [B, 1], columns [B, _SEEN_STEP])` until all of `rows` have come.
 
-    `carry` is [B, I]; where a row has ended, its item is I.
+    `carry` is [B, I]; where a row has ended, or its item is in another block, the column is none.
     """
     start, count = rows.of(users)
     row = jnp.arange(users.size)[:, None]
@@ -92,26 +112,35 @@ def _over_rows(
         place = i * _SEEN_STEP + jnp.arange(_SEEN_STEP)[None, :]
         items = rows.indices.at[start[:, None] + place].get(mode="clip")
         # A place past the end of a row holds another user's item: moved off the matrix.
-        return step(carry, row, jnp.where(place < count[:, None], items, carry.shape[1]))
+        columns = jnp.where(place < count[:, None], block.columns(items), _NOWHERE)
+        return step(carry, row, columns)
 
     return jax.lax.fori_loop(0, -(-jnp.max(count) // _SEEN_STEP), some, carry)
 
 
 def _candidates(
-    scores: jax.Array, users: jax.Array, seen: DeviceCsr
+    scores: jax.Array, users: jax.Array, seen: DeviceCsr, block: Block
 ) -> tuple[jax.Array, jax.Array]:
     """Scores with masked items at -inf, padded with -inf to whole blocks; and which rows are bad.
 
     -0.0 becomes 0.0: `lax.top_k` would tell them apart, a comparison does not.
     """
     bad = (users >= 0) & ~(jnp.max(jnp.abs(scores), axis=1) < jnp.inf)  # a NaN is not less
-    scores = jnp.where(scores == 0, 0.0, scores)
+    scores = _without_padding(jnp.where(scores == 0, 0.0, scores), -jnp.inf, block)
     scores = jnp.pad(scores, ((0, 0), (0, -scores.shape[1] % _BLOCK)), constant_values=-jnp.inf)
-    return _scatter_rows(scores, users, seen, -jnp.inf), bad
+    scores = _scatter_rows(scores, users, seen, -jnp.inf, block)
+    return scores, block.greatest(bad.astype(jnp.int32)) > 0
+
+
+def _without_padding(scores: jax.Array, value: float, block: Block) -> jax.Array:
+    """`scores` with `value` where a row of a padded table is no item's."""
+    if block.axis is None:
+        return scores
+    return jnp.where(block.items(scores.shape[1])[None, :] < block.n_items, scores, value)
 
 
 def _rank_relevant(
-    scores: jax.Array, users: jax.Array, relevant: DeviceCsr, width: int
+    scores: jax.Array, users: jax.Array, relevant: DeviceCsr, width: int, block: Block
 ) -> dict[str, jax.Array]:
     """[B, width] each: score, greater, tied and tied_before of a user's relevant items.
 
@@ -120,12 +149,15 @@ def _rank_relevant(
     """
     start, count = relevant.of(users)
     n = users.size
-    index = jnp.arange(scores.shape[1])[None, :]
-    out = {name: jnp.zeros((n, width), dtype) for name, dtype in PAIR_DTYPES.items()}
+    index = block.items(scores.shape[1])[None, :]
+    place = start[:, None] + jnp.arange(width)[None, :]
+    items = relevant.indices.at[place].get(mode="clip")
+    here = scores.at[jnp.arange(n)[:, None], block.columns(items)]
+    found = block.greatest(here.get(mode="fill", fill_value=-jnp.inf))
+    out = {name: jnp.zeros((n, width), jnp.int32) for name in _COUNTS}
 
     def step(p: jax.Array, out: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        item = relevant.indices.at[start + p].get(mode="clip")
-        score = jnp.take_along_axis(scores, item[:, None], axis=1)
+        item, score = items[:, p], found[:, p][:, None]
         equal = scores == score
         before = equal & (index < item[:, None])
         digits = (scores > score).astype(jnp.int32)
@@ -133,19 +165,35 @@ def _rank_relevant(
         blocks = jnp.sum(digits.reshape(n, -1, _BLOCK), axis=2)
         counts = {
             "greater": jnp.sum(blocks & 1023, axis=1),
-            "tied": jnp.sum((blocks >> 10) & 1023, axis=1) - 1,
+            "tied": jnp.sum((blocks >> 10) & 1023, axis=1),
             "tied_before": jnp.sum(blocks >> 20, axis=1),
         }
-        # A masked item ties with all masked ones and with the padding.
-        masked = score[:, 0] == -jnp.inf
-        values = {name: jnp.where(masked, 0, counts[name]) for name in _COUNTS}
-        values["score"] = score[:, 0]
-        return {name: out[name].at[:, p].set(values[name]) for name in out}
+        return {name: out[name].at[:, p].set(counts[name]) for name in out}
 
-    return jax.lax.fori_loop(0, jnp.max(count), step, out)
+    counted = jax.lax.fori_loop(0, jnp.max(count), step, out)
+    counted = {name: block.total(counts) for name, counts in counted.items()}
+    counted["tied"] -= 1  # with itself
+    # A masked item ties with all masked ones and with the padding; past a user's last is no item.
+    masked = (found == -jnp.inf) | (jnp.arange(width)[None, :] >= count[:, None])
+    values = {name: jnp.where(masked, 0, counts) for name, counts in counted.items()}
+    return {"score": found, **values}
 
 
-def _top(scores: jax.Array, k: int) -> dict[str, jax.Array]:
+def _top(scores: jax.Array, k: int, block: Block) -> dict[str, jax.Array]:
+    """The K best of each user, of all blocks; items without a score are -1.
+
+    The K best of all are among the K best of each block. Blocks come in the order of items and ties
+    fall by it within a block, so that they do over all.
+    """
+    best = _top_of_block(scores, min(k, scores.shape[1]))
+    if block.axis is not None:
+        listed = block.side_by_side(best["items"] + block.first)
+        values, place = jax.lax.top_k(block.side_by_side(best["scores"]), k)
+        best = {"items": jnp.take_along_axis(listed, place, axis=1), "scores": values}
+    return best | {"items": jnp.where(best["scores"] == -jnp.inf, -1, best["items"])}
+
+
+def _top_of_block(scores: jax.Array, k: int) -> dict[str, jax.Array]:
     """`lax.top_k` of [B, blocks * _BLOCK], in two stages where that looks at fewer numbers.
 
     The K best lie in the K blocks with the greatest maxima: any other block has K numbers
@@ -162,7 +210,7 @@ def _top(scores: jax.Array, k: int) -> dict[str, jax.Array]:
         # A place among the chosen blocks back to an item: its block's first, and where in it.
         block = jnp.take_along_axis(blocks, place // _BLOCK, axis=1)
         items = block * _BLOCK + place % _BLOCK
-    return {"items": jnp.where(values == -jnp.inf, -1, items), "scores": values}
+    return {"items": items, "scores": values}
 
 
 def _pool_counts(scores: jax.Array, pool: Pool, pieces: int, bits: int) -> jax.Array:
@@ -199,16 +247,16 @@ def _cell(x: jax.Array, pool: Pool) -> jax.Array:
     return jnp.minimum(place, pool.base.size - 1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("users", "n_items", "mesh"))
-def score_room(*, users: int, n_items: int, mesh: Mesh | None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("users", "n_items", "at"))
+def score_room(*, users: int, n_items: int, at: Placement) -> jax.Array:
     """[users, I] float32 that `score_chunk` may write to."""
     room = jnp.zeros((users, n_items), jnp.float32)
-    return room if mesh is None else jax.lax.with_sharding_constraint(room, by_user(mesh))
+    return room if at.mesh is None else at.laid_out(room, at.of_scores)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("score_users", "n_items", "mesh", "split", "specs"),
+    static_argnames=("score_users", "n_items", "at", "specs"),
     donate_argnames=("room",),
     keep_unused=True,
 )
@@ -219,20 +267,21 @@ def score_chunk(
     *,
     score_users: ScoreUsers,
     n_items: int,
-    mesh: Mesh | None,
-    split: UserShards | None = None,
+    at: Placement,
     specs: tuple[PartitionSpec, ...] = (),
 ) -> jax.Array:
-    """[B, I] float32, split by user over `mesh`. Users under 0 are padding.
+    """[B, I] float32, split by user over the mesh. Users under 0 are padding.
 
     Its own program, so that both passes over a chunk see the same bits. `room` is given up: the
     scores are written over it. New memory for each chunk would take a CPU longer to hand out, a
     page at a time, than the scores to compute.
 
     Args:
-      users: with `split` their rows of it; a device's part of them are its own, which it scores
+      users: where they are split their rows; a device's part of them are its own, which it scores
         with what it has of them.
-      specs: with `split` of the leaves of `state`; those of users are split over all devices.
+      score_users: where items are split `ByVectors`.
+      n_items: I; where items are split, with the padding of their tables.
+      specs: where users are split, of the leaves of `state`.
     """
     del room
 
@@ -243,28 +292,29 @@ def score_chunk(
             raise ConfigError(f"score_users gave scores of shape {scores.shape}, expected {wanted}")
         return scores.astype(jnp.float32)
 
-    if mesh is None:
+    if at.mesh is None:
         return scored(state, users)
-    if split is None:
-        return jax.lax.with_sharding_constraint(scored(state, users), by_user(mesh))
+    if at.split_items:
+        by_vectors: ByVectors = score_users  # type: ignore[assignment]
+        # Rows of users are fetched from whoever has them: XLA sends those of a chunk, no table.
+        queries = by_vectors.queries(state, jnp.maximum(users, 0))
+        items = at.laid_out(by_vectors.items(state), at.of_items)
+        return at.laid_out(at.laid_out(queries, at.of_users) @ items.T, at.of_scores)
+    if at.split is None:
+        return at.laid_out(scored(state, users), at.of_users)
 
     def of_own(state: Any, users: jax.Array) -> jax.Array:
-        return scored(state, _own_rows(users, split, mesh))
+        return scored(state, at.own_rows(users))
 
-    rows = PartitionSpec(mesh.axis_names)
     of_state = jax.tree.unflatten(jax.tree.structure(state), specs)
     on_each = jax.shard_map(
-        of_own, mesh=mesh, in_specs=(of_state, rows), out_specs=rows, check_vma=False
+        of_own,
+        mesh=at.mesh,
+        in_specs=(of_state, at.of_users),
+        out_specs=at.of_users,
+        check_vma=False,
     )
     return on_each(state, users)
-
-
-def _own_rows(users: jax.Array, split: UserShards, mesh: Mesh | None) -> jax.Array:
-    """Where a device's users are in what it has of them, inside a `shard_map`; padding stays -1."""
-    first: jax.Array | int = 0
-    if mesh is not None:
-        first = jax.lax.axis_index(mesh.axis_names) * (split.table_rows // mesh.size)
-    return jnp.where(users < 0, -1, users - first)
 
 
 def _own_csr(rows: DeviceCsr) -> DeviceCsr:
@@ -274,35 +324,32 @@ def _own_csr(rows: DeviceCsr) -> DeviceCsr:
     return DeviceCsr(bounds, flat(rows.indices))
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "split"), donate_argnames=("scores",))
+@functools.partial(jax.jit, static_argnames=("at",), donate_argnames=("scores",))
 def keep_listable(
-    scores: jax.Array,
-    users: jax.Array,
-    listable: Listable,
-    *,
-    mesh: Mesh | None,
-    split: UserShards | None = None,
+    scores: jax.Array, users: jax.Array, listable: Listable, *, at: Placement
 ) -> jax.Array:
     """[B, I] `scores`, which are given up, with LEFT_OUT where an item may not be listed."""
 
     def keep(
         scores: jax.Array, users: jax.Array, allowed: jax.Array | None, only: DeviceCsr | None
     ) -> jax.Array:
+        block = at.block(scores.shape[1])
         if allowed is not None:
-            scores = jnp.where(allowed[None, :], scores, LEFT_OUT)
+            here = allowed.at[block.items(scores.shape[1])].get(mode="fill", fill_value=False)
+            scores = jnp.where(here[None, :], scores, LEFT_OUT)
         if only is None:
             return scores
 
-        def take(kept: jax.Array, row: jax.Array, items: jax.Array) -> jax.Array:
-            wanted = scores.at[row, items].get(mode="fill", fill_value=LEFT_OUT)
-            return kept.at[row, items].set(wanted, mode="drop")
+        def take(kept: jax.Array, row: jax.Array, columns: jax.Array) -> jax.Array:
+            wanted = scores.at[row, columns].get(mode="fill", fill_value=LEFT_OUT)
+            return kept.at[row, columns].set(wanted, mode="drop")
 
-        return _over_rows(jnp.full_like(scores, LEFT_OUT), users, only, take)
+        return _over_rows(jnp.full_like(scores, LEFT_OUT), users, only, block, take)
 
-    return _split_by_user(keep, mesh, split, scores, users, *listable)
+    return _on_each(keep, at, at.of_scores if at.mesh else None, scores, users, *listable)
 
 
-@functools.partial(jax.jit, static_argnames=("width", "k", "mesh", "native", "split"))
+@functools.partial(jax.jit, static_argnames=("width", "k", "at", "native"))
 def rank_chunk(
     scores: jax.Array,
     users: jax.Array,
@@ -311,9 +358,8 @@ def rank_chunk(
     *,
     width: int,
     k: int,
-    mesh: Mesh | None,
+    at: Placement,
     native: bool,
-    split: UserShards | None = None,
 ) -> dict[str, Any]:
     """Ranks of relevant items (unless None), top-K lists (unless K is 0), non-finite rows.
 
@@ -335,40 +381,41 @@ def rank_chunk(
         return out
 
     def rows(scores: Any, users: Any, seen: Any, relevant: Any) -> dict[str, Any]:
-        scores, bad = _candidates(scores, users, seen)
+        block = at.block(scores.shape[1])
+        scores, bad = _candidates(scores, users, seen, block)
         out: dict[str, Any] = {"bad": bad}
         if relevant is not None:
-            out["pairs"] = _rank_relevant(scores, users, relevant, width)
+            out["pairs"] = _rank_relevant(scores, users, relevant, width, block)
         if k:
-            out["top"] = _top(scores, k)
+            out["top"] = _top(scores, k, block)
         return out
 
-    return _on_rows(by_kernel if native else rows, mesh, split, scores, users, seen, relevant)
+    return _on_rows(by_kernel if native else rows, at, scores, users, seen, relevant)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh",))
+@functools.partial(jax.jit, static_argnames=("at",))
 def log_sum_chunk(
     scores: jax.Array,
     users: jax.Array,
     seen: DeviceCsr,
     temperature: jax.Array | float,
     *,
-    mesh: Mesh | None,
+    at: Placement,
 ) -> dict[str, jax.Array]:
     """log_sums: [B] log sum_j exp(s_j / temperature) over the items that are not masked; bad: [B],
-    as of `rank_chunk`."""
+    as of `rank_chunk`. Of items that are whole on every device."""
 
     def rows(
         scores: jax.Array, users: jax.Array, seen: DeviceCsr, temperature: jax.Array
     ) -> dict[str, jax.Array]:
         bad = (users >= 0) & ~(jnp.max(jnp.abs(scores), axis=1) < jnp.inf)
-        left = _scatter_rows(scores, users, seen, -jnp.inf)
+        left = _scatter_rows(scores, users, seen, -jnp.inf, at.block(scores.shape[1]))
         return {"log_sums": jax.nn.logsumexp(left / temperature, axis=1), "bad": bad}
 
-    return _on_rows(rows, mesh, None, scores, users, seen, temperature)
+    return _on_rows(rows, at, scores, users, seen, temperature)
 
 
-@functools.partial(jax.jit, static_argnames=("pieces", "bits", "mesh", "native", "split"))
+@functools.partial(jax.jit, static_argnames=("pieces", "bits", "at", "native"))
 def pool_chunk(
     scores: jax.Array,
     users: jax.Array,
@@ -378,9 +425,8 @@ def pool_chunk(
     *,
     pieces: int,
     bits: int,
-    mesh: Mesh | None,
+    at: Placement,
     native: bool,
-    split: UserShards | None = None,
 ) -> jax.Array:
     """[B, pieces]: `_pool_counts` over each user's candidates that are not relevant.
 
@@ -388,65 +434,52 @@ def pool_chunk(
     its `pieces` are 2, its `bits` 32.
     """
     if native:
-        return _on_rows(ranks.pool_rows, mesh, split, scores, users, seen, relevant, pool)
+        return _on_rows(ranks.pool_rows, at, scores, users, seen, relevant, pool)
 
     def rows(scores: Any, users: Any, seen: Any, relevant: Any, pool: Any) -> jax.Array:
+        block = at.block(scores.shape[1])
+        scores = _without_padding(scores, jnp.inf, block)
         for excluded in (seen, relevant):
-            scores = _scatter_rows(scores, users, excluded, jnp.inf)
-        return _pool_counts(scores, pool, pieces, bits)
+            scores = _scatter_rows(scores, users, excluded, jnp.inf, block)
+        return block.total(_pool_counts(scores, pool, pieces, bits))
 
-    return _on_rows(rows, mesh, split, scores, users, seen, relevant, pool)
-
-
-def by_user(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return _on_rows(rows, at, scores, users, seen, relevant, pool)
 
 
-def by_user_or_here(mesh: Mesh | None) -> jax.sharding.Sharding:
-    """`by_user`, or the default device."""
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else by_user(mesh)
-
-
-def _on_rows(
-    function: Any,
-    mesh: Mesh | None,
-    split: UserShards | None,
-    scores: Any,
-    users: Any,
-    *others: Any,
-) -> Any:
+def _on_rows(function: Any, at: Placement, scores: Any, users: Any, *others: Any) -> Any:
     """`function(scores, users, *others)`, each device on its own users; results on all."""
-    results = _split_by_user(function, mesh, split, scores, users, *others)
-    if mesh is None:
-        return results
+    if at.mesh is None:
+        return _on_each(function, at, None, scores, users, *others)
+    results = _on_each(function, at, at.of_users, scores, users, *others)
     # Every process reads every result: they are small, the scores are not among them.
-    return jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: at.laid_out(x, PartitionSpec()), results)
 
 
-def _split_by_user(
-    function: Any,
-    mesh: Mesh | None,
-    split: UserShards | None,
-    scores: Any,
-    users: Any,
-    *others: Any,
+def _on_each(
+    function: Any, at: Placement, out: PartitionSpec | None, scores: Any, users: Any, *others: Any
 ) -> Any:
     """`function(scores, users, *others)`, each device on its own users; results are there.
 
     Args:
-      others: whole on every device; rows of users, where these are `split`, with their users.
+      out: how the results are split.
+      others: whole on every device; rows of users, where these are split, with their users.
     """
-    is_own = [split is not None and isinstance(other, DeviceCsr) for other in others]
+    is_own = [at.split is not None and isinstance(other, DeviceCsr) for other in others]
 
     def of_own(scores: Any, users: Any, *others: Any) -> Any:
-        if split is not None:
-            users = _own_rows(users, split, mesh)
+        if at.split is not None:
+            users = at.own_rows(users)
         own = [_own_csr(x) if its else x for x, its in zip(others, is_own, strict=True)]
         return function(scores, users, *own)
 
-    if mesh is None:
+    if at.mesh is None:
         return of_own(scores, users, *others)
-    by_user, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
-    specs = (by_user, by_user, *[by_user if its else everywhere for its in is_own])
-    on_each = jax.shard_map(of_own, mesh=mesh, in_specs=specs, out_specs=by_user, check_vma=False)
+    specs = [at.of_users if its else PartitionSpec() for its in is_own]
+    on_each = jax.shard_map(
+        of_own,
+        mesh=at.mesh,
+        in_specs=(at.of_scores, at.of_users, *specs),
+        out_specs=out,
+        check_vma=False,
+    )
     return on_each(scores, users, *others)

@@ -13,18 +13,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from slgr_jax import progress
 from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
 from slgr_jax.evaluation import device_ranking
+from slgr_jax.evaluation.chunks import ChunkScorer
 from slgr_jax.evaluation.device_ranking import (
     PAIR_DTYPES,
     DeviceCsr,
@@ -32,6 +32,7 @@ from slgr_jax.evaluation.device_ranking import (
     Pool,
     ScoreUsers,
 )
+from slgr_jax.evaluation.placement import Placement
 from slgr_jax.evaluation.ranking_metrics import (
     PartResult,
     Ranking,
@@ -41,147 +42,7 @@ from slgr_jax.evaluation.ranking_metrics import (
     pool_tables,
     summarize_part,
 )
-from slgr_jax.kernels import build as kernel_build
-from slgr_jax.mesh import UserShards, put
-from slgr_jax.sampling.user_shards import ByUser
-
-# Scores of a chunk that a CPU ranks fastest: XLA's programs while they fit the caches, the kernels
-# from where the product of the factors runs at its best.
-_CPU_CHUNK = {"xla": 1 << 22, "native": 1 << 23}
-
-
-class _Scorer:
-    """Scores users a chunk at a time; knows where arrays go. One thread uses it at a time."""
-
-    def __init__(
-        self,
-        score_users: ScoreUsers,
-        state: Any,
-        n_users: int,
-        n_items: int,
-        users_per_chunk: int,
-        mesh: Mesh | None,
-        kernels: str,
-        split: UserShards | None = None,
-    ) -> None:
-        """Plan chunks of at most `users_per_chunk` users, no more than `n_users` need."""
-        self.n_items, self.mesh, self.split = n_items, mesh, split
-        leaves = jax.tree.leaves(state) if split is not None and mesh is not None else []
-        self._score = functools.partial(
-            device_ranking.score_chunk,
-            score_users=score_users,
-            n_items=n_items,
-            mesh=mesh,
-            split=split,
-            specs=tuple(leaf.sharding.spec for leaf in leaves),
-        )
-        self._state = state
-
-        size = 1 if mesh is None else mesh.size
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        self.native = kernel_build.choose(
-            kernels, platform=platform, devices=size, units=kernel_build.RANKING
-        )
-        chunk = min(users_per_chunk, 1 << max(n_users - 1, 0).bit_length())
-        if platform == "cpu":
-            most = _CPU_CHUNK["native" if self.native else "xla"]
-            fitting = max(most // max(n_items, 1), 8)
-            chunk = min(chunk, (1 << (fitting.bit_length() - 1)) * size)
-        self.chunk = -(-chunk // size) * size  # a multiple of the devices
-
-        # An accelerator has its own allocator, and may score a chunk while it ranks the last.
-        self._room = None
-        if platform == "cpu":
-            self._room = device_ranking.score_room(users=self.chunk, n_items=n_items, mesh=mesh)
-
-    def put(self, tree: Any) -> Any:
-        """The arrays, whole, on every device."""
-        mesh = self.mesh
-        return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
-
-    def put_rows(self, csr: Csr) -> DeviceCsr:
-        """The ragged rows on every device; or those of its own users on each."""
-        if self.split is not None:
-            by_user = ByUser(csr.owners(), self.split)
-            sharding = device_ranking.by_user_or_here(self.mesh)
-            return DeviceCsr(
-                by_user.bounds().put(sharding),
-                by_user.entries(csr.indices.astype(np.int32)).put(sharding),
-            )
-        n = int(csr.offsets[-1])
-        if n >= 2**31:
-            raise ConfigError(f"{n} interactions to mask or find; the limit is 2^31 - 1")
-        indices = np.zeros(1 << max(n - 1, 0).bit_length(), np.int32)
-        indices[:n] = csr.indices
-        return DeviceCsr(self.put(csr.offsets.astype(np.int32)), self.put(indices))
-
-    def arranged(self, users: np.ndarray) -> np.ndarray:
-        """Which of the users are ranked when: places in `users`.
-
-        Where they are split, a device's part of each chunk is its own users; -1 fills it up.
-        """
-        size = 1 if self.mesh is None else self.mesh.size
-        if self.split is None or size == 1:
-            return np.arange(users.size, dtype=np.int32)
-        device = self.split.row[users] // (self.split.table_rows // size)
-        share = self.chunk // size
-        chunks = -(-int(np.bincount(device, minlength=size).max()) // share)
-        by_device = np.argsort(device, kind="stable")
-        device = device[by_device]
-        place = np.arange(users.size) - np.searchsorted(device, device)  # among its device's users
-        arranged = np.full((chunks, size, share), -1, np.int32)
-        arranged[place // share, device, place % share] = by_device
-        return arranged.reshape(-1)
-
-    def each(
-        self,
-        users: np.ndarray,
-        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
-        listable: Listable | None = None,
-        between_chunks: Callable[[], None] = lambda: None,
-    ) -> Iterator[Any]:
-        """(slice of `users`, host copy of `call(scores, chunk, its users)`) for every chunk.
-
-        The device is one chunk ahead of the host.
-        """
-        with progress.bar(int(np.sum(users >= 0)), "user") as bar:
-            for places, result in self._each(users, call, listable, between_chunks):
-                yield places, result
-                bar.update(int(np.sum(users[places] >= 0)))
-
-    def _each(
-        self,
-        users: np.ndarray,
-        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
-        listable: Listable | None,
-        between_chunks: Callable[[], None],
-    ) -> Iterator[Any]:
-        by_user = None if self.mesh is None else device_ranking.by_user(self.mesh)
-        waiting: list[tuple[slice, Any]] = []
-        for begin in range(0, users.size, self.chunk):
-            between_chunks()
-            of_chunk = users[begin : begin + self.chunk]
-            padded = np.full(self.chunk, -1, np.int32)
-            padded[: of_chunk.size] = of_chunk
-            if self.split is not None:
-                padded = np.where(padded < 0, -1, self.split.row[padded])
-            chunk = put(padded, by_user)
-
-            scores = self._score(self._room, self._state, chunk)
-            if listable is not None:
-                scores = device_ranking.keep_listable(
-                    scores, chunk, listable, mesh=self.mesh, split=self.split
-                )
-            waiting.append((slice(begin, begin + of_chunk.size), call(scores, chunk, of_chunk)))
-            if self._room is not None:
-                self._room = scores
-            del scores
-
-            if len(waiting) == 2:
-                places, result = waiting.pop(0)
-                yield places, jax.device_get(result)
-        for places, result in waiting:
-            yield places, jax.device_get(result)
+from slgr_jax.mesh import UserShards
 
 
 def _refuse_nonfinite(users: np.ndarray, bad: np.ndarray) -> None:
@@ -223,11 +84,13 @@ class TopLists:
         users_per_chunk: int = 1024,
         mesh: Mesh | None = None,
         split: UserShards | None = None,
+        split_items: bool = False,
         kernels: str = "auto",
     ) -> None:
-        """Arguments and errors: as of `top_k`; `split` as of `rank`."""
-        self._scorer = _Scorer(
-            score_users, state, users_per_chunk, n_items, users_per_chunk, mesh, kernels, split
+        """Arguments and errors: as of `top_k`; `split`, `split_items` as of `rank`."""
+        at = Placement(mesh, split, n_items if split_items else 0)
+        self._scorer = ChunkScorer(
+            score_users, state, users_per_chunk, n_items, users_per_chunk, at, kernels
         )
         self.k, self.chunk, self._counts = min(k, n_items), self._scorer.chunk, seen.counts
         self._masked, self._turn = self._scorer.put_rows(seen), threading.Lock()
@@ -235,9 +98,8 @@ class TopLists:
             device_ranking.rank_chunk,
             width=0,
             k=self.k,
-            mesh=mesh,
+            at=at,
             native=self._scorer.native,
-            split=split,
         )
 
     def put(self, allowed: np.ndarray | None, only: Csr | None) -> Listable | None:
@@ -343,11 +205,12 @@ def log_sums(
 
     -inf where there are none. Arguments and errors: as of `top_k`; temperature: T.
     """
-    scorer = _Scorer(score_users, state, users.size, n_items, users_per_chunk, mesh, kernels)
+    at = Placement(mesh)
+    scorer = ChunkScorer(score_users, state, users.size, n_items, users_per_chunk, at, kernels)
     masked = scorer.put_rows(seen)
 
     def of_chunk(scores: jax.Array, chunk: jax.Array, _: np.ndarray) -> dict[str, jax.Array]:
-        return device_ranking.log_sum_chunk(scores, chunk, masked, temperature, mesh=mesh)
+        return device_ranking.log_sum_chunk(scores, chunk, masked, temperature, at=at)
 
     sums = np.empty(users.size, np.float32)
     for places, result in scorer.each(users, of_chunk):
@@ -368,6 +231,7 @@ def rank(
     pooled_auc: bool = True,
     mesh: Mesh | None = None,
     split: UserShards | None = None,
+    split_items: bool = False,
     kernels: str = "auto",
     between_chunks: Callable[[], None] = lambda: None,
 ) -> Ranking:
@@ -384,6 +248,8 @@ def rank(
       pooled_auc: also compute `Ranking.pooled_auc`.
       split: how the users of `state` are split over `mesh`; each is ranked where it is. None: they
         are not.
+      split_items: the tables of items in `state` are split over the mesh's axis `table`, and
+        `score_users` is `ByVectors`: each device ranks over its own items.
       between_chunks: called between two chunks of users; what it raises ends the ranking.
 
     Raises:
@@ -393,16 +259,16 @@ def rank(
     counts = relevant.counts
     users = np.flatnonzero(counts).astype(np.int32)
     users = users[np.lexsort((seen.counts[users], counts[users]))]
-    scorer = _Scorer(score_users, state, users.size, n_items, users_per_chunk, mesh, kernels, split)
+    at = Placement(mesh, split, n_items if split_items else 0)
+    scorer = ChunkScorer(score_users, state, users.size, n_items, users_per_chunk, at, kernels)
     arranged = scorer.arranged(users)
     users = np.where(arranged < 0, -1, users[arranged])
     masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
     rank_chunk = functools.partial(
         device_ranking.rank_chunk,
         k=min(top_k, n_items),
-        mesh=mesh,
+        at=at,
         native=scorer.native,
-        split=split,
     )
 
     def relevant_of(of_chunk: np.ndarray) -> np.ndarray:
@@ -439,7 +305,7 @@ def rank(
 
 
 def _pooled_auc(
-    scorer: _Scorer, users: np.ndarray, ranked: Ranking, masked: DeviceCsr, wanted: DeviceCsr
+    scorer: ChunkScorer, users: np.ndarray, ranked: Ranking, masked: DeviceCsr, wanted: DeviceCsr
 ) -> float:
     """Exact AUC over all (relevant, non-relevant candidate) pairs of all users.
 
@@ -463,9 +329,8 @@ def _pooled_auc(
         device_ranking.pool_chunk,
         pieces=pieces,
         bits=bits,
-        mesh=scorer.mesh,
+        at=scorer.at,
         native=scorer.native,
-        split=scorer.split,
     )
 
     total = 0  # a Python integer: pairs x pairs may pass 2^63
@@ -490,12 +355,13 @@ def evaluate_dataset(
     parts: Sequence[str] = ("valid", "test"),
     mesh: Mesh | None = None,
     split: UserShards | None = None,
+    split_items: bool = False,
     kernels: str = "auto",
 ) -> dict[str, PartResult]:
     """Every metric of every slice of each of `parts`: valid masks train, test train and valid.
 
     Args:
-      score_users, state, mesh, split, kernels: as for `rank`.
+      score_users, state, mesh, split, split_items, kernels: as for `rank`.
       dataset: gives relevant and masked items.
       slices: what is cold, tail, and the bins.
       evaluation: cut-offs, users ranked at once, pooled AUC or not.
@@ -514,6 +380,7 @@ def evaluate_dataset(
             pooled_auc=evaluation.pooled_auc,
             mesh=mesh,
             split=split,
+            split_items=split_items,
             kernels=kernels,
         )
         out[part] = summarize_part(ranked, data, evaluation.ks)

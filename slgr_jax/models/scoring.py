@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.kernels import cpu
@@ -137,8 +138,10 @@ def score_rows(backbone: AnyBackbone) -> ScoreRows:
         rows: LabelledRows,
         between_chunks: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
-        # Whole on every device that the tables are whole on.
+        # Whole on every device that has something of the tables.
         where = jax.tree.leaves(scoring.serving)[0].sharding
+        if isinstance(where, NamedSharding):
+            where = NamedSharding(where.mesh, PartitionSpec())
         out = []
         for begin in range(0, len(rows), _ROWS):
             between_chunks()
@@ -163,7 +166,7 @@ def rows_of(values: Mapping[str, jax.Array], ids: Mapping[str, jax.Array]) -> di
 
 def score_users(backbone: AnyBackbone) -> Callable[[Scoring, Int[Array, "B"]], Float[Array, "B I"]]:
     """(scoring, users) -> scores of all items, for full ranking."""
-    return _dot_catalogue(backbone) if isinstance(backbone, DotBackbone) else _joint(backbone)
+    return DotScores(backbone) if isinstance(backbone, DotBackbone) else _joint(backbone)
 
 
 def query_vectors(backbone: DotBackbone, scoring: Scoring, queries: Queries) -> Float[Array, "B E"]:
@@ -180,12 +183,22 @@ def catalogue_vectors(backbone: DotBackbone, scoring: Scoring) -> Float[Array, "
     return backbone.item_vectors(serving.params, items)
 
 
-def _dot_catalogue(backbone: DotBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:
-    def score(scoring: Scoring, users: jax.Array) -> jax.Array:
-        states = query_vectors(backbone, scoring, scoring.queries(users))
-        return states @ catalogue_vectors(backbone, scoring).T
+@dataclasses.dataclass(frozen=True, eq=False)
+class DotScores:
+    """(scoring, users [B]) -> scores [B, I], inner products of vectors that may be asked for."""
 
-    return score
+    backbone: DotBackbone
+
+    def queries(self, scoring: Scoring, users: jax.Array) -> jax.Array:
+        """[B, E] of users."""
+        return query_vectors(self.backbone, scoring, scoring.queries(users))
+
+    def items(self, scoring: Scoring) -> jax.Array:
+        """[I, E] of all items; of tables that are split with the rows that fill them up."""
+        return catalogue_vectors(self.backbone, scoring)
+
+    def __call__(self, scoring: Scoring, users: jax.Array) -> jax.Array:
+        return self.queries(scoring, users) @ self.items(scoring).T
 
 
 def _joint(backbone: JointBackbone) -> Callable[[Scoring, jax.Array], jax.Array]:

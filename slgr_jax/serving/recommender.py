@@ -109,6 +109,7 @@ class Recommender:
             users_per_chunk=batch_users,
             mesh=run.restored.mesh,
             split=run.restored.split,
+            split_items=run.restored.split_items,
             kernels=run.config.train.kernels,
         )
         self.k, self.batch_users = self._lists.k, self._lists.chunk

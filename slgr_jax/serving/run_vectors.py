@@ -67,4 +67,5 @@ class RunVectors:
 
     def of_items(self) -> Float[np.ndarray, "I E"]:
         """Of all items, on the host."""
-        return np.asarray(catalogue_vectors(self._backbone, self._scoring))
+        vectors = np.asarray(catalogue_vectors(self._backbone, self._scoring))
+        return vectors[: self._restored.dataset.n_items]

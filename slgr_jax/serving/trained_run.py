@@ -222,8 +222,8 @@ class TrainedRun:
 
     @functools.cached_property
     def whole(self) -> TrainedRun:
-        """This run for what knows users by their number: those that are split over the devices
-        have their order again, whole on each."""
+        """This run for what reads whole tables, or knows users by their number: tables that are
+        split over the devices are whole on each, users in their order."""
         restored = self.restored.whole()
         return self if restored is self.restored else TrainedRun(self.workdir, restored)
 
@@ -250,7 +250,7 @@ class TrainedRun:
 
         See `new_items.with_items`, and `new_items.read_items` for files.
         """
-        return new_items.with_items(self, ids, vectors)
+        return new_items.with_items(self.whole, ids, vectors)
 
     # ---------------------------------------------------------------------------- the gate
 
@@ -409,6 +409,7 @@ class TrainedRun:
                 parts=(part,),
                 mesh=run.mesh,
                 split=run.split,
+                split_items=run.split_items,
                 kernels=self.config.train.kernels,
             ).get(part)
         by_slice: dict[str, Values] = {}

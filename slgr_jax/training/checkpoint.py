@@ -195,9 +195,13 @@ class Checkpoints:
         restored = self._load({_STATE: state, _BEST: serving})
         return restored[_STATE], restored[_BEST]
 
-    def restore_best(self, serving: ServingState) -> ServingState:
-        """Only the best serving state of the newest checkpoint."""
-        best = self._load({_BEST: serving})[_BEST]
+    def restore_best(self, serving: ServingState, *, fill_up: bool = False) -> ServingState:
+        """Only the best serving state of the newest checkpoint.
+
+        Args:
+          fill_up: arrays that have more rows in `serving` than on the disk end with zeros.
+        """
+        best = self._load({_BEST: serving}, fill_up=fill_up)[_BEST]
         assert isinstance(best, ServingState)
         return best
 
@@ -207,13 +211,16 @@ class Checkpoints:
         assert isinstance(restored, TrainState)
         return restored
 
-    def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, targets: dict[str, Any], *, fill_up: bool = False) -> dict[str, Any]:
         from orbax.checkpoint import v1 as ocp
+
+        context = ocp.Context()
+        context.array.loading.enable_padding_and_truncation = fill_up
 
         def load(directory: pathlib.Path) -> dict[str, Any]:
             contents = self._verify and cluster.is_first()  # one reads every byte for all
             checkpoint_manifest.verify(directory, contents=contents)
-            with _damage(directory):
+            with _damage(directory), context:
                 restored: dict[str, Any] = ocp.load_checkpointables(directory, targets)
                 return restored
 

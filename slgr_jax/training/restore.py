@@ -20,7 +20,7 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import make_guidance, with_edges
 from slgr_jax.guidance.base import ReferenceRun
 from slgr_jax.mesh import Layout, UserShards, make_layout, put
-from slgr_jax.models.backbones import AnyBackbone, make_backbone, reads_of
+from slgr_jax.models.backbones import AnyBackbone, DotBackbone, make_backbone, reads_of
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
 from slgr_jax.sampling import context as context_lib
 from slgr_jax.sampling.context import HISTORY, Context, FrozenVectors
@@ -31,6 +31,7 @@ from slgr_jax.training.state import (
     abstract_state,
     by_user,
     make_serving_state,
+    split_tables,
 )
 
 
@@ -70,14 +71,19 @@ class RestoredRun:
         """How users are split over `mesh`; None: row u of their table is that of user u."""
         return self.learner.layout.users
 
+    @property
+    def split_items(self) -> bool:
+        """Whether tables are split over the `table` axis of `mesh`, filled up as in training."""
+        return self.learner.layout.table_shards > 1
+
     def rows_of(self, users: np.ndarray) -> np.ndarray:
         """[n] where users are in their table, which is what `score_users` asks about."""
         return users if self.split is None else self.split.row[users]
 
     def whole(self) -> RestoredRun:
-        """This run with the rows of its users in the order of their numbers, whole on all devices;
-        itself where they are so."""
-        if self.split is None:
+        """This run with whole tables on all devices, the rows of users in the order of their
+        numbers; itself where they are so."""
+        if self.split is None and not self.split_items:
             return self
         layout = make_layout()
         serving = put(by_user(self.learner, self.serving), layout.replicated)
@@ -163,8 +169,8 @@ def restore_run(
 
     Args:
       data: where its dataset is now; None: where it was trained.
-      split: leave users as --user_shards has split them, where the devices can have as many
-        shards each; they have their order again, whole on every device, otherwise.
+      split: leave tables as --table_shards and --user_shards have split them, where that divides
+        the devices, or the devices it; they are whole on every device otherwise.
 
     Raises:
       ConfigError: the dataset is not there, or is another one than the run was trained on.
@@ -189,21 +195,29 @@ def restore_run(
             f"{workdir} was trained with --features={run.model.features}, and those of "
             f"{dataset.path} are others now; point --data back or train again"
         )
-    restored = _restored(workdir, run, dataset, which)
+    restored = _restored(workdir, run, dataset, which, split=split)
     return restored if split and _may_stay_split(restored) else restored.whole()
 
 
 def _may_stay_split(restored: RestoredRun) -> bool:
     """Whether every device has some of the users, and nothing is looked up by a user's number."""
+    if restored.split is None:
+        return True
     every = restored.learner.layout.devices == make_layout().devices
     return every and not jax.tree.leaves(restored.context)
 
 
-def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str) -> RestoredRun:
-    """A state of the run in `workdir`, which was trained on `dataset`, as its users are split."""
+def _restored(
+    workdir: str, run: config.RunConfig, dataset: Dataset, which: str, *, split: bool = False
+) -> RestoredRun:
+    """A state of the run in `workdir`, which was trained on `dataset`, as its users are split; with
+    `split` its tables too."""
     backbone, looked_up = backbone_and_context(run, dataset, native=False)
-    # One table shard, whatever the run had: a serving state is the same on any layout.
     layout = make_layout()
+    # Vectors of items can be asked for block by block, a network that sees both sides cannot.
+    shards = run.train.table_shards
+    if split and isinstance(backbone, DotBackbone) and layout.devices % shards == 0:
+        layout = make_layout(table_shards=shards)
     trained = Learner(run, backbone, make_guidance(run), _trained_on(run, dataset, layout))
     if which != "best":
         looked_up = _with_edges(workdir, run, dataset, backbone, looked_up)
@@ -211,12 +225,16 @@ def _restored(workdir: str, run: config.RunConfig, dataset: Dataset, which: str)
     saved = checkpoint.Checkpoints(workdir, writable=False, verify=run.train.verify_checksums)
     try:
         if which == "best":
-            serving = saved.restore_best(abstract_serving(trained))
+            splits = trained.layout.table_shards > 1
+            wanted = abstract_serving(trained, split_tables=splits)
+            serving = saved.restore_best(wanted, fill_up=splits)
         else:
             state = saved.restore_state(abstract_state(trained))
             vectors = _frozen(workdir, run, dataset, layout)
             reads = dataclasses.replace(placed, vectors=layout.put(vectors))
             serving = make_serving_state(trained)(state, reads)
+            if trained.layout.table_shards > 1:
+                serving = split_tables(trained, serving)
     finally:
         saved.close()
     return RestoredRun(trained, dataset, serving, placed)

@@ -26,7 +26,7 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
 from slgr_jax.models.backbones.base import with_features_added
-from slgr_jax.models.embedding_table import InitialRows
+from slgr_jax.models.embedding_table import InitialRows, TableSpec
 from slgr_jax.models.row_optimizers import RowOptimizer, make_row_optimizer
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling.context import Context
@@ -251,46 +251,67 @@ def abstract_state(learner: Learner) -> TrainState:
     return _abstract(shapes, everywhere.replace(tables=learner.table_shardings))
 
 
-def abstract_serving(learner: Learner) -> ServingState:
+def abstract_serving(learner: Learner, *, split_tables: bool = False) -> ServingState:
     """Shapes, types and shardings of a serving state: whole everywhere, but for users that are
-    split."""
+    split.
+
+    Args:
+      split_tables: of other tables too, over the layout's table shards, filled up as in training.
+    """
     state, layout = abstract_state(learner), learner.layout
     specs = adapters.row_specs(learner.backbone)
+
+    def rows(spec: TableSpec) -> int:
+        if split_tables:
+            return layout.table_rows(spec.rows, of_users=spec.of_users)
+        return embedding_table.served_rows(spec, layout)
+
     values = {
-        name: jax.ShapeDtypeStruct(
-            (embedding_table.served_rows(spec, layout), spec.width), jnp.float32
-        )
+        name: jax.ShapeDtypeStruct((rows(spec), spec.width), jnp.float32)
         for name, spec in specs.items()
     }
     shapes = ServingState(state.params["backbone"], values, state.params["guidance"])  # type: ignore[arg-type]
     everywhere = jax.tree.map(lambda _: layout.replicated, shapes)
     split = {
-        name: layout.users_sharding
+        name: layout.rows_sharding(of_users=spec.of_users)
         for name, spec in specs.items()
-        if layout.splits(of_users=spec.of_users)
+        if split_tables or layout.splits(of_users=spec.of_users)
     }
     return _abstract(shapes, everywhere.replace(values=everywhere.values | split))
 
 
+def split_tables(learner: Learner, serving: ServingState) -> ServingState:
+    """A serving state laid out as `abstract_serving(..., split_tables=True)`."""
+    wanted = abstract_serving(learner, split_tables=True).values
+    values = {}
+    for name, rows in serving.values.items():
+        missing = wanted[name].shape[0] - rows.shape[0]
+        filled_up = jax.jit(
+            lambda rows, missing=missing: jnp.pad(rows, ((0, missing), (0, 0))),
+            out_shardings=wanted[name].sharding,
+        )
+        values[name] = filled_up(rows)
+    return dataclasses.replace(serving, values=values)
+
+
 def by_user(learner: Learner, serving: ServingState) -> ServingState:
-    """A serving state of users that are split, with row u of user u: whole everywhere."""
+    """A serving state that is split, with row u of user u and row i of item i: whole everywhere."""
     layout = learner.layout
     users = layout.users
-    if users is None:
+    if users is None and layout.table_shards == 1:
         return serving
-    split = [
-        name
-        for name, spec in adapters.row_specs(learner.backbone).items()
-        if layout.splits(of_users=spec.of_users)
-    ]
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)
     def dealt_back(values: jax.Array, row: jax.Array) -> jax.Array:
         return values[row]
 
-    row = layout.put(users.row)
-    values = {name: dealt_back(serving.values[name], row) for name in split}
-    return dataclasses.replace(serving, values={**serving.values, **values})
+    values = {}
+    for name, spec in adapters.row_specs(learner.backbone).items():
+        row = np.arange(spec.rows, dtype=np.int32)
+        if users is not None and layout.splits(of_users=spec.of_users):
+            row = users.row
+        values[name] = dealt_back(serving.values[name], layout.put(row))
+    return dataclasses.replace(serving, values=values)
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

@@ -15,6 +15,7 @@ from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.evaluation import device_ranking, full_ranking, ranking_metrics
+from slgr_jax.evaluation.placement import Placement
 from slgr_jax.mesh import UserShards, make_layout
 
 
@@ -323,9 +324,9 @@ def test_scores_are_split_over_the_devices():
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = jax.device_put(np.zeros((64, 20), np.float32), everywhere)
-    users = jax.device_put(np.arange(64, dtype=np.int32), device_ranking.by_user(mesh))
+    users = jax.device_put(np.arange(64, dtype=np.int32), Placement(mesh).by_user)
     scores = device_ranking.score_chunk(
-        None, state, users, score_users=watched, n_items=20, mesh=mesh
+        None, state, users, score_users=watched, n_items=20, at=Placement(mesh)
     )
     assert {shard.data.shape for shard in scores.addressable_shards} == {(8, 20)}
     assert len(seen) == 1
@@ -469,3 +470,60 @@ def test_users_that_are_split_have_the_same_ranks_and_lists(devices):
         np.testing.assert_array_equal(got.items, expected.items)
         np.testing.assert_array_equal(got.scores, expected.scores)
     assert lists[0](np.zeros(0, np.int32)).items.shape == (0, 5)
+
+
+class Products:
+    """Scores that are inner products of the rows of two tables."""
+
+    def __call__(self, state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
+        raise AssertionError("would score over all items at once")
+
+    def queries(self, state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
+        return state[0][users]
+
+    def items(self, state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return state[1]
+
+
+@pytest.mark.parametrize("split_users", [False, True])
+def test_items_that_are_split_are_ranked_where_they_are(split_users):
+    """Ranks, lists with filters and pooled AUC over blocks of items, ties between blocks among
+    them; rows that fill a table up are no items."""
+    world, n_users, n_items = make_world(4, 37, 300, ties=True, overlap=True), 37, 300
+    rng = np.random.default_rng(0)
+    user_rows, item_rows = (rng.integers(-2, 3, (n, 3)) for n in (n_users, n_items))
+    user_rows, item_rows = (x.astype(np.float32) for x in (user_rows, item_rows))
+    world = dataclasses.replace(world, scores=user_rows @ item_rows.T)
+    relevant, seen = world.csr
+    layout = make_layout(table_shards=4, devices=jax.devices()[:8])
+    padded = np.full((layout.padded_rows(n_items), 3), 100, np.float32)  # would be everybody's best
+    padded[:n_items] = item_rows
+    where, shards = layout.replicated, None
+    if split_users:
+        shards = UserShards.deal(seen.counts, 8)
+        dealt = np.zeros((shards.table_rows, 3), np.float32)
+        dealt[shards.row] = user_rows
+        user_rows, where = dealt, layout.users_sharding
+    state = jax.device_put((user_rows, padded), (where, layout.table_sharding))
+    how = {"mesh": layout.mesh, "split": shards, "split_items": True}
+
+    model = Products()
+    ranked = full_ranking.rank(
+        model, state, relevant, seen, n_items, users_per_chunk=16, top_k=7, **how
+    )
+    check(world, ranked, 7)
+    allowed = np.arange(n_items) % 5 > 0
+    only = Csr.from_pairs(*np.nonzero(rng.random(world.scores.shape) < 0.1), n_users)
+    asked = np.array([5, 36, 5, 1, 20], np.int32)
+    lists = [
+        full_ranking.TopLists(table, jax.device_put(world.scores), seen, n_items, k=140),
+        full_ranking.TopLists(model, state, seen, n_items, k=140, **how),
+    ]
+    for filters in ((None, None), (allowed, only)):
+        expected, got = (each(asked, each.put(*filters)) for each in lists)
+        np.testing.assert_array_equal(got.items, expected.items)
+        np.testing.assert_array_equal(got.scores, expected.scores)
+    padded[:n_items] = np.nan
+    bad = jax.device_put((user_rows, padded), (where, layout.table_sharding))
+    with pytest.raises(NonFiniteError, match="NaN or infinite score"):
+        full_ranking.rank(model, bad, relevant, seen, n_items, **how)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from slgr_jax.data.dataset import Csr
 from slgr_jax.evaluation import device_ranking, ranking_metrics
+from slgr_jax.evaluation.placement import Placement
 
 INF = np.float32(np.inf)
 
@@ -36,7 +37,9 @@ def _both(scores, seen, relevant, *, users=None, k, width=None):
     wanted = None if relevant is None else _rows(relevant)
     native, xla = (
         jax.device_get(
-            device_ranking.rank_chunk(*whole, wanted, width=room, k=k, mesh=None, native=native)
+            device_ranking.rank_chunk(
+                *whole, wanted, width=room, k=k, at=Placement(), native=native
+            )
         )
         for native in (True, False)
     )
@@ -120,7 +123,7 @@ def test_lists_longer_than_the_catalogue_run_out():
         device_ranking.rank_chunk(
             *jax.device_put((scores, np.zeros(1, np.int32))),
             _rows(np.array([[False, True, False]])),
-            None, width=0, k=5, mesh=None, native=True,
+            None, width=0, k=5, at=Placement(), native=True,
         )
     )["top"]  # fmt: skip
     assert found["items"].tolist() == [[0, 2, -1, -1, -1]]
@@ -189,8 +192,8 @@ def _pooled(scores, seen, relevant, pool_scores, users=None):
     pool = device_ranking.Pool(**jax.device_put(ranking_metrics.pool_tables(pool_scores)))
     at = np.maximum(users, 0)
     whole = (jax.device_put(scores[at]), jax.device_put(users), _rows(seen), _rows(relevant), pool)
-    words = device_ranking.pool_chunk(*whole, pieces=2, bits=32, mesh=None, native=True)
-    digits = device_ranking.pool_chunk(*whole, pieces=8, bits=4, mesh=None, native=False)
+    words = device_ranking.pool_chunk(*whole, pieces=2, bits=32, at=Placement(), native=True)
+    digits = device_ranking.pool_chunk(*whole, pieces=8, bits=4, at=Placement(), native=False)
     totals = [
         sum(jax.device_get(found)[:, i].astype(object) << (bits * i) for i in range(pieces))
         for found, pieces, bits in ((words, 2, 32), (digits, 8, 4))
@@ -224,7 +227,7 @@ def test_pooled_counts_pass_32_bits():
     users = jax.device_put(np.arange(2, dtype=np.int32))
     words = device_ranking.pool_chunk(
         jax.device_put(scores), users, _rows(nothing), _rows(nothing), tables,
-        pieces=2, bits=32, mesh=None, native=True,
+        pieces=2, bits=32, at=Placement(), native=True,
     )  # fmt: skip
     low, high = jax.device_get(words).astype(object).T
     assert (low + (high << 32)).tolist() == [5000 * ((1 << 31) - 2)] * 2

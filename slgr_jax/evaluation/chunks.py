@@ -1,0 +1,158 @@
+"""Users scored a chunk at a time on the device, whoever ranks them there.
+
+Shape letters: U users, I items, B users of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from slgr_jax import progress
+from slgr_jax.data.dataset import Csr
+from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation import device_ranking
+from slgr_jax.evaluation.device_ranking import DeviceCsr, Listable, ScoreUsers
+from slgr_jax.evaluation.placement import Placement
+from slgr_jax.kernels import build as kernel_build
+from slgr_jax.mesh import put
+from slgr_jax.sampling.user_shards import ByUser
+
+# Scores of a chunk that a CPU ranks fastest: XLA's programs while they fit the caches, the kernels
+# from where the product of the factors runs at its best.
+_CPU_CHUNK = {"xla": 1 << 22, "native": 1 << 23}
+
+
+class ChunkScorer:
+    """Scores users a chunk at a time; knows where arrays go. One thread uses it at a time."""
+
+    def __init__(
+        self,
+        score_users: ScoreUsers,
+        state: Any,
+        n_users: int,
+        n_items: int,
+        users_per_chunk: int,
+        at: Placement,
+        kernels: str,
+    ) -> None:
+        """Plan chunks of at most `users_per_chunk` users, no more than `n_users` need."""
+        self.n_items, self.at = n_items, at
+        split, mesh, size = at.split, at.mesh, at.devices
+        columns = n_items
+        if at.split_items:  # with the rows that fill a table up
+            by_vectors: Any = score_users
+            columns = jax.eval_shape(by_vectors.items, state).shape[0]
+        leaves = jax.tree.leaves(state) if split is not None and mesh is not None else []
+        self._score = functools.partial(
+            device_ranking.score_chunk,
+            score_users=score_users,
+            n_items=columns,
+            at=at,
+            specs=tuple(leaf.sharding.spec for leaf in leaves),
+        )
+        self._state = state
+
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self.native = kernel_build.choose(
+            kernels, platform=platform, devices=size, units=kernel_build.RANKING
+        )
+        chunk = min(users_per_chunk, 1 << max(n_users - 1, 0).bit_length())
+        if platform == "cpu":
+            most = _CPU_CHUNK["native" if self.native else "xla"]
+            fitting = max(most // max(n_items, 1), 8)
+            chunk = min(chunk, (1 << (fitting.bit_length() - 1)) * size)
+        self.chunk = -(-chunk // size) * size  # a multiple of the devices
+
+        # An accelerator has its own allocator, and may score a chunk while it ranks the last.
+        self._room = None
+        if platform == "cpu":
+            self._room = device_ranking.score_room(users=self.chunk, n_items=columns, at=at)
+
+    def put(self, tree: Any) -> Any:
+        """The arrays, whole, on every device."""
+        return put(tree, self.at.everywhere)
+
+    def put_rows(self, csr: Csr) -> DeviceCsr:
+        """The ragged rows on every device; or those of its own users on each."""
+        if self.at.split is not None:
+            by_user = ByUser(csr.owners(), self.at.split)
+            return DeviceCsr(
+                by_user.bounds().put(self.at.by_user),
+                by_user.entries(csr.indices.astype(np.int32)).put(self.at.by_user),
+            )
+        n = int(csr.offsets[-1])
+        if n >= 2**31:
+            raise ConfigError(f"{n} interactions to mask or find; the limit is 2^31 - 1")
+        indices = np.zeros(1 << max(n - 1, 0).bit_length(), np.int32)
+        indices[:n] = csr.indices
+        return DeviceCsr(self.put(csr.offsets.astype(np.int32)), self.put(indices))
+
+    def arranged(self, users: np.ndarray) -> np.ndarray:
+        """Which of the users are ranked when: places in `users`.
+
+        Where they are split, a device's part of each chunk is its own users; -1 fills it up.
+        """
+        split, size = self.at.split, self.at.user_parts
+        if split is None or size == 1:
+            return np.arange(users.size, dtype=np.int32)
+        device = split.row[users] // (split.table_rows // size)
+        share = self.chunk // size
+        chunks = -(-int(np.bincount(device, minlength=size).max()) // share)
+        by_device = np.argsort(device, kind="stable")
+        device = device[by_device]
+        place = np.arange(users.size) - np.searchsorted(device, device)  # among its device's users
+        arranged = np.full((chunks, size, share), -1, np.int32)
+        arranged[place // share, device, place % share] = by_device
+        return arranged.reshape(-1)
+
+    def each(
+        self,
+        users: np.ndarray,
+        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
+        listable: Listable | None = None,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> Iterator[Any]:
+        """(slice of `users`, host copy of `call(scores, chunk, its users)`) for every chunk.
+
+        The device is one chunk ahead of the host.
+        """
+        with progress.bar(int(np.sum(users >= 0)), "user") as bar:
+            for places, result in self._each(users, call, listable, between_chunks):
+                yield places, result
+                bar.update(int(np.sum(users[places] >= 0)))
+
+    def _each(
+        self,
+        users: np.ndarray,
+        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
+        listable: Listable | None,
+        between_chunks: Callable[[], None],
+    ) -> Iterator[Any]:
+        waiting: list[tuple[slice, Any]] = []
+        for begin in range(0, users.size, self.chunk):
+            between_chunks()
+            of_chunk = users[begin : begin + self.chunk]
+            padded = np.full(self.chunk, -1, np.int32)
+            padded[: of_chunk.size] = of_chunk
+            if self.at.split is not None:
+                padded = np.where(padded < 0, -1, self.at.split.row[padded])
+            chunk = put(padded, None if self.at.mesh is None else self.at.by_user)
+
+            scores = self._score(self._room, self._state, chunk)
+            if listable is not None:
+                scores = device_ranking.keep_listable(scores, chunk, listable, at=self.at)
+            waiting.append((slice(begin, begin + of_chunk.size), call(scores, chunk, of_chunk)))
+            if self._room is not None:
+                self._room = scores
+            del scores
+
+            if len(waiting) == 2:
+                places, result = waiting.pop(0)
+                yield places, jax.device_get(result)
+        for places, result in waiting:
+            yield places, jax.device_get(result)
