@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slgr_jax import config
+from slgr_jax import cluster, config
 from slgr_jax.config.keywords import knob_values, section_of
 from slgr_jax.errors import ConfigError
 
@@ -209,7 +209,10 @@ def evaluate(
       checkpoint: state to evaluate, best or last.
       blend: name of a teacher; each run and baseline is also shown with w / rank in the teacher's
         list added to its scores, w by validation: nothing is trained.
-      **knobs: of `slgr_jax.config.BaselineConfig`: baselines, ease_lambdas, ...
+      **knobs: of `slgr_jax.config.BaselineConfig`: baselines, ease_lambdas, ...; and of
+        `slgr_jax.config.ClusterConfig`: several processes evaluate together where each calls this
+        with the same arguments and its own `process_id`, before it uses JAX. The first of them
+        writes, and no baselines stand beside the runs.
 
     Raises:
       UserError: there is no such run, metric or baseline.
@@ -218,7 +221,11 @@ def evaluate(
         workdirs = [workdirs]
     places = [os.fspath(workdir) for workdir in workdirs]
     data, out = os.fspath(data), os.fspath(out)
-    options = section_of(config.BaselineConfig, knob_values((config.BaselineConfig,), knobs))
+    values = knob_values((config.BaselineConfig, config.ClusterConfig), knobs)
+    options = section_of(config.BaselineConfig, values)
+    job = section_of(config.ClusterConfig, values)
+    place = cluster.place(job.coordinator, job.processes, job.process_id, job.cluster)
+    cluster.start(place, heartbeat_s=job.heartbeat_s, timeout_s=job.start_timeout_s)
 
     from slgr_jax.reports import evaluation
 

@@ -12,17 +12,23 @@ tested against the first, user by user. Baselines, fitted on the first run's dat
 the runs; their files go to OUT/baselines/NAME. With --blend each is also shown with w / rank in
 TEACHER's list added to its scores (OUT/blends): the cheapest use of a list, which guidance must
 beat.
+
+Several processes evaluate together as they train (docs/cluster.md), each the users of its devices
+where these are split by --user_shards: --coordinator=HOST:PORT --processes=N --process_id=0..N-1,
+or srun. The first of them writes and prints; baselines, --blend and the gate's report are left to
+one process.
 """
 
 from __future__ import annotations
 
 from absl import flags as absl_flags
 
-from slgr_jax import api
-from slgr_jax.cli import flags
-from slgr_jax.config import BaselineConfig
+from slgr_jax import api, cluster
+from slgr_jax.cli import flags, job
+from slgr_jax.config import BaselineConfig, ClusterConfig
 
 USAGE = __doc__ or ""
+SECTIONS = (BaselineConfig, ClusterConfig)
 
 
 def define() -> None:
@@ -51,6 +57,10 @@ def define() -> None:
 
 def main(_: list[str]) -> None:
     """Evaluate, draw the picture, print the tables; what was found comes last."""
+    job.guarded(_evaluate, "interrupted; what was written before is whole")
+
+
+def _evaluate() -> None:
     given = flags.FLAGS
     evaluation = api.evaluate(
         given.workdir,
@@ -59,8 +69,10 @@ def main(_: list[str]) -> None:
         metric=given.metric,
         checkpoint=given.checkpoint,
         blend=given.blend,
-        **flags.given_knobs(BaselineConfig),
+        **flags.given_knobs(*SECTIONS),
     )
+    if not cluster.is_first():
+        return
     from slgr_jax.evaluation import results
 
     picture, summary = evaluation.draw(), evaluation.write_summary()
@@ -73,4 +85,4 @@ def main(_: list[str]) -> None:
 
 def run() -> None:
     """`slgr evaluate`."""
-    flags.run(main, usage=USAGE, name="slgr evaluate", sections=(BaselineConfig,), define=define)
+    flags.run(main, usage=USAGE, name="slgr evaluate", sections=SECTIONS, define=define)

@@ -36,15 +36,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
 from slgr_jax import api, cluster, config
-from slgr_jax.cli import console, flags
-from slgr_jax.errors import ConfigError, UserError
+from slgr_jax.cli import console, flags, job
+from slgr_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from slgr_jax.training.loop import Outcome
@@ -75,20 +74,7 @@ def define() -> None:
 
 def main(_: list[str]) -> None:
     """Train, with a progress bar on a terminal, and say how it ended."""
-    try:
-        _train()
-    except Exception as error:
-        if cluster.processes() == 1:
-            raise
-        # JAX would wait at this process's end for others, which may be gone.
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-            cluster.leave("a defect, see above", 1)
-        cluster.leave(str(error), flags.EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        if cluster.processes() == 1:
-            raise
-        cluster.leave("interrupted before anything was saved", flags.EXIT_KILLED)
+    job.guarded(_train, "interrupted before anything was saved")
 
 
 def _train() -> None:

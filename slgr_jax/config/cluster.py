@@ -19,7 +19,7 @@ class ClusterConfig(Section):
     )
     processes: int = knob(
         0,
-        "how many processes train this run together; 0 = what the scheduler says, else one",
+        "how many processes work on this run together; 0 = what the scheduler says, else one",
         minimum=0,
         maximum=COUNT,
     )
@@ -33,7 +33,7 @@ class ClusterConfig(Section):
     cluster: str = knob(
         "auto",
         "whose environment variables say the above: auto = those of a Slurm step of several tasks, "
-        "or of a TPU slice of several hosts; none = this process trains alone",
+        "or of a TPU slice of several hosts; none = this process works alone",
         choices=CLUSTERS,
     )
     heartbeat_s: float = knob(
@@ -45,7 +45,7 @@ class ClusterConfig(Section):
     )
     start_timeout_s: float = knob(
         300.0,
-        "seconds that processes wait for each other before training",
+        "seconds that processes wait for each other before they begin",
         minimum=1,
         maximum=COUNT,
     )

@@ -9,6 +9,7 @@ the features, which no such run reads, are left on the disk.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -63,6 +64,18 @@ def load(
             read, history, popularity, sum(file.rows for file in manifest.files["train"])
         ),
     )
+
+
+def with_test(dataset: Dataset, *, verify: bool = True) -> Dataset:
+    """A dataset of `load` with the test part of all users, for whoever ranks it.
+
+    Raises:
+      ShardError: as of `dataset.load`.
+    """
+    root, files = dataset.path, dataset.manifest.files["test"]
+    tables = shards.open_shards(root, files, schema.INTERACTIONS, verify=verify)
+    test = part_of(tables, f"{root}/test", dataset.n_users, dataset.n_items)
+    return dataclasses.replace(dataset, test=test)
 
 
 def _count(

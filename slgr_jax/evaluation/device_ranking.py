@@ -364,6 +364,7 @@ def rank_chunk(
     """Ranks of relevant items (unless None), top-K lists (unless K is 0), non-finite rows.
 
     bad: [B] bool, a NaN or infinite score. Of such rows, and of padding, nothing else counts.
+    masked: [B] how many items are.
     pairs: [B, W] each, of the user's relevant items in order: score, -inf where it is masked;
       candidates that are greater, other ones that are tied, tied ones with a smaller index.
     top: [B, K] items, -1 past the last, and their scores, -inf past the last.
@@ -373,7 +374,7 @@ def rank_chunk(
         scores: Any, users: Any, seen: DeviceCsr, relevant: DeviceCsr | None
     ) -> dict[str, Any]:
         ranked = ranks.rank_rows(scores, users, seen, relevant or seen, width=width, k=k)
-        out: dict[str, Any] = {"bad": ranked.bad}
+        out: dict[str, Any] = {"bad": ranked.bad, "masked": seen.of(users)[1]}
         if relevant is not None:
             out["pairs"] = {name: getattr(ranked, name) for name in PAIR_DTYPES}
         if k:
@@ -383,7 +384,7 @@ def rank_chunk(
     def rows(scores: Any, users: Any, seen: Any, relevant: Any) -> dict[str, Any]:
         block = at.block(scores.shape[1])
         scores, bad = _candidates(scores, users, seen, block)
-        out: dict[str, Any] = {"bad": bad}
+        out: dict[str, Any] = {"bad": bad, "masked": seen.of(users)[1]}
         if relevant is not None:
             out["pairs"] = _rank_relevant(scores, users, relevant, width, block)
         if k:

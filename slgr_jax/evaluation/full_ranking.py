@@ -243,7 +243,8 @@ def rank(
     Args:
       score_users, state, n_items, users_per_chunk, mesh, kernels: as for `top_k`.
       relevant: [U] rows of items to find.
-      seen: [U] rows of masked items; a relevant item among them is dropped and counted.
+      seen: [U] rows of masked items; a relevant item among them is dropped and counted. Of several
+        processes each gives those of its own users, where `split` says which they are.
       top_k: length of `Ranking.top_items`; 0 for none.
       pooled_auc: also compute `Ranking.pooled_auc`.
       split: how the users of `state` are split over `mesh`; each is ranked where it is. None: they
@@ -258,7 +259,10 @@ def rank(
     """
     counts = relevant.counts
     users = np.flatnonzero(counts).astype(np.int32)
-    users = users[np.lexsort((seen.counts[users], counts[users]))]
+    keys = [users, counts[users]]
+    if split is None or split.here is None:  # processes know what is masked of their own users
+        keys.insert(1, seen.counts[users])
+    users = users[np.lexsort(keys)]
     at = Placement(mesh, split, n_items if split_items else 0)
     scorer = ChunkScorer(score_users, state, users.size, n_items, users_per_chunk, at, kernels)
     arranged = scorer.arranged(users)
@@ -280,6 +284,7 @@ def rank(
 
     pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
     top = np.empty((users.size, min(top_k, n_items)), np.int32)
+    masked_items = np.empty(users.size, np.int32)
     for places, ranks in scorer.each(users, dispatch, between_chunks=between_chunks):
         of_chunk = users[places]
         _refuse_nonfinite(of_chunk, ranks["bad"])
@@ -289,6 +294,7 @@ def rank(
         real = np.arange(width)[None, :] < relevant_of(of_chunk)[:, None]
         for name, parts in pairs.items():
             parts.append(ranks["pairs"][name][: of_chunk.size][real])
+        masked_items[places] = ranks["masked"][: of_chunk.size]
         if top.shape[1]:
             top[places] = ranks["top"]["items"][: of_chunk.size]
 
@@ -297,7 +303,7 @@ def rank(
         for name, dtype in PAIR_DTYPES.items()
     }
     real = users >= 0
-    ranked = assemble(users[real], relevant, seen, n_items, flat, top[real])
+    ranked = assemble(users[real], relevant, masked_items[real], n_items, flat, top[real])
     if not pooled_auc:
         return ranked
     auc = _pooled_auc(scorer, users, ranked, masked, wanted)

@@ -366,7 +366,7 @@ def without_relevant(
 def assemble(
     users: np.ndarray,
     relevant: Csr,
-    seen: Csr,
+    masked: np.ndarray,
     n_items: int,
     counts: Mapping[str, np.ndarray],
     top: np.ndarray,
@@ -375,7 +375,8 @@ def assemble(
 
     Args:
       users: [n] every user with relevant items.
-      relevant, seen: [U] rows of items to find and of masked items.
+      relevant: [U] rows of items to find.
+      masked: [n] how many items are masked, in the order of `users`.
       n_items: I.
       counts: "score" (-inf where the item is masked), and the numbers of unmasked candidates,
         relevant ones included: "greater", "tied", "tied_before" (tied with a smaller index);
@@ -405,7 +406,7 @@ def assemble(
         scores=flat["score"].astype(np.float32),
         greater=greater,
         tied=tied,
-        n_candidates=n_items - seen.counts[ranked].astype(np.int64),
+        n_candidates=n_items - masked[by_user][alive].astype(np.int64),
         top_items=top[by_user][alive],
         n_items=n_items,
         n_dropped=int((~kept).sum()),

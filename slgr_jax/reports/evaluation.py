@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from slgr_jax import config
+from slgr_jax import cluster, config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import baseline_evaluation, baselines, blending, results
@@ -79,15 +79,33 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate runs, and baselines on the first one's data; arguments as of `slgr_jax.evaluate`.
 
+    The processes of a job (`cluster.start`) all call this; the first of them writes.
+
     Raises:
       UserError: there is no such run, metric or baseline, or nothing to evaluate.
     """
+    with cluster.session():
+        return _evaluate(workdirs, data, out, metric, checkpoint, options, blend)
+
+
+def _evaluate(
+    workdirs: Sequence[str],
+    data: str,
+    out: str,
+    metric: str,
+    checkpoint: str,
+    options: config.BaselineConfig,
+    blend: str,
+) -> Evaluation:
     if checkpoint not in ("best", "last"):
         raise ConfigError(f"--checkpoint={checkpoint!r} is not one of: best, last")
     if not workdirs and not (data and out):
         raise ConfigError(
             "missing --workdir, or --data and --out in its place; see slgr evaluate --help"
         )
+    alone = cluster.processes() == 1
+    if not alone:
+        _refuse_in_a_job(workdirs, options, blend)
 
     labels = tables.labels(workdirs)
     configs = [run_directory.read_config(workdir) for workdir in workdirs]
@@ -107,16 +125,41 @@ def evaluate(
             f"--blend={blend} needs validation interactions to choose the weight by, and there are "
             "none; of a run that has learned them, name the one that it was refitted from"
         )
-    beside = baseline_evaluation.evaluate_baselines(
-        options, configs[0], dataset, where, taken=labels, lists=lists
-    )
+    beside = []
+    if alone:
+        beside = baseline_evaluation.evaluate_baselines(
+            options, configs[0], dataset, where, taken=labels, lists=lists
+        )
     if lists is not None:
         evaluated += [_blended(run, lists, where) for run in evaluated]
     evaluated += beside
     if not evaluated:
         raise ConfigError("--baselines=none without --workdir leaves nothing to evaluate")
-    left_out = baselines.left_out(options, dataset.n_items)
+    left_out = "Baselines are left out: they are fitted in one process."
+    if alone:
+        left_out = baselines.left_out(options, dataset.n_items)
     return Evaluation(tuple(evaluated), metric, where, left_out)
+
+
+def _refuse_in_a_job(workdirs: Sequence[str], options: config.BaselineConfig, blend: str) -> None:
+    """What one process does alone.
+
+    Raises:
+      ConfigError: it is asked for.
+    """
+    for flag, why in (
+        (f"--blend={blend}" if blend else "", "adds to scores over whole tables"),
+        (
+            "" if options.baselines in ("auto", "none") else f"--baselines={options.baselines}",
+            "are fitted on all interactions",
+        ),
+        ("" if workdirs else "--data without --workdir", "is of baselines alone"),
+    ):
+        if flag:
+            raise ConfigError(
+                f"{flag} {why}, and this is a job of {cluster.processes()} processes; evaluate so "
+                "in one, inside a Slurm step with --cluster=none"
+            )
 
 
 def _blended(run: EvaluatedRun, lists: Lists, out: pathlib.Path) -> EvaluatedRun:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import pathlib
 
+from slgr_jax import cluster
 from slgr_jax.evaluation import results
 from slgr_jax.evaluation.ranking_metrics import PartResult, Values
 from slgr_jax.evaluation.results import EvaluatedRun
@@ -21,16 +22,22 @@ def evaluate_run(
 ) -> EvaluatedRun:
     """Rank validation and test with a run's state; writes metrics.json and per_user.parquet.
 
-    Of a refit test alone: validation is its training data.
+    Of a refit test alone: validation is its training data. The processes of a job all call this,
+    and the first of them writes; the gate's report, which reads all preferences, is left out.
 
     Args:
       label: its name in tables.
       which: best or last.
       data: where its dataset is now; None: where it was trained.
     """
-    run = load(workdir, which, data=data)
-    _say_unfinished(run)
-    gate = gate_evaluation.evaluate_gate(run)
+    run = cluster.together(lambda: load(workdir, which, data=data))
+    if cluster.is_first():
+        _say_unfinished(run)
+    gate = None
+    if cluster.processes() == 1:
+        gate = gate_evaluation.evaluate_gate(run)
+    elif run.config.guided:
+        cluster.say_first(f"{workdir}: its gate is judged by slgr evaluate in one process alone")
     parts: dict[str, PartResult] = {}
     rows: dict[str, dict[str, Values]] = {}
     for part in ("test",) if run.config.train.refit else ("valid", "test"):
@@ -40,9 +47,15 @@ def evaluate_run(
         if by_slice:
             rows[part] = by_slice
     evaluated = EvaluatedRun(workdir, label, run.config, run.dataset, which, parts, rows, gate=gate)
-    results.write_run(evaluated)
-    tracking.summarize(dataclasses.replace(run.config, workdir=workdir), _test_metrics(evaluated))
+    cluster.together(lambda: _write(evaluated) if cluster.is_first() else None)
     return evaluated
+
+
+def _write(evaluated: EvaluatedRun) -> None:
+    """The run's files, and what trackers are told."""
+    results.write_run(evaluated)
+    config = dataclasses.replace(evaluated.config, workdir=evaluated.workdir)
+    tracking.summarize(config, _test_metrics(evaluated))
 
 
 def _test_metrics(run: EvaluatedRun) -> dict[str, float]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slgr_jax import config
+from slgr_jax import cluster, config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import own_users
 from slgr_jax.data.dataset import Dataset
@@ -145,14 +145,17 @@ def load_data(run: config.RunConfig) -> Dataset:
     return dataset.with_validation() if run.train.refit else dataset
 
 
-def load_own_users(run: config.RunConfig) -> Dataset:
+def load_own_users(run: config.RunConfig, layout: Layout | None = None) -> Dataset:
     """The dataset as a process of a job reads it whose users are split over its devices.
+
+    Args:
+      layout: the devices; None: those that the run asks for.
 
     Raises:
       ManifestError, ShardError: it is damaged, or none.
       ConfigError: shards of users that the devices cannot have as many of each.
     """
-    layout = layout_of(run)
+    layout = layout or layout_of(run)
 
     def choose(history: np.ndarray) -> np.ndarray:
         users = UserShards.deal(history, run.train.user_shards)
@@ -184,7 +187,7 @@ def restore_run(
             f"{workdir} was trained on {run.data}, which is not there; put it back, or say where "
             "it is now: --data=NEW"
         )
-    dataset = load_data(run)
+    dataset = _load_served(run) if split else load_data(run)
     if run_directory.trained_on(workdir, dataset) is False:
         raise ConfigError(
             f"{workdir} was trained on another split or id map than {dataset.path} now holds "
@@ -199,12 +202,30 @@ def restore_run(
     return restored if split and _may_stay_split(restored) else restored.whole()
 
 
+def _load_served(run: config.RunConfig) -> Dataset:
+    """A run's dataset with the test part; of several processes each reads its own users' training
+    interactions, if these stay split.
+
+    Raises:
+      ConfigError: the devices of several processes cannot have as many shards of users each.
+    """
+    if not run.train.user_shards or cluster.processes() == 1 or not _looks_nothing_up(run):
+        return load_data(run)
+    dataset = load_own_users(run, make_layout())
+    return own_users.with_test(dataset, verify=run.train.verify_checksums)
+
+
+def _looks_nothing_up(run: config.RunConfig) -> bool:
+    """Whether a run scores without what is looked up by a user's number, or an item's."""
+    return not reads_of(run.model) and run.model.features == "none"
+
+
 def _may_stay_split(restored: RestoredRun) -> bool:
     """Whether every device has some of the users, and nothing is looked up by a user's number."""
     if restored.split is None:
         return True
     every = restored.learner.layout.devices == make_layout().devices
-    return every and not jax.tree.leaves(restored.context)
+    return every and _looks_nothing_up(restored.config)
 
 
 def _restored(
@@ -242,7 +263,7 @@ def _restored(
 
 def _trained_on(run: config.RunConfig, dataset: Dataset, layout: Layout) -> Layout:
     """The layout with users split as in training; one device, where all do not divide them."""
-    if run.train.user_shards % layout.devices:
+    if run.train.user_shards % layout.devices and cluster.processes() == 1:
         layout = make_layout(devices=list(layout.mesh.devices.flat[:1]))
     return with_users(layout, run, dataset)
 

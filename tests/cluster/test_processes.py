@@ -15,11 +15,17 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import worlds
 
+import slgr_jax as sl
+from slgr_jax import cluster
 from slgr_jax.config import make_run
 from slgr_jax.data.dataset import Dataset
+from slgr_jax.errors import ConfigError
+from slgr_jax.mesh import UserShards
+from slgr_jax.reports import run_evaluation
 from slgr_jax.training import loop
 
 pytestmark = pytest.mark.slow
@@ -266,6 +272,80 @@ def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path)
     first, second = (int(line.split()[1]) for (line,) in read)
     assert first + second == len(dataset.train)
     assert abs(first - second) < len(dataset.train) / 8
+
+
+# `slgr evaluate`, which says what this process holds of users.
+EVALUATE = """
+import sys
+from slgr_jax.training import restore
+read = restore.restore_run
+def restore_run(*args, **more):
+    run = read(*args, **more)
+    parts = run.serving.values["user"].addressable_shards
+    print("holds", len(run.dataset.train), sum(x.data.shape[0] for x in parts), flush=True)
+    return run
+restore.restore_run = restore_run
+from slgr_jax.cli import main
+main.main(["slgr", "evaluate", *sys.argv[1:]])
+"""
+
+
+def same_evaluation(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    """The files of one evaluation have the numbers of another, to rounding."""
+
+    def read(path: pathlib.Path) -> list[tuple[str, dict[str, object]]]:
+        metrics = json.loads((path / "metrics.json").read_text())
+        slices = [
+            (f"{part} {x}", metrics[part][x]) for part in ("valid", "test") for x in metrics[part]
+        ]
+        rows = pq.read_table(path / "per_user.parquet").to_pylist()
+        return [*slices, *((f"{row['part']} {row['user']}", row) for row in rows)]
+
+    for (name, got), (wanted, values) in zip(read(workdir), read(expected), strict=True):
+        assert name == wanted
+        for metric, value in values.items():
+            close = pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
+            assert got[metric] == close, (name, metric)
+
+
+def test_two_processes_evaluate_what_one_does(dataset, tmp_path):
+    """Of a run whose users are split each its own, with its part of the tables alone; of another
+    one all. The first of them writes."""
+    runs = {"split": {"user_shards": 8, "table_shards": 2}, "whole": {}}
+    for name, knobs in runs.items():
+        with worlds.runs_on(2):
+            run = make_run(str(dataset.path), str(tmp_path / name), **SMALL, epochs=1, **knobs)
+            loop.train(run)
+        shutil.copytree(tmp_path / name, tmp_path / f"alone-{name}")
+    places = [f"--workdir={tmp_path / name}" for name in runs]
+    job = Job(*places, each=by_flags(), code=(EVALUATE, EVALUATE))
+    with worlds.runs_on(1):
+        for name in runs:
+            run_evaluation.evaluate_run(str(tmp_path / f"alone-{name}"), name)
+    first, second = job.end()
+    assert (first.status, second.status) == (0, 0), (first, second)
+    assert "Baselines are left out" in first.out
+    assert "ndcg" not in second.out, "one process speaks for all"
+    for name in runs:
+        same_evaluation(tmp_path / name, tmp_path / f"alone-{name}")
+
+    said = [[x.split() for x in end.out.splitlines()] for end in (first, second)]
+    lines = [[words for words in of_one if words[:1] == ["holds"]] for of_one in said]
+    (split, whole), (other_split, other_whole) = lines
+    assert int(split[1]) + int(other_split[1]) == len(dataset.train)
+    rows = UserShards.deal(dataset.history, 8).table_rows
+    assert split[2] == other_split[2] == str(rows // 2)
+    assert whole[1] == other_whole[1] == str(len(dataset.train))
+
+
+def test_what_is_evaluated_in_one_process_alone_is_refused(monkeypatch):
+    monkeypatch.setattr(cluster, "processes", lambda: 2)
+    for knobs, named in (
+        ({"baselines": "popular"}, "--baselines=popular are fitted on all interactions"),
+        ({"blend": "t"}, "--blend=t adds to scores over whole tables"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{named}, and this is a job of 2 processes; "):
+            sl.evaluate("run", **knobs)
 
 
 def test_an_error_of_one_is_the_same_line_on_both(dataset, tmp_path):
