@@ -259,10 +259,10 @@ def rank(
     """
     counts = relevant.counts
     users = np.flatnonzero(counts).astype(np.int32)
-    keys = [users, counts[users]]
+    order = [counts[users]]
     if split is None or split.here is None:  # processes know what is masked of their own users
-        keys.insert(1, seen.counts[users])
-    users = users[np.lexsort(keys)]
+        order.insert(0, seen.counts[users])
+    users = users[np.lexsort(order)]
     at = Placement(mesh, split, n_items if split_items else 0)
     scorer = ChunkScorer(score_users, state, users.size, n_items, users_per_chunk, at, kernels)
     arranged = scorer.arranged(users)

@@ -305,12 +305,13 @@ def by_user(learner: Learner, serving: ServingState) -> ServingState:
     def dealt_back(values: jax.Array, row: jax.Array) -> jax.Array:
         return values[row]
 
-    values = {}
+    values = dict(serving.values)
     for name, spec in adapters.row_specs(learner.backbone).items():
-        row = np.arange(spec.rows, dtype=np.int32)
-        if users is not None and layout.splits(of_users=spec.of_users):
-            row = users.row
-        values[name] = dealt_back(serving.values[name], layout.put(row))
+        if users is not None and spec.of_users:
+            values[name] = dealt_back(values[name], layout.put(users.row))
+        elif layout.table_shards > 1:
+            row = np.arange(spec.rows, dtype=np.int32)
+            values[name] = dealt_back(values[name], layout.put(row))
     return dataclasses.replace(serving, values=values)
 
 

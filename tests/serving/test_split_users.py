@@ -70,7 +70,11 @@ def test_a_device_has_its_own_users_alone(workdir):
         vectors = run.run_vectors._of_rows.lower(
             run.restored.scoring("test"), np.zeros(8, np.int32)
         )
-        for program in (pairs, vectors):
+        scorer = recommender._lists._scorer
+        asked = jax.device_put(np.zeros(scorer.chunk, np.int32), scorer.at.by_user)
+        score = scorer._score
+        ranked = score.func.lower(scorer._room, scorer._state, asked, **score.keywords)
+        for program in (pairs, vectors, ranked):
             text = program.compile().as_text()
             assert "all-gather" not in text
             assert f"f32[{table.shape[0]},{table.shape[1]}]" not in text or devices == 1
