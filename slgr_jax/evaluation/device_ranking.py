@@ -152,12 +152,12 @@ def _rank_relevant(
     index = block.items(scores.shape[1])[None, :]
     place = start[:, None] + jnp.arange(width)[None, :]
     items = relevant.indices.at[place].get(mode="clip")
-    here = scores.at[jnp.arange(n)[:, None], block.columns(items)]
-    found = block.greatest(here.get(mode="fill", fill_value=-jnp.inf))
+    cells = scores.at[jnp.arange(n)[:, None], block.columns(items)]
+    of_items = block.greatest(cells.get(mode="fill", fill_value=-jnp.inf))
     out = {name: jnp.zeros((n, width), jnp.int32) for name in _COUNTS}
 
     def step(p: jax.Array, out: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        item, score = items[:, p], found[:, p][:, None]
+        item, score = items[:, p], of_items[:, p][:, None]
         equal = scores == score
         before = equal & (index < item[:, None])
         digits = (scores > score).astype(jnp.int32)
@@ -174,9 +174,9 @@ def _rank_relevant(
     counted = {name: block.total(counts) for name, counts in counted.items()}
     counted["tied"] -= 1  # with itself
     # A masked item ties with all masked ones and with the padding; past a user's last is no item.
-    masked = (found == -jnp.inf) | (jnp.arange(width)[None, :] >= count[:, None])
+    masked = (of_items == -jnp.inf) | (jnp.arange(width)[None, :] >= count[:, None])
     values = {name: jnp.where(masked, 0, counts) for name, counts in counted.items()}
-    return {"score": found, **values}
+    return {"score": of_items, **values}
 
 
 def _top(scores: jax.Array, k: int, block: Block) -> dict[str, jax.Array]:
@@ -299,7 +299,8 @@ def score_chunk(
         # Rows of users are fetched from whoever has them: XLA sends those of a chunk, no table.
         queries = by_vectors.queries(state, jnp.maximum(users, 0))
         items = at.laid_out(by_vectors.items(state), at.of_items)
-        return at.laid_out(at.laid_out(queries, at.of_users) @ items.T, at.of_scores)
+        scores = at.laid_out(queries, at.of_users) @ items.T
+        return at.laid_out(scores.astype(jnp.float32), at.of_scores)
     if at.split is None:
         return at.laid_out(scored(state, users), at.of_users)
 

@@ -15,7 +15,7 @@ from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.reports import run_evaluation, tables, verdict
 from slgr_jax.serving import load
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import run_directory
+from slgr_jax.training import agreement, run_directory
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -106,6 +106,8 @@ def _evaluate(
     alone = cluster.processes() == 1
     if not alone:
         _refuse_in_a_job(workdirs, options, blend)
+        asked = {"--workdir": list(workdirs), "--out": out, "--metric": metric}
+        agreement.refuse_unequal({**asked, "--checkpoint": checkpoint})
 
     labels = tables.labels(workdirs)
     configs = [run_directory.read_config(workdir) for workdir in workdirs]

@@ -18,7 +18,7 @@ import functools
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -192,6 +192,18 @@ def refuse_other_settings(run: RunConfig, dataset: Dataset) -> None:
     }
     manifest = dataset.manifest
     settings |= {"--data's split": manifest.split_hash, "--data's ids": manifest.id_map_hash}
+    refuse_unequal(settings)
+
+
+def refuse_unequal(settings: Mapping[str, Any]) -> None:
+    """Refuse a job whose processes were started with different settings.
+
+    Args:
+      settings: name -> value, as JSON has it.
+
+    Raises:
+      ConfigError: a process has others than process 0.
+    """
     everyone = [json.loads(text) for text in cluster.every(json.dumps(settings))]
     for process, others in enumerate(everyone):
         changed = [
@@ -202,5 +214,5 @@ def refuse_other_settings(run: RunConfig, dataset: Dataset) -> None:
         if changed:
             raise ConfigError(
                 f"process {process} has other settings than process 0 ({listing(changed)}); start "
-                "all of a job alike, or with --cluster=none to train alone"
+                "all of a job alike, or with --cluster=none to work alone"
             )

@@ -234,11 +234,7 @@ def _restored(
     """A state of the run in `workdir`, which was trained on `dataset`, as its users are split; with
     `split` its tables too."""
     backbone, looked_up = backbone_and_context(run, dataset, native=False)
-    layout = make_layout()
-    # Vectors of items can be asked for block by block, a network that sees both sides cannot.
-    shards = run.train.table_shards
-    if split and isinstance(backbone, DotBackbone) and layout.devices % shards == 0:
-        layout = make_layout(table_shards=shards)
+    layout = _layout_to_serve(run, backbone) if split else make_layout()
     trained = Learner(run, backbone, make_guidance(run), _trained_on(run, dataset, layout))
     if which != "best":
         looked_up = _with_edges(workdir, run, dataset, backbone, looked_up)
@@ -259,6 +255,17 @@ def _restored(
     finally:
         saved.close()
     return RestoredRun(trained, dataset, serving, placed)
+
+
+def _layout_to_serve(run: config.RunConfig, backbone: AnyBackbone) -> Layout:
+    """All devices, with the table shards that the run had where it can be ranked over blocks."""
+    layout, shards = make_layout(), run.train.table_shards
+    # Vectors of items can be asked for block by block, a network that sees both sides cannot.
+    ranks_blocks = isinstance(backbone, DotBackbone) and layout.devices % shards == 0
+    if run.train.user_shards and cluster.processes() > 1:
+        # Devices that rank the same users need what these have, which one process alone has read.
+        ranks_blocks &= jax.local_device_count() % shards == 0
+    return make_layout(table_shards=shards) if ranks_blocks else layout
 
 
 def _trained_on(run: config.RunConfig, dataset: Dataset, layout: Layout) -> Layout:
