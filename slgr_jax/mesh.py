@@ -11,7 +11,6 @@ of their table, their interactions, their preferences. A device draws for its ow
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slgr_jax.errors import ConfigError
+from slgr_jax.user_shards import UserShards as UserShards
 
 DATA, TABLE = "data", "table"
 ROW_UNIT = 128
@@ -55,64 +55,6 @@ def part_of_lanes() -> tuple[jax.Array | int, int]:
     if not {DATA, TABLE} <= set(jax.sharding.get_abstract_mesh().manual_axes):
         return 0, 1
     return jax.lax.axis_index((DATA, TABLE)), int(jax.lax.axis_size((DATA, TABLE)))
-
-
-@dataclasses.dataclass(frozen=True)
-class UserShards:
-    """Users dealt out to V shards, a constant of a run; each device has V / devices of them.
-
-    All shards have as many users, to one, and about as many interactions: users by falling number
-    of interactions, V at a time, the first of them to the shard that has fewest so far. So lanes
-    weigh about 1 (`sampling.user_shards`), and no shard's arrays are much longer than another's.
-
-    Attributes:
-      count: V.
-      users: U.
-      row: [U] where each user is in a table of all users, shard after shard.
-      here: [V] bool, of whose users this process has what belongs to them; None: of all.
-    """
-
-    count: int
-    users: int
-    row: np.ndarray = dataclasses.field(compare=False, repr=False)
-    here: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
-
-    @classmethod
-    def deal(cls, interactions: np.ndarray, count: int) -> UserShards:
-        """Args:
-        interactions: [U] how many each user has.
-        """
-        users, load = interactions.size, np.zeros(count, np.int64)
-        row, rows = np.empty(users, np.int32), -(-users // count) + 1
-        falling = np.argsort(-interactions.astype(np.int64), kind="stable")
-        for number, begin in enumerate(range(0, users, count)):
-            some = falling[begin : begin + count]
-            shards = np.argsort(load, kind="stable")[: some.size]
-            load[shards] += interactions[some]
-            row[some] = shards * rows + number
-        return cls(count, users, row)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a shard: those of its users, and one, so that a user's row has a next one."""
-        return -(-self.users // self.count) + 1
-
-    @property
-    def table_rows(self) -> int:
-        """Rows of a table of all users, shard after shard."""
-        return self.count * self.rows
-
-    @functools.cached_property
-    def by_row(self) -> np.ndarray:
-        """[V, rows] whose row each is; U: nobody's."""
-        whose = np.full(self.table_rows, self.users)
-        whose[self.row] = np.arange(self.users)
-        return whose.reshape(self.count, self.rows)
-
-    def of_shard(self, shard: int) -> np.ndarray:
-        """The users of a shard, in its order: its number k is in its row k."""
-        whose = self.by_row[shard]
-        return whose[whose < self.users]
 
 
 @dataclasses.dataclass(frozen=True)

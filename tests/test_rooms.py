@@ -27,7 +27,7 @@ ROOMS = (
     ("kernels",),
     ("config",),
     ("cluster", "mesh"),
-    ("errors", "files", "json_files", "locks", "progress"),
+    ("errors", "files", "json_files", "locks", "progress", "user_shards"),
 )
 # Of the groups of teacher/: what each may import of the others.
 TEACHER: dict[str, set[str]] = {

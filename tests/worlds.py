@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
+from slgr_jax import api
 from slgr_jax.config import RunConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import features as features_lib
@@ -168,6 +170,22 @@ def random_dataset(
         n_items=n_items,
         **more,
     )
+
+
+def dataset_by_shard(
+    folder: pathlib.Path, count: int, *, per_user: int = 10, n_users: int = 40, n_items: int = 30
+) -> Dataset:
+    """`random_pairs` whose users have 5 to `per_user` items, prepared with --user_shards; in
+    `folder` is also `by_id`, the same without."""
+    pairs = random_pairs(0, n_users, n_items, per_user)
+    pairs = pairs[np.arange(len(pairs)) % per_user < 5 + pairs[:, 0] % (per_user - 4)]
+    rows = {"user": pairs[:, 0], "item": pairs[:, 1], "timestamp": np.arange(len(pairs)) + 10**9}
+    folder.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.table(rows), folder / "log.parquet")
+    given = {"source": "parquet", "input": folder / "log.parquet", "split": "leave_last"}
+    api.prepare(**given, out=folder / "by_id")
+    api.prepare(**given, out=folder / "by_shard", user_shards=count)
+    return dataset_lib.load(folder / "by_shard")
 
 
 def checkerboard(path: pathlib.Path, size: int = 40) -> Dataset:

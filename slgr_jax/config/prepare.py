@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from slgr_jax.config.knobs import Section, knob
+from slgr_jax.config.knobs import WIDTH, Section, knob
 
 # Layouts of which a line is a user's whole sequence: an item's place in it stands for its time.
 SEQUENCE_SOURCES = ("s3rec", "idgenrec", "llmrank")
@@ -135,6 +135,14 @@ class PrepareConfig(Section):
     decimal: str = knob(".", "character before the fraction in ratings and times that are text")
     time_format: str = knob(
         "", "how times are written, as '%d/%m/%Y %H:%M' (Python's strptime; no zone is UTC)"
+    )
+    user_shards: int = knob(
+        0,
+        "number users shard by shard, so that a process of `slgr train --user_shards=V` (the same "
+        "number, or a divisor) reads its own users' interactions alone; by other ids than without, "
+        "so that products are made anew. 0: users in the order of their ids",
+        minimum=0,
+        maximum=WIDTH,
     )
     rows_per_shard: int = knob(4_194_304, "most interactions in one Arrow shard", minimum=1)
     memory: float = knob(

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from slgr_jax.config import SliceConfig
 from slgr_jax.data import features as features_lib
-from slgr_jax.data import schema, shards
+from slgr_jax.data import schema, shards, user_ranges
 from slgr_jax.data.features import Feature
 from slgr_jax.errors import ShardError
 
@@ -206,6 +206,7 @@ class Dataset:
     features: tuple[Feature, ...] = ()  # as prepared; `known_features` has the categories too
     as_split: Dataset | None = None  # of `with_validation`: what that was called on
     of_users: OfUsers | None = None  # of `own_users.load`: train has rows of some, test has none
+    user_bounds: np.ndarray | None = None  # [V + 1] of `user_ranges`; None: numbered by ids
 
     def with_validation(self) -> Dataset:
         """The dataset of a run that learns from validation too (`slgr train --refit`).
@@ -394,6 +395,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
         manifest=manifest,
         user_ids=users.column("user_id").combine_chunks(),
         items=items,
+        user_bounds=user_ranges.read_bounds(root, manifest, users.num_rows, verify=verify),
         **parts,
     )
 

@@ -7,6 +7,7 @@ it took to get from it to its child:
     counts                          of the parent: users, items, train, ...
     moved                           "train to test" and so on -> its rows in another part now
     files                           what the parent itself was read from
+    user_shards                     shards that the parent's users are numbered by, 0 for none
 
 The users and items of a parent are the first ones of its child, in the same order.
 """
@@ -39,6 +40,7 @@ def record(parent: DatasetManifest, moved: Mapping[str, int]) -> tuple[Parent, .
         "counts": dict(parent.counts),
         "moved": {key: count for key, count in moved.items() if count},
         "files": parent.source.get("files", []),
+        "user_shards": parent.user_shards,
     }
     return (entry, *parent.parents)
 

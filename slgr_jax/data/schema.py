@@ -8,6 +8,9 @@ A dataset directory:
     user_features.arrow            row u is user u: a column a feature; item_features.arrow likewise
     feature_values.arrow           the vocabularies of features, in the order of their codes
     train/part-00000-of-00002.arrow   valid/...   test/...
+    user_shards.arrow              row v is shard v of the users: its first; where these are ranges
+    history.arrow                  with it: row u is how many training items user u has
+    popularity.arrow               with it: row i is how many training users item i has
     teacher/NAME/manifest.json     teacher products built for this split
     teacher/NAME/part-...
     candidates/NAME/manifest.json  whom to ask about what; hidden/...: what their prompts leave out
@@ -33,9 +36,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from slgr_jax import config, files, json_files
+from slgr_jax.data import manifest_json
 from slgr_jax.errors import ManifestError, ShardError, listing
 
-MANIFEST = "manifest.json"
+MANIFEST = manifest_json.MANIFEST
 PARTS = ("train", "valid", "test")
 TEACHER_DIR = "teacher"
 CANDIDATES_DIR = "candidates"
@@ -71,6 +75,10 @@ ITEMS = pa.schema(
         pa.field("categories", pa.list_(pa.string())),
     ]
 )
+# Where users are numbered shard by shard: what is known of everybody without reading interactions.
+USER_SHARDS = pa.schema([pa.field("first_user", pa.int32(), nullable=False)])
+HISTORY = pa.schema([pa.field("items", pa.int32(), nullable=False)])
+POPULARITY = pa.schema([pa.field("users", pa.int32(), nullable=False)])
 # One row per value of a categorical or multi-valued feature of users or items (`side`).
 FEATURE_VALUES = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("side", "feature", "value")]
@@ -174,14 +182,9 @@ def chunks(numbers: int, fields: int) -> pa.Schema:
     )
 
 
-# Annotation of a manifest's field -> its type in JSON; a mapping is an object.
-_JSON_TYPES: Mapping[str, type] = {
-    "str": str,
-    "int": int,
-    "bool": bool,
-    "tuple[ShardFile, ...]": list,
-    "tuple[Mapping[str, Any], ...]": list,
-}
+# Path of a shard whose rows ascend by user -> its first user and its last. Of a shard that is not
+# named nothing is known.
+UserRanges = Mapping[str, Sequence[int]]
 BUILT_FROM = config.BUILT_FROM
 UNLISTED = config.UNLISTED
 TRAINING_ITEMS = config.TRAINING_ITEMS
@@ -218,6 +221,11 @@ class DatasetManifest:
     parents: tuple[Mapping[str, Any], ...] = ()
     # Of users and items, what each feature is (`features.described`), in the order of columns.
     features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Shards that users are numbered by, each a range of them in files of its own; 0: by their ids.
+    user_shards: int = 0
+    user_ranges: UserRanges = dataclasses.field(default_factory=dict)  # of the training files
+    # With user_shards: of timestamp and rating those that every training interaction has.
+    train_columns: tuple[str, ...] = ()
     format: str = DATASET_FORMAT
     version: int = VERSION
 
@@ -247,6 +255,7 @@ class TeacherManifest:
     order: str = ""  # user: the rows of each shard ascend by user; empty: nothing is promised
     carried_from: str = ""  # split hash of the parent dataset whose product this was
     votes: tuple[ShardFile, ...] = ()  # TEACHER_VOTES; () where answers are not of several
+    user_ranges: UserRanges = dataclasses.field(default_factory=dict)  # of `files`
     format: str = TEACHER_FORMAT
     version: int = VERSION
 
@@ -342,14 +351,6 @@ AnyManifest = (
     | EmbeddingManifest
 )
 Written = TypeVar("Written", bound=AnyManifest)
-_CLASSES: Mapping[str, type[AnyManifest]] = {
-    DATASET_FORMAT: DatasetManifest,
-    TEACHER_FORMAT: TeacherManifest,
-    CANDIDATES_FORMAT: CandidateManifest,
-    REQUESTS_FORMAT: RequestManifest,
-    ANSWERS_FORMAT: AnswerManifest,
-    EMBEDDINGS_FORMAT: EmbeddingManifest,
-}
 
 
 def files_hash(files: Sequence[ShardFile]) -> str:
@@ -371,47 +372,49 @@ def write_manifest(directory: str | os.PathLike[str], manifest: Written) -> Writ
 
 def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
     """Read a dataset's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, DATASET_FORMAT, "slgr prepare")
+    raw = manifest_json.read(directory, DatasetManifest, "slgr prepare")
     where = pathlib.Path(directory) / MANIFEST
     if missing := sorted({*PARTS, "users", "items"} - set(raw["files"])):
         raise ManifestError(f"{where} is damaged: it lists no files of {listing(missing)}")
     raw["files"] = {key: _shard_files(value, where) for key, value in raw["files"].items()}
-    raw["parents"] = tuple(raw.get("parents", ()))
+    for name in ("parents", "train_columns"):
+        raw[name] = tuple(raw.get(name, ()))
+    _check_ranges(raw, where)
     return DatasetManifest(**raw)
 
 
 def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
     """Read a teacher product's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, TEACHER_FORMAT, "slgr teach")
+    raw = manifest_json.read(directory, TeacherManifest, "slgr teach")
     where = pathlib.Path(directory) / MANIFEST
     raw |= {key: _shard_files(raw.get(key, []), where) for key in ("files", "votes")}
+    _check_ranges(raw, where)
     return TeacherManifest(**raw)
 
 
 def read_candidate_manifest(directory: str | os.PathLike[str]) -> CandidateManifest:
     """Read a candidate set's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, CANDIDATES_FORMAT, "slgr teach candidates")
+    raw = manifest_json.read(directory, CandidateManifest, "slgr teach candidates")
     return CandidateManifest(**_with_files(raw, ("pairs", "hidden"), directory))
 
 
 def read_request_manifest(directory: str | os.PathLike[str]) -> RequestManifest:
     """Read requests.json; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(
-        directory, REQUESTS_FORMAT, "slgr teach requests --overwrite", file_name=REQUESTS_MANIFEST
-    )
+    maker = "slgr teach requests --overwrite"
+    raw = manifest_json.read(directory, RequestManifest, maker, file_name=REQUESTS_MANIFEST)
     return RequestManifest(**_with_files(raw, ("requests", "index"), directory))
 
 
 def read_answer_manifest(directory: str | os.PathLike[str]) -> AnswerManifest:
     """Read an answer log's manifest; a missing, foreign or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, ANSWERS_FORMAT, "slgr teach collect")
+    raw = manifest_json.read(directory, AnswerManifest, "slgr teach collect")
     raw["sources"] = tuple(raw["sources"])
     return AnswerManifest(**_with_files(raw, ("answers", "answered", "quarantine"), directory))
 
 
 def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManifest:
     """Read an embedding product's manifest; a missing or damaged one is a `ManifestError`."""
-    raw = _read_json(directory, EMBEDDINGS_FORMAT, "slgr teach embed")
+    raw = manifest_json.read(directory, EmbeddingManifest, "slgr teach embed")
     raw["fields"] = {
         name: dict(sorted(of_table.items())) for name, of_table in raw.get("fields", {}).items()
     }
@@ -436,52 +439,13 @@ def _shard_files(values: list[Any], where: pathlib.Path) -> tuple[ShardFile, ...
     return tuple(ShardFile(**value) for value in values)
 
 
-def _read_json(
-    directory: str | os.PathLike[str], expected: str, maker: str, *, file_name: str = MANIFEST
-) -> dict[str, Any]:
-    path = pathlib.Path(directory) / file_name
-    if not pathlib.Path(directory).is_dir():
-        raise ManifestError(f"{directory} is not a directory; make it with {maker}")
-    if not path.is_file():
-        raise ManifestError(
-            f"{directory} holds no {file_name}: it is not a finished product; make it with {maker}"
-        )
-    try:
-        raw = sealed = json_files.loads(path.read_bytes())
-    except ValueError as error:
-        raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
-    if isinstance(raw, dict):
-        raw = {name: value for name, value in raw.items() if name != json_files.CHECKSUM}
-    if not isinstance(raw, dict) or raw.get("format") != expected:
-        stored = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ManifestError(f"{path} describes {stored!r}, expected {expected!r}")
-    if raw.get("version") != VERSION:
-        raise ManifestError(
-            f"{path} has version {raw.get('version')}, this code reads {VERSION}; "
-            f"make it again with {maker}"
-        )
-    fields = dataclasses.fields(_CLASSES[expected])
-    names = {field.name for field in fields}
-    no_default = dataclasses.MISSING
-    needed = {f.name for f in fields if f.default is no_default and f.default_factory is no_default}
-    missing, unknown = sorted(needed - set(raw)), sorted(set(raw) - names)
-    if missing or unknown:
-        raise ManifestError(
-            f"{path}: missing {listing(missing)}; unknown {listing(unknown)}; "
-            f"make it again with {maker}"
-        )
-    for field in fields:
-        if field.name in raw and not isinstance(
-            raw[field.name], _JSON_TYPES.get(str(field.type), dict)
-        ):
+def _check_ranges(raw: Mapping[str, Any], where: pathlib.Path) -> None:
+    for path, users in raw.get("user_ranges", {}).items():
+        if not isinstance(users, list) or [type(user) for user in users] != [int, int]:
             raise ManifestError(
-                f"{path} is damaged: {field.name} is {json.dumps(raw[field.name])[:80]}; "
-                f"make it again with {maker}"
+                f"{where} is damaged: {json.dumps(users)[:80]} is not the first and last user of "
+                f"{path}"
             )
-    try:
-        return json_files.unsealed(sealed)
-    except ValueError as error:
-        raise ManifestError(f"{path} is damaged ({error}); make it again with {maker}") from error
 
 
 def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
@@ -188,6 +189,20 @@ def sha256_of(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def lengths_of(parts: Sequence[int], rows_per_shard: int) -> list[int]:
+    """Rows of each shard, where none has rows of two parts; of no rows one empty shard.
+
+    Args:
+      parts: rows of each part.
+    """
+    lengths = [
+        min(rows_per_shard, rows - begin)
+        for rows in parts
+        for begin in range(0, rows, rows_per_shard)
+    ]
+    return lengths or [0]
+
+
 def write_shards(
     root: PathLike,
     prefix: str,
@@ -195,21 +210,27 @@ def write_shards(
     *,
     rows_per_shard: int,
     rows_per_batch: int = 65_536,
+    parts: Sequence[int] | None = None,
 ) -> tuple[ShardFile, ...]:
     """Write `table` as `root/prefix-00000-of-0000N.arrow` (IPC file format) and describe it.
 
     At least one shard is written, so an empty table keeps its schema. Each file is flushed
     to disk before the function returns.
+
+    Args:
+      parts: rows that follow one another and share no shard with others; None: all are one part.
     """
-    count = max(1, -(-table.num_rows // rows_per_shard))
+    lengths = lengths_of([table.num_rows] if parts is None else parts, rows_per_shard)
+    begins = np.cumsum([0, *lengths])
+    assert begins[-1] == table.num_rows
     (pathlib.Path(root) / prefix).parent.mkdir(parents=True, exist_ok=True)
 
     def write(index: int) -> ShardFile:
-        part = table.slice(index * rows_per_shard, rows_per_shard)
-        relative = f"{prefix}-{index:05d}-of-{count:05d}.arrow"
-        return write_shard(root, relative, part, rows_per_batch=rows_per_batch)
+        rows = table.slice(int(begins[index]), lengths[index])
+        relative = f"{prefix}-{index:05d}-of-{len(lengths):05d}.arrow"
+        return write_shard(root, relative, rows, rows_per_batch=rows_per_batch)
 
-    return tuple(on_all_cores(write, range(count)))
+    return tuple(on_all_cores(write, range(len(lengths))))
 
 
 def write_shard(

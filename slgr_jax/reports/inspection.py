@@ -15,10 +15,12 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from slgr_jax import json_files
 from slgr_jax.config import RunConfig
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data import fingerprints, schema, shards
+from slgr_jax.data import fingerprints, schema, shards, user_ranges
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, ShardError, UserError
 from slgr_jax.evaluation.results import METRICS, PER_USER
@@ -255,6 +257,7 @@ def inspect_data(path: str) -> Inspection:
         with _noted(faults):
             dataset = dataset_lib.load(path)
             _refuse_other_hashes(dataset)
+            _refuse_other_counts(dataset)
     if not faults:
         size = _size(facts["bytes"])
         lines.append(f"  every one of {len(files)} shards agrees with its checksum, {size}")
@@ -296,6 +299,22 @@ def _refuse_other_hashes(dataset: Dataset) -> None:
             raise ShardError(
                 f"{dataset.path / schema.MANIFEST} states {name} {stated[:12]}, its shards have "
                 f"{value[:12]}: put back a copy, or prepare again with --overwrite"
+            )
+
+
+def _refuse_other_counts(dataset: Dataset) -> None:
+    """Raise `ShardError` where users numbered by shard do not have the interactions counted."""
+    if dataset.user_bounds is None:
+        return
+    stated = user_ranges.read_counts(
+        dataset.path, dataset.manifest, dataset.n_users, dataset.n_items, verify=True
+    )
+    for name, counts in zip(("history", "popularity"), stated, strict=True):
+        other = np.flatnonzero(counts != getattr(dataset, name))
+        if other.size:
+            raise ShardError(
+                f"{dataset.path}/{name} has {counts[other[0]]} in row {other[0]}, the training "
+                f"interactions {getattr(dataset, name)[other[0]]}: prepare again with --overwrite"
             )
 
 

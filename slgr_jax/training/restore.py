@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from slgr_jax import cluster, config
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data import own_users
+from slgr_jax.data import own_users, schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
@@ -155,14 +155,45 @@ def load_own_users(run: config.RunConfig, layout: Layout | None = None) -> Datas
       ManifestError, ShardError: it is damaged, or none.
       ConfigError: shards of users that the devices cannot have as many of each.
     """
-    layout = layout or layout_of(run)
+    layout, count = layout or layout_of(run), run.train.user_shards
+    _say_what_is_read(run)
 
-    def choose(history: np.ndarray) -> np.ndarray:
-        users = UserShards.deal(history, run.train.user_shards)
+    def choose(history: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
+        users = _user_shards(count, history, bounds)
         shards = dataclasses.replace(layout, users=users).shards_of_process
         return np.asarray(shards[users.row // users.rows], bool)
 
     return own_users.load(run.data, choose, verify=run.train.verify_checksums)
+
+
+def _user_shards(count: int, history: np.ndarray, bounds: np.ndarray | None) -> UserShards:
+    """The users' shards: those that they are numbered by, or as many of these together; dealt by
+    their interactions where they are numbered otherwise.
+
+    Args:
+      history: [U] training items of each user.
+      bounds: `Dataset.user_bounds`.
+    """
+    if bounds is not None and (bounds.size - 1) % count == 0:
+        return UserShards.of_ranges(bounds[:: (bounds.size - 1) // count])
+    return UserShards.deal(history, count)
+
+
+def _say_what_is_read(run: config.RunConfig) -> None:
+    """Tell, once for the job, where processes have to read what is not theirs."""
+    manifest, count = schema.read_dataset_manifest(run.data), run.train.user_shards
+    if manifest.user_shards and manifest.user_shards % count == 0:
+        return
+    how = "without --user_shards"
+    if manifest.user_shards:
+        how = f"with --user_shards={manifest.user_shards}, which is no multiple of {count}"
+    elif manifest.parents:
+        how = "with --append, which numbers users as its parents did"
+    cluster.say_first(
+        f"--user_shards={count}: every process reads all training interactions to keep its own "
+        f"users', as {run.data} was prepared {how}; slgr prepare --user_shards={count} (all rows "
+        "anew) gives each process files of its own"
+    )
 
 
 def restore_run(
@@ -362,7 +393,7 @@ def with_users(layout: Layout, run: config.RunConfig, dataset: Dataset) -> Layou
       ConfigError: the devices do not divide its shards of users.
     """
     count = run.train.user_shards
-    users = UserShards.deal(dataset.history, count) if count else None
+    users = _user_shards(count, dataset.history, dataset.user_bounds) if count else None
     layout = dataclasses.replace(layout, users=users)
     if users is None or dataset.of_users is None:
         return layout

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import worlds
 
-from slgr_jax.data import own_users, schema, shards
+from slgr_jax.data import own_users, schema, shards, user_ranges
 from slgr_jax.data.dataset import load
 from slgr_jax.errors import ShardError
+from slgr_jax.reports import inspection
 from slgr_jax.teacher.products import own_users as own_rows
 from slgr_jax.teacher.products import preferences
 
@@ -40,7 +42,7 @@ def whole(tmp_path_factory):
 def test_own_interactions_and_the_counts_of_all(whole, process):
     asked = []
 
-    def choose(history):
+    def choose(history, bounds):
         asked.append(history)
         return np.arange(USERS) % 3 == process
 
@@ -79,7 +81,7 @@ def test_own_rows_of_a_teacher_and_the_numbers_of_all(whole, kind):
         preferences.write_product(whole, kind, table, provenance=provenance)
     read = np.arange(USERS) % 2 == 1
     everybody = preferences.load(whole, kind)
-    dataset = own_users.load(whole.path, lambda history: read)
+    dataset = own_users.load(whole.path, lambda history, bounds: read)
     own, every = own_rows.load(dataset, kind, pieces=3)
     name = {"scores": "scores", "preferences": "margin"}[kind]
     np.testing.assert_array_equal(every, getattr(everybody, name))
@@ -106,4 +108,85 @@ def test_interactions_that_are_not_by_user_are_refused(whole, tmp_path):
     )
     schema.write_manifest(dataset.path, manifest)
     with pytest.raises(ShardError, match="is not sorted by user"):
-        own_users.load(dataset.path, lambda history: history > 0)
+        own_users.load(dataset.path, lambda history, bounds: history > 0)
+
+
+SHARDS = 6
+
+
+@pytest.fixture
+def by_shard(tmp_path):
+    return worlds.dataset_by_shard(tmp_path, SHARDS)
+
+
+def _of_shards(*numbers):
+    def choose(history, bounds):
+        read = np.zeros(history.size, bool)
+        for number in numbers:
+            read[bounds[number] : bounds[number + 1]] = True
+        return read
+
+    return choose
+
+
+def _is_part_of(own, whole, read):
+    keep = read[whole.train.users]
+    assert 0 < keep.sum() < keep.size
+    np.testing.assert_array_equal(own.train.users, whole.train.users[keep])
+    np.testing.assert_array_equal(own.train.items, whole.train.items[keep])
+    np.testing.assert_array_equal(own.train.timestamps, whole.train.timestamps[keep])
+    assert own.train.ratings is whole.train.ratings is None
+    for name in ("history", "popularity", "user_bounds"):
+        np.testing.assert_array_equal(getattr(own, name), getattr(whole, name))
+        assert getattr(own, name).dtype == getattr(whole, name).dtype
+    assert (own.train_rows, own.train_pairs) == (whole.train_rows, whole.train_pairs)
+    np.testing.assert_array_equal(own.valid.items, whole.valid.items)
+
+
+def test_files_of_other_shards_are_not_opened(by_shard):
+    """They are gone; counts of everybody are those of all interactions, to the bit."""
+    whole = load(by_shard.path)
+    assert whole.history.sum() == len(whole.train)
+    bounds, manifest = whole.user_bounds, whole.manifest
+    for path, (first, _) in manifest.user_ranges.items():
+        if not bounds[2] <= first < bounds[4]:
+            (whole.path / path).unlink()
+    for file in manifest.files["test"]:
+        (whole.path / file.path).unlink()
+    own = own_users.load(whole.path, _of_shards(2, 3))
+    _is_part_of(own, whole, _of_shards(2, 3)(whole.history, bounds))
+    with pytest.raises(ShardError, match=r"part-0000.*arrow is missing"):
+        own_users.load(whole.path, _of_shards(3, 4))
+
+
+def test_its_owner_alone_names_a_damaged_file(by_shard):
+    path = min(by_shard.manifest.user_ranges)  # of the first shard
+    damaged = bytearray((by_shard.path / path).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (by_shard.path / path).write_bytes(damaged)
+    own = own_users.load(by_shard.path, _of_shards(*range(1, SHARDS)))
+    assert len(own.train)
+    with pytest.raises(ShardError, match=f"{path} does not match its SHA-256"):
+        own_users.load(by_shard.path, _of_shards(0, 1))
+
+
+def test_users_of_any_shards_are_found_in_all_files(by_shard):
+    read = np.arange(by_shard.n_users) % 3 == 0
+    own = own_users.load(by_shard.path, lambda history, bounds: read)
+    _is_part_of(own, by_shard, read)
+
+
+def test_counts_that_are_not_those_of_the_interactions_are_refused(by_shard):
+    bounds, manifest = by_shard.user_bounds, by_shard.manifest
+    history = by_shard.history.copy()
+    history[0] += 1
+    files = user_ranges.write(
+        by_shard.path, bounds, history, by_shard.popularity, rows_per_shard=100
+    )
+    schema.write_manifest(
+        by_shard.path, dataclasses.replace(manifest, files={**manifest.files, **files})
+    )
+    with pytest.raises(ShardError, match=r"/history counts \d+ training items of users who have"):
+        own_users.load(by_shard.path, _of_shards(0))
+    (fault,) = inspection.inspect_data(str(by_shard.path)).faults
+    assert re.search(r"/history has \d+ in row 0, the training interactions \d+", fault)

@@ -85,7 +85,7 @@ def test_parts_are_those_of_a_run_within_a_tenth(tmp_path, world, mesh):
 
     if world is _by_user:  # one of eight processes has two of the sixteen shards
         users = experiment.trainer.layout.users
-        own = own_users.load(dataset.path, lambda history: users.row < 2 * users.rows)
+        own = own_users.load(dataset.path, lambda history, bounds: users.row < 2 * users.rows)
         held = memory_plan.of_dataset(own) + _on_first_device((arrays, begun, serving))
         assert plan.host_each == pytest.approx(held, rel=0.1)
         assert memory_plan.of_dataset(own) < 0.6 * memory_plan.of_dataset(dataset)

@@ -15,6 +15,9 @@ The parent's features stay, and are read of the new users, items and rows, by th
 vocabularies, means and deviations: a value keeps its code, new ones come behind the others. What a
 new table says of somebody known holds where it says something. No feature is added.
 
+Users keep their numbers and new ones come behind them, so that a parent's shards of users
+(--user_shards) are no ranges any more: the child has none.
+
 A pre-made split has no rule, and places in a line (s3rec) begin at 0 again: both are refused.
 """
 
@@ -150,6 +153,11 @@ def _settings(
         raise ConfigError(
             f"--append does not go with --source={sequences[0]}: its times are places in a line, "
             "which begin at 0 again; write the new lines behind the old ones and prepare them anew"
+        )
+    if config.user_shards:
+        raise ConfigError(
+            f"--user_shards={config.user_shards} numbers users anew, and --append keeps "
+            f"the numbers of {where}: drop it, or prepare all rows anew without --append"
         )
     premade = [name for name in _PREMADE if getattr(config, name)]
     if premade:

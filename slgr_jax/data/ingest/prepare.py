@@ -15,13 +15,13 @@ from slgr_jax.config import SEQUENCE_SOURCES, SHOWN_SOURCES, PrepareConfig
 from slgr_jax.data import features as features_lib
 from slgr_jax.data import lineage, schema, shards
 from slgr_jax.data.features import Feature
-from slgr_jax.data.ingest import feature_columns, interactions, sources, split_rules, texts
+from slgr_jax.data.ingest import feature_columns, interactions, sources, spill, split_rules, texts
 from slgr_jax.data.ingest.bad_rows import told
 from slgr_jax.data.ingest.log import Log, Ranges
 from slgr_jax.data.ingest.memory import Memory
 from slgr_jax.data.ingest.raw import Raw
 from slgr_jax.data.ingest.texts import Texts
-from slgr_jax.data.ingest.write import Numbering, compact, write
+from slgr_jax.data.ingest.write import Numbering, by_shard, compact, write
 from slgr_jax.errors import ConfigError, InputError, printable
 
 
@@ -48,6 +48,9 @@ def prepare(config: PrepareConfig) -> schema.DatasetManifest:
             filters["repeated_in_eval"] = described.pop("repeated_in_eval")
         described["time_unit"] = unit
         numbering, user_ids, item_ids = compact(rows, user_ids, item_ids)
+        if config.user_shards:
+            numbering, user_ids = by_shard(numbering, user_ids, config.user_shards)
+            rows = spill.in_order(rows, numbering, memory)
 
         user_texts, item_texts, item_ids = read_texts(raw, config, user_ids, item_ids)
         users, users_met = texts.attach(user_ids, user_texts, schema.USERS)
@@ -131,6 +134,7 @@ def _features(
         return tuple(features)
     log = rows.whole()
     of_rows = interactions.features_of(raw, log, config)
+    log = numbering.of(log)
     return (*features, *(in_part_order(feature, log) for feature in of_rows))
 
 
@@ -219,6 +223,8 @@ def summary(manifest: schema.DatasetManifest) -> str:
     lines.append("  split: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
     for key, value in described.get("cutoffs", {}).items():
         lines.append(f"  {key}: {value}")
+    if manifest.user_shards:
+        lines.append(f"  users are numbered by {manifest.user_shards} shards: --user_shards")
     if manifest.parents:
         lines += _added(manifest)
     lines += [f"  {line}" for line in told(manifest.source["lines"])]
@@ -259,6 +265,11 @@ def _added(manifest: schema.DatasetManifest) -> list[str]:
     if parent["moved"]:
         moved = ", ".join(f"{count:,} {key}" for key, count in parent["moved"].items())
         lines.append(f"  rows that were there and changed part: {moved}")
+    if count := parent.get("user_shards"):
+        lines.append(
+            f"  users are no longer numbered by {count} shards, as new ones come behind: with "
+            "--user_shards every process of a run reads all training interactions"
+        )
     if backward := lineage.moved_backward(manifest.parents[:1]):
         lines.append(
             f"  warning: {sum(backward.values()):,} of them went back to an evaluated part; a run "

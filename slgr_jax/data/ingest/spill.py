@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 
 from slgr_jax import progress
 from slgr_jax.data.ingest.log import Log, Ranges
+from slgr_jax.data.ingest.memory import Memory
+from slgr_jax.data.ingest.write import Numbering
 from slgr_jax.errors import InputError
 
 _TYPES = {
@@ -83,11 +85,7 @@ class Spill:
         counts[user_rank] = self._rows_of_user
         range_of_user = _ranges_of(counts, most_rows)
         names = [*self._columns, "rows"] if numbered else self._columns
-        n_ranges = int(range_of_user[-1]) + 1
-        roots = [self._root / f"range-{k:05d}" for k in range(n_ranges)]
-        for root in roots:
-            root.mkdir()
-
+        roots = _folders(self._root, int(range_of_user[-1]) + 1)
         n_done = 0
         with progress.bar(self._n_rows, "row", label="sort by user", scale=True) as bar:
             for columns in self._read():
@@ -96,29 +94,12 @@ class Spill:
                 n = columns["users"].size
                 if numbered:
                     columns["rows"] = np.arange(n_done, n_done + n)
-                of_row = range_of_user[columns["users"]]
-                order = np.argsort(of_row, kind="stable")
-                ends = np.cumsum(np.bincount(of_row, minlength=n_ranges))
-                for name in names:
-                    column = columns[name][order]
-                    for root, end, start in zip(roots, ends, [0, *ends[:-1]], strict=True):
-                        if start < end:
-                            _append(root / name, column[start:end])
+                _deal(columns, range_of_user[columns["users"]], roots)
                 n_done += n
                 bar.update(n)
         for name in self._columns:
             (self._root / name).unlink()
-        rows = np.bincount(range_of_user, counts, n_ranges).astype(np.int64).tolist()
-        return (
-            Ranges(
-                [_OnDisk(root, names, n) for root, n in zip(roots, rows, strict=True)],
-                times="times" in names,
-                ratings="ratings" in names,
-                parts="parts" in names,
-            ),
-            user_ids,
-            item_ids,
-        )
+        return _on_disk(roots, names, np.bincount(range_of_user, counts)), user_ids, item_ids
 
     def _read(self) -> Iterator[dict[str, np.ndarray]]:
         """The columns, some rows at a time."""
@@ -129,6 +110,67 @@ class Spill:
             for first in range(0, self._n_rows, _AT_ONCE):
                 n = min(_AT_ONCE, self._n_rows - first)
                 yield {name: _values(file, name, n) for name, file in files.items()}
+
+
+def in_order(rows: Ranges, numbering: Numbering, memory: Memory) -> Ranges:
+    """The rows by ranges of users in the order of a numbering; in a range in no order.
+
+    What is in memory is one range, and stays as it is.
+    """
+    if rows.is_whole:
+        return rows
+    counts = sum(numbering.rows.values(), np.zeros(1, np.int64))
+    range_of_user = _ranges_of(counts, memory.rows)
+    roots = _folders(memory.scratch(), int(range_of_user[-1]) + 1)
+    names: list[str] = []
+
+    def move(log: Log) -> Log:
+        columns = {name: getattr(log, name) for name in _TYPES}
+        columns = {name: column for name, column in columns.items() if column is not None}
+        names[:] = columns
+        _deal(columns, range_of_user[numbering.users[log.users]], roots)
+        return log.slice(0, 0)  # its room on the disk is for the next ones
+
+    rows.change(move, "number users")
+    return _on_disk(roots, names, np.bincount(range_of_user, counts))
+
+
+def _folders(root: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """New ones, for the columns of as many ranges."""
+    roots = [root / f"range-{k:05d}" for k in range(count)]
+    for path in roots:
+        path.mkdir()
+    return roots
+
+
+def _deal(
+    columns: Mapping[str, np.ndarray], of_row: np.ndarray, roots: Sequence[pathlib.Path]
+) -> None:
+    """Append each row to the files of its range, those of a range in their order.
+
+    Args:
+      columns: [n] each.
+      of_row: [n] ranges.
+      roots: folders of the ranges.
+    """
+    order = np.argsort(of_row, kind="stable")
+    ends = np.cumsum(np.bincount(of_row, minlength=len(roots)))
+    for name, column in columns.items():
+        ordered = column[order]
+        for root, end, start in zip(roots, ends, [0, *ends[:-1]], strict=True):
+            if start < end:
+                _append(root / name, ordered[start:end])
+
+
+def _on_disk(roots: Sequence[pathlib.Path], names: Sequence[str], rows: np.ndarray) -> Ranges:
+    """The ranges in folders, of as many rows each."""
+    counts = rows.astype(np.int64).tolist()
+    return Ranges(
+        [_OnDisk(root, names, n) for root, n in zip(roots, counts, strict=True)],
+        times="times" in names,
+        ratings="ratings" in names,
+        parts="parts" in names,
+    )
 
 
 def _ranges_of(counts: np.ndarray, most_rows: int) -> np.ndarray:
@@ -145,7 +187,7 @@ def _ranges_of(counts: np.ndarray, most_rows: int) -> np.ndarray:
 class _OnDisk:
     """A range whose columns are files in a folder."""
 
-    def __init__(self, root: pathlib.Path, names: list[str], n_rows: int) -> None:
+    def __init__(self, root: pathlib.Path, names: Sequence[str], n_rows: int) -> None:
         self._root, self._names, self._n_rows = root, list(names), n_rows
 
     def load(self) -> Log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from slgr_jax.config import PrepareConfig
 from slgr_jax.data import features as features_lib
-from slgr_jax.data import fingerprints, lineage, schema, shards
+from slgr_jax.data import fingerprints, lineage, schema, shards, user_ranges
 from slgr_jax.data.features import Feature
 from slgr_jax.data.ingest.log import Log, Ranges, joined
+from slgr_jax.user_shards import UserShards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +27,22 @@ class Numbering:
       users, items: [all ids] int32, the index of each id among those that are left.
       rows: part -> [U] rows of each user that is left.
       item_rows: part -> [I] of each item.
+      bounds: [V + 1] where each shard of users begins, and U; None: users are in id order.
     """
 
     users: np.ndarray
     items: np.ndarray
     rows: Mapping[str, np.ndarray]
     item_rows: Mapping[str, np.ndarray]
+    bounds: np.ndarray | None = None
 
     def of(self, log: Log) -> Log:
         """The log by the indices that are left."""
         return dataclasses.replace(log, users=self.users[log.users], items=self.items[log.items])
+
+    def offsets(self, part: str) -> np.ndarray:
+        """[U + 1] where the rows of each user begin among those of a part."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.rows[part], dtype=np.int64)])
 
     def with_training(self) -> dict[str, np.ndarray]:
         """Side -> which of its users or items have training rows; [U] and [I] bool."""
@@ -75,6 +82,26 @@ def compact(
     return Numbering(users, items, of_users, of_items), user_ids, item_ids
 
 
+def by_shard(numbering: Numbering, user_ids: pa.Array, count: int) -> tuple[Numbering, pa.Array]:
+    """Users numbered anew, so that each of `count` shards of them is a range; in it in id order.
+
+    Shards are dealt by training interactions, as training deals those that it is not given
+    (`UserShards.deal`): a pair is there once, so that a user's rows are its items.
+    """
+    dealt = UserShards.deal(numbering.rows["train"], count)
+    shard = dealt.row // dealt.rows
+    order = np.argsort(shard, kind="stable")
+    number = np.empty(order.size, np.int32)
+    number[order] = np.arange(order.size, dtype=np.int32)
+    numbering = dataclasses.replace(
+        numbering,
+        users=number[numbering.users],
+        rows={part: rows[order] for part, rows in numbering.rows.items()},
+        bounds=np.cumsum([0, *np.bincount(shard, minlength=count)]),
+    )
+    return numbering, user_ids.take(pa.array(order))
+
+
 def _add_counts(counts: np.ndarray, index: np.ndarray) -> None:
     """Add how often each place is named; the work of a range of users is as large as the range."""
     if index.size:
@@ -110,6 +137,9 @@ def write(
         }
         files |= features_lib.write(root, features, rows_per_shard=config.rows_per_shard)
         of_parts, split_hash = _write_parts(root, rows, numbering, config.rows_per_shard)
+        shard_files, shard_facts = _user_shards(
+            root, rows, numbering, of_parts["train"], items.num_rows, config.rows_per_shard
+        )
         manifest = schema.DatasetManifest(
             name=name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -119,9 +149,10 @@ def write(
             counts=_counts(numbering, items),
             id_map_hash=fingerprints.id_map_hash(users.column(0), items.column(0)),
             split_hash=split_hash,
-            files=files | of_parts,
+            files=files | of_parts | shard_files,
             parents=parents,
             features=features_lib.described(features),
+            **shard_facts,
         )
         schema.write_manifest(root, manifest)
     return manifest
@@ -131,8 +162,15 @@ def _write_parts(
     root: pathlib.Path, rows: Ranges, numbering: Numbering, rows_per_shard: int
 ) -> tuple[dict[str, tuple[schema.ShardFile, ...]], str]:
     """Write the shards of each part; returns them, and the split's hash."""
-    totals = {part: int(counts.sum()) for part, counts in numbering.rows.items()}
-    writers = {part: _Writer(root, part, totals[part], rows_per_shard) for part in schema.PARTS}
+    # Of training alone a process reads its own users'; validation is read whole.
+    rows_of = {
+        part: user_ranges.rows_of_shards(None, numbering.offsets(part)) for part in schema.PARTS
+    }
+    rows_of["train"] = user_ranges.rows_of_shards(numbering.bounds, numbering.offsets("train"))
+    writers = {
+        part: _Writer(root, part, shards.lengths_of(rows_of[part], rows_per_shard))
+        for part in schema.PARTS
+    }
     # Items of each part by user, then item: what the hash is over, after the users.
     by_item = {part: root / f"{part}.items" for part in schema.PARTS}
     for log in rows.logs("write"):
@@ -155,11 +193,10 @@ def _write_parts(
 
 
 class _Writer:
-    """The rows of one part, in order, as shards of a given length."""
+    """The rows of one part, in order, as shards of given lengths."""
 
-    def __init__(self, root: pathlib.Path, part: str, n_rows: int, rows_per_shard: int) -> None:
-        self._root, self._part, self._rows_per_shard = root, part, rows_per_shard
-        self._n_shards = max(1, -(-n_rows // rows_per_shard))
+    def __init__(self, root: pathlib.Path, part: str, lengths: Sequence[int]) -> None:
+        self._root, self._part, self._lengths = root, part, lengths
         self._ready: list[Log] = []
         self._files: list[schema.ShardFile] = []
         (root / part).mkdir()
@@ -167,28 +204,61 @@ class _Writer:
     def add(self, log: Log) -> None:
         """The next rows."""
         self._ready.append(log)
-        n_shards = sum(map(len, self._ready)) // self._rows_per_shard
+        ends = np.cumsum(self._lengths[len(self._files) :])
+        n_shards = int(np.searchsorted(ends, sum(map(len, self._ready)), side="right"))
         if n_shards:
             self._write(n_shards)
 
     def close(self) -> tuple[schema.ShardFile, ...]:
-        """Write what is left; all shards, of which there is at least one."""
-        if self._n_shards > len(self._files):
-            self._write(1)
-        assert len(self._files) == self._n_shards
+        """All shards, of which there is at least one."""
+        assert len(self._files) == len(self._lengths)
         return tuple(self._files)
 
     def _write(self, n_shards: int) -> None:
         """The next shards, on all cores."""
-        log = joined(self._ready)
-        size, first = self._rows_per_shard, len(self._files)
+        log, done = joined(self._ready), len(self._files)
+        lengths = self._lengths[done : done + n_shards]
+        begins = np.cumsum([0, *lengths]).tolist()
 
         def write(k: int) -> schema.ShardFile:
-            name = f"{self._part}/part-{first + k:05d}-of-{self._n_shards:05d}.arrow"
-            return shards.write_shard(self._root, name, _table(log.slice(k * size, size)))
+            name = f"{self._part}/part-{done + k:05d}-of-{len(self._lengths):05d}.arrow"
+            return shards.write_shard(self._root, name, _table(log.slice(begins[k], lengths[k])))
 
         self._files += shards.on_all_cores(write, range(n_shards))
-        self._ready = [log.slice(n_shards * size)]
+        self._ready = [log.slice(begins[-1])]
+
+
+def _user_shards(
+    root: pathlib.Path,
+    rows: Ranges,
+    numbering: Numbering,
+    train: Sequence[schema.ShardFile],
+    n_items: int,
+    rows_per_shard: int,
+) -> tuple[dict[str, tuple[schema.ShardFile, ...]], dict[str, Any]]:
+    """Write what is known of everybody where users are numbered by shard.
+
+    Returns:
+      The files, and the manifest's fields; nothing where users are in id order.
+    """
+    if numbering.bounds is None:
+        return {}, {}
+    of_items = numbering.item_rows["train"]
+    # Items that have no rows may stand behind those that are counted (--keep_items).
+    of_items = np.append(of_items, np.zeros(n_items - of_items.size, of_items.dtype))
+    files = user_ranges.write(
+        root,
+        numbering.bounds,
+        numbering.rows["train"],
+        of_items,
+        rows_per_shard=rows_per_shard,
+    )
+    optional = {"timestamp": rows.times, "rating": rows.ratings}
+    return files, {
+        "user_shards": numbering.bounds.size - 1,
+        "user_ranges": user_ranges.of_files(train, numbering.offsets("train")),
+        "train_columns": tuple(name for name, is_there in optional.items() if is_there),
+    }
 
 
 def _table(log: Log) -> pa.Table:

@@ -95,6 +95,8 @@ def parquet(tmp_path):
         {"time_column": "", "split": "ratio", "test_fraction": 0.3},
         {"split_column": "part"},
         {"split_column": "part", "time_column": "", "user_core": 5, "item_core": 3},
+        {"user_shards": 7},
+        {"split_column": "part", "user_shards": 200},
     ],
     ids=lambda knobs: " ".join(f"{key}={value}" for key, value in knobs.items()),
 )
