@@ -20,13 +20,14 @@ import pyarrow as pa
 import synthetic
 
 from slgr_jax import config
-from slgr_jax.data import schema, shards
+from slgr_jax.data import schema, shards, user_ranges
 from slgr_jax.data.dataset import Dataset, Part
 from slgr_jax.sampling.context import FIELDS, HISTORY
-from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products import preferences, product_files
 from slgr_jax.training import build, checkpoint, loop, run_directory
 from slgr_jax.training.programs import make_programs
 from slgr_jax.training.step import make_run_steps
+from slgr_jax.user_shards import UserShards
 
 # Of the first nothing is known of what it did not score; the other names its favourites.
 TEACHER, LISTS = "random", "random_lists"
@@ -83,11 +84,37 @@ def from_pairs(
     )
 
 
+def by_shard(dataset: Dataset, folder: str | os.PathLike[str], count: int) -> Dataset:
+    """The dataset with users numbered by `count` shards, as `slgr prepare --user_shards` does."""
+    dealt = UserShards.deal(dataset.history, count)
+    shard = dealt.row // dealt.rows
+    number = np.empty(dataset.n_users, np.int32)
+    number[np.argsort(shard, kind="stable")] = np.arange(dataset.n_users)
+
+    def renumbered(part: Part) -> Part:
+        users = number[part.users]
+        order = np.lexsort((part.items, users))
+        return Part(users[order], part.items[order], None, None)
+
+    return dataclasses.replace(
+        dataset,
+        path=pathlib.Path(folder),
+        train=renumbered(dataset.train),
+        valid=renumbered(dataset.valid),
+        user_bounds=np.cumsum([0, *np.bincount(shard, minlength=count)]),
+        manifest=dataclasses.replace(
+            dataset.manifest, user_shards=count, id_map_hash=f"{count} shards"
+        ),
+    )
+
+
 def write(dataset: Dataset, *, rows_per_shard: int = 1 << 20) -> None:
     """The directory that `dataset.load` reads it from, as `slgr prepare` would have made it."""
     files = {}
+    offsets = np.searchsorted(dataset.train.users, np.arange(dataset.n_users + 1))
     for name in schema.PARTS:
         part = dataset.part(name)
+        bounds = dataset.user_bounds if name == "train" else None
         columns = {"user": part.users, "item": part.items}
         nothing = {
             "timestamp": pa.nulls(len(part), schema.TIMESTAMP),
@@ -95,7 +122,11 @@ def write(dataset: Dataset, *, rows_per_shard: int = 1 << 20) -> None:
         }
         table = pa.table(columns | nothing).cast(schema.INTERACTIONS)
         files[name] = shards.write_shards(
-            dataset.path, f"{name}/part", table, rows_per_shard=rows_per_shard
+            dataset.path,
+            f"{name}/part",
+            table,
+            rows_per_shard=rows_per_shard,
+            parts=None if bounds is None else user_ranges.rows_of_shards(bounds, offsets),
         )
     for name, side, count in (
         ("users", schema.USERS, dataset.n_users),
@@ -109,7 +140,18 @@ def write(dataset: Dataset, *, rows_per_shard: int = 1 << 20) -> None:
         }
         table = pa.table(columns, schema=side)
         files[name] = shards.write_shards(dataset.path, name, table, rows_per_shard=rows_per_shard)
-    schema.write_manifest(dataset.path, dataclasses.replace(dataset.manifest, files=files))
+    ranges: schema.UserRanges = {}
+    if dataset.user_bounds is not None:
+        files |= user_ranges.write(
+            dataset.path,
+            dataset.user_bounds,
+            dataset.history,
+            dataset.popularity,
+            rows_per_shard=rows_per_shard,
+        )
+        ranges = user_ranges.of_files(files["train"], offsets)
+    manifest = dataclasses.replace(dataset.manifest, files=files, user_ranges=ranges)
+    schema.write_manifest(dataset.path, manifest)
 
 
 def _nothing() -> Part:
@@ -152,8 +194,11 @@ def _write_teacher(dataset: Dataset, name: str, table: pa.Table, unlisted: str) 
     # Without `preferences.write_product`'s statistics, which nobody reads here.
     root = preferences.product_path(dataset.path, name)
     about = preferences.Provenance(model="random numbers", unlisted=unlisted)
+    offsets = np.searchsorted(table["user"].to_numpy(), np.arange(dataset.n_users + 1))
     with shards.atomic_directory(root, overwrite=False) as folder:
-        files = shards.write_shards(folder, "part", table, rows_per_shard=table.num_rows)
+        files, ranges = product_files.write(
+            folder, "part", table, offsets, dataset, preferences.ROWS_PER_SHARD
+        )
         manifest = schema.TeacherManifest(
             name=name,
             kind="scores",
@@ -165,6 +210,8 @@ def _write_teacher(dataset: Dataset, name: str, table: pa.Table, unlisted: str) 
             counts={},
             coverage={},
             files=files,
+            order="user",
+            user_ranges=ranges,
         )
         schema.write_manifest(folder, manifest)
 

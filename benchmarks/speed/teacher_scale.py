@@ -102,7 +102,8 @@ def load_cold(job: Job) -> Callable[[], object]:
 
 def reader(job: Job) -> Callable[[], object]:
     dataset = dataset_of(job)
-    return lambda: preferences.load(dataset, "big", reader=(1, 8))
+    users = dataset.n_users // 8, 2 * dataset.n_users // 8
+    return lambda: preferences.load(dataset, "big", users=users)
 
 
 def resident(job: Job) -> Callable[[], object]:

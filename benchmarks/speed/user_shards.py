@@ -6,14 +6,19 @@ mf, d = 64, Adagrad, guided by lists through a calibrated gate, on synthetic pai
 for each number of virtual CPU devices makes the arrays, the state and the serving state of a run,
 as training does, and adds up what each device really holds of them (`addressable_shards`), with
 --user_shards and without; then one, two and four processes, gloo between them, that read the data
-from disk as training does. Printed: megabytes of a device by part, the same on all of them, and of
-a process; beside them what `slgr train --plan` says of the same parts. Of a process also what it
-has read of the dataset, and how much more memory than before it had at its greatest until its
-arrays were made (VmHWM: pages of mapped files are among it).
+from disk as training does: whole, by shards of users that are dealt out while it is read, and by
+those that they were numbered by (`slgr prepare --user_shards`). Printed: megabytes of a device by
+part, the same on all of them, and of a process; beside them what `slgr train --plan` says of the
+same parts. Of a process also what it has in memory of the dataset; the megabytes that it read from
+files until its arrays were made (/proc/self/io: each file that is checked is read once, what is
+mapped later is not counted), and in how many seconds it read dataset and teacher; and how much more
+memory than before it had at its greatest (VmHWM: pages of mapped files are among it).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -21,6 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 import synthetic
@@ -52,21 +58,33 @@ def child(folder: str, user_shards: int, devices: int, place: str) -> None:
     import synthetic_dataset
 
     from slgr_jax.config import make_run
+    from slgr_jax.teacher.products import preferences
     from slgr_jax.training import build, loop, memory_plan, state
+
+    seconds = [0.0]
+    load_teacher = preferences.load
+
+    def timed(work: Any, *args: Any, **named: Any) -> Any:
+        begin = time.monotonic()
+        result = work(*args, **named)
+        seconds[0] += time.monotonic() - begin
+        return result
+
+    preferences.load = functools.partial(timed, load_teacher)
 
     run = make_run(
         folder, "", user_shards=user_shards, kernels="xla", guidance="pairwise", gate="calibrated",
         teacher=synthetic_dataset.TEACHER, labelled_per_step=4096,
     )  # fmt: skip
     jax.devices()
-    before = _peak()
+    before, read_before = _peak(), _bytes_read()
     if place:
-        dataset = loop.load_data(run)
+        dataset = timed(loop.load_data, run)
     else:
         pairs = synthetic.Pairs.load(folder)
         dataset = synthetic_dataset.from_pairs(pairs, folder, validation=True)
     made = build.build(run, dataset)
-    peak = _peak() - before
+    peak, from_files = _peak() - before, _bytes_read() - read_before
     begin = state.init_state(made.trainer, 0)
     serving = state.make_serving_state(made.trainer)(begin, made.arrays.context)
     trees = (
@@ -88,14 +106,25 @@ def child(folder: str, user_shards: int, devices: int, place: str) -> None:
         (plan,) = memory_plan.make_plans(run, dataset, [(devices, 1)])
         names = ("tables", "interactions", "teacher", "step", "draws", "device")
         planned = {name: getattr(plan, name) for name in names}
-    read = memory_plan.of_dataset(dataset)
-    print(json.dumps({"held": held, "plan": planned, "read": read, "peak": peak}))
+    facts = {
+        "dataset": memory_plan.of_dataset(dataset),
+        "from files": from_files,
+        "seconds": seconds[0],
+        "peak": peak,
+    }
+    print(json.dumps({"held": held, "plan": planned, "facts": facts}))
 
 
 def _peak() -> int:
     """Bytes of memory that this process had at its greatest."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _bytes_read() -> int:
+    """Bytes that this process asked the system for, without pages of mapped files."""
+    lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
 def _start(folder: str, user_shards: int, devices: int, place: str = "") -> subprocess.Popen[str]:
@@ -119,18 +148,11 @@ def main(_: list[str]) -> None:
         folder, shards, devices, *place = given.child.split(",")
         child(folder, int(shards), int(devices), "".join(place))
         return
-    import synthetic_dataset
-
     from slgr_jax.reports import tables
 
     rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        pairs = synthetic.make(synthetic.SIZES[given.size])
-        pairs.save(folder)
-        dataset = synthetic_dataset.from_pairs(pairs, folder, validation=True)
-        synthetic_dataset.write(dataset)
-        synthetic_dataset.write_teachers(dataset)
-        del dataset, pairs
+        by_shard = _write(folder, given.size, given.user_shards)
         for shards in (0, given.user_shards):
             for devices in given.devices if shards else given.devices[-1:]:
                 read = _read(_start(folder, shards, int(devices)))
@@ -139,31 +161,51 @@ def main(_: list[str]) -> None:
                 held["of these, --plan"] = sum(
                     read["plan"][name] for name in ("tables", "interactions", "teacher")
                 )
-                rows.append(_row(shards, f"1 x {devices}", "device", held))
-            for count in map(int, given.processes):
-                with socket.create_server(("localhost", 0)) as server:
-                    address = f"localhost:{server.getsockname()[1]}"
-                places = [f"{address}/{number}/{count}" for number in range(count)]
-                started = [_start(folder, shards, 2, place) for place in places]
-                read, *_ = [_read(process) for process in started]
-                held = {name: sum(sizes) for name, sizes in read["held"].items()}
-                held |= {"dataset": read["read"], "peak": read["peak"]}
-                rows.append(_row(shards, f"{count} x 2", "process", held))
+                rows.append(_row(str(shards), f"1 x {devices}", "device", held))
+        layouts = (
+            ("0", folder, 0),
+            (f"{given.user_shards}, dealt", folder, given.user_shards),
+            (f"{given.user_shards}, by number", by_shard, given.user_shards),
+        )
+        for (name, data, shards), count in itertools.product(layouts, map(int, given.processes)):
+            with socket.create_server(("localhost", 0)) as server:
+                address = f"localhost:{server.getsockname()[1]}"
+            places = [f"{address}/{number}/{count}" for number in range(count)]
+            started = [_start(data, shards, 2, place) for place in places]
+            read, *_ = [_read(process) for process in started]
+            held = {part: sum(sizes) for part, sizes in read["held"].items()} | read["facts"]
+            rows.append(_row(name, f"{count} x 2", "process", held))
     print("MB\n")
     print(tables.markdown_table(rows))
 
 
-def _row(shards: int, mesh: str, of: str, held: dict[str, int]) -> dict[str, str]:
+def _write(folder: str, size: str, count: int) -> str:
+    """Pairs, their dataset and teachers in `folder`; and, below it, the same by shards of users."""
+    import synthetic_dataset
+
+    pairs = synthetic.make(synthetic.SIZES[size])
+    pairs.save(folder)
+    dataset = synthetic_dataset.from_pairs(pairs, folder, validation=True)
+    by_shard = synthetic_dataset.by_shard(dataset, f"{folder}/by_shard", count)
+    for each in (dataset, by_shard):
+        synthetic_dataset.write(each)
+        synthetic_dataset.write_teachers(each)
+    return str(by_shard.path)
+
+
+def _row(shards: str, mesh: str, of: str, held: dict[str, float]) -> dict[str, str]:
     total = sum(held[name] for name in PARTS)
-    row = {"--user_shards": str(shards), "processes x devices": mesh, "of a": of}
+    row = {"--user_shards": shards, "processes x devices": mesh, "of a": of}
     row |= {name: f"{held[name] / 1e6:.1f}" for name in PARTS}
     row["all of these"] = f"{total / 1e6:.1f}"
     for name, what in (
         ("of these, --plan", "--plan of all but serving"),
         ("dataset", "dataset in memory"),
+        ("from files", "read from files"),
         ("peak", "peak less before"),
     ):
         row[what] = f"{held[name] / 1e6:.1f}" if name in held else ""
+    row["seconds to read"] = f"{held['seconds']:.1f}" if "seconds" in held else ""
     return row
 
 

@@ -84,20 +84,20 @@ def row_loss(scores: Float[Array, "G 2"], loss: str, *, rows: bool) -> Float[Arr
     return 0.5 * (of_taken + of_other)
 
 
-def product(run: RunConfig, dataset: Dataset) -> tuple[Pseudo, np.ndarray]:
-    """The pseudo-interactions of a run, and the scores of everybody's rows of the product.
+def product(run: RunConfig, dataset: Dataset) -> Pseudo:
+    """The pseudo-interactions of a run, of the users whose interactions `dataset` has.
 
     Raises:
       ManifestError, ShardError, InputError: the product does not fit, is damaged, or states none.
     """
-    teacher, every_score = teacher_product.load(run, dataset)
+    teacher = teacher_product.load(run, dataset)
     pseudo = pseudo_interactions.of_teacher(dataset, teacher, run.interactions.places)
     if not user_shards.total(pseudo.items.size, dataset):
         raise InputError(
             f"--guidance=interactions: teacher {run.guidance.teacher!r} names nothing outside its "
             "users' own training items"
         )
-    return pseudo, every_score
+    return pseudo
 
 
 def with_edges(
@@ -110,7 +110,7 @@ def with_edges(
     """
     if not run.adds_edges or GRAPH not in backbone.reads:
         return context
-    trained, (pseudo, _) = dataset.positives(("train",)), product(run, dataset)
+    trained, pseudo = dataset.positives(("train",)), product(run, dataset)
     owners = np.repeat(np.arange(dataset.n_users), np.diff(pseudo.offsets))
     edges = Csr.from_pairs(
         np.concatenate([trained.owners(), owners]),
@@ -120,7 +120,7 @@ def with_edges(
     return dataclasses.replace(context, graph=make_graph(edges, dataset.n_items))
 
 
-def _as_lists(pseudo: Pseudo, every_score: np.ndarray, dataset: Dataset) -> TeacherLists:
+def _as_lists(pseudo: Pseudo, run: RunConfig, dataset: Dataset) -> TeacherLists:
     """Each user's pseudo-interactions as a list, above every item that is no training item."""
     return teacher_lists(
         pseudo.offsets,
@@ -131,7 +131,7 @@ def _as_lists(pseudo: Pseudo, every_score: np.ndarray, dataset: Dataset) -> Teac
         unlisted_below=True,
         positives=dataset.positives(("train",)),
         n_items=dataset.n_items,
-        every_score=every_score,
+        of_all=teacher_product.of_all(run, pseudo.scores),
     )
 
 
@@ -155,11 +155,12 @@ class PseudoInteractions(Gated):
         )
 
     def teacher_arrays(self, sources: Sources) -> TeacherLists:
-        return _as_lists(*product(self.run, sources.dataset), sources.dataset)
+        pseudo = product(self.run, sources.dataset)
+        return _as_lists(pseudo, self.run, sources.dataset)
 
     def arrays(self, sources: Sources) -> tuple[PseudoArrays, Csr | None]:
-        pseudo, every_score = product(self.run, sources.dataset)
-        teacher = _as_lists(pseudo, every_score, sources.dataset)
+        pseudo = product(self.run, sources.dataset)
+        teacher = _as_lists(pseudo, self.run, sources.dataset)
         gate, left_out = self.gating.arrays(sources, teacher, entries=self.draws_entries)
         return PseudoArrays(teacher, gate, pseudo.weighted), left_out
 

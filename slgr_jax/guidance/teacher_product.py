@@ -15,6 +15,7 @@ from slgr_jax.models.backbones import SequenceBackbone
 from slgr_jax.sampling import labelled_preferences as labels
 from slgr_jax.sampling import user_shards
 from slgr_jax.sampling.context import GRAPH
+from slgr_jax.sampling.moments import Moments
 from slgr_jax.sampling.teacher_arrays import (
     PreferenceRule,
     TeacherLists,
@@ -39,18 +40,26 @@ def preference_rule(run: RunConfig, *, native: bool) -> PreferenceRule:
     )
 
 
-def load(run: RunConfig, dataset: Dataset) -> tuple[Teacher, np.ndarray]:
-    """The product that a run names, of the users whose interactions `dataset` has; and the scores
-    or margins of everybody's rows.
+def load(run: RunConfig, dataset: Dataset) -> Teacher:
+    """The product that a run names, of the users whose interactions `dataset` has.
 
     Raises:
       ManifestError, ShardError: it does not fit or is damaged.
     """
     name, verify = run.guidance.teacher, run.train.verify_checksums
-    if dataset.of_users is not None:
-        return own_users.load(dataset, name, pieces=cluster.processes(), verify=verify)
-    teacher = preferences.load(dataset, name, verify=verify)
-    return teacher, teacher.numbers
+    if dataset.of_users is None:
+        return preferences.load(dataset, name, verify=verify)
+    return own_users.load(dataset, name, pieces=cluster.processes(), verify=verify)
+
+
+def of_all(run: RunConfig, numbers: np.ndarray) -> Moments | None:
+    """What the scores or margins of all processes come to, where a process may have its own users'
+    alone: the same on any number of them. None where it has all.
+
+    Args:
+      numbers: [n] float32 of this process.
+    """
+    return Moments.of(numbers).of_job() if run.train.user_shards else None
 
 
 def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | TeacherPairs:
@@ -67,7 +76,7 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
     run, dataset, guidance = sources.run, sources.dataset, sources.run.guidance
     if guidance.teacher_vectors and not guidance.teacher:
         return vector_teacher.lists(dataset, guidance.teacher_vectors, part)
-    teacher, every_number = load(run, dataset)
+    teacher = load(run, dataset)
     if run.hard_negatives:
         ranked_highest = hard_negatives.of_lists(
             dataset,
@@ -83,9 +92,8 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
         # Margins are above 0; a slice of everything is no copy.
         keep = teacher.margin >= guidance.min_gap if guidance.min_gap > 0 else slice(None)
         items = np.stack([teacher.preferred[keep], teacher.other[keep]], axis=1)
-        if guidance.min_gap > 0:
-            every_number = every_number[every_number >= guidance.min_gap]
-        arrays = teacher_pairs(teacher.users[keep], items, teacher.margin[keep], every_number)
+        margins = teacher.margin[keep]
+        arrays = teacher_pairs(teacher.users[keep], items, margins, of_all(run, margins))
     else:
         arrays = teacher_lists(
             teacher.offsets,
@@ -96,7 +104,7 @@ def teacher_arrays(sources: Sources, part: str = "valid") -> TeacherLists | Teac
             unlisted_below=teacher.manifest.unlisted == "below",
             positives=dataset.positives(("train",)),
             n_items=dataset.n_items,
-            every_score=every_number,
+            of_all=of_all(run, teacher.scores),
         )
     if not user_shards.total(int(arrays.stated), dataset):
         gap = guidance.min_gap

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.data.dataset import Csr, beaten
 from slgr_jax.sampling.arrays import Excluded, Share, drawable, excluded, host_array
 from slgr_jax.sampling.context import host32
+from slgr_jax.sampling.moments import Moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +84,17 @@ def teacher_pairs(
     users: np.ndarray,
     items: np.ndarray,
     margins: np.ndarray,
-    every_margin: np.ndarray | None = None,
+    of_all: Moments | None = None,
 ) -> TeacherPairs:
     """Stated preferences, ready to be drawn from (host arrays).
 
     Args:
       users, items, margins: [E], [E, 2] (preferred, other), [E].
-      every_margin: the margins of all users, where those are of some.
+      of_all: of the margins of all users, where those are of some.
     """
-    every_margin = margins if every_margin is None else every_margin
-    scale = float(np.mean(every_margin)) if every_margin.size else 0.0
+    scale = float(np.mean(margins)) if margins.size else 0.0
+    if of_all is not None:
+        scale = of_all.mean
     return TeacherPairs(
         host_array(users, np.int32),
         host_array(items, np.int32),
@@ -111,7 +113,7 @@ def teacher_lists(
     unlisted_below: bool,
     positives: Csr,
     n_items: int,
-    every_score: np.ndarray | None = None,
+    of_all: Moments | None = None,
 ) -> TeacherLists:
     """Per-user score lists, ready to be drawn from (host arrays).
 
@@ -120,7 +122,7 @@ def teacher_lists(
       min_gap, unlisted_share: as of `PreferenceRule`.
       unlisted_below: an item outside a user's list ranks below it.
       positives: training pairs, never the unlisted side of a preference.
-      every_score: the scores of all users' lists, where those are of some users.
+      of_all: of the scores of all users' lists, where those are of some users.
     """
     counts = np.diff(offsets)
     users = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
@@ -148,14 +150,18 @@ def teacher_lists(
     for column, values in enumerate((first, users[first], low[first], high[first])):
         starts[:, column] = values
 
-    of_all = host_array(scores if every_score is None else every_score, np.float32)
+    scores = np.asarray(scores, np.float32)
+    floor, ceiling = (float(scores.min()), float(scores.max())) if scores.size else (0.0, 0.0)
+    scale = float(np.std(scores)) if scores.size else 0.0
+    if of_all is not None and of_all.count:
+        floor, ceiling, scale = of_all.least, of_all.greatest, of_all.deviation
     return TeacherLists(
         offsets=host32(offsets),
         items=host32(items),
         scores=host_array(scores, np.float32),
         starts=host32(starts),
         unlisted=cut,
-        floor=float(of_all.min()) if of_all.size else 0.0,
-        ceiling=float(of_all.max()) if of_all.size else 0.0,
-        margin_scale=(float(np.std(of_all)) if of_all.size else 0.0) or 1.0,
+        floor=floor,
+        ceiling=ceiling,
+        margin_scale=scale or 1.0,
     )

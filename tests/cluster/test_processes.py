@@ -132,13 +132,18 @@ def flags_of(dataset: Dataset, workdir: pathlib.Path | str, **knobs: object) -> 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     world = worlds.random_dataset(tmp_path_factory.mktemp("data") / "d", ratings=True)
+    _teach_everybody(world)
+    return world
+
+
+def _teach_everybody(world: Dataset) -> None:
+    """A teacher with six items of each of the 40 users."""
     rng = np.random.default_rng(0)
     items = np.concatenate([np.sort(rng.permutation(30)[:6]) for _ in range(40)])
     users = np.repeat(np.arange(40), 6)
     worlds.teach(
         world, users.astype(np.int32), items.astype(np.int32), rng.random(240).astype(np.float32)
     )
-    return world
 
 
 def curve(workdir: pathlib.Path) -> np.ndarray:
@@ -219,6 +224,8 @@ RUNS = {
         "gate": "calibrated",
         "table_shards": 2,
     },
+    # On data whose users are numbered by eight shards, of which each run's shard has two.
+    "by_shard": {"user_shards": 4, "guidance": "pairwise", "teacher": "t"},
     "sasrec": {"backbone": "sasrec", "max_history": 8, "layers": 1, "dropout": 0.0},
     "deepfm": {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "rows": "sampled"},
     "begun": {"backbone": "mf"},  # by one device, and gone on with
@@ -226,18 +233,23 @@ RUNS = {
 TRAIN = """
 import json, sys
 import slgr_jax
-from slgr_jax.data import own_users
+from slgr_jax.data import own_users, shards
 data, out, runs, *job = sys.argv[1:]
-read = own_users.load
+read, open_shards, opened = own_users.load, shards.open_shards, []
 def load(*args, **more):
+    opened.clear()
     dataset = read(*args, **more)
-    print("read", len(dataset.train), flush=True)
+    files = sorted({path for path in opened if path.startswith("train/")})
+    print("read", len(dataset.train), *files, flush=True)
     return dataset
-own_users.load = load
+def open_noted(root, files, *args, **more):
+    opened.extend(file.path for file in files)
+    return open_shards(root, files, *args, **more)
+own_users.load, shards.open_shards = load, open_noted
 job = dict(flag[2:].split("=") for flag in job)
 job |= {name: int(job[name]) for name in ("processes", "process_id")}
 for name, knobs in json.loads(runs).items():
-    slgr_jax.train(data, f"{out}/{name}", **knobs, **job)
+    slgr_jax.train(knobs.pop("data", data), f"{out}/{name}", **knobs, **job)
 """
 
 
@@ -245,6 +257,9 @@ def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path)
     """1 x 1 = 2 x 2, and 1 x 4 where rows are scored; a graph's tables are split over both, and
     users over all devices."""
     runs = {name: {**SMALL, "epochs": 2, **knobs} for name, knobs in RUNS.items()}
+    by_shard = worlds.dataset_by_shard(tmp_path, 8)
+    _teach_everybody(by_shard)
+    runs["by_shard"]["data"] = str(by_shard.path)
     with worlds.runs_on(1):
         begun = {**runs["begun"], "epochs": 1}
         loop.train(make_run(str(dataset.path), str(tmp_path / "2x2" / "begun"), **begun))
@@ -253,25 +268,32 @@ def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path)
         each=by_flags(),
         code=(TRAIN, TRAIN),
     )
-    for devices, name in (*((1, name) for name in runs), (4, "deepfm")):
+    alone = dict.fromkeys(runs, 1) | {"by_shard": 4}
+    for name, devices in (*alone.items(), ("deepfm", 4)):
         with worlds.runs_on(devices):
             workdir = tmp_path / f"1x{devices}" / name
             knobs = {**runs[name], "table_shards": 1}
-            loop.train(make_run(str(dataset.path), str(workdir), **knobs))
+            loop.train(make_run(knobs.pop("data", str(dataset.path)), str(workdir), **knobs))
     ended = job.end()
     assert [x.status for x in ended] == [0, 0], ended
     for name in runs:
-        alone = curve(tmp_path / "1x1" / name)
-        assert len(alone) == 2
+        expected = curve(tmp_path / f"1x{alone[name]}" / name)
+        assert len(expected) == 2
         for workdir in tmp_path.glob(f"*x*/{name}"):
-            np.testing.assert_allclose(curve(workdir), alone, rtol=1e-5, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(curve(workdir), expected, rtol=1e-5, atol=1e-5, err_msg=name)
     assert (tmp_path / "1x4" / "deepfm").is_dir()
     assert all((tmp_path / "2x2" / name).is_dir() for name in runs)
-    # Only where users are split, each process reads the interactions of its own alone.
-    read = [[x for x in end.out.splitlines() if x.startswith("read ")] for end in ended]
-    first, second = (int(line.split()[1]) for (line,) in read)
-    assert first + second == len(dataset.train)
-    assert abs(first - second) < len(dataset.train) / 8
+    # Only where users are split, each process reads the interactions of its own alone; and where
+    # they are numbered by shards, from files of their own.
+    read = [[x.split() for x in end.out.splitlines() if x.startswith("read ")] for end in ended]
+    for lines, data in zip(zip(*read, strict=True), (dataset, by_shard), strict=True):
+        first, second = (int(count) for _, count, *_ in lines)
+        assert first + second == len(data.train)
+        assert abs(first - second) < len(data.train) / 8
+        every = {file.path for file in data.manifest.files["train"]}
+        one, other = (set(files) for _, _, *files in lines)
+        assert one | other == every
+        assert one & other == (every if data is dataset else set())
 
 
 # `slgr evaluate`, which says what this process holds of users.

@@ -65,7 +65,7 @@ def test_own_interactions_and_the_counts_of_all(whole, process):
 
 
 @pytest.mark.parametrize("kind", ["scores", "preferences"])
-def test_own_rows_of_a_teacher_and_the_numbers_of_all(whole, kind):
+def test_own_rows_of_a_teacher(whole, kind):
     rng = np.random.default_rng(1)
     users = np.repeat(np.arange(USERS), rng.integers(0, 6, USERS)).astype(np.int32)
     first = np.concatenate([rng.permutation(ITEMS)[:n] for n in np.bincount(users)])
@@ -82,9 +82,7 @@ def test_own_rows_of_a_teacher_and_the_numbers_of_all(whole, kind):
     read = np.arange(USERS) % 2 == 1
     everybody = preferences.load(whole, kind)
     dataset = own_users.load(whole.path, lambda history, bounds: read)
-    own, every = own_rows.load(dataset, kind, pieces=3)
-    name = {"scores": "scores", "preferences": "margin"}[kind]
-    np.testing.assert_array_equal(every, getattr(everybody, name))
+    own = own_rows.load(dataset, kind, pieces=3)
     keep = np.repeat(read, np.diff(everybody.offsets))
     for name in ("items", "scores", "users", "preferred", "other", "margin"):
         values = getattr(everybody, name)
@@ -190,3 +188,26 @@ def test_counts_that_are_not_those_of_the_interactions_are_refused(by_shard):
         own_users.load(by_shard.path, _of_shards(0))
     (fault,) = inspection.inspect_data(str(by_shard.path)).faults
     assert re.search(r"/history has \d+ in row 0, the training interactions \d+", fault)
+
+
+def test_a_products_files_of_other_shards_are_not_opened(by_shard):
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(by_shard.n_users, dtype=np.int32), 3)
+    items = np.tile(np.arange(3, dtype=np.int32), by_shard.n_users)
+    worlds.teach(by_shard, users, items, rng.random(users.size).astype(np.float32))
+    everybody = preferences.load(by_shard, "t")
+    bounds, root = by_shard.user_bounds, preferences.product_path(by_shard.path, "t")
+    assert len(everybody.manifest.files) == SHARDS
+    for path, (first, last) in everybody.manifest.user_ranges.items():
+        (shard,) = set(np.searchsorted(bounds, [first, last], side="right") - 1)
+        if shard not in (1, 4):
+            (root / path).unlink()
+    dataset = own_users.load(by_shard.path, _of_shards(1, 4))
+    own = own_rows.load(dataset, "t", pieces=2)
+    keep = np.repeat(dataset.of_users.read, 3)
+    np.testing.assert_array_equal(own.scores, everybody.scores[keep])
+    np.testing.assert_array_equal(own.items, everybody.items[keep])
+    np.testing.assert_array_equal(np.diff(own.offsets), 3 * dataset.of_users.read)
+    scattered = own_users.load(by_shard.path, lambda history, bounds: np.arange(40) % 2 == 0)
+    with pytest.raises(ShardError, match="is missing"):
+        own_rows.load(scattered, "t", pieces=2)

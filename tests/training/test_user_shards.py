@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import pathlib
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 import worlds
 
 from slgr_jax.config import make_run
+from slgr_jax.data.dataset import Dataset, load
 from slgr_jax.errors import ConfigError
-from slgr_jax.mesh import make_layout
+from slgr_jax.mesh import UserShards, make_layout
 from slgr_jax.sampling.context import Context
 from slgr_jax.training import build, loop, restore, state, step
 
@@ -183,3 +186,40 @@ def test_layouts_know_their_users(dataset, tmp_path):
     assert users.row.max() < users.table_rows
     assert dataclasses.replace(trainer.layout, users=None).table_rows(43, of_users=True) == 128
     assert pathlib.Path(trainer.config.workdir) == tmp_path
+
+
+def test_shards_are_those_that_users_are_numbered_by(tmp_path, caplog):
+    """Or as many of them together; dealt, and all read, where that cannot be: a line says so."""
+    by_shard = worlds.dataset_by_shard(tmp_path, 6)
+    bounds = by_shard.user_bounds
+    caplog.set_level(logging.INFO, "slgr_jax")
+
+    def layout(dataset: Dataset, count: int) -> UserShards:
+        run = make_run(str(dataset.path), "run", **{**SMALL, "user_shards": count})
+        with worlds.runs_on(1):
+            own = restore.load_own_users(run)
+            np.testing.assert_array_equal(own.train.items, dataset.train.items)
+            users = restore.with_users(restore.layout_of(run), run, dataset).users
+            read = restore.with_users(restore.layout_of(run), run, own).users
+        assert users is not None
+        np.testing.assert_array_equal(read.row, users.row)
+        return users
+
+    for count in (6, 3, 1):
+        users = layout(by_shard, count)
+        shards = [users.of_shard(shard) for shard in range(count)]
+        ends = bounds[:: 6 // count]
+        assert [shard.tolist() for shard in shards] == [
+            list(range(*pair)) for pair in itertools.pairwise(ends.tolist())
+        ]
+    assert caplog.messages == []
+
+    for dataset, count, how in (
+        (by_shard, 4, "with --user_shards=6, which is no multiple of 4; slgr prepare"),
+        (load(tmp_path / "by_id"), 4, "without --user_shards; slgr prepare --user_shards=4 (all"),
+    ):
+        users = layout(dataset, count)
+        np.testing.assert_array_equal(users.row, UserShards.deal(dataset.history, count).row)
+        (line,) = caplog.messages
+        assert how in line
+        caplog.clear()

@@ -20,7 +20,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.dataset import load as load_dataset
 from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
-from slgr_jax.teacher.products import answers, rows, titles, training_items
+from slgr_jax.teacher.products import answers, product_files, rows, titles, training_items
 from slgr_jax.teacher.products.coverage import measure
 from slgr_jax.teacher.products.rows import Teacher, usable_pairs
 from slgr_jax.teacher.products.same_split import refuse_other_split
@@ -88,7 +88,7 @@ def load(
     name: str,
     *,
     verify: bool = True,
-    reader: tuple[int, int] = (0, 1),
+    users: tuple[int, int] | None = None,
 ) -> Teacher:
     """Read the product `name` of `dataset`, or refuse it.
 
@@ -96,9 +96,8 @@ def load(
       dataset: what the product must fit: same id map, same split.
       name: directory under DATA/teacher.
       verify: also compare each shard's SHA-256.
-      reader: (k, count): the k-th of `count` processes that share the work. It gets the rows of
-        users from k * U // count to before (k + 1) * U // count, and reads, hashes and checks no
-        other shards than those that hold some; other users have no rows.
+      users: (first, end): the rows of users from the one to before the other; others have none.
+        No other shards are read, hashed and checked than those that hold some. None: of all.
 
     Raises:
       ManifestError: no such product, made for another split or id map, or the teacher has
@@ -107,7 +106,7 @@ def load(
         maps, a score that is not finite, or the same pair twice.
     """
     root, manifest = _find(dataset, name)
-    tables = _tables(root, manifest, dataset.n_users, verify=verify, reader=reader)
+    tables = product_files.read(root, manifest, verify=verify, users=users)
     arrays, offsets = rows.gather(
         manifest.kind, tables, dataset.n_users, dataset.n_items, str(root)
     )
@@ -121,7 +120,7 @@ def stored(dataset: Dataset, name: str) -> tuple[pa.Table, schema.TeacherManifes
       ManifestError, ShardError: as `load`.
     """
     root, manifest = _find(dataset, name)
-    tables = _tables(root, manifest, dataset.n_users, verify=True, reader=(0, 1))
+    tables = product_files.read(root, manifest, verify=True)
     arrays, _ = rows.gather(manifest.kind, tables, dataset.n_users, dataset.n_items, str(root))
     return rows.table_of(manifest.kind, arrays), manifest
 
@@ -156,34 +155,6 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
             f"{root}: training_items {manifest.training_items!r} is not one of: {known}"
         )
     return root, manifest
-
-
-def _tables(
-    root: pathlib.Path,
-    manifest: schema.TeacherManifest,
-    n_users: int,
-    *,
-    verify: bool,
-    reader: tuple[int, int],
-) -> list[pa.Table]:
-    index, count = reader
-    if not 0 <= index < count:
-        raise ConfigError(f"reader {index} of {count}: readers count from 0 to {count - 1}")
-    files, columns = manifest.files, schema.TEACHER_SCHEMAS[manifest.kind]
-
-    if count == 1:
-        return shards.open_shards(root, files, columns, verify=verify)
-
-    first, last = index * n_users // count, (index + 1) * n_users // count
-    ordered = manifest.order == "user"
-    opened = shards.open_shards(root, files, columns, verify=verify and not ordered)
-    if not ordered:
-        return [rows.only_users(table, first, last) for table in opened]
-    tables = [rows.slice_users(table, first, last) for table in opened]
-    if verify:
-        in_range = [f for f, table in zip(files, tables, strict=True) if table.num_rows]
-        shards.on_all_cores(lambda file: shards.check_bytes(root, file), in_range)
-    return tables
 
 
 def product_path(data: PathLike, name: str) -> pathlib.Path:
@@ -344,13 +315,13 @@ def write_product(
     manifest = _measured(dataset, rows.make(manifest, arrays, offsets), table.num_rows, counts)
 
     with shards.atomic_directory(root, overwrite=overwrite) as staging:
-        files = shards.write_shards(
-            staging, "part", rows.table_of(kind, arrays), rows_per_shard=rows_per_shard
+        files, ranges = product_files.write(
+            staging, "part", rows.table_of(kind, arrays), offsets, dataset, rows_per_shard
         )
         of_votes: tuple[schema.ShardFile, ...] = ()
         if votes is not None:
             of_votes = shards.write_shards(staging, "votes", votes, rows_per_shard=rows_per_shard)
-        manifest = dataclasses.replace(manifest, files=files, votes=of_votes)
+        manifest = dataclasses.replace(manifest, files=files, votes=of_votes, user_ranges=ranges)
         schema.write_manifest(staging, manifest)
     return manifest
 
@@ -394,8 +365,8 @@ def append(
             if path.name not in listed:
                 path.unlink()
 
-        tables = _tables(root, manifest, n_users, verify=True, reader=(0, 1))
-        added, _ = rows.gather(kind, [table], n_users, n_items, f"what is added to {root}")
+        tables = product_files.read(root, manifest, verify=True)
+        added, of_added = rows.gather(kind, [table], n_users, n_items, f"what is added to {root}")
         rows.refuse_known(tables, added, n_items, str(root))
         table = rows.table_of(kind, added)
         arrays, offsets = rows.gather(kind, [*tables, table], n_users, n_items, str(root))
@@ -406,11 +377,16 @@ def append(
         numbers = [path.split("-")[1] for path in listed if path.startswith(_ADDED)]
         number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
         prefix = f"{_ADDED}{number:05d}-part"
-        files = shards.write_shards(root, prefix, table, rows_per_shard=rows_per_shard)
+        files, ranges = product_files.write(root, prefix, table, of_added, dataset, rows_per_shard)
         shards.sync(root)
         # What is added is not made of several answers: votes would say nothing of it.
         outdated = [root / file.path for file in manifest.votes]
-        manifest = dataclasses.replace(manifest, files=(*manifest.files, *files), votes=())
+        manifest = dataclasses.replace(
+            manifest,
+            files=(*manifest.files, *files),
+            votes=(),
+            user_ranges={**manifest.user_ranges, **ranges},
+        )
         schema.write_manifest(root, manifest)
         for path in outdated:
             path.unlink()

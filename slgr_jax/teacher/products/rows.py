@@ -46,11 +46,6 @@ class Teacher:
     other: np.ndarray
     margin: np.ndarray
 
-    @property
-    def numbers(self) -> np.ndarray:
-        """What each row says in a number: the score, or the margin."""
-        return self.scores if self.manifest.kind == "scores" else self.margin
-
 
 def usable_pairs(teacher: Teacher, *, min_gap: float = 0.0) -> np.ndarray:
     """[U] int64: ordered pairs that the teacher states for each user among listed items.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -202,11 +203,12 @@ def test_readers_share_the_rows_by_user(world, kind, ordered, count):
         del raw["checksum"]
         (root / schema.MANIFEST).write_text(json.dumps(raw))
     whole = as_lists(preferences.load(world, "t"))
-    parts = [as_lists(preferences.load(world, "t", reader=(k, count))) for k in range(count)]
+    ends = [k * N_USERS // count for k in range(count + 1)]
+    ranges = list(itertools.pairwise(ends))
+    parts = [as_lists(preferences.load(world, "t", users=users)) for users in ranges]
     assert [row for part in parts for row in part] == whole
-    for k, part in enumerate(parts):
-        users = range(k * N_USERS // count, (k + 1) * N_USERS // count)
-        assert {row[0] for row in part} <= set(users)
+    for users, part in zip(ranges, parts, strict=True):
+        assert {row[0] for row in part} <= set(range(*users))
 
 
 def test_a_reader_reads_no_other_shards(world):
@@ -218,11 +220,26 @@ def test_a_reader_reads_no_other_shards(world):
     score = np.float32(35).tobytes()
     assert whole.count(score) == 1
     damaged.write_bytes(whole.replace(score, np.float32(36).tobytes()))
-    assert as_lists(preferences.load(world, "t", reader=(0, 2))) == found[:20]
+    assert as_lists(preferences.load(world, "t", users=(0, 20))) == found[:20]
     with pytest.raises(ShardError, match=damaged.name):
-        preferences.load(world, "t", reader=(1, 2))
-    with pytest.raises(ConfigError, match=r"reader 2 of 2: .* from 0 to 1"):
-        preferences.load(world, "t", reader=(2, 2))
+        preferences.load(world, "t", users=(20, 40))
+    damaged.unlink()
+    assert as_lists(preferences.load(world, "t", users=(0, 30))) == found[:30]
+    with pytest.raises(ShardError, match=f"{damaged.name} is missing"):
+        preferences.load(world, "t", users=(29, 31))
+    assert as_lists(preferences.load(world, "t", users=(7, 7))) == []
+
+
+def test_files_whose_users_are_not_known_are_opened(world):
+    """Products that were written before their manifests said so."""
+    found = [(u, 1, float(u)) for u in range(N_USERS)]
+    manifest = write(world, "scores", found, rows_per_shard=10)
+    root = preferences.product_path(world.path, "t")
+    schema.write_manifest(root, dataclasses.replace(manifest, user_ranges={}))
+    assert as_lists(preferences.load(world, "t", users=(5, 25))) == found[5:25]
+    (root / manifest.files[3].path).unlink()
+    with pytest.raises(ShardError, match="is missing"):
+        preferences.load(world, "t", users=(5, 25))
 
 
 def test_counts_are_those_of_plain_python(world):
