@@ -11,8 +11,8 @@ those that they were numbered by (`slgr prepare --user_shards`). Printed: megaby
 part, the same on all of them, and of a process; beside them what `slgr train --plan` says of the
 same parts. Of a process also what it has in memory of the dataset; the megabytes that it read from
 files until its arrays were made (/proc/self/io: each file that is checked is read once, what is
-mapped later is not counted), and in how many seconds it read dataset and teacher; and how much more
-memory than before it had at its greatest (VmHWM: pages of mapped files are among it).
+mapped later is not counted), and in how many processor seconds it read dataset and teacher; and how
+much more memory than before it had at its greatest (VmHWM: pages of mapped files are among it).
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def child(folder: str, user_shards: int, devices: int, place: str) -> None:
     load_teacher = preferences.load
 
     def timed(work: Any, *args: Any, **named: Any) -> Any:
-        begin = time.monotonic()
+        begin = time.process_time()
         result = work(*args, **named)
-        seconds[0] += time.monotonic() - begin
+        seconds[0] += time.process_time() - begin
         return result
 
     preferences.load = functools.partial(timed, load_teacher)
@@ -205,7 +205,7 @@ def _row(shards: str, mesh: str, of: str, held: dict[str, float]) -> dict[str, s
         ("peak", "peak less before"),
     ):
         row[what] = f"{held[name] / 1e6:.1f}" if name in held else ""
-    row["seconds to read"] = f"{held['seconds']:.1f}" if "seconds" in held else ""
+    row["processor s to read"] = f"{held['seconds']:.1f}" if "seconds" in held else ""
     return row
 
 

@@ -184,7 +184,7 @@ def chunks(numbers: int, fields: int) -> pa.Schema:
 
 # Path of a shard whose rows ascend by user -> its first user and its last. Of a shard that is not
 # named nothing is known.
-UserRanges = Mapping[str, Sequence[int]]
+UserRanges = Mapping[str, tuple[int, int]]
 BUILT_FROM = config.BUILT_FROM
 UNLISTED = config.UNLISTED
 TRAINING_ITEMS = config.TRAINING_ITEMS
@@ -379,7 +379,7 @@ def read_dataset_manifest(directory: str | os.PathLike[str]) -> DatasetManifest:
     raw["files"] = {key: _shard_files(value, where) for key, value in raw["files"].items()}
     for name in ("parents", "train_columns"):
         raw[name] = tuple(raw.get(name, ()))
-    _check_ranges(raw, where)
+    raw["user_ranges"] = _user_ranges(raw, where)
     return DatasetManifest(**raw)
 
 
@@ -388,7 +388,7 @@ def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
     raw = manifest_json.read(directory, TeacherManifest, "slgr teach")
     where = pathlib.Path(directory) / MANIFEST
     raw |= {key: _shard_files(raw.get(key, []), where) for key in ("files", "votes")}
-    _check_ranges(raw, where)
+    raw["user_ranges"] = _user_ranges(raw, where)
     return TeacherManifest(**raw)
 
 
@@ -439,13 +439,15 @@ def _shard_files(values: list[Any], where: pathlib.Path) -> tuple[ShardFile, ...
     return tuple(ShardFile(**value) for value in values)
 
 
-def _check_ranges(raw: Mapping[str, Any], where: pathlib.Path) -> None:
-    for path, users in raw.get("user_ranges", {}).items():
+def _user_ranges(raw: Mapping[str, Any], where: pathlib.Path) -> UserRanges:
+    ranges = raw.get("user_ranges", {})
+    for path, users in ranges.items():
         if not isinstance(users, list) or [type(user) for user in users] != [int, int]:
             raise ManifestError(
                 f"{where} is damaged: {json.dumps(users)[:80]} is not the first and last user of "
                 f"{path}"
             )
+    return {path: (first, last) for path, (first, last) in ranges.items()}
 
 
 def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
