@@ -6,12 +6,15 @@
     slgr prepare --source=parquet --input=log.parquet --items_input=items.csv --out=DATA
     slgr prepare --source=jsonl --input=reviews.json --item_column=business_id --out=DATA
     slgr prepare --source=csv --input=a.tsv --delimiter=tab --columns=user,item --out=DATA
+    slgr prepare --source=parquet --input=log.parquet --user_shards=128 --out=DATA
     slgr prepare --append=DATA --source=csv --input=today.csv --out=DATA2
 
 The default split is by one moment for all users, so that no training interaction is later than
 an evaluated one; a folder that Hugging Face `datasets` saved with its splits keeps them. Of a
-pair that occurs twice the earliest row is kept (--keep). Ids are exact text. Every line of every
-file is accounted for; a bad row is refused, or dropped and counted (--bad_rows=drop).
+pair that occurs twice the earliest row is kept (--keep). With --user_shards a process of a run
+whose users are split over devices reads files of its own (docs/cluster.md). Ids are exact text.
+Every line of every file is accounted for; a bad row is refused, or dropped and counted
+(--bad_rows=drop).
 """
 
 from __future__ import annotations

@@ -138,9 +138,10 @@ class PrepareConfig(Section):
     )
     user_shards: int = knob(
         0,
-        "number users shard by shard, so that a process of `slgr train --user_shards=V` (the same "
-        "number, or a divisor) reads its own users' interactions alone; by other ids than without, "
-        "so that products are made anew. 0: users in the order of their ids",
+        "V parts of the users, each one range of their indices, with files of its own: what a "
+        "process of `slgr train --user_shards=V` (or a divisor of it) reads of interactions and "
+        "teachers. Indices are others than without it, so products are made anew. 0: users in the "
+        "order of their ids",
         minimum=0,
         maximum=WIDTH,
     )
