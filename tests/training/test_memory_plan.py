@@ -29,14 +29,20 @@ SECTIONS = {
 def _guided(folder):
     """A data set of some size, and a run guided by lists of three items of every user."""
     dataset = worlds.random_dataset(folder / "d", n_users=USERS, n_items=ITEMS, per_user=10)
-    listed = np.arange(3 * USERS) % ITEMS
+    return dataset, _guided_on(dataset, folder)
+
+
+def _guided_on(dataset, folder):
+    listed = np.arange(3 * USERS) % dataset.n_items
     scores = np.random.default_rng(0).random(3 * USERS)
     worlds.teach(dataset, np.repeat(np.arange(USERS), 3), listed, scores, unlisted="below")
-    return dataset, worlds.run_config(dataset, folder / "run", **SECTIONS)
+    return worlds.run_config(dataset, folder / "run", **SECTIONS)
 
 
 def _by_user(folder):
-    dataset, run = _guided(folder)
+    """Users are numbered by the run's shards."""
+    dataset = worlds.dataset_by_shard(folder, 16, n_users=USERS, n_items=ITEMS)
+    run = _guided_on(dataset, folder)
     optimizer = OptimizerConfig(table_optimizer="adagrad")
     train = dataclasses.replace(run.train, user_shards=16)
     return dataset, dataclasses.replace(run, train=train, optimizer=optimizer)
