@@ -8,9 +8,10 @@
     DIR/manifest.json          what they hold, of which run and split; their checksums
 
 All of it is as of the end of training: validation and test are not in it, and user and item are
-ids of the raw data. With the rank r_c of an interaction here and r_l its rank by the LLM, LLMD4Rec
-weighs what the LLM learns of it by w1 = 2 - w2 (guidance/list_kl.py has w2). T comes before the
-cut, since the sum over the catalogue cannot be had from a list.
+ids of the raw data. With r_c the rank of an interaction here and r_l its rank by the LLM, LLMD4Rec
+weighs what the LLM learns of it by w1 = min(2, r_l / r_c) where r_l > r_c, else
+max(0, 2 - r_c / r_l). T comes before the cut, since the sum over the catalogue cannot be had from
+a list.
 
 Shape letters: U users, I items, N listed items, n training interactions.
 """
