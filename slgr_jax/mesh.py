@@ -5,7 +5,8 @@ table are split over `table` and replicated over `data`. Dense parameters, count
 interactions are replicated. On one device every collective below is the identity.
 
 With `UserShards` all that belongs to users is split over every device, `data` x `table`: the rows
-of their table, their interactions, their preferences. A device draws for its own users alone.
+of their table, their interactions, their histories, their preferences. A device draws for its own
+users alone, and knows them by their row among the rows that it has.
 """
 
 from __future__ import annotations
@@ -205,11 +206,6 @@ class Layout:
     def first_shard(self) -> jax.Array | int:
         """The first of this device's shards of users."""
         return 0 if self.devices == 1 else self.device_index() * self.shards_here
-
-    def own_rows(self, rows: jax.Array) -> jax.Array:
-        """Where this device's users are in its block of a table of users, from their rows in it."""
-        assert self.users is not None, "users are split"
-        return rows - self.first_shard() * self.users.rows
 
 
 def make_layout(

@@ -100,7 +100,7 @@ class RunConfig:
         vectors += [f"--init_{table}_vectors" for table in self.vectors.init_products]
         reasons = {
             f"--backbone={self.model.backbone} reads what is on every device, which "
-            f"{listing(SPLIT_BY_USER)} does not": self.model.backbone not in SPLIT_BY_USER,
+            f"{listing(SPLIT_BY_USER)} do not": self.model.backbone not in SPLIT_BY_USER,
             f"--guidance={guidance} reads what is on every device, which "
             f"{listing(GUIDANCE_BY_USER)} do not": self.guided and guidance not in GUIDANCE_BY_USER,
             "--pair_selection=largest_gap compares the preferences of all users": (

@@ -244,8 +244,7 @@ def lookup(
         data are loaded; here an id outside would silently read another row.
       width: D.
       layout: the mesh; with one table shard this is a plain gather.
-      of_users: whether the ids are of users. Where those are split they are rows of
-        `UserShards`, and a device asks for its own.
+      of_users: whether the ids are of users. Where those are split they are rows of the block.
     """
     row_format = RowFormat.of(table, width)
 
@@ -254,9 +253,7 @@ def lookup(
         return values
 
     flat = ids.reshape(-1)
-    if layout.splits(of_users=of_users):
-        rows = read(layout.own_rows(flat))
-    elif layout.table_shards == 1:
+    if layout.table_shards == 1 or layout.splits(of_users=of_users):
         rows = read(flat)
     else:
         rows = row_exchange.fetch(flat, table.shape[0], width, layout, read)
@@ -370,11 +367,10 @@ def update_own(
     """`update` of the rows of this device's own users: nobody else has a gradient of them.
 
     Args:
-      users: their rows of `UserShards`.
+      users: their rows of the block.
     """
     first = 0 if layout.devices == 1 else layout.device_index() * table.shape[0]
-    own = layout.own_rows(users)
-    return update_block(table, slot, own, grads, optimizer, generator, first=first)
+    return update_block(table, slot, users, grads, optimizer, generator, first=first)
 
 
 def update_block(

@@ -57,6 +57,12 @@ class ShardRows:
     dtype: np.dtype[Any]
     of_shard: Callable[[int], np.ndarray]
 
+    @classmethod
+    def of_users(cls, values: np.ndarray, shards: UserShards) -> ShardRows:
+        """[V, rows, ...] the [U, ...] values of each shard's users."""
+        shape = shards.count, shards.rows, *values.shape[1:]
+        return cls(shape, values.dtype, lambda shard: values[shards.of_shard(shard)])
+
     def block(self, first: int, last: int) -> np.ndarray:
         """Shards first to last - 1."""
         block = np.zeros((last - first, *self.shape[1:]), self.dtype)
@@ -75,6 +81,18 @@ class ShardRows:
 
         with jax.transfer_guard("allow"):  # as explicit as a device_put, which JAX does not know
             return jax.make_array_from_callback(self.shape, sharding, of_device)
+
+    def put_flat(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """`put` as [V * longest, ...]: a device's shards one behind the other."""
+        longest, *rest = self.shape[1:]
+        shape = self.shape[0] * longest, *rest
+
+        def of_device(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            return self.block(first // longest, last // longest).reshape(-1, *rest)
+
+        with jax.transfer_guard("allow"):
+            return jax.make_array_from_callback(shape, sharding, of_device)
 
 
 def put(tree: Any, layout: Layout) -> Dealt:
@@ -168,6 +186,11 @@ def over_processes(values: np.ndarray) -> np.ndarray:
     return np.array([json.loads(text) for text in cluster.every(json.dumps(values.tolist()))])
 
 
+def largest(count: int, dataset: Dataset) -> int:
+    """The most that a process has of something, if each has its own users' alone."""
+    return count if dataset.of_users is None else int(over_processes(np.array(count)).max())
+
+
 def total(count: int, dataset: Dataset) -> int:
     """What all processes have of something of users, if this one has its own users' alone."""
     return count if dataset.of_users is None else int(over_processes(np.array(count)).sum())
@@ -179,10 +202,7 @@ def _numbers(of_shard: np.ndarray) -> ShardRows:
 
 
 def _of_users(values: np.ndarray, shards: UserShards) -> Any:
-    """[V, rows] the [U] values of each shard's users."""
-    return ShardRows(
-        (shards.count, shards.rows), values.dtype, lambda shard: values[shards.of_shard(shard)]
-    )
+    return ShardRows.of_users(values, shards)
 
 
 def numbers_of(users: np.ndarray, shards: UserShards) -> np.ndarray:
@@ -212,13 +232,19 @@ def greatest(number: int, shards: UserShards) -> int:
     return number if shards.here is None else int(over_processes(np.array(number)).max())
 
 
-def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:
-    """Host arrays of `arrays.interactions`, dealt out."""
+def deal_interactions(
+    data: Interactions, shards: UserShards, events: ByUser | None = None
+) -> Interactions:
+    """Host arrays of `arrays.interactions`, dealt out.
+
+    Args:
+      events: of the histories, as which targets count their interactions; None: they do not.
+    """
     by_user: Any = ByUser(np.asarray(data.users), shards)
     facts, share = data.facts, by_user.share()
     targets = None
     if data.targets is not None:
-        targets, share = _targets(data.targets, shards)
+        targets, share = _targets(data.targets, shards, events)
     return Interactions(
         users=by_user.entries(numbers_of(np.asarray(data.users), shards)),
         items=by_user.entries(data.items),
@@ -237,13 +263,19 @@ def deal_interactions(data: Interactions, shards: UserShards) -> Interactions:
     )
 
 
-def _targets(targets: Targets, shards: UserShards) -> tuple[Targets, Share]:
-    by_user: Any = ByUser(np.asarray(targets.users), shards)
+def _targets(targets: Targets, shards: UserShards, events: ByUser | None) -> tuple[Targets, Share]:
+    users = np.asarray(targets.users)
+    by_user: Any = ByUser(users, shards)
+    interactions = None
+    if targets.interactions is not None:
+        assert events is not None, "interactions are counted as events of histories"
+        interactions = by_user.entries(events.local(np.asarray(targets.interactions), users))
     return Targets(
         users=by_user.entries(numbers_of(np.asarray(targets.users), shards)),
         items=by_user.entries(targets.items),
         as_of=None if targets.as_of is None else by_user.entries(targets.as_of),
         labels=None if targets.labels is None else by_user.entries(targets.labels),
+        interactions=interactions,
     ), by_user.share()
 
 

@@ -22,7 +22,7 @@ from slgr_jax.mesh import Layout, put
 from slgr_jax.models.backbones import AnyBackbone, SequenceBackbone
 from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.sampling import arrays as arrays_lib
-from slgr_jax.sampling import user_shards
+from slgr_jax.sampling import user_context, user_shards
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
 from slgr_jax.sampling.context import HISTORY, Context
 from slgr_jax.sampling.negatives import SamplingPlan
@@ -107,16 +107,18 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         refit.check(run)
     initial = initial_values.initial_rows(run, dataset, backbone, layout) if begins else {}
     # Vectors are split as tables are; everything else is whole on every device, or dealt out.
-    placed = layout.put(dataclasses.replace(context, vectors=None))
+    placed = user_context.put(dataclasses.replace(context, vectors=None), layout)
     if context.vectors is not None:
         vectors = put(context.vectors, layout.table_sharding)
         placed = dataclasses.replace(placed, vectors=vectors)
-    arrays = _placed(trainer, interactions, guidance_arrays)
+    arrays = _placed(trainer, interactions, guidance_arrays, context)
     arrays = dataclasses.replace(arrays, context=placed)
     return Experiment(run, dataset, trainer, arrays, initial)
 
 
-def _placed(trainer: Trainer, interactions: Interactions, guided: Any) -> DeviceArrays:
+def _placed(
+    trainer: Trainer, interactions: Interactions, guided: Any, context: Context
+) -> DeviceArrays:
     """What is drawn from (host arrays) on the devices: whole on each, or dealt out by user."""
     users, guidance, layout = trainer.layout.users, trainer.guidance, trainer.layout
     if users is None:
@@ -125,7 +127,8 @@ def _placed(trainer: Trainer, interactions: Interactions, guided: Any) -> Device
     fold = gates.folds(jnp.arange(users.users))
     facts = dataclasses.replace(interactions.facts, fold=fold)
     interactions = dataclasses.replace(interactions, facts=facts)
-    interactions = user_shards.deal_interactions(interactions, users)
+    events = user_context.events(context.histories, users)
+    interactions = user_shards.deal_interactions(interactions, users, events)
     if guidance is not None:
         assert isinstance(guidance, Gated), "config.RunConfig refuses others"
         guided = guidance.deal(guided, users)

@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.mesh import make_layout
+from slgr_jax.sampling import user_context
 from slgr_jax.sampling.arrays import Dealt, DeviceArrays
 from slgr_jax.training import build, step
 from slgr_jax.training.state import abstract_serving, abstract_state, make_serving_state
@@ -159,13 +161,13 @@ def _abstract_arrays(arrays: DeviceArrays, trainer: Trainer) -> DeviceArrays:
         own = laid_out(arrays.own, layout.users_sharding)
         return dataclasses.replace(arrays, own=own, whole=laid_out(arrays.whole, layout.replicated))
 
-    vectors = laid_out(arrays.context.vectors, layout.table_sharding)
-    context = laid_out(dataclasses.replace(arrays.context, vectors=None), layout.replicated)
-    return DeviceArrays(
-        dealt(arrays.interactions),
-        dataclasses.replace(context, vectors=vectors),
-        dealt(arrays.guidance),
+    context = jax.tree.map(
+        lambda spec, part: laid_out(part, NamedSharding(layout.mesh, spec)),
+        user_context.specs(arrays.context, layout),
+        arrays.context,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+    return DeviceArrays(dealt(arrays.interactions), context, dealt(arrays.guidance))
 
 
 def _compiled(trainer: Trainer, state: Any, arrays: DeviceArrays) -> Any:

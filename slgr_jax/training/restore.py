@@ -23,6 +23,7 @@ from slgr_jax.mesh import Layout, UserShards, make_layout, put
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, make_backbone, reads_of
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
 from slgr_jax.sampling import context as context_lib
+from slgr_jax.sampling import user_context, user_shards
 from slgr_jax.sampling.context import HISTORY, Context, FrozenVectors
 from slgr_jax.training import checkpoint, run_directory, vector_products
 from slgr_jax.training.state import (
@@ -128,7 +129,9 @@ def backbone_and_context(
         )
     looked_up = context_lib.make_context(dataset, reads, most_categories=most, chosen=chosen)
     sizes = context_lib.sizes(dataset, reads, most_categories=most, chosen=chosen)
-    sizes = dataclasses.replace(sizes, **vector_products.sizes(run, dataset))
+    longest = user_shards.largest(sizes.longest_history, dataset)
+    of_vectors = vector_products.sizes(run, dataset)
+    sizes = dataclasses.replace(sizes, longest_history=longest, **of_vectors)
     model = run.model
     if run.adapters_alone:  # a network that learns nothing scores as it does when it serves
         model = dataclasses.replace(model, dropout=0.0)
@@ -279,7 +282,8 @@ def _restored(
         else:
             state = saved.restore_state(abstract_state(trained))
             vectors = _frozen(workdir, run, dataset, layout)
-            reads = dataclasses.replace(placed, vectors=layout.put(vectors))
+            as_trained = user_context.put(looked_up, trained.layout)
+            reads = dataclasses.replace(as_trained, vectors=layout.put(vectors))
             serving = make_serving_state(trained)(state, reads)
             if trained.layout.table_shards > 1:
                 serving = split_tables(trained, serving)

@@ -43,9 +43,9 @@ from slgr_jax.models.row_access import (
     RowAccess,
     Vectors,
 )
+from slgr_jax.sampling import user_context
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions
 from slgr_jax.sampling.batch import Batch, draw
-from slgr_jax.sampling.context import Context
 from slgr_jax.sampling.negatives import SamplingPlan, generators
 from slgr_jax.training import objectives, shard_draws
 from slgr_jax.training.state import Learner, TrainState
@@ -133,12 +133,11 @@ RunSteps = Callable[
 def by_rows(arrays: DeviceArrays, layout: Layout) -> DeviceArrays:
     """The specs of the device arrays: vectors as tables are, what is dealt out as users are,
     everything else whole."""
-    whole: Any = PartitionSpec()
-    rows: Any = layout.table_spec
-    context = Context(histories=whole, fields=whole, graph=whole, features=whole, vectors=rows)
     specs_of = shard_draws.specs_of
     return DeviceArrays(
-        specs_of(arrays.interactions, layout), context, specs_of(arrays.guidance, layout)
+        specs_of(arrays.interactions, layout),
+        user_context.specs(arrays.context, layout),
+        specs_of(arrays.guidance, layout),
     )
 
 

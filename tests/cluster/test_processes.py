@@ -227,6 +227,13 @@ RUNS = {
     # On data whose users are numbered by eight shards, of which each run's shard has two.
     "by_shard": {"user_shards": 4, "guidance": "pairwise", "teacher": "t"},
     "sasrec": {"backbone": "sasrec", "max_history": 8, "layers": 1, "dropout": 0.0},
+    "histories_by_user": {
+        "backbone": "sasrec",
+        "max_history": 8,
+        "layers": 1,
+        "table_optimizer": "adagrad",
+        "user_shards": 8,
+    },
     "deepfm": {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "rows": "sampled"},
     "begun": {"backbone": "mf"},  # by one device, and gone on with
 }
@@ -286,7 +293,9 @@ def test_every_kind_of_backbone_has_the_numbers_of_one_device(dataset, tmp_path)
     # Only where users are split, each process reads the interactions of its own alone; and where
     # they are numbered by shards, from files of their own.
     read = [[x.split() for x in end.out.splitlines() if x.startswith("read ")] for end in ended]
-    for lines, data in zip(zip(*read, strict=True), (dataset, by_shard), strict=True):
+    split = [name for name, knobs in runs.items() if "user_shards" in knobs]
+    for name, *lines in zip(split, *read, strict=True):
+        data = by_shard if name == "by_shard" else dataset
         first, second = (int(count) for _, count, *_ in lines)
         assert first + second == len(data.train)
         assert abs(first - second) < len(data.train) / 8

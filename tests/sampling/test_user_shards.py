@@ -192,8 +192,14 @@ def test_weighted_draws_are_uniform_over_pairs_and_preferences(tmp_path, n_users
     batch, guided = jax.device_get(draw(keys, made.arrays))
 
     shards = trainer.layout.users
-    whose = np.minimum(shards.by_row.ravel(), n_users - 1)  # nobody's weigh nothing
-    batch = batch.replace(queries=batch.queries.replace(users=whose[batch.queries.users]))
+    whose_row = np.minimum(shards.by_row, n_users - 1)  # nobody's lanes weigh nothing
+    by_device = whose_row.reshape(devices, -1)
+
+    def whose(users: np.ndarray) -> np.ndarray:
+        """Of lanes, who know users by their row on the device."""
+        return by_device[np.repeat(np.arange(devices), 64 // devices), users]
+
+    batch = batch.replace(queries=batch.queries.replace(users=whose(batch.queries.users)))
     pairs = dataset.positives(("train",))
     drawn = batch.queries.users.astype(np.int64) * 30 + batch.items[..., 0]
     real = batch.weights > 0
@@ -209,7 +215,7 @@ def test_weighted_draws_are_uniform_over_pairs_and_preferences(tmp_path, n_users
     assert preferences.weights.sum(axis=1) == pytest.approx(64, rel=1e-5)
     real = preferences.weights > 0
     assert (preferences.margins[real] > 0).all()
-    starts = whose[preferences.queries.users]
+    starts = whose(preferences.queries.users)
     expected = np.bincount(users, minlength=n_users) * 64 * 2000 / users.size
     seen = np.bincount(starts.ravel(), preferences.weights.ravel(), minlength=n_users)[:n_users]
     np.testing.assert_allclose(seen, expected, rtol=0.06)

@@ -48,6 +48,14 @@ def _by_user(folder):
     return dataset, dataclasses.replace(run, train=train, optimizer=optimizer)
 
 
+def _histories_by_user(folder):
+    """A step's own memory is small beside what the plan counts of each part."""
+    dataset, run = _by_user(folder)
+    model = ModelConfig(backbone="sasrec", dim=16, max_history=4, layers=1)
+    run = dataclasses.replace(run, model=model, guidance=GuidanceConfig())
+    return dataset, dataclasses.replace(run, sampler=SamplerConfig(batch_size=32))
+
+
 def _plain(folder):
     dataset = worlds.random_dataset(folder / "d")
     alone = SECTIONS | {"guidance": GuidanceConfig()}
@@ -64,7 +72,8 @@ def _on_first_device(tree):
 
 
 @pytest.mark.parametrize(
-    ("world", "mesh"), [(_plain, (2, 1)), (_guided, (8, 4)), (_by_user, (8, 2))]
+    ("world", "mesh"),
+    [(_plain, (2, 1)), (_guided, (8, 4)), (_by_user, (8, 2)), (_histories_by_user, (8, 2))],
 )
 def test_parts_are_those_of_a_run_within_a_tenth(tmp_path, world, mesh):
     dataset, run = world(tmp_path)
@@ -89,7 +98,7 @@ def test_parts_are_those_of_a_run_within_a_tenth(tmp_path, world, mesh):
     saved = checkpoint.array_shapes({"state": begun, "best": serving})
     assert plan.checkpoint == pytest.approx(sum(array.bytes for array in saved), rel=0.1)
 
-    if world is _by_user:  # one of eight processes has two of the sixteen shards
+    if run.train.user_shards:  # one of eight processes has two of the sixteen shards
         users = experiment.trainer.layout.users
         own = own_users.load(dataset.path, lambda history, bounds: users.row < 2 * users.rows)
         held = memory_plan.of_dataset(own) + _on_first_device((arrays, begun, serving))

@@ -19,9 +19,11 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.mesh import UserShards, make_layout
 from slgr_jax.sampling.context import Context
 from slgr_jax.training import build, loop, restore, state, step
+from slgr_jax.training.validation import Validation
 
 SMALL = {"dim": 8, "batch_size": 32, "patience": 0, "steps_per_dispatch": 3, "user_shards": 8}
 GUIDED = {"guidance": "pairwise", "teacher": "t", "lambda": 0.5}
+SEQUENCE = {"max_history": 4, "layers": 1, "hidden": 8, "table_optimizer": "adagrad"}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"negatives": "popularity"},
     "calibrated": {**GUIDED, "gate": "calibrated", "item_bias": True},
@@ -39,6 +41,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss": "softmax",
     },
     "softmax": {"loss": "sampled_softmax", "shared_negatives": 16},
+    "sasrec": {**GUIDED, "backbone": "sasrec", "gate": "calibrated", **SEQUENCE},
+    "gru4rec": {"backbone": "gru4rec", "loss": "bce", **SEQUENCE},
+    "bert4rec": {"backbone": "bert4rec", **SEQUENCE},
 }
 
 
@@ -72,26 +77,45 @@ def _trained(trainer, arrays, steps):
     begin = state.init_state(trainer, 0)
     key = jax.random.key_data(jax.random.key(1))
     end, sums, _ = step.make_run_steps(trainer)(begin, arrays, key, np.int32(steps))
-    serving = state.make_serving_state(trainer)(end, Context())
-    return end, state.by_user(trainer, serving), sums
+    return state.make_serving_state(trainer)(end, arrays.context), sums
 
 
 @pytest.mark.parametrize(
     ("name", "table_shards"),
-    [("plain", 1), ("calibrated", 2), ("budget", 1), ("lists", 2), ("softmax", 2)],
+    [
+        ("plain", 1),
+        ("calibrated", 2),
+        ("budget", 1),
+        ("lists", 2),
+        ("softmax", 2),
+        ("sasrec", 2),
+        ("gru4rec", 1),
+        ("bert4rec", 1),
+    ],
 )
 def test_four_devices_have_the_numbers_of_one(dataset, tmp_path, name, table_shards):
-    """What is drawn and what is learned, to rounding; with items split over two of them, too."""
-    alone = _made(dataset, tmp_path, worlds.one_device(), **RUNS[name])
-    _, expected, sums = _trained(*alone, 10)
-    assert expected.values["user"].shape[0] == 43
+    """What is drawn and what is learned, to rounding; with items split over two of them, too. A
+    validation of users where they are has the metrics of all users on one device."""
+    trainer, arrays = _made(dataset, tmp_path, worlds.one_device(), **RUNS[name])
+    serving, sums = _trained(trainer, arrays, 10)
+    expected = state.by_user(trainer, serving)
+    assert expected.values.get("user", np.zeros(43)).shape[0] == 43
     rounding = 2**-6 if name == "budget" else 2e-4
     layout = make_layout(table_shards=table_shards, devices=jax.devices()[:4])
-    _, got, other_sums = _trained(*_made(dataset, tmp_path, layout, **RUNS[name]), 10)
+    on_four, on_each = _made(dataset, tmp_path, layout, **RUNS[name])
+    split, other_sums = _trained(on_four, on_each, 10)
+    got = state.by_user(on_four, split)
     for table, values in expected.values.items():
         np.testing.assert_allclose(got.values[table], values, rtol=rounding, atol=1e-3)
     for key, value in sums.items():
         assert float(other_sums[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-5)
+
+    metrics = Validation(on_four, dataset, on_each.context)(split)
+    whole = worlds.one_device()
+    _, looked_up = restore.backbone_and_context(trainer.config, dataset, native=False)
+    gathered = jax.device_put(jax.device_get(got), whole.replicated)
+    alone = Validation(dataclasses.replace(trainer, layout=whole), dataset, whole.put(looked_up))
+    assert metrics == pytest.approx(alone(gathered), rel=1e-6)
 
 
 def _held(tree: Any) -> set[int]:
@@ -103,20 +127,20 @@ def _held(tree: Any) -> set[int]:
     return set(held.values())
 
 
-def test_what_belongs_to_users_falls_with_the_devices(dataset, tmp_path):
-    knobs = {**RUNS["calibrated"], "unlisted_share": 0.5}
+@pytest.mark.parametrize("name", ["calibrated", "sasrec"])
+def test_what_belongs_to_users_falls_with_the_devices(dataset, tmp_path, name):
+    knobs = {**RUNS[name], "unlisted_share": 0.5}
     one = None
     for devices in (1, 2, 4, 8):
         layout = make_layout(devices=jax.devices()[:devices])
         trainer, arrays = _made(dataset, tmp_path, layout, **knobs)
-        begin = state.init_state(trainer, 0)
-        serving = state.make_serving_state(trainer)(begin, Context())
-        of_users = (
-            arrays.interactions.own,
-            arrays.guidance.own,
-            begin.tables["user"],
-            serving.values["user"],
-        )
+        of_users = [arrays.interactions.own, arrays.guidance.own]
+        if name == "sasrec":
+            of_users.append(arrays.context.histories)
+        else:
+            begin = state.init_state(trainer, 0)
+            serving = state.make_serving_state(trainer)(begin, Context())
+            of_users += [begin.tables["user"], serving.values["user"]]
         sizes = [_held(part) for part in of_users]
         assert all(len(size) == 1 for size in sizes), "each device has as much"
         held = [size.pop() for size in sizes]
