@@ -95,7 +95,7 @@ class RunConfig:
         shards = self.train.user_shards
         if not shards:
             return
-        guidance, features = self.guidance.guidance, self.model.features
+        guidance = self.guidance.guidance
         vectors = [f"--{side}_vectors" for side in self.vectors.products]
         vectors += [f"--init_{table}_vectors" for table in self.vectors.init_products]
         reasons = {
@@ -111,13 +111,9 @@ class RunConfig:
                 self.guided and bool(self.gate.knowledge_inputs)
             ),
             "--negatives=in_batch are other users' items": self.sampler.negatives == "in_batch",
-            f"--features={features} are whole on every device": features != "none",
             f"{listing(vectors)} are in the order of rows without shards": bool(vectors),
             "--init_from reads tables as they are without shards": bool(self.train.init_from),
             "--refit is of a run without shards": bool(self.train.refit),
-            f"--rows={self.evaluation.rows} are scored on every device": (
-                self.evaluation.rows != "none"
-            ),
             "--kernels=native draw and rank for a whole run": self.train.kernels == "native",
         }
         for reason, holds in reasons.items():
@@ -326,6 +322,13 @@ class RunConfig:
                 "--negatives=in_batch gives one negative to a triple; use uniform or popularity "
                 f"with --backbone={backbone} --loss={self.loss_name}"
             )
+
+    @property
+    def reads_own_users(self) -> bool:
+        """Whether one process of several reads the training interactions of its own users alone:
+        not where it draws labelled rows outside every part, or looks up features."""
+        alone = self.evaluation.rows != "sampled" and self.model.features == "none"
+        return bool(self.train.user_shards) and alone
 
     @property
     def loss_name(self) -> str:

@@ -217,7 +217,8 @@ class TrainConfig(Section):
     user_shards: int = knob(
         0,
         "V parts that users are cut in, with all that belongs to them (rows of their table, "
-        "interactions, preferences), each on one device: what they take falls with the devices. A "
+        "interactions, histories, features, preferences), each on one device: what they take falls "
+        "with the devices. A "
         "constant of the run and a multiple of the devices, which it must divide into: 128, say. "
         "0 = all of it on every device",
         minimum=0,

@@ -7,6 +7,7 @@ of an ensemble.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.kernels import cpu
-from slgr_jax.mesh import put
+from slgr_jax.mesh import Layout, put
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.models.backbones.adapters import row_specs
 from slgr_jax.models.backbones.base import item_tables
@@ -124,6 +125,76 @@ class ScoreRows(Protocol):
         rows: LabelledRows,
         between_chunks: Callable[[], None] = lambda: None,
     ) -> np.ndarray: ...
+
+
+def score_own_rows(backbone: AnyBackbone, layout: Layout) -> ScoreRows:
+    """`score_rows` where users are split: a device scores the rows of its own.
+
+    Their `interactions` are counted as on the device that has their user (`user_context`).
+    """
+    users = layout.users
+    assert users is not None, "users are split"
+    size, own_rows = layout.devices, users.table_rows // layout.devices
+    share = max(_ROWS // size, 1)
+
+    def of_own(scoring: Scoring, queries: Queries, items: jax.Array) -> jax.Array:
+        return pair_scores(backbone, scoring, Candidates(queries, items[:, None]))[:, 0]
+
+    @functools.partial(jax.jit, static_argnames="specs", out_shardings=layout.replicated)
+    def chunk(
+        scoring: Scoring, queries: Queries, items: jax.Array, *, specs: tuple[PartitionSpec, ...]
+    ) -> jax.Array:
+        if size == 1:
+            return of_own(scoring, queries, items)
+        of_scoring = jax.tree.unflatten(jax.tree.structure(scoring), specs)
+        lanes = layout.batch_spec
+        on_each = jax.shard_map(
+            of_own,
+            mesh=layout.mesh,
+            in_specs=(of_scoring, lanes, lanes),
+            out_specs=lanes,
+            check_vma=False,
+        )
+        return on_each(scoring, queries, items)
+
+    def score(
+        scoring: Scoring,
+        rows: LabelledRows,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
+        device, user = np.divmod(users.row[rows.users], own_rows)
+        specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(scoring)) if size > 1 else ()
+        columns = user, rows.as_of, rows.items, rows.interactions
+        scores = np.empty(len(rows), np.float32)
+        for places in by_device(device, size, share):
+            between_chunks()
+            row = np.maximum(places, 0)
+            piece = [None if x is None else x[row] for x in columns]
+            asking, as_of, items, asked = put(piece, layout.users_sharding)
+            queries = Queries(asking, None if scoring.as_of is None else as_of, asked)
+            of_chunk = jax.device_get(chunk(scoring, queries, items, specs=specs))
+            scores[places[places >= 0]] = of_chunk[places >= 0]
+        return scores
+
+    return score
+
+
+def by_device(device: np.ndarray, devices: int, share: int) -> Int[np.ndarray, "chunks lanes"]:
+    """Places of entries in chunks of `devices` x `share` lanes, a device's part its own entries'.
+
+    Args:
+      device: [n] whose each entry is.
+
+    Returns:
+      [chunks, devices * share]; -1 fills up.
+    """
+    order = np.argsort(device, kind="stable")
+    of_sorted = device[order]
+    number = np.arange(order.size) - np.searchsorted(of_sorted, of_sorted)
+    chunks = -(-int(np.bincount(device, minlength=devices).max()) // share)
+    places = np.full((chunks, devices, share), -1)
+    places[number // share, of_sorted, number % share] = order
+    return places.reshape(chunks, -1)
 
 
 def score_rows(backbone: AnyBackbone) -> ScoreRows:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from slgr_jax.data.dataset import Csr
+from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.mesh import Layout, UserShards
 from slgr_jax.sampling.context import Context, Histories
@@ -56,6 +56,23 @@ def events_of_shard(by_user: ByUser) -> int:
     """Room for the events of a shard, and one: what somebody without an event looks at, on however
     many devices; and the last interaction of a device is the one of which nothing is known."""
     return by_user.longest + 1
+
+
+def on_device(
+    interactions: np.ndarray, users: np.ndarray, dataset: Dataset, layout: Layout
+) -> np.ndarray:
+    """[n] what `context.interaction_rows` says of interactions before the test part, as the device
+    counts them that has their user.
+
+    Args:
+      users: [n] whose each is.
+    """
+    assert layout.users is not None, "users are split"
+    owners = np.sort(np.concatenate([dataset.train.users, dataset.valid.users]))
+    by_user = ByUser(owners, layout.users)
+    shard = layout.users.row[users] // layout.users.rows
+    begins = shard % layout.shards_here * events_of_shard(by_user)
+    return by_user.local(interactions, users) + begins
 
 
 def _histories(histories: Histories, by_user: ByUser, layout: Layout) -> Histories:

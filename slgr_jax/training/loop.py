@@ -379,7 +379,7 @@ def load_data(run: config.RunConfig) -> Dataset:
         ranking=run.evaluation.ranking,
         rows=run.evaluation.rows != "none",
     )
-    if run.train.user_shards and cluster.processes() > 1:
+    if run.reads_own_users and cluster.processes() > 1:
         return restore.load_own_users(run)
     return restore.load_data(run)
 

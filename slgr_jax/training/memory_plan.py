@@ -53,8 +53,8 @@ class MemoryPlan:
       checkpoint: all of a checkpoint on the disk, before compression; two are there for a moment.
       host: of a process that all devices belong to: the dataset, what goes to the devices, and the
         copy that a checkpoint is written from.
-      host_each: of one of as many processes as devices: where users are split, of training what
-        belongs to its own users alone, and no test part.
+      host_each: of one of as many processes as devices: where it reads its own users' alone
+        (`RunConfig.reads_own_users`), of training what belongs to them, and no test part.
     """
 
     devices: int
@@ -139,7 +139,7 @@ def _plan(
 def _read_by_each(dataset: Dataset, trainer: Trainer) -> int:
     """Bytes of the dataset that one of as many processes as devices reads (`own_users.load`)."""
     every = of_dataset(dataset)
-    if trainer.layout.users is None:
+    if not trainer.config.reads_own_users:
         return every
     train, test = (_arrays_of(part) for part in (dataset.train, dataset.test))
     counted = dataset.history.nbytes + dataset.popularity.nbytes + dataset.n_users

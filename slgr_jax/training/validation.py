@@ -9,8 +9,15 @@ from collections.abc import Callable
 from slgr_jax import cluster
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.evaluation import click_metrics, full_ranking, ranking_metrics
-from slgr_jax.models.scoring import Scoring, ServingState, moments, score_rows, score_users
-from slgr_jax.sampling import labelled_rows
+from slgr_jax.models.scoring import (
+    Scoring,
+    ServingState,
+    moments,
+    score_own_rows,
+    score_rows,
+    score_users,
+)
+from slgr_jax.sampling import labelled_rows, user_context
 from slgr_jax.sampling.context import Context
 from slgr_jax.training.state import Learner
 
@@ -25,6 +32,8 @@ class Validation:
         self._context = dataclasses.replace(context, vectors=None)
         self._score = score_users(learner.backbone)
         self._score_rows = score_rows(learner.backbone)
+        if learner.layout.users is not None:
+            self._score_rows = score_own_rows(learner.backbone, learner.layout)
         self._relevant = dataset.positives(("valid",))
         self._seen = dataset.positives(("train",))
         self._n_items = dataset.n_items
@@ -32,7 +41,15 @@ class Validation:
         self._split = learner.layout.users
         self._rows, self._slices = None, dataset.slices(config.slices)
         if self.possible and self._config.rows != "none":
-            self._rows = labelled_rows.make_rows(dataset, "valid", self._config, config.loss)
+            rows = labelled_rows.make_rows(dataset, "valid", self._config, config.loss)
+            features = context.features
+            if learner.layout.users is not None and features is not None and features.interaction:
+                assert rows.interactions is not None, "the dataset has features of them"
+                asked = user_context.on_device(
+                    rows.interactions, rows.users, dataset, learner.layout
+                )
+                rows = dataclasses.replace(rows, interactions=asked)
+            self._rows = rows
 
     @property
     def possible(self) -> bool:

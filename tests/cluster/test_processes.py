@@ -234,6 +234,14 @@ RUNS = {
         "table_optimizer": "adagrad",
         "user_shards": 8,
     },
+    "rows_by_user": {
+        "backbone": "deepfm",
+        "mlp": (8,),
+        "table_optimizer": "adagrad",
+        "rows": "rated",
+        "rating_threshold": 3.0,
+        "user_shards": 8,
+    },
     "deepfm": {"backbone": "deepfm", "mlp": (8,), "dropout": 0.0, "rows": "sampled"},
     "begun": {"backbone": "mf"},  # by one device, and gone on with
 }

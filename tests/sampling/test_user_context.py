@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import worlds
 
+from slgr_jax.config import make_run
+from slgr_jax.data import features as features_lib
 from slgr_jax.errors import InputError
 from slgr_jax.mesh import Layout, UserShards, make_layout
+from slgr_jax.sampling import arrays, user_context, user_shards
 from slgr_jax.sampling import context as context_lib
-from slgr_jax.sampling import user_context, user_shards
-from slgr_jax.sampling.context import Context, Histories, Queries, recent
+from slgr_jax.sampling.context import Context, Histories, Queries, at_interactions, recent
 
 
 def _layout(dataset, devices: int) -> Layout:
@@ -62,6 +64,62 @@ def test_histories_on_a_device_are_those_of_its_users(tmp_path, devices):
         np.testing.assert_array_equal(items[real], np.asarray(expected)[real])
         alone, _ = _recent(looked_up, _layout(dataset, 1), as_of)
         np.testing.assert_array_equal(items, alone)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_features_on_a_device_are_those_of_its_users(tmp_path, devices):
+    """Those of users; of interactions that are given, in training and validation, of the last one
+    before a moment, and of none."""
+    dataset = worlds.random_dataset(
+        tmp_path / "d",
+        n_users=23,
+        features=[
+            worlds.feature("group", "user", [[f"g{u % 5}"] for u in range(23)]),
+            features_lib.numeric("hour", "interaction", np.arange(230.0), np.arange(230) < 138),
+        ],
+    )
+    reads = {context_lib.HISTORY, context_lib.FEATURES}
+    chosen = context_lib.Chosen(dataset.features)
+    context = context_lib.make_context(dataset, reads, most_categories=1, chosen=chosen)
+    layout = _layout(dataset, devices)
+    users = layout.users
+    dealt, events = user_context.put(context, layout), user_context.events(context.histories, users)
+    train = arrays.targets(
+        dataset, window=0, history=True, min_history=0, threshold=0.0, features=True
+    )
+    cold, tail = np.zeros(23), np.zeros(30)
+    every = arrays.interactions(dataset, make_run("d", "w").sampler, cold, tail)
+    every = dataclasses.replace(every, targets=train)
+    targets = user_shards.deal_interactions(every, users, events).targets
+    of_targets = user_shards.ByUser(train.users, users)
+
+    hours = np.asarray(context.features.interaction.weights)
+    valid = context_lib.interaction_rows(dataset, "valid")
+    asked = user_context.on_device(valid, dataset.valid.users, dataset, layout)
+    rows, room = users.table_rows // devices, user_context.events_of_shard(events)
+    for number in range(devices):
+        own = jax.tree.map(lambda leaf, number=number: _of_device(leaf, number), dealt)
+        members = np.flatnonzero(users.row // rows == number)
+        row = users.row[members] % rows
+        np.testing.assert_array_equal(
+            own.features.user.rows[row], context.features.user.rows[members]
+        )
+        of_interactions = own.features.interaction.weights
+        of_device = users.row[dataset.valid.users] // rows == number
+        np.testing.assert_array_equal(of_interactions[asked[of_device]], hours[valid[of_device]])
+        for as_of in (0, 2, 4):
+            last = at_interactions(own, Queries(row, np.full(members.size, as_of))).interactions
+            whole = (
+                context.histories.offsets[members] + as_of - 1
+                if as_of
+                else np.full(members.size, -1)
+            )
+            np.testing.assert_array_equal(of_interactions[last], hours[whole])
+        for place in range(layout.shards_here):
+            shard = number * layout.shards_here + place
+            expected = of_targets.entries(hours[train.interactions]).of_shard(shard)
+            chosen_rows = targets.interactions.of_shard(shard) + place * room
+            np.testing.assert_array_equal(of_interactions[chosen_rows], expected)
 
 
 def test_more_events_than_a_device_counts_are_refused(tmp_path, monkeypatch):

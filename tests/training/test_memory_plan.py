@@ -49,11 +49,10 @@ def _by_user(folder):
 
 
 def _histories_by_user(folder):
-    """A step's own memory is small beside what the plan counts of each part."""
+    """A click model: rows and histories of users."""
     dataset, run = _by_user(folder)
-    model = ModelConfig(backbone="sasrec", dim=16, max_history=4, layers=1)
-    run = dataclasses.replace(run, model=model, guidance=GuidanceConfig())
-    return dataset, dataclasses.replace(run, sampler=SamplerConfig(batch_size=32))
+    model = ModelConfig(backbone="deepfm", dim=16, max_history=4, mlp=(8,))
+    return dataset, dataclasses.replace(run, model=model)
 
 
 def _plain(folder):
@@ -92,7 +91,7 @@ def test_parts_are_those_of_a_run_within_a_tenth(tmp_path, world, mesh):
     for part, tree in real.items():
         assert getattr(plan, part) == pytest.approx(_on_first_device(tree), rel=0.1), part
     restored = serving
-    if world is not _by_user:
+    if not run.train.user_shards:
         restored = jax.device_put(serving, layout.replicated)
     assert plan.serving == pytest.approx(_on_first_device((serving, restored)), rel=0.1)
     saved = checkpoint.array_shapes({"state": begun, "best": serving})

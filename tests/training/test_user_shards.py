@@ -14,6 +14,7 @@ import pytest
 import worlds
 
 from slgr_jax.config import make_run
+from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Dataset, load
 from slgr_jax.errors import ConfigError
 from slgr_jax.mesh import UserShards, make_layout
@@ -24,6 +25,7 @@ from slgr_jax.training.validation import Validation
 SMALL = {"dim": 8, "batch_size": 32, "patience": 0, "steps_per_dispatch": 3, "user_shards": 8}
 GUIDED = {"guidance": "pairwise", "teacher": "t", "lambda": 0.5}
 SEQUENCE = {"max_history": 4, "layers": 1, "hidden": 8, "table_optimizer": "adagrad"}
+CLICK = {"max_history": 4, "mlp": (8,), "table_optimizer": "adagrad", "ranking": True}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"negatives": "popularity"},
     "calibrated": {**GUIDED, "gate": "calibrated", "item_bias": True},
@@ -44,13 +46,28 @@ RUNS: dict[str, dict[str, Any]] = {
     "sasrec": {**GUIDED, "backbone": "sasrec", "gate": "calibrated", **SEQUENCE},
     "gru4rec": {"backbone": "gru4rec", "loss": "bce", **SEQUENCE},
     "bert4rec": {"backbone": "bert4rec", **SEQUENCE},
+    "features": {"features": "group,price", "item_bias": True},
+    "deepfm": {**CLICK, **GUIDED, "backbone": "deepfm", "gate": "paper", "features": "all"},
+    "din": {**CLICK, "backbone": "din", "rows": "rated", "rating_threshold": 3.0},
 }
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory):
     """43 users: shards do not have equally many."""
-    world = worlds.random_dataset(tmp_path_factory.mktemp("data") / "d", n_users=43)
+    groups = [[f"g{u % 3}"] for u in range(43)]
+    hours = np.arange(430) % 5 / 2.0
+    world = worlds.random_dataset(
+        tmp_path_factory.mktemp("data") / "d",
+        n_users=43,
+        categories=3,
+        ratings=True,
+        features=[
+            worlds.feature("group", "user", groups),
+            features_lib.numeric("price", "item", np.arange(30) / 3.0, np.ones(30, bool)),
+            features_lib.numeric("hour", "interaction", hours, np.arange(430) < 258),
+        ],
+    )
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(43), rng.integers(0, 3, 43) * 4)
     items = np.concatenate([np.sort(rng.permutation(30)[:n]) for n in np.bincount(users)])
@@ -91,6 +108,9 @@ def _trained(trainer, arrays, steps):
         ("sasrec", 2),
         ("gru4rec", 1),
         ("bert4rec", 1),
+        ("features", 2),
+        ("deepfm", 1),
+        ("din", 2),
     ],
 )
 def test_four_devices_have_the_numbers_of_one(dataset, tmp_path, name, table_shards):
@@ -194,6 +214,20 @@ REFUSED = {
 def test_what_would_be_whole_on_a_device_is_refused(named):
     with pytest.raises(ConfigError, match=rf"^--user_shards=8: {named}.*; drop one of them$"):
         make_run("data", "run", user_shards=8, **REFUSED[named])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "own"),
+    [
+        ({"backbone": "sasrec", "user_shards": 8}, True),
+        ({"backbone": "sasrec"}, False),
+        ({"backbone": "deepfm", "user_shards": 8}, False),  # rows drawn outside the test part too
+        ({"backbone": "din", "user_shards": 8, "rows": "rated", "rating_threshold": 3.0}, True),
+        ({"user_shards": 8, "features": "group"}, False),
+    ],
+)
+def test_who_reads_own_users_alone(knobs, own):
+    assert make_run("data", "run", **knobs).reads_own_users is own
 
 
 def test_sizes_that_shards_cannot_share_are_refused(dataset, tmp_path):

@@ -254,7 +254,8 @@ def with_features(backbone: AnyBackbone, sizes: Sizes) -> AnyBackbone:
     for name, side in by_table.items():
         if side is not None and name in backbone.tables:
             of_table[name] = features_lib.TABLES[name]
-            tables[of_table[name]] = dataclasses.replace(backbone.tables[name], rows=side.rows)
+            spec = dataclasses.replace(backbone.tables[name], rows=side.rows, of_users=False)
+            tables[of_table[name]] = spec
     if not of_table:
         return backbone
     composed = copy.copy(backbone)

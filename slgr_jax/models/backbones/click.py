@@ -126,7 +126,9 @@ class ClickModel:
         }
         width = dim + first_order
         self.tables: Mapping[str, TableSpec] = {
-            name: TableSpec(count, width, init_std, scalars=int(first_order))
+            name: TableSpec(
+                count, width, init_std, scalars=int(first_order), of_users=name == "user"
+            )
             for name, count in counts.items()
         }
         moments = history or by_side[INTERACTION] is not None
