@@ -58,6 +58,14 @@ def part_of_lanes() -> tuple[jax.Array | int, int]:
     return jax.lax.axis_index((DATA, TABLE)), int(jax.lax.axis_size((DATA, TABLE)))
 
 
+def sum_over_parts(x: jax.Array) -> jax.Array:
+    """The sum over all devices of the surrounding `shard_map`; `x` itself outside of any."""
+    if part_of_lanes()[1] == 1:
+        return x
+    summed: jax.Array = jax.lax.psum(x, (DATA, TABLE))
+    return summed
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The mesh and the collectives of the step, to be used inside its `shard_map`.

@@ -13,7 +13,7 @@ from slgr_jax.errors import ConfigError, listing
 SEQUENCE_BACKBONES = ("sasrec", "gru4rec", "bert4rec")
 CLICK_BACKBONES = ("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din")
 # Those that read nothing of a user but what a device has of its own users (--user_shards).
-SPLIT_BY_USER = ("mf", *SEQUENCE_BACKBONES, *CLICK_BACKBONES)
+SPLIT_BY_USER = ("mf", "lightgcn", *SEQUENCE_BACKBONES, *CLICK_BACKBONES)
 LOSSES = ("auto", "bpr", "bce", "softmax", "sampled_softmax")
 
 # Losses that make sense for a backbone; the first is what `auto` means.

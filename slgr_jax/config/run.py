@@ -101,6 +101,7 @@ class RunConfig:
         reasons = {
             f"--backbone={self.model.backbone} reads what is on every device, which "
             f"{listing(SPLIT_BY_USER)} do not": self.model.backbone not in SPLIT_BY_USER,
+            "--interactions_edges are of the graph of all users": self.adds_edges,
             f"--guidance={guidance} reads what is on every device, which "
             f"{listing(GUIDANCE_BY_USER)} do not": self.guided and guidance not in GUIDANCE_BY_USER,
             "--pair_selection=largest_gap compares the preferences of all users": (

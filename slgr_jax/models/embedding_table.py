@@ -261,8 +261,11 @@ def lookup(
 
 
 def every_row(table: Num[Array, "Rs W"], spec: TableSpec, layout: Layout) -> Float[Array, "R D"]:
-    """The float32 values of all R rows, without padding, inside the step's `shard_map`."""
+    """The float32 values of all R rows, without padding, inside the step's `shard_map`; where
+    users are split, those of the device's own."""
     values, _ = RowFormat.of(table, spec.width).unpack(table)
+    if layout.splits(of_users=spec.of_users):
+        return values
     if layout.table_shards > 1:
         values = layout.gather_over_table(values)
     return values[: spec.rows]
@@ -274,20 +277,25 @@ def update_every_row(
     optimizer: RowOptimizer,
     layout: Layout,
     generator: UInt32[Array, "2"] | None = None,
+    *,
+    of_users: bool = False,
 ) -> Num[Array, "Rs W"]:
     """Apply `optimizer` once to every row: what a dense optimiser does.
 
     Args:
       table: this device's block of the table.
-      grads: this device's share of the gradient of `every_row`.
-      generator: as for `update`.
+      grads: this device's share of the gradient of `every_row`; of users that are split, all of it.
+      generator, of_users: as for `update`.
     """
     rows, width = table.shape[0], grads.shape[1]
     row_format = RowFormat.of(table, width)
-    grads = layout.sum_over_all(grads)
-    grads = jnp.pad(grads, ((0, rows * layout.table_shards - grads.shape[0]), (0, 0)))
-    ids = jnp.arange(rows, dtype=jnp.int32)
-    if layout.table_shards > 1:
+    ids, own = jnp.arange(rows, dtype=jnp.int32), layout.splits(of_users=of_users)
+    if not own:
+        grads = layout.sum_over_all(grads)
+        grads = jnp.pad(grads, ((0, rows * layout.table_shards - grads.shape[0]), (0, 0)))
+    if own and layout.devices > 1:
+        ids = ids + layout.device_index() * rows
+    elif not own and layout.table_shards > 1:
         ids = ids + layout.table_index() * rows
         grads = jax.lax.dynamic_slice_in_dim(grads, layout.table_index() * rows, rows)
 

@@ -410,7 +410,12 @@ class RowAccess:
             if name in gradient["whole"]:
                 whole = gradient["whole"][name]
                 new_tables[name] = embedding_table.update_every_row(
-                    state[name], whole, self.optimizer, self.layout, rounding[name]
+                    state[name],
+                    whole,
+                    self.optimizer,
+                    self.layout,
+                    rounding[name],
+                    of_users=spec.of_users,
                 )
                 continue
             groups = [group for group, by_table in ids.items() if name in by_table]

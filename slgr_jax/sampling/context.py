@@ -97,6 +97,21 @@ class Graph:
 
 
 @struct.dataclass
+class OwnGraph:
+    """What the users of one device have of the `Graph`, where users are split.
+
+    Attributes:
+      offsets: [R] where the items of each of their rows begin; they end where the next one's do.
+      items: [n]; I where there is none.
+      degrees: [I] how many users of all devices touched each item.
+    """
+
+    offsets: Int[Array, "R"]
+    items: Int[Array, "n"]
+    degrees: Int[Array, "I"]
+
+
+@struct.dataclass
 class FrozenVectors:
     """Vectors that are looked up like rows and never written; None where a side has none.
 
@@ -118,7 +133,7 @@ class Context:
 
     histories: Histories | None = None
     fields: Fields | None = None
-    graph: Graph | None = None
+    graph: Graph | OwnGraph | None = None
     features: Features | None = None
     vectors: FrozenVectors | None = None
 
@@ -367,8 +382,7 @@ def _fields(dataset: Dataset, most: int) -> tuple[Fields, int]:
 
 def make_graph(pairs: Csr, n_items: int) -> Graph:
     """The graph of users and items with `pairs`, user -> items, as its edges (host arrays)."""
-    users = np.repeat(np.arange(pairs.offsets.size - 1), pairs.counts)
-    back = Csr.from_pairs(pairs.indices, users, n_items)
+    back = Csr.from_pairs(pairs.indices, pairs.owners(), n_items)
     return Graph(
         user_offsets=host32(pairs.offsets),
         items=host32(pairs.indices),

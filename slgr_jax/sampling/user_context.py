@@ -3,9 +3,10 @@
 A `Context` stays what it is. A device has its shards one behind the other, and counts their users
 and their events in that order; as it knows users by their row among its own, in a step and in a
 ranking, it looks them up as if nobody else were there. Of users are their histories, the features
-of users and those of their interactions; everything else is whole on every device.
+of users and those of their interactions, and their edges of the graph; everything else is whole on
+every device.
 
-Shape letters: V shards, U users, n events, S slots of features.
+Shape letters: V shards, U users, I items, n events, S slots of features.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from jax.sharding import PartitionSpec
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError
 from slgr_jax.mesh import Layout, UserShards
-from slgr_jax.sampling.context import Context, Histories
+from slgr_jax.sampling.context import Context, Graph, Histories, OwnGraph
 from slgr_jax.sampling.features import Features, FeatureSlots
-from slgr_jax.sampling.user_shards import ByUser, ShardRows
+from slgr_jax.sampling.user_shards import ByUser, ShardRows, over_processes
 
 
 def put(context: Context, layout: Layout) -> Context:
@@ -34,13 +35,15 @@ def put(context: Context, layout: Layout) -> Context:
     """
     if layout.users is None:
         return layout.put(context)
-    histories, features = context.histories, context.features
+    histories, features, graph = context.histories, context.features, context.graph
     by_user = events(histories, layout.users)
-    parts = layout.put(dataclasses.replace(context, histories=None, features=None))
+    parts = layout.put(dataclasses.replace(context, histories=None, features=None, graph=None))
     if histories is not None and by_user is not None:
         parts = dataclasses.replace(parts, histories=_histories(histories, by_user, layout))
     if features is not None:
         parts = dataclasses.replace(parts, features=_features(features, by_user, layout))
+    if isinstance(graph, Graph):
+        parts = dataclasses.replace(parts, graph=_graph(graph, layout))
     return parts
 
 
@@ -77,22 +80,40 @@ def on_device(
 
 def _histories(histories: Histories, by_user: ByUser, layout: Layout) -> Histories:
     assert layout.users is not None, "users are split"
-    shards, own, sharding = layout.users, layout.shards_here, layout.users_sharding
-    longest, bounds = events_of_shard(by_user), by_user.bounds()
-    if own * longest >= 2**31:
+    shards, sharding = layout.users, layout.users_sharding
+    items, room = by_user.entries(np.asarray(histories.items)), events_of_shard(by_user)
+    return Histories(
+        offsets=_begins(by_user, layout).put_flat(sharding),
+        items=dataclasses.replace(items, shape=(shards.count, room)).put_flat(sharding),
+        trained=ShardRows.of_users(np.asarray(histories.trained), shards).put_flat(sharding),
+    )
+
+
+def _begins(by_user: ByUser, layout: Layout) -> ShardRows:
+    """[V, rows] where the events of each user begin among those of the device."""
+    own, room, bounds = layout.shards_here, events_of_shard(by_user), by_user.bounds()
+    if own * room >= 2**31:
         raise InputError(
-            f"--user_shards={shards.count}: {own} shards of up to {longest} events are one "
+            f"--user_shards={bounds.shape[0]}: {own} shards of up to {room} events are one "
             f"device's, which counts fewer than {2**31}; train on more devices"
         )
+    return dataclasses.replace(
+        bounds, of_shard=lambda shard: bounds.of_shard(shard) + shard % own * room
+    )
 
-    def begins(shard: int) -> np.ndarray:
-        return bounds.of_shard(shard) + shard % own * longest
 
-    items = by_user.entries(np.asarray(histories.items))
-    return Histories(
-        offsets=dataclasses.replace(bounds, of_shard=begins).put_flat(sharding),
-        items=dataclasses.replace(items, shape=(shards.count, longest)).put_flat(sharding),
-        trained=ShardRows.of_users(np.asarray(histories.trained), shards).put_flat(sharding),
+def _graph(graph: Graph, layout: Layout) -> OwnGraph:
+    assert layout.users is not None, "users are split"
+    sharding, items = layout.users_sharding, np.asarray(graph.items)
+    by_user = ByUser(Csr(np.asarray(graph.user_offsets), items).owners(), layout.users)
+    degrees = np.diff(np.asarray(graph.item_offsets))
+    if layout.users.here is not None:  # this process has the edges of its own users alone
+        degrees = over_processes(degrees).sum(axis=0).astype(np.int32)
+    nobody = np.append(items, np.int32(degrees.size))
+    return OwnGraph(
+        offsets=_begins(by_user, layout).put_flat(sharding),
+        items=_with_unknown(nobody, by_user).put_flat(sharding),
+        degrees=layout.put(degrees),
     )
 
 
@@ -117,10 +138,10 @@ def _features(features: Features, by_user: ByUser | None, layout: Layout) -> Fea
 
 
 def _with_unknown(values: np.ndarray, by_user: ByUser) -> ShardRows:
-    """[V, n_v + 1, S] those of each shard's events, and at its end what is said of no interaction.
+    """[V, n_v + 1, ...] those of each shard's events, and at its end what is said of none.
 
     Args:
-      values: [n + ..., S] of events, in the order of histories, and others; of none last.
+      values: [n + ..., ...] of events, in the order of users, and others; of none last.
     """
     of_events, longest = by_user.entries(values), events_of_shard(by_user)
 
@@ -140,6 +161,8 @@ def specs(context: Context, layout: Layout) -> Any:
     parts: dict[str, Any] = {field.name: whole for field in dataclasses.fields(Context)}
     if context.features is not None:
         parts["features"] = Features(of_user, whole, of_user)
+    if isinstance(context.graph, OwnGraph):
+        parts["graph"] = OwnGraph(of_user, of_user, whole)
     return Context(**parts | {"histories": of_user, "vectors": layout.table_spec})
 
 

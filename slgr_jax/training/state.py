@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from slgr_jax.config import RunConfig
@@ -29,6 +29,7 @@ from slgr_jax.models.backbones.base import with_features_added
 from slgr_jax.models.embedding_table import InitialRows, TableSpec
 from slgr_jax.models.row_optimizers import RowOptimizer, make_row_optimizer
 from slgr_jax.models.scoring import ServingState
+from slgr_jax.sampling import user_context
 from slgr_jax.sampling.context import Context
 
 # Rows whose chunks are float32 at once.
@@ -185,13 +186,42 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
         values |= _of_chunks(learner, params, values, context)
         values = adapters.added(backbone, params, values, _stored(backbone, context))
         if isinstance(backbone, DotBackbone) and backbone.whole:
-            values |= backbone.propagate(params, values, context)
+            values |= _propagated(backbone, learner.layout, params, values, context)
         return ServingState(params, values, state.params["guidance"])
 
     if learner.layout.users is None:
         return jax.jit(pick)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_serving(learner))
     return jax.jit(pick, out_shardings=shardings)
+
+
+def _propagated(
+    backbone: DotBackbone,
+    layout: Layout,
+    params: Mapping[str, Any],
+    values: Mapping[str, jax.Array],
+    context: Context,
+) -> dict[str, jax.Array]:
+    """What whole tables become on the graph; of users that are split, where these are."""
+
+    def propagated(params: Any, values: Any, context: Context) -> dict[str, jax.Array]:
+        return {**values, **backbone.propagate(params, values, context)}
+
+    if layout.users is None or layout.devices == 1:
+        return propagated(params, values, context)
+    of_tables = {
+        name: layout.batch_spec if spec.of_users else PartitionSpec()
+        for name, spec in backbone.tables.items()
+    }
+    on_each = jax.shard_map(
+        propagated,
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(), of_tables, user_context.specs(context, layout)),
+        out_specs=of_tables,
+        check_vma=False,
+    )
+    out: dict[str, jax.Array] = on_each(params, dict(values), context)
+    return out
 
 
 def _stored(backbone: AnyBackbone, context: Context) -> dict[str, jax.Array]:

@@ -215,6 +215,7 @@ def test_a_killed_process_ends_the_other_and_what_is_left_goes_on(dataset, tmp_p
 
 
 # Runs of one job, one after another, as a program of one's own would: by name, their knobs.
+ADAGRAD = {"table_optimizer": "adagrad"}  # which no lane without an interaction moves
 RUNS = {
     "lightgcn": {"backbone": "lightgcn", "table_shards": 4},
     "by_user": {
@@ -231,13 +232,14 @@ RUNS = {
         "backbone": "sasrec",
         "max_history": 8,
         "layers": 1,
-        "table_optimizer": "adagrad",
         "user_shards": 8,
+        **ADAGRAD,
     },
+    "graph_by_user": {"backbone": "lightgcn", "layers": 2, "user_shards": 8, **ADAGRAD},
     "rows_by_user": {
         "backbone": "deepfm",
         "mlp": (8,),
-        "table_optimizer": "adagrad",
+        **ADAGRAD,
         "rows": "rated",
         "rating_threshold": 3.0,
         "user_shards": 8,

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import worlds
 
+from slgr_jax import config
 from slgr_jax.config import make_run
 from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Dataset, load
 from slgr_jax.errors import ConfigError
 from slgr_jax.mesh import UserShards, make_layout
-from slgr_jax.sampling.context import Context
 from slgr_jax.training import build, loop, restore, state, step
 from slgr_jax.training.validation import Validation
 
@@ -47,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "gru4rec": {"backbone": "gru4rec", "loss": "bce", **SEQUENCE},
     "bert4rec": {"backbone": "bert4rec", **SEQUENCE},
     "features": {"features": "group,price", "item_bias": True},
+    "lightgcn": {"backbone": "lightgcn", "layers": 2, "dropout": 0.2, **GUIDED},
     "deepfm": {**CLICK, **GUIDED, "backbone": "deepfm", "gate": "paper", "features": "all"},
     "din": {**CLICK, "backbone": "din", "rows": "rated", "rating_threshold": 3.0},
 }
@@ -106,11 +107,12 @@ def _trained(trainer, arrays, steps):
         ("lists", 2),
         ("softmax", 2),
         ("sasrec", 2),
-        ("gru4rec", 1),
-        ("bert4rec", 1),
+        pytest.param("gru4rec", 1, marks=pytest.mark.slow),
+        pytest.param("bert4rec", 1, marks=pytest.mark.slow),
         ("features", 2),
+        ("lightgcn", 2),
         ("deepfm", 1),
-        ("din", 2),
+        pytest.param("din", 2, marks=pytest.mark.slow),
     ],
 )
 def test_four_devices_have_the_numbers_of_one(dataset, tmp_path, name, table_shards):
@@ -147,7 +149,7 @@ def _held(tree: Any) -> set[int]:
     return set(held.values())
 
 
-@pytest.mark.parametrize("name", ["calibrated", "sasrec"])
+@pytest.mark.parametrize("name", ["calibrated", "sasrec", "lightgcn"])
 def test_what_belongs_to_users_falls_with_the_devices(dataset, tmp_path, name):
     knobs = {**RUNS[name], "unlisted_share": 0.5}
     one = None
@@ -155,11 +157,13 @@ def test_what_belongs_to_users_falls_with_the_devices(dataset, tmp_path, name):
         layout = make_layout(devices=jax.devices()[:devices])
         trainer, arrays = _made(dataset, tmp_path, layout, **knobs)
         of_users = [arrays.interactions.own, arrays.guidance.own]
+        if name == "lightgcn":
+            of_users += [arrays.context.graph.offsets, arrays.context.graph.items]
         if name == "sasrec":
             of_users.append(arrays.context.histories)
         else:
             begin = state.init_state(trainer, 0)
-            serving = state.make_serving_state(trainer)(begin, Context())
+            serving = state.make_serving_state(trainer)(begin, arrays.context)
             of_users += [begin.tables["user"], serving.values["user"]]
         sizes = [_held(part) for part in of_users]
         assert all(len(size) == 1 for size in sizes), "each device has as much"
@@ -200,7 +204,12 @@ def test_a_run_goes_on_elsewhere_and_is_served_whole(dataset, tmp_path):
 
 
 REFUSED = {
-    "--backbone=lightgcn": {"backbone": "lightgcn"},
+    "--interactions_edges": {
+        "backbone": "lightgcn",
+        "guidance": "interactions",
+        "teacher": "t",
+        "interactions_edges": True,
+    },
     "--guidance=hint": {"guidance": "hint", "teacher_vectors": "v"},
     "--negatives=in_batch": {"negatives": "in_batch"},
     "--pair_selection=largest_gap": {**GUIDED, "pair_selection": "largest_gap"},
@@ -214,6 +223,12 @@ REFUSED = {
 def test_what_would_be_whole_on_a_device_is_refused(named):
     with pytest.raises(ConfigError, match=rf"^--user_shards=8: {named}.*; drop one of them$"):
         make_run("data", "run", user_shards=8, **REFUSED[named])
+
+
+def test_a_backbone_of_ones_own_may_read_anything_and_is_refused(monkeypatch):
+    monkeypatch.setitem(config.LOSSES_OF, "theirs", ("bpr",))
+    with pytest.raises(ConfigError, match=r"^--user_shards=8: --backbone=theirs reads what is on"):
+        make_run("data", "run", user_shards=8, backbone="theirs")
 
 
 @pytest.mark.parametrize(

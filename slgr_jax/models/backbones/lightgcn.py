@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from slgr_jax.kernels import graph as kernel
+from slgr_jax.mesh import part_of_lanes, sum_over_parts
 from slgr_jax.models.backbones.base import (
     Dropout,
     Ids,
@@ -25,7 +26,7 @@ from slgr_jax.models.backbones.base import (
 )
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling import random_bits
-from slgr_jax.sampling.context import GRAPH, Context, Graph, Queries
+from slgr_jax.sampling.context import GRAPH, Context, Graph, OwnGraph, Queries
 
 TILE = 8  # T
 GATHERED = 1 << 25  # float32 of gathered rows in memory at once, where they are not fused away
@@ -59,7 +60,9 @@ class Propagation:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def propagate(propagation: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
+def propagate(
+    propagation: Propagation, tables: Pair, graph: Graph | OwnGraph, words: Pair | None
+) -> Pair:
     """E = 1 / (K + 1) sum_k A^k E^(0), A_ui = A_iu = w m_ui / sqrt(d_u d_i), k = 0 .. K.
 
     Equations 3, 4 and 8 (with alpha_k = 1 / (K + 1)) of He et al. 2020. Degrees d are those of the
@@ -69,11 +72,13 @@ def propagate(propagation: Propagation, tables: Pair, graph: Graph, words: Pair 
     Args:
       propagation: the layers, and who computes them.
       tables: E^(0) of users [U, D] and items [I, D].
-      graph: the edges.
+      graph: the edges; an `OwnGraph` where `tables` has a device's own users, inside a `shard_map`.
       words: uint32 words of users [U] and items [I] (`edge_words`), of which m is a function;
         None drops nothing.
     """
     user, item = tables
+    if isinstance(graph, OwnGraph):
+        return _of_own_users(propagation, tables, graph, words)
     if propagation.native:
         return kernel.propagate(
             user,
@@ -89,32 +94,40 @@ def propagate(propagation: Propagation, tables: Pair, graph: Graph, words: Pair 
 
 
 def _forward(
-    propagation: Propagation, tables: Pair, graph: Graph, words: Pair | None
-) -> tuple[Pair, tuple[Graph, Pair | None]]:
+    propagation: Propagation, tables: Pair, graph: Graph | OwnGraph, words: Pair | None
+) -> tuple[Pair, tuple[Graph | OwnGraph, Pair | None]]:
     return propagate(propagation, tables, graph, words), (graph, words)
 
 
 def _backward(
-    propagation: Propagation, kept: tuple[Graph, Pair | None], grads: Pair
+    propagation: Propagation, kept: tuple[Graph | OwnGraph, Pair | None], grads: Pair
 ) -> tuple[Pair, None, None]:
     # A is symmetric, and so is any polynomial in it: the map is its own adjoint.
-    return propagate(propagation, grads, *kept), None, None
+    if not isinstance(kept[0], OwnGraph):
+        return propagate(propagation, grads, *kept), None, None
+    # A device has all of its users' gradient, and a share of the items', as it hands on one.
+    _, devices = part_of_lanes()
+    user, item = propagate(propagation, (grads[0], sum_over_parts(grads[1])), *kept)
+    return (user, item / devices), None, None
 
 
 propagate.defvjp(_forward, _backward)
 
 
 def edge_words(
-    key: jax.Array, n_users: int, n_items: int
+    key: jax.Array, n_users: int, n_items: int, first_user: Int[Array, ""] | int = 0
 ) -> tuple[UInt32[Array, "U"], UInt32[Array, "I"]]:
     """Random words of users and items; the word of edge (u, i) is mixed(words_u + words_i).
 
     Both orders of the edges find the same word of an edge, without a permutation between them.
+
+    Args:
+      first_user: where the users begin among those of all devices.
     """
     keys = jax.random.split(key)
     users, items = (
-        random_bits.of_rows(table_key, jnp.arange(rows, dtype=jnp.int32), 1)[:, 0]
-        for table_key, rows in zip(keys, (n_users, n_items), strict=True)
+        random_bits.of_rows(table_key, first + jnp.arange(rows, dtype=jnp.int32), 1)[:, 0]
+        for table_key, rows, first in zip(keys, (n_users, n_items), (first_user, 0), strict=True)
     )
     return users, items
 
@@ -187,6 +200,49 @@ def _summed(tiles: _Tiles, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
     return jax.lax.scan(add, jnp.zeros_like(x), tiles)[0]
 
 
+def _delivered(tiles: _Tiles, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    """sum of x_r over the edges (r, c) of each column c."""
+    padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
+
+    def add(total: jax.Array, part: _Tiles) -> tuple[jax.Array, None]:
+        sent = padded.at[part.row].get(mode="promise_in_bounds")
+        for k in range(TILE):
+            total = total.at[part.columns[:, k]].add(sent, mode="drop")
+        return total, None
+
+    return jax.lax.scan(add, jnp.zeros_like(x), tiles)[0]
+
+
+def _of_own_users(
+    propagation: Propagation, tables: Pair, graph: OwnGraph, words: Pair | None
+) -> Pair:
+    """`propagate` of a device's own users: a layer of items is the sum of what all devices' users
+    send to them, which is all that travels, [I, D] a layer."""
+    n_users, width = tables[0].shape
+    n_items, count = graph.degrees.size, graph.items.size
+
+    # Rows of items follow those of users, and have no edges of their own.
+    offsets = jnp.pad(graph.offsets, (0, n_items + 1), constant_values=count)
+    both = None if words is None else jnp.concatenate(words)
+    tiles = _tiles(propagation, offsets, graph.items + n_users, both, width)
+
+    degree = jnp.concatenate([jnp.diff(offsets[: n_users + 1]), graph.degrees])
+    degree = degree.astype(jnp.float32)[:, None]
+    scale = jnp.where(degree > 0, jax.lax.rsqrt(jnp.maximum(degree, 1.0)), 0.0)
+
+    def layer(k: Int[Array, ""], state: Pair) -> Pair:
+        scaled, total = state
+        of_items = sum_over_parts(_delivered(tiles, scaled)[n_users:])
+        sums = jnp.concatenate([_summed(tiles, scaled)[:n_users], of_items])
+        value = propagation.weight * scale * sums
+        return scale * value, total + value
+
+    table = jnp.concatenate(tables)
+    total = jax.lax.fori_loop(0, propagation.layers, layer, (scale * table, table))[1]
+    mean = total / (propagation.layers + 1)
+    return mean[:n_users], mean[n_users:]
+
+
 def _by_xla(propagation: Propagation, tables: Pair, graph: Graph, words: Pair | None) -> Pair:
     """`propagate` on one table of users and then items, in the steps of graph.cc."""
     n_users, width = tables[0].shape
@@ -234,7 +290,7 @@ class LightGCN(ItemTableBackbone):
         native: bool,
     ) -> None:
         self.tables: Mapping[str, TableSpec] = {
-            "user": TableSpec(n_users, dim, init_std),
+            "user": TableSpec(n_users, dim, init_std, of_users=True),
             "item": TableSpec(n_items, dim, init_std),
         }
         self.dropout = dropout
@@ -256,7 +312,8 @@ class LightGCN(ItemTableBackbone):
         rate, words = 0.0, None
         if dropout is not None and dropout[0] > 0:
             rate, key = dropout
-            words = edge_words(key, user.shape[0], item.shape[0])
+            device, _ = part_of_lanes() if isinstance(context.graph, OwnGraph) else (0, 1)
+            words = edge_words(key, user.shape[0], item.shape[0], device * user.shape[0])
         propagation = Propagation(self._layers, self._native, rate)
         user, item = propagate(propagation, (user, item), context.graph, words)
         return {"user": user, "item": item}

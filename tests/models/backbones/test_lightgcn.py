@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,9 +12,10 @@ import pytest
 import worlds
 
 from slgr_jax.data.dataset import Csr
+from slgr_jax.mesh import UserShards, make_layout, sum_over_parts
 from slgr_jax.models.backbones import lightgcn
 from slgr_jax.models.backbones.lightgcn import LightGCN, Propagation
-from slgr_jax.sampling import random_bits
+from slgr_jax.sampling import random_bits, user_context
 from slgr_jax.sampling.context import Context, Graph, Queries
 
 USERS, ITEMS, D, K = 11, 17, 5, 3
@@ -133,6 +135,59 @@ def test_the_last_part_is_summed_where_every_tile_is_used(monkeypatch):
     monkeypatch.setattr(lightgcn, "GATHERED", 4 * lightgcn.TILE * D)
     for got in lightgcn.propagate(Propagation(1, False), tables, graph, None):
         np.testing.assert_allclose(got, (tables[0] + tables[1]) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("devices", "rate"), [(1, 0.0), (4, 0.0), (4, 0.25)])
+def test_devices_with_their_own_users_propagate_as_one(devices, rate):
+    """Of all users' dense matrix, forward and back, with as many edges dropped in both orders.
+
+    A device's loss is <users' rows that it has, w> + its share of <items' rows, w>.
+    """
+    touched, values = _touched(), _values()
+    layout = make_layout(devices=jax.devices()[:devices])
+    users = UserShards.deal(touched.sum(axis=1), 4)
+    layout = dataclasses.replace(layout, users=users)
+    context = Context(graph=jax.device_get(_graph(touched)))
+    placed = user_context.put(context, layout)
+    rows = np.random.default_rng(2).normal(size=(users.table_rows, D)).astype(np.float32)
+    rows[users.row] = values["user"]  # the other rows are nobody's
+    weights = {name: jax.random.normal(jax.random.key(3), x.shape) for name, x in values.items()}
+    of_rows = np.zeros_like(rows)
+    of_rows[users.row] = weights["user"]
+    model, dropout = _model(False)[0], (rate, jax.random.key(7)) if rate else None
+
+    def local(user, item, of_user, graph):
+        def loss(values):
+            out = model.propagate({}, values, Context(graph=graph), dropout=dropout)
+            of_items = jnp.sum(out["item"] * weights["item"]) / devices
+            return jnp.sum(out["user"] * of_user) + of_items, out
+
+        back, out = jax.grad(loss, has_aux=True)({"user": user, "item": item})
+        return out, {**back, "item": sum_over_parts(back["item"])}
+
+    lanes, whole = layout.batch_spec, jax.sharding.PartitionSpec()
+    of_tables, of_graph = {"user": lanes, "item": whole}, user_context.specs(placed, layout).graph
+    specs = (lanes, whole, lanes, of_graph)
+    run = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=specs,
+        out_specs=(of_tables, of_tables),
+        check_vma=False,
+    )
+    run = local if devices == 1 else run
+    out, back = jax.device_get(jax.jit(run)(rows, values["item"], of_rows, placed.graph))
+    kept = None
+    if rate:
+        words = lightgcn.edge_words(dropout[1], users.table_rows, ITEMS)
+        mixed = random_bits.mixed(words[0][users.row][:, None] + words[1][None, :])
+        kept = np.asarray(mixed) >= 2**30
+        assert 0 < (touched & kept).sum() < touched.sum()
+    smoothing = _smoothing(_adjacency(touched, kept, rate), K)
+    for got, given in ((out, values), (back, weights)):
+        of_users = {**got, "user": got["user"][users.row]}
+        wanted = smoothing @ _stacked(given)
+        np.testing.assert_allclose(_stacked(of_users), wanted, rtol=1e-5, atol=1e-6)
 
 
 def _identity():
