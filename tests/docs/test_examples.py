@@ -16,6 +16,7 @@ import pytest
 import worlds
 
 import slgr_jax as sl
+from slgr_jax import config
 from slgr_jax.guidance import gates
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
@@ -90,8 +91,16 @@ def test_own_data_trains_with_and_without_the_llm(files):
     assert evaluation.runs[1].config.gate.gate == "calibrated"
 
 
+@pytest.fixture
+def _registered_gates_are_forgotten():
+    """A test of every knob's values takes the last gate there is."""
+    before = list(config.GATES)
+    yield
+    config.GATES[:] = before
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(gates, "register"), reason="gates have no registry yet")
+@pytest.mark.usefixtures("_registered_gates_are_forgotten")
 def test_own_gate_weighs_by_history(files):
     sl.prepare(source="csv", input=files / "ratings.csv", out=files / "data")
     sl.import_teacher(files / "data", files / "answers.csv", "llm")
