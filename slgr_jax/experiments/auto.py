@@ -387,16 +387,13 @@ def _test(plan: AutoPlan, candidates: Sequence[Candidate]) -> list[Tested]:
 def _user_values(run: config.RunConfig) -> np.ndarray:
     """[n] the metric that the run was stopped by, of each user of validation, by user."""
     from slgr_jax.evaluation import click_metrics
-    from slgr_jax.models.scoring import score_rows
     from slgr_jax.sampling import labelled_rows
     from slgr_jax.serving import load
 
     trained, metric = load(run.workdir), run.train.early_stop_metric
     if metric.startswith("rows_"):  # a user's AUC is what rows_gauc is the mean of
-        restored = trained.restored
-        rows = labelled_rows.make_rows(restored.dataset, "valid", run.evaluation, run.loss)
-        scores = np.asarray(score_rows(restored.backbone)(restored.scoring("valid"), rows))
-        return click_metrics.per_user(rows, scores).values["auc"]
+        rows = labelled_rows.make_rows(trained.dataset, "valid", run.evaluation, run.loss)
+        return click_metrics.per_user(rows, trained.row_scores(rows, "valid")).values["auc"]
     ranking, _ = trained.evaluate("valid")
     assert ranking is not None
     return ranking.users["all"].values[metric]

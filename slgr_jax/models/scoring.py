@@ -25,6 +25,7 @@ from slgr_jax.models.backbones.adapters import row_specs
 from slgr_jax.models.backbones.base import item_tables
 from slgr_jax.models.row_access import Candidates, Dropout, candidate_ids, candidate_scores
 from slgr_jax.sampling.context import Context, Queries
+from slgr_jax.sampling.features import FeatureSlots
 from slgr_jax.sampling.labelled_rows import LabelledRows
 
 # Items that a JointBackbone scores for one query at once: a tile's fields stay in a CPU's cache.
@@ -127,10 +128,15 @@ class ScoreRows(Protocol):
     ) -> np.ndarray: ...
 
 
-def score_own_rows(backbone: AnyBackbone, layout: Layout) -> ScoreRows:
+def score_own_rows(
+    backbone: AnyBackbone, layout: Layout, circumstances: FeatureSlots | None = None
+) -> ScoreRows:
     """`score_rows` where users are split: a device scores the rows of its own.
 
-    Their `interactions` are counted as on the device that has their user (`user_context`).
+    Args:
+      circumstances: the features of all interactions, on the host, ordered as
+        `context.interaction_rows` says; each row is sent those of its own. None: the rows'
+        `interactions` are counted as on the device that has their user (`user_context`).
     """
     users = layout.users
     assert users is not None, "users are split"
@@ -163,20 +169,33 @@ def score_own_rows(backbone: AnyBackbone, layout: Layout) -> ScoreRows:
         between_chunks: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         device, user = np.divmod(users.row[rows.users], own_rows)
-        specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(scoring)) if size > 1 else ()
         columns = user, rows.as_of, rows.items, rows.interactions
         scores = np.empty(len(rows), np.float32)
         for places in by_device(device, size, share):
             between_chunks()
             row = np.maximum(places, 0)
             piece = [None if x is None else x[row] for x in columns]
+            if circumstances is not None and piece[-1] is not None:
+                sent = circumstances.of(piece[-1])
+                scoring = _in_circumstances(scoring, put(sent, layout.users_sharding))
+                piece[-1] = np.tile(np.arange(share, dtype=np.int32), size)
             asking, as_of, items, asked = put(piece, layout.users_sharding)
             queries = Queries(asking, None if scoring.as_of is None else as_of, asked)
+            leaves = jax.tree.leaves(scoring) if size > 1 else []
+            specs = tuple(leaf.sharding.spec for leaf in leaves)
             of_chunk = jax.device_get(chunk(scoring, queries, items, specs=specs))
             scores[places[places >= 0]] = of_chunk[places >= 0]
         return scores
 
     return score
+
+
+def _in_circumstances(scoring: Scoring, slots: FeatureSlots) -> Scoring:
+    """A scoring in other features of interactions than those of the data."""
+    assert scoring.context.features is not None, "the backbone reads features of interactions"
+    features = dataclasses.replace(scoring.context.features, interaction=slots)
+    context = dataclasses.replace(scoring.context, features=features)
+    return dataclasses.replace(scoring, context=context)
 
 
 def by_device(device: np.ndarray, devices: int, share: int) -> Int[np.ndarray, "chunks lanes"]:

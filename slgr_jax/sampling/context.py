@@ -343,6 +343,28 @@ def _events_by_user(dataset: Dataset) -> np.ndarray:
     return np.argsort(users, kind="stable")  # each part is sorted by user and time
 
 
+def of_users(context: Context, users: Int[np.ndarray, "n"]) -> Context:
+    """A context (host arrays) of some users, in their order, with room for a power of two of
+    events and one more, of which nothing is known; without a graph."""
+    histories, features, places = context.histories, context.features, None
+    if histories is not None:
+        begins = np.asarray(histories.offsets)[:-1][users]
+        counts = np.diff(np.asarray(histories.offsets))[users]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        room = 1 << int(offsets[-1]).bit_length()
+        places = np.full(room + 1, np.iinfo(np.int32).max)
+        places[: offsets[-1]] = np.repeat(begins - offsets[:-1], counts) + np.arange(offsets[-1])
+        events = np.asarray(histories.items)[np.minimum(places, histories.items.shape[0] - 1)]
+        trained = np.asarray(histories.trained)[users]
+        histories = Histories(host32(offsets), host32(events), host32(trained))
+    if features is not None:
+        user, interaction = features.user, features.interaction
+        if interaction is not None and places is not None:
+            interaction = interaction.of(places)
+        features = Features(None if user is None else user.of(users), features.item, interaction)
+    return Context(histories, context.fields, features=features)
+
+
 def interaction_rows(dataset: Dataset, part: str) -> np.ndarray:
     """[n] int32 where the features of a part's interactions are among `Features.interaction`.
 

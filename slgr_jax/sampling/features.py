@@ -52,6 +52,11 @@ class FeatureSlots:
     weights: Float[Array, "R S"]
     widths: tuple[int, ...] = struct.field(pytree_node=False)
 
+    def of(self, chosen: np.ndarray) -> FeatureSlots:
+        """[n, S] those of some (host arrays); a number past the last one is the last one's."""
+        places = np.minimum(chosen, self.rows.shape[0] - 1)
+        return FeatureSlots(self.rows[places], self.weights[places], self.widths)
+
 
 @struct.dataclass
 class Features:

@@ -47,6 +47,21 @@ def put(context: Context, layout: Layout) -> Context:
     return parts
 
 
+def is_of_users(context: Context) -> bool:
+    """Whether anything in a context is looked up by a user's number."""
+    features = context.features
+    of_users = features is not None and (features.user or features.interaction) is not None
+    return context.histories is not None or context.graph is not None or of_users
+
+
+def numbers(of_users: np.ndarray | None, layout: Layout) -> jax.Array | None:
+    """A number of each user, [U], on the devices with their rows; None of none."""
+    assert layout.users is not None, "users are split"
+    if of_users is None:
+        return None
+    return ShardRows.of_users(np.asarray(of_users), layout.users).put_flat(layout.users_sharding)
+
+
 def events(histories: Histories | None, shards: UserShards) -> ByUser | None:
     """The events of histories (host arrays) by user; None without any."""
     if histories is None:

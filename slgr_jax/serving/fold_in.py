@@ -171,7 +171,7 @@ class Folder:
         run = self._run
         names, events, skipped = events_of(run, histories, unknown)
         dataset = _dataset(run.dataset, names, events)
-        context = dataclasses.replace(run.restored.context, graph=None)
+        context = run.restored.context
         if HISTORY in self._backbone.reads:
             context = context.replace(histories=jax.device_put(_histories(events, len(names))))  # type: ignore[attr-defined]
         serving = run.restored.serving
@@ -192,7 +192,6 @@ class Folder:
         """What table `user` holds of the new users."""
         rows = np.zeros((n_users, self._backbone.tables["user"].width), np.float32)
         scoring = dataclasses.replace(self._run.restored.scoring("test"), as_of=None)
-        scoring = scoring.replace(context=dataclasses.replace(scoring.context, graph=None))  # type: ignore[attr-defined]
         for users, chunk in self._chunks(events, n_users):
             fitted = self._fit(scoring, chunk, self._start, self._scale)
             rows[users] = np.asarray(fitted)[: users.size]

@@ -53,14 +53,13 @@ class RunVectors:
 
     def of_users(self, users: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n E"]:
         """Of users by index, on the host."""
-        rows = self._restored.rows_of(users)
         width = jax.eval_shape(self._of_rows, self._scoring, np.zeros(1, np.int32)).shape[1]
-        vectors = np.empty((rows.size, width), np.float32)
-        with progress.bar(rows.size, "user", label="vectors") as bar:
-            for begin in range(0, rows.size, _CHUNK):
-                some = rows[begin : begin + _CHUNK]
+        vectors = np.empty((users.size, width), np.float32)
+        with progress.bar(users.size, "user", label="vectors") as bar:
+            for begin in range(0, users.size, _CHUNK):
+                some = users[begin : begin + _CHUNK]
                 padded = np.pad(some, (0, _CHUNK - some.size), mode="edge")
-                of_chunk = np.asarray(self._of_rows(self._scoring, padded))
+                of_chunk = np.asarray(self._of_rows(*self._restored.asking(padded, "test")))
                 vectors[begin : begin + _CHUNK] = of_chunk[: some.size]
                 bar.update(some.size)
         return vectors

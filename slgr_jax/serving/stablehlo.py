@@ -124,10 +124,9 @@ def _without_source_lines() -> Iterator[None]:
 
 
 def _served(run: TrainedRun) -> Scoring:
-    """What the programs read: no graph, which the tables have been propagated on, no gate, and no
-    histories where these are an argument."""
+    """What the programs read: no gate, and no histories where these are an argument."""
     scoring = run.whole.restored.scoring("test")
-    context, as_of = dataclasses.replace(scoring.context, graph=None), scoring.as_of
+    context, as_of = scoring.context, scoring.as_of
     if isinstance(run.restored.backbone, SequenceBackbone):
         context, as_of = dataclasses.replace(context, histories=None), None
     return Scoring(dataclasses.replace(scoring.serving, guidance={}), context, as_of)

@@ -40,8 +40,10 @@ from slgr_jax.guidance.gating import Gating, gate_inputs
 from slgr_jax.guidance.teacher_knowledge import PairKnowledge
 from slgr_jax.models.row_access import Candidates
 from slgr_jax.models.scoring import (
+    ScoreRows,
     Scoring,
     pair_scores,
+    score_own_rows,
     score_rows,
 )
 from slgr_jax.sampling import arrays, labelled_rows
@@ -101,11 +103,10 @@ class TrainedRun:
         if len(users) != len(items):
             raise InputError(f"{len(users)} users and {len(items)} items; give pairs")
         user_index, item_index = self.user_index(users), self.item_index(items)
-        scoring, rows = self.restored.scoring("test"), self.restored.rows_of(user_index)
-        chunks = [
-            np.asarray(self._pair_scores(scoring, row_chunk, item_chunk[:, None]))[:, 0]
-            for row_chunk, item_chunk in _chunks(rows, item_index)
-        ]
+        chunks = []
+        for user_chunk, item_chunk in _chunks(user_index, item_index):
+            scoring, rows = self.restored.asking(user_chunk, "test")
+            chunks.append(np.asarray(self._pair_scores(scoring, rows, item_chunk[:, None]))[:, 0])
         return np.concatenate([np.zeros(0, np.float32), *chunks])[: len(users)]
 
     @functools.cached_property
@@ -181,14 +182,7 @@ class TrainedRun:
         chosen = choose_features(self.config.model, self.dataset)
         features = of_values(chosen.of(INTERACTION), values, self.workdir)
         slots, _ = make_slots(features, chosen.most_values)
-        context = self.restored.context
-        if slots is None:
-            return self
-        assert context.features is not None
-        placed = jax.device_put(slots, jax.tree.leaves(self.restored.serving)[0].sharding)
-        features_here = dataclasses.replace(context.features, interaction=placed)
-        asked = dataclasses.replace(context, features=features_here)
-        return TrainedRun(self.workdir, dataclasses.replace(self.restored, context=asked))
+        return self if slots is None else TrainedRun(self.workdir, self.restored.asked_in(slots))
 
     @functools.cached_property
     def seen(self) -> Csr:
@@ -319,15 +313,15 @@ class TrainedRun:
         if self.guidance is None:
             raise ConfigError(f"{self.workdir} was trained with --guidance=none: it has no gate")
         gating = self.guidance.gating
-        scoring = self.restored.scoring(part)
+        scoring, rows = self.restored.asking(users, part)
         references = tuple(run.scoring(part) for run in self.reference_runs)
         if not gating.reference_backbones:
             references = ()
         slices = self.dataset.slices(self.config.slices)
         facts = arrays.make_facts(self.dataset, slices.cold_users, slices.tail_items)
-        queries = scoring.queries(jnp.asarray(self.restored.rows_of(users)))
+        queries = scoring.queries(jnp.asarray(rows))
         if as_of is not None and scoring.as_of is not None:
-            queries = Queries(jnp.asarray(users), jnp.asarray(as_of))
+            queries = Queries(queries.users, jnp.asarray(as_of))
         alpha = self._alpha(
             gating,
             scoring,
@@ -416,12 +410,24 @@ class TrainedRun:
         if evaluation.rows != "none" and len(run.dataset.part(part)):
             rows = labelled_rows.make_rows(run.dataset, part, evaluation, self.config.loss)
             slices = run.dataset.slices(self.config.slices)
-            by_slice = click_metrics.summarize_rows(rows, self._score_rows(scoring, rows), slices)
+            by_slice = click_metrics.summarize_rows(rows, self.row_scores(rows, part), slices)
         return ranking, by_slice
 
+    def row_scores(self, rows: labelled_rows.LabelledRows, part: str) -> Float[np.ndarray, "n"]:
+        """[n] logits of labelled rows of a part, each as of its own moment."""
+        run = self.restored
+        if run.looked_up is None:
+            rows = dataclasses.replace(rows, users=run.rows_of(rows.users))
+        return self._score_rows(run.scoring(part), rows)
+
     @functools.cached_property
-    def _score_rows(self) -> Callable[[Scoring, labelled_rows.LabelledRows], np.ndarray]:
-        return score_rows(self.restored.backbone)
+    def _score_rows(self) -> ScoreRows:
+        run = self.restored
+        if run.looked_up is None:
+            return score_rows(run.backbone)
+        features = run.looked_up.features
+        circumstances = None if features is None else features.interaction
+        return score_own_rows(run.backbone, run.learner.layout, circumstances)
 
     # ---------------------------------------------------------------------------------- ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,10 +22,13 @@ from slgr_jax.guidance import make_guidance, with_edges
 from slgr_jax.guidance.base import ReferenceRun
 from slgr_jax.mesh import Layout, UserShards, make_layout, put
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, make_backbone, reads_of
+from slgr_jax.models.backbones.adapters import row_specs
+from slgr_jax.models.backbones.base import feature_tables
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
 from slgr_jax.sampling import context as context_lib
 from slgr_jax.sampling import user_context, user_shards
 from slgr_jax.sampling.context import HISTORY, Context, FrozenVectors
+from slgr_jax.sampling.features import FeatureSlots
 from slgr_jax.training import checkpoint, run_directory, vector_products
 from slgr_jax.training.state import (
     Learner,
@@ -44,12 +48,15 @@ class RestoredRun:
       learner: its config, backbone and guidance, and the devices it is on.
       dataset: what it was trained on.
       serving, context: what `scoring` puts together.
+      looked_up: the host arrays of `context`, where it lies with its users on the devices; None:
+        it is whole on each.
     """
 
     learner: Learner
     dataset: Dataset
     serving: ServingState
     context: Context
+    looked_up: Context | None = None
 
     @property
     def config(self) -> config.RunConfig:
@@ -81,6 +88,56 @@ class RestoredRun:
         """[n] where users are in their table, which is what `score_users` asks about."""
         return users if self.split is None else self.split.row[users]
 
+    def asking(self, users: np.ndarray, part: str) -> tuple[Scoring, np.ndarray]:
+        """What scores some users as of the moment before `part`, and the rows that it has them in.
+
+        Histories and features that lie with their users are looked up on one device; what is known
+        of these users is put on all of them instead, with room for a power of two.
+
+        Args:
+          users: [n], in any order.
+
+        Returns:
+          (scoring, [n] rows).
+        """
+        if self.looked_up is None:
+            return self.scoring(part), self.rows_of(users)
+        distinct, place = np.unique(users, return_inverse=True)
+        room = 1 << max(distinct.size - 1, 0).bit_length()
+        padded = np.pad(distinct, (0, room - distinct.size), mode="edge")
+        of_users = context_lib.of_users(self.looked_up, padded)
+        context, rows = self.learner.layout.put((of_users, self.rows_of(padded)))
+        values = {
+            name: self._fetched(self.serving.values[name], rows)
+            if spec.of_users
+            else self.serving.values[name]
+            for name, spec in row_specs(self.backbone).items()
+        }
+        serving = dataclasses.replace(self.serving, values=values)
+        return Scoring(serving, context, moments(context, part)), place.astype(np.int32)
+
+    def asked_in(self, circumstances: FeatureSlots) -> RestoredRun:
+        """This run, every query in the same circumstances.
+
+        Args:
+          circumstances: [1, S] features of interactions (host arrays).
+        """
+
+        def replaced(context: Context, slots: FeatureSlots) -> Context:
+            assert context.features is not None, "the run reads features of interactions"
+            features = dataclasses.replace(context.features, interaction=slots)
+            return dataclasses.replace(context, features=features)
+
+        context = replaced(self.context, self.learner.layout.put(circumstances))
+        looked_up = self.looked_up and replaced(self.looked_up, circumstances)
+        return dataclasses.replace(self, context=context, looked_up=looked_up)
+
+    @functools.cached_property
+    def _fetched(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """(table, rows [n]) -> [n, D], whole on every device."""
+        replicated = self.learner.layout.replicated
+        return jax.jit(lambda table, rows: table[rows], out_shardings=replicated)
+
     def whole(self) -> RestoredRun:
         """This run with whole tables on all devices, the rows of users in the order of their
         numbers; itself where they are so."""
@@ -89,7 +146,8 @@ class RestoredRun:
         layout = make_layout()
         serving = put(by_user(self.learner, self.serving), layout.replicated)
         learner = dataclasses.replace(self.learner, layout=layout)
-        return dataclasses.replace(self, learner=learner, serving=serving)
+        context = self.context if self.looked_up is None else self.looked_up
+        return RestoredRun(learner, self.dataset, serving, layout.put(context))
 
     @property
     def score_users(self) -> Callable[[Any, jax.Array], jax.Array]:
@@ -98,7 +156,10 @@ class RestoredRun:
 
     def scoring(self, part: str) -> Scoring:
         """The argument of `score_users` as of the moment before `part` (valid or test)."""
-        return Scoring(self.serving, self.context, moments(self.context, part))
+        if self.looked_up is None:
+            return Scoring(self.serving, self.context, moments(self.context, part))
+        as_of = moments(self.looked_up, part)
+        return Scoring(self.serving, self.context, user_context.numbers(as_of, self.learner.layout))
 
 
 def backbone_and_context(
@@ -232,47 +293,34 @@ def restore_run(
             f"{workdir} was trained with --features={run.model.features}, and those of "
             f"{dataset.path} are others now; point --data back or train again"
         )
-    restored = _restored(workdir, run, dataset, which, split=split)
-    return restored if split and _may_stay_split(restored) else restored.whole()
+    return _restored(workdir, run, dataset, which, split=split)
 
 
 def _load_served(run: config.RunConfig) -> Dataset:
     """A run's dataset with the test part; of several processes each reads its own users' training
-    interactions, if these stay split.
+    interactions, if that is all that it needs: the rows' slices count everybody's events.
 
     Raises:
       ConfigError: the devices of several processes cannot have as many shards of users each.
     """
-    if not run.train.user_shards or cluster.processes() == 1 or not _looks_nothing_up(run):
+    own = run.reads_own_users and run.evaluation.rows == "none"
+    if not own or cluster.processes() == 1:
         return load_data(run)
     dataset = load_own_users(run, make_layout())
     return own_users.with_test(dataset, verify=run.train.verify_checksums)
 
 
-def _looks_nothing_up(run: config.RunConfig) -> bool:
-    """Whether a run scores without what is looked up by a user's number, or an item's."""
-    return not reads_of(run.model) and run.model.features == "none"
-
-
-def _may_stay_split(restored: RestoredRun) -> bool:
-    """Whether every device has some of the users, and nothing is looked up by a user's number."""
-    if restored.split is None:
-        return True
-    every = restored.learner.layout.devices == make_layout().devices
-    return every and _looks_nothing_up(restored.config)
-
-
 def _restored(
     workdir: str, run: config.RunConfig, dataset: Dataset, which: str, *, split: bool = False
 ) -> RestoredRun:
-    """A state of the run in `workdir`, which was trained on `dataset`, as its users are split; with
-    `split` its tables too."""
+    """A state of the run in `workdir`, which was trained on `dataset`: whole, or with `split` as
+    the run is served."""
     backbone, looked_up = backbone_and_context(run, dataset, native=False)
-    layout = _layout_to_serve(run, backbone) if split else make_layout()
+    served = _served(backbone, looked_up)
+    layout = _layout_to_serve(run, backbone, served) if split else make_layout()
     trained = Learner(run, backbone, make_guidance(run), _trained_on(run, dataset, layout))
     if which != "best":
         looked_up = _with_edges(workdir, run, dataset, backbone, looked_up)
-    placed = layout.put(looked_up)
     saved = checkpoint.Checkpoints(workdir, writable=False, verify=run.train.verify_checksums)
     try:
         if which == "best":
@@ -289,14 +337,34 @@ def _restored(
                 serving = split_tables(trained, serving)
     finally:
         saved.close()
-    return RestoredRun(trained, dataset, serving, placed)
+    if trained.layout.users is None:
+        return RestoredRun(trained, dataset, serving, layout.put(served))
+    if not split or trained.layout.devices < layout.devices:
+        return RestoredRun(trained, dataset, serving, served, served).whole()
+    dealt = user_context.put(served, trained.layout)
+    by_number = served if user_context.is_of_users(served) else None
+    return RestoredRun(trained, dataset, serving, dealt, by_number)
 
 
-def _layout_to_serve(run: config.RunConfig, backbone: AnyBackbone) -> Layout:
+def _served(backbone: AnyBackbone, looked_up: Context) -> Context:
+    """What scoring looks up: not the graph that tables have been propagated on, nor the features
+    whose rows have been added to others."""
+    propagated = isinstance(backbone, DotBackbone) and backbone.whole
+    return dataclasses.replace(
+        looked_up,
+        graph=None if propagated else looked_up.graph,
+        features=None if feature_tables(backbone) else looked_up.features,
+    )
+
+
+def _layout_to_serve(run: config.RunConfig, backbone: AnyBackbone, served: Context) -> Layout:
     """All devices, with the table shards that the run had where it can be ranked over blocks."""
     layout, shards = make_layout(), run.train.table_shards
     # Vectors of items can be asked for block by block, a network that sees both sides cannot.
     ranks_blocks = isinstance(backbone, DotBackbone) and layout.devices % shards == 0
+    if run.train.user_shards and user_context.is_of_users(served):
+        # A device reads its users' histories, and the rows that these name, by itself.
+        ranks_blocks = False
     if run.train.user_shards and cluster.processes() > 1:
         # Devices that rank the same users need what these have, which one process alone has read.
         ranks_blocks &= jax.local_device_count() % shards == 0
@@ -366,7 +434,7 @@ def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[Rest
                     f"{dataset.path} has {what} {here[:8]}; name runs that were trained on this "
                     "dataset"
                 )
-        reference = _restored(workdir, trained, dataset, "best").whole()
+        reference = _restored(workdir, trained, dataset, "best")
         model = trained.model
         features = context_lib.choose_features(model, dataset).digest
         kind = (
@@ -375,7 +443,7 @@ def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[Rest
             features,
             model.most_feature_values,
         )
-        looked_up = shared.setdefault(kind, dataclasses.replace(reference.context, graph=None))
+        looked_up = shared.setdefault(kind, reference.context)
         restored.append(dataclasses.replace(reference, context=looked_up))
     return restored
 

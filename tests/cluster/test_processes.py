@@ -322,7 +322,9 @@ from slgr_jax.training import restore
 read = restore.restore_run
 def restore_run(*args, **more):
     run = read(*args, **more)
-    parts = run.serving.values["user"].addressable_shards
+    histories = run.context.histories
+    of_users = run.serving.values["user"] if histories is None else histories.trained
+    parts = of_users.addressable_shards
     print("holds", len(run.dataset.train), sum(x.data.shape[0] for x in parts), flush=True)
     return run
 restore.restore_run = restore_run
@@ -350,9 +352,14 @@ def same_evaluation(workdir: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 def test_two_processes_evaluate_what_one_does(dataset, tmp_path):
-    """Of a run whose users are split each its own, with its part of the tables alone; of another
-    one all. The first of them writes."""
-    runs = {"split": {"user_shards": 8, "table_shards": 2}, "whole": {}}
+    """Of a run whose users are split each its own, with its part of the tables or of the histories
+    alone; of another one all. The first of them writes."""
+    sequence = {"backbone": "sasrec", "layers": 1, "max_history": 4, "hidden": 8}
+    runs: dict[str, dict[str, object]] = {
+        "split": {"user_shards": 8, "table_shards": 2},
+        "whole": {},
+        "sequence": {"user_shards": 8, **sequence},
+    }
     for name, knobs in runs.items():
         with worlds.runs_on(2):
             run = make_run(str(dataset.path), str(tmp_path / name), **SMALL, epochs=1, **knobs)
@@ -372,10 +379,11 @@ def test_two_processes_evaluate_what_one_does(dataset, tmp_path):
 
     said = [[x.split() for x in end.out.splitlines()] for end in (first, second)]
     lines = [[words for words in of_one if words[:1] == ["holds"]] for of_one in said]
-    (split, whole), (other_split, other_whole) = lines
-    assert int(split[1]) + int(other_split[1]) == len(dataset.train)
     rows = UserShards.deal(dataset.history, 8).table_rows
-    assert split[2] == other_split[2] == str(rows // 2)
+    (*split, whole, sequence), (*other_split, other_whole, other_sequence) = lines
+    for own, other in zip([*split, sequence], [*other_split, other_sequence], strict=True):
+        assert int(own[1]) + int(other[1]) == len(dataset.train)
+        assert own[2] == other[2] == str(rows // 2)
     assert whole[1] == other_whole[1] == str(len(dataset.train))
 
 
