@@ -97,7 +97,7 @@ class ChunkScorer:
 
         Where they are split, a device's part of each chunk is its own users; -1 fills it up.
         """
-        split, size = self.at.split, self.at.user_parts
+        split, size = self.at.split, self.at.devices
         if split is None or size == 1:
             return np.arange(users.size, dtype=np.int32)
         device = split.row[users] // (split.table_rows // size)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation.placement import Block, Placement
 from slgr_jax.kernels import ranks
+from slgr_jax.mesh import Layout
 from slgr_jax.sampling.user_shards import flat, flat_bounds
 
 ScoreUsers = Callable[[Any, jax.Array], jax.Array]  # (state, users [B] int32) -> [B, I] float32
@@ -34,6 +35,11 @@ class ByVectors(Protocol):
 
     def queries(self, state: Any, users: jax.Array) -> jax.Array:
         """[B, E] vectors of users."""
+        ...
+
+    def own_queries(self, state: Any, users: jax.Array, layout: Layout) -> jax.Array:
+        """[B, E] vectors of a device's own users, by their rows there, inside a `shard_map` over
+        the layout with the device's part of what is split."""
         ...
 
     def items(self, state: Any) -> jax.Array:
@@ -296,8 +302,11 @@ def score_chunk(
         return scored(state, users)
     if at.split_items:
         by_vectors: ByVectors = score_users  # type: ignore[assignment]
-        # Rows of users are fetched from whoever has them: XLA sends those of a chunk, no table.
-        queries = by_vectors.queries(state, jnp.maximum(users, 0))
+        if at.split is None:
+            # Rows of users are fetched from whoever has them: XLA sends those of a chunk, no table.
+            queries = by_vectors.queries(state, jnp.maximum(users, 0))
+        else:
+            queries = _own_queries(by_vectors, state, users, at, specs)
         items = at.laid_out(by_vectors.items(state), at.of_items)
         scores = at.laid_out(queries, at.of_users) @ items.T
         return at.laid_out(scores.astype(jnp.float32), at.of_scores)
@@ -316,6 +325,31 @@ def score_chunk(
         check_vma=False,
     )
     return on_each(state, users)
+
+
+def _own_queries(
+    by_vectors: ByVectors,
+    state: Any,
+    users: jax.Array,
+    at: Placement,
+    specs: tuple[PartitionSpec, ...],
+) -> jax.Array:
+    """[B, E] of users that are split: each device makes those of its own, which are its part of
+    what the devices that rank them together have of a chunk."""
+
+    def of_own(state: Any, users: jax.Array) -> jax.Array:
+        return by_vectors.own_queries(state, at.rows_on_device(users), at.layout)
+
+    lanes = at.layout.batch_spec
+    on_each = jax.shard_map(
+        of_own,
+        mesh=at.mesh,
+        in_specs=(jax.tree.unflatten(jax.tree.structure(state), specs), lanes),
+        out_specs=lanes,
+        check_vma=False,
+    )
+    queries: jax.Array = on_each(state, users)
+    return queries
 
 
 def _own_csr(rows: DeviceCsr) -> DeviceCsr:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from slgr_jax.mesh import DATA, TABLE, UserShards
+from slgr_jax.mesh import DATA, TABLE, Layout, UserShards
 
 
 class Block(NamedTuple):
@@ -83,6 +83,12 @@ class Placement:
         return (DATA,) if self.split_items else self.mesh.axis_names
 
     @property
+    def layout(self) -> Layout:
+        """The devices that users are split over."""
+        assert self.mesh is not None
+        return Layout(self.mesh, self.split)
+
+    @property
     def user_parts(self) -> int:
         """How many parts the users of a chunk are in."""
         return self.mesh.shape[DATA] if self.mesh and self.split_items else self.devices
@@ -120,14 +126,21 @@ class Placement:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def own_rows(self, users: jax.Array) -> jax.Array:
-        """Where users of `split` are in what a device has of them, inside a `shard_map`; padding
-        stays -1."""
+        """Where users of `split` are in what a device has of the rows to rank for its part of
+        them, inside a `shard_map`; padding stays -1."""
         assert self.split is not None
         first: jax.Array | int = 0
         if self.mesh is not None:
             part = jax.lax.axis_index(self._user_axes)
             first = part * (self.split.table_rows // self.user_parts)
         return jnp.where(users < 0, -1, users - first)
+
+    def rows_on_device(self, users: jax.Array) -> jax.Array:
+        """Where the users of a device are in its part of their table, inside a `shard_map`; 0 for
+        padding."""
+        assert self.split is not None
+        first = self.layout.device_index() * (self.split.table_rows // self.devices)
+        return jnp.where(users < 0, 0, users - first)
 
     def block(self, columns: int) -> Block:
         """The items of a device whose scores have so many columns, inside a `shard_map`."""

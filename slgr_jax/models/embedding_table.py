@@ -204,22 +204,16 @@ def init_table(
     return jax.jit(make, out_shardings=sharding)(key, initial)
 
 
-def served_rows(spec: TableSpec, layout: Layout) -> int:
-    """How many rows `values_of` gives."""
-    return layout.users.table_rows if spec.of_users and layout.users else spec.rows
-
-
 def values_of(
-    table: Num[Array, "Rp W"], spec: TableSpec, layout: Layout | None = None
-) -> Float[Array, "R D"]:
-    """The float32 values of a table, without optimiser slots and padding rows.
+    table: Num[Array, "Rp W"], spec: TableSpec, rows: int | None = None
+) -> Float[Array, "_ D"]:
+    """The float32 values of a table, without optimiser slots.
 
     Args:
-      layout: where the table is. Of users that are split rows stay where they are, the spare ones
-        among them; None: they are not.
+      rows: of its first so many rows; None: of all R, without padding.
     """
-    rows = spec.rows if layout is None else served_rows(spec, layout)
-    return RowFormat.of(table, spec.width).unpack(table[:rows])[0]
+    first = table[: spec.rows if rows is None else rows]
+    return RowFormat.of(table, spec.width).unpack(first)[0]
 
 
 def all_finite(table: Num[Array, "Rp W"], width: int) -> Bool[Array, ""]:

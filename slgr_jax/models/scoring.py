@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout, put
+from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.models.backbones.adapters import row_specs
 from slgr_jax.models.backbones.base import item_tables
@@ -77,12 +78,20 @@ def moments(context: Context, part: str) -> Any:
 
 
 def pair_scores(
-    backbone: AnyBackbone, scoring: Scoring, candidates: Candidates, dropout: Dropout = None
+    backbone: AnyBackbone,
+    scoring: Scoring,
+    candidates: Candidates,
+    dropout: Dropout = None,
+    layout: Layout | None = None,
 ) -> Float[Array, "B C"]:
-    """Logits of candidates, from whole tables; of a stochastic pass with `dropout`."""
+    """Logits of candidates; of a stochastic pass with `dropout`.
+
+    Args:
+      layout: as of `_looked_up`.
+    """
     serving, context = scoring.serving, scoring.context
     rows = {
-        side: rows_of(serving.values, ids)
+        side: _looked_up(backbone, serving.values, ids, layout)
         for side, ids in candidate_ids(backbone, context, candidates).items()
     }
     return candidate_scores(backbone, serving.params, rows, context, candidates, dropout)
@@ -129,7 +138,11 @@ class ScoreRows(Protocol):
 
 
 def score_own_rows(
-    backbone: AnyBackbone, layout: Layout, circumstances: FeatureSlots | None = None
+    backbone: AnyBackbone,
+    layout: Layout,
+    circumstances: FeatureSlots | None = None,
+    *,
+    split_tables: bool = False,
 ) -> ScoreRows:
     """`score_rows` where users are split: a device scores the rows of its own.
 
@@ -137,14 +150,16 @@ def score_own_rows(
       circumstances: the features of all interactions, on the host, ordered as
         `context.interaction_rows` says; each row is sent those of its own. None: the rows'
         `interactions` are counted as on the device that has their user (`user_context`).
+      split_tables: whether tables of items are split over the layout's table shards, too.
     """
     users = layout.users
     assert users is not None, "users are split"
     size, own_rows = layout.devices, users.table_rows // layout.devices
-    share = max(_ROWS // size, 1)
+    share, on_devices = max(_ROWS // size, 1), layout if split_tables else None
 
     def of_own(scoring: Scoring, queries: Queries, items: jax.Array) -> jax.Array:
-        return pair_scores(backbone, scoring, Candidates(queries, items[:, None]))[:, 0]
+        candidates = Candidates(queries, items[:, None])
+        return pair_scores(backbone, scoring, candidates, layout=on_devices)[:, 0]
 
     @functools.partial(jax.jit, static_argnames="specs", out_shardings=layout.replicated)
     def chunk(
@@ -219,9 +234,13 @@ def by_device(device: np.ndarray, devices: int, share: int) -> Int[np.ndarray, "
 def score_rows(backbone: AnyBackbone) -> ScoreRows:
     """What scores labelled rows, each as of its own moment."""
 
-    @jax.jit
-    def chunk(scoring: Scoring, queries: Queries, items: jax.Array) -> jax.Array:
-        return pair_scores(backbone, scoring, Candidates(queries, items[:, None]))[:, 0]
+    @functools.partial(jax.jit, static_argnames="where")
+    def chunk(
+        scoring: Scoring, queries: Queries, items: jax.Array, *, where: Sharding
+    ) -> jax.Array:
+        scores = pair_scores(backbone, scoring, Candidates(queries, items[:, None]))[:, 0]
+        # Of tables that are split XLA might leave scores where it found the rows.
+        return jax.lax.with_sharding_constraint(scores, where)
 
     def score(
         scoring: Scoring,
@@ -242,9 +261,10 @@ def score_rows(backbone: AnyBackbone) -> ScoreRows:
             ]
             users, as_of, items, asked = put(padded, where)
             queries = Queries(users, None if scoring.as_of is None else as_of, asked)
-            out.append((chunk(scoring, queries, items), min(_ROWS, len(rows) - begin)))
-        scores = [np.asarray(jax.device_get(part))[:size] for part, size in out]
-        return np.concatenate([np.zeros(0, np.float32), *scores])
+            scores = chunk(scoring, queries, items, where=where)
+            out.append((scores, min(_ROWS, len(rows) - begin)))
+        parts = [np.asarray(jax.device_get(scores))[:size] for scores, size in out]
+        return np.concatenate([np.zeros(0, np.float32), *parts])
 
     return score
 
@@ -254,15 +274,44 @@ def rows_of(values: Mapping[str, jax.Array], ids: Mapping[str, jax.Array]) -> di
     return {name: values[name].at[wanted].get(mode="clip") for name, wanted in ids.items()}
 
 
+def _looked_up(
+    backbone: AnyBackbone,
+    values: Mapping[str, jax.Array],
+    ids: Mapping[str, jax.Array],
+    layout: Layout | None,
+) -> dict[str, jax.Array]:
+    """`rows_of`, also from a device's blocks of tables, inside a `shard_map`.
+
+    Args:
+      layout: the devices that tables are split over, users among them; None: they are whole.
+    """
+    if layout is None:
+        return rows_of(values, ids)
+    specs = row_specs(backbone)
+    return {
+        name: embedding_table.lookup(
+            values[name], wanted, specs[name].width, layout, of_users=specs[name].of_users
+        )
+        for name, wanted in ids.items()
+    }
+
+
 def score_users(backbone: AnyBackbone) -> Callable[[Scoring, Int[Array, "B"]], Float[Array, "B I"]]:
     """(scoring, users) -> scores of all items, for full ranking."""
     return DotScores(backbone) if isinstance(backbone, DotBackbone) else _joint(backbone)
 
 
-def query_vectors(backbone: DotBackbone, scoring: Scoring, queries: Queries) -> Float[Array, "B E"]:
-    """The vectors of queries; a score is the inner product with an item's."""
+def query_vectors(
+    backbone: DotBackbone, scoring: Scoring, queries: Queries, layout: Layout | None = None
+) -> Float[Array, "B E"]:
+    """The vectors of queries; a score is the inner product with an item's.
+
+    Args:
+      layout: as of `_looked_up`.
+    """
     serving, context = scoring.serving, scoring.context
-    rows = rows_of(serving.values, backbone.query_ids(context, queries))
+    ids = backbone.query_ids(context, queries)
+    rows = _looked_up(backbone, serving.values, ids, layout)
     return backbone.query_vectors(serving.params, rows, context, queries, dropout=None)
 
 
@@ -282,6 +331,10 @@ class DotScores:
     def queries(self, scoring: Scoring, users: jax.Array) -> jax.Array:
         """[B, E] of users."""
         return query_vectors(self.backbone, scoring, scoring.queries(users))
+
+    def own_queries(self, scoring: Scoring, users: jax.Array, layout: Layout) -> jax.Array:
+        """[B, E] of a device's own users, by their rows there, inside a `shard_map`."""
+        return query_vectors(self.backbone, scoring, scoring.queries(users), layout)
 
     def items(self, scoring: Scoring) -> jax.Array:
         """[I, E] of all items; of tables that are split with the rows that fill them up."""

@@ -29,7 +29,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ from slgr_jax.training.checkpoint_manifest import Progress as Progress
 from slgr_jax.training.state import TrainState
 
 _STATE, _BEST = "state", "best"
+_TABLES = f"{_BEST}/values/"  # of a best state, in names of arrays
 # What a save that was cut short leaves, in this version (STEP.partial, OLD.removed) and in Orbax.
 _LEFTOVER = re.compile(r"\d+\.(partial|removed|orbax-checkpoint-tmp).*")
 
@@ -195,13 +196,9 @@ class Checkpoints:
         restored = self._load({_STATE: state, _BEST: serving})
         return restored[_STATE], restored[_BEST]
 
-    def restore_best(self, serving: ServingState, *, fill_up: bool = False) -> ServingState:
-        """Only the best serving state of the newest checkpoint.
-
-        Args:
-          fill_up: arrays that have more rows in `serving` than on the disk end with zeros.
-        """
-        best = self._load({_BEST: serving}, fill_up=fill_up)[_BEST]
+    def restore_best(self, serving: ServingState) -> ServingState:
+        """Only the best serving state of the newest checkpoint."""
+        best = self._load({_BEST: serving})[_BEST]
         assert isinstance(best, ServingState)
         return best
 
@@ -211,18 +208,27 @@ class Checkpoints:
         assert isinstance(restored, TrainState)
         return restored
 
-    def _load(self, targets: dict[str, Any], *, fill_up: bool = False) -> dict[str, Any]:
-        from orbax.checkpoint import v1 as ocp
+    def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
+        """The newest checkpoint's trees, laid out as the abstract ones of `targets`.
 
-        context = ocp.Context()
-        context.array.loading.enable_padding_and_truncation = fill_up
+        Tables of the best state have their rows alone, or as many more as filled them up on the
+        devices that trained (`Learner.serves_blocks`): they get what these devices want.
+        """
+        from orbax.checkpoint import v1 as ocp
 
         def load(directory: pathlib.Path) -> dict[str, Any]:
             contents = self._verify and cluster.is_first()  # one reads every byte for all
-            checkpoint_manifest.verify(directory, contents=contents)
-            with _damage(directory), context:
-                restored: dict[str, Any] = ocp.load_checkpointables(directory, targets)
-                return restored
+            manifest = checkpoint_manifest.verify(directory, contents=contents)
+            restored: dict[str, Any] = {}
+            with _damage(directory):
+                for name, target in targets.items():
+                    context = ocp.Context()
+                    if name == _BEST:
+                        _check_but_for_rows(manifest.arrays, target)
+                        context.array.loading.enable_padding_and_truncation = True
+                    with context:
+                        restored |= ocp.load_checkpointables(directory, {name: target})
+            return restored
 
         restored = checkpoint_manifest.newest(self._root, load)
         if restored is None:
@@ -255,6 +261,19 @@ class Checkpoints:
             self.wait()
         finally:
             self._publisher.shutdown()
+
+
+def _check_but_for_rows(saved: Sequence[ArrayShape], best: ServingState) -> None:
+    """Refuse a best state of other shapes, but for how many rows its tables have.
+
+    Raises:
+      ValueError: as Orbax does where it neither fills up nor cuts off.
+    """
+    shapes = {array.name: array.shape for array in saved}
+    for array in array_shapes({_BEST: best}):
+        shape, is_table = shapes.get(array.name, array.shape), array.name.startswith(_TABLES)
+        if shape[is_table:] != array.shape[is_table:]:
+            raise ValueError(f"{array.name} is {list(shape)}, expected {list(array.shape)}")
 
 
 def array_shapes(trees: Mapping[str, Any]) -> list[ArrayShape]:

@@ -43,8 +43,9 @@ class MemoryPlan:
       devices, table_shards: the mesh.
       tables: values and optimiser slots.
       dense: dense parameters with their optimiser's state.
-      serving: the best state, whole as a run that goes on reads it, and the one that a validation
-        ranks with, which XLA may leave split.
+      serving: the best state, as a run that goes on reads it, and the one that a validation ranks
+        with: split as `Learner.serves_blocks` and users are; whole otherwise, but that XLA may
+        leave the second split.
       interactions: what batches are drawn from.
       looked_up: histories, categories, features, graphs, frozen vectors.
       teacher: what a guidance draws from and looks up.

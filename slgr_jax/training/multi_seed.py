@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -159,7 +160,9 @@ def _bytes(trainer: Trainer, compiled: Any, seeds: int) -> int:
     """What training N seeds holds on a device: the program's arrays, and the best states."""
     found = compiled.memory_analysis()
     leaves = jax.tree.leaves(abstract_serving(trainer))
-    best = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    best = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
     arrays = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return int(arrays + found.temp_size_in_bytes + seeds * best)
 

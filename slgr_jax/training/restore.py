@@ -36,7 +36,6 @@ from slgr_jax.training.state import (
     abstract_state,
     by_user,
     make_serving_state,
-    split_tables,
 )
 
 
@@ -82,7 +81,7 @@ class RestoredRun:
     @property
     def split_items(self) -> bool:
         """Whether tables are split over the `table` axis of `mesh`, filled up as in training."""
-        return self.learner.layout.table_shards > 1
+        return self.learner.serves_blocks
 
     def rows_of(self, users: np.ndarray) -> np.ndarray:
         """[n] where users are in their table, which is what `score_users` asks about."""
@@ -324,17 +323,13 @@ def _restored(
     saved = checkpoint.Checkpoints(workdir, writable=False, verify=run.train.verify_checksums)
     try:
         if which == "best":
-            splits = trained.layout.table_shards > 1
-            wanted = abstract_serving(trained, split_tables=splits)
-            serving = saved.restore_best(wanted, fill_up=splits)
+            serving = saved.restore_best(abstract_serving(trained))
         else:
             state = saved.restore_state(abstract_state(trained))
             vectors = _frozen(workdir, run, dataset, layout)
             as_trained = user_context.put(looked_up, trained.layout)
             reads = dataclasses.replace(as_trained, vectors=layout.put(vectors))
             serving = make_serving_state(trained)(state, reads)
-            if trained.layout.table_shards > 1:
-                serving = split_tables(trained, serving)
     finally:
         saved.close()
     if trained.layout.users is None:

@@ -116,6 +116,29 @@ class Learner:
         }
 
     @property
+    def serves_blocks(self) -> bool:
+        """Whether a serving state has its tables split over the table shards, filled up as in
+        training.
+
+        So it is where scores are inner products, whose items can be ranked block by block; a
+        network that sees both sides reads whole tables. Devices that have the blocks of a table
+        rank the same users: where users are split, these must be of one process, which alone has
+        read what is masked of them.
+        """
+        layout = self.layout
+        if layout.table_shards == 1 or not isinstance(self.backbone, DotBackbone):
+            return False
+        processes = [{device.process_index for device in row} for row in layout.mesh.devices]
+        return layout.users is None or all(len(of_row) == 1 for of_row in processes)
+
+    def served_rows(self, spec: TableSpec) -> int:
+        """How many rows a serving state has of a table; those that fill it up among them, where it
+        is split."""
+        if self.serves_blocks or self.layout.splits(of_users=spec.of_users):
+            return self.layout.table_rows(spec.rows, of_users=spec.of_users)
+        return spec.rows
+
+    @property
     def leaf_names(self) -> list[str]:
         """What `step.Health.leaves` refers to, bit by bit."""
         return [f"tables/{name}" for name in self.backbone.tables] + ["params", "loss"]
@@ -173,26 +196,39 @@ def init_state(
 
 
 def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], ServingState]:
-    """Jitted: what serving needs out of a train state."""
+    """Jitted: what serving needs out of a train state, laid out as `abstract_serving`."""
     backbone = learner.backbone
 
     def pick(state: TrainState, context: Context) -> ServingState:
         params = state.params["backbone"]
         values = {
-            name: embedding_table.values_of(state.tables[name], spec, learner.layout)
+            name: embedding_table.values_of(state.tables[name], spec, learner.served_rows(spec))
             for name, spec in backbone.tables.items()
         }
-        values = with_features_added(backbone, values, context)
+        values = _filled_up(learner, with_features_added(backbone, values, context))
         values |= _of_chunks(learner, params, values, context)
-        values = adapters.added(backbone, params, values, _stored(backbone, context))
+        values = adapters.added(backbone, params, values, _stored(learner, context))
         if isinstance(backbone, DotBackbone) and backbone.whole:
             values |= _propagated(backbone, learner.layout, params, values, context)
-        return ServingState(params, values, state.params["guidance"])
+        return ServingState(params, _filled_up(learner, values), state.params["guidance"])
 
-    if learner.layout.users is None:
+    if learner.layout.users is None and not learner.serves_blocks:
         return jax.jit(pick)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_serving(learner))
     return jax.jit(pick, out_shardings=shardings)
+
+
+def _filled_up(learner: Learner, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Tables with all the rows that a serving state has of them; those that fill up are 0."""
+    specs, out = adapters.row_specs(learner.backbone), dict(values)
+    for name, rows in values.items():
+        spec, (count, _) = specs[name], rows.shape
+        if not learner.serves_blocks or learner.layout.splits(of_users=spec.of_users):
+            continue  # none, or spare rows of users, between those that are somebody's
+        missing = learner.served_rows(spec) - count
+        is_row = jnp.arange(count + missing)[:, None] < spec.rows
+        out[name] = jnp.where(is_row, jnp.pad(rows, ((0, missing), (0, 0))), 0.0)
+    return out
 
 
 def _propagated(
@@ -203,6 +239,13 @@ def _propagated(
     context: Context,
 ) -> dict[str, jax.Array]:
     """What whole tables become on the graph; of users that are split, where these are."""
+    specs = adapters.row_specs(backbone)
+    values = {
+        name: rows
+        if layout.splits(of_users=specs[name].of_users)
+        else jax.lax.with_sharding_constraint(rows[: specs[name].rows], layout.replicated)
+        for name, rows in values.items()
+    }
 
     def propagated(params: Any, values: Any, context: Context) -> dict[str, jax.Array]:
         return {**values, **backbone.propagate(params, values, context)}
@@ -224,11 +267,13 @@ def _propagated(
     return out
 
 
-def _stored(backbone: AnyBackbone, context: Context) -> dict[str, jax.Array]:
+def _stored(learner: Learner, context: Context) -> dict[str, jax.Array]:
     """Name -> the stored vectors of every row; of chunks see `_of_chunks`."""
     return {
-        name: embedding_table.values_of(context.vectors_of(adapter.side), adapter.stored)
-        for name, adapter in adapters.of(backbone).items()
+        name: embedding_table.values_of(
+            context.vectors_of(adapter.side), adapter.stored, learner.served_rows(adapter.spec)
+        )
+        for name, adapter in adapters.of(learner.backbone).items()
         if not isinstance(adapter, adapters.Extractor)
     }
 
@@ -247,7 +292,7 @@ def _of_chunks(
     for name, adapter in adapters.of(learner.backbone).items():
         if not isinstance(adapter, adapters.Extractor):
             continue
-        table, rows = context.vectors_of(adapter.side), adapter.rows
+        table, rows = context.vectors_of(adapter.side), learner.served_rows(adapter.spec)
         row_format = embedding_table.RowFormat.of(table, adapter.stored.width)
         size = rows if learner.layout.table_shards > 1 else min(_CHUNKED_ROWS, rows)
 
@@ -281,23 +326,13 @@ def abstract_state(learner: Learner) -> TrainState:
     return _abstract(shapes, everywhere.replace(tables=learner.table_shardings))
 
 
-def abstract_serving(learner: Learner, *, split_tables: bool = False) -> ServingState:
-    """Shapes, types and shardings of a serving state: whole everywhere, but for users that are
-    split.
-
-    Args:
-      split_tables: of other tables too, over the layout's table shards, filled up as in training.
-    """
+def abstract_serving(learner: Learner) -> ServingState:
+    """Shapes, types and shardings of a serving state: tables are whole everywhere, but for users
+    that are split, and where it `serves_blocks`."""
     state, layout = abstract_state(learner), learner.layout
     specs = adapters.row_specs(learner.backbone)
-
-    def rows(spec: TableSpec) -> int:
-        if split_tables:
-            return layout.table_rows(spec.rows, of_users=spec.of_users)
-        return embedding_table.served_rows(spec, layout)
-
     values = {
-        name: jax.ShapeDtypeStruct((rows(spec), spec.width), jnp.float32)
+        name: jax.ShapeDtypeStruct((learner.served_rows(spec), spec.width), jnp.float32)
         for name, spec in specs.items()
     }
     shapes = ServingState(state.params["backbone"], values, state.params["guidance"])  # type: ignore[arg-type]
@@ -305,23 +340,9 @@ def abstract_serving(learner: Learner, *, split_tables: bool = False) -> Serving
     split = {
         name: layout.rows_sharding(of_users=spec.of_users)
         for name, spec in specs.items()
-        if split_tables or layout.splits(of_users=spec.of_users)
+        if learner.serves_blocks or layout.splits(of_users=spec.of_users)
     }
     return _abstract(shapes, everywhere.replace(values=everywhere.values | split))
-
-
-def split_tables(learner: Learner, serving: ServingState) -> ServingState:
-    """A serving state laid out as `abstract_serving(..., split_tables=True)`."""
-    wanted = abstract_serving(learner, split_tables=True).values
-    values = {}
-    for name, rows in serving.values.items():
-        missing = wanted[name].shape[0] - rows.shape[0]
-        filled_up = jax.jit(
-            lambda rows, missing=missing: jnp.pad(rows, ((0, missing), (0, 0))),
-            out_shardings=wanted[name].sharding,
-        )
-        values[name] = filled_up(rows)
-    return dataclasses.replace(serving, values=values)
 
 
 def by_user(learner: Learner, serving: ServingState) -> ServingState:

@@ -33,12 +33,14 @@ class Validation:
         self._score = score_users(learner.backbone)
         self._score_rows = score_rows(learner.backbone)
         if learner.layout.users is not None:
-            self._score_rows = score_own_rows(learner.backbone, learner.layout)
+            self._score_rows = score_own_rows(
+                learner.backbone, learner.layout, split_tables=learner.serves_blocks
+            )
         self._relevant = dataset.positives(("valid",))
         self._seen = dataset.positives(("train",))
         self._n_items = dataset.n_items
         self._mesh = learner.layout.mesh if learner.layout.devices > 1 else None
-        self._split = learner.layout.users
+        self._split, self._split_items = learner.layout.users, learner.serves_blocks
         self._rows, self._slices = None, dataset.slices(config.slices)
         if self.possible and self._config.rows != "none":
             rows = labelled_rows.make_rows(dataset, "valid", self._config, config.loss)
@@ -78,6 +80,7 @@ class Validation:
                 pooled_auc=False,
                 mesh=self._mesh,
                 split=self._split,
+                split_items=self._split_items,
                 kernels=self._kernels,
                 between_chunks=between_chunks,
             )

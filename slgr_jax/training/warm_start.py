@@ -301,13 +301,15 @@ class _Kept:
 def _read(learner: Learner, origin: Origin) -> _Kept:
     of_run = _learner_of(learner, origin)
     backbone = of_run.backbone
-    serving = abstract_serving(of_run)
-    values: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(
-            (origin.served[name], leaf.shape[1]), leaf.dtype, sharding=leaf.sharding
+    serving, layout = abstract_serving(of_run), learner.layout
+    values: dict[str, Any] = {}
+    for name, leaf in serving.values.items():
+        count = origin.served[name]
+        if of_run.serves_blocks:
+            count = layout.padded_rows(count)
+        values[name] = jax.ShapeDtypeStruct(
+            (count, leaf.shape[1]), leaf.dtype, sharding=leaf.sharding
         )
-        for name, leaf in serving.values.items()
-    }
     saved = checkpoint.Checkpoints(origin.workdir, writable=False)
     try:
         state, best = saved.restore(
@@ -320,7 +322,9 @@ def _read(learner: Learner, origin: Origin) -> _Kept:
     params: dict[str, Any] = dict(state.params)
     if not _serves_sums(backbone):
         rows = {
-            name: _with_values(packed, best.values[name], backbone.tables[name].width)
+            name: _with_values(
+                packed, best.values[name][: origin.rows[name]], backbone.tables[name].width
+            )
             for name, packed in rows.items()
         }
         params = {"backbone": best.params, "guidance": best.guidance}

@@ -481,6 +481,11 @@ class Products:
     def queries(self, state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
         return state[0][users]
 
+    def own_queries(
+        self, state: tuple[jax.Array, jax.Array], users: jax.Array, layout: object
+    ) -> jax.Array:
+        return state[0][users]
+
     def items(self, state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return state[1]
 

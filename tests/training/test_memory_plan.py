@@ -90,9 +90,8 @@ def test_parts_are_those_of_a_run_within_a_tenth(tmp_path, world, mesh):
     }
     for part, tree in real.items():
         assert getattr(plan, part) == pytest.approx(_on_first_device(tree), rel=0.1), part
-    restored = serving
-    if not run.train.user_shards:
-        restored = jax.device_put(serving, layout.replicated)
+    wanted = state.abstract_serving(experiment.trainer)
+    restored = jax.device_put(serving, jax.tree.map(lambda leaf: leaf.sharding, wanted))
     assert plan.serving == pytest.approx(_on_first_device((serving, restored)), rel=0.1)
     saved = checkpoint.array_shapes({"state": begun, "best": serving})
     assert plan.checkpoint == pytest.approx(sum(array.bytes for array in saved), rel=0.1)

@@ -64,10 +64,8 @@ def _run(trainer, arrays, steps, seed=0):
 
 
 def _values(trainer, state):
-    return {
-        k: np.asarray(v)
-        for k, v in state_lib.make_serving_state(trainer)(state, Context()).values.items()
-    }
+    serving = state_lib.make_serving_state(trainer)(state, Context())
+    return {k: np.asarray(v) for k, v in state_lib.by_user(trainer, serving).values.items()}
 
 
 @pytest.mark.parametrize("gate", ["paper", "constant", "rule"])

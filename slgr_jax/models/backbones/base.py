@@ -272,14 +272,18 @@ def feature_tables(backbone: AnyBackbone) -> Mapping[str, str]:
 def with_features_added(
     backbone: AnyBackbone, values: Mapping[str, Float[Array, "_ D"]], context: Context
 ) -> dict[str, Float[Array, "_ D"]]:
-    """Whole tables, those of users and items with their features added."""
+    """Whole tables, those of users and items with their features added; rows that fill a table up
+    have none."""
     out = dict(values)
     for name, feature_table in feature_tables(backbone).items():
         assert context.features is not None
         slots = context.features.slots(name)
         if feature_table in values and slots is not None:
             total = features_lib.total_of_all(slots, values[feature_table])
-            out[name] = out[name] + total if name in out else total
+            if name in out:
+                filling = out[name].shape[0] - total.shape[0]
+                total = out[name] + jnp.pad(total, ((0, filling), (0, 0)))
+            out[name] = total
     return out
 
 
