@@ -20,6 +20,7 @@ from absl import flags as absl_flags
 
 from slgr_jax import config
 from slgr_jax.cli import flags
+from slgr_jax.config.exchange import SET_BY_ROUNDS
 from slgr_jax.config.knobs import Section
 from slgr_jax.errors import ConfigError
 
@@ -28,12 +29,10 @@ USAGE = __doc__ or ""
 
 def run_sections() -> list[type[Section]]:
     """The knobs of the command: its own, and those of a run that it does not set itself."""
-    from slgr_jax.experiments import exchange
-
     of_run = config.sections().values()
     return [
         config.ExchangeConfig,
-        *(flags.without(section, exchange.SET_HERE) for section in of_run),
+        *(flags.without(section, SET_BY_ROUNDS) for section in of_run),
     ]
 
 

@@ -6,6 +6,9 @@ import dataclasses
 
 from slgr_jax.config.knobs import COUNT, FLOAT, Section, knob
 
+# Knobs of a run that the rounds set themselves.
+SET_BY_ROUNDS = ("init_from", "refit", "restart", "train_only", "teacher_vectors")
+
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeConfig(Section):

@@ -31,8 +31,6 @@ from slgr_jax.teacher.products import preferences
 
 LOGGER = logging.getLogger(__name__)
 RECORD, STUDENT = "exchange.json", "student"
-# Knobs of a run that the loop sets itself.
-SET_HERE = ("init_from", "refit", "restart", "train_only", "teacher_vectors")
 DEFAULT_GUIDANCE = "list_kl"  # LLMD4Rec's
 
 
