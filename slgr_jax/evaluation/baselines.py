@@ -25,7 +25,8 @@ from slgr_jax.config import EASE_BY_DEFAULT, BaselineConfig
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import click_metrics, full_ranking
-from slgr_jax.evaluation.device_ranking import DeviceCsr, ScoreUsers
+from slgr_jax.evaluation.device_ranking import DeviceCsr
+from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.evaluation.ranking_metrics import per_user
 from slgr_jax.sampling.labelled_rows import LabelledRows
 

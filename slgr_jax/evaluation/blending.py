@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.config import SliceConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, InputError
-from slgr_jax.evaluation.device_ranking import DeviceCsr, ScoreUsers
+from slgr_jax.evaluation.device_ranking import DeviceCsr
+from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.teacher.products import rows as product_rows
 from slgr_jax.teacher.products.rows import Teacher
 

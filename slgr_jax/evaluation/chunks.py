@@ -15,8 +15,9 @@ import numpy as np
 from slgr_jax import progress
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError
-from slgr_jax.evaluation import device_ranking
-from slgr_jax.evaluation.device_ranking import DeviceCsr, Listable, ScoreUsers
+from slgr_jax.evaluation import device_ranking, device_scoring
+from slgr_jax.evaluation.device_ranking import DeviceCsr, Listable
+from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.evaluation.placement import Placement
 from slgr_jax.kernels import build as kernel_build
 from slgr_jax.mesh import put
@@ -49,7 +50,7 @@ class ChunkScorer:
             columns = jax.eval_shape(by_vectors.items, state).shape[0]
         leaves = jax.tree.leaves(state) if split is not None and mesh is not None else []
         self._score = functools.partial(
-            device_ranking.score_chunk,
+            device_scoring.score_chunk,
             score_users=score_users,
             n_items=columns,
             at=at,
@@ -71,7 +72,7 @@ class ChunkScorer:
         # An accelerator has its own allocator, and may score a chunk while it ranks the last.
         self._room = None
         if platform == "cpu":
-            self._room = device_ranking.score_room(users=self.chunk, n_items=columns, at=at)
+            self._room = device_scoring.score_room(users=self.chunk, n_items=columns, at=at)
 
     def put(self, tree: Any) -> Any:
         """The arrays, whole, on every device."""

@@ -30,8 +30,8 @@ from slgr_jax.evaluation.device_ranking import (
     DeviceCsr,
     Listable,
     Pool,
-    ScoreUsers,
 )
+from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.evaluation.placement import Placement
 from slgr_jax.evaluation.ranking_metrics import (
     PartResult,

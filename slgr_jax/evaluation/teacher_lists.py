@@ -19,7 +19,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.evaluation import baselines, full_ranking
 from slgr_jax.evaluation.baselines import Fitted
-from slgr_jax.evaluation.device_ranking import ScoreUsers
+from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.teacher.products import controls, preferences
 
 

@@ -9,8 +9,8 @@ found once, when a run begins, by comparing all users with all. A step draws use
 interactions as the other guidances of vectors do (alignment.py), which is how a gate weighs them.
 
 Needs: vectors of users and items (items for a gate alone). Fits every backbone that scores by a dot
-product; LLM-ESR has it for sequence models. Costs: 1 + n users' vectors a lane; of a sequence model
-these are 1 + n encoded sequences.
+product; LLM-ESR has it for sequence models. Costs: 1 + n users' vectors a lane, each with the rows
+of the lane's two items; of a sequence model these are 1 + n encoded sequences.
 
 Shape letters: G lanes, N neighbours, E width of the recommender's vectors, U users, S steps.
 """

@@ -68,6 +68,7 @@ class Evaluation:
         return f"Evaluation({labels}; {self.metric}, out {str(self.out)!r})"
 
 
+@cluster.session()
 def evaluate(
     workdirs: Sequence[str],
     data: str,
@@ -84,19 +85,6 @@ def evaluate(
     Raises:
       UserError: there is no such run, metric or baseline, or nothing to evaluate.
     """
-    with cluster.session():
-        return _evaluate(workdirs, data, out, metric, checkpoint, options, blend)
-
-
-def _evaluate(
-    workdirs: Sequence[str],
-    data: str,
-    out: str,
-    metric: str,
-    checkpoint: str,
-    options: config.BaselineConfig,
-    blend: str,
-) -> Evaluation:
     if checkpoint not in ("best", "last"):
         raise ConfigError(f"--checkpoint={checkpoint!r} is not one of: best, last")
     if not workdirs and not (data and out):

@@ -12,7 +12,7 @@ import pytest
 
 import slgr_jax as sl
 from slgr_jax.errors import InputError, UserError
-from slgr_jax.evaluation import device_ranking, full_ranking
+from slgr_jax.evaluation import device_ranking, device_scoring, full_ranking
 from slgr_jax.serving import recommendation_files
 
 N_USERS, N_ITEMS = 24, 30
@@ -48,7 +48,7 @@ def test_one_program_answers_any_number_of_users(trained):
     recommender = trained("mf").recommender(k=3, batch_users=8)
     assert recommender.batch_users == 8
     everybody = recommender.top(np.arange(N_USERS, dtype=np.int32))
-    programs = (device_ranking.score_chunk, device_ranking.rank_chunk)
+    programs = (device_scoring.score_chunk, device_ranking.rank_chunk)
     before = [program._cache_size() for program in programs]
     for size in (1, 2, 7, 8, 9, 20):
         users = np.arange(size, dtype=np.int32)[::-1]

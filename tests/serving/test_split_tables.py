@@ -10,7 +10,7 @@ import pytest
 import worlds
 
 from slgr_jax import serving
-from slgr_jax.evaluation import device_ranking
+from slgr_jax.evaluation import device_scoring
 from slgr_jax.evaluation.placement import Placement
 from slgr_jax.training import run_directory
 
@@ -65,7 +65,7 @@ def test_a_run_is_ranked_over_blocks_of_items(trained, monkeypatch, backbone):
     at = Placement(run.restored.mesh, None, 30)
     users = jax.device_put(np.zeros(8, np.int32), at.by_user)
     columns = run.restored.serving.values["item"].shape[0]
-    program = device_ranking.score_chunk.lower(
+    program = device_scoring.score_chunk.lower(
         None,
         run.restored.scoring("test"),
         users,

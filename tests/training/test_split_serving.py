@@ -16,7 +16,7 @@ from slgr_jax.config import RunConfig, make_run
 from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ManifestError
-from slgr_jax.evaluation import device_ranking
+from slgr_jax.evaluation import device_scoring
 from slgr_jax.mesh import Layout, make_layout
 from slgr_jax.models.embedding_table import values_of
 from slgr_jax.models.scoring import ServingState
@@ -106,14 +106,14 @@ def test_blocks_are_validated_with_the_numbers_of_whole_tables(dataset, knobs):
 def _compiled_scoring(monkeypatch, trainer, dataset, context, serving) -> list[str]:
     """What the program that scores a chunk of a validation sends between devices."""
     programs: list[str] = []
-    score = device_ranking.score_chunk
+    score = device_scoring.score_chunk
 
     def noted(*args: Any, **named: Any) -> jax.Array:
         programs.append(score.lower(*args, **named).compile().as_text())
         return score(*args, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(device_ranking, "score_chunk", noted)
+        patch.setattr(device_scoring, "score_chunk", noted)
         Validation(trainer, dataset, context)(serving)
     return [line for line in programs[0].splitlines() if re.search(rf" ({MOVES})\(", line)]
 
