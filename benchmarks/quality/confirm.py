@@ -110,15 +110,22 @@ class Cell:
         """What the report calls it."""
         return f"{self.dataset}, {self.split}, {self.backbone}"
 
+    @property
+    def met(self) -> bool:
+        """Whether the first edition met its test part."""
+        return (self.split, self.dataset) in MET
+
 
 def cells(scale: Scale) -> list[Cell]:
-    """All cells, in the order in which they are run: every data set once, then other splits."""
-    return [
+    """All cells, in the order in which they are run: every data set once, then other splits; last
+    those whose test part was met, as no primary question is about them."""
+    in_turn = [
         Cell(split, dataset, backbone)
         for split, backbone, dataset in itertools.product(
             SPLITS, scale.backbones, idgenrec.DATASETS
         )
     ]
+    return sorted(in_turn, key=lambda cell: cell.met)
 
 
 # --- data and teacher ------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def result_of(report: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
         "chosen": [
             choice["variant"] for choice in report["tuned"][cell.backbone][METHOD]["by_seed"]
         ],
-        "met": (cell.split, cell.dataset) in MET,
+        "met": cell.met,
         "split_hash": report["protocol"]["split_hash"],
         "thresholds": report["protocol"]["thresholds"],
         "seeds": report["protocol"]["seeds"],

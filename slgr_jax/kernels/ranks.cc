@@ -5,7 +5,7 @@
 // thread copies one user's scores into its own cache, masks them there, and counts and selects
 // there. Every result is an integer or one of the scores, so threads and order do not matter.
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #include <algorithm>
@@ -21,64 +21,69 @@
 namespace slgr {
 namespace {
 
-constexpr int64_t kLanes = 16;       // scores compared at once
-constexpr int64_t kStep = 64;        // scores that one test dismisses; rows are whole steps
-constexpr int64_t kTile = 1 << 13;   // scores that stay in the first cache for all relevant items
-constexpr int64_t kGroup = 4;        // relevant items that share one load of a score
+// Vectors are as wide as the machine's: GCC compares wider ones a number at a time.
+#if defined(__AVX512F__)
+constexpr int64_t kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kBytes = 32;
+#else
+constexpr int64_t kBytes = 16;
+#endif
+constexpr int64_t kLanes = kBytes / 4;  // scores compared at once
+constexpr int64_t kStep = 64;           // scores that one test dismisses; rows are whole steps
+constexpr int64_t kTile = 1 << 13;      // scores that stay in the first cache for all relevant items
+constexpr int64_t kGroup = 4;           // relevant items that share one load of a score
 constexpr int64_t kTasksPerThread = 8;
 using OutPred = Out<bool>;
 using OutU32 = Out<uint32_t>;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-using F16 = float __attribute__((vector_size(64)));
-using I16 = int32_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(kBytes)));
+using Ints = int32_t __attribute__((vector_size(kBytes)));
 // A typedef, since Clang takes no alignment from an alias.
-typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
 
-inline F16 Load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
-inline void Store(float* to, F16 x) { *reinterpret_cast<Unaligned*>(to) = x; }
-inline F16 All(float x) { return x - F16{}; }
+inline Floats Load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+inline void Store(float* to, Floats x) { *reinterpret_cast<Unaligned*>(to) = x; }
+inline Floats All(float x) { return x - Floats{}; }
 
-inline int32_t Sum(I16 x) {
+inline int32_t Sum(Ints x) {
   int32_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += x[i];
   return sum;
 }
 
 // count += x > bar, and x == bar, a lane each.
-inline void CountGreater(F16 x, F16 bar, I16* count) {
+inline void CountGreater(Floats x, Floats bar, Ints* count) {
 #ifdef __AVX512F__
   const __m512i one = _mm512_set1_epi32(1), sum = (__m512i)*count;
-  *count = (I16)_mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(x, bar, _CMP_GT_OQ), sum, one);
+  *count = (Ints)_mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(x, bar, _CMP_GT_OQ), sum, one);
 #else
-  *count -= (I16)(x > bar);
+  *count -= (Ints)(x > bar);
 #endif
 }
-inline void CountEqual(F16 x, F16 bar, I16* count) {
+inline void CountEqual(Floats x, Floats bar, Ints* count) {
 #ifdef __AVX512F__
   const __m512i one = _mm512_set1_epi32(1), sum = (__m512i)*count;
-  *count = (I16)_mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(x, bar, _CMP_EQ_OQ), sum, one);
+  *count = (Ints)_mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(x, bar, _CMP_EQ_OQ), sum, one);
 #else
-  *count -= (I16)(x == bar);
+  *count -= (Ints)(x == bar);
 #endif
 }
 
 // Bit i: x[i] > bar, for kStep scores.
 inline uint64_t Above(const float* x, float bar) {
   uint64_t bits = 0;
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   for (int64_t i = 0; i < kStep; i += kLanes) {
     bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(Load(x + i), All(bar), _CMP_GT_OQ)) << i;
   }
+#elif defined(__AVX2__)
+  for (int64_t i = 0; i < kStep; i += kLanes) {
+    const int lanes = _mm256_movemask_ps((__m256)(Load(x + i) > All(bar)));
+    bits |= static_cast<uint64_t>(static_cast<uint32_t>(lanes)) << i;
+  }
 #else
-  union {
-    I16 whole;
-    uint64_t words[8];
-  } any{};
-  for (int64_t i = 0; i < kStep; i += kLanes) any.whole |= (I16)(Load(x + i) > All(bar));
-  uint64_t found = 0;
-  for (uint64_t word : any.words) found |= word;
-  if (found == 0) return 0;
   for (int64_t i = 0; i < kStep; ++i) bits |= static_cast<uint64_t>(x[i] > bar) << i;
 #endif
   return bits;
@@ -99,16 +104,16 @@ int64_t Padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 
 // Copies n scores, with 0.0 for -0.0, and -inf up to a whole step. Returns whether all are finite.
 bool CopyFinite(const float* from, int64_t n, float* to) {
-  I16 worst{};
+  Ints worst{};
   int64_t i = 0;
-  const auto take = [&](F16 x) {
-    const I16 size = (I16)x & 0x7fffffff;
+  const auto take = [&](Floats x) {
+    const Ints size = (Ints)x & 0x7fffffff;
     worst |= size >= 0x7f800000;  // infinity, or a NaN
     Store(to + i, x + 0.0f);
   };
   for (; i + kLanes <= n; i += kLanes) take(Load(from + i));
   if (i < n) {
-    F16 x{};
+    Floats x{};
     std::memcpy(&x, from + i, (n - i) * sizeof(float));
     take(x);
   }
@@ -180,11 +185,11 @@ class Best {
 
 // Adds how many of x [n], whole steps, are above and at each of kGroup bars.
 void CountAll(const float* x, int64_t n, const float* bars, int32_t* greater, int32_t* equal) {
-  F16 bar[kGroup];
-  I16 above[kGroup] = {}, at[kGroup] = {};
+  Floats bar[kGroup];
+  Ints above[kGroup] = {}, at[kGroup] = {};
   for (int64_t g = 0; g < kGroup; ++g) bar[g] = All(bars[g]);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const F16 score = Load(x + i);
+    const Floats score = Load(x + i);
 #pragma GCC unroll 4
     for (int64_t g = 0; g < kGroup; ++g) {
       CountGreater(score, bar[g], &above[g]);
@@ -198,7 +203,7 @@ void CountAll(const float* x, int64_t n, const float* bars, int32_t* greater, in
 }
 
 int32_t CountEqualBefore(const float* x, int64_t n, float bar) {
-  I16 sums{};
+  Ints sums{};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) CountEqual(Load(x + i), All(bar), &sums);
   int32_t count = Sum(sums);
@@ -310,11 +315,11 @@ struct Pool {
     const int32_t last = static_cast<int32_t>(room) - 1;
     int32_t at[kStep];
     for (int64_t i = 0; i < kStep; i += kLanes) {
-      F16 score = Load(x + i);
+      Floats score = Load(x + i);
       score = score > All(low) ? score : All(low);
-      F16 place = (score * 0.5f - half_low) * scale;
+      Floats place = (score * 0.5f - half_low) * scale;
       place = place < All(end) ? place : All(end);
-      const I16 cell = __builtin_convertvector(place, I16);
+      const Ints cell = __builtin_convertvector(place, Ints);
       for (int l = 0; l < kLanes; ++l) at[i + l] = base[cell[l]];
     }
     for (int32_t jump = steps > 0 ? 1 << (steps - 1) : 0; jump > 0; jump >>= 1) {

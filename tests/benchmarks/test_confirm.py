@@ -65,12 +65,21 @@ def test_every_data_set_comes_before_another_recommender_or_split() -> None:
     cells = confirm.cells(confirm.SCALES["full"])
     assert len(cells) == len(set(cells)) == 18
     assert [cell.name for cell in cells[:4]] == [
-        "Beauty, leave_last, mf",
         "Sports, leave_last, mf",
         "Toys, leave_last, mf",
-        "Beauty, leave_last, lightgcn",
+        "Sports, leave_last, lightgcn",
+        "Toys, leave_last, lightgcn",
     ]
-    assert cells[6].split == "ratio_1"
+    assert [cell.name for cell in cells[4:7]] == [
+        "Beauty, ratio_1, mf",
+        "Sports, ratio_1, mf",
+        "Toys, ratio_1, mf",
+    ]
+
+
+def test_a_cell_that_answers_no_primary_question_comes_last() -> None:
+    cells = confirm.cells(confirm.SCALES["full"])
+    assert [cell.met for cell in cells] == [False] * 16 + [True] * 2
 
 
 def test_a_sample_keeps_whole_users_in_their_order(tmp_path: pathlib.Path) -> None:
