@@ -29,7 +29,7 @@ from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError
 
 HERE = pathlib.Path(__file__).parent
-HEADERS = ("block.h", "calls.h", "common.h", "rows.h")
+HEADERS = ("block.h", "calls.h", "common.h", "rows.h", "vectors.h")
 _OF_ROWS = ("slgr_factor_scores", "slgr_factor_update", "slgr_row_update")
 # UNIT.cc, and the functions in it that XLA calls.
 TARGETS = {

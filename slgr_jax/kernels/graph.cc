@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "common.h"
+#include "vectors.h"
 
 namespace slgr {
 namespace {
@@ -25,10 +26,6 @@ constexpr int64_t kRowCost = 4;    // edges that cost as much as a row's own wor
 constexpr int64_t kTaskCost = 1 << 12;  // at least so many edges a task
 constexpr int64_t kMostTasks = 256;
 constexpr int64_t kMostVectors = 4;  // summed at once, in registers
-
-using V16 = float __attribute__((vector_size(64)));
-// A typedef, since Clang takes no alignment from an alias.
-typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 
 // MurmurHash3's finaliser, as random_words.mixed.
 inline uint32_t Mixed(uint32_t x) {
@@ -106,7 +103,7 @@ void Sum(const Side& side, const float* other, const Layer& layer, int64_t begin
       }
       const float* from = other + edges[k] * lanes + column;
       for (int v = 0; v < kVectors; ++v) {
-        sum[v] += *reinterpret_cast<const Unaligned*>(from + v * kLane);
+        sum[v] = sum[v] + In<V16>::Read(from + v * kLane);
       }
     }
     const float scale = side.scale(row) * layer.weight;
@@ -116,9 +113,9 @@ void Sum(const Side& side, const float* other, const Layer& layer, int64_t begin
     float* next = side.scaled[1 - layer.from] + row * lanes + column;
     for (int v = 0; v < kVectors; ++v) {
       const V16 value = scale * sum[v];
-      auto& to = *reinterpret_cast<Unaligned*>(total + v * kLane);
-      to = (to + value) * layer.share;
-      if (!layer.last) *reinterpret_cast<Unaligned*>(next + v * kLane) = side.scale(row) * value;
+      float* const to = total + v * kLane;
+      In<V16>::Write(to, (In<V16>::Read(to) + value) * layer.share);
+      if (!layer.last) In<V16>::Write(next + v * kLane, side.scale(row) * value);
     }
     std::memcpy(side.result + row * layer.width + column, total, size * sizeof(float));
   }

@@ -5,9 +5,6 @@
 // thread copies one user's scores into its own cache, masks them there, and counts and selects
 // there. Every result is an integer or one of the scores, so threads and order do not matter.
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,19 +14,12 @@
 #include <memory>
 
 #include "common.h"
+#include "vectors.h"
 
 namespace slgr {
 namespace {
 
-// Vectors are as wide as the machine's: GCC compares wider ones a number at a time.
-#if defined(__AVX512F__)
-constexpr int64_t kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kBytes = 32;
-#else
-constexpr int64_t kBytes = 16;
-#endif
-constexpr int64_t kLanes = kBytes / 4;  // scores compared at once
+constexpr int64_t kLanes = kVectorBytes / 4;  // scores compared at once
 constexpr int64_t kStep = 64;           // scores that one test dismisses; rows are whole steps
 constexpr int64_t kTile = 1 << 13;      // scores that stay in the first cache for all relevant items
 constexpr int64_t kGroup = 4;           // relevant items that share one load of a score
@@ -38,10 +28,10 @@ using OutPred = Out<bool>;
 using OutU32 = Out<uint32_t>;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-using Floats = float __attribute__((vector_size(kBytes)));
-using Ints = int32_t __attribute__((vector_size(kBytes)));
+using Floats = float __attribute__((vector_size(kVectorBytes)));
+using Ints = int32_t __attribute__((vector_size(kVectorBytes)));
 // A typedef, since Clang takes no alignment from an alias.
-typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 
 inline Floats Load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void Store(float* to, Floats x) { *reinterpret_cast<Unaligned*>(to) = x; }

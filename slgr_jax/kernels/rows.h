@@ -76,10 +76,11 @@ struct Table {
   }
   // One slot of a row after `more` was added to it.
   float Grow(Lane* row, int64_t at, float more) const {
-    Block slot = Slots<false>(row, at, 1);
-    slot.lo[0] += more;
-    WriteSlots<false>(row, at, slot, 1);
-    return slot.lo[0];
+    float slot[kBlock];
+    Store<true>(slot, Slots<false>(row, at, 1), kBlock);
+    slot[0] += more;
+    WriteSlots<false>(row, at, Load<true>(slot, kBlock), 1);
+    return slot[0];
   }
 };
 
@@ -297,7 +298,7 @@ struct Optimizer {
       Lane* const row = table.row(id);
       const Block slot = table.template Slots<kFull>(row, begin, size) + g * g;
       table.template WriteSlots<kFull>(row, begin, slot, size);
-      value = value - lr * g * InverseRoot({slot.lo + eps, slot.hi + eps});
+      value = value - lr * g * InverseRoot(slot + eps);
     }
     table.template Write<kFull>(id, begin, value, size);
   }
@@ -328,11 +329,9 @@ struct Optimizer {
         const Block v = b2 * table.template Slots<kFull>(row, second, size) + (1.0f - b2) * (g * g);
         table.template WriteSlots<kFull>(row, begin, m, size);
         table.template WriteSlots<kFull>(row, second, v, size);
-        Block root = t.scale[t.room + k] * v;
-        for (int i = 0; i < 16; ++i) root.lo[i] = std::sqrt(root.lo[i]);
-        for (int i = 0; i < 16; ++i) root.hi[i] = std::sqrt(root.hi[i]);
+        const Block root = Root(t.scale[t.room + k] * v);
         const Block step = t.scale[k] * m;
-        value = value - lr * Block{step.lo / (root.lo + eps), step.hi / (root.hi + eps)};
+        value = value - lr * (step / (root + eps));
       }
       table.template Write<kFull>(id, begin, value, size);
     }

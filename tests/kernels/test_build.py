@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -281,3 +282,21 @@ def test_what_is_read_ahead_is_fetched_ahead(unit, function, kinds, least):
     fetches = sorted(len(re.findall(r"\b(?:prefetch\w*|prfm)\b", body)) for body in bodies)
     assert len(fetches) >= kinds
     assert fetches[-kinds] >= least
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("unit", build.TARGETS)
+def test_no_vector_is_wider_than_the_processors(unit, processor):
+    """GCC keeps such a vector in memory and compares it a number at a time: right, and slow."""
+    worlds.need_native_kernels()
+    version = subprocess.run([build.compiler(), "--version"], capture_output=True, text=True)
+    if "clang" in version.stdout:
+        pytest.skip("only GCC can be asked about it")
+    if platform.machine() != "x86_64":
+        pytest.skip("no processor of this kind")
+    flags = [flag for flag in build.FLAGS if flag not in ("-w", "-O2", "-march=native")]
+    told = ["-O0", "-Wno-psabi", "-Werror=vector-operation-performance"]
+    include = ["-I", str(build.HERE), "-I", jax.ffi.include_dir()]
+    source = str(build.HERE / f"{unit}.cc")
+    command = [build.compiler(), *flags, f"-march={processor}", *told, *include]
+    subprocess.run([*command, source, "-o", os.devnull], check=True)
