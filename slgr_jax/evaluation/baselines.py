@@ -35,6 +35,7 @@ _ROW_USERS = 256  # users whose rows are scored at once
 # At the peak: X^T X in float32, its inverse in float64, that in float32, the best weights so far,
 # and their like on the device.
 _EASE_BYTES = 24
+_EASE_STEP = 512  # columns made at once
 # Co-occurrences and cosines in float32, and the cosines on the device.
 _ITEM_ITEM_BYTES = 12
 _HISTORY_STEP = 16  # items of one user's history that one loop step marks
@@ -117,7 +118,8 @@ class Ease:
     """s_u = x_u B; B minimises |X - XB|^2 + l |B|^2 among matrices with a zero diagonal.
 
     With P = (X^T X + l I)^-1: B_ij = -P_ij / P_jj off the diagonal (Steck 2019, arXiv 1905.03375,
-    equation 8). X [U, I] is 1 at training pairs. Time O(I^3), memory O(I^2).
+    equation 8). X [U, I] is 1 at training pairs. Time O(min(U, I)^3), memory O(I^2): where users
+    are fewer, l P = I - X^T (X X^T + l I)^-1 X is taken instead (Woodbury), in which X is sparse.
 
     Attributes:
       lambdas: values of l to try.
@@ -147,29 +149,60 @@ class Ease:
         offsets: Any = positives.offsets.astype(np.int32)
         indices: Any = positives.indices
         x = positives.matrix(n)
-        gram = (x.T @ x).toarray()
+        x = x[np.flatnonzero(positives.counts)]
+        by_users = x.shape[0] < n
+        gram = None if by_users else (x.T @ x).toarray()
 
         for settings in grid:
-            weights: Any = _ease_weights(gram, settings["lambda"])
+            l2 = settings["lambda"]
+            weights: Any = _weights_by_users(x, l2) if gram is None else _weights(gram, l2)
             yield Fitted(_ease_scores, EaseState(DeviceCsr(offsets, indices), weights))
             del weights  # or two settings' matrices are held at once
 
 
-def _ease_weights(gram: np.ndarray, l2: float) -> np.ndarray:
-    """B [I, I] float32 from X^T X, through a Cholesky factor in float64."""
+def _inverse(gram: np.ndarray, l2: float) -> np.ndarray:
+    """(gram + l I)^-1 in float64, through a Cholesky factor; its lower triangle is filled."""
     p = gram.astype(np.float64, order="F")
     p[np.diag_indices_from(p)] += l2
     p, failed = lapack.dpotrf(p, lower=1, overwrite_a=1)
     if not failed:
-        p, failed = lapack.dpotri(p, lower=1, overwrite_c=1)  # the inverse; its lower triangle
+        p, failed = lapack.dpotri(p, lower=1, overwrite_c=1)
     if failed:
         raise ConfigError(f"EASE is singular to machine precision with lambda {l2:g}; raise it")
+    return p
 
+
+def _weights(gram: np.ndarray, l2: float) -> np.ndarray:
+    """B [I, I] float32 from X^T X."""
+    p = _inverse(gram, l2)
     diagonal = np.diag(p).astype(np.float32)
     weights = np.tril(p.astype(np.float32), -1)
     del p
     weights += weights.T
     weights /= -diagonal[None, :]
+    return weights
+
+
+def _weights_by_users(x: Any, l2: float) -> np.ndarray:
+    """B [I, I] float32 from X [U, I] (sparse): B_ij = G_ij / (1 - G_jj) off the diagonal, with
+    G = X^T (X X^T + l I)^-1 X."""
+    p = _inverse((x @ x.T).toarray(), l2)
+    for begin in range(0, p.shape[0], _EASE_STEP):  # the upper triangle, without a second matrix
+        end = begin + _EASE_STEP
+        block = np.tril(p[begin:end, begin:end])
+        p[begin:end, begin:end] = block + np.tril(block, -1).T
+        p[begin:end, end:] = p[end:, begin:end].T
+    p = p.T  # the same matrix, by rows as SciPy wants it
+
+    columns, rows_of_items = x.tocsc(), x.T.tocsr()
+    weights = np.empty((x.shape[1], x.shape[1]), np.float32)
+    for begin in range(0, x.shape[1], _EASE_STEP):
+        of = slice(begin, begin + _EASE_STEP)
+        g = rows_of_items @ (columns[:, of].T @ p).T  # [I, items of the step]
+        at = np.arange(begin, begin + g.shape[1]), np.arange(g.shape[1])
+        diagonal = g[at]
+        g[at] = 0.0
+        weights[:, of] = g / (1.0 - diagonal)
     return weights
 
 

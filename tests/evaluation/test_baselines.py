@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse
 import worlds
 from sklearn import metrics as sklearn_metrics
 
@@ -101,6 +102,18 @@ def test_ease_is_a_ridge_regression_of_each_item_on_the_others(dataset, l2):
     scores = np.asarray(jax.jit(fitted.score_users)(fitted.state, users))
     np.testing.assert_allclose(scores, (x @ expected)[users], rtol=1e-4, atol=1e-5)
     assert not scores[1].any()  # a user without history
+
+
+@pytest.mark.parametrize(("n_users", "n_items"), [(40, 70), (70, 40)])
+@pytest.mark.parametrize("step", [16, 512])
+def test_ease_is_the_same_where_users_are_fewer_than_items(n_users, n_items, step, monkeypatch):
+    monkeypatch.setattr(baselines, "_EASE_STEP", step)
+    x = np.random.default_rng(3).random((n_users, n_items)) < 0.1
+    x[:, 5] = False  # an item that nobody has
+    sparse = scipy.sparse.csr_matrix(x.astype(np.float32))
+    np.testing.assert_allclose(
+        baselines._weights_by_users(sparse, 3.0), _ridge(x.astype(float), 3.0), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_ease_refuses_what_the_memory_does_not_hold(dataset):
