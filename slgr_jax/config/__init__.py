@@ -91,7 +91,13 @@ from slgr_jax.config.teach import (
     ScoreConfig,
     TeachConfig,
 )
-from slgr_jax.config.teach_vectors import EMBEDDERS, EmbedConfig, FactorConfig, NearestConfig
+from slgr_jax.config.teach_vectors import (
+    EMBEDDERS,
+    EmbedConfig,
+    FactorConfig,
+    NearestConfig,
+    SimilarConfig,
+)
 from slgr_jax.config.training import (
     KERNELS,
     NEGATIVES,
@@ -193,6 +199,7 @@ __all__ = [
     "ScoreConfig",
     "SearchConfig",
     "ServeConfig",
+    "SimilarConfig",
     "SliceConfig",
     "TABLE_DTYPES",
     "TABLE_OPTIMIZERS",

@@ -7,7 +7,12 @@ import dataclasses
 from slgr_jax.config.baselines import BASELINES
 from slgr_jax.config.derive import DeriveConfig
 from slgr_jax.config.knobs import Section, knob
-from slgr_jax.config.teach_vectors import EmbedConfig, FactorConfig, NearestConfig
+from slgr_jax.config.teach_vectors import (
+    EmbedConfig,
+    FactorConfig,
+    NearestConfig,
+    SimilarConfig,
+)
 
 # What a teacher product was built from; the loader refuses `includes_eval`.
 BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
@@ -433,6 +438,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     CollectConfig,
     EmbedConfig,
     NearestConfig,
+    SimilarConfig,
     FactorConfig,
     FreeTeacherConfig,
     CombineConfig,

@@ -90,6 +90,17 @@ class NearestConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class SimilarConfig(Section):
+    """similar: users' lists from lists of items beside an item."""
+
+    similar: str = knob(
+        "",
+        "Parquet, Arrow or CSV file with item, other, and perhaps score or rank (1 the best); ids "
+        "as in the raw data",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class FactorConfig(Section):
     """factors: vectors whose inner products are a recommender's scores."""
 

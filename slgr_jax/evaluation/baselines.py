@@ -39,6 +39,9 @@ _EASE_STEP = 512  # columns made at once
 # Co-occurrences and cosines in float32, and the cosines on the device.
 _ITEM_ITEM_BYTES = 12
 _HISTORY_STEP = 16  # items of one user's history that one loop step marks
+# Adding a row of B for each user of a chunk takes memory the time in which so many columns of a
+# product with B are computed.
+_ITEMS_PER_ADDITION = 32
 
 Settings = Mapping[str, float]
 
@@ -96,21 +99,35 @@ class EaseState(NamedTuple):
 
 
 def _ease_scores(state: EaseState, users: Int[Array, " B"]) -> Float[Array, "B I"]:
-    """X_u B, with X_u made of the users' rows: only a chunk of it ever exists."""
+    """X_u B, with X_u made of the users' rows: only a chunk of it ever exists. Where the longest
+    history of a chunk is short, the rows of B that it names are added instead."""
     start, count = state.histories.of(users)
-    row, n_items = jnp.arange(users.size)[:, None], state.weights.shape[0]
+    n_items = state.weights.shape[0]
+    longest = jnp.max(count)
 
-    def mark(i: jax.Array, x: Float[Array, "B I"]) -> Float[Array, "B I"]:
-        place = i * _HISTORY_STEP + jnp.arange(_HISTORY_STEP)[None, :]
+    def items_at(place: jax.Array) -> Int[Array, "B P"]:
         items = state.histories.indices.at[start[:, None] + place].get(mode="clip")
         # A place past the end of a history holds another user's item: moved off the matrix.
-        items = jnp.where(place < count[:, None], items, n_items)
-        return x.at[row, items].set(1.0, mode="drop")
+        return jnp.where(place < count[:, None], items, n_items)
 
-    x = jnp.zeros((users.size, n_items), jnp.float32)
-    steps = -(-jnp.max(count) // _HISTORY_STEP)  # rounded up
-    x = jax.lax.fori_loop(0, steps, mark, x)
-    return jnp.matmul(x, state.weights, precision=jax.lax.Precision.HIGHEST)
+    def mark(i: jax.Array, x: Float[Array, "B I"]) -> Float[Array, "B I"]:
+        items = items_at(i * _HISTORY_STEP + jnp.arange(_HISTORY_STEP)[None, :])
+        return x.at[jnp.arange(users.size)[:, None], items].set(1.0, mode="drop")
+
+    def multiplied(x: Float[Array, "B I"]) -> Float[Array, "B I"]:
+        steps = -(-longest // _HISTORY_STEP)  # rounded up
+        x = jax.lax.fori_loop(0, steps, mark, x)
+        return jnp.matmul(x, state.weights, precision=jax.lax.Precision.HIGHEST)
+
+    def add(i: jax.Array, scores: Float[Array, "B I"]) -> Float[Array, "B I"]:
+        items = items_at(i[None, None])[:, 0]
+        return scores + state.weights.at[items].get(mode="fill", fill_value=0.0)
+
+    def added(scores: Float[Array, "B I"]) -> Float[Array, "B I"]:
+        return jax.lax.fori_loop(0, longest, add, scores)
+
+    zeros = jnp.zeros((users.size, n_items), jnp.float32)
+    return jax.lax.cond(longest * _ITEMS_PER_ADDITION < n_items, added, multiplied, zeros)
 
 
 @dataclasses.dataclass(frozen=True)

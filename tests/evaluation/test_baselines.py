@@ -104,6 +104,16 @@ def test_ease_is_a_ridge_regression_of_each_item_on_the_others(dataset, l2):
     assert not scores[1].any()  # a user without history
 
 
+@pytest.mark.parametrize("per_addition", [0, 10**6])
+def test_ease_scores_by_a_product_and_by_additions_are_the_same(dataset, per_addition, monkeypatch):
+    monkeypatch.setattr(baselines, "_ITEMS_PER_ADDITION", per_addition)
+    (fitted,) = baselines.Ease((30.0,)).fit(dataset, [{"lambda": 30.0}])
+    x = _dense(dataset, "train")
+    users = np.array([3, 0, 49, 3, 7], np.int32)  # the second has no history
+    scores = jax.jit(lambda state, users: fitted.score_users(state, users))(fitted.state, users)
+    np.testing.assert_allclose(scores, (x @ _ridge(x, 30.0))[users], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("n_users", "n_items"), [(40, 70), (70, 40)])
 @pytest.mark.parametrize("step", [16, 512])
 def test_ease_is_the_same_where_users_are_fewer_than_items(n_users, n_items, step, monkeypatch):

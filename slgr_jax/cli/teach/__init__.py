@@ -4,6 +4,7 @@
     slgr teach score --data=DATA --name=NAME
     slgr teach embed --data=DATA --name=NAME [--embedder=MODEL | --vectors=FILE]
     slgr teach nearest --data=DATA --name=NAME [--listed=50] [--embeddings=EMBEDDED]
+    slgr teach similar --data=DATA --name=NAME --similar=FILE [--listed=50]
     slgr teach interactions --data=DATA --name=NAME [--lists=TEACHER] [--rare_items=0]
     slgr teach candidates --data=DATA --name=NAME [--run=WORKDIR]
     slgr teach requests --data=DATA --name=NAME --model=LLM [--dry_run]
@@ -48,6 +49,7 @@ from slgr_jax.cli.teach import (
     report,
     requests,
     score,
+    similar,
 )
 from slgr_jax.cli.teach.sub_command import SubCommand
 from slgr_jax.config import TeachConfig
@@ -61,6 +63,7 @@ COMMANDS: Mapping[str, SubCommand] = {
     "score": score.COMMAND,
     "embed": embed.COMMAND,
     "nearest": nearest.COMMAND,
+    "similar": similar.COMMAND,
     "interactions": interactions.COMMAND,
     "candidates": candidates.COMMAND,
     "requests": requests.COMMAND,
