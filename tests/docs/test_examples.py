@@ -8,10 +8,13 @@ import json
 import logging
 import pathlib
 import runpy
+import shlex
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import worlds
 
@@ -125,3 +128,52 @@ def test_a_script_without_arguments_says_how_it_is_called(script):
     )
     assert (shown.returncode, shown.stdout) == (1, "")
     assert f"python docs/{script}" in shown.stderr
+
+
+def _commands(page: str) -> list[list[str]]:
+    """The commands of the blocks of a page that are marked as bash."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    lines = [
+        line for block in text.split("```bash\n")[1:] for line in block.split("```")[0].splitlines()
+    ]
+    return [shlex.split(line) for line in lines if line]
+
+
+@pytest.mark.slow
+def test_what_other_systems_hand_over_is_read_and_learned(files, tmp_path):
+    prepare = [
+        "slgr",
+        "prepare",
+        "--source=csv",
+        "--input=ratings.csv",
+        "--out=DATA",
+        "--split=leave_last",
+    ]
+    rng = np.random.default_rng(0)
+    items = [f"i{item}" for item in range(15)]
+    vectors = [rng.normal(size=8).astype(np.float32).tolist() for _ in items]
+    pq.write_table(pa.table({"item": items, "vector": vectors}), tmp_path / "items.parquet")
+    ranks = [
+        f"u{user},i{item},{rank}"
+        for user in range(20)
+        for rank, item in enumerate(rng.permutation(15)[:5], 1)
+    ]
+    (tmp_path / "bigrec.csv").write_text("\n".join(["user,item,rank", *ranks]), encoding="utf-8")
+    beside = [
+        f"i{item},i{(item + step) % 15},{1 / step}" for item in range(15) for step in (1, 2, 3)
+    ]
+    (tmp_path / "beside.csv").write_text("\n".join(["item,other,score", *beside]), encoding="utf-8")
+    commands = _commands("methods.md")
+    assert [command[1] for command in commands] == ["teach", "train"] * 3
+    quick = [f"--{name}={value}" for name, value in SMALL.items()]
+    for _, *arguments in [prepare, *commands]:
+        extra = quick if arguments[0] == "train" else []
+        done = subprocess.run(
+            [sys.executable, "-m", "slgr_jax.cli", *arguments, *extra],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    for run in ("RUN_VECTORS", "RUN_LISTS", "RUN_BESIDE"):
+        assert (tmp_path / run / "log.jsonl").is_file()
