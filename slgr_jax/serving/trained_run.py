@@ -427,7 +427,9 @@ class TrainedRun:
             return score_rows(run.backbone)
         features = run.looked_up.features
         circumstances = None if features is None else features.interaction
-        return score_own_rows(run.backbone, run.learner.layout, circumstances)
+        return score_own_rows(
+            run.backbone, run.learner.layout, circumstances, split_tables=run.split_items
+        )
 
     # ---------------------------------------------------------------------------------- ids
 

@@ -316,7 +316,7 @@ def _restored(
     the run is served."""
     backbone, looked_up = backbone_and_context(run, dataset, native=False)
     served = _served(backbone, looked_up)
-    layout = _layout_to_serve(run, backbone, served) if split else make_layout()
+    layout = _layout_to_serve(run, backbone) if split else make_layout()
     trained = Learner(run, backbone, make_guidance(run), _trained_on(run, dataset, layout))
     if which != "best":
         looked_up = _with_edges(workdir, run, dataset, backbone, looked_up)
@@ -352,14 +352,11 @@ def _served(backbone: AnyBackbone, looked_up: Context) -> Context:
     )
 
 
-def _layout_to_serve(run: config.RunConfig, backbone: AnyBackbone, served: Context) -> Layout:
+def _layout_to_serve(run: config.RunConfig, backbone: AnyBackbone) -> Layout:
     """All devices, with the table shards that the run had where it can be ranked over blocks."""
     layout, shards = make_layout(), run.train.table_shards
     # Vectors of items can be asked for block by block, a network that sees both sides cannot.
     ranks_blocks = isinstance(backbone, DotBackbone) and layout.devices % shards == 0
-    if run.train.user_shards and user_context.is_of_users(served):
-        # A device reads its users' histories, and the rows that these name, by itself.
-        ranks_blocks = False
     if run.train.user_shards and cluster.processes() > 1:
         # Devices that rank the same users need what these have, which one process alone has read.
         ranks_blocks &= jax.local_device_count() % shards == 0

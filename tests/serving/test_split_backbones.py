@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import pytest
 import worlds
 
 from slgr_jax import serving
-from slgr_jax.config import make_run
+from slgr_jax.config import RunConfig, make_run
 from slgr_jax.data import features as features_lib
 from slgr_jax.reports import run_evaluation
-from slgr_jax.training import loop
+from slgr_jax.training import loop, run_directory
 
 USERS, ITEMS, SHARDS = 43, 30, 8
 GUIDED = {"guidance": "pairwise", "teacher": "t", "lambda": 0.5, "gate": "calibrated"}
@@ -85,16 +86,39 @@ def test_a_device_has_what_belongs_to_its_own_users(workdir):
     assert min(held[1]) > USERS * 4
 
 
-def test_numbers_are_those_of_a_run_that_is_whole_on_each_device(workdir):
-    """Metrics and the gate's, of labelled rows too; lists, scores and vectors."""
+def _with_table_shards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Runs have had table shards: their checkpoints are the same on any number of them."""
+    read = run_directory.read_config
+
+    def with_shards(workdir: str) -> RunConfig:
+        run = read(workdir)
+        return dataclasses.replace(run, train=dataclasses.replace(run.train, table_shards=count))
+
+    monkeypatch.setattr(run_directory, "read_config", with_shards)
+
+
+@pytest.mark.parametrize("table_shards", [1, 2])
+def test_numbers_are_those_of_a_run_that_is_whole_on_each_device(
+    workdir, monkeypatch, table_shards
+):
+    """Metrics and the gate's, of labelled rows too; lists, scores and vectors. Also where tables
+    of items are split beside the users."""
     asked = [f"u{user}" for user in (7, 42, 7, 0, 19)]
     pairs = asked, [f"i{item}" for item in range(5)]
     with worlds.runs_on(3):  # which do not divide the shards
         whole = serving.load(workdir)
         assert whole.restored.split is None
         expected = run_evaluation.evaluate_run(workdir, "whole")
+    _with_table_shards(monkeypatch, table_shards)
     with worlds.runs_on(4):
         run = serving.load(workdir)
+        for name, rows in run.restored.serving.values.items():
+            parts = 4 if name == "user" else table_shards if run.restored.split_items else 1
+            held = {part.data.shape[0] for part in rows.addressable_shards}
+            assert held == {rows.shape[0] // parts}, name
+        assert run.restored.split_items == (
+            table_shards > 1 and run.config.model.backbone != "deepfm"
+        )
         got = run_evaluation.evaluate_run(workdir, "split")
     for part in ("valid", "test"):
         for name, metrics in expected.parts[part].slices.items():
