@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from slgr_jax import progress
 from slgr_jax.data.dataset import Csr
@@ -26,6 +27,12 @@ from slgr_jax.sampling.user_shards import ByUser
 # Scores of a chunk that a CPU ranks fastest: XLA's programs while they fit the caches, the kernels
 # from where the product of the factors runs at its best.
 _CPU_CHUNK = {"xla": 1 << 22, "native": 1 << 23}
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _laid_out(rows: DeviceCsr, *, where: Sharding) -> DeviceCsr:
+    """The rows on other devices than they are on."""
+    return DeviceCsr(*(jax.lax.with_sharding_constraint(x, where) for x in rows))
 
 
 class ChunkScorer:
@@ -79,13 +86,14 @@ class ChunkScorer:
         return put(tree, self.at.everywhere)
 
     def put_rows(self, csr: Csr) -> DeviceCsr:
-        """The ragged rows on every device; or those of its own users on each."""
+        """The ragged rows on every device; or on each those of the users that it ranks."""
         if self.at.split is not None:
             by_user = ByUser(csr.owners(), self.at.split)
-            return DeviceCsr(
-                by_user.bounds().put(self.at.by_user),
-                by_user.entries(csr.indices.astype(np.int32)).put(self.at.by_user),
-            )
+            rows = (by_user.bounds(), by_user.entries(csr.indices.astype(np.int32)))
+            own = DeviceCsr(*(of_users.put(self.at.with_users) for of_users in rows))
+            # Devices that rank the same users get the rows of each other's, from other processes
+            # too, which alone have read them.
+            return _laid_out(own, where=self.at.by_user) if self.at.split_items else own
         n = int(csr.offsets[-1])
         if n >= 2**31:
             raise ConfigError(f"{n} interactions to mask or find; the limit is 2^31 - 1")

@@ -115,10 +115,15 @@ class Placement:
 
     @functools.cached_property
     def by_user(self) -> Sharding:
-        """Where [B, ...] is put; where users are split, what belongs to them as well."""
+        """Where [B, ...] is put; where users are split, what ranking asks of them as well."""
         if self.mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return NamedSharding(self.mesh, self.of_users)
+
+    @property
+    def with_users(self) -> Sharding:
+        """Of [V, ...], where users are split: each shard's on the device that has its users."""
+        return self.by_user if self.mesh is None else self.layout.users_sharding
 
     @property
     def everywhere(self) -> Sharding | None:

@@ -357,9 +357,6 @@ def _layout_to_serve(run: config.RunConfig, backbone: AnyBackbone) -> Layout:
     layout, shards = make_layout(), run.train.table_shards
     # Vectors of items can be asked for block by block, a network that sees both sides cannot.
     ranks_blocks = isinstance(backbone, DotBackbone) and layout.devices % shards == 0
-    if run.train.user_shards and cluster.processes() > 1:
-        # Devices that rank the same users need what these have, which one process alone has read.
-        ranks_blocks &= jax.local_device_count() % shards == 0
     return make_layout(table_shards=shards) if ranks_blocks else layout
 
 

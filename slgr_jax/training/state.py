@@ -121,15 +121,9 @@ class Learner:
         training.
 
         So it is where scores are inner products, whose items can be ranked block by block; a
-        network that sees both sides reads whole tables. Devices that have the blocks of a table
-        rank the same users: where users are split, these must be of one process, which alone has
-        read what is masked of them.
+        network that sees both sides reads whole tables.
         """
-        layout = self.layout
-        if layout.table_shards == 1 or not isinstance(self.backbone, DotBackbone):
-            return False
-        processes = [{device.process_index for device in row} for row in layout.mesh.devices]
-        return layout.users is None or all(len(of_row) == 1 for of_row in processes)
+        return self.layout.table_shards > 1 and isinstance(self.backbone, DotBackbone)
 
     def served_rows(self, spec: TableSpec) -> int:
         """How many rows a serving state has of a table; those that fill it up among them, where it
