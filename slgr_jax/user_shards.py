@@ -66,6 +66,10 @@ class UserShards:
         """Rows of a table of all users, shard after shard."""
         return self.count * self.rows
 
+    def device_of(self, users: np.ndarray, devices: int) -> np.ndarray:
+        """[n] which of so many devices has each user."""
+        return self.row[users] // (self.table_rows // devices)
+
     @functools.cached_property
     def by_row(self) -> np.ndarray:
         """[V, rows] whose row each is; U: nobody's."""

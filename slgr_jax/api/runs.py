@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slgr_jax import cluster, config
@@ -55,6 +55,7 @@ def recommend(
     checkpoint: str = "best",
     context: Mapping[str, object] | None = None,
     overwrite: bool = False,
+    **job: Any,
 ) -> Written:
     """The best items of users, as a file; `slgr recommend`. In memory: `load(workdir).recommend`.
 
@@ -74,6 +75,8 @@ def recommend(
       data, checkpoint: as of `load`.
       context: features of interactions to ask in, by name (`TrainedRun.in_context`).
       overwrite: replace `out` where it is there.
+      **job: of `slgr_jax.config.ClusterConfig`: several processes recommend together, as they
+        evaluate; the first of them writes.
 
     Returns:
       How many users and rows.
@@ -81,13 +84,10 @@ def recommend(
     Raises:
       UserError: a file or an id that cannot be used, or an argument that does nothing.
     """
+    _join(knob_values((config.ClusterConfig,), job))
     from slgr_jax.serving import recommendation_files
+    from slgr_jax.training import agreement
 
-    if bool(users) == bool(histories):
-        raise ConfigError(
-            "give either --users (a file, all, or ids) or --histories=FILE (what new users have "
-            "done)"
-        )
     request = recommendation_files.Request(
         users=os.fspath(users) or "all",
         k=k,
@@ -98,18 +98,32 @@ def recommend(
         user_column=user_column,
         item_column=item_column,
     )
-    recommendation_files.check_out(out, overwrite=overwrite)
-    run = _load_with_items(workdir, checkpoint, data, new_items).in_context(context or {})
-    if not histories:
-        return recommendation_files.recommend(run, request, out)
-    from slgr_jax.serving import read_histories
+    alone = _by_whole_tables(new_items)
+    if histories:
+        alone[f"--histories={os.fspath(histories)}"] = "folds users in, by whole tables"
+    with cluster.session():
+        if bool(users) == bool(histories):
+            raise ConfigError(
+                "give either --users (a file, all, or ids) or --histories=FILE (what new users "
+                "have done)"
+            )
+        agreement.refuse_in_a_job("recommend", alone)
+        _by_first(lambda: recommendation_files.check_out(out, overwrite=overwrite))
+        asked = {name: str(value) for name, value in (context or {}).items()}
+        agreement.refuse_unequal(
+            {"--workdir": os.fspath(workdir), "--checkpoint": checkpoint, "--context": asked}
+        )
+        run = _load_with_items(workdir, checkpoint, data, new_items).in_context(context or {})
+        if not histories:
+            return recommendation_files.recommend(run, request, out)
+        from slgr_jax.serving import read_histories
 
-    named = {"user_column": user_column or "user", "item_column": item_column or "item"}
-    folded = run.fold_in(read_histories(histories, **named), unknown=unknown)
-    if not (allow or deny):  # then no other file has columns
-        request = dataclasses.replace(request, user_column="", item_column="")
-    written = recommendation_files.recommend(folded.run, request, out)
-    return dataclasses.replace(written, skipped={**folded.skipped, **written.skipped})
+        named = {"user_column": user_column or "user", "item_column": item_column or "item"}
+        folded = run.fold_in(read_histories(histories, **named), unknown=unknown)
+        if not (allow or deny):  # then no other file has columns
+            request = dataclasses.replace(request, user_column="", item_column="")
+        written = recommendation_files.recommend(folded.run, request, out)
+        return dataclasses.replace(written, skipped={**folded.skipped, **written.skipped})
 
 
 def export(
@@ -124,6 +138,7 @@ def export(
     data: PathLike = "",
     checkpoint: str = "best",
     overwrite: bool = False,
+    **job: Any,
 ) -> Exported:
     """Vectors, an index of them, and the scorer, as files; `slgr export`.
 
@@ -137,25 +152,54 @@ def export(
       new_items: as of `recommend`.
       data, checkpoint: as of `load`.
       overwrite: replace `out` where it is an export.
+      **job: of `slgr_jax.config.ClusterConfig`: several processes make vectors together, as they
+        evaluate; the first of them writes.
 
     Raises:
       UserError: what cannot be exported, or an argument that does nothing.
     """
+    _join(knob_values((config.ClusterConfig,), job))
     from slgr_jax.data import shards
     from slgr_jax.serving import export as export_lib
+    from slgr_jax.training import agreement
 
     request = export_lib.ExportRequest(format, index, scorer, k)
-    request.check()
-    shards.check_target(out, overwrite=overwrite)
-    run = _load_with_items(workdir, checkpoint, data, new_items)
-    return export_lib.export(run, request, out, overwrite=overwrite)
+    with cluster.session():
+        request.check()
+        agreement.refuse_in_a_job("export", request.of_one_process() | _by_whole_tables(new_items))
+        agreement.refuse_unequal(
+            {"--workdir": os.fspath(workdir), "--checkpoint": checkpoint, "--format": format}
+        )
+        _by_first(lambda: shards.check_target(out, overwrite=overwrite))
+        run = _load_with_items(workdir, checkpoint, data, new_items)
+        return export_lib.export(run, request, out, overwrite=overwrite)
+
+
+def _join(values: Mapping[str, Any]) -> None:
+    """Take part in the job that knobs of `ClusterConfig` name, if there is one."""
+    job = section_of(config.ClusterConfig, values)
+    place = cluster.place(job.coordinator, job.processes, job.process_id, job.cluster)
+    cluster.start(place, heartbeat_s=job.heartbeat_s, timeout_s=job.start_timeout_s)
+
+
+def _by_first(check: Callable[[], object]) -> None:
+    """A check that only the process can make which writes; all hear of what it refuses."""
+    cluster.together(lambda: check() if cluster.is_first() else None)
+
+
+def _by_whole_tables(new_items: PathLike) -> dict[str, str]:
+    """Why a job of several processes has no new items, where they are asked for."""
+    flag = f"--new_items={os.fspath(new_items)}"
+    return {flag: "puts items behind whole tables"} if new_items else {}
 
 
 def _load_with_items(
     workdir: PathLike, checkpoint: str, data: PathLike, items: PathLike
 ) -> TrainedRun:
-    """A run, and the items of a file of vectors behind its own."""
-    run = load(workdir, checkpoint, data=data)
+    """A run, by all processes of a job, and the items of a file of vectors behind its own."""
+    from slgr_jax.serving import job
+
+    run = job.load(os.fspath(workdir), checkpoint, data=os.fspath(data) or None)
     if not items:
         return run
     from slgr_jax.serving import new_items
@@ -223,9 +267,7 @@ def evaluate(
     data, out = os.fspath(data), os.fspath(out)
     values = knob_values((config.BaselineConfig, config.ClusterConfig), knobs)
     options = section_of(config.BaselineConfig, values)
-    job = section_of(config.ClusterConfig, values)
-    place = cluster.place(job.coordinator, job.processes, job.process_id, job.cluster)
-    cluster.start(place, heartbeat_s=job.heartbeat_s, timeout_s=job.start_timeout_s)
+    _join(values)
 
     from slgr_jax.reports import evaluation
 

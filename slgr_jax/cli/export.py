@@ -8,19 +8,26 @@ Vectors of users and items whose inner product is the score, biases folded in, w
 An index of the items by inner product, and its recall against brute force. The scorer as
 StableHLO for CPU, CUDA and TPU, which runs with jax, numpy and flatbuffers alone. All of it as of
 the end of validation. DIR/manifest.json says what each file holds, how to score with it, and its
-checksum. safetensors, usearch and StableHLO need the extra: pip install 'slgr_jax[export]'.
+checksum. usearch and StableHLO need the extra: pip install 'slgr_jax[export]'.
 
 Click models have no vectors: their scorer, or slgr recommend, takes their place.
+
+Several processes make vectors together as they train (docs/cluster.md), each those of the users of
+its devices where these are split by --user_shards: --coordinator=HOST:PORT --processes=N
+--process_id=0..N-1, or srun. The first of them writes; --index, --scorer and --new_items are left
+to one process.
 """
 
 from __future__ import annotations
 
 from absl import flags as absl_flags
 
-from slgr_jax import api
-from slgr_jax.cli import flags
+from slgr_jax import api, cluster
+from slgr_jax.cli import flags, job
+from slgr_jax.config import ClusterConfig
 
 USAGE = __doc__ or ""
+SECTIONS = (ClusterConfig,)
 
 
 def define() -> None:
@@ -48,12 +55,25 @@ def define() -> None:
 
 def main(_: list[str]) -> None:
     """Export, and say what was written."""
+    job.guarded(_export, "interrupted; --out is not there, or as it was")
+
+
+def _export() -> None:
     given = flags.FLAGS
     names = ("format", "index", "scorer", "k", "overwrite", "checkpoint", "data", "new_items")
     options = {name: given[name].value for name in names}
-    print(api.export(given.workdir, given.out, **options))
+    written = api.export(given.workdir, given.out, **options, **flags.given_knobs(*SECTIONS))
+    if cluster.is_first():
+        print(written)
 
 
 def run() -> None:
     """`slgr export`."""
-    flags.run(main, usage=USAGE, name="slgr export", define=define, required=("workdir", "out"))
+    flags.run(
+        main,
+        usage=USAGE,
+        name="slgr export",
+        sections=SECTIONS,
+        define=define,
+        required=("workdir", "out"),
+    )

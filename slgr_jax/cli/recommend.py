@@ -18,6 +18,10 @@ Models that read features of interactions list as of each user's last one; --con
 
 --histories has the events (user, item and perhaps a time) of users that the run has never seen:
 they are folded in, and nothing that was trained changes.
+
+Several processes recommend together as they train (docs/cluster.md), each the users of its devices
+where these are split by --user_shards: --coordinator=HOST:PORT --processes=N --process_id=0..N-1,
+or srun. The first of them writes; --histories and --new_items are left to one process.
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from slgr_jax import api
-from slgr_jax.cli import flags
+from slgr_jax import api, cluster
+from slgr_jax.cli import flags, job
+from slgr_jax.config import ClusterConfig
 from slgr_jax.errors import ConfigError
 
 USAGE = __doc__ or ""
+SECTIONS = (ClusterConfig,)
 
 
 def define() -> None:
@@ -77,6 +83,10 @@ def _context(entries: Sequence[str]) -> dict[str, object]:
 
 def main(_: list[str]) -> None:
     """Recommend, and say how many users and rows."""
+    job.guarded(_recommend, "interrupted; --out is not there, or as it was")
+
+
+def _recommend() -> None:
     given = flags.FLAGS
     names = ["k", "mask_seen", "allow", "deny", "unknown", "user_column", "item_column"]
     names.append("new_items")
@@ -90,8 +100,10 @@ def main(_: list[str]) -> None:
         checkpoint=given.checkpoint,
         overwrite=given.overwrite,
         **{name: given[name].value for name in names},
+        **flags.given_knobs(*SECTIONS),
     )
-    print(written)
+    if cluster.is_first():
+        print(written)
 
 
 def run() -> None:
@@ -100,6 +112,7 @@ def run() -> None:
         main,
         usage=USAGE,
         name="slgr recommend",
+        sections=SECTIONS,
         define=define,
         required=("workdir", "out"),
     )

@@ -109,7 +109,7 @@ class ChunkScorer:
         split, size = self.at.split, self.at.devices
         if split is None or size == 1:
             return np.arange(users.size, dtype=np.int32)
-        device = split.row[users] // (split.table_rows // size)
+        device = split.device_of(users, size)
         share = self.chunk // size
         chunks = -(-int(np.bincount(device, minlength=size).max()) // share)
         by_device = np.argsort(device, kind="stable")

@@ -26,18 +26,18 @@ ScoreUsers = Callable[[Any, jax.Array], jax.Array]  # (state, users [B] int32) -
 class ByVectors(Protocol):
     """`ScoreUsers` whose scores are inner products."""
 
-    def __call__(self, state: Any, users: jax.Array) -> jax.Array: ...
+    def __call__(self, state: Any, users: jax.Array, /) -> jax.Array: ...
 
-    def queries(self, state: Any, users: jax.Array) -> jax.Array:
+    def queries(self, state: Any, users: jax.Array, /) -> jax.Array:
         """[B, E] vectors of users."""
         ...
 
-    def own_queries(self, state: Any, users: jax.Array, layout: Layout) -> jax.Array:
+    def own_queries(self, state: Any, users: jax.Array, layout: Layout, /) -> jax.Array:
         """[B, E] vectors of a device's own users, by their rows there, inside a `shard_map` over
         the layout with the device's part of what is split."""
         ...
 
-    def items(self, state: Any) -> jax.Array:
+    def items(self, state: Any, /) -> jax.Array:
         """[I, E] vectors of all items; more rows where tables are padded."""
         ...
 
@@ -95,7 +95,7 @@ def score_chunk(
             # Rows of users are fetched from whoever has them: XLA sends those of a chunk, no table.
             queries = by_vectors.queries(state, jnp.maximum(users, 0))
         else:
-            queries = _own_queries(by_vectors, state, users, at, specs)
+            queries = own_queries(by_vectors, state, users, at, specs)
         items = at.laid_out(by_vectors.items(state), at.of_items)
         scores = at.laid_out(queries, at.of_users) @ items.T
         return at.laid_out(scores.astype(jnp.float32), at.of_scores)
@@ -116,15 +116,20 @@ def score_chunk(
     return on_each(state, users)
 
 
-def _own_queries(
+def own_queries(
     by_vectors: ByVectors,
     state: Any,
     users: jax.Array,
     at: Placement,
     specs: tuple[PartitionSpec, ...],
 ) -> jax.Array:
-    """[B, E] of users that are split: each device makes those of its own, which are its part of
-    what the devices that rank them together have of a chunk."""
+    """[B, E] vectors of users that are split: each device makes those of its own, which are its
+    part of what the devices that rank them together have of a chunk.
+
+    Args:
+      users: their rows; under 0 is padding.
+      specs: of the leaves of `state`.
+    """
 
     def of_own(state: Any, users: jax.Array) -> jax.Array:
         return by_vectors.own_queries(state, at.rows_on_device(users), at.layout)

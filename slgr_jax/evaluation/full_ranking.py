@@ -85,14 +85,21 @@ class TopLists:
         mesh: Mesh | None = None,
         split: UserShards | None = None,
         split_items: bool = False,
+        costs: np.ndarray | None = None,
         kernels: str = "auto",
     ) -> None:
-        """Arguments and errors: as of `top_k`; `split`, `split_items` as of `rank`."""
+        """Arguments and errors: as of `top_k`; `split`, `split_items` as of `rank`.
+
+        Args:
+          costs: [U] what users are put together in chunks by, the same in every process; None: how
+            many items of each are masked, where every process knows that of all.
+        """
         at = Placement(mesh, split, n_items if split_items else 0)
         self._scorer = ChunkScorer(
             score_users, state, users_per_chunk, n_items, users_per_chunk, at, kernels
         )
-        self.k, self.chunk, self._counts = min(k, n_items), self._scorer.chunk, seen.counts
+        self.k, self.chunk = min(k, n_items), self._scorer.chunk
+        self._costs = seen.counts if costs is None else costs
         self._masked, self._turn = self._scorer.put_rows(seen), threading.Lock()
         self._best = functools.partial(
             device_ranking.rank_chunk,
@@ -123,7 +130,7 @@ class TopLists:
           NonFiniteError: a score is NaN or infinite.
         """
         users = np.asarray(users, np.int32)
-        order = np.argsort(self._counts[users], kind="stable")  # a chunk's users cost the same
+        order = np.argsort(self._costs[users], kind="stable")  # a chunk's users cost the same
         arranged = self._scorer.arranged(users[order])
         asked = np.where(arranged < 0, -1, order[arranged])  # place in `users`, or nobody's
         asking = np.where(asked < 0, -1, users[asked])

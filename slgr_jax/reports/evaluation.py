@@ -93,7 +93,7 @@ def evaluate(
         )
     alone = cluster.processes() == 1
     if not alone:
-        _refuse_in_a_job(workdirs, options, blend)
+        agreement.refuse_in_a_job("evaluate", _of_one_process(workdirs, options, blend))
         asked = {"--workdir": list(workdirs), "--out": out, "--metric": metric}
         agreement.refuse_unequal({**asked, "--checkpoint": checkpoint})
 
@@ -131,25 +131,18 @@ def evaluate(
     return Evaluation(tuple(evaluated), metric, where, left_out)
 
 
-def _refuse_in_a_job(workdirs: Sequence[str], options: config.BaselineConfig, blend: str) -> None:
-    """What one process does alone.
-
-    Raises:
-      ConfigError: it is asked for.
-    """
-    for flag, why in (
-        (f"--blend={blend}" if blend else "", "adds to scores over whole tables"),
-        (
-            "" if options.baselines in ("auto", "none") else f"--baselines={options.baselines}",
-            "are fitted on all interactions",
-        ),
-        ("" if workdirs else "--data without --workdir", "is of baselines alone"),
-    ):
-        if flag:
-            raise ConfigError(
-                f"{flag} {why}, and this is a job of {cluster.processes()} processes; evaluate so "
-                "in one, inside a Slurm step with --cluster=none"
-            )
+def _of_one_process(
+    workdirs: Sequence[str], options: config.BaselineConfig, blend: str
+) -> dict[str, str]:
+    """What of a request one process does alone, and why."""
+    flags = {}
+    if blend:
+        flags[f"--blend={blend}"] = "adds to scores over whole tables"
+    if options.baselines not in ("auto", "none"):
+        flags[f"--baselines={options.baselines}"] = "are fitted on all interactions"
+    if not workdirs:
+        flags["--data without --workdir"] = "is of baselines alone"
+    return flags
 
 
 def _blended(run: EvaluatedRun, lists: Lists, out: pathlib.Path) -> EvaluatedRun:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pathlib
 
 from slgr_jax import cluster
 from slgr_jax.evaluation import results
 from slgr_jax.evaluation.ranking_metrics import PartResult, Values
 from slgr_jax.evaluation.results import EvaluatedRun
 from slgr_jax.reports import gate_evaluation
-from slgr_jax.serving import TrainedRun, load
-from slgr_jax.training import agreement, checkpoint_manifest, epochs, tracking
+from slgr_jax.serving import TrainedRun, job
+from slgr_jax.training import checkpoint_manifest, epochs, tracking
 
 LOGGER = logging.getLogger(__name__)
 
@@ -30,9 +29,7 @@ def evaluate_run(
       which: best or last.
       data: where its dataset is now; None: where it was trained.
     """
-    if cluster.processes() > 1:
-        agreement.refuse_other_progress(workdir, cluster.together(lambda: _progress(workdir)))
-    run = cluster.together(lambda: load(workdir, which, data=data))
+    run = job.load(workdir, which, data=data)
     if cluster.is_first():
         _say_unfinished(run)
     gate = None
@@ -74,16 +71,9 @@ def _test_metrics(run: EvaluatedRun) -> dict[str, float]:
     }
 
 
-def _progress(workdir: str) -> checkpoint_manifest.Progress | None:
-    """How far the newest checkpoint is; None where there is none."""
-    root = pathlib.Path(workdir) / checkpoint_manifest.DIRECTORY
-    manifest = checkpoint_manifest.newest(root, checkpoint_manifest.read)
-    return None if manifest is None else manifest.progress
-
-
 def _say_unfinished(run: TrainedRun) -> None:
     """Warn where more training would change the numbers."""
-    train, progress = run.config.train, _progress(run.workdir)
+    train, progress = run.config.train, checkpoint_manifest.progress_of(run.workdir)
     if progress is not None and not epochs.over(train, progress):
         LOGGER.warning(
             "%s is not finished: epoch %d of at most %d; the same slgr train goes on",

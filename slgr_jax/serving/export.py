@@ -7,29 +7,33 @@
     DIR/items.usearch            a top-K inner product index; keys are rows of the items
     DIR/scorer/{scores,top_k}.stablehlo, weights.npz            see `stablehlo`
 
-The directory appears when it is whole.
+The directory appears when it is whole. Vectors are made and written a block at a time. The
+processes of a job make them together, each with its part of what is split, and the first of them
+writes; an index and the scorer, which take whole tables, are left to one process.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slgr_jax import __version__, progress
+from slgr_jax import __version__, cluster, progress
 from slgr_jax.data import shards
 from slgr_jax.data.schema import MANIFEST
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.files import write_atomically
-from slgr_jax.serving import ann_index
+from slgr_jax.serving import ann_index, blocks
 from slgr_jax.serving.ann_index import INSTALL
 
 if TYPE_CHECKING:
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 FORMATS = ("parquet", "npy", "safetensors", "none")
 _BLOCK = 1 << 16  # vectors that are written at once; of Parquet a row group
+_FLOAT = np.dtype("<f4")
+_Vectors = Mapping[str, Iterator[np.ndarray]]  # user, item -> blocks of their vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,15 @@ class ExportRequest:
                 "--index=usearch, or leave it out"
             )
 
+    def of_one_process(self) -> dict[str, str]:
+        """What of the request one process does alone, and why (`agreement.refuse_in_a_job`)."""
+        flags = {}
+        if self.index != "none":
+            flags[f"--index={self.index}"] = "is built from all items' vectors at once"
+        if self.scorer:
+            flags["--scorer"] = "is a file of whole tables"
+        return flags
+
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
@@ -125,28 +140,41 @@ def export(
       InputError: `out` is there already.
     """
     request.check()
+    target, manifest = pathlib.Path(out), _about(run)
+    if cluster.is_first():
+        with shards.atomic_directory(target, overwrite=overwrite) as folder:
+            manifest |= _write(folder, run, request, target)
+            text = json.dumps(manifest, indent=2) + "\n"
+            write_atomically(folder / MANIFEST, text, durable=True)
+    else:
+        for vectors in _vectors(run, target).values():
+            collections.deque(vectors, maxlen=0)
+    return Exported(target, json.loads(cluster.first(json.dumps(manifest))))
+
+
+def _write(
+    folder: pathlib.Path, run: TrainedRun, request: ExportRequest, out: pathlib.Path
+) -> dict[str, Any]:
+    """Write what is asked for; what the manifest says of it."""
     k = min(10 if request.k is None else request.k, run.dataset.n_items)
-    manifest = _about(run)
-    with shards.atomic_directory(out, overwrite=overwrite) as folder:
-        if request.format != "none":
-            items = run.run_vectors.of_items()
-            manifest["vectors"] = _write_vectors(folder, request.format, run, items)
-            if request.index != "none":
-                manifest["index"] = _write_index(folder, run, items, k)
-        if request.scorer:
-            manifest["scorer"] = _write_scorer(folder, run, k)
-        if request.scorer or request.format != "parquet":
-            manifest["ids"] = _write_ids(folder, run)
-        manifest["files"] = {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": shards.sha256_of(path),
-            }
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
+    written: dict[str, Any] = {}
+    if request.format != "none":
+        written["vectors"] = _write_vectors(folder, request.format, run, out)
+        if request.index != "none":
+            written["index"] = _write_index(folder, run, k)
+    if request.scorer:
+        written["scorer"] = _write_scorer(folder, run, k)
+    if request.scorer or request.format != "parquet":
+        written["ids"] = _write_ids(folder, run)
+    written["files"] = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": shards.sha256_of(path),
         }
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n", durable=True)
-    return Exported(pathlib.Path(out), manifest)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return written
 
 
 def _about(run: TrainedRun) -> dict[str, Any]:
@@ -171,72 +199,81 @@ def _about(run: TrainedRun) -> dict[str, Any]:
 
 
 def _write_vectors(
-    folder: pathlib.Path, kind: str, run: TrainedRun, items: np.ndarray
+    folder: pathlib.Path, kind: str, run: TrainedRun, out: pathlib.Path
 ) -> dict[str, Any]:
-    """Write the vectors, of users a block at a time; what the manifest says of them.
-
-    Args:
-      items: [I, E].
-    """
+    """Write the vectors; what the manifest says of them."""
     with progress.bar(run.dataset.n_users, "user", label="vectors"):
-        _WRITERS[kind](folder, run, items)
+        _WRITERS[kind](folder, run, _vectors(run, out))
     return {
         "format": kind,
-        "width": int(items.shape[1]),
-        "dtype": str(items.dtype),
+        "width": run.run_vectors.width,
+        "dtype": str(np.dtype(np.float32)),
         "score": "the inner product of a user's and an item's vector; biases are folded in, do "
         "not normalise",
         "rows": "in the order of the ids",
     }
 
 
-def _blocks(run: TrainedRun) -> Iterator[tuple[int, np.ndarray]]:
-    """(first user, vectors of it and those that follow), block after block."""
-    for begin in range(0, run.dataset.n_users, _BLOCK):
-        end = min(begin + _BLOCK, run.dataset.n_users)
-        yield begin, run.run_vectors.of_users(np.arange(begin, end, dtype=np.int32))
+def _vectors(run: TrainedRun, out: pathlib.Path) -> dict[str, Iterator[np.ndarray]]:
+    """The vectors of users and of items, [n, E] block after block, in the order of their ids; to be
+    taken in this order, by all processes of a job."""
+    vectors = run.run_vectors
+    everybody = np.arange(run.dataset.n_users, dtype=np.int32)
+    items = np.arange(run.dataset.n_items, dtype=np.int32)
+    of_users = blocks.in_order(run, everybody, _BLOCK, lambda some: (vectors.of_users(some),), out)
+    return {
+        "user": (rows for _, (rows,) in of_users),
+        "item": (
+            vectors.of_items(items[begin : begin + _BLOCK])
+            for begin in range(0, items.size, _BLOCK)
+        ),
+    }
 
 
-def _write_parquet(folder: pathlib.Path, run: TrainedRun, items: np.ndarray) -> None:
-    of_items = ((begin, items[begin : begin + _BLOCK]) for begin in range(0, len(items), _BLOCK))
-    kind = pa.list_(pa.float32(), items.shape[1])
-    for name, ids, blocks in (
-        ("user", run.dataset.user_ids, _blocks(run)),
-        ("item", run.item_id_array, of_items),
-    ):
-        schema = pa.schema([(name, pa.string()), ("vector", kind)])
+def _write_parquet(folder: pathlib.Path, run: TrainedRun, vectors: _Vectors) -> None:
+    kind = pa.list_(pa.float32(), run.run_vectors.width)
+    for name, ids in (("user", run.dataset.user_ids), ("item", run.item_id_array)):
+        schema, begin = pa.schema([(name, pa.string()), ("vector", kind)]), 0
         with pq.ParquetWriter(folder / f"{name}s.parquet", schema) as writer:
-            for begin, rows in blocks:
+            for rows in vectors[name]:
                 lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
                 part = [ids.slice(begin, len(rows)), lists]
                 writer.write_table(pa.table(part, schema=schema))
+                begin += len(rows)
 
 
-def _write_npy(folder: pathlib.Path, run: TrainedRun, items: np.ndarray) -> None:
-    with open(folder / "users.npy", "wb") as file:
-        shape = (run.dataset.n_users, items.shape[1])
-        about = {"descr": items.dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, about)
-        for _, rows in _blocks(run):
-            rows.tofile(file)
-    np.save(folder / "items.npy", items)
+def _write_npy(folder: pathlib.Path, run: TrainedRun, vectors: _Vectors) -> None:
+    for name, shape in _shapes(run).items():
+        with open(folder / f"{name}s.npy", "wb") as file:
+            about = {"descr": _FLOAT.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, about)
+            for rows in vectors[name]:
+                rows.astype(_FLOAT, copy=False).tofile(file)
 
 
-def _write_safetensors(folder: pathlib.Path, run: TrainedRun, items: np.ndarray) -> None:
-    """The one format whose library takes all vectors at once."""
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise ConfigError(
-            f"--format=safetensors needs the extra: {INSTALL}; or take --format=parquet or npy"
-        ) from error
-    everybody = np.arange(run.dataset.n_users, dtype=np.int32)
-    # It copies what is not contiguous as it lies in memory.
-    tensors = {"users": run.run_vectors.of_users(everybody), "items": np.ascontiguousarray(items)}
-    save_file(tensors, folder / "vectors.safetensors")
+def _write_safetensors(folder: pathlib.Path, run: TrainedRun, vectors: _Vectors) -> None:
+    """The bytes of a JSON header in 8 bytes, the header, the tensors one after the other. The
+    format's own library would take all vectors at once."""
+    header, end = {}, 0
+    for name, shape in _shapes(run).items():
+        begin, end = end, end + math.prod(shape) * _FLOAT.itemsize
+        header[f"{name}s"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of their items' size
+    with open(folder / "vectors.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in _shapes(run):
+            for rows in vectors[name]:
+                rows.astype(_FLOAT, copy=False).tofile(file)
 
 
-_WRITERS: dict[str, Callable[[pathlib.Path, TrainedRun, np.ndarray], None]] = {
+def _shapes(run: TrainedRun) -> dict[str, tuple[int, int]]:
+    """Of the vectors of users and items, in the order in which they are made."""
+    width = run.run_vectors.width
+    return {"user": (run.dataset.n_users, width), "item": (run.dataset.n_items, width)}
+
+
+_WRITERS: dict[str, Callable[[pathlib.Path, TrainedRun, _Vectors], None]] = {
     "parquet": _write_parquet,
     "npy": _write_npy,
     "safetensors": _write_safetensors,
@@ -255,9 +292,8 @@ def _write_ids(folder: pathlib.Path, run: TrainedRun) -> dict[str, str]:
 # ------------------------------------------------------------------------ index and scorer
 
 
-def _write_index(
-    folder: pathlib.Path, run: TrainedRun, items: np.ndarray, k: int
-) -> dict[str, Any]:
+def _write_index(folder: pathlib.Path, run: TrainedRun, k: int) -> dict[str, Any]:
+    items = run.run_vectors.of_items(np.arange(run.dataset.n_items, dtype=np.int32))
     index = ann_index.build(items)
     ann_index.save(index, folder / "items.usearch")
     asked = run.run_vectors.of_users(ann_index.sample(run.dataset.n_users))

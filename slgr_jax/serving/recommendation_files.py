@@ -3,15 +3,20 @@
 Long form, a row a listed item: user, item (ids), rank (from 1), score (a logit); users in the
 order they were asked for, items best first. The file appears when it is whole. Memory does not
 grow with the users: 2^20 rows are held, or those of one batch, and 4 bytes a user.
+
+The processes of a job rank together, each the users of its devices where these are split, and the
+first of them writes.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -20,13 +25,14 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from slgr_jax import progress
+from slgr_jax import cluster, progress
 from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.evaluation.ranking_metrics import TopItems
 from slgr_jax.files import atomically
-from slgr_jax.serving import id_files
+from slgr_jax.serving import blocks, id_files
 from slgr_jax.serving.recommender import ItemFilter, Recommender
+from slgr_jax.training import agreement
 
 if TYPE_CHECKING:
     from slgr_jax.serving.trained_run import TrainedRun
@@ -98,22 +104,27 @@ def recommend(run: TrainedRun, request: Request, out: PathLike) -> Written:
     """
     path = pathlib.Path(out)
     reader = _RequestReader(run, request)
-    users, items = reader.users(), reader.items()
-    reader.check_columns_were_read()
+    users, items = cluster.together(reader.read)
+    if cluster.processes() > 1:
+        asked = {"--k": request.k, "--mask_seen": request.mask_seen}
+        agreement.refuse_unequal({**asked, "ids in files": _digest(users, items)})
 
     batch = min(BATCH, 1 << max(users.size - 1, 0).bit_length())
     recommender = Recommender(
         run, request.k, mask_seen=request.mask_seen, items=items, batch_users=batch
     )
-    counts = _write(recommender, users, path)
-    return Written(
-        path,
-        request.k,
-        users.size,
-        int(counts.sum()),
-        int((counts < request.k).sum()),
-        reader.skipped,
-    )
+    rows, short = _write(recommender, users, request.k, path)
+    return Written(path, request.k, users.size, rows, short, reader.skipped)
+
+
+def _digest(users: np.ndarray, items: ItemFilter) -> str:
+    """A hash of who is asked about and what they may get."""
+    pairs = [x for csr in (items.only, items.denied) if csr for x in (csr.offsets, csr.indices)]
+    arrays = [users, *pairs] if items.allowed is None else [users, *pairs, items.allowed]
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_out(out: PathLike, *, overwrite: bool) -> None:
@@ -144,7 +155,17 @@ class _RequestReader:
         self._names = {"user": request.user_column or "user", "item": request.item_column or "item"}
         self._read: set[str] = set()  # roles whose columns some file had
 
-    def users(self) -> np.ndarray:
+    def read(self) -> tuple[np.ndarray, ItemFilter]:
+        """([n] users, which items they may get).
+
+        Raises:
+          ConfigError, InputError: as of `recommend`.
+        """
+        users, items = self._users(), self._items()
+        self._check_columns_were_read()
+        return users, items
+
+    def _users(self) -> np.ndarray:
         """[n] int32 distinct users in the order they are asked for."""
         asked, known = self._request.users, self._run.dataset.user_ids
         if asked == "all":
@@ -168,7 +189,7 @@ class _RequestReader:
         self._skip("repeated user", index.size - first.size)
         return index[np.sort(first)]
 
-    def items(self) -> ItemFilter:
+    def _items(self) -> ItemFilter:
         """What --allow and --deny leave."""
         allowed, only = self._list("allow", self._request.allow)
         denied_everywhere, denied = self._list("deny", self._request.deny)
@@ -176,7 +197,7 @@ class _RequestReader:
             allowed = ~denied_everywhere if allowed is None else allowed & ~denied_everywhere
         return ItemFilter(allowed, only, denied)
 
-    def check_columns_were_read(self) -> None:
+    def _check_columns_were_read(self) -> None:
         """Refuse a flag that named a column of no file, or that had nothing to do.
 
         Raises:
@@ -247,24 +268,40 @@ class _TableWriter(Protocol):
     def close(self) -> None: ...
 
 
-def _write(recommender: Recommender, users: np.ndarray, path: pathlib.Path) -> np.ndarray:
-    """Write the lists of users; [n] the rows of each."""
-    block = max(ROWS // recommender.k, recommender.batch_users)
-    counts = np.zeros(users.size, np.int64)
+def _write(
+    recommender: Recommender, users: np.ndarray, k: int, path: pathlib.Path
+) -> tuple[int, int]:
+    """Write the lists of users: how many rows, and how many users with fewer than k of them."""
+    size = max(ROWS // recommender.k, recommender.batch_users)
+    rows = short = 0
+
+    def listed(some: np.ndarray) -> tuple[np.ndarray, ...]:
+        top = recommender.top(some)
+        return top.items, top.scores
+
+    def lists() -> Iterator[TopItems]:
+        with progress.bar(users.size, "user"):  # ranking moves it
+            for block, columns in blocks.in_order(recommender.run, users, size, listed, path):
+                yield TopItems(users[block], *columns)
 
     def write(partial: pathlib.Path) -> None:
+        nonlocal rows, short
         writer = WRITERS[path.suffix.lower()](partial)
         try:
-            with progress.bar(users.size, "user"):  # ranking moves it
-                for begin in range(0, users.size, block):
-                    top = recommender.top(users[begin : begin + block])
-                    counts[begin : begin + block] = (top.items >= 0).sum(axis=1)
-                    writer.write_table(_long_table(recommender.run, top))
+            for top in lists():
+                counts = (top.items >= 0).sum(axis=1)
+                rows += int(counts.sum())
+                short += int((counts < k).sum())
+                writer.write_table(_long_table(recommender.run, top))
         finally:
             writer.close()
 
-    atomically(path, write)
-    return counts
+    if cluster.is_first():
+        atomically(path, write)
+    else:
+        collections.deque(lists(), maxlen=0)
+    rows, short = json.loads(cluster.first(json.dumps([rows, short])))
+    return rows, short
 
 
 def _long_table(run: TrainedRun, top: TopItems) -> pa.Table:

@@ -100,6 +100,8 @@ class Recommender:
         hidden = run.seen if mask_seen else Csr.empty(dataset.n_users)
         if items.denied is not None:
             hidden = _union(hidden, items.denied)
+        # Of several processes each knows what is masked of its own users.
+        costs = None if dataset.of_users is None else dataset.history
         self._lists = TopLists(
             run.score_users,
             run.restored.scoring("test"),
@@ -110,6 +112,7 @@ class Recommender:
             mesh=run.restored.mesh,
             split=run.restored.split,
             split_items=run.restored.split_items,
+            costs=costs,
             kernels=run.config.train.kernels,
         )
         self.k, self.batch_users = self._lists.k, self._lists.chunk

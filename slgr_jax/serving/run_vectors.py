@@ -1,24 +1,30 @@
 """Vectors of a run's users and items whose inner product is the score, biases folded in.
 
-Shape letters: U users, I items, n users that are asked about, E width.
+Shape letters: U users, I items, n that are asked about, E width.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from slgr_jax import progress
 from slgr_jax.errors import ConfigError
+from slgr_jax.evaluation.device_scoring import own_queries
+from slgr_jax.evaluation.placement import Placement
+from slgr_jax.mesh import put
 from slgr_jax.models.backbones import DotBackbone
-from slgr_jax.models.scoring import Scoring, catalogue_vectors, query_vectors
+from slgr_jax.models.scoring import DotScores, Scoring, by_device, rows_of
 from slgr_jax.training.restore import RestoredRun
 
-# Users whose vectors are fetched at once.
-_CHUNK = 1024
+# Most users, and items, whose vectors are made at once.
+_USERS, _ITEMS = 1 << 10, 1 << 14
 
 
 class Vectors(NamedTuple):
@@ -29,7 +35,11 @@ class Vectors(NamedTuple):
 
 
 class RunVectors:
-    """The vectors of a run as of the end of validation, of as many users as are asked for."""
+    """The vectors of a run as of the end of validation, of as many users and items as are asked
+    for. Where users or items are split, nothing of a table goes anywhere but these.
+
+    The processes of a job ask all for the same, and all get it.
+    """
 
     def __init__(self, restored: RestoredRun) -> None:
         """Raises:
@@ -42,29 +52,59 @@ class RunVectors:
                 "it has no vectors; use scores() or recommend(), or export its scorer (slgr export "
                 "--format=none --scorer)"
             )
-        self._backbone, self._restored = backbone, restored
-        self._scoring = restored.scoring("test")
+        self._restored, self._scoring = restored, restored.scoring("test")
+        self._at = at = Placement(restored.mesh, restored.split)
+        whole = None if restored.mesh is None else restored.learner.layout.replicated
+        by_vectors = DotScores(backbone)
 
-        @jax.jit
-        def of_rows(scoring: Scoring, rows: jax.Array) -> jax.Array:
-            return query_vectors(backbone, scoring, scoring.queries(rows))
+        @functools.partial(jax.jit, static_argnames="specs", out_shardings=whole)
+        def of_rows(
+            scoring: Scoring, rows: jax.Array, *, specs: tuple[PartitionSpec, ...] | None
+        ) -> jax.Array:
+            if specs is None:
+                return by_vectors.queries(scoring, jnp.maximum(rows, 0))
+            return own_queries(by_vectors, scoring, rows, at, specs)
 
-        self._of_rows = of_rows
+        @functools.partial(jax.jit, out_shardings=whole)
+        def of_items(scoring: Scoring, items: jax.Array) -> jax.Array:
+            rows = rows_of(scoring.serving.values, backbone.item_ids(scoring.context, items))
+            return backbone.item_vectors(scoring.serving.params, rows)
+
+        self._of_rows, self._of_items = of_rows, of_items
 
     def of_users(self, users: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n E"]:
-        """Of users by index, on the host."""
-        width = jax.eval_shape(self._of_rows, self._scoring, np.zeros(1, np.int32)).shape[1]
-        vectors = np.empty((users.size, width), np.float32)
+        """Of users by index, on the host; where users are split each device makes its own's."""
+        restored, at, specs = self._restored, self._at, None
+        device, rows = restored.device_of(users), restored.rows_of(users)
+        if device is not None:
+            specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(self._scoring))
+        vectors = np.empty((users.size, self.width), np.float32)
         with progress.bar(users.size, "user", label="vectors") as bar:
-            for begin in range(0, users.size, _CHUNK):
-                some = users[begin : begin + _CHUNK]
-                padded = np.pad(some, (0, _CHUNK - some.size), mode="edge")
-                of_chunk = np.asarray(self._of_rows(*self._restored.asking(padded, "test")))
-                vectors[begin : begin + _CHUNK] = of_chunk[: some.size]
-                bar.update(some.size)
+            spread = np.zeros(users.size, np.int32) if device is None else device
+            parts = 1 if device is None else at.devices
+            for places in by_device(spread, parts, _USERS // parts):
+                real = places >= 0
+                asked = np.where(real, rows[places], -1).astype(np.int32)
+                chunk = put(asked, at.everywhere if specs is None else at.with_users)
+                of_chunk = jax.device_get(self._of_rows(self._scoring, chunk, specs=specs))
+                vectors[places[real]] = of_chunk[real]
+                bar.update(int(real.sum()))
         return vectors
 
-    def of_items(self) -> Float[np.ndarray, "I E"]:
-        """Of all items, on the host."""
-        vectors = np.asarray(catalogue_vectors(self._backbone, self._scoring))
-        return vectors[: self._restored.dataset.n_items]
+    def of_items(self, items: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n E"]:
+        """Of items by index, on the host."""
+        vectors = np.empty((items.size, self.width), np.float32)
+        size = min(_ITEMS, 1 << max(items.size - 1, 0).bit_length())
+        for begin in range(0, items.size, size):
+            some = items[begin : begin + size]
+            padded = np.pad(some, (0, size - some.size), mode="edge")
+            asked = put(padded, self._at.everywhere)
+            of_chunk = jax.device_get(self._of_items(self._scoring, asked))
+            vectors[begin : begin + size] = of_chunk[: some.size]
+        return vectors
+
+    @functools.cached_property
+    def width(self) -> int:
+        """E."""
+        asked = jax.ShapeDtypeStruct((1,), np.int32)
+        return int(jax.eval_shape(self._of_items, self._scoring, asked).shape[1])

@@ -227,8 +227,11 @@ class TrainedRun:
         Raises:
           ConfigError: a backbone whose score is no inner product.
         """
-        everybody = np.arange(self.dataset.n_users, dtype=np.int32)
-        return Vectors(self.run_vectors.of_users(everybody), self.run_vectors.of_items())
+        users, items = (
+            np.arange(count, dtype=np.int32)
+            for count in (self.dataset.n_users, self.dataset.n_items)
+        )
+        return Vectors(self.run_vectors.of_users(users), self.run_vectors.of_items(items))
 
     @functools.cached_property
     def run_vectors(self) -> RunVectors:

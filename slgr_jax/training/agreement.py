@@ -216,3 +216,22 @@ def refuse_unequal(settings: Mapping[str, Any]) -> None:
                 f"process {process} has other settings than process 0 ({listing(changed)}); start "
                 "all of a job alike, or with --cluster=none to work alone"
             )
+
+
+def refuse_in_a_job(what: str, flags: Mapping[str, str]) -> None:
+    """Refuse what is left to one process.
+
+    Args:
+      what: a verb, for the fix: evaluate.
+      flags: what was asked for, as it is given on a command line -> why one process does it alone.
+
+    Raises:
+      ConfigError: this is a job of several processes, and there is such a flag.
+    """
+    if cluster.processes() == 1:
+        return
+    for flag, why in flags.items():
+        raise ConfigError(
+            f"{flag} {why}, and this is a job of {cluster.processes()} processes; {what} so in "
+            "one, inside a Slurm step with --cluster=none"
+        )

@@ -210,6 +210,12 @@ def newest(root: pathlib.Path, use: Callable[[pathlib.Path], Result]) -> Result 
     return None
 
 
+def progress_of(workdir: str | os.PathLike[str]) -> Progress | None:
+    """How far the newest checkpoint of a run is; None where there is none."""
+    manifest = newest(pathlib.Path(workdir) / DIRECTORY, read)
+    return None if manifest is None else manifest.progress
+
+
 def _paths_in(directory: pathlib.Path) -> Iterator[str]:
     """The files below a checkpoint's directory but its manifest, relative to it."""
     for parent, _, names in os.walk(directory):

@@ -87,6 +87,12 @@ class RestoredRun:
         """[n] where users are in their table, which is what `score_users` asks about."""
         return users if self.split is None else self.split.row[users]
 
+    def device_of(self, users: np.ndarray) -> np.ndarray | None:
+        """[n] which device of `mesh` has each user; None: any."""
+        if self.split is None or self.mesh is None:
+            return None
+        return self.split.device_of(users, self.mesh.size)
+
     def asking(self, users: np.ndarray, part: str) -> tuple[Scoring, np.ndarray]:
         """What scores some users as of the moment before `part`, and the rows that it has them in.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pyarrow.parquet as pq
@@ -67,19 +69,29 @@ def test_a_device_has_its_own_users_alone(workdir):
         pairs = run._pair_scores.lower(
             run.restored.scoring("test"), np.zeros(8, np.int32), np.zeros((8, 1), np.int32)
         )
-        vectors = run.run_vectors._of_rows.lower(
-            run.restored.scoring("test"), np.zeros(8, np.int32)
-        )
         scorer = recommender._lists._scorer
         asked = jax.device_put(np.zeros(scorer.chunk, np.int32), scorer.at.by_user)
         score = scorer._score
         ranked = score.func.lower(scorer._room, scorer._state, asked, **score.keywords)
-        for program in (pairs, vectors, ranked):
+        for program in (pairs, ranked):
             text = program.compile().as_text()
             assert "all-gather" not in text
             assert f"f32[{table.shape[0]},{table.shape[1]}]" not in text or devices == 1
+        _check_vectors(run, table.shape[0])
     rows = SHARDS * (-(-USERS // SHARDS) + 1)
     assert held == {n: {rows * 8 * 4 // n, rows * 4 // n} for n in (1, 2, 4)}
+
+
+def _check_vectors(run, rows: int) -> None:
+    """Each device makes those of its own users; nothing but vectors is gathered."""
+    vectors, scoring = run.run_vectors, run.restored.scoring("test")
+    at = vectors._at
+    specs = tuple(leaf.sharding.spec for leaf in jax.tree.leaves(scoring)) if at.mesh else None
+    asked = jax.device_put(np.zeros(16, np.int32), at.with_users)
+    text = vectors._of_rows.lower(scoring, asked, specs=specs).compile().as_text()
+    gathered = re.findall(r"= (f32\[.*?\])\S* all-gather", text)
+    assert gathered == (["f32[16,8]"] if at.mesh else [])  # the bias's 1 is not sent
+    assert f"f32[{rows}," not in text or at.mesh is None
 
 
 def test_evaluation_and_its_gate_have_the_numbers_of_whole_tables(workdir):
