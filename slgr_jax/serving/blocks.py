@@ -58,20 +58,23 @@ def in_order(
         return
     shards.remove_leftovers(target)
     with shards.scratch_directory(target) as folder:
-        kept: list[np.ndarray] = []
+        kept: list[pathlib.Path] = []
         for block in places:
             which = np.sort(turns[block])
             columns = of_users(users[which])
             kept = kept or [
-                np.lib.format.open_memmap(
-                    folder / f"{at}.npy", "w+", x.dtype, (users.size, *x.shape[1:])
-                )
-                for at, x in enumerate(columns)
+                _zeros(folder / f"{at}.npy", users.size, x) for at, x in enumerate(columns)
             ]
-            for rows, column in zip(kept, columns, strict=True):
-                rows[which] = column
+            for path, column in zip(kept, columns, strict=True):
+                np.load(path, mmap_mode="r+")[which] = column
         for block in places:
-            yield block, tuple(np.array(rows[block]) for rows in kept)
+            yield block, tuple(np.array(np.load(path, mmap_mode="r")[block]) for path in kept)
+
+
+def _zeros(path: pathlib.Path, rows: int, like: np.ndarray) -> pathlib.Path:
+    """A file of so many rows, mapped when some are written or read: else all would come to stay."""
+    np.lib.format.open_memmap(path, "w+", like.dtype, (rows, *like.shape[1:]))
+    return path
 
 
 def _in_turns(run: TrainedRun, users: np.ndarray, size: int) -> np.ndarray | None:
