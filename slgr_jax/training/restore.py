@@ -104,7 +104,11 @@ class RestoredRun:
 
         Returns:
           (scoring, [n] rows).
+
+        Raises:
+          ConfigError: as of `whole`.
         """
+        self._refuse_others()
         if self.looked_up is None:
             return self.scoring(part), self.rows_of(users)
         distinct, place = np.unique(users, return_inverse=True)
@@ -145,14 +149,27 @@ class RestoredRun:
 
     def whole(self) -> RestoredRun:
         """This run with whole tables on all devices, the rows of users in the order of their
-        numbers; itself where they are so."""
+        numbers; itself where they are so.
+
+        Raises:
+          ConfigError: this process of several has read what belongs to its own users alone.
+        """
         if self.split is None and not self.split_items:
             return self
+        self._refuse_others()
         layout = make_layout()
         serving = put(by_user(self.learner, self.serving), layout.replicated)
         learner = dataclasses.replace(self.learner, layout=layout)
         context = self.context if self.looked_up is None else self.looked_up
         return RestoredRun(learner, self.dataset, serving, layout.put(context))
+
+    def _refuse_others(self) -> None:
+        if self.dataset.of_users is not None:
+            raise ConfigError(
+                "this is one of several processes, and has read what belongs to its own users "
+                "alone: ask a process that works alone, or for metrics, lists and vectors by "
+                "evaluate, recommend and export"
+            )
 
     @property
     def score_users(self) -> Callable[[Any, jax.Array], jax.Array]:

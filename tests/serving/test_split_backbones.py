@@ -13,6 +13,8 @@ import worlds
 from slgr_jax import serving
 from slgr_jax.config import RunConfig, make_run
 from slgr_jax.data import features as features_lib
+from slgr_jax.data.dataset import OfUsers
+from slgr_jax.errors import ConfigError
 from slgr_jax.reports import run_evaluation
 from slgr_jax.training import loop, run_directory
 
@@ -145,3 +147,15 @@ def test_numbers_are_those_of_a_run_that_is_whole_on_each_device(
     again = run.whole
     assert again.restored.split is None
     np.testing.assert_allclose(again.scores(*pairs), whole.scores(*pairs), rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_of_several_says_nothing_of_users_it_has_not_read(workdir):
+    with worlds.runs_on(4):
+        run = serving.load(workdir)
+    read = np.arange(USERS) % 2 == 0
+    of_users = OfUsers(read, run.dataset.history, run.dataset.popularity, len(run.dataset.train))
+    dataset = dataclasses.replace(run.dataset, of_users=of_users)
+    own = dataclasses.replace(run, restored=dataclasses.replace(run.restored, dataset=dataset))
+    for ask in (lambda: own.scores(["u1"], ["i1"]), lambda: own.whole):
+        with pytest.raises(ConfigError, match="has read what belongs to its own users alone"):
+            ask()
