@@ -41,7 +41,7 @@ from slgr_jax.guidance.gating import GateArrays, Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
 from slgr_jax.models.backbones.adapters import row_specs
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.arrays import Interactions, host_array
 from slgr_jax.sampling.context import Histories, Queries

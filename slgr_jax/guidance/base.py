@@ -30,7 +30,9 @@ from slgr_jax.config import RunConfig, register_guidance
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Access, Candidates, Dropout, Masked, Reads, Vectors
+from slgr_jax.models.backbones.base import Dropout
+from slgr_jax.models.candidates import Candidates, Vectors
+from slgr_jax.models.row_access import Access, Masked, Reads
 from slgr_jax.models.scoring import Scoring
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Context, Histories

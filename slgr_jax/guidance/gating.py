@@ -34,7 +34,7 @@ from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import Scoring, reference_scores
 from slgr_jax.sampling.arrays import Facts, PairFacts, host_array
 from slgr_jax.sampling.context import Histories, Queries

@@ -44,7 +44,7 @@ from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling import user_shards
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import GRAPH, Context, Histories, make_graph

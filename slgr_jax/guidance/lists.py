@@ -36,7 +36,7 @@ from slgr_jax.guidance.base import GuidanceLoss, Scored, Sources
 from slgr_jax.guidance.gated import Gated, GatedArrays
 from slgr_jax.guidance.gating import Observed
 from slgr_jax.mesh import Layout, UserShards
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling import random_bits, user_shards
 from slgr_jax.sampling.arrays import Interactions, Share, drawable
 from slgr_jax.sampling.context import Histories, Queries, host32

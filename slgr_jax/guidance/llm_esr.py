@@ -39,7 +39,7 @@ from slgr_jax.guidance.base import Sources
 from slgr_jax.guidance.gating import Gating
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling.arrays import Interactions, host_array
 from slgr_jax.sampling.context import Histories, Queries
 from slgr_jax.sampling.negatives import Generators

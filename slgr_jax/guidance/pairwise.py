@@ -24,7 +24,7 @@ from slgr_jax.guidance.gated import Gated, GatedArrays, GatedDraw
 from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Histories
 from slgr_jax.sampling.negatives import Generators

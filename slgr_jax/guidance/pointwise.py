@@ -26,7 +26,7 @@ from slgr_jax.guidance.gated import Gated, GatedArrays
 from slgr_jax.guidance.gating import Gating, Observed
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.context import Histories
 from slgr_jax.sampling.labelled_preferences import LabelledPreferences

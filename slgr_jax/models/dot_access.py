@@ -25,18 +25,9 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.kernels import cpu
 from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
-from slgr_jax.models.backbones.base import FactorModel
-from slgr_jax.models.row_access import (
-    NOTHING,
-    Candidates,
-    Dropout,
-    Leaves,
-    Masked,
-    Reads,
-    Tables,
-    Vectors,
-    View,
-)
+from slgr_jax.models.backbones.base import Dropout, FactorModel
+from slgr_jax.models.candidates import Candidates, Vectors
+from slgr_jax.models.row_access import NOTHING, Leaves, Masked, Reads, Tables, View
 from slgr_jax.models.row_optimizers import RowOptimizer
 from slgr_jax.sampling.context import Context
 

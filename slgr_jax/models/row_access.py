@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from slgr_jax.mesh import Layout
@@ -31,30 +30,28 @@ from slgr_jax.models.backbones import adapters
 from slgr_jax.models.backbones.base import (
     AnyBackbone,
     DotBackbone,
+    Dropout,
     Ids,
-    dots,
     feature_tables,
     with_features_added,
 )
+from slgr_jax.models.candidates import (
+    Candidates,
+    Vectors,
+    candidate_ids,
+    candidate_scores,
+    candidate_vectors,
+)
 from slgr_jax.models.row_optimizers import RowOptimizer
 from slgr_jax.sampling import features as features_lib
-from slgr_jax.sampling.context import Context, Queries
+from slgr_jax.sampling.context import Context
 from slgr_jax.sampling.features import FeatureSlots
 
 Tables = Mapping[str, jax.Array]
 Leaves = Any  # a pytree of float arrays
-Dropout = tuple[float, jax.Array] | None
 # Table -> the ids of rows [M] and what a pass sees in place of each, [D].
 Masked = Mapping[str, tuple[Int[Array, "M"], Float[Array, "D"]]]
 NOTHING: Masked = types.MappingProxyType({})
-
-
-@struct.dataclass
-class Candidates:
-    """Queries [N] and candidates [N, C] whose scores the loss needs."""
-
-    queries: Queries
-    items: Int[Array, "N C"]
 
 
 class Reads(NamedTuple):
@@ -69,13 +66,6 @@ class Reads(NamedTuple):
     candidates: Mapping[str, Candidates]
     rows: Mapping[str, Ids]
     whole: frozenset[str] = frozenset()
-
-
-class Vectors(NamedTuple):
-    """What scores are the dot products of: queries and their candidates."""
-
-    queries: Float[Array, "N E"]
-    items: Float[Array, "N C E"]
 
 
 class View(Protocol):
@@ -144,50 +134,6 @@ class Access(Protocol):
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The tables and slots after one update of every row that was read."""
         ...
-
-
-def candidate_ids(
-    backbone: AnyBackbone, context: Context, candidates: Candidates
-) -> dict[str, Ids]:
-    """The rows that scoring candidates reads: those of the query's side, of the item's, or of
-    both."""
-    if isinstance(backbone, DotBackbone):
-        return {
-            "query": backbone.query_ids(context, candidates.queries),
-            "item": backbone.item_ids(context, candidates.items),
-        }
-    return {"both": backbone.ids(context, candidates.queries, candidates.items)}
-
-
-def candidate_vectors(
-    backbone: DotBackbone,
-    params: Mapping[str, Any],
-    rows: Mapping[str, Mapping[str, jax.Array]],
-    context: Context,
-    candidates: Candidates,
-    dropout: Dropout,
-) -> Vectors:
-    """The vectors of candidates from the rows that `candidate_ids` names."""
-    states = backbone.query_vectors(
-        params, rows["query"], context, candidates.queries, dropout=dropout
-    )
-    return Vectors(states, backbone.item_vectors(params, rows["item"]))
-
-
-def candidate_scores(
-    backbone: AnyBackbone,
-    params: Mapping[str, Any],
-    rows: Mapping[str, Mapping[str, jax.Array]],
-    context: Context,
-    candidates: Candidates,
-    dropout: Dropout,
-) -> Float[Array, "N C"]:
-    """Logits of candidates from the rows that `candidate_ids` names."""
-    if isinstance(backbone, DotBackbone):
-        return dots(*candidate_vectors(backbone, params, rows, context, candidates, dropout))
-    return backbone.score(
-        params, rows["both"], context, candidates.queries, candidates.items, dropout=dropout
-    )
 
 
 @dataclasses.dataclass(frozen=True)

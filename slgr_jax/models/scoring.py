@@ -23,8 +23,8 @@ from slgr_jax.mesh import Layout, put
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, JointBackbone
 from slgr_jax.models.backbones.adapters import row_specs
-from slgr_jax.models.backbones.base import item_tables
-from slgr_jax.models.row_access import Candidates, Dropout, candidate_ids, candidate_scores
+from slgr_jax.models.backbones.base import Dropout, item_tables
+from slgr_jax.models.candidates import Candidates, candidate_ids, candidate_scores
 from slgr_jax.sampling.context import Context, Queries
 from slgr_jax.sampling.features import FeatureSlots
 from slgr_jax.sampling.labelled_rows import LabelledRows

@@ -51,7 +51,7 @@ from slgr_jax.errors import ConfigError, listing
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
 from slgr_jax.models.backbones.lightgcn import LightGCN
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import Scoring, pair_scores, score_users
 from slgr_jax.sampling import arrays
 from slgr_jax.sampling.arrays import Excluded, host_array

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
 from slgr_jax.models.backbones.base import JointBackbone, SequenceBackbone, dots
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import (
     Scoring,
     catalogue_vectors,

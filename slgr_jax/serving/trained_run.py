@@ -38,7 +38,7 @@ from slgr_jax.guidance import make_guidance, teacher_knowledge
 from slgr_jax.guidance.base import Guidance
 from slgr_jax.guidance.gating import Gating, gate_inputs
 from slgr_jax.guidance.teacher_knowledge import PairKnowledge
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import (
     ScoreRows,
     Scoring,

@@ -43,7 +43,8 @@ from slgr_jax.models.backbones.base import (
     feature_tables,
     item_tables,
 )
-from slgr_jax.models.row_access import Candidates, Reads, View
+from slgr_jax.models.candidates import Candidates
+from slgr_jax.models.row_access import Reads, View
 from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.batch import Batch

@@ -33,16 +33,9 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.guidance.base import Frozen, Scored
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
+from slgr_jax.models.candidates import Candidates, Vectors
 from slgr_jax.models.dot_access import BroadcastDotAccess, DotAccess
-from slgr_jax.models.row_access import (
-    Access,
-    Candidates,
-    Leaves,
-    Masked,
-    Reads,
-    RowAccess,
-    Vectors,
-)
+from slgr_jax.models.row_access import Access, Leaves, Masked, Reads, RowAccess
 from slgr_jax.sampling import user_context
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions
 from slgr_jax.sampling.batch import Batch, draw

@@ -21,7 +21,7 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import gates
 from slgr_jax.guidance.base import GuidanceLoss, mean_over_queries
 from slgr_jax.guidance.gating import Gating
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.context import Queries
 from slgr_jax.sampling.negatives import below

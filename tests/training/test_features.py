@@ -17,7 +17,8 @@ from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.models import embedding_table
-from slgr_jax.models.row_access import Candidates, Reads, RowAccess
+from slgr_jax.models.candidates import Candidates
+from slgr_jax.models.row_access import Reads, RowAccess
 from slgr_jax.sampling.context import Queries
 from slgr_jax.serving import trained_run
 from slgr_jax.training import build, loop, multi_seed, restore, run_directory, step

@@ -18,7 +18,7 @@ from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.data.ingest import prepare
 from slgr_jax.errors import ConfigError, InputError
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import Scoring, ServingState, pair_scores
 from slgr_jax.sampling import features as slots_lib
 from slgr_jax.sampling import labelled_rows

@@ -18,7 +18,8 @@ from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.mesh import make_layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import adapters
-from slgr_jax.models.row_access import Candidates, Reads, RowAccess
+from slgr_jax.models.candidates import Candidates
+from slgr_jax.models.row_access import Reads, RowAccess
 from slgr_jax.sampling.context import Queries
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors

@@ -15,8 +15,9 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.experiments.arms import ARMS, VECTORS
 from slgr_jax.mesh import make_layout
 from slgr_jax.models.backbones import adapters, chunk_extractor
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.embedding_table import RowFormat
-from slgr_jax.models.row_access import Candidates, Reads
+from slgr_jax.models.row_access import Reads
 from slgr_jax.models.scoring import Scoring, moments, pair_scores
 from slgr_jax.sampling.context import Queries
 from slgr_jax.teacher.local import embeddings

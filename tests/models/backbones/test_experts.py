@@ -14,7 +14,8 @@ from slgr_jax.config.applies import check_used
 from slgr_jax.errors import ConfigError
 from slgr_jax.experiments.arms import ARMS, VECTORS
 from slgr_jax.models.backbones import adapters
-from slgr_jax.models.row_access import Candidates, Reads
+from slgr_jax.models.candidates import Candidates
+from slgr_jax.models.row_access import Reads
 from slgr_jax.sampling.context import Queries
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors

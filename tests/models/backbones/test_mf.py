@@ -9,9 +9,9 @@ import pytest
 from jax.test_util import check_grads
 
 from slgr_jax.config import ModelConfig
-from slgr_jax.models import row_access
+from slgr_jax.models import candidates
 from slgr_jax.models.backbones import make_backbone
-from slgr_jax.models.row_access import Candidates
+from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import Scoring, ServingState, score_users
 from slgr_jax.sampling.context import Context, Queries, Sizes
 
@@ -32,9 +32,9 @@ def test_scores_equal_numpy(item_bias):
     lanes, context = Candidates(Queries(users), items), Context()
     rows = {
         side: {name: values[name][ids] for name, ids in named.items()}
-        for side, named in row_access.candidate_ids(backbone, context, lanes).items()
+        for side, named in candidates.candidate_ids(backbone, context, lanes).items()
     }
-    got = row_access.candidate_scores(backbone, {}, rows, context, lanes, None)
+    got = candidates.candidate_scores(backbone, {}, rows, context, lanes, None)
     p, q = np.asarray(values["user"]), np.asarray(values["item"])
     for b, user in enumerate(users):
         for c, item in enumerate(items[b]):
@@ -52,10 +52,10 @@ def test_score_gradients():
     lanes, context = Candidates(Queries(users), items), Context()
     rows = {
         side: {name: values[name][ids] for name, ids in named.items()}
-        for side, named in row_access.candidate_ids(backbone, context, lanes).items()
+        for side, named in candidates.candidate_ids(backbone, context, lanes).items()
     }
     check_grads(
-        lambda rows: row_access.candidate_scores(
+        lambda rows: candidates.candidate_scores(
             backbone, {}, jax.tree.map(jnp.asarray, rows), context, lanes, None
         ),
         (rows,),
@@ -74,12 +74,12 @@ def test_dropout_is_unbiased_and_only_on_request():
     lanes, context = Candidates(Queries(users), items), Context()
     rows = {
         side: {name: values[name][ids] for name, ids in named.items()}
-        for side, named in row_access.candidate_ids(backbone, context, lanes).items()
+        for side, named in candidates.candidate_ids(backbone, context, lanes).items()
     }
-    plain = row_access.candidate_scores(backbone, {}, rows, context, lanes, None)
+    plain = candidates.candidate_scores(backbone, {}, rows, context, lanes, None)
     keys = jax.random.split(jax.random.key(0), 4000)
     passes = jax.vmap(
-        lambda key: row_access.candidate_scores(backbone, {}, rows, context, lanes, (0.2, key))
+        lambda key: candidates.candidate_scores(backbone, {}, rows, context, lanes, (0.2, key))
     )(keys)
     error = np.asarray(passes).std(axis=0) / np.sqrt(4000)
     assert (np.abs(np.asarray(passes).mean(axis=0) - np.asarray(plain)) < 4 * error).all()
