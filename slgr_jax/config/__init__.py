@@ -5,6 +5,7 @@ command line from the same fields, so a default or a help text is never written 
 """
 
 from slgr_jax.config.alignment import (
+    CTRLConfig,
     HintConfig,
     HTDConfig,
     LLMESRConfig,
@@ -173,6 +174,7 @@ __all__ = [
     "ROWS",
     "KDConfig",
     "LLMESRConfig",
+    "CTRLConfig",
     "ListKLConfig",
     "RDConfig",
     "DLLM2RecConfig",

@@ -15,18 +15,27 @@ from slgr_jax.errors import ConfigError
 
 
 def check_fits(guidance: str, backbone: str) -> None:
-    """Refuse a guidance of vectors whose built-in backbone has none, or no graph to mask nodes of.
+    """Refuse a guidance of vectors whose built-in backbone has none, no graph to mask nodes of, or
+    no rows to contrast.
 
     Raises:
       ConfigError: what to use instead.
     """
     if guidance not in ALIGNMENTS:
         return
+    if guidance == "ctrl":
+        if backbone in BUILT_IN and backbone not in CLICK_BACKBONES:
+            raise ConfigError(
+                f"--guidance=ctrl contrasts the rows of a click model with their texts, and "
+                f"--backbone={backbone} is none; use --backbone=dcnv2 or another, or "
+                "--guidance=rlmrec_con"
+            )
+        return
     if backbone in CLICK_BACKBONES:
         raise ConfigError(
             f"--guidance={guidance} aligns vectors of users and items, and --backbone={backbone} "
-            "has none that its scores are products of; give it the product's as fields: "
-            "--item_vectors, --user_vectors"
+            "has none that its scores are products of; use --guidance=ctrl, or give it the "
+            "product's as fields: --item_vectors, --user_vectors"
         )
     if guidance == "rlmrec_gen" and backbone in BUILT_IN and backbone != "lightgcn":
         raise ConfigError(
@@ -133,6 +142,34 @@ class LLMESRConfig(Section):
         "users with the nearest vectors whose mean a user's vector is drawn to; of a sequence "
         "model each is one more sequence to encode",
         flag="llm_esr_neighbours",
+        minimum=1,
+        maximum=1024,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CTRLConfig(Section):
+    """--guidance=ctrl: rows of a click model and their texts."""
+
+    temperature: float = knob(
+        0.7,
+        "tau that similarities are divided by",
+        flag="ctrl_temperature",
+        above=0,
+        maximum=FLOAT,
+    )
+    width: int = knob(
+        128,
+        "numbers that rows and their texts are projected to",
+        flag="ctrl_width",
+        minimum=1,
+        maximum=WIDTH,
+    )
+    subspaces: int = knob(
+        4,
+        "parts M of a projection; a text's part meets the row's part that is most like it; 1 = "
+        "whole vectors (FLIP)",
+        flag="ctrl_subspaces",
         minimum=1,
         maximum=1024,
     )

@@ -84,6 +84,7 @@ _APPLIES: Mapping[str, Applies] = {
 }
 _OF_VECTORS = (
     *("adapter_hidden", "adapter_experts", "adapter_shared", "adapter_chunks", "adapter_gate"),
+    *("adapter_neighbours", "item_side_weight", "user_side_weight"),
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
 # Of what --train_only=adapters leaves as it is.

@@ -15,7 +15,7 @@ AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by val
 # Losses of global distillation from the literature: docs/distillation.md.
 DISTILLATIONS = ("kd", "list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd", "unkd")
 # Those that align a recommender's vectors with those of a product: docs/alignment.md.
-ALIGNMENTS = ("hint", "htd", "rlmrec_con", "rlmrec_gen", "llm_esr")
+ALIGNMENTS = ("hint", "htd", "rlmrec_con", "rlmrec_gen", "llm_esr", "ctrl")
 BUILT_IN_GUIDANCE = (
     *("none", "pairwise", "pointwise", "interactions"),
     *DISTILLATIONS,
@@ -88,7 +88,8 @@ class GuidanceConfig(Section):
         "disagree; unkd = its order among items of similar popularity. Of --teacher_vectors: "
         "hint = map the recommender's vectors to them; htd = their cosines; rlmrec_con = contrast "
         "of users and items with their own; rlmrec_gen = the vectors of masked nodes of a graph; "
-        "llm_esr = a user's vector drawn to those of users with the nearest vectors. Each goes "
+        "llm_esr = a user's vector drawn to those of users with the nearest vectors; ctrl = "
+        "contrast of a click model's rows with the vectors of their user and item. Each goes "
         "through --gate. "
         "slgr train takes auto too: none, or pairwise with the gate and lambda that validation "
         "prefers beyond noise",
@@ -97,8 +98,8 @@ class GuidanceConfig(Section):
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
     teacher_vectors: str = knob(
         "",
-        "hint, htd, rlmrec_con, rlmrec_gen, llm_esr: the product under DATA/embeddings (slgr teach "
-        "embed) that the recommender's vectors of users and items are aligned with",
+        "hint, htd, rlmrec_con, rlmrec_gen, llm_esr, ctrl: the product under DATA/embeddings (slgr "
+        "teach embed) that the recommender's vectors are aligned with",
     )
     weight: float = knob(
         0.1,

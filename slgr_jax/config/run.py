@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slgr_jax.config.alignment import (
+    CTRLConfig,
     HintConfig,
     HTDConfig,
     LLMESRConfig,
@@ -17,6 +18,7 @@ from slgr_jax.config.alignment import (
 )
 from slgr_jax.config.backbones import (
     BACKBONE_DEFAULTS,
+    BUILT_IN,
     LOSSES_OF,
     SPLIT_BY_USER,
     learns_from_sequences,
@@ -76,6 +78,7 @@ class RunConfig:
     rlmrec_con: RLMRecConConfig = dataclasses.field(default_factory=RLMRecConConfig)
     rlmrec_gen: RLMRecGenConfig = dataclasses.field(default_factory=RLMRecGenConfig)
     llm_esr: LLMESRConfig = dataclasses.field(default_factory=LLMESRConfig)
+    ctrl: CTRLConfig = dataclasses.field(default_factory=CTRLConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -227,49 +230,25 @@ class RunConfig:
             )
 
     def _check_vectors(self) -> None:
-        knobs = self.vectors
-        if knobs.adapter_chunks and knobs.adapter_experts:
+        self.vectors.check()
+        backbone, count = self.model.backbone, self.vectors.adapter_neighbours
+        if count and backbone in BUILT_IN and backbone != "lightgcn":
             raise ConfigError(
-                f"--adapter_chunks and --adapter_experts={knobs.adapter_experts} are two ways to "
-                "read vectors; drop one of them"
+                f"--adapter_neighbours={count} lets all items read their neighbours before a graph "
+                f"smooths them, and --backbone={backbone} has none; use lightgcn, or drop it"
             )
-        for side in ("item", "user"):
-            if knobs.adapter_chunks and knobs.alone(side):
-                raise ConfigError(
-                    f"--adapter_chunks selects chunks by the {side}'s row, and --no{side}_rows "
-                    "leaves none; drop one of them"
-                )
+        weights = self.vectors.side_weights
+        if any(weights.values()) and backbone in BUILT_IN and backbone != "lightgcn":
+            side = next(side for side, weight in weights.items() if weight)
+            raise ConfigError(
+                f"--{side}_side_weight={weights[side]:g} adds what a graph makes of vectors to "
+                f"what it makes of rows, and --backbone={backbone} has no graph; use lightgcn, or "
+                "drop it: vectors are added to rows then"
+            )
         if self.train.init_from and self.vectors.init_products:
             names = listing(f"--init_{table}_vectors" for table in self.vectors.init_products)
             raise ConfigError(
                 f"{names} and --init_from both say what rows begin with; drop one of them"
-            )
-        for side in ("item", "user"):
-            if self.vectors.alone(side) and side not in self.vectors.products:
-                raise ConfigError(
-                    f"--no{side}_rows leaves {side}s their vectors alone: add "
-                    f"--{side}_vectors=NAME (slgr teach embed), or drop it"
-                )
-            if self.vectors.alone(side) and side in self.vectors.init_products:
-                raise ConfigError(
-                    f"--init_{side}_vectors={self.vectors.init_products[side]} is what rows begin "
-                    f"with, and --no{side}_rows leaves none; drop one of them"
-                )
-
-        if self.vectors.adapter_gate and self.vectors.adapter_experts:
-            raise ConfigError(
-                f"--adapter_gate weighs one map, and the {self.vectors.adapter_experts} of "
-                "--adapter_experts have a gate of their own; drop one of them"
-            )
-        if self.vectors.adapter_gate and self.vectors.adapter_chunks:
-            raise ConfigError(
-                "--adapter_gate weighs one map, and --adapter_chunks weighs each chunk; drop one "
-                "of them"
-            )
-        if not self.vectors.event_vectors and self.vectors.alone("item"):
-            raise ConfigError(
-                "--noitem_rows leaves the events of a history their vectors alone, and "
-                "--noevent_vectors takes these; drop one of them"
             )
 
     def _check_loss(self) -> None:

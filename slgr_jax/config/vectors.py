@@ -6,6 +6,7 @@ import dataclasses
 
 from slgr_jax.config.knobs import FLOAT, WIDTH, Section, knob
 from slgr_jax.config.training import TABLE_DTYPES
+from slgr_jax.errors import ConfigError
 
 INIT_HOWS = ("pca", "variance", "uniform", "random", "leading", "all")
 
@@ -82,6 +83,25 @@ class VectorConfig(Section):
         "backbones: of the item that is scored, and of the user. Without it, and for all else, a "
         "row's vector is the mean of its chunks",
     )
+    adapter_neighbours: int = knob(
+        0,
+        "CoLaKG (10 to 30): a row is the mean of itself and its mapped vector, and an item then of "
+        "itself and what it takes, by an attention, from so many items with the nearest vectors; "
+        "lightgcn; 0 = none",
+        minimum=0,
+        maximum=1024,
+    )
+    item_side_weight: float = knob(
+        0.0,
+        "LLMRec (0.02): what --item_vectors come to is smoothed over the graph by itself, made as "
+        "long as this, and added to what becomes of the rows; lightgcn; 0 = it is added to rows "
+        "before the graph smooths them",
+        minimum=0,
+        maximum=FLOAT,
+    )
+    user_side_weight: float = knob(
+        0.0, "the same of --user_vectors (LLMRec: 2.8)", minimum=0, maximum=FLOAT
+    )
     adapter_gate: bool = knob(
         False,
         "multiply what an adapter makes of a vector by sigmoid(w log(1 + n) + b), n the training "
@@ -103,11 +123,104 @@ class VectorConfig(Section):
         "bfloat16", "storage of --item_vectors and --user_vectors", choices=TABLE_DTYPES
     )
 
+    def check(self) -> None:
+        """Refuse knobs of this section that contradict each other.
+
+        Raises:
+          ConfigError: what to drop.
+        """
+        self._check_readings()
+        for side in ("item", "user"):
+            if self.alone(side):
+                self._check_alone(side)
+            if self.side_weights[side] and side not in self.products:
+                raise ConfigError(
+                    f"--{side}_side_weight={self.side_weights[side]:g} weighs what vectors come "
+                    f"to: add --{side}_vectors=NAME (slgr teach embed), or drop it"
+                )
+        if not self.event_vectors and self.alone("item"):
+            raise ConfigError(
+                "--noitem_rows leaves the events of a history their vectors alone, and "
+                "--noevent_vectors takes these; drop one of them"
+            )
+
+    def _check_readings(self) -> None:
+        """Refuse two ways of reading vectors at once."""
+        neighbours = f"--adapter_neighbours={self.adapter_neighbours}"
+        experts = f"--adapter_experts={self.adapter_experts}"
+        hidden = f"--adapter_hidden={','.join(map(str, self.adapter_hidden))}"
+        clashes = {
+            f"--adapter_chunks and {experts} are two ways to read vectors": (
+                self.adapter_chunks and self.adapter_experts
+            ),
+            f"--adapter_gate weighs one map, and the {self.adapter_experts} of --adapter_experts "
+            "have a gate of their own": self.adapter_gate and self.adapter_experts,
+            "--adapter_gate weighs one map, and --adapter_chunks weighs each chunk": (
+                self.adapter_gate and self.adapter_chunks
+            ),
+            f"{neighbours} and {experts} are two ways to read vectors": (
+                self.adapter_neighbours and self.adapter_experts
+            ),
+            f"{neighbours} and --adapter_chunks are two ways to read vectors": (
+                self.adapter_neighbours and self.adapter_chunks
+            ),
+            f"{neighbours} takes the mean of a row and its vector, which --adapter_gate would "
+            "weigh": self.adapter_neighbours and self.adapter_gate,
+            "--item_side_weight and --user_side_weight weigh what one map makes of vectors; "
+            "--adapter_experts, --adapter_chunks, --adapter_gate and --adapter_neighbours make "
+            "rows of them": any(self.side_weights.values())
+            and bool(
+                self.adapter_experts
+                or self.adapter_chunks
+                or self.adapter_gate
+                or self.adapter_neighbours
+            ),
+            f"{neighbours} reads vectors by one linear map, and {hidden} has layers between": (
+                self.adapter_neighbours and self.adapter_hidden
+            ),
+        }
+        for reason, holds in clashes.items():
+            if holds:
+                raise ConfigError(f"{reason}; drop one of them")
+
+    def _check_alone(self, side: str) -> None:
+        """Refuse what needs rows of a side that has none."""
+        if self.adapter_chunks:
+            raise ConfigError(
+                f"--adapter_chunks selects chunks by the {side}'s row, and --no{side}_rows leaves "
+                "none; drop one of them"
+            )
+        if self.adapter_neighbours:
+            raise ConfigError(
+                f"--adapter_neighbours={self.adapter_neighbours} takes the mean of a row and its "
+                f"vector, and --no{side}_rows leaves no row; drop one of them"
+            )
+        if self.side_weights[side]:
+            raise ConfigError(
+                f"--{side}_side_weight={self.side_weights[side]:g} adds to what becomes of the "
+                f"{side}s' rows, and --no{side}_rows leaves none; drop one of them"
+            )
+        if side not in self.products:
+            raise ConfigError(
+                f"--no{side}_rows leaves {side}s their vectors alone: add --{side}_vectors=NAME "
+                "(slgr teach embed), or drop it"
+            )
+        if side in self.init_products:
+            raise ConfigError(
+                f"--init_{side}_vectors={self.init_products[side]} is what rows begin with, and "
+                f"--no{side}_rows leaves none; drop one of them"
+            )
+
     @property
     def products(self) -> dict[str, str]:
         """Side -> the product whose vectors stay beside training."""
         named = {"item": self.item_vectors, "user": self.user_vectors}
         return {side: name for side, name in named.items() if name}
+
+    @property
+    def side_weights(self) -> dict[str, float]:
+        """Side -> the length of what its vectors add behind a graph; 0: they are added to rows."""
+        return {"item": self.item_side_weight, "user": self.user_side_weight}
 
     @property
     def expert_hidden(self) -> tuple[int, ...]:

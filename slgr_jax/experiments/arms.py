@@ -31,6 +31,14 @@ _AGAINST_HARD_NEGATIVES = {
 }
 # What a knob of an arm says that names the product of --vectors.
 VECTORS = "--vectors"
+_PRUNED = {"drop_share": 0.71}
+_SIDE_FEATURES = {
+    "guidance": "none",
+    "item_vectors": VECTORS,
+    "user_vectors": VECTORS,
+    "item_side_weight": 0.02,
+    "user_side_weight": 2.8,
+}
 # The arm that needs a product of several vectors a row.
 CHUNKED = "kser"
 # Knobs of an arm that is no control.
@@ -50,7 +58,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
     "paper_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "paper"},
     "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": OF_NONE},
-    "pruned": {"guidance": "none", "drop_share": 0.71},  # LLMRec's, of which no LLM is a part
+    "pruned": {"guidance": "none", **_PRUNED},  # LLMRec's, of which no LLM is a part
     # What the teacher says that users take, beside what they took.
     "interactions": {"guidance": "interactions"},
     "interactions_selective": {"guidance": "interactions", "gate": "calibrated"},
@@ -74,6 +82,15 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "adapter_experts": 5,
         "event_vectors": False,
     },
+    "colakg": {
+        "guidance": "none",
+        "item_vectors": VECTORS,
+        "user_vectors": VECTORS,
+        "adapter_neighbours": 10,
+    },
+    # LLMRec's side features, and these with its pruning.
+    "side": {**_SIDE_FEATURES},
+    "llmrec": {**_SIDE_FEATURES, **_PRUNED},
     # As of all arms of vectors: every parameter is trained. Arms that read one vector a row read
     # the mean of its chunks.
     CHUNKED: {
@@ -86,7 +103,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 # Arms that read a product of vectors, not a teacher's.
 ALIGNED = (*ALIGNMENTS, *(f"{name}_selective" for name in ALIGNMENTS))
 VECTOR_ARMS = (
-    *("init", "adapter", "init_selective", "adapter_selective", "kar"),
+    *("init", "adapter", "init_selective", "adapter_selective", "kar", "colakg"),
+    *("side", "llmrec"),
     *(CHUNKED, *ALIGNED),
 )
 # Arms without a word of an LLM: one of them is the reference of those with one.

@@ -2,6 +2,7 @@
 
 from slgr_jax.guidance import (
     cd,
+    ctrl,
     dcd,
     hint,
     htd,
@@ -37,6 +38,7 @@ built_in(
         "rlmrec_con": rlmrec.make_con,
         "rlmrec_gen": rlmrec.make_gen,
         "llm_esr": llm_esr.make,
+        "ctrl": ctrl.make,
     }
 )
 

@@ -7,13 +7,14 @@ vector z that the product (--teacher_vectors) has of it. A subclass states what 
     L = 3 / n sum over the lanes of alpha sum over its three of l(e, z),   n of them have a vector
 
 so that with a vector for everything it is the sum over users, items and other items of the mean of
-each. alpha = 1 (--gate=constant, the default of these guidances) is the method as published; any
-other gate believes each lane by itself: alpha is its word on the preference (item, other item), of
-which the product's margin is cos(z_u, z_i) - cos(z_u, z_j). A supervised gate learns how often such
-margins are right on validation items. What has no vector counts nothing.
+each (ctrl.py contrasts a lane's two rows instead). alpha = 1 (--gate=constant, the default of these
+guidances) is the method as published; any other gate believes each lane by itself: alpha is its
+word on the preference (item, other item), of which the product's margin is cos(z_u, z_i) -
+cos(z_u, z_j). A supervised gate learns how often such margins are right on validation items. What
+has no vector counts nothing.
 
 Vectors are stored as float16, whole on every device, and looked up by lane: no step costs O(users)
-or O(items). Backbones without vectors of their own (click models) are refused.
+or O(items). Backbones without vectors of their own (click models) are refused, but by ctrl.py.
 
 Shape letters: G lanes, N of all devices, E width of the recommender's vectors, Z of the product's,
 R users or items, S steps drawn at once; the axis of length 3 is (user, item, other item).
@@ -53,6 +54,7 @@ from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors
 
 _ROWS_AT_ONCE = 1 << 14
+_NO_COSINE = -1e30
 
 
 @struct.dataclass
@@ -167,6 +169,7 @@ class Alignment(Gated):
     """The shared half of a guidance of vectors; a subclass has `init_method` and `lane_losses`.
 
     Attributes:
+      users_optional: whether items' vectors are enough.
       standardised: whether users' and items' vectors are less the mean of each and divided by one
         number each; without, by one number for both, as they lie in one space.
     """
@@ -175,6 +178,7 @@ class Alignment(Gated):
     reads_vectors = True
     width = 2
     standardised = True
+    users_optional = False
 
     def init_method(self, key: jax.Array, width: int, vectors: int) -> dict[str, Any]:
         """The method's own parameters.
@@ -217,8 +221,12 @@ class Alignment(Gated):
             assert isinstance(teacher, TeacherLists)
             gate, _ = self.gating.arrays(sources, teacher)
             scale = teacher.margin_scale
-        width = vector_width(sources.backbone)
+        width = self.student_width(sources.backbone)
         return AlignmentArrays(users, items, gate, teacher, scale, width), None
+
+    def student_width(self, backbone: AnyBackbone) -> int:
+        """E."""
+        return vector_width(backbone)
 
     def check(self, backbone: AnyBackbone) -> None:
         """Refuse a backbone that the method makes no sense for."""
@@ -247,14 +255,14 @@ class Alignment(Gated):
             _moments(of_side.values, rows) for of_side, rows in zip(sides, trained, strict=True)
         ]
         for side, rows, (_, variance) in zip(("users", "items"), trained, moments, strict=True):
-            if not variance > 0:
+            if not variance > 0 and not (self.users_optional and not product.users.has.any()):
                 raise InputError(
                     f"--teacher_vectors={name}: {rows.sum()} {side} with training interactions "
                     "have a vector, and all of these are alike; make vectors that tell them apart"
                 )
         if self.standardised:
             return tuple(  # type: ignore[return-value]
-                _side(of_side, mean, np.sqrt(variance))
+                _side(of_side, mean, float(np.sqrt(variance)) or 1.0)
                 for of_side, (mean, variance) in zip(sides, moments, strict=True)
             )
         squares = [variance + np.square(mean).mean() for mean, variance in moments]
@@ -263,7 +271,7 @@ class Alignment(Gated):
     def init(self, key: jax.Array, backbone: AnyBackbone) -> dict[str, Any]:
         for_gate, for_method = jax.random.split(key)
         vectors = embeddings.width_of(self.run.data, self.run.guidance.teacher_vectors)
-        method = self.init_method(for_method, vector_width(backbone), vectors)
+        method = self.init_method(for_method, self.student_width(backbone), vectors)
         return {**self.gating.init(for_gate), METHOD: method}
 
     def lanes(
@@ -327,10 +335,8 @@ class Alignment(Gated):
         layout: Layout,
         key: jax.Array,
     ) -> GuidanceLoss:
-        vectors, has = observed.vectors, observed.has
-        assert scored.vectors is not None
+        vectors = observed.vectors
         assert vectors is not None
-        assert has is not None
         for_gate, for_method = jax.random.split(key)
         of_user, of_item, of_other = (vectors[:, side] for side in range(3))
         margins = vector_teacher.cosines(of_user, of_item)
@@ -345,14 +351,39 @@ class Alignment(Gated):
 
         alpha, _ = self.believe(params, scores, stochastic, drawn, observed, for_gate)
 
-        states, items = (vectors[..., : observed.width] for vectors in scored.vectors())
+        losses = self.losses(params[METHOD], scored, drawn, observed, alpha, layout, for_method)
+        agrees = jax.lax.stop_gradient(scores[:, 0] > scores[:, 1])
+        return self.added(params, losses, alpha, agrees, drawn, observed, layout)
+
+    def losses(
+        self,
+        params: Mapping[str, Any],
+        scored: Scored,
+        drawn: AlignmentDraw,
+        observed: AlignmentObserved,
+        alpha: Float[Array, "G"],
+        layout: Layout,
+        key: jax.Array,
+    ) -> Float[Array, "G"]:
+        """What each lane adds to the loss: `lane_losses` of its user and items."""
+        vectors, has, count = observed.vectors, observed.has, drawn.items.shape[0]
+        assert scored.vectors is not None
+        assert vectors is not None
+        assert has is not None
+        states, items = (of_side[..., : observed.width] for of_side in scored.vectors())
         student = jnp.concatenate([states[:count, None], items[:count]], axis=1)
         ids = jnp.concatenate([drawn.queries.users[:, None], drawn.items], axis=1)
         lanes = Lanes(ids, student, vectors, has, alpha[:, None] * has)
         lanes = self.with_others(lanes, states[count:], drawn)
-        losses = self.lane_losses(params[METHOD], lanes, layout, for_method)
-        agrees = jax.lax.stop_gradient(scores[:, 0] > scores[:, 1])
-        return self.added(params, losses, alpha, agrees, drawn, observed, layout)
+        return self.lane_losses(params, lanes, layout, key)
+
+
+def info_nce(
+    positive: Float[Array, "A"], cosines: Float[Array, "A N"], counted: Bool[Array, "A N"]
+) -> Float[Array, "A"]:
+    """-p + log(exp(p) + sum of exp(s) over what is `counted`)."""
+    rest = jax.nn.logsumexp(jnp.where(counted, cosines, _NO_COSINE), axis=-1)
+    return jnp.logaddexp(positive, rest) - positive
 
 
 def mean_over_lanes(terms: Float[Array, "G 3"], lanes: Lanes, layout: Layout) -> Float[Array, "G"]:

@@ -96,12 +96,17 @@ class Scored:
       stochastic: (key, dropout rate) -> [G, C] logits of one stochastic pass.
       vectors: () -> the vectors whose dot products the scores are; of a guidance that
         `reads_vectors`.
+      pair_vectors: () -> [G, C, E] the vectors before the logits of a network that sees both sides;
+        of such a guidance of a `PairBackbone`.
     """
 
     scores: Float[Array, "G C"]
     differences: Float[Array, "G"] | None
     stochastic: Callable[[jax.Array, float], Float[Array, "G C"]] = struct.field(pytree_node=False)
     vectors: Callable[[], Vectors] | None = struct.field(pytree_node=False, default=None)
+    pair_vectors: Callable[[], Float[Array, "G C E"]] | None = struct.field(
+        pytree_node=False, default=None
+    )
 
 
 class GuidanceLoss(NamedTuple):
@@ -153,8 +158,9 @@ class Guidance(Protocol):
 
     @property
     def reads_vectors(self) -> bool:
-        """Whether `Scored.vectors` is called: rows are read then, not dot products of them. Only
-        backbones that are a dot product have them; `arrays` refuses others."""
+        """Whether `Scored.vectors` or `Scored.pair_vectors` is called: rows are read then, not dot
+        products of them. Backbones that are a dot product have the one, those whose network leaves
+        vectors the other; `arrays` refuses what does not fit."""
         ...
 
     def arrays(self, sources: Sources) -> tuple[Any, Csr | None]:

@@ -33,9 +33,9 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.config import HTDConfig, RunConfig
 from slgr_jax.guidance.alignment import Alignment, Lanes
 from slgr_jax.guidance.gating import Gating
-from slgr_jax.guidance.vector_teacher import unit_rows
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
+from slgr_jax.models.backbones.base import unit_rows
 from slgr_jax.sampling import random_bits
 
 _ITEMS = 1 << 30  # added to ids of items, which stand among users

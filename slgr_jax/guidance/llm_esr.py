@@ -44,7 +44,7 @@ from slgr_jax.sampling.arrays import Interactions, host_array
 from slgr_jax.sampling.context import Histories, Queries
 from slgr_jax.sampling.negatives import Generators
 from slgr_jax.sampling.preferences import at_the_end_of_training
-from slgr_jax.teacher.local.nearest import nearest
+from slgr_jax.teacher.local import nearest
 from slgr_jax.teacher.local.vectors import Vectors
 
 
@@ -72,12 +72,7 @@ def neighbours_of(dataset: Dataset, users: SideVectors, count: int) -> Int[np.nd
     """The `count` users of training with the largest cosine to each; -1 past the last."""
     vectors, has = np.asarray(users.values, np.float32), np.asarray(users.has)
     trained = Vectors(vectors, has & (dataset.history > 0))
-    every = np.arange(dataset.n_users)
-    oneself = Csr.from_pairs(every, every, dataset.n_users)
-    owners, others, _ = nearest(trained, Vectors(vectors, has), oneself, count)
-    table = np.full((dataset.n_users, count), -1, np.int32)
-    table[owners, np.arange(owners.size) - np.searchsorted(owners, owners)] = others
-    return table
+    return nearest.table(trained, Vectors(vectors, has), count)
 
 
 class SelfDistillation(Alignment):

@@ -34,19 +34,18 @@ from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import RLMRecConConfig, RLMRecGenConfig, RunConfig
 from slgr_jax.errors import ConfigError
-from slgr_jax.guidance.alignment import Alignment, Lanes, Perceptron, mean_over_lanes
+from slgr_jax.guidance.alignment import Alignment, Lanes, Perceptron, info_nce, mean_over_lanes
 from slgr_jax.guidance.base import METHOD
 from slgr_jax.guidance.gating import Gating
-from slgr_jax.guidance.vector_teacher import unit_rows
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
+from slgr_jax.models.backbones.base import unit_rows
 from slgr_jax.models.row_access import Masked
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.negatives import Generators, below
 
 _TOKENS = "tokens"  # of gen's parameters, what masked rows begin as
-_NO_COSINE = -1e30
 _ITEMS = 1 << 30  # added to ids of items where they stand among users
 
 
@@ -68,9 +67,7 @@ def contrast(
     anchors = unit_rows(anchors) / temperature
     positive = jnp.sum(anchors * unit_rows(own), axis=-1)
     cosines = anchors @ unit_rows(others).T
-    counted = (ids[:, None] != other_ids[None, :]) & (there[None, :] > 0)
-    rest = jax.nn.logsumexp(jnp.where(counted, cosines, _NO_COSINE), axis=-1)
-    return jnp.logaddexp(positive, rest) - positive
+    return info_nce(positive, cosines, (ids[:, None] != other_ids[None, :]) & (there[None, :] > 0))
 
 
 def _hidden(asked: int, width: int, vectors: int) -> int:

@@ -10,12 +10,12 @@ Shape letters: R users or items, Z numbers of a vector.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.models.backbones.base import unit_rows
 from slgr_jax.sampling.teacher_arrays import TeacherLists, teacher_lists
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import unit
@@ -28,12 +28,6 @@ _ENTRIES_AT_ONCE = 1 << 14
 def cosines(a: Float[Array, "*N Z"], b: Float[Array, "*N Z"]) -> Float[Array, "*N"]:
     """Cosine of each two vectors; 0 where one is zero."""
     return jnp.sum(unit_rows(a) * unit_rows(b), axis=-1)
-
-
-def unit_rows(x: Float[Array, "*N Z"]) -> Float[Array, "*N Z"]:
-    """Vectors over their length; zeros, and their gradient, stay zero."""
-    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jnp.where(squares > 0, jax.lax.rsqrt(jnp.maximum(squares, 1e-24)), 0.0)
 
 
 def lists(dataset: Dataset, name: str, part: str) -> TeacherLists:

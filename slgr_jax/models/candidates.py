@@ -12,7 +12,14 @@ import jax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from slgr_jax.models.backbones.base import AnyBackbone, DotBackbone, Dropout, Ids, dots
+from slgr_jax.models.backbones.base import (
+    AnyBackbone,
+    DotBackbone,
+    Dropout,
+    Ids,
+    PairBackbone,
+    dots,
+)
 from slgr_jax.sampling.context import Context, Queries
 
 
@@ -57,6 +64,20 @@ def candidate_vectors(
         params, rows["query"], context, candidates.queries, dropout=dropout
     )
     return Vectors(states, backbone.item_vectors(params, rows["item"]))
+
+
+def pair_vectors(
+    backbone: PairBackbone,
+    params: Mapping[str, Any],
+    rows: Mapping[str, Mapping[str, jax.Array]],
+    context: Context,
+    candidates: Candidates,
+    dropout: Dropout,
+) -> Float[Array, "N C E"]:
+    """What the logits of candidates are a linear function of, from the same rows."""
+    return backbone.pair_vectors(
+        params, rows["both"], context, candidates.queries, candidates.items, dropout=dropout
+    )
 
 
 def candidate_scores(

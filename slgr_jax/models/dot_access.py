@@ -211,6 +211,9 @@ class _DotView:
     def vectors(self, name: str, dropout: Dropout) -> Vectors:
         raise AssertionError("dot products have no rows")
 
+    def pair_vectors(self, name: str, dropout: Dropout) -> jax.Array:
+        raise AssertionError("dot products have no network")
+
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         raise AssertionError("dot products have no rows")
 

@@ -32,6 +32,7 @@ from slgr_jax.models.backbones.base import (
     DotBackbone,
     Dropout,
     Ids,
+    PairBackbone,
     feature_tables,
     with_features_added,
 )
@@ -41,6 +42,7 @@ from slgr_jax.models.candidates import (
     candidate_ids,
     candidate_scores,
     candidate_vectors,
+    pair_vectors,
 )
 from slgr_jax.models.row_optimizers import RowOptimizer
 from slgr_jax.sampling import features as features_lib
@@ -77,6 +79,10 @@ class View(Protocol):
 
     def vectors(self, name: str, dropout: Dropout) -> Vectors:
         """The vectors of `Reads.candidates[name]`, of a backbone that is a dot product."""
+        ...
+
+    def pair_vectors(self, name: str, dropout: Dropout) -> Float[Array, "N C E"]:
+        """The vectors before the logits of `Reads.candidates[name]`, of a `PairBackbone`."""
         ...
 
     def rows(self, name: str) -> Mapping[str, Float[Array, "... D"]]:
@@ -280,7 +286,8 @@ class RowAccess:
     ) -> Mapping[str, jax.Array]:
         backbone = self.backbone
         values = with_features_added(backbone, leaves["whole"], context)
-        values = adapters.added(backbone, params, values, self._whole_vectors(context, reads))
+        vectors = self._whole_vectors(context, reads)
+        values = adapters.added_to_all(backbone, params, values, vectors, context.neighbours)
         for name, (ids, instead) in masked.items():
             values[name] = values[name].at[ids].set(instead)
         if isinstance(backbone, DotBackbone) and backbone.whole:
@@ -436,6 +443,11 @@ class _RowsView:
         return candidate_vectors(
             self.backbone, self.params, sides, self.context, candidates, dropout
         )
+
+    def pair_vectors(self, name: str, dropout: Dropout) -> jax.Array:
+        sides, candidates = _sides(self.groups, name), self.reads.candidates[name]
+        assert isinstance(self.backbone, PairBackbone), "its network leaves no vectors"
+        return pair_vectors(self.backbone, self.params, sides, self.context, candidates, dropout)
 
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         return self.groups[name]

@@ -128,7 +128,10 @@ class FrozenVectors:
 class Context:
     """What backbones read besides their tables; None for what this run's backbone does not.
 
-    Training alone reads `vectors`: serving keeps what they come to among its rows.
+    Training alone reads the last two: serving keeps what vectors come to among its rows.
+
+    Attributes:
+      neighbours: [I, k] the items with the nearest vectors, the best first; -1 past the last.
     """
 
     histories: Histories | None = None
@@ -136,6 +139,7 @@ class Context:
     graph: Graph | OwnGraph | None = None
     features: Features | None = None
     vectors: FrozenVectors | None = None
+    neighbours: Int[Array, "I k"] | None = None
 
     def vectors_of(self, side: str) -> Num[Array, "Rp W"]:
         """The table of the vectors of items or of users, which the run has."""

@@ -151,6 +151,11 @@ class Folder:
                 f"--user_vectors={run.config.vectors.user_vectors}: a new user has no vector, and "
                 "folding in fits none: train anew for new users"
             )
+        if run.config.vectors.item_side_weight:
+            raise ConfigError(
+                "--item_side_weight: folding in knows what a graph makes of rows alone; train anew "
+                "for new users"
+            )
         whole = isinstance(self._backbone, DotBackbone) and self._backbone.whole
         if whole and not isinstance(self._backbone, LightGCN):
             raise ConfigError(

@@ -117,6 +117,16 @@ def _check(run: TrainedRun, ids: Sequence[str], vectors: np.ndarray) -> None:
             f"{run.workdir} selects chunks (--adapter_chunks) by an item's row, which a new item "
             "has none of; train a run without it to score new items"
         )
+    if run.config.vectors.item_side_weight:
+        raise ConfigError(
+            f"{run.workdir} adds texts of items behind the graph (--item_side_weight), which new "
+            "items are no part of; train a run without it to score new items"
+        )
+    if run.config.vectors.adapter_neighbours:
+        raise ConfigError(
+            f"{run.workdir} lets items read their neighbours (--adapter_neighbours), which a new "
+            "item has none of; train a run without it to score new items"
+        )
     changed = vector_products.changed(
         run.config, run.dataset, run_directory.read_record(run.workdir)
     )

@@ -74,7 +74,11 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     )
     backbone, context = restore.backbone_and_context(run, dataset, native=native)
     context = with_edges(run, dataset, backbone, context)
-    context = dataclasses.replace(context, vectors=vector_products.frozen(run, dataset, layout))
+    context = dataclasses.replace(
+        context,
+        vectors=vector_products.frozen(run, dataset, layout),
+        neighbours=vector_products.neighbours(run, dataset),
+    )
     slices = dataset.slices(run.slices)
     interactions = arrays_lib.interactions(
         dataset, run.sampler, slices.cold_users, slices.tail_items

@@ -26,6 +26,7 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
 from slgr_jax.models.backbones.base import with_features_added
+from slgr_jax.models.backbones.vector_maps import Extractor
 from slgr_jax.models.embedding_table import InitialRows, TableSpec
 from slgr_jax.models.row_optimizers import RowOptimizer, make_row_optimizer
 from slgr_jax.models.scoring import ServingState
@@ -201,9 +202,10 @@ def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], Serv
         }
         values = _filled_up(learner, with_features_added(backbone, values, context))
         values |= _of_chunks(learner, params, values, context)
-        values = adapters.added(backbone, params, values, _stored(learner, context))
+        stored = _stored(learner, context)
+        values = adapters.added_to_all(backbone, params, values, stored, context.neighbours)
         if isinstance(backbone, DotBackbone) and backbone.whole:
-            values |= _propagated(backbone, learner.layout, params, values, context)
+            values = _propagated(backbone, learner.layout, params, values, context)
         return ServingState(params, _filled_up(learner, values), state.params["guidance"])
 
     if learner.layout.users is None and not learner.serves_blocks:
@@ -233,7 +235,8 @@ def _propagated(
     context: Context,
 ) -> dict[str, jax.Array]:
     """What whole tables become on the graph; of users that are split, where these are."""
-    specs = adapters.row_specs(backbone)
+    specs = {name: adapter.spec for name, adapter in adapters.of(backbone).items()}
+    specs |= backbone.tables
     values = {
         name: rows
         if layout.splits(of_users=specs[name].of_users)
@@ -242,7 +245,8 @@ def _propagated(
     }
 
     def propagated(params: Any, values: Any, context: Context) -> dict[str, jax.Array]:
-        return {**values, **backbone.propagate(params, values, context)}
+        smoothed = {**values, **backbone.propagate(params, values, context)}
+        return {name: smoothed[name] for name in adapters.row_specs(backbone)}
 
     if layout.users is None or layout.devices == 1:
         return propagated(params, values, context)
@@ -268,7 +272,7 @@ def _stored(learner: Learner, context: Context) -> dict[str, jax.Array]:
             context.vectors_of(adapter.side), adapter.stored, learner.served_rows(adapter.spec)
         )
         for name, adapter in adapters.of(learner.backbone).items()
-        if not isinstance(adapter, adapters.Extractor)
+        if not isinstance(adapter, Extractor)
     }
 
 
@@ -284,7 +288,7 @@ def _of_chunks(
     """
     out = {}
     for name, adapter in adapters.of(learner.backbone).items():
-        if not isinstance(adapter, adapters.Extractor):
+        if not isinstance(adapter, Extractor):
             continue
         table, rows = context.vectors_of(adapter.side), learner.served_rows(adapter.spec)
         row_format = embedding_table.RowFormat.of(table, adapter.stored.width)

@@ -370,6 +370,9 @@ def _loss(
     def vectors() -> Vectors:
         return view.vectors(objectives.GUIDANCE, inputs.pass_(1))
 
+    def pair_vectors() -> jax.Array:
+        return view.pair_vectors(objectives.GUIDANCE, inputs.pass_(1))
+
     def stochastic(key: jax.Array, rate: float) -> jax.Array:
         again = access.view(backbone_params, leaves, context, part.reads, (rate, key))
         return again.scores(objectives.GUIDANCE, (rate, key))
@@ -377,7 +380,7 @@ def _loss(
     scores, differences = objective.guided(view, inputs)
     added = guidance.loss(
         params["guidance"],
-        Scored(scores, differences, stochastic, vectors),
+        Scored(scores, differences, stochastic, vectors, pair_vectors),
         part.guided,
         part.observed,
         trainer.layout,

@@ -24,7 +24,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.mesh import Layout
 from slgr_jax.sampling.context import FrozenVectors, VectorSizes
-from slgr_jax.teacher.local import chunks, embeddings
+from slgr_jax.teacher.local import chunks, embeddings, nearest
 from slgr_jax.teacher.local.vectors import Vectors
 
 _ROWS_AT_ONCE = 1 << 14
@@ -124,6 +124,18 @@ def frozen(run: RunConfig, dataset: Dataset, layout: Layout) -> FrozenVectors | 
             table = standard(dataset, side, vectors).apply(vectors, dtype, rows, counts)
         tables[side] = table.view(np.uint16) if dtype == "bfloat16" else table  # see `RowFormat`
     return FrozenVectors(**tables) if tables else None
+
+
+def neighbours(run: RunConfig, dataset: Dataset) -> Any:
+    """[I, k] (a host array) the items with the largest cosine of standardised vectors to each, -1
+    past the last; None where nothing reads them. Compares all items with all."""
+    count = run.vectors.adapter_neighbours
+    if not count or not run.vectors.item_vectors:
+        return None
+    vectors = of_side(dataset, "item", run.vectors.item_vectors)
+    values = standard(dataset, "item", vectors).apply(vectors, "float32")[:, :-1]
+    standardised = Vectors(values, vectors.has)
+    return nearest.table(standardised, standardised, count)
 
 
 def of_side(dataset: Dataset, side: str, name: str) -> Vectors:

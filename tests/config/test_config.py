@@ -160,6 +160,9 @@ _FITTING = {
 _WITHOUT = {
     "adapter_chunks": False,
     "adapter_gate": False,
+    "adapter_neighbours": 0,
+    "item_side_weight": 0.0,
+    "user_side_weight": 0.0,
     "init_item_vectors": "",
     "init_user_vectors": "",
     "item_rows": True,
@@ -214,10 +217,16 @@ def test_json_gives_back_every_knob(method):
     only = {"backbone"} if len(config.BACKBONES) == 1 else set()
     assert changed == {knobs.flag_name(field) for field in fields} - only - _WITHOUT.keys() - unused
     assert config.differences(run, again) == []
-    alone = {"adapter_experts": 0, "adapter_gate": False}  # beside them --adapter_chunks is refused
-    vectors = dataclasses.replace(vectors, item_rows=True, user_rows=True, **alone)
-    run = RunConfig(data="d", workdir="w", vectors=vectors)
-    assert knobs.from_json(RunConfig, knobs.to_json(run), "config") == run
+    # Knobs that are refused beside --adapter_experts.
+    for alone in (
+        {"adapter_chunks": True, "init_item_vectors": vectors.init_item_vectors},
+        {"adapter_neighbours": 7, "adapter_hidden": ()},
+        {"item_side_weight": 0.37, "user_side_weight": 0.37},
+    ):
+        kept = dataclasses.replace(vectors, **_WITHOUT | {"adapter_experts": 0} | alone)
+        run = config.make_run("d", "w", backbone="lightgcn")
+        run = dataclasses.replace(run, vectors=kept)
+        assert knobs.from_json(RunConfig, knobs.to_json(run), "config") == run
 
 
 @pytest.mark.parametrize("guidance", ["none", "pairwise", "pointwise", "rrd"])

@@ -37,6 +37,10 @@ SMALL |= {"lists_per_step": 8, "preferences_per_step": 8, "labelled_per_step": 8
 WITH: dict[str, dict[str, Any]] = {
     "pairwise": {"features": "group,price", "drop_share": 0.6},
     "pointwise": {"backbone": "deepfm"},
+    "interactions": {
+        "backbone": "lightgcn",
+        **{"item_vectors": "text", "user_vectors": "text", "adapter_neighbours": 3},
+    },
     "kd": {"backbone": "din"},
     "list_kl": {"loss": "softmax"},
     "rd": {"backbone": "dcn"},
@@ -48,7 +52,12 @@ WITH: dict[str, dict[str, Any]] = {
     "hint": {"backbone": "gru4rec"},
     "htd": {"backbone": "bert4rec"},
     "rlmrec_con": {"backbone": "sasrec"},
-    "rlmrec_gen": {"backbone": "lightgcn"},
+    "rlmrec_gen": {
+        "backbone": "lightgcn",
+        **{"item_vectors": "text", "user_vectors": "text"},
+        **{"item_side_weight": 0.5, "user_side_weight": 1.0},
+    },
+    "ctrl": {"backbone": "dcnv2"},
 }
 KNOBS = {
     **{name: {"hidden": 8, "layers": 1} for name in SEQUENCE_BACKBONES},

@@ -17,7 +17,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.mesh import make_layout
 from slgr_jax.models import embedding_table
-from slgr_jax.models.backbones import adapters
+from slgr_jax.models.backbones import adapters, vector_maps
 from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.row_access import Reads, RowAccess
 from slgr_jax.sampling.context import Queries
@@ -166,7 +166,7 @@ def test_mf_scores_and_serves_rows_with_what_vectors_come_to(data, knobs, rows):
 
 def test_a_fresh_adapter_makes_rows_as_long_as_drawn_ones():
     for hidden in ((), (64,)):
-        adapter = adapters.Adapter("item", 1, 128, 32, hidden, init_std=0.5)
+        adapter = vector_maps.Adapter("item", 1, 128, 32, hidden, init_std=0.5)
         z = np.random.default_rng(0).normal(size=(500, 128)).astype(np.float32)
         made = adapter.apply(
             adapter.init(jax.random.key(0)), np.pad(z, ((0, 0), (0, 1)), constant_values=1)

@@ -14,253 +14,41 @@ A is trained as dense parameters are. Rows without a vector have A = 0.
 DLLM2Rec (RecSys'24) adds W z + c to the input embedding, LLMEmb (AAAI'25) and LLM-ESR (NeurIPS'24)
 map vectors by two linear layers. KAR (RecSys'24, arXiv 2306.10933) has a mixture of experts'
 outputs as fields (`Experts`). A KSER-style extractor reads several vectors a row (`Extractor`).
+CoLaKG (SIGIR'25) takes the mean of a row and its mapped vector, and lets items read those with the
+nearest texts (`Neighbourhood`), before a graph smooths both. LLMRec (WSDM'24) lets the graph smooth
+them by themselves (`SideFeature`).
 
-Shape letters: Z numbers of a vector, D width of a row, S slots for vectors of a row.
+The maps themselves are in `vector_maps`.
+
+Shape letters: Z numbers of a vector, D width of a row, I items, k neighbours of one.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
 import types
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import VectorConfig
 from slgr_jax.errors import ConfigError
-from slgr_jax.models.backbones import chunk_extractor
+from slgr_jax.models.backbones.vector_maps import (
+    Adapter,
+    Experts,
+    Extractor,
+    Neighbourhood,
+    SideFeature,
+)
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import Sizes, VectorSizes
 
 SHARED = "shared"  # of these, what they have in common: experts, an alignment
-GATE = "gate"  # of an adapter's parameters, what weighs its output or its experts
 PARAMS = "adapters"  # of a backbone's dense parameters, those of its adapters
 FIELDS = {"item": "item_vector", "user": "user_vector"}  # side -> its field of a click model
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """A(z) = W_n relu(... relu(W_1 z + b_1)) + b_n of the vectors of one side.
-
-    Attributes:
-      side: whose vectors, item or user.
-      rows: how many there are.
-      vectors: Z.
-      width: D.
-      hidden: widths of the layers between.
-      init_std: fresh outputs have the length of drawn rows, as vectors come with entries of root
-        mean square 1.
-      gated: whether outputs are multiplied by g(n), which begins at 1/2 whatever n.
-    """
-
-    side: str
-    rows: int
-    vectors: int
-    width: int
-    hidden: tuple[int, ...]
-    init_std: float
-    gated: bool = False
-
-    @property
-    def stored(self) -> TableSpec:
-        """How vectors lie in a table: Z numbers, then (where it is gated) log(1 + n), then 1 (0
-        where a row has no vector)."""
-        return TableSpec(self.rows, self.vectors + self.gated + 1, 0.0)
-
-    @property
-    def spec(self) -> TableSpec:
-        """The table that all outputs make."""
-        return TableSpec(self.rows, self.width, self.init_std)
-
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh parameters: weights ~ N(0, 2 / inputs) before a relu, biases 0."""
-        sizes = zip((self.vectors, *self.hidden), (*self.hidden, self.width), strict=True)
-        layers = {}
-        for number, (inputs, outputs) in enumerate(sizes):
-            last = number == len(self.hidden)
-            std = self.init_std / np.sqrt(outputs * inputs) if last else np.sqrt(2.0 / inputs)
-            drawn = jax.random.normal(jax.random.fold_in(key, number), (inputs, outputs))
-            layers[f"layer_{number}"] = {
-                "kernel": np.float32(std) * drawn,
-                "bias": jnp.zeros(outputs),
-            }
-        if self.gated:
-            layers[GATE] = {"weight": jnp.zeros(()), "bias": jnp.zeros(())}
-        return layers
-
-    def init_shared(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh parameters that it has in common with other adapters; {} without any."""
-        return {}
-
-    @property
-    def penalised(self) -> bool:
-        """Whether --l2 is on what vectors come to, as it is on rows."""
-        return True
-
-    def apply(
-        self,
-        params: Mapping[str, Any],
-        stored: Float[Array, "... Z1"],
-        shared: Mapping[str, Any] | None = None,
-        row: Float[Array, "... D"] | None = None,
-    ) -> Float[Array, "... D"]:
-        """What stored vectors come to; 0 where there is none.
-
-        Args:
-          shared: parameters that it has in common with other adapters.
-          row: what they are added to; None where nothing is.
-        """
-        x, has = stored[..., : self.vectors], stored[..., -1:]
-        if self.gated:
-            gate, log_count = params[GATE], stored[..., self.vectors : self.vectors + 1]
-            has = has * jax.nn.sigmoid(gate["weight"] * log_count + gate["bias"])
-        for number in range(len(self.hidden) + 1):
-            layer = params[f"layer_{number}"]
-            x = jnp.dot(jax.nn.relu(x) if number else x, layer["kernel"])
-            x = x + jnp.expand_dims(layer["bias"], tuple(range(x.ndim - 1)))
-        return x * has
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts(Adapter):
-    """A(z) = sum over the experts e of softmax(G z)_e relu(W_n relu(... relu(W_1 z + b_1)) + b_n)
-
-    KAR's hybrid-expert adaptor (section 3.3): some experts are the side's own, some are shared with
-    the other side's adapter, the gate G is the side's own.
-
-    Attributes:
-      experts: how many are its own.
-      shared: how many it has in common with other adapters.
-    """
-
-    experts: int = 1
-    shared: int = 0
-
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        for_experts, for_gate = jax.random.split(key)
-        count = self.experts + self.shared
-        gate = jax.random.normal(for_gate, (self.vectors, count)) / np.sqrt(self.vectors)
-        return {GATE: gate, **self.init_experts(for_experts, self.experts)}
-
-    def init_shared(self, key: jax.Array) -> dict[str, Any]:
-        return self.init_experts(key, self.shared) if self.shared else {}
-
-    def init_experts(self, key: jax.Array, count: int) -> dict[str, Any]:
-        """Fresh parameters of some experts."""
-        one = dataclasses.replace(self, init_std=self.init_std * np.sqrt(2.0))
-        stacked: dict[str, Any] = jax.vmap(functools.partial(Adapter.init, one))(
-            jax.random.split(key, count)
-        )
-        return stacked
-
-    def apply(
-        self,
-        params: Mapping[str, Any],
-        stored: Float[Array, "... Z1"],
-        shared: Mapping[str, Any] | None = None,
-        row: Float[Array, "... D"] | None = None,
-    ) -> Float[Array, "... D"]:
-        z, has = stored[..., :-1].reshape(-1, self.vectors), stored[..., -1:]
-        outputs = [self._outputs(params, z)]
-        if self.shared:
-            assert shared is not None
-            outputs.append(self._outputs(shared, z))
-        weights = jax.nn.softmax(z @ params[GATE])
-        mixed = jnp.einsum("nx,xnd->nd", weights, jnp.concatenate(outputs))
-        return mixed.reshape(*stored.shape[:-1], self.width) * has
-
-    def _outputs(self, params: Mapping[str, Any], z: Float[Array, "N Z"]) -> Float[Array, "X N D"]:
-        """What each expert makes of vectors."""
-        layers = [params[f"layer_{number}"] for number in range(len(self.hidden) + 1)]
-        x = jnp.broadcast_to(z, (layers[0]["kernel"].shape[0], *z.shape))
-        for layer in layers:
-            x = jax.nn.relu(jnp.einsum("xni,xio->xno", x, layer["kernel"]) + layer["bias"][:, None])
-        return x
-
-
-@dataclasses.dataclass(frozen=True)
-class Extractor(Adapter):
-    """Several vectors a row, and the choice among them (`chunk_extractor`).
-
-    Beside a row, A(z) = Z of the row as the one field X, which is the query, too. Where a network
-    sees both sides (`joint`) it is mapped chunks, which serving keeps: the network selects among
-    them by the user and the item (`of_query`) and aligns them (`chunk_extractor.aligned`).
-
-    Attributes:
-      fields: how many slots each field of the text has; S together.
-      joint: whether a network goes on from mapped chunks.
-    """
-
-    fields: tuple[int, ...] = ()
-    joint: bool = False
-
-    @property
-    def slots(self) -> int:
-        """S."""
-        return sum(self.fields)
-
-    @property
-    def stored(self) -> TableSpec:
-        """How vectors lie in a table: of each slot Z numbers, then 1 (0 where it is empty)."""
-        return TableSpec(self.rows, self.slots * (self.vectors + 1), 0.0)
-
-    @property
-    def spec(self) -> TableSpec:
-        width = self.slots * (self.width + 1) if self.joint else self.width
-        return TableSpec(self.rows, width, self.init_std)
-
-    @property
-    def penalised(self) -> bool:
-        """No: mapped chunks have one length, and Z is another for every query."""
-        return False
-
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        query = self.width * (2 if self.joint else 1)
-        return chunk_extractor.init_selection(
-            key, vectors=self.vectors, width=self.width, query=query, hidden=self.hidden
-        )
-
-    def init_shared(self, key: jax.Array) -> dict[str, Any]:
-        return {"alignment": chunk_extractor.init_alignment(key, self.width)}
-
-    def apply(
-        self,
-        params: Mapping[str, Any],
-        stored: Float[Array, "... SZ"],
-        shared: Mapping[str, Any] | None = None,
-        row: Float[Array, "... D"] | None = None,
-    ) -> Float[Array, "... D"]:
-        slots = stored.reshape(*stored.shape[:-1], self.slots, self.vectors + 1)
-        chunks = chunk_extractor.mapped(params, slots)
-        if self.joint:
-            return chunks.reshape(*stored.shape[:-1], -1)
-        assert row is not None, "an item that has no row has no query"
-        assert shared is not None
-        of_fields, present = chunk_extractor.selected(params, chunks, row, self.fields)
-        x = row[..., None, :]
-        return chunk_extractor.aligned(shared["alignment"], x, of_fields, present)[..., 0, :]
-
-    def of_query(
-        self,
-        params: Mapping[str, Any],
-        kept: Float[Array, "... SD"],
-        query: Float[Array, "... Q"],
-    ) -> tuple[Float[Array, "... F D"], Bool[Array, "... F"]]:
-        """r_f of every field for a query, and which fields there are.
-
-        Args:
-          params: the side's.
-          kept: what `apply` made of stored vectors.
-          query: q.
-        """
-        chunks = kept.reshape(*kept.shape[:-1], self.slots, self.width + 1)
-        return chunk_extractor.selected(params, chunks, query, self.fields)
+SIDES = {"item": "item_side", "user": "user_side"}  # side -> what a graph smooths beside its rows
 
 
 @runtime_checkable
@@ -297,7 +85,22 @@ def with_vectors(backbone: Any, config: VectorConfig, sizes: Sizes) -> Any:
                 f"--{side}_vectors: {type(backbone).__name__} has no rows of {side}s that vectors "
                 "could be added to; drop it"
             )
+        if config.adapter_neighbours and not getattr(backbone, "whole", False):
+            raise ConfigError(
+                f"--adapter_neighbours={config.adapter_neighbours} lets all items read their "
+                f"neighbours before a graph smooths them, and {type(backbone).__name__} looks at "
+                "those of a batch alone; use --backbone=lightgcn, or drop it"
+            )
         own = tables[side]
+        if weight := config.side_weights[side]:
+            if not getattr(backbone, "side_features", False):
+                raise ConfigError(
+                    f"--{side}_side_weight={weight:g} is for backbones with a graph, and "
+                    f"{type(backbone).__name__} has none; use --backbone=lightgcn, or drop it"
+                )
+            sizes_of_side = (side, own.rows, of_side.width, own.width, config.adapter_hidden)
+            adapters[SIDES[side]] = SideFeature(*sizes_of_side, own.init_std, weight=weight)
+            continue
         beside = backbone.vector_fields and not of_side.alone
         name = FIELDS[side] if beside else side
         adapters[name] = _adapter(config, side, own, of_side, joint=beside)
@@ -327,6 +130,8 @@ def _adapter(
         width = own.vector_width if joint else own.width
         hidden = config.selection_hidden
         return Extractor(*sizes, width, hidden, own.init_std, fields=of_side.fields, joint=joint)
+    if config.adapter_neighbours:
+        return Neighbourhood(*sizes, own.width, (), own.init_std)
     if config.adapter_experts:
         return Experts(
             *(*sizes, own.width, config.expert_hidden, own.init_std),
@@ -367,7 +172,11 @@ def init_params(backbone: Any, key: jax.Array) -> dict[str, Any]:
 
 def row_specs(backbone: Any) -> dict[str, TableSpec]:
     """Every table that scoring reads: those that are trained, and what vectors come to."""
-    made = {name: adapter.spec for name, adapter in of(backbone).items()}
+    made = {
+        name: adapter.spec
+        for name, adapter in of(backbone).items()
+        if not isinstance(adapter, SideFeature)
+    }
     return {**made, **backbone.tables}
 
 
@@ -400,4 +209,19 @@ def added(
         row = out.get(name)
         made = made_of(backbone, params, name, stored, row)
         out[name] = made if row is None else row + made
+    return out
+
+
+def added_to_all(
+    backbone: Any,
+    params: Mapping[str, Any],
+    tables: Mapping[str, Float[Array, "_ D"]],
+    vectors: Mapping[str, Float[Array, "_ Z1"]],
+    neighbours: Int[Array, "I k"] | None,
+) -> dict[str, Float[Array, "_ D"]]:
+    """`added` of whole tables, whose rows may read one another (`Adapter.among`)."""
+    out, adapters = added(backbone, params, tables, vectors), of(backbone)
+    for name, stored in vectors.items():
+        of_adapter = params[PARAMS][name]
+        out[name] = adapters[name].among(of_adapter, out[name], stored, neighbours)
     return out

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from slgr_jax.models.backbones.adapters import NONE, Adapter
+from slgr_jax.models.backbones.adapters import NONE
+from slgr_jax.models.backbones.vector_maps import Adapter
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import FEATURES, Context, Queries, Sizes
@@ -229,12 +230,40 @@ class JointBackbone(Backbone, Protocol):
         ...
 
 
+@runtime_checkable
+class PairBackbone(JointBackbone, Protocol):
+    """A JointBackbone whose network has a vector of each pair before its logit."""
+
+    def pair_vectors(
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        items: Int[Array, "N C"],
+        *,
+        dropout: Dropout,
+    ) -> Float[Array, "N C E"]:
+        """What the logits of the candidates are a linear function of."""
+        ...
+
+    def pair_width(self) -> int:
+        """E."""
+        ...
+
+
 AnyBackbone = DotBackbone | JointBackbone
 
 
 def dots(states: Float[Array, "... E"], vectors: Float[Array, "... C E"]) -> Float[Array, "... C"]:
     """Scores of C candidates for each state."""
     return jnp.einsum("...e,...ce->...c", states, vectors)
+
+
+def unit_rows(x: Float[Array, "*N Z"]) -> Float[Array, "*N Z"]:
+    """Vectors over their length; zeros, and their gradient, stay zero."""
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jnp.where(squares > 0, jax.lax.rsqrt(jnp.maximum(squares, 1e-24)), 0.0)
 
 
 def with_features(backbone: AnyBackbone, sizes: Sizes) -> AnyBackbone:

@@ -8,7 +8,7 @@ A row, (query, candidate), has these fields, each of width D:
   without (`VectorSizes.of_events`): the field is the candidate's alone then;
   each feature of the interaction: of the query, the same for all of its candidates
   (`context.at_interactions`).
-Chunks of texts (`adapters.Extractor`) are no field: what they come to for the user and the
+Chunks of texts (`vector_maps.Extractor`) are no field: what they come to for the user and the
 candidate is added to the fields (of `Din` the candidate's), without events.
 Categories where the data have some, history unless it is switched off, features where --features
 names some. `Din` gets the events themselves. A mean of nothing is a vector of zeros: an item
@@ -35,7 +35,7 @@ from slgr_jax.data.features import INTERACTION
 from slgr_jax.errors import ConfigError
 from slgr_jax.models.backbones import chunk_extractor
 from slgr_jax.models.backbones.adapters import FIELDS as VECTOR_FIELDS
-from slgr_jax.models.backbones.adapters import NONE, PARAMS, SHARED, Adapter, Extractor
+from slgr_jax.models.backbones.adapters import NONE, PARAMS, SHARED
 from slgr_jax.models.backbones.base import (
     Dropout,
     Ids,
@@ -43,6 +43,7 @@ from slgr_jax.models.backbones.base import (
     TableRows,
 )
 from slgr_jax.models.backbones.interactions import (
+    PAIRS,
     AutoInt,
     Dcn,
     DcnV2,
@@ -51,6 +52,7 @@ from slgr_jax.models.backbones.interactions import (
     FieldNetwork,
     XDeepFm,
 )
+from slgr_jax.models.backbones.vector_maps import Adapter, Extractor
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import (
@@ -137,6 +139,15 @@ class ClickModel:
         self.dropout = dropout
 
     def init(self, key: jax.Array) -> Params:
+        return self._variables(key)["params"]
+
+    def pair_width(self) -> int:
+        """See `PairBackbone.pair_width`."""
+        left = jax.eval_shape(self._variables, jax.random.key(0))[PAIRS]["vector"]
+        return int(left.shape[-1])
+
+    def _variables(self, key: jax.Array) -> Params:
+        """What the network makes on one row: fresh parameters, and the row's `PAIRS`."""
         of_target = int(self._vectors["item"] and not self._event_vectors)
         parts = 1 + self._categories + self._features["item"] + self._vectors["item"] - of_target
         of_query = 1 + self._features["user"] + self._features[INTERACTION] + self._vectors["user"]
@@ -145,9 +156,9 @@ class ClickModel:
             target, event = (
                 jnp.zeros((1, 1, fields, self._dim)) for fields in (parts + of_target, parts)
             )
-            return self._network.init(key, query, target, event, real)["params"]
+            return self._network.init(key, query, target, event, real)
         count = of_query + parts * (1 + self._history) + of_target
-        return self._network.init(key, jnp.zeros((1, count, self._dim)))["params"]
+        return self._network.init(key, jnp.zeros((1, count, self._dim)))
 
     def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
         """`user` [N]; `item` [N, C + L], candidates then events; `category` [N, C + L, F]; those of
@@ -197,6 +208,33 @@ class ClickModel:
         *,
         dropout: Dropout = None,
     ) -> Float[Array, "N C"]:
+        return self._of_pairs(params, rows, context, queries, items, dropout, vectors=False)
+
+    def pair_vectors(
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        items: Int[Array, "N C"],
+        *,
+        dropout: Dropout = None,
+    ) -> Float[Array, "N C E"]:
+        """See `PairBackbone.pair_vectors`: a first-order term is no part of it."""
+        return self._of_pairs(params, rows, context, queries, items, dropout, vectors=True)
+
+    def _of_pairs(
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        items: Int[Array, "N C"],
+        dropout: Dropout,
+        *,
+        vectors: bool,
+    ) -> Float[Array, "N C ..."]:
+        """Logits of the candidates, or the vectors before them."""
         seen, real = self._items(context, queries, items)
         fields = rows["item"][:, :, None, :]
         if self._categories:
@@ -225,10 +263,11 @@ class ClickModel:
         of_candidates = {"target": target, **chunks}
         of_candidates.pop("user", None)
 
-        def run(of_candidates: Mapping[str, jax.Array]) -> Float[Array, "N C"]:
+        def run(of_candidates: Mapping[str, jax.Array]) -> Float[Array, "N C ..."]:
             of_texts = {side: x for side, x in of_candidates.items() if side != "target"} | of_user
             target = of_candidates["target"]
-            return self._run(params, query, target, events, real, of_texts, dropout)
+            rows_of = query, target, events, real
+            return self._run(params, *rows_of, of_texts, dropout, vectors=vectors)
 
         # Blocks would all draw the same dropout masks.
         return run(of_candidates) if dropout is not None else _by_block(run, of_candidates)
@@ -252,29 +291,36 @@ class ClickModel:
         real: Bool[Array, "N L"],
         chunks: Mapping[str, Float[Array, "N _ S"]],
         dropout: Dropout,
-    ) -> Float[Array, "N C"]:
-        """Logits of candidates.
+        *,
+        vectors: bool,
+    ) -> Float[Array, "N C ..."]:
+        """Logits of candidates, or the vectors before them.
 
         Args:
-          chunks: side -> what `adapters.Extractor` keeps of a user (once) or of each candidate.
+          chunks: side -> what `vector_maps.Extractor` keeps of a user (once) or of each candidate.
         """
-        network, variables = self._network, {"params": params}
-        asking = query[:, :1], target[:, :, 0]
+        network, dim = self._network, self._dim
+        asking, (n, c) = (query[:, :1], target[:, :, 0]), target.shape[:2]
+        first_order: jax.Array | None = None
+        inputs: tuple[jax.Array, ...]
         if isinstance(network, Din):
-            target = self._with_texts(params, asking, target, chunks)
-            scores = network.apply(variables, query, target, events, real, dropout=dropout)
-            assert isinstance(scores, jax.Array)
-            return scores
-        n, c = target.shape[:2]
-        side = jnp.broadcast_to(query[:, None], (n, c, *query.shape[1:]))
-        fields = jnp.concatenate([side, target], axis=2)
-        fields = self._with_texts(params, asking, fields, chunks)
-        fields = fields.reshape(n * c, -1, query.shape[2])
-        scores = network.apply(variables, fields[..., : self._dim], dropout=dropout)
+            inputs = query, self._with_texts(params, asking, target, chunks), events, real
+        else:
+            side = jnp.broadcast_to(query[:, None], (n, c, *query.shape[1:]))
+            fields = jnp.concatenate([side, target], axis=2)
+            fields = self._with_texts(params, asking, fields, chunks)
+            fields = fields.reshape(n * c, -1, query.shape[2])
+            inputs = (fields[..., :dim],)
+            if self._first_order:
+                first_order = jnp.sum(fields[..., dim], axis=1).reshape(n, c)
+        if vectors:
+            of_rows = {"params": params}, *inputs
+            _, left = network.apply(*of_rows, dropout=dropout, mutable=[PAIRS])
+            return jnp.asarray(left[PAIRS]["vector"]).reshape(n, c, -1)
+        scores = network.apply({"params": params}, *inputs, dropout=dropout)
         assert isinstance(scores, jax.Array)
-        if self._first_order:
-            scores = scores + jnp.sum(fields[..., self._dim], axis=1)
-        return scores.reshape(n, c)
+        scores = scores.reshape(n, c)
+        return scores if first_order is None else scores + first_order
 
     def _with_texts(
         self,
@@ -385,7 +431,7 @@ def _mean(rows: Float[Array, "*B K W"], real: Bool[Array, "*B K"]) -> Float[Arra
 def _by_block(
     run: Callable[[Mapping[str, jax.Array]], jax.Array],
     of_candidates: Mapping[str, Float[Array, "N C ..."]],
-) -> Float[Array, "N C"]:
+) -> Float[Array, "N C ..."]:
     """`run` on the candidates in equal blocks of at most `BLOCK` rows (or one candidate)."""
     n, c = of_candidates["target"].shape[:2]
     blocks = -(-c // max(1, BLOCK // n))
@@ -397,5 +443,5 @@ def _by_block(
         padded = jnp.pad(x, [(0, 0), (0, blocks * size - c)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(n, blocks, size, *x.shape[2:]), 1, 0)
 
-    scores = jax.lax.map(run, jax.tree.map(cut, dict(of_candidates)))
-    return jnp.moveaxis(scores, 0, 1).reshape(n, blocks * size)[:, :c]
+    each = jnp.moveaxis(jax.lax.map(run, jax.tree.map(cut, dict(of_candidates))), 0, 1)
+    return each.reshape(n, blocks * size, *each.shape[3:])[:, :c]

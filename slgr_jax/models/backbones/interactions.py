@@ -1,7 +1,8 @@
 """Networks of click prediction: from the embeddings of a row's fields to its logit.
 
 Each takes fields [R, F, D] and gives logits [R]; `Din` keeps the history apart, as it weighs the
-events by the candidate. The first-order term of an id is not here but in its row (`click`).
+events by the candidate. Who asks for `PAIRS` also gets the vector that the logit is a linear
+function of. The first-order term of an id is not here but in its row (`click`).
 Dropout is that of the perceptron, on the input of each of its layers. There is no batch
 normalisation: its running means would be state that is neither a row nor a parameter.
 
@@ -24,6 +25,8 @@ from slgr_jax.mesh import part_of_lanes
 from slgr_jax.models.backbones.base import Dropout
 from slgr_jax.sampling import random_bits
 
+# The collection in which a network leaves [R, E] what its logit is a linear function of.
+PAIRS = "pairs"
 GLOROT = nn.initializers.glorot_normal()
 # Matrices [S, in, out], and [in, S, out], of S layers or experts, each on its own.
 GLOROT_STACK = nn.initializers.glorot_normal(in_axis=1, out_axis=2, batch_axis=(0,))
@@ -43,6 +46,12 @@ def dropped(x: Float[Array, "R W"], dropout: Dropout, layer: int) -> Float[Array
     words = random_bits.of_rows(jax.random.fold_in(key, layer), rows, x.shape[1])
     keep = words >= jnp.uint32(int(rate * 2**32))
     return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+def _leave(module: nn.Module, *parts: Float[Array, "R _"]) -> None:
+    """Leave the vector of a pair in `PAIRS`, for who asks."""
+    vector = jnp.concatenate(parts, axis=1)
+    module.sow(PAIRS, "vector", vector, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
 
 class Dice(nn.Module):
@@ -87,6 +96,7 @@ class DeepFm(nn.Module):
         total = jnp.sum(fields, axis=1)
         pairs = 0.5 * (jnp.sum(total * total, axis=1) - jnp.sum(fields * fields, axis=(1, 2)))
         deep = Mlp(self.mlp)(_flat(fields), dropout=dropout)
+        _leave(self, 0.5 * (total * total - jnp.sum(fields * fields, axis=1)), deep)
         return pairs + nn.Dense(1, kernel_init=GLOROT)(deep)[:, 0]
 
 
@@ -156,6 +166,7 @@ class XDeepFm(nn.Module):
         compress = functools.partial(_compress, layers)
         compressed = _by_chunks(compress, fields)
         deep = Mlp(self.mlp)(_flat(fields), dropout=dropout)
+        _leave(self, compressed, deep)
         scores = nn.Dense(1, use_bias=False, kernel_init=GLOROT, name="cin_head")(compressed)
         return (scores + nn.Dense(1, kernel_init=GLOROT)(deep))[:, 0]
 
@@ -210,6 +221,7 @@ class AutoInt(nn.Module):
             width = self.width
         x = _attend(kernels, self.heads, fields)
         deep = Mlp(self.mlp)(_flat(fields), dropout=dropout)
+        _leave(self, x, deep)
         scores = nn.Dense(1, use_bias=False, kernel_init=GLOROT, name="attention_head")(x)
         return (scores + nn.Dense(1, kernel_init=GLOROT)(deep))[:, 0]
 
@@ -240,6 +252,7 @@ class Dcn(nn.Module):
         for layer in range(self.layers):
             scale = scale + scale * dots[:, layer] + shift @ kernel[layer]
             shift = shift + bias[layer]
+        _leave(self, scale[:, None] * x + shift[None, :], deep)
         cross = scale * dots[:, self.layers] + shift @ head[:width, 0]
         return cross + (deep @ head[width:])[:, 0] + head_bias
 
@@ -301,6 +314,7 @@ class DcnV2(nn.Module):
             )
             x = start * cross(x) + x
         deep = Mlp(self.mlp)(start, dropout=dropout)
+        _leave(self, x, deep)
         both = jnp.concatenate([x, deep], axis=1)
         return nn.Dense(1, kernel_init=GLOROT)(both)[:, 0]
 
@@ -342,6 +356,7 @@ class Din(nn.Module):
         side = jnp.broadcast_to(query.reshape(n, 1, -1), (n, c, query.shape[1] * dim))
         x = jnp.concatenate([side, t, pooled, alike * pooled], axis=2).reshape(n * c, -1)
         deep = Mlp(self.mlp, dice=True)(x, dropout=dropout)
+        _leave(self, deep)
         return nn.Dense(1, kernel_init=GLOROT)(deep).reshape(n, c)
 
     def _weights(

@@ -16,6 +16,7 @@ import dataclasses
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int
 
 from slgr_jax import progress
 from slgr_jax.config import NearestConfig, TeachConfig
@@ -70,6 +71,17 @@ def nearest(
         return tuple(np.zeros(0, kind) for kind in kinds)  # type: ignore[return-value]
     columns = (np.concatenate(part) for part in zip(*pieces, strict=True))
     return tuple(x.astype(kind) for x, kind in zip(columns, kinds, strict=True))  # type: ignore[return-value]
+
+
+def table(among: Vectors, of: Vectors, count: int) -> Int[np.ndarray, "R N"]:
+    """The `count` rows of `among` with the largest cosine to each of `of`, but for itself; -1 past
+    the last."""
+    every = np.arange(of.has.size)
+    oneself = Csr.from_pairs(every, every, of.has.size)
+    owners, others, _ = nearest(among, of, oneself, count)
+    out = np.full((of.has.size, count), -1, np.int32)
+    out[owners, np.arange(owners.size) - np.searchsorted(owners, owners)] = others
+    return out
 
 
 def centred(

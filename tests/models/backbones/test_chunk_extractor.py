@@ -14,7 +14,7 @@ from slgr_jax.config.applies import check_used
 from slgr_jax.errors import ConfigError
 from slgr_jax.experiments.arms import ARMS, VECTORS
 from slgr_jax.mesh import make_layout
-from slgr_jax.models.backbones import adapters, chunk_extractor
+from slgr_jax.models.backbones import chunk_extractor, vector_maps
 from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.embedding_table import RowFormat
 from slgr_jax.models.row_access import Reads
@@ -330,4 +330,4 @@ def test_the_arm_of_a_comparison_is_the_extractor():
     assert run.vectors.adapter_chunks
     assert run.vectors.products == {"item": "v", "user": "v"}
     assert run.vectors.selection_hidden == (64,)
-    assert adapters.Extractor("item", 1, 3, 2, (64,), 1.0, fields=(2, 1)).stored.width == 12
+    assert vector_maps.Extractor("item", 1, 3, 2, (64,), 1.0, fields=(2, 1)).stored.width == 12

@@ -13,7 +13,7 @@ from slgr_jax.config import make_run
 from slgr_jax.config.applies import check_used
 from slgr_jax.errors import ConfigError
 from slgr_jax.experiments.arms import ARMS, VECTORS
-from slgr_jax.models.backbones import adapters
+from slgr_jax.models.backbones import vector_maps
 from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.row_access import Reads
 from slgr_jax.sampling.context import Queries
@@ -59,7 +59,7 @@ def _scores(experiment, state, users, items):
 
 def test_outputs_are_those_of_plain_loops():
     """softmax(G z) over own and shared experts, a ReLU behind every layer, 0 without a vector."""
-    expert = adapters.Experts("item", 1, Z, 4, (6,), 1.0, experts=3, shared=2)
+    expert = vector_maps.Experts("item", 1, Z, 4, (6,), 1.0, experts=3, shared=2)
     keys = jax.random.split(jax.random.key(0))
     own, shared = expert.init(keys[0]), expert.init_experts(keys[1], 2)
     rng = np.random.default_rng(0)
