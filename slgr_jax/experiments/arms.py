@@ -265,6 +265,11 @@ class ComparisonPlan:
         read = {str(self.knobs_of(arm, variant).get("reference_runs", "")) for variant in variants}
         return next((which for which in (OF_STRONGEST, OF_NONE) if which in read), "")
 
+    def read_before(self, arm: str) -> set[str]:
+        """The tuned arms of which a run may be read by an arm's runs."""
+        read = {OF_NONE: {"none"}, OF_STRONGEST: {*WITHOUT_LLM}}.get(self.reads(arm), set[str]())
+        return read & {*self.tuned_arms}
+
     def reference(self, arm: str, of_arms: Mapping[str, Mapping[str, Any]]) -> str:
         """The arm whose run of the same seed an arm reads; of `OF_STRONGEST` the first of equals.
 

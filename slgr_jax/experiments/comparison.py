@@ -42,7 +42,8 @@ def compare(plan: ComparisonPlan, workers: int, command: str = "") -> dict[str, 
     """
     train = functools.partial(pool.train_runs, workers=workers, root=plan.out)
     LOGGER.info("tuning %s of %s", listing(plan.arms, 99), listing(plan.backbones, 99))
-    tuned = tuning.tune(plan, train)
+    streams = functools.partial(pool.train_streams, workers=workers, root=plan.out)
+    tuned = tuning.tune(plan, streams)
     LOGGER.info("%d seeds of each", plan.seeds)
     runs = _train_seeds(plan, tuned, train)
     every = [run for seeds in runs.values() for run in seeds]
@@ -61,7 +62,7 @@ def compare(plan: ComparisonPlan, workers: int, command: str = "") -> dict[str, 
 _Runs = Mapping[tuple[str, str], Sequence[config.RunConfig]]
 
 
-def _train_seeds(plan: ComparisonPlan, tuned: tuning.Tuned, train: tuning.Train) -> _Runs:
+def _train_seeds(plan: ComparisonPlan, tuned: tuning.Tuned, train: pool.Train) -> _Runs:
     """A run a seed of every arm; where it has finalists, the one that is best on that seed's
     validation, which is added to `tuned`.
 
@@ -92,7 +93,7 @@ def _train_seeds(plan: ComparisonPlan, tuned: tuning.Tuned, train: tuning.Train)
     return runs
 
 
-def _refit(plan: ComparisonPlan, runs: _Runs, train: tuning.Train) -> _Runs:
+def _refit(plan: ComparisonPlan, runs: _Runs, train: pool.Train) -> _Runs:
     """Every run once more, on training and validation; their configs."""
     from slgr_jax.training import refit
 

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,23 @@ from slgr_jax.experiments import results
 
 if TYPE_CHECKING:
     from slgr_jax.training.loop import Outcome
+
+# Trains runs; what each came to. `train_runs` with its knobs.
+Train = Callable[[Sequence[RunConfig]], list[dict[str, Any]]]
+
+
+class Stream(Protocol):
+    """Runs of which some can only be named when others have ended."""
+
+    def due(self) -> list[RunConfig] | None:
+        """What to train next; asked again when all of it has ended. [] when there is nothing more,
+        None when it is not known yet: as long as another stream has not ended."""
+        ...
+
+    def tell(self, outcomes: Sequence[dict[str, Any]]) -> None:
+        """What the runs that were due came to, in their order; see `train_runs`."""
+        ...
+
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -73,6 +90,74 @@ def train_runs(
     for wave in waves(list(todo.values())):
         _each(_fit_group, groups(wave), workers, shown)
     return [_known(run) for run in runs]
+
+
+def train_streams(
+    streams: Sequence[Stream], total: int, *, workers: int, root: pathlib.Path
+) -> None:
+    """Train the runs of all streams, each of which goes on as soon as its own have ended.
+
+    Args:
+      total: of runs, for the bar and the time that is left.
+      workers, root: as of `train_runs`.
+
+    Raises:
+      ConfigError: as of `train_runs`; what a stream raises.
+      SystemExit: interrupted.
+    """
+    if workers == 1:
+        while batches := _due(streams):
+            every = [run for _, due in batches for run in due]
+            outcomes = iter(train_runs(every, workers=1, root=root))
+            for stream, due in batches:
+                stream.tell([next(outcomes) for _ in due])
+        return
+
+    shown = functools.partial(_show, root=root, begin=time.monotonic())
+    awaited: dict[int, list[RunConfig]] = {}  # place of a stream -> its runs, until all have ended
+    jobs: dict[Future[None], tuple[int, RunConfig]] = {}
+
+    def begin(pool: ProcessPoolExecutor) -> None:
+        """What is due of the streams that await nothing."""
+        nonlocal total
+        while batches := _due([stream for at, stream in enumerate(streams) if at not in awaited]):
+            for stream, due in batches:
+                todo = [run for run in due if not finished(run)]
+                total -= len(due) - len(todo)  # an earlier call trained them
+                for run in todo:
+                    _refuse_other(run)
+                    jobs[pool.submit(in_worker, fit, run)] = streams.index(stream), run
+                if todo:
+                    awaited[streams.index(stream)] = due
+                else:
+                    stream.tell([_known(run) for run in due])
+
+    done = 0
+    with _interruptible(), _workers(workers) as pool:
+        begin(pool)
+        with progress.bar(total, "run") as bar:
+            while jobs:
+                for future in progress.first_ended(jobs, bar)[0]:
+                    future.result()
+                    at, run = jobs.pop(future)
+                    done += 1
+                    shown(done, total, [run])
+                    if at not in (place for place, _ in jobs.values()):
+                        streams[at].tell([_known(run) for run in awaited.pop(at)])
+                begin(pool)
+
+
+def _due(streams: Sequence[Stream]) -> list[tuple[Stream, list[RunConfig]]]:
+    """What is due of each; who waits for others is asked again when one of these has ended."""
+    found, waiting = list[tuple[Stream, list[RunConfig]]](), list(streams)
+    while waiting:
+        answers = [(stream, stream.due()) for stream in waiting]
+        found += [(stream, due) for stream, due in answers if due]
+        still = [stream for stream, due in answers if due is None]
+        if len(still) == len(waiting):
+            break
+        waiting = still
+    return found
 
 
 def evaluate_runs(runs: Sequence[RunConfig], *, workers: int) -> None:
@@ -326,33 +411,44 @@ def _each(
     Raises:
       SystemExit: interrupted.
     """
-    try:
+    with _interruptible():
         if workers == 1 or len(jobs) == 1:
             for done, job in enumerate(progress.over(jobs, "run"), 1):
                 work(job)
                 shown(done, len(jobs), job)
             return
 
-        with (
-            process_pool(min(workers, len(jobs) or 1)) as pool,
-            progress.bar(len(jobs), "run") as bar,
-        ):
+        with _workers(min(workers, len(jobs) or 1)) as pool, progress.bar(len(jobs), "run") as bar:
             jobs_of: dict[Future[None], Job] = {
                 pool.submit(in_worker, work, job): job for job in jobs
             }
             running, done = set(jobs_of), 0
-            try:
-                while running:
-                    ended, running = progress.first_ended(running, bar)
-                    for future in ended:
-                        future.result()
-                        done += 1
-                        shown(done, len(jobs), jobs_of[future])
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+            while running:
+                ended, running = progress.first_ended(running, bar)
+                for future in ended:
+                    future.result()
+                    done += 1
+                    shown(done, len(jobs), jobs_of[future])
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interrupt ends the program with a line."""
+    try:
+        yield
     except KeyboardInterrupt:
         raise SystemExit("interrupted; call again to go on") from None
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool; where something fails, what has begun ends before that is raised."""
+    with process_pool(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:

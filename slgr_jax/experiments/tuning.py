@@ -7,7 +7,8 @@
    that range is a step wider from there on, and the first trial looks at what is new.
 
 Every arm has the same number of trials; of `auto` those with which each seed chooses among two
-finalists count, too. Arms that read another's run begin when its search has ended. What an arm
+finalists count, too. An arm goes on as soon as its own trials have ended, whatever others do; one
+that reads another's run begins when its search has ended. What an arm
 drew is in its `search.json`: called again, a search goes on with it, and trains no finished trial.
 """
 
@@ -20,17 +21,11 @@ from typing import Any
 from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments import arm_spaces, results, sampler, search_space
-from slgr_jax.experiments.arms import (
-    OF_NONE,
-    OF_STRONGEST,
-    UNTUNED,
-    ComparisonPlan,
-    Settings,
-    trial_name,
-)
+from slgr_jax.experiments.arms import UNTUNED, ComparisonPlan, Settings, trial_name
+from slgr_jax.experiments.pool import Stream
 
-# What a run came to: best_metric, best_epoch, error, ...; see `pool`.
-Train = Callable[[Sequence[RunConfig]], list[dict[str, Any]]]
+# Trains the runs of all streams, of which there are so many; `pool.train_streams`.
+Train = Callable[[Sequence[Stream], int], None]
 # {backbone: {arm: {"tried": [...], "chosen": {...}, "trial": ..., ...}}}
 Tuned = dict[str, dict[str, dict[str, Any]]]
 
@@ -48,17 +43,9 @@ def tune(plan: ComparisonPlan, train: Train) -> Tuned:
         search with other settings.
     """
     tuned: Tuned = {backbone: {} for backbone in plan.backbones}
-    for arms in _in_turn(plan):
-        searches = [
-            Search(plan, backbone, arm, tuned[backbone])
-            for backbone in plan.backbones
-            for arm in arms
-        ]
-        _search_all(searches, train)
-        for search in searches:
-            tuned[search.backbone][search.arm] = search.result()
-            search.keep_checkpoints()
-
+    turns = [_Turn(plan, b, arm, tuned[b]) for b in plan.backbones for arm in plan.tuned_arms]
+    trials = sum(sum(arm_spaces.trials_of(plan, arm)) for arm in plan.tuned_arms)
+    train(turns, trials * len(plan.backbones))
     for backbone in plan.backbones:
         for arm in plan.arms:
             if arm in UNTUNED:
@@ -66,21 +53,38 @@ def tune(plan: ComparisonPlan, train: Train) -> Tuned:
     return {b: {arm: of_arms[arm] for arm in plan.arms} for b, of_arms in tuned.items()}
 
 
-def _in_turn(plan: ComparisonPlan) -> list[list[str]]:
-    """Tuned arms that read no run, then those that read one of `none`, then those that read one of
-    any of these."""
-    return [
-        [arm for arm in plan.tuned_arms if plan.reads(arm) == which]
-        for which in ("", OF_NONE, OF_STRONGEST)
-    ]
+class _Turn:
+    """The runs of one search, once those are tuned that its arm reads a run of.
 
+    Args:
+      of_arms: arm -> what tuning chose; gets what this search comes to.
+    """
 
-def _search_all(searches: Sequence[Search], train: Train) -> None:
-    """The trials of all searches, side by side."""
-    while due := [(search, number) for search in searches for number in search.due()]:
-        outcomes = train([search.run(number) for search, number in due])
-        for (search, _), outcome in zip(due, outcomes, strict=True):
-            search.tell(outcome)
+    def __init__(
+        self, plan: ComparisonPlan, backbone: str, arm: str, of_arms: dict[str, dict[str, Any]]
+    ) -> None:
+        self._plan, self._backbone, self._arm, self._of_arms = plan, backbone, arm, of_arms
+        self._search: Search | None = None
+
+    def due(self) -> list[RunConfig] | None:
+        """See `pool.Stream`."""
+        if self._arm in self._of_arms:
+            return []
+        if self._search is None:
+            if not self._plan.read_before(self._arm) <= self._of_arms.keys():
+                return None
+            self._search = Search(self._plan, self._backbone, self._arm, self._of_arms)
+        numbers = self._search.due()
+        if not numbers:
+            self._of_arms[self._arm] = self._search.result()
+            self._search.keep_checkpoints()
+        return [self._search.run(number) for number in numbers]
+
+    def tell(self, outcomes: Sequence[dict[str, Any]]) -> None:
+        """See `pool.Stream`."""
+        assert self._search is not None, "what was due is told"
+        for outcome in outcomes:
+            self._search.tell(outcome)
 
 
 class Search:

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pyarrow as pa
@@ -13,6 +15,7 @@ import pytest
 import worlds
 from comparisons import plan_of
 
+from slgr_jax.config import make_run
 from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, NonFiniteError
 from slgr_jax.experiments import pool, results, tuning
@@ -128,3 +131,78 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, caplog):
     results.forget(root)
     assert not results.evaluated(root)
     assert not (root / "metrics.json").exists()
+
+
+class Listed:
+    """A stream of given batches; `after`: the stream that must have ended before."""
+
+    def __init__(self, root, name, sizes, after=None):
+        self.batches = [
+            [make_run("data", str(root / name / f"{batch}_{k}")) for k in range(size)]
+            for batch, size in enumerate(sizes)
+        ]
+        self.after, self.told = after, []
+
+    @property
+    def over(self):
+        return len(self.told) == len(self.batches)
+
+    def due(self):
+        if self.after is not None and not self.after.over:
+            return None
+        return [] if self.over else self.batches[len(self.told)]
+
+    def tell(self, outcomes):
+        self.told.append([outcome["best_metric"] for outcome in outcomes])
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """Runs that are `fit` in threads: workdirs, in the order in which they begin; what waits."""
+    begun, waits = [], {}
+
+    def fit(run):
+        begun.append(pathlib.Path(run.workdir).parts[-2:])
+        if run.workdir in waits:
+            assert waits[run.workdir].wait(20), f"{run.workdir} waits for a run that never began"
+        for event in [x for name, x in waits.items() if name == f"begun {run.workdir}"]:
+            event.set()
+        pathlib.Path(run.workdir).mkdir(parents=True)
+        written = {"best_metric": float(len(begun)), "best_epoch": 1, "error": None}
+        results.write_json(pathlib.Path(run.workdir) / results.OUTCOME, written)
+
+    monkeypatch.setattr(pool, "fit", fit)
+    monkeypatch.setattr(pool, "finished", lambda run: results.outcome(run.workdir) is not None)
+    monkeypatch.setattr(pool, "in_worker", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(pool, "process_pool", ThreadPoolExecutor)
+    return begun, waits
+
+
+def test_a_stream_goes_on_while_another_is_at_work(fitted, tmp_path):
+    """The only run of a ends when the third batch of b has begun; c begins when both have ended."""
+    begun, waits = fitted
+    a, b = Listed(tmp_path, "a", [1]), Listed(tmp_path, "b", [2, 1, 1])
+    c = Listed(tmp_path, "c", [1, 1], after=a)
+    event = threading.Event()
+    waits[a.batches[0][0].workdir] = waits[f"begun {b.batches[2][0].workdir}"] = event
+    pool.train_streams([c, a, b], 7, workers=2, root=tmp_path)
+    assert all(stream.over for stream in (a, b, c))
+    assert begun.index(("b", "2_0")) < begun.index(("c", "0_0")) < begun.index(("c", "1_0"))
+    assert len(begun) == len(set(begun)) == 7
+    assert [len(batch) for batch in b.told] == [2, 1, 1]
+    again = [Listed(tmp_path, name, sizes) for name, sizes in (("a", [1]), ("b", [2, 1, 1]))]
+    pool.train_streams(again, 5, workers=2, root=tmp_path)
+    assert len(begun) == 7, "what is there is not trained again"
+    assert [stream.told for stream in again] == [a.told, b.told]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_fails_ends_all_streams(fitted, monkeypatch, tmp_path, workers):
+    def failing(run):
+        raise ConfigError("out of memory")
+
+    monkeypatch.setattr(pool, "fit", failing)
+    streams = [Listed(tmp_path, name, [2, 1]) for name in "ab"]
+    with pytest.raises(ConfigError, match="out of memory"):
+        pool.train_streams(streams, 6, workers=workers, root=tmp_path)
+    assert not any(stream.told for stream in streams)

@@ -33,6 +33,12 @@ class Landscape:
     def __call__(self, runs):
         return [self._outcome(run) for run in runs]
 
+    def streams(self, streams, total):
+        """As `pool.train_streams`, all streams in step."""
+        while batches := pool._due(streams):
+            for stream, due in batches:
+                stream.tell(self(due))
+
     def _outcome(self, run):
         root = pathlib.Path(run.workdir)
         self.runs[run.workdir] = run
@@ -66,7 +72,7 @@ def test_every_arm_has_as_many_trials_and_draws_alike(tmp_path):
         controls=("constant", "shuffled", "popularity"),
         options=options(widen=True),
     )
-    tuned = tuning.tune(plan, Landscape(near(0.1)))["mf"]
+    tuned = tuning.tune(plan, Landscape(near(0.1)).streams)["mf"]
     counts = {arm: len(of_arm["tried"]) for arm, of_arm in tuned.items()}
     assert counts == {
         **dict.fromkeys(("none", "global", "paper", "popularity"), 8 + 2 + 2),
@@ -93,7 +99,7 @@ def test_a_range_is_widened_where_the_optimum_is_outside_and_not_otherwise(tmp_p
     plan = plan_of(
         tmp_path, asked=("none",), knobs=GIVEN, options=options(trials=16, widen=True)
     )  # fmt: skip
-    tuned = tuning.tune(plan, Landscape(near(best)))["mf"]["none"]
+    tuned = tuning.tune(plan, Landscape(near(best)).streams)["mf"]["none"]
     assert tuned["ranges"] == {"lr": "0.01..0.3:log"}
     rates = [row["lr"] for row in tuned["tried"]]
     assert len(rates) == 16 + 4 + 4
@@ -116,7 +122,7 @@ def test_a_search_that_is_interrupted_repeats_nothing(tmp_path):
         plan = plan_of(
             tmp_path / name, asked=("none", "paper", "hard_own"), options=options(widen=True)
         )
-        return tuning.tune(plan, landscape)["mf"]
+        return tuning.tune(plan, landscape.streams)["mf"]
 
     whole = search("whole", Landscape(near(0.1)))
     parts = []
@@ -140,7 +146,7 @@ def test_a_search_that_is_interrupted_repeats_nothing(tmp_path):
 def test_the_seed_of_the_sampler_says_what_is_drawn(tmp_path):
     def search(name, **more):
         plan = plan_of(tmp_path / name, asked=("none",), options=options(**more))
-        return tuning.tune(plan, Landscape(near(0.1)))["mf"]["none"]["tried"]
+        return tuning.tune(plan, Landscape(near(0.1)).streams)["mf"]["none"]["tried"]
 
     first = search("a")
     assert first == search("b")
@@ -158,15 +164,16 @@ def test_a_trial_that_diverges_is_not_chosen(tmp_path):
     def fast_ones_diverge(run):
         return None if run.optimizer.lr > 0.05 else run.optimizer.lr
 
-    tuned = tuning.tune(plan, Landscape(fast_ones_diverge))["mf"]["none"]
+    tuned = tuning.tune(plan, Landscape(fast_ones_diverge).streams)["mf"]["none"]
     assert tuned["chosen"]["lr"] <= 0.05
     assert any(row["valid"] is None for row in tuned["tried"])
     plan = plan_of(tmp_path / "all", asked=("none",))
     with pytest.raises(ConfigError, match="every trial of arm none of mf diverged"):
-        tuning.tune(plan, Landscape(lambda run: None))
+        tuning.tune(plan, Landscape(lambda run: None).streams)
 
-    def unjudged(runs):
-        return [{"best_metric": None, "best_epoch": 1, "error": None}] * len(runs)
+    def unjudged(streams, total):
+        (stream,) = streams
+        stream.tell([{"best_metric": None, "best_epoch": 1, "error": None}] * len(stream.due()))
 
     with pytest.raises(ConfigError, match="no validation part"):
         tuning.tune(plan_of(tmp_path / "none", asked=("none",)), unjudged)
@@ -191,7 +198,7 @@ def test_auto_is_what_each_seed_prefers_of_its_two_best_variants(tmp_path):
     )
     assert (plan.matched, plan.focus) == ("auto", "auto")
     landscape = Landscape(value)
-    tuned = tuning.tune(plan, landscape)
+    tuned = tuning.tune(plan, landscape.streams)
     of_auto = tuned["mf"]["auto"]
     finalists = [finalist["chosen"]["variant"] for finalist in of_auto["finalists"]]
     assert finalists == ["global", "paper"]
@@ -249,7 +256,7 @@ def test_a_reference_is_the_strongest_run_without_an_llm_of_the_same_seed(tmp_pa
             + (run.draws_hard_negatives and strongest == "hard_own")
         )
     )
-    tuned = tuning.tune(plan, landscape)["mf"]
+    tuned = tuning.tune(plan, landscape.streams)["mf"]
     best, best_own = (str(plan.run_dir("mf", arm, tuned[arm], 0)) for arm in ("none", "hard_own"))
     read = {
         **dict.fromkeys(("none", "paper"), ()),
