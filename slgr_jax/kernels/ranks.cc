@@ -20,9 +20,9 @@ namespace slgr {
 namespace {
 
 constexpr int64_t kLanes = kVectorBytes / 4;  // scores compared at once
-constexpr int64_t kStep = 64;           // scores that one test dismisses; rows are whole steps
-constexpr int64_t kTile = 1 << 13;      // scores that stay in the first cache for all relevant items
-constexpr int64_t kGroup = 4;           // relevant items that share one load of a score
+constexpr int64_t kStep = 64;  // scores that one test dismisses; rows are whole steps
+constexpr int64_t kTile = 1 << 13;  // scores that stay in the first cache for all relevant items
+constexpr int64_t kGroup = 4;  // relevant items that share one load of a score
 constexpr int64_t kTasksPerThread = 8;
 using OutPred = Out<bool>;
 using OutU32 = Out<uint32_t>;
