@@ -92,6 +92,7 @@ from slgr_jax.config.teach import (
     ScoreConfig,
     TeachConfig,
 )
+from slgr_jax.config.teach_texts import FACTORS, TEXT_PROMPTS, TextConfig, refuse_text_knobs
 from slgr_jax.config.teach_vectors import (
     EMBEDDERS,
     EmbedConfig,
@@ -135,6 +136,7 @@ __all__ = [
     "EmbedConfig",
     "EvaluationConfig",
     "ExchangeConfig",
+    "FACTORS",
     "ExportConfig",
     "FactorConfig",
     "FreeTeacherConfig",
@@ -206,9 +208,11 @@ __all__ = [
     "TABLE_DTYPES",
     "TABLE_OPTIMIZERS",
     "TEACH_SECTIONS",
+    "TEXT_PROMPTS",
     "TRACKERS",
     "TRAINING_ITEMS",
     "TeachConfig",
+    "TextConfig",
     "TrainConfig",
     "TuneConfig",
     "UNCERTAINTIES",
@@ -223,6 +227,7 @@ __all__ = [
     "method_sections",
     "register_backbone",
     "register_gate",
+    "refuse_text_knobs",
     "register_guidance",
     "sections",
     "upgrade",

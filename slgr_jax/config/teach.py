@@ -7,6 +7,7 @@ import dataclasses
 from slgr_jax.config.baselines import BASELINES
 from slgr_jax.config.derive import DeriveConfig
 from slgr_jax.config.knobs import Section, knob
+from slgr_jax.config.teach_texts import TEXT_PROMPTS, TextConfig
 from slgr_jax.config.teach_vectors import (
     EmbedConfig,
     FactorConfig,
@@ -50,7 +51,8 @@ class TeachConfig(Section):
     name: str = knob(
         "",
         "what to write or inspect: DATA/teacher/NAME (candidates: DATA/candidates/NAME, requests: "
-        "DATA/requests/NAME, collect: also DATA/answers/NAME)",
+        "DATA/requests/NAME, collect: also DATA/answers/NAME; of texts DATA/texts/NAME in place of "
+        "the first)",
     )
     model: str = knob("", "import, requests, collect: the LLM that answered or is to answer")
     seed: int = knob(0, "seed of all draws", minimum=0)
@@ -224,8 +226,10 @@ class RequestConfig(Section):
         "listwise",
         "listwise = a score per item of a list, ranking = the list in order, pairwise = one of "
         "two items, pointwise = yes or no for one item, rating = 1 to 5 for one item, free_list = "
-        "titles of the LLM's own choice, best first",
-        choices=PROMPTS,
+        "titles of the LLM's own choice, best first. Without candidates, a text of each user "
+        "(item): user_profile, item_description, kar_user, kar_item = a text a factor, "
+        "user_attributes, item_attributes = a phrase a factor",
+        choices=(*PROMPTS, *TEXT_PROMPTS),
     )
     template: str = knob("", "text file to use instead of the one that comes with --prompt")
     history_items: int = knob(10, "training items in the prompt: the last by time", minimum=1)
@@ -434,6 +438,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     ScoreConfig,
     CandidateConfig,
     RequestConfig,
+    TextConfig,
     AskConfig,
     CollectConfig,
     EmbedConfig,

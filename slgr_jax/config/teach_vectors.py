@@ -25,6 +25,14 @@ class EmbedConfig(Section):
         "--built_from and --unknown as for import",
     )
     user_vectors: str = knob("", "import: the users' vectors, likewise; empty: see --users")
+    item_texts: str = knob(
+        "",
+        "DATA/texts/... (collect) that local models read in place of the items' own texts; an item "
+        "without one has no vector",
+    )
+    user_texts: str = knob(
+        "", "DATA/texts/... that local models read of the users; empty: see --users"
+    )
     users: str = knob(
         "history",
         "a user's vector: history = mean of its training items' vectors, text = of the user's own "
@@ -33,8 +41,8 @@ class EmbedConfig(Section):
     )
     text_requests: str = knob(
         "",
-        "write only this file: batch-API embedding requests (.jsonl) of the item texts for "
-        "--model; give what comes back with --vectors",
+        "write only this file: batch-API embedding requests (.jsonl) of the item texts, and of "
+        "--user_texts, for --model; give what comes back with --vectors (and --user_vectors)",
     )
     dtype: str = knob(
         "float32",
@@ -44,7 +52,8 @@ class EmbedConfig(Section):
     chunks: int = knob(
         0,
         "several vectors a row: at most so many chunks of each field (title, categories, text; of "
-        "a file its column field). --vectors: one line a chunk. 0 = one vector a row",
+        "--item_texts the factors; of a file its column field). --vectors: one line a chunk. 0 = "
+        "one vector a row",
         minimum=0,
         maximum=1024,
     )
@@ -57,6 +66,18 @@ class EmbedConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for side in ("item", "user"):
+            texts, vectors = getattr(self, f"{side}_texts"), self.vectors or self.user_vectors
+            if texts and vectors:
+                raise ConfigError(
+                    f"--{side}_texts={texts} is read by a local model, and {vectors} holds vectors "
+                    "already; drop one of them"
+                )
+        if self.user_texts and self.users == "text":
+            raise ConfigError(
+                f"--users=text reads the users' own texts in DATA, and --user_texts="
+                f"{self.user_texts} others; drop one of them"
+            )
         default = type(self).chunk_words
         if not self.chunks and self.chunk_words != default:
             raise ConfigError(

@@ -17,6 +17,7 @@ A dataset directory:
     requests/NAME/requests.json    prompts as batch-API files, with an index of what each shows
     embeddings/NAME/manifest.json  vectors of items and users
     answers/NAME/manifest.json     parsed answers of an LLM: only ever appended to
+    texts/NAME/manifest.json       what an LLM wrote about users or items
 
 Indices are int32 and start at 0; external ids are strings, kept exactly as in the input
 (leading zeros, spaces inside, any Unicode). Interactions of a part are sorted by user,
@@ -37,7 +38,7 @@ import pyarrow as pa
 
 from slgr_jax import config, files, json_files
 from slgr_jax.data import manifest_json
-from slgr_jax.errors import ManifestError, ShardError, listing
+from slgr_jax.errors import ManifestError, listing
 
 MANIFEST = manifest_json.MANIFEST
 PARTS = ("train", "valid", "test")
@@ -46,6 +47,7 @@ CANDIDATES_DIR = "candidates"
 REQUESTS_DIR = "requests"
 ANSWERS_DIR = "answers"
 EMBEDDINGS_DIR = "embeddings"
+TEXTS_DIR = "texts"
 REQUESTS_MANIFEST = "requests.json"
 DATASET_FORMAT = "slgr_jax.dataset"
 TEACHER_FORMAT = "slgr_jax.teacher"
@@ -53,6 +55,7 @@ CANDIDATES_FORMAT = "slgr_jax.candidates"
 REQUESTS_FORMAT = "slgr_jax.requests"
 ANSWERS_FORMAT = "slgr_jax.answers"
 EMBEDDINGS_FORMAT = "slgr_jax.embeddings"
+TEXTS_FORMAT = "slgr_jax.texts"
 VERSION = 1
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
@@ -114,7 +117,8 @@ REASONS = ("popular", "cold", "tail", "hard_top", "hard_uncertain", "calibration
 CANDIDATES = pa.schema([*_PAIR, pa.field("reasons", pa.int32(), nullable=False)])
 # Training items that no prompt of the user shows as history: what calibration asks about.
 HIDDEN = pa.schema(_PAIR)
-# One row per request, in the order of the request files; `items` as the prompt shows them.
+# One row per request, in the order of the request files; `items` as the prompt shows them. `user`
+# is -1 where a text about an item is asked for, which is then the only one in `items`.
 REQUESTS = pa.schema(
     [
         pa.field("request", pa.int64(), nullable=False),
@@ -149,9 +153,25 @@ TITLES = pa.schema(
         pa.field("title", pa.string(), nullable=False),
     ]
 )
-# One row per accepted answer, in the order of ANSWERS or TITLES (whose rows with position 0 begin
-# an answer); `sample` counts the answers that one request asked for (n > 1), `cut` is an answer
-# that ended too early, `digest` is of its scores or titles, tokens are null where not told. Of
+# One row per field, at `position`, of an accepted answer about a user or item; may be empty.
+WRITTEN = pa.schema(
+    [
+        pa.field("request", pa.int64(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        *(TITLES.field(name) for name in ("position", "permutation")),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+# One row per text about a user or an item, by its index and then by field; none is empty.
+TEXTS = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        *(pa.field(name, pa.string(), nullable=False) for name in ("id", "field", "text")),
+    ]
+)
+# One row per accepted answer, in the order of ANSWERS, TITLES or WRITTEN (where rows with position
+# 0 begin an answer); `sample` counts the answers that one request asked for (n > 1), `cut` is one
+# that ended too early, `digest` is of scores, titles or texts, tokens are null where not told. Of
 # several rows of a (request, sample) the last holds.
 ANSWERED = pa.schema(
     [
@@ -342,6 +362,28 @@ class EmbeddingManifest:
     version: int = VERSION
 
 
+@dataclasses.dataclass(frozen=True)
+class TextManifest:
+    """What texts about users or items say, what their prompts showed, which dataset they fit."""
+
+    name: str
+    created: str
+    dataset: str
+    id_map_hash: str
+    split_hash: str
+    built_from: str
+    model: str
+    prompt: str  # one of config.TEXT_PROMPTS
+    prompt_hash: str  # of its template
+    side: str  # user | item; shown: what prompts showed, for people
+    shown: str
+    fields: tuple[str, ...]
+    counts: Mapping[str, int]  # rows with a text, texts, empty_texts, states of requests, tokens
+    files: Mapping[str, tuple[ShardFile, ...]]  # texts
+    format: str = TEXTS_FORMAT
+    version: int = VERSION
+
+
 AnyManifest = (
     DatasetManifest
     | TeacherManifest
@@ -349,6 +391,7 @@ AnyManifest = (
     | RequestManifest
     | AnswerManifest
     | EmbeddingManifest
+    | TextManifest
 )
 Written = TypeVar("Written", bound=AnyManifest)
 
@@ -421,6 +464,13 @@ def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManif
     return EmbeddingManifest(**_with_files(raw, ("items", "users"), directory))
 
 
+def read_text_manifest(directory: str | os.PathLike[str]) -> TextManifest:
+    """Read a manifest of texts; a missing, foreign or damaged one is a `ManifestError`."""
+    raw = manifest_json.read(directory, TextManifest, "slgr teach collect")
+    raw["fields"] = tuple(raw["fields"])
+    return TextManifest(**_with_files(raw, ("texts",), directory))
+
+
 def _with_files(
     raw: dict[str, Any], keys: tuple[str, ...], directory: str | os.PathLike[str]
 ) -> dict[str, Any]:
@@ -448,17 +498,3 @@ def _user_ranges(raw: Mapping[str, Any], where: pathlib.Path) -> UserRanges:
                 f"{path}"
             )
     return {path: (first, last) for path, (first, last) in ranges.items()}
-
-
-def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
-    """Raise `ShardError` unless `actual` has exactly the columns and types of `expected`."""
-    if actual.names != expected.names:
-        raise ShardError(
-            f"{where} has columns {listing(actual.names)}; expected {listing(expected.names)}"
-        )
-    for name in expected.names:
-        if actual.field(name).type != expected.field(name).type:
-            raise ShardError(
-                f"{where}: column {name} is {actual.field(name).type}, "
-                f"expected {expected.field(name).type}"
-            )

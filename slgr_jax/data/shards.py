@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from slgr_jax.data.schema import MANIFEST, ShardFile, check_schema
-from slgr_jax.errors import InputError, ShardError, printable
+from slgr_jax.data.schema import MANIFEST, ShardFile
+from slgr_jax.errors import InputError, ShardError, listing, printable
 from slgr_jax.files import PathLike
 from slgr_jax.files import sync as sync
 from slgr_jax.locks import LockHeldError, LockLostError, hold
@@ -280,7 +280,7 @@ def open_shards(
         if verify:
             check_bytes(root, file)
         table = read_table(path)
-        check_schema(table.schema, schema, str(path))
+        _check_schema(table.schema, schema, str(path))
         if table.num_rows != file.rows:
             raise ShardError(f"{path} has {table.num_rows} rows, the manifest says {file.rows}")
         for name in schema.names:
@@ -290,6 +290,20 @@ def open_shards(
         return table.cast(schema)
 
     return on_all_cores(open_one, files)
+
+
+def _check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Raise `ShardError` unless `actual` has exactly the columns and types of `expected`."""
+    if actual.names != expected.names:
+        raise ShardError(
+            f"{where} has columns {listing(actual.names)}; expected {listing(expected.names)}"
+        )
+    for name in expected.names:
+        if actual.field(name).type != expected.field(name).type:
+            raise ShardError(
+                f"{where}: column {name} is {actual.field(name).type}, "
+                f"expected {expected.field(name).type}"
+            )
 
 
 def check_bytes(root: PathLike, file: ShardFile) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from slgr_jax import json_files
-from slgr_jax.config import RunConfig
+from slgr_jax.config import TEXT_PROMPTS, RunConfig
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.data import fingerprints, schema, shards, user_ranges
 from slgr_jax.data.dataset import Dataset
@@ -27,7 +27,7 @@ from slgr_jax.evaluation.results import METRICS, PER_USER
 from slgr_jax.teacher.ask import candidates, requests
 from slgr_jax.teacher.collect import answer_log, quarantine
 from slgr_jax.teacher.local import embeddings
-from slgr_jax.teacher.products import preferences, votes
+from slgr_jax.teacher.products import preferences, texts, votes
 from slgr_jax.training import checkpoint_manifest, epochs, run_directory
 from slgr_jax.training.checkpoint_manifest import CheckpointManifest
 
@@ -346,8 +346,13 @@ def _answers(dataset: Dataset, name: str) -> str:
     root = answer_log.log_path(dataset.path, name)
     rows, manifest = answer_log.load_log(dataset, name)
     refused = sum(1 for _ in quarantine.read(root, manifest.files["quarantine"]))
-    what = "titles" if answer_log.is_free(manifest) else "scores"
+    prompt = manifest.sources[0]["prompt"]
+    what = {"free_list": "titles", **dict.fromkeys(TEXT_PROMPTS, "texts")}.get(prompt, "scores")
     return f"answers {name}: {rows.num_rows:,} {what} that hold, {refused:,} results in quarantine"
+
+
+def _texts(dataset: Dataset, name: str) -> str:
+    return texts.report(texts.load(dataset, name))
 
 
 # By the directory under DATA: what checks a product and says what it is.
@@ -357,4 +362,5 @@ _PRODUCTS: Mapping[str, Callable[[Dataset, str], str]] = {
     schema.CANDIDATES_DIR: _candidates,
     schema.REQUESTS_DIR: _requests,
     schema.ANSWERS_DIR: _answers,
+    schema.TEXTS_DIR: _texts,
 }

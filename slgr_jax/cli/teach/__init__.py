@@ -7,9 +7,9 @@
     slgr teach similar --data=DATA --name=NAME --similar=FILE [--listed=50]
     slgr teach interactions --data=DATA --name=NAME [--lists=TEACHER] [--rare_items=0]
     slgr teach candidates --data=DATA --name=NAME [--run=WORKDIR]
-    slgr teach requests --data=DATA --name=NAME --model=LLM [--dry_run]
+    slgr teach requests --data=DATA --name=NAME --model=LLM [--prompt=user_profile] [--dry_run]
     slgr teach ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
-    slgr teach collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...]
+    slgr teach collect --data=DATA --name=NAME --results=FILE_OR_FOLDER[,...] [--embed=EMBEDDED]
     slgr teach from_run --data=DATA --name=NAME --run=WORKDIR [--listed=50]
     slgr teach from_baseline --data=DATA --name=NAME [--baseline=ease] [--listed=50]
     slgr teach factors --data=DATA --name=NAME [--baseline=ease] [--width=256]
@@ -20,9 +20,10 @@
     slgr teach report --data=DATA --name=NAME [--out=FOLDER]
 
 To ask an LLM of your own: candidates, requests, ask (or a batch service), collect, report.
-With answers in a file already: import, report. Without an LLM: score or nearest read the texts of
-items, from_run and from_baseline (EASE, ...) interactions alone; combine mixes them with the LLM's.
-factors writes vectors of users and items that training can begin with.
+For texts about users or items (profiles, what it knows): requests --prompt=user_profile, ask,
+collect --embed. With answers in a file already: import, report. Without an LLM: score or nearest
+read the texts of items, from_run and from_baseline (EASE, ...) interactions alone; combine mixes
+them with the LLM's. factors writes vectors of users and items that training can begin with.
 """
 
 from __future__ import annotations

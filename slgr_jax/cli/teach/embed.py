@@ -4,6 +4,7 @@
     slgr teach embed --data=DATA --name=my_vectors --vectors=items.parquet --model=some-model
     slgr teach embed --data=DATA --name=pieces --chunks=8
     slgr teach embed --data=DATA --name=hosted --model=some-model --text_requests=texts.jsonl
+    slgr teach embed --data=DATA --name=kar --item_texts=facts --user_texts=preferences --chunks=1
 
 `slgr teach nearest --embeddings=NAME` turns them into lists.
 """
@@ -27,7 +28,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
     options = flags.section_from_flags(config.EmbedConfig)
     stated = flags.section_from_flags(config.ImportConfig)
     if options.text_requests:
-        count = embeddings.write_requests(dataset, options.text_requests, common.model)
+        count = embeddings.write_requests(dataset, options, common.model)
         print(f"{count:,} embedding requests in {options.text_requests}")
         return
 

@@ -2,7 +2,8 @@
 
     slgr teach inspect --data=DATA --name=NAME
 
-A product of another split, or one that is damaged, is refused by name.
+NAME is of DATA/teacher, DATA/texts, or both. A product of another split, or one that is damaged, is
+refused by name.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
 
 
 def work(dataset: Dataset, common: config.TeachConfig) -> None:
-    """Load DATA/teacher/NAME, which checks it, and show its manifest."""
-    from slgr_jax.teacher.products import preferences
+    """Load DATA/teacher/NAME, or DATA/texts/NAME, or both, which checks them, and show them."""
+    from slgr_jax.data import schema
+    from slgr_jax.teacher.products import preferences, texts
 
-    print(preferences.report(preferences.load(dataset, common.name).manifest))
+    has_texts = (texts.product_path(dataset.path, common.name) / schema.MANIFEST).is_file()
+    if has_texts:
+        print(texts.report(texts.load(dataset, common.name)))
+    if not has_texts or preferences.product_path(dataset.path, common.name).is_dir():
+        print(preferences.report(preferences.load(dataset, common.name).manifest))
 
 
 COMMAND = SubCommand(usage=__doc__ or "", work=work)

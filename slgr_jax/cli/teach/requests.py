@@ -5,9 +5,12 @@
     slgr teach requests --data=DATA --name=my_llm --model=some-llm --prompt=free_list
     slgr teach requests --data=DATA --name=my_llm --dry_run
     slgr teach requests --data=DATA --name=my_llm --open --more_tokens=4
+    slgr teach requests --data=DATA --name=profiles --model=some-llm --prompt=user_profile
+    slgr teach requests --data=DATA --name=facts --model=some-llm --prompt=kar_item --factors=a,b
 
-Asks about DATA/candidates/NAME (`slgr teach candidates`); what comes back goes to
-`slgr teach collect`. --open writes only what has no whole answer yet.
+Asks about DATA/candidates/NAME (`slgr teach candidates`), or without candidates for a text of each
+user or item; what comes back goes to `slgr teach collect`. --open writes only what has no whole
+answer yet.
 """
 
 from __future__ import annotations
@@ -30,11 +33,16 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
     from slgr_jax.teacher.ask import requests as files
 
     options = flags.section_from_flags(config.RequestConfig)
+    texts = flags.section_from_flags(config.TextConfig)
     root = files.directory(dataset.path, common.name, options.out)
     if options.open:
         _write_open(dataset, common, options, root)
         return
+    if options.prompt in config.TEXT_PROMPTS:
+        _ask_for_texts(dataset, common, options, texts, root)
+        return
 
+    config.refuse_text_knobs(texts, options.prompt)
     drawn, source = sets.load(dataset, options.candidate_set or common.name)
     asker = asking.asker(
         dataset,
@@ -52,6 +60,26 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
     manifest = files.write(
         asker, plan, source, root, model=common.model, overwrite=common.overwrite
     )
+    print(files.report(manifest, root))
+
+
+def _ask_for_texts(
+    dataset: Dataset,
+    common: config.TeachConfig,
+    options: config.RequestConfig,
+    texts: config.TextConfig,
+    root: pathlib.Path,
+) -> None:
+    from slgr_jax.teacher.ask import asking_texts
+    from slgr_jax.teacher.ask import requests as files
+
+    asker = asking_texts.asker(dataset, options, texts, common.seed)
+    plan = asking_texts.plan(asker)
+    print(plan.report(), flush=True)
+    if options.dry_run:
+        return
+
+    manifest = asking_texts.write(asker, plan, root, model=common.model, overwrite=common.overwrite)
     print(files.report(manifest, root))
 
 
@@ -87,5 +115,8 @@ COMMAND = SubCommand(
     work=work,
     common=("model", "seed", "overwrite"),
     sections=(config.RequestConfig,),
-    parts={config.CollectConfig: ("score_range",)},
+    parts={
+        config.CollectConfig: ("score_range",),
+        config.TextConfig: ("factors", "words", "item_words"),
+    },
 )

@@ -95,9 +95,14 @@ def answer_schema(form: str, shown: int, score_range: tuple[int, int] = (0, 1)) 
     else:
         properties = {KEYS[form]: {"type": "integer", "enum": [1, 2, 3, 4, 5]}}
 
+    return _object_of(properties)
+
+
+def _object_of(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an object that has these keys and no others."""
     return {
         "type": "object",
-        "properties": properties,
+        "properties": dict(properties),
         "required": list(properties),
         "additionalProperties": False,
     }
@@ -107,12 +112,25 @@ def response_format(
     form: str, shown: int, structured: str, score_range: tuple[int, int] = (0, 1)
 ) -> dict[str, Any] | None:
     """The field `response_format` of a request's body; None for --structured=none."""
+    properties = answer_schema(form, shown, score_range)["properties"]
+    return as_response_format(form, properties, structured)
+
+
+def as_response_format(
+    name: str, properties: Mapping[str, Any], structured: str
+) -> dict[str, Any] | None:
+    """`response_format` of an answer that is an object of these keys.
+
+    Args:
+      name: of the schema.
+      properties: key -> JSON schema of its value.
+      structured: one of `config.STRUCTURED`.
+    """
     if structured == "none":
         return None
     if structured == "json_object":
         return {"type": "json_object"}
-    schema = answer_schema(form, shown, score_range)
     return {
         "type": "json_schema",
-        "json_schema": {"name": form, "strict": True, "schema": schema},
+        "json_schema": {"name": name, "strict": True, "schema": _object_of(properties)},
     }

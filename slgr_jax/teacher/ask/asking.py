@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from slgr_jax.config import LIST_SIZES, RequestConfig, SliceConfig
+from slgr_jax.config import LIST_SIZES, TEXT_PROMPTS, RequestConfig, SliceConfig
 from slgr_jax.data import schema
-from slgr_jax.data.dataset import Dataset
+from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.teacher.ask import answer_form, candidates, prompts
 from slgr_jax.teacher.ask.candidates import CandidateSet
@@ -178,6 +178,11 @@ def asker(
       ConfigError: the template, the size of lists, the catalogue or the range of scores cannot be
         used.
     """
+    if options.prompt in TEXT_PROMPTS:
+        raise ConfigError(
+            f"--prompt={options.prompt} asks for a text of each {TEXT_PROMPTS[options.prompt]} and "
+            "needs no candidates: give it to slgr teach requests"
+        )
     options = _sized(options, lines)
     if len(score_range) != 2 or score_range[0] >= score_range[1]:
         shown = ",".join(map(str, score_range))
@@ -223,20 +228,29 @@ def _sized(options: RequestConfig, lines: Sequence[str]) -> RequestConfig:
 def shown_history(asker: Asker) -> tuple[np.ndarray, np.ndarray]:
     """(offsets [U + 1], items): the last `history_items` training items of each user that a
     prompt shows, oldest first. Nothing but training is read, and hidden items are left out."""
-    described = np.array([bool(line) for line in asker.lines])
-    n_users = asker.dataset.n_users
-    users, items = candidates.described_history(asker.dataset, described, asker.drawn.hidden)
-    counts = np.bincount(users, minlength=n_users)
-    from_end = np.cumsum(counts)[users] - np.arange(users.size)
-    keep = from_end <= asker.options.history_items
+    return last_items(
+        asker.dataset, asker.lines, asker.options.history_items, hidden=asker.drawn.hidden
+    )
 
-    offsets = np.zeros(n_users + 1, np.int64)
-    np.cumsum(np.bincount(users[keep], minlength=n_users), out=offsets[1:])
+
+def last_items(
+    dataset: Dataset, lines: Sequence[str], most: int, *, hidden: Csr | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets [U + 1], items): the last `most` training items of each user that have a line and
+    are not hidden, oldest first. Nothing but training is read."""
+    described = np.array([bool(line) for line in lines])
+    users, items = candidates.described_history(dataset, described, hidden)
+    counts = np.bincount(users, minlength=dataset.n_users)
+    from_end = np.cumsum(counts)[users] - np.arange(users.size)
+    keep = from_end <= most
+
+    offsets = np.zeros(dataset.n_users + 1, np.int64)
+    np.cumsum(np.bincount(users[keep], minlength=dataset.n_users), out=offsets[1:])
     return offsets, items[keep]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """[U] int64 each: requests of a user, tokens of their prompts, tokens of their answers."""
 
     requests: np.ndarray
@@ -283,7 +297,7 @@ def plan(asker: Asker) -> AskingPlan:
     return AskingPlan(kept, facts, tokens_by)
 
 
-def _sizes(asker: Asker) -> tuple[str, _Sizes]:
+def _sizes(asker: Asker) -> tuple[str, Sizes]:
     """How tokens were estimated, and what asking each user takes."""
     tokens_by, count = prompts.token_counter()
     labelled = asker.options.prompt in prompts.LABELLED
@@ -295,7 +309,7 @@ def _sizes(asker: Asker) -> tuple[str, _Sizes]:
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_event[history])])
     before = frame + sums[offsets[1:]] - sums[offsets[:-1]]
     n_users = asker.dataset.n_users
-    sizes = _Sizes(
+    sizes = Sizes(
         requests=np.zeros(n_users, np.int64),
         prompt=np.zeros(n_users, np.int64),
         answer=np.zeros(n_users, np.int64),
@@ -312,16 +326,7 @@ def _sizes(asker: Asker) -> tuple[str, _Sizes]:
     return tokens_by, sizes
 
 
-def _within_budget(asker: Asker, able: np.ndarray, sizes: _Sizes, cost: np.ndarray) -> np.ndarray:
-    options = asker.options
-    if options.max_cost and not (options.price_in or options.price_out):
-        raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
-    limits = {
-        "max_requests": (options.max_requests, sizes.requests),
-        "max_tokens": (options.max_tokens, sizes.prompt + sizes.answer),
-        "max_cost": (options.max_cost, cost),
-    }
-
+def _within_budget(asker: Asker, able: np.ndarray, sizes: Sizes, cost: np.ndarray) -> np.ndarray:
     # Position of a user within its stratum, as a share: any prefix has its part of each stratum.
     cold = asker.dataset.slices(SliceConfig()).cold_users
     stratum = cold * 2 + (asker.drawn.hidden.counts > 0)
@@ -333,16 +338,45 @@ def _within_budget(asker: Asker, able: np.ndarray, sizes: _Sizes, cost: np.ndarr
     order = np.flatnonzero(able)
     order = order[np.lexsort((lot[order], position[order]))]
 
+    kept = np.zeros(able.size, bool)
+    fits = affordable(asker.options, order, sizes, cost, "user", "lower --candidates")
+    kept[order[fits]] = True
+    return kept
+
+
+def affordable(
+    options: RequestConfig,
+    order: np.ndarray,
+    sizes: Sizes,
+    cost: np.ndarray,
+    side: str,
+    cheaper: str,
+) -> np.ndarray:
+    """[n] bool: which of `order` [n], the first ones first, the budget pays for.
+
+    Args:
+      order: users (items) to ask about; `sizes` and `cost` are by these numbers.
+      side: user or item.
+      cheaper: what else than a larger budget helps, for errors.
+
+    Raises:
+      ConfigError: not even the first, or --max_cost without prices.
+    """
+    if options.max_cost and not (options.price_in or options.price_out):
+        raise ConfigError("--max_cost needs prices: give --price_in and --price_out")
+    limits = {
+        "max_requests": (options.max_requests, sizes.requests),
+        "max_tokens": (options.max_tokens, sizes.prompt + sizes.answer),
+        "max_cost": (options.max_cost, cost),
+    }
+    who = "who" if side == "user" else "which"
     fits = np.ones(order.size, bool)
     for name, (most, spent) in limits.items():
         if most:
             fits &= np.cumsum(spent[order]) <= most
             if order.size and not fits[0]:
                 raise ConfigError(
-                    f"--{name}={most:g} does not pay for one user, who costs "
-                    f"{spent[order[0]]:,.4g}; raise it, or lower --candidates"
+                    f"--{name}={most:g} does not pay for one {side}, {who} costs "
+                    f"{spent[order[0]]:,.4g}; raise it, or {cheaper}"
                 )
-
-    kept = np.zeros(able.size, bool)
-    kept[order[fits]] = True
-    return kept
+    return fits

@@ -24,7 +24,6 @@ from slgr_jax.errors import ConfigError, InputError, listing
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 FIELDS = ("history", "candidates")
-OPTIONAL_FIELDS = ("answer", "lowest", "highest", "count")
 # Forms of answer that show their candidates with labels.
 LABELLED = frozenset({"listwise", "ranking", "pairwise"})
 _MOST_TEXT = 120  # characters of a description that stands for a missing title
@@ -99,6 +98,11 @@ def instruction(form: str, structured: str, score_range: Range) -> str:
     return text % tuple(examples)
 
 
+def as_history(lines: Sequence[str]) -> str:
+    """Items of a history, oldest first, as a prompt lists them."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
     """A prompt with gaps.
@@ -117,11 +121,11 @@ class Template:
     def render(self, history: Sequence[str], shown: Sequence[str], *, labelled: bool) -> str:
         """The prompt: a history, oldest first, and candidates in the order shown."""
         lines = [f"{label(k)}. {line}" for k, line in enumerate(shown)] if labelled else shown
-        return string.Template(self.text).substitute(
-            self.wording,
-            history="\n".join(f"- {line}" for line in history),
-            candidates="\n".join(lines),
-        )
+        return self.fill(history=as_history(history), candidates="\n".join(lines))
+
+    def fill(self, **gaps: str) -> str:
+        """The prompt with these texts in its gaps."""
+        return string.Template(self.text).substitute(self.wording, **gaps)
 
 
 def read_template(
@@ -149,7 +153,40 @@ def read_template(
     """
     shows_none = form == "free_list" and catalogue == "none"
     own = f"{form}_catalogue" if form == "free_list" and not shows_none else form
-    source = pathlib.Path(path) if path else TEMPLATES / f"{own}.txt"
+    lowest, highest = score_range
+    return load_template(
+        path or TEMPLATES / f"{own}.txt",
+        FIELDS[:1] if shows_none else FIELDS,
+        {
+            "answer": instruction(form, structured, score_range),
+            "lowest": str(lowest),
+            "highest": str(highest),
+            "count": str(count),
+        },
+        structured,
+        hint="; $candidates needs --catalogue=all" if shows_none else "",
+    )
+
+
+def load_template(
+    path: str | pathlib.Path,
+    fields: Sequence[str],
+    wording: Mapping[str, str],
+    structured: str,
+    *,
+    hint: str = "",
+) -> Template:
+    """The template in a file.
+
+    Args:
+      fields: gaps that it must have; wording: those that it may have, and what fills them.
+      structured: one of `config.STRUCTURED`.
+      hint: more for the error about its gaps.
+
+    Raises:
+      ConfigError: as `read_template`.
+    """
+    source = pathlib.Path(path)
     try:
         text = source.read_text(encoding="utf-8").rstrip() + "\n"
     except (OSError, UnicodeDecodeError) as error:
@@ -159,30 +196,20 @@ def read_template(
         raise ConfigError(f"--template={source} has a bare $; write $$ for a dollar sign")
 
     gaps = set(template.get_identifiers())
-    fields = FIELDS[:1] if shows_none else FIELDS
     missing = sorted(set(fields) - gaps)
-    unknown = sorted(gaps - set(fields) - set(OPTIONAL_FIELDS))
+    unknown = sorted(gaps - set(fields) - set(wording))
     if missing or unknown:
         raise ConfigError(
             f"--template={source}: missing {listing(missing)}; unknown {listing(unknown)}; a "
             f"template has {' and '.join('$' + name for name in fields)}, each at least once, and "
-            f"may have {listing('$' + name for name in OPTIONAL_FIELDS)}"
-            + ("; $candidates needs --catalogue=all" if shows_none else "")
+            f"may have {listing('$' + name for name in wording)}{hint}"
         )
     if structured == "json_object" and "answer" not in gaps and "json" not in text.lower():
         raise ConfigError(
             f"--template={source} never says JSON, which services demand of "
             "--structured=json_object; add $answer to it, or use --structured=json_schema"
         )
-
-    lowest, highest = score_range
-    wording = {
-        "answer": instruction(form, structured, score_range),
-        "lowest": str(lowest),
-        "highest": str(highest),
-        "count": str(count),
-    }
-    used = "".join(wording[name] for name in OPTIONAL_FIELDS if name in gaps)
+    used = "".join(value for name, value in wording.items() if name in gaps)
     return Template(text, wording, hashlib.sha256((text + used).encode()).hexdigest()[:16])
 
 

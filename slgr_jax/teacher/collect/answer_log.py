@@ -2,7 +2,8 @@
 
     DATA/answers/NAME/manifest.json            replaced after every shard, with a checksum of itself
     DATA/answers/NAME/answers-00000.arrow      scores as parsed: schema.ANSWERS
-                                               (free lists: titles as written, schema.TITLES)
+                                               (free lists: titles as written, schema.TITLES;
+                                               texts of users or items: schema.WRITTEN)
     DATA/answers/NAME/answered-00000.arrow     a row an accepted answer: schema.ANSWERED
     DATA/answers/NAME/quarantine.jsonl         what could not be used, and why (`quarantine.py`)
     DATA/answers/NAME/ledger.json              what was paid for: tokens
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from slgr_jax.config import TEXT_PROMPTS
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ManifestError, ShardError, UserError
@@ -82,7 +84,8 @@ def _fix(path: pathlib.Path) -> str:
 def load_log(dataset: Dataset, name: str) -> tuple[pa.Table, schema.AnswerManifest]:
     """Every row of the log NAME that holds, and its manifest.
 
-    The rows are schema.TITLES where the answers are free lists, else schema.ANSWERS.
+    The rows are schema.TITLES where the answers are free lists, schema.WRITTEN where they are texts
+    about users or items, else schema.ANSWERS.
 
     Answers that a later one stands in for are left out.
 
@@ -92,8 +95,7 @@ def load_log(dataset: Dataset, name: str) -> tuple[pa.Table, schema.AnswerManife
     """
     root = log_path(dataset.path, name)
     manifest = read_manifest(dataset, name)
-    columns = schema.TITLES if is_free(manifest) else schema.ANSWERS
-    rows = shards.read_shards(root, manifest.files["answers"], columns)
+    rows = shards.read_shards(root, manifest.files["answers"], _columns(manifest))
     answered = shards.read_shards(root, manifest.files["answered"], schema.ANSWERED)
 
     answer = answer_numbers(rows)
@@ -109,6 +111,12 @@ def load_log(dataset: Dataset, name: str) -> tuple[pa.Table, schema.AnswerManife
 def is_free(manifest: schema.AnswerManifest) -> bool:
     """Whether the answers of a log are free lists of titles."""
     return bool(manifest.sources[0]["prompt"] == "free_list")
+
+
+def _columns(manifest: schema.AnswerManifest) -> pa.Schema:
+    if manifest.sources[0]["prompt"] in TEXT_PROMPTS:
+        return schema.WRITTEN
+    return schema.TITLES if is_free(manifest) else schema.ANSWERS
 
 
 def answer_numbers(rows: pa.Table) -> np.ndarray:
@@ -163,8 +171,9 @@ class AcceptedAnswer(NamedTuple):
       row: of its request in the index; sample: which of the request's answers.
       scores: of the candidates in shown order, NaN where none; of two compared items one number,
         the probability that the first is preferred.
-      titles: of a free list, in order; then there are no scores.
-      digest: of scores and titles; cut: the answer ended too early.
+      words: titles of a free list, in order, or texts about a user or item, one a field; then there
+        are no scores.
+      digest: of scores and words; cut: the answer ended too early.
       prompt_tokens, completion_tokens: None where not told.
     """
 
@@ -175,7 +184,7 @@ class AcceptedAnswer(NamedTuple):
     cut: bool
     prompt_tokens: int | None
     completion_tokens: int | None
-    titles: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 class Log:
@@ -203,14 +212,14 @@ class Log:
     def add(self, index: RequestIndex, answer: AcceptedAnswer) -> None:
         """Take in one accepted answer."""
         row = answer.row
-        size = len(answer.titles) or answer.scores.size
+        size = len(answer.words) or answer.scores.size
         request = np.full(size, index.requests[row])
-        user = np.full(size, index.users[row])
+        user = np.full(size, index.about(row))
         position = np.arange(size, dtype=np.int32)
         permutation = np.full(size, index.permutations[row])
-        if answer.titles:
-            titles = np.array(answer.titles, object)
-            self._answers.append((request, user, position, permutation, titles))
+        if answer.words:
+            words = np.array(answer.words, object)
+            self._answers.append((request, user, position, permutation, words))
         else:
             items = index.shown(row)
             second = items[1:2] if size < items.size else np.full(size, -1, np.int32)
@@ -249,11 +258,12 @@ class Log:
         answered = pa.table(
             [list(column) for column in zip(*self._answered, strict=True)], schema=schema.ANSWERED
         )
-        if is_free(self.manifest):
-            return {"answers": pa.table(arrays, schema=schema.TITLES), "answered": answered}
+        kind = _columns(self.manifest)
+        if kind is not schema.ANSWERS:
+            return {"answers": pa.table(arrays, schema=kind), "answered": answered}
         arrays[3] = pa.array(columns[3], mask=columns[3] < 0)
         arrays[6] = pa.array(columns[6], mask=np.isnan(columns[6]))
-        return {"answers": pa.table(arrays, schema=schema.ANSWERS), "answered": answered}
+        return {"answers": pa.table(arrays, schema=kind), "answered": answered}
 
     def write_ledger(self, answered: pa.Table) -> dict[str, Any]:
         """Write ledger.json from every accepted answer and the quarantine; returns its content."""

@@ -1,4 +1,4 @@
-"""Results of an LLM -> the answer log and its quarantine -> a teacher product.
+"""Results of an LLM -> the answer log and its quarantine -> a teacher product (`collect`).
 
 A second run over more results adds what is new, whatever a killed run has left: an answer that is
 in the log counts as repeated where it says the same, and is quarantined where it does not. A whole
@@ -11,10 +11,13 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
 
 from slgr_jax import progress
-from slgr_jax.config import CollectConfig, TeachConfig
+from slgr_jax.config import TEXT_PROMPTS, CollectConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
@@ -23,6 +26,7 @@ from slgr_jax.teacher.collect import (
     answer_log,
     derive,
     envelopes,
+    prose_answers,
     quarantine,
     result_files,
     results,
@@ -99,6 +103,39 @@ def collect(
       and missing), and lines for people about what was read.
 
     Raises:
+      InputError, ManifestError, ShardError: as `gather`.
+    """
+    gathered = gather(dataset, common, options, preferences.product_path(dataset.path, common.name))
+    written = derive.write(
+        dataset, common, options, gathered.rows, gathered.log, gathered.ledger, gathered.states
+    )
+    told = (gathered.told, _unknown_hidden(gathered.log, written))
+    return written, "\n".join(filter(None, told))
+
+
+class Gathered(NamedTuple):
+    """An answer log, after results were added to it.
+
+    Attributes:
+      rows, log: as of `answer_log.load_log`.
+      ledger: what ledger.json holds.
+      states: how many requests are complete, cut, refused, failed and missing.
+      told: lines for people about what was read.
+    """
+
+    rows: pa.Table
+    log: schema.AnswerManifest
+    ledger: dict[str, Any]
+    states: dict[str, int]
+    told: str
+
+
+def gather(
+    dataset: Dataset, common: TeachConfig, options: CollectConfig, product: pathlib.Path
+) -> Gathered:
+    """Add results to the log NAME, from all of which `product` is made.
+
+    Raises:
       InputError: no result could be used, or a product NAME that is not of this log exists.
       ManifestError: requests or log are damaged or of another split.
       ShardError: a file of theirs is damaged.
@@ -111,11 +148,11 @@ def collect(
     source = schema.read_request_manifest(asked)
     candidates.refuse_other_split(dataset, source, f"{asked}")
     files = result_files.choose(options.results, asked)
-    product = preferences.product_path(dataset.path, common.name)
     if not (root / schema.MANIFEST).is_file():
         shards.check_target(product, overwrite=common.overwrite)
 
     index = RequestIndex(requests.load_index(asked, source))
+    fields = tuple(source.plan["fields"]) if source.prompt in TEXT_PROMPTS else ()
     root.mkdir(parents=True, exist_ok=True)
     with shards.locked(root):
         manifest = _manifest(dataset, common, root, source)
@@ -124,12 +161,13 @@ def collect(
         collector = Collector(
             index,
             log,
-            item_titles(dataset),
+            () if fields else item_titles(dataset),
             source.prompt,
             score_range,
             list_size=int(source.options["list_size"]),
             catalogue=TitleIndex.of(dataset) if source.prompt == "free_list" else None,
             subtitles=common.subtitles,
+            fields=fields,
         )
         try:
             collector.read(files)
@@ -153,9 +191,8 @@ def collect(
             f"see {root / QUARANTINE}" + "".join(f". {advice}" for advice in commonest)
         )
     rows, manifest = answer_log.load_log(dataset, common.name)
-    written = derive.write(dataset, common, options, rows, manifest, ledger, states)
-    told = (tally.report(root, states), files.report(), _unknown_hidden(manifest, written))
-    return written, "\n".join(filter(None, told))
+    told = "\n".join(filter(None, (tally.report(root, states), files.report())))
+    return Gathered(rows, manifest, ledger, states, told)
 
 
 def _unknown_hidden(log: schema.AnswerManifest, written: schema.TeacherManifest) -> str:
@@ -191,11 +228,12 @@ def _manifest(
         "candidates": source.candidates,
         "candidates_hash": source.candidates_hash,
         "requests": int(source.plan["requests"]),
+        **{key: source.plan[key] for key in ("side", "fields", "shown") if key in source.plan},
     }
     if (root / schema.MANIFEST).is_file():
         manifest = answer_log.read_manifest(dataset, common.name)
-        kinds = {_kind(str(held["prompt"])) for held in manifest.sources}
-        if kinds and kinds != {_kind(source.prompt)}:
+        kinds = {_kind(held) for held in manifest.sources}
+        if kinds and kinds != {_kind(about)}:
             raise ConfigError(
                 f"{root} holds answers to {manifest.sources[0]['prompt']} prompts, which do not "
                 f"mix with {source.prompt} ones; choose another --name"
@@ -216,8 +254,11 @@ def _manifest(
     return schema.write_manifest(root, manifest)
 
 
-def _kind(prompt: str) -> str:
+def _kind(about: Mapping[str, Any]) -> str:
     """Answers of one kind go into one product."""
+    prompt = str(about["prompt"])
+    if prompt in TEXT_PROMPTS:
+        return f"{prompt}: {', '.join(about['fields'])}"
     return prompt if prompt in ("pairwise", "free_list") else "scores"
 
 
@@ -231,9 +272,11 @@ class Collector:
     Attributes:
       index: the requests that were asked; log: where answers go.
       titles: [I] the texts that stand for each item (`item_titles`).
-      form: of the answers, one of `config.PROMPTS`; score_range: lowest and highest score.
+      form: of the answers, one of `config.PROMPTS` or of `TEXT_PROMPTS`; score_range: lowest and
+        highest score.
       list_size: free_list: how many titles were asked for; catalogue, subtitles: what they are
         looked up in, and how.
+      fields: of answers that are texts; else there are none.
       tally: what became of what was read.
     """
 
@@ -245,6 +288,7 @@ class Collector:
     list_size: int = 0
     catalogue: TitleIndex | None = None
     subtitles: bool = False
+    fields: tuple[str, ...] = ()
     tally: Tally = dataclasses.field(default_factory=Tally)
 
     def read(self, files: ResultFiles) -> None:
@@ -289,7 +333,11 @@ class Collector:
         if row is None:
             asked = f"{told.custom_id!r} is of none of the {index.requests.size:,} requests"
             return Refused(told.custom_id, "foreign custom_id", asked)
-        answer = results.parse(self.form, told, self._shown(row), self.score_range)
+        answer = (
+            prose_answers.parse(told, self.fields)
+            if self.fields
+            else results.parse(self.form, told, self._shown(row), self.score_range)
+        )
         if isinstance(answer, Refused):
             return answer
         if self.catalogue is not None:
@@ -319,7 +367,7 @@ class Collector:
             cut=answer.cut,
             prompt_tokens=told.prompt_tokens,
             completion_tokens=told.completion_tokens,
-            titles=answer.titles,
+            words=answer.titles or answer.texts,
         )
         self.log.add(index, accepted)
         tally.replaced += replaces
@@ -339,7 +387,8 @@ class Collector:
 
 
 def _digest(answer: results.Answer) -> int:
-    data = answer.scores.tobytes() + bytes([answer.cut]) + "\n".join(answer.titles).encode()
+    words = "\0".join(answer.texts) or "\n".join(answer.titles)
+    data = answer.scores.tobytes() + bytes([answer.cut]) + words.encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 

@@ -47,9 +47,10 @@ class JsonValue(NamedTuple):
     end: int
 
 
-def json_values(text: str) -> Iterator[JsonValue]:
-    """JSON objects and lists in a text, outermost, in order."""
-    decoder = json.JSONDecoder(object_pairs_hook=JsonObject)
+def json_values(text: str, *, strict: bool = True) -> Iterator[JsonValue]:
+    """JSON objects and lists in a text, outermost, in order; `strict`: no bare newline in strings,
+    which a model that writes prose forgets to escape."""
+    decoder = json.JSONDecoder(object_pairs_hook=JsonObject, strict=strict)
     position = 0
     for _ in range(_MOST_VALUES):
         match = re.compile(r"[{\[]").search(text, position)

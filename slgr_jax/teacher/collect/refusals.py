@@ -69,6 +69,10 @@ KINDS: Mapping[str, Kind] = {
     "no titles": Kind(
         "refused", f"a list of titles is read, numbered or one a line, and no prose: {_FORM}"
     ),
+    "no texts": Kind(
+        "refused", "an object with the keys that were asked for is read, or a line of each name, a "
+        f"colon and its text; a template of your own needs $answer: {_FORM}"
+    ),
     "none of the catalogue": Kind(
         "refused", "show the model what there is to choose from (--catalogue=all), or what the "
         f"items are (--template): {_NEW}"

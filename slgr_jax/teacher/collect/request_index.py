@@ -49,6 +49,11 @@ class RequestIndex:
         """Items of a request, as its prompt shows them."""
         return self.items[self.offsets[row] : self.offsets[row + 1]]
 
+    def about(self, row: int) -> int:
+        """The user that a request is about; of one without a user, its item."""
+        user = int(self.users[row])
+        return int(self.shown(row)[0]) if user < 0 else user
+
     def known(self, row: int, sample: int) -> tuple[int, bool] | None:
         """(digest, cut) of the answer that is held for one sample of a request."""
         return self._known.get((row, sample))

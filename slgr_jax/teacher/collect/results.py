@@ -28,12 +28,14 @@ class Answer:
 
     Of two compared items there is one number: the probability that the first is preferred.
     `cut` answers ended before every candidate had a score; what they had said is kept.
-    A free list has `titles`, in order, and no scores.
+    A free list has `titles`, in order, and no scores; an answer about a user or an item `texts`,
+    one a field, empty where nothing is known (`prose_answers.parse`).
     """
 
     scores: np.ndarray
     cut: bool = False
     titles: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 def parse(

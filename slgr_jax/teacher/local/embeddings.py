@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -25,7 +24,7 @@ from slgr_jax.config import EmbedConfig, TeachConfig
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError, listing
-from slgr_jax.teacher.local import chunk_files, chunks, likelihood, scorers, vector_files
+from slgr_jax.teacher.local import chunk_files, chunks, likelihood, scorers, texts, vector_files
 from slgr_jax.teacher.local.chunks import Chunks
 from slgr_jax.teacher.local.vectors import Vectors, profiles
 from slgr_jax.teacher.products import preferences
@@ -33,9 +32,6 @@ from slgr_jax.teacher.products.same_split import refuse_other_split
 
 PathLike = str | os.PathLike[str]
 
-# What a model reads of an item; a part that is missing is left out.
-TEXT = "title. category, category. description"
-_ITEM_FIELDS = ("title", "categories", "text")  # of which each is cut into chunks
 _SHARD_BYTES = 1 << 28
 
 
@@ -81,10 +77,10 @@ def embed(
     else:
         built_from = "train_only"
         local = _embedder(options, llm)
-        model, prompt_hash = local.name, hashlib.sha256(TEXT.encode()).hexdigest()[:16]
-        items, users = _from_texts(dataset, options, local)
+        model = local.name
+        items, users, prompt_hash = _from_texts(dataset, options, local)
 
-    users_from = "text" if options.users == "text" else "history"
+    users_from = "text" if texts.reads_users(options) else "history"
     if options.user_vectors:
         users_from = "file"
     if users is None:
@@ -104,26 +100,6 @@ def embed(
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,
     )
-
-
-def item_texts(dataset: Dataset) -> list[str]:
-    """[I] what a model reads: `TEXT`; empty where an item has no text."""
-    columns = [dataset.items.column(name).to_pylist() for name in ("title", "categories", "text")]
-    texts = []
-    for title, categories, text in zip(*columns, strict=True):
-        category_names = ", ".join(name for name in categories or () if name)
-        pieces = (" ".join((piece or "").split()) for piece in (title, category_names, text))
-        texts.append(". ".join(piece for piece in pieces if piece))
-    return texts
-
-
-def item_fields(dataset: Dataset) -> dict[str, list[str]]:
-    """Field -> [I] texts of items; empty where an item has none."""
-    columns = {name: dataset.items.column(name).to_pylist() for name in _ITEM_FIELDS}
-    columns["categories"] = [
-        ", ".join(name for name in names or () if name) for names in columns["categories"]
-    ]
-    return {name: [text or "" for text in column] for name, column in columns.items()}
 
 
 def _embed_chunks(
@@ -149,15 +125,16 @@ def _embed_chunks(
             counts |= {f"user_{name}": count for name, count in dropped.items()}
         users_from = "file" if options.user_vectors else "history"
     else:
-        built_from, users_from = "train_only", options.users
+        built_from, users_from = "train_only", "history"
         local = _embedder(options, llm)
         size = options.chunks, options.chunk_words
-        what = f"{' '.join(_ITEM_FIELDS)}: {size[0]} chunks of {size[1]} words"
-        model, prompt_hash = local.name, hashlib.sha256(what.encode()).hexdigest()[:16]
-        items = chunks.of_texts(local, item_fields(dataset), *size, scratch, "items")
-        if options.users == "text":
-            texts = {"text": _user_texts(dataset)}
-            users = chunks.of_texts(local, texts, *size, scratch, "users")
+        sides = texts.read_sides(dataset, options)
+        items = chunks.of_texts(local, sides[0].by_field, *size, scratch, "items")
+        if texts.reads_users(options):
+            users_from = "text"
+            users = chunks.of_texts(local, sides[1].by_field, *size, scratch, "users")
+        cuts = f"{size[0]} chunks of {size[1]} words"
+        model, prompt_hash = local.name, texts.hash_of(*sides, cuts=cuts)
     if users is None:
         users = chunks.of_histories(dataset.positives(("train",)), items, scratch)
     return write(
@@ -209,42 +186,44 @@ def _from_files(
 
 def _from_texts(
     dataset: Dataset, options: EmbedConfig, model: scorers.Embedder
-) -> tuple[Vectors, Vectors | None]:
-    """Vectors of items, and of users where their texts are to be read."""
-    items = _of_texts(model, item_texts(dataset))
-    if not items.has.any():
+) -> tuple[Vectors, Vectors | None, str]:
+    """Vectors of items, and of users where their texts are to be read; a hash of what was read."""
+    items, *users = texts.read_sides(dataset, options)
+    vectors = _of_texts(model, items.whole)
+    if not vectors.has.any():
         raise InputError(
             f"{dataset.path} has no item texts to embed; prepare it again with item titles "
             "(slgr prepare --items_input)"
         )
-    return items, _of_texts(model, _user_texts(dataset)) if options.users == "text" else None
+    of_users = _of_texts(model, users[0].whole) if users else None
+    return vectors, of_users, texts.hash_of(items, *users)
 
 
-def _user_texts(dataset: Dataset) -> list[str]:
-    files = dataset.manifest.files["users"]
-    table = shards.read_shards(dataset.path, files, schema.USERS)
-    texts = [text or "" for text in table.column("text").to_pylist()]
-    if not any(texts):
-        raise InputError(
-            f"{dataset.path} has no user texts; use --users=history or prepare it again with them"
-        )
-    return texts
+def write_requests(dataset: Dataset, options: EmbedConfig, model: str) -> int:
+    """Write batch-API embedding requests of the item texts at `options.text_requests`; how many.
 
+    Where users' texts are read (`texts.reads_users`), of theirs too: custom_id tells them apart.
 
-def write_requests(dataset: Dataset, path: PathLike, model: str) -> int:
-    """Write batch-API embedding requests of the item texts; how many."""
-    ids = dataset.items.column("item_id").to_pylist()
+    Raises:
+      ConfigError, ManifestError, ShardError: as `texts.read_sides`.
+    """
+    ids = {
+        "item": dataset.items.column("item_id").to_pylist(),
+        "user": dataset.user_ids.to_pylist(),
+    }
+    sides = texts.read_sides(dataset, options)
     count = 0
-    with open(path, "x", encoding="utf-8") as file:
-        for item, text in zip(ids, item_texts(dataset), strict=True):
-            if text:
-                body = {"model": model, "input": text}
-                line = {
-                    "custom_id": f"{vector_files.PREFIXES['item']}{item}",
-                    **{"method": "POST", "url": "/v1/embeddings", "body": body},
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                count += 1
+    with open(options.text_requests, "x", encoding="utf-8") as file:
+        for side, read in zip(ids, sides, strict=False):
+            for raw_id, text in zip(ids[side], read.whole, strict=True):
+                if text:
+                    body = {"model": model, "input": text}
+                    line = {
+                        "custom_id": f"{vector_files.PREFIXES[side]}{raw_id}",
+                        **{"method": "POST", "url": "/v1/embeddings", "body": body},
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    count += 1
     return count
 
 

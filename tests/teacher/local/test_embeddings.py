@@ -238,7 +238,8 @@ def test_load_refuses_what_does_not_fit(make_dataset, tmp_path):
 
 def test_requests_for_a_service(local, tmp_path):
     path = tmp_path / "requests.jsonl"
-    assert embeddings.write_requests(local, path, "some-model") == 5
+    options = EmbedConfig(text_requests=str(path))
+    assert embeddings.write_requests(local, options, "some-model") == 5
     rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     assert rows[-1] == {
         "custom_id": "item-电影",
