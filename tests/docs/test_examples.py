@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ import worlds
 
 import slgr_jax as sl
 from slgr_jax import config
+from slgr_jax.data import schema
 from slgr_jax.guidance import gates
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
@@ -139,6 +142,57 @@ def _commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line]
 
 
+def _run(command: list[str], folder: pathlib.Path) -> str:
+    """A command of a page, in a folder; what it prints."""
+    quick = [f"--{name}={value}" for name, value in SMALL.items() if command[0] == "train"]
+    done = subprocess.run(
+        [sys.executable, "-m", "slgr_jax.cli", *command, *quick],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _write(request: dict[str, Any]) -> dict[str, Any]:
+    """A result as a batch service gives it: what an LLM could write about a user or an item."""
+    asked = request["body"]
+    keys = asked["response_format"]["json_schema"]["schema"]["required"]
+    shown = asked["messages"][0]["content"].split("\n")[1]
+    said = {"content": json.dumps({key: f"{key} as of {shown}" for key in keys})}
+    body = {"choices": [{"message": said, "finish_reason": "stop"}]}
+    return {"custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("wordllama") is None, reason="the extra 'llm' is not installed"
+)
+def test_the_example_of_texts_runs_as_it_stands(files, tmp_path):
+    titles = [f"i{item},Film {item}" for item in range(15)]
+    (files / "items.csv").write_text("\n".join(["item,title", *titles]), encoding="utf-8")
+    given = ["--input=ratings.csv", "--items_input=items.csv", "--split=leave_last"]
+    _run(["prepare", "--source=csv", "--out=DATA", *given], tmp_path)
+    commands = [command[1:] for command in _commands("texts.md")]
+    told = {}
+    for command in commands:
+        told[tuple(command)] = _run(command, tmp_path)
+        if command[:2] == ["teach", "requests"] and "--open" not in command:
+            name = command[3].removeprefix("--name=")
+            lines = (tmp_path / f"DATA/requests/{name}/requests-00000.jsonl").read_text("utf-8")
+            results = [json.dumps(_write(json.loads(line))) for line in lines.splitlines()]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(results), encoding="utf-8")
+    assert "no request is open" in "".join(told.values())
+    assert "texts profiles: 20 of 20 of 20 users by some-llm" in "".join(told.values())
+    for name, fields in (("said", {}), ("kar", dict.fromkeys(("genre", "mood"), 1))):
+        manifest = schema.read_embedding_manifest(tmp_path / f"DATA/embeddings/{name}")
+        assert (manifest.counts["users"], manifest.counts["items"]) == (20, 15)
+        assert dict(manifest.fields.get("users", {})) == fields
+    for run in ("RUN_RLMREC", "RUN_KAR"):
+        assert (tmp_path / run / "log.jsonl").is_file()
+
+
 @pytest.mark.slow
 def test_what_other_systems_hand_over_is_read_and_learned(files, tmp_path):
     prepare = [
@@ -165,15 +219,7 @@ def test_what_other_systems_hand_over_is_read_and_learned(files, tmp_path):
     (tmp_path / "beside.csv").write_text("\n".join(["item,other,score", *beside]), encoding="utf-8")
     commands = _commands("methods.md")
     assert [command[1] for command in commands] == ["teach", "train"] * 3
-    quick = [f"--{name}={value}" for name, value in SMALL.items()]
     for _, *arguments in [prepare, *commands]:
-        extra = quick if arguments[0] == "train" else []
-        done = subprocess.run(
-            [sys.executable, "-m", "slgr_jax.cli", *arguments, *extra],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        _run(arguments, tmp_path)
     for run in ("RUN_VECTORS", "RUN_LISTS", "RUN_BESIDE"):
         assert (tmp_path / run / "log.jsonl").is_file()
