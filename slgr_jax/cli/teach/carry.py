@@ -22,20 +22,25 @@ if TYPE_CHECKING:
 def work(dataset: Dataset, common: config.TeachConfig) -> None:
     """Carry the product, its answer log and its requests, and say what was left out."""
     from slgr_jax.data import dataset as dataset_lib
+    from slgr_jax.data import schema
     from slgr_jax.teacher.collect import carry_answers
-    from slgr_jax.teacher.products import carry, preferences
+    from slgr_jax.teacher.products import carry, preferences, texts
 
     options = flags.section_from_flags(config.CarryConfig)
     parent = dataset_lib.load(options.parent)
-    manifest = carry.carry(
-        dataset,
-        parent,
-        common.name,
-        new_items=options.new_items,
-        rows_per_shard=common.rows_per_shard,
-        overwrite=common.overwrite,
-    )
-    print(preferences.report(manifest))
+    has_texts = (texts.product_path(parent.path, common.name) / schema.MANIFEST).is_file()
+    if has_texts:
+        print(texts.report(texts.carry(dataset, parent, common.name, overwrite=common.overwrite)))
+    if not has_texts or preferences.product_path(parent.path, common.name).is_dir():
+        manifest = carry.carry(
+            dataset,
+            parent,
+            common.name,
+            new_items=options.new_items,
+            rows_per_shard=common.rows_per_shard,
+            overwrite=common.overwrite,
+        )
+        print(preferences.report(manifest))
     for path in carry_answers.carry_answers(
         dataset, parent, common.name, overwrite=common.overwrite
     ):

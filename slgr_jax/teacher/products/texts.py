@@ -22,11 +22,13 @@ import pyarrow as pa
 from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, ManifestError, ShardError, listing
+from slgr_jax.teacher.products import carry as carrying
 from slgr_jax.teacher.products import preferences
 from slgr_jax.teacher.products.same_split import refuse_other_split
 
 PathLike = str | os.PathLike[str]
 
+_FACTS = ("rows", "rows_with_text", "texts", "distinct_texts")
 _QUANTILES = {"5 %": 0.05, "half": 0.5, "95 %": 0.95, "longest": 1.0}
 _EXAMPLE = 300  # characters of a text that a report shows
 
@@ -89,12 +91,13 @@ def write(
         ],
         schema=schema.TEXTS,
     )
-    facts = {
-        "rows": len(ids),
-        "rows_with_text": int(np.unique(rows).size),
-        "texts": int(rows.size),
-        "distinct_texts": len(set(written)),
-    }
+    facts = dict(
+        zip(
+            _FACTS,
+            (len(ids), int(np.unique(rows).size), int(rows.size), len(set(written))),
+            strict=True,
+        )
+    )
     with shards.atomic_directory(product_path(dataset.path, name), overwrite=overwrite) as staging:
         files = shards.write_shards(staging, "part", table, rows_per_shard=rows_per_shard)
         manifest = schema.TextManifest(
@@ -110,6 +113,33 @@ def write(
         )
         schema.write_manifest(staging, manifest)
     return Texts(manifest, table)
+
+
+def carry(dataset: Dataset, parent: Dataset, name: str, *, overwrite: bool = False) -> Texts:
+    """Write PARENT/texts/NAME as DATA/texts/NAME; who is new since then has no text.
+
+    Args:
+      dataset: made from `parent` by `slgr prepare --append`.
+
+    Raises:
+      ManifestError: as `carrying.check_seen` and `load`.
+      ShardError: as `load`.
+    """
+    carrying.check_seen(dataset, parent)
+    held = load(parent, name)
+    manifest = held.manifest
+    about = ("model", "prompt", "prompt_hash", "side", "fields", "shown")
+    number = {field: place for place, field in enumerate(manifest.fields)}
+    return write(
+        dataset,
+        name,
+        held.table.column("row").to_numpy(),
+        np.array([number[field] for field in held.table.column("field").to_pylist()], int),
+        held.table.column("text").to_pylist(),
+        about={key: getattr(manifest, key) for key in about},
+        counts={key: count for key, count in manifest.counts.items() if key not in _FACTS},
+        overwrite=overwrite,
+    )
 
 
 def load(dataset: Dataset, name: str, side: str = "", *, verify: bool = True) -> Texts:
@@ -184,8 +214,7 @@ def report(texts: Texts) -> str:
         held = texts.table.column("field").to_pylist()
         shares = ", ".join(f"{field} {held.count(field):,}" for field in manifest.fields)
         lines.append(f"  of each factor: {shares}")
-    about = {"rows", "rows_with_text", "texts", "distinct_texts"}
-    extra = {key: counts[key] for key in sorted(counts) if counts[key] and key not in about}
+    extra = {key: counts[key] for key in sorted(counts) if counts[key] and key not in _FACTS}
     if extra:
         lines.append("  " + ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in extra.items()))
     if written:

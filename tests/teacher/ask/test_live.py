@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+from teacher import written_world
 
 from slgr_jax.config import AskConfig, CandidateConfig, CollectConfig, RequestConfig, TeachConfig
 from slgr_jax.data import schema
@@ -297,3 +298,21 @@ def test_what_cannot_be_asked_is_refused_before_anything_is(root, tmp_path):
     requests_file.write_bytes(requests_file.read_bytes().replace(b"Film", b"Tilm", 1))
     with serving(tmp_path / "log") as address, pytest.raises(ShardError, match="SHA-256"):
         live.ask(root, patient(address), RequestConfig())
+
+
+def test_texts_are_asked_for_in_the_same_way(data, tmp_path):
+    asked = {"prompt": "kar_item", "factors": "mood,genre", "answer_tokens": 150}
+    root = written_world.ask(data, "facts", **asked)
+    with serving(tmp_path / "log", faults="cut,429,none") as address:
+        report = live.ask(root, patient(address), RequestConfig())
+    assert (report.asked, report.whole) == (60, 60)
+    product, told = written_world.gather(data, report.path, name="facts")
+    prompts_of = [line["body"]["messages"][0]["content"] for line in lines_of(root)]
+    assert written_world.held(product) == {
+        (item, factor): str(chat_server.score(prompts_of[item], place))
+        for item in range(60)
+        for place, factor in enumerate(("mood", "genre"))
+    }
+    cut = sum(entry["status"] == "cut" for entry in received(tmp_path / "log"))
+    assert cut > 0
+    assert f"{60 + cut} results: 60 accepted, 0 repeated, {cut} quarantined (cut off {cut})" in told

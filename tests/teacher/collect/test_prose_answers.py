@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from slgr_jax.teacher.ask.text_prompts import ONE_TEXT
 from slgr_jax.teacher.collect import prose_answers
 from slgr_jax.teacher.collect.completions import Completion
-from slgr_jax.teacher.collect.refusals import Refused
+from slgr_jax.teacher.collect.refusals import KINDS, Refused
 
 FACTORS = ("genre", "lead actor", "mood")
 LIKES = "Likes slow, dark crime films."
@@ -112,3 +114,28 @@ def test_what_cannot_be_used_is_named(case):
 def test_a_text_that_was_cut_off_is_none():
     assert read(LIKES, cut=True) == "cut off"
     assert read(json.dumps(THREE), FACTORS, cut=True) == "cut off"
+
+
+@hypothesis.given(
+    st.one_of(
+        st.text(max_size=200),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from([*FACTORS, "text", "x"]), inner, max_size=4)
+            ),
+            max_leaves=8,
+        ).map(json.dumps),
+    ),
+    st.sampled_from([ONE_TEXT, FACTORS]),
+    st.booleans(),
+)
+def test_whatever_comes_is_a_text_a_field_or_a_kind_that_is_known(text, fields, cut):
+    told = read(text, fields, cut=cut)
+    if isinstance(told, str):
+        assert told in KINDS
+        return
+    assert len(told) == len(fields)
+    assert any(told)
+    assert all(part == part.strip() and part.encode() is not None for part in told)

@@ -9,6 +9,7 @@ import shlex
 import numpy as np
 import pyarrow as pa
 import pytest
+from teacher import written_world
 from teacher.collect import asked_world
 
 import slgr_jax
@@ -17,7 +18,7 @@ from slgr_jax.data import dataset, schema
 from slgr_jax.errors import InputError, ManifestError, UserError
 from slgr_jax.teacher.ask import candidates, prompts, requests
 from slgr_jax.teacher.collect import answer_log, carry_answers, open_requests
-from slgr_jax.teacher.products import carry, export, preferences
+from slgr_jax.teacher.products import carry, export, preferences, texts
 from slgr_jax.teacher.products.preferences import Provenance
 
 START = 1_500_000_000
@@ -279,3 +280,25 @@ def test_json_lines_that_cannot_be_read(days, tmp_path, line, words):
     path.write_text('{"user": "u00", "item": "i01", "score": 1}\n' + line + "\n")
     with pytest.raises(InputError, match=words):
         slgr_jax.import_teacher(day1, path, "t", keep_training_items=True)
+
+
+def test_texts_are_carried_and_who_is_new_has_none(days, tmp_path):
+    day1, day2 = days
+    for name, prompt in (("p", "user_profile"), ("f", "kar_item")):
+        root = written_world.ask(day1, name, prompt=prompt, factors="a,b" if name == "f" else "")
+        answers = written_world.put(tmp_path / "a.jsonl", written_world.answered(root))
+        before, _ = written_world.gather(day1, answers, name=name)
+        after = texts.carry(day2, day1, name)
+        carry_answers.carry_answers(day2, day1, name)
+        assert written_world.held(after) == written_world.held(before)
+        assert after.table.equals(before.table)
+        assert texts.load(day2, name).manifest == after.manifest
+        rows = {"p": USERS + 1, "f": ITEMS + 2}[name]
+        assert after.manifest.counts == before.manifest.counts | {"rows": rows}
+        assert after.manifest.split_hash == day2.manifest.split_hash
+        # The answers go on where they were.
+        again, told = written_world.gather(day2, answers, name=name)
+        assert "0 accepted" in told
+        assert again.table.equals(after.table)
+    with pytest.raises(ManifestError, match="was not made from"):
+        texts.carry(day1, day2, "p")
