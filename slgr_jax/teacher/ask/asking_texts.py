@@ -80,7 +80,7 @@ class TextAsker:
     def shown(self) -> str:
         """What prompts show, for manifests and people."""
         if self.side == "user":
-            return f"the last {self.options.history_items} training items that have a title"
+            return f"the last {self.options.history_items} training items that have a title or text"
         return f"title, categories and {self.texts.item_words} words of description"
 
 
@@ -137,7 +137,7 @@ class TextPlan:
             + (f"cost {facts['cost']:,.2f}" if facts["cost"] else "no --price_in or --price_out")
         ]
         if facts["not_shown"]:
-            lacks = "training item with a title" if self.side == "user" else "title or description"
+            lacks = "training item with a text" if self.side == "user" else "title or description"
             lines.append(f"  {facts['not_shown']:,} {self.side}s have no {lacks}: none is asked")
         if facts["cut"]:
             lines.append(f"  the budget cuts {facts['cut']:,} {self.side}s")

@@ -74,11 +74,13 @@ def parse(completion: Completion, fields: Sequence[str]) -> Answer | Refused:
 
 def _readings(whole: str, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """What the answer says, once for each place where it says all of it."""
-    objects = [held.value for held in json_values(whole, strict=False)]
-    for value in objects:
-        yield from _of_json(value, fields, 0)
-    if objects or whole.lstrip()[:1] in ("{", "["):
-        return  # JSON of another form, or broken: no prose
+    values = [held.value for held in json_values(whole, strict=False)]
+    found = [reading for value in values for reading in _of_json(value, fields, 0)]
+    yield from found
+    if found or any(isinstance(value, JsonObject) for value in values):
+        return
+    if whole.lstrip()[:1] in ("{", "["):
+        return  # broken JSON is no prose
     if fields == ONE_TEXT:
         if not _DECLINES.match(whole):
             yield (whole,)

@@ -132,7 +132,7 @@ def test_the_words_of_a_request(world, tmp_path):
     assert line["body"]["max_tokens"] == 2 * (1.5 * 40 + 6 + 2) + 16
     assert manifest.complete
     assert (manifest.candidates, manifest.training_items) == ("", "none")
-    assert manifest.plan["shown"] == "the last 1 training items that have a title"
+    assert manifest.plan["shown"] == "the last 1 training items that have a title or text"
     assert (manifest.plan["side"], manifest.plan["fields"]) == ("user", ["text"])
 
 
@@ -170,7 +170,7 @@ def test_a_user_or_item_that_no_prompt_could_show_is_not_asked_about(world, make
     _, planned = make(world)
     assert np.flatnonzero(~planned.rows).tolist() == [0]
     assert planned.facts["not_shown"] == 1
-    assert "1 users have no training item with a title: none is asked" in planned.report()
+    assert "1 users have no training item with a text: none is asked" in planned.report()
     bare = make_dataset("bare")
     for prompt in ("user_profile", "item_description"):
         with pytest.raises(InputError, match=r"has no item t.* to show; .*--items_input"):

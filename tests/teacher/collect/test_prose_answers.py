@@ -35,6 +35,7 @@ ONE = {
     "the same twice": (json.dumps({"text": LIKES}) * 2, LIKES),
     "prose": (LIKES, LIKES),
     "prose in a fence": (f"```\n{LIKES}\n```", LIKES),
+    "prose with a reference": ("Likes noir [1], and more [2, 3].",) * 2,
     "any script": (json.dumps({"text": "喜欢犯罪片"}), "喜欢犯罪片"),
     "half a surrogate pair": ('{"text": "a \\ud800 b"}', "a ? b"),
     "an item that begins as an apology does": (

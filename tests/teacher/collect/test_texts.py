@@ -41,7 +41,7 @@ def test_a_text_of_each_user_becomes_a_row(world, tmp_path):
     assert (manifest.prompt, manifest.side, manifest.fields) == ("user_profile", "user", ("text",))
     assert (manifest.model, manifest.built_from) == ("fake", "train_only")
     assert manifest.prompt_hash == schema.read_request_manifest(root).template_hash
-    assert manifest.shown == "the last 10 training items that have a title"
+    assert manifest.shown == "the last 10 training items that have a title or text"
     wanted = {"rows": 6, "rows_with_text": 5, "texts": 5, "distinct_texts": 5}
     wanted |= {"complete_requests": 5, "prompt_tokens": 500, "completion_tokens": 50}
     counts = {name: count for name, count in manifest.counts.items() if count}

@@ -24,7 +24,7 @@ ABOUT = {
     "prompt_hash": "0123456789abcdef",
     "side": "user",
     "fields": ("genre", "mood"),
-    "shown": "the last 3 training items that have a title",
+    "shown": "the last 3 training items that have a title or text",
 }
 
 
@@ -56,7 +56,7 @@ def test_the_report_counts_words_and_shows_one(world):
     assert texts.report(made).splitlines() == [
         "texts t: 5 of 5 of 6 users by m (kar_user, prompt 01234567), for tiny split "
         f"{world.manifest.split_hash[:8]}",
-        "  built_from=train_only; prompts showed the last 3 training items that have a title",
+        f"  built_from=train_only; prompts showed {ABOUT['shown']}",
         "  words of a text: 5 % 1, half 3, 95 % 200, longest 200; 5 texts differ",
         "  of each factor: genre 3, mood 2",
         "  empty texts 2",
