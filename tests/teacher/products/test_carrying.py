@@ -9,6 +9,7 @@ import shlex
 import numpy as np
 import pyarrow as pa
 import pytest
+from cli import test_teach
 from teacher import written_world
 from teacher.collect import asked_world
 
@@ -302,3 +303,16 @@ def test_texts_are_carried_and_who_is_new_has_none(days, tmp_path):
         assert again.table.equals(after.table)
     with pytest.raises(ManifestError, match="was not made from"):
         texts.carry(day1, day2, "p")
+
+
+def test_the_command_carries_texts_with_their_answers_and_requests(days, tmp_path):
+    day1, day2 = days
+    root = written_world.ask(day1, "p")
+    written_world.gather(
+        day1, written_world.put(tmp_path / "a.jsonl", written_world.answered(root)), name="p"
+    )
+    told = test_teach.teach("carry", f"--data={day2.path}", f"--from={day1.path}", "--name=p")
+    assert told.returncode == 0, told.stderr
+    assert f"texts p: {USERS} of {USERS} of {USERS + 1} users by fake" in told.stdout
+    for kind in ("answers", "requests"):
+        assert f"carried: {day2.path / kind / 'p'}" in told.stdout
