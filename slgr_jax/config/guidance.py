@@ -262,7 +262,7 @@ class GateConfig(Section):
     )
     labelled_per_step: int = knob(
         0,
-        "gate=calibrated: labelled preferences drawn per step; 0 = half the preferences",
+        "gate=calibrated: labelled preferences drawn per step; 0 = an eighth of the preferences",
         minimum=0,
         maximum=BATCH,
     )

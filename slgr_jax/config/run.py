@@ -386,7 +386,7 @@ class RunConfig:
         """K: labelled preferences drawn per step; 0 without a supervised gate that learns."""
         if not self.gate_is_taught:
             return 0
-        return self.gate.labelled_per_step or max(1, self.preferences_per_step // 2)
+        return self.gate.labelled_per_step or max(1, self.preferences_per_step // 8)
 
     @property
     def preferences_per_step(self) -> int:

@@ -23,6 +23,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import GATE_INPUTS, NAMED_INPUTS, WORD_INPUTS, GateConfig, register_gate
+from slgr_jax.kernels import gates as kernel
 from slgr_jax.sampling import random_bits
 from slgr_jax.sampling.random_bits import WEYL
 
@@ -129,10 +130,14 @@ class LogisticGate(nn.Module):
     are the teacher's (its margin, what it knows), and z' those with the items exchanged,
     sigmoid((g_f(z) - g_f(z')) / 2). Exchanging the items exchanges the prior p and 1 - p, so that
     alpha - p is what the teacher adds.
+
+    Attributes:
+      native: by the CPU kernel, which has no gradient.
     """
 
     names: tuple[str, ...]
     hidden: int = 0
+    native: bool = False
 
     def features(self, inputs: GateInputs) -> Float[Array, "F G"]:
         """z, in the order of `config.GATE_INPUTS`."""
@@ -144,41 +149,50 @@ class LogisticGate(nn.Module):
     @nn.compact
     def logits(self, inputs: GateInputs) -> Float[Array, "P G"]:
         """log(p / (1 - p)) of p = alpha and, with a reference, of p = the prior."""
-        second = inputs.fold.astype(jnp.float32)
-        in_fold = jnp.stack([1.0 - second, second])
-        alpha = _ByFold(_first_belief(self.names), self.hidden, bias=True, name="alpha")
-        alpha_logits = alpha(self.features(inputs), in_fold)
+        hidden, native = self.hidden, self.native
+        alpha = _ByFold(_first_belief(self.names), hidden, True, native, name="alpha")
+        alpha_logits = alpha(self.features(inputs), inputs.fold)
         if "reference" not in self.names:
             return alpha_logits[None]
 
         names = tuple(name for name in self.names if name not in _OF_TEACHER)
-        prior = _ByFold(_first_belief(names), self.hidden, name="prior")
-        difference = prior(_features(names, inputs), in_fold) - prior(
-            _features(names, exchanged(inputs)), in_fold
+        prior = _ByFold(_first_belief(names), hidden, False, native, name="prior")
+        difference = prior(_features(names, inputs), inputs.fold) - prior(
+            _features(names, exchanged(inputs)), inputs.fold
         )
         return jnp.stack([alpha_logits, 0.5 * difference])
 
 
 class _ByFold(nn.Module):
-    """w_f . z [+ b_f] [+ v_f . tanh(V_f z)] of columns z, one set of parameters for each fold."""
+    """w_f . z [+ b_f] [+ v_f . tanh(V_f z)] of columns z, one set of parameters for each fold f."""
 
     start: tuple[float, ...]
     hidden: int
     bias: bool = False
+    native: bool = False
 
     @nn.compact
-    def __call__(self, z: Float[Array, "F G"], in_fold: Float[Array, "2 G"]) -> Float[Array, "G"]:
-        width = len(self.start)
-        # The inputs of each fold's parameters, 0 for the other fold's users: what would be a
-        # lookup of parameters is a matrix product, and its gradient another.
-        both = (in_fold[:, None] * z[None]).reshape(2 * width, -1)
+    def __call__(self, z: Float[Array, "F G"], fold: Int[Array, "G"]) -> Float[Array, "G"]:
+        width, zeros = len(self.start), nn.initializers.zeros
         weight = self.param("weight", lambda *_: jnp.tile(jnp.array(self.start), (2, 1)))
-        logits = _exact(weight.reshape(-1), both)
-        if self.bias:
-            logits += _exact(self.param("bias", nn.initializers.zeros, (2,)), in_fold)
+        bias = self.param("bias", zeros, (2,)) if self.bias else jnp.zeros(2)
         if self.hidden:
             inner = self.param("inner", nn.initializers.lecun_normal(), (2, width, self.hidden))
-            outer = self.param("outer", nn.initializers.zeros, (2, self.hidden))
+            outer = self.param("outer", zeros, (2, self.hidden))
+        else:
+            inner, outer = jnp.zeros((2, width, 0)), jnp.zeros((2, 0))
+        if self.native:
+            return kernel.logistic_gate(z, fold, weight, bias, inner, outer)
+
+        # The inputs of each fold's parameters, 0 for the other fold's users: what would be a
+        # lookup of parameters is a matrix product, and its gradient another.
+        second = fold.astype(jnp.float32)
+        in_fold = jnp.stack([1.0 - second, second])
+        both = (in_fold[:, None] * z[None]).reshape(2 * width, -1)
+        logits = _exact(weight.reshape(-1), both)
+        if self.bias:
+            logits += _exact(bias, in_fold)
+        if self.hidden:
             states = jnp.tanh(_exact(inner.reshape(-1, self.hidden).T, both))
             logits += jnp.sum(in_fold * _exact(outer, states), axis=0)
         return logits

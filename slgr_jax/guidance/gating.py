@@ -268,13 +268,16 @@ class Gating:
         self, params: Mapping[str, Any], inputs: gates.GateInputs
     ) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
         """Of a supervised gate by the parameters of the other half of the users, and detached."""
-        variables = {"params": params}
+        gate = self.gate
         if self.run.gate.supervised:
+            if self.native and isinstance(gate, gates.LogisticGate):
+                gate = gate.clone(native=True)
+            variables = {"params": jax.lax.stop_gradient(params)}
             other_fold = inputs.replace(fold=1 - inputs.fold)  # type: ignore[attr-defined]
-            logits = jnp.asarray(self.gate.apply(variables, other_fold, method="logits"))
-            beliefs = jax.lax.stop_gradient(jax.nn.sigmoid(logits))
+            logits = jnp.asarray(gate.apply(variables, other_fold, method="logits"))
+            beliefs = jax.nn.sigmoid(logits)
         else:
-            beliefs = jnp.asarray(self.gate.apply(variables, inputs))[None]
+            beliefs = jnp.asarray(gate.apply({"params": params}, inputs))[None]
         prior = beliefs[1] if beliefs.shape[0] > 1 else jnp.full_like(beliefs[0], 0.5)
         return beliefs[0], prior
 

@@ -63,9 +63,9 @@ class RelaxedRanking(ListGuidance):
     def places(
         self, words_of: Generators, arrays: ListArrays, lengths: Int[Array, "S G"]
     ) -> Int[Array, "S G K"]:
-        if not self.knobs.sample:
-            return super().places(words_of, arrays, lengths)
         pool = max(min(arrays.longest, self.knobs.pool), self.interesting)
+        if not self.knobs.sample or pool == self.interesting:  # then all are drawn
+            return super().places(words_of, arrays, lengths)
         words = random_bits.words(words_of.own, 1, lengths.shape[1] * pool)[0]
         noise = gumbel(words.reshape(*lengths.shape, pool))
         place = jnp.broadcast_to(jnp.arange(pool, dtype=jnp.int32), noise.shape)

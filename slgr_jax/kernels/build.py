@@ -29,7 +29,7 @@ from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError
 
 HERE = pathlib.Path(__file__).parent
-HEADERS = ("block.h", "calls.h", "common.h", "rows.h", "vectors.h")
+HEADERS = ("block.h", "calls.h", "common.h", "rows.h", "tables.h", "vectors.h")
 _OF_ROWS = ("slgr_factor_scores", "slgr_factor_update", "slgr_row_update")
 # UNIT.cc, and the functions in it that XLA calls.
 TARGETS = {
@@ -38,6 +38,7 @@ TARGETS = {
     "rows_bfloat16": tuple(f"{name}_bfloat16" for name in _OF_ROWS),
     "ranks": ("slgr_rank_rows", "slgr_pool_rows"),
     "graph": ("slgr_graph_propagate",),
+    "gates": ("slgr_logistic_gate",),
 }
 RANKING = ("ranks",)  # units that full ranking calls
 # Finite-maths shortcuts stay off: a NaN must stay one. Without errno a square root is one
@@ -176,7 +177,8 @@ def step_units(run: RunConfig) -> tuple[str, ...]:
     if run.reference_runs:
         rows.append("rows_float32")  # of restored runs, whatever type they were trained with
     graph = ("graph",) if run.model.backbone == "lightgcn" else ()
-    return ("draws", *dict.fromkeys(rows), *graph)
+    gates = ("gates",) if run.guided and run.gate.gate == "calibrated" else ()
+    return ("draws", *dict.fromkeys(rows), *graph, *gates)
 
 
 def units_of(run: RunConfig) -> tuple[str, ...]:

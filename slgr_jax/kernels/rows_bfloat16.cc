@@ -1,4 +1,4 @@
-// The kernels of rows.h for packed bfloat16 tables (`tables.RowFormat`).
+// The kernels of rows.h for packed bfloat16 tables (`embedding_table.RowFormat`).
 
 #include "rows.h"
 

@@ -208,7 +208,10 @@ def test_steps_and_ranking_name_what_they_call():
         "draws",
         "rows_bfloat16",
         "rows_float32",
+        "gates",
     )
+    believed = make_run("d", "w", guidance="pairwise", teacher="t", gate="constant")
+    assert build.step_units(believed) == ("draws", "rows_float32")
 
 
 @pytest.mark.parametrize(("platform", "devices"), [("gpu", 1), ("tpu", 4), ("cpu", 8)])

@@ -247,6 +247,29 @@ def test_state_is_donated_and_step_cost_is_free_of_the_table(
     assert calls == (by_kernel if kernels == "native" else [])
 
 
+@pytest.mark.parametrize(("gate_inputs", "calls"), [("history,teacher", 1), ("reference", 3)])
+def test_a_gate_that_only_weighs_is_computed_by_its_kernel(tmp_path, gate_inputs, calls):
+    """Alpha, and the prior of the items as they are and exchanged; XLA computes, with gradients,
+    what is said of the few preferences that teach it."""
+    worlds.need_native_kernels()
+    dataset = worlds.random_dataset(tmp_path / "d")
+    gate = {"gate": "calibrated", "gate_inputs": gate_inputs, "labelled_per_step": 3}
+    if gate_inputs == "reference":
+        plain = worlds.run_config(dataset, tmp_path / "plain", train=TrainConfig(epochs=1))
+        loop.train(plain)
+        gate["reference_runs"] = plain.workdir
+    sections = GUIDED | {"gate": GateConfig(**gate), "train": TrainConfig(kernels="native")}
+    trainer, arrays = _built(dataset, worlds.one_device(), **sections)
+    state = jax.eval_shape(lambda: state_lib.init_state(trainer, 0))
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    text = step.make_run_steps(trainer).lower(state, arrays, key, count).as_text()
+    assert text.count("@slgr_logistic_gate(") == calls
+    lanes = re.findall(r"stablehlo\.tanh .*tensor<\d+x(\d+)xf32>", text)
+    assert set(lanes) == {"3"}
+    assert trainer.guidance_pairs == 16
+
+
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
 def test_bad_numbers_name_the_first_step_and_leaf(tmp_path, dtype):
     dataset = worlds.random_dataset(tmp_path / "d")
