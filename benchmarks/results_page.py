@@ -2,8 +2,9 @@
 
     python benchmarks/results_page.py
 
-audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py,
-table3.json of quality/paper_tables.py. No number of the page is written by hand; a test holds the
+audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py
+(confirmation_first.json by the first edition of its protocol), table3.json of
+quality/paper_tables.py. No number of the page is written by hand; a test holds the
 page to the files.
 """
 
@@ -50,11 +51,11 @@ ARM_NAMES: Mapping[str, str] = {
 
 def page(
     audits: Sequence[Mapping[str, Any]],
-    confirmation: Mapping[str, Any] | None,
+    confirmations: Sequence[Mapping[str, Any]],
     table3: Mapping[str, Any] | None,
 ) -> str:
     """The page in Markdown."""
-    parts = (_survives(audits), _audits(audits), _confirmed(confirmation), _table3(table3))
+    parts = (_survives(audits), _audits(audits), _confirmed(confirmations), _table3(table3))
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -180,25 +181,27 @@ def _audits(audits: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
 
 
-def _confirmed(facts: Mapping[str, Any] | None) -> Iterator[str]:
+def _confirmed(confirmations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from ("## Confirmation", "")
-    edition = "" if facts is None else f"edition {facts.get('edition', 1)} of "
-    page = "[PROTOCOL.md](../benchmarks/PROTOCOL.md)"
-    yield f"Data that no choice was made on, by {edition}{page}, which was"
-    yield "fixed before."
-    if facts is None:
+    yield "Data that no choice was made on, by [PROTOCOL.md](../benchmarks/PROTOCOL.md), which was"
+    yield "fixed before. Runs are refitted on training and validation. A gain of AUC is that of all"
+    yield "rows together; its interval and p are of each user's own AUC."
+    if not confirmations:
         yield "Not run yet."
-        return
-    yield f"Scale: {facts['scale']}, {facts['seeds']} seeds, {facts['users']:.0%} of the users."
-    yield "Runs are refitted on training and validation."
-    for result in facts["results"]:
-        yield from _cell(result)
-    yield from ("", f"Cut for want of time: {'; '.join(facts['cut']) or 'nothing'}.")
+    for facts in confirmations:
+        edition = facts.get("edition", 1)
+        yield from ("", f"### Edition {edition}", "")
+        yield f"Scale: {facts['scale']}, {facts['seeds']} seeds, {facts['users']:.0%} of the users."
+        for result in facts["results"]:
+            yield from _cell(result)
+        yield from ("", f"Cut for want of time: {'; '.join(facts['cut']) or 'nothing'}.")
 
 
 def _cell(result: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("", f"### {result['cell']}", "")
-    yield f"Validation chose `{result['method']}`. Split {result['split_hash'][:12]}."
+    yield from ("", f"#### {result['cell']}", "")
+    chosen = ", ".join(result.get("chosen", ()))
+    by_seed = f" ({chosen} by seed)" if chosen else ""
+    yield f"Validation chose `{result['method']}`{by_seed}. Split {result['split_hash'][:12]}."
     yield ""
     yield "| question | best control | gain | 95 % over users | p | survives |"
     yield "|---|---|---:|---|---:|---|"
@@ -254,7 +257,8 @@ def read() -> str:
     """The page of what is committed."""
     audits = [json.loads((RESULTS / f"audit_{name}.json").read_text(encoding="utf-8"))
               for name in ("books", "lastfm", "ml")]  # fmt: skip
-    return page(audits, _read("confirmation.json"), _read("table3.json"))
+    editions = map(_read, ("confirmation.json", "confirmation_first.json"))
+    return page(audits, [facts for facts in editions if facts], _read("table3.json"))
 
 
 if __name__ == "__main__":
