@@ -75,6 +75,7 @@ _APPLIES: Mapping[str, Applies] = {
         Applies("gate", ("calibrated",)),
     ),
     **dict.fromkeys(("dropout_samples", "dropout_rate"), Applies("uncertainty", ("dropout",))),
+    "dual_view_heads": Applies("dual_view", (True,)),
     "rating_power": Applies("rating_threshold", (0.0,)),
     **dict.fromkeys(
         ("cold_user_history", "tail_item_fraction", "tail_item_popularity"),
@@ -84,7 +85,7 @@ _APPLIES: Mapping[str, Applies] = {
 }
 _OF_VECTORS = (
     *("adapter_hidden", "adapter_experts", "adapter_shared", "adapter_chunks", "adapter_gate"),
-    *("adapter_neighbours", "item_side_weight", "user_side_weight"),
+    *("adapter_neighbours", "item_side_weight", "user_side_weight", "dual_view"),
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
 # Of what --train_only=adapters leaves as it is.

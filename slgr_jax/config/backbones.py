@@ -12,6 +12,8 @@ from slgr_jax.errors import ConfigError, listing
 
 SEQUENCE_BACKBONES = ("sasrec", "gru4rec", "bert4rec")
 CLICK_BACKBONES = ("deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din")
+# Those whose places look back alone: what two views of an event say may not come from later ones.
+DUAL_VIEW_BACKBONES = ("sasrec", "gru4rec")
 # Those that read nothing of a user but what a device has of its own users (--user_shards).
 SPLIT_BY_USER = ("mf", "lightgcn", *SEQUENCE_BACKBONES, *CLICK_BACKBONES)
 LOSSES = ("auto", "bpr", "bce", "softmax", "sampled_softmax")

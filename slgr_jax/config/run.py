@@ -19,6 +19,7 @@ from slgr_jax.config.alignment import (
 from slgr_jax.config.backbones import (
     BACKBONE_DEFAULTS,
     BUILT_IN,
+    DUAL_VIEW_BACKBONES,
     LOSSES_OF,
     SPLIT_BY_USER,
     learns_from_sequences,
@@ -228,6 +229,11 @@ class RunConfig:
                 f"--train_only=adapters trains no gate and no rows, which "
                 f"--guidance={self.guidance.guidance} is for; drop one of them"
             )
+        if self.vectors.dual_view:
+            raise ConfigError(
+                "--train_only=adapters leaves the network as it is, and --dual_view is one of its "
+                "own, with cross-attention between the views; drop one of them"
+            )
 
     def _check_vectors(self) -> None:
         self.vectors.check()
@@ -244,6 +250,12 @@ class RunConfig:
                 f"--{side}_side_weight={weights[side]:g} adds what a graph makes of vectors to "
                 f"what it makes of rows, and --backbone={backbone} has no graph; use lightgcn, or "
                 "drop it: vectors are added to rows then"
+            )
+        if self.vectors.dual_view and backbone in BUILT_IN and backbone not in DUAL_VIEW_BACKBONES:
+            raise ConfigError(
+                f"--dual_view reads histories from their first event on, and --backbone={backbone} "
+                f"does not; use {' or '.join(DUAL_VIEW_BACKBONES)}, or drop it: vectors are added "
+                "to rows then"
             )
         if self.train.init_from and self.vectors.init_products:
             names = listing(f"--init_{table}_vectors" for table in self.vectors.init_products)

@@ -108,6 +108,15 @@ class VectorConfig(Section):
         "interactions of the item (user), w and b learned with the rest and one for each side: how "
         "far a text is believed where there is a log",
     )
+    dual_view: bool = knob(
+        False,
+        "LLM-ESR: an item's row and its mapped vector stay two views side by side, a history is "
+        "read by both through one encoder, with cross-attention between them, and scores add up; "
+        "sasrec, gru4rec; begin rows with --init_item_vectors=NAME, too, as LLM-ESR does",
+    )
+    dual_view_heads: int = knob(
+        2, "heads of the attention between the views", minimum=1, maximum=WIDTH
+    )
     event_vectors: bool = knob(
         True,
         "click backbones: the events of a history have the field of their vectors, too; "
@@ -130,6 +139,11 @@ class VectorConfig(Section):
           ConfigError: what to drop.
         """
         self._check_readings()
+        if self.dual_view and not self.item_vectors:
+            raise ConfigError(
+                "--dual_view reads items' vectors beside their rows: add --item_vectors=NAME "
+                "(slgr teach embed), or drop it"
+            )
         for side in ("item", "user"):
             if self.alone(side):
                 self._check_alone(side)
@@ -179,6 +193,15 @@ class VectorConfig(Section):
                 self.adapter_neighbours and self.adapter_hidden
             ),
         }
+        if self.dual_view:
+            clashes |= {
+                f"--dual_view keeps a row and its vector apart, and {other} makes one of them": on
+                for other, on in (
+                    (experts, self.adapter_experts),
+                    ("--adapter_chunks", self.adapter_chunks),
+                    (neighbours, self.adapter_neighbours),
+                )
+            }
         for reason, holds in clashes.items():
             if holds:
                 raise ConfigError(f"{reason}; drop one of them")
@@ -194,6 +217,11 @@ class VectorConfig(Section):
             raise ConfigError(
                 f"--adapter_neighbours={self.adapter_neighbours} takes the mean of a row and its "
                 f"vector, and --no{side}_rows leaves no row; drop one of them"
+            )
+        if self.dual_view and side == "item":
+            raise ConfigError(
+                "--dual_view has items' rows for one of its views, and --noitem_rows leaves none; "
+                "drop one of them"
             )
         if self.side_weights[side]:
             raise ConfigError(

@@ -31,6 +31,7 @@ _AGAINST_HARD_NEGATIVES = {
 }
 # What a knob of an arm says that names the product of --vectors.
 VECTORS = "--vectors"
+_DUAL_VIEW = {"item_vectors": VECTORS, "init_item_vectors": VECTORS, "dual_view": True}
 _PRUNED = {"drop_share": 0.71}
 _SIDE_FEATURES = {
     "guidance": "none",
@@ -91,6 +92,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     # LLMRec's side features, and these with its pruning.
     "side": {**_SIDE_FEATURES},
     "llmrec": {**_SIDE_FEATURES, **_PRUNED},
+    # LLM-ESR's two views of a history, and these with its self-distillation.
+    "dual_view": {"guidance": "none", **_DUAL_VIEW},
+    "llm_esr_full": {"guidance": "llm_esr", "teacher_vectors": VECTORS, **_DUAL_VIEW},
     # As of all arms of vectors: every parameter is trained. Arms that read one vector a row read
     # the mean of its chunks.
     CHUNKED: {
@@ -104,7 +108,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 ALIGNED = (*ALIGNMENTS, *(f"{name}_selective" for name in ALIGNMENTS))
 VECTOR_ARMS = (
     *("init", "adapter", "init_selective", "adapter_selective", "kar", "colakg"),
-    *("side", "llmrec"),
+    *("side", "llmrec", "dual_view", "llm_esr_full"),
     *(CHUNKED, *ALIGNED),
 )
 # Arms without a word of an LLM: one of them is the reference of those with one.

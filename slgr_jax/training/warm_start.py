@@ -243,7 +243,8 @@ def _check_shapes(learner: Learner, origin: Origin) -> None:
         if path.startswith(("tables/", "params/backbone")) and origin.shapes.get(path) != shape
     ]
     if wrong:
-        run = dataclasses.replace(origin.config, model=learner.config.model)
+        model, vectors = learner.config.model, learner.config.vectors
+        run = dataclasses.replace(origin.config, model=model, vectors=vectors)
         knobs = listing(config.differences(origin.config, run)) if run != origin.config else "none"
         raise ConfigError(
             f"--init_from={origin.workdir} is of other shapes: {listing(wrong)}; knobs of the "

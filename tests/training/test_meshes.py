@@ -57,6 +57,9 @@ WITH: dict[str, dict[str, Any]] = {
         **{"item_vectors": "text", "user_vectors": "text"},
         **{"item_side_weight": 0.5, "user_side_weight": 1.0},
     },
+    "llm_esr": {
+        **{"backbone": "gru4rec", "dropout": 0.0, "item_vectors": "text", "dual_view": True},
+    },
     "ctrl": {"backbone": "dcnv2"},
 }
 KNOBS = {

@@ -19,6 +19,7 @@ from slgr_jax.models.backbones.base import (
 )
 from slgr_jax.models.backbones.bert4rec import BERT4Rec
 from slgr_jax.models.backbones.click import make_click
+from slgr_jax.models.backbones.dual_view import with_two_views
 from slgr_jax.models.backbones.gru4rec import GRU4Rec
 from slgr_jax.models.backbones.lightgcn import LightGCN
 from slgr_jax.models.backbones.mf import MatrixFactorization
@@ -130,8 +131,9 @@ def make_backbone(
         )
     if config.features != "none":
         _check_features(backbone, config, sizes)
-    adapted: AnyBackbone = with_vectors(backbone, vectors or VectorConfig(), sizes)
-    return adapted
+    vectors = vectors or VectorConfig()
+    adapted: AnyBackbone = with_vectors(backbone, vectors, sizes)
+    return with_two_views(adapted, vectors.dual_view_heads) if vectors.dual_view else adapted
 
 
 def _check_features(backbone: AnyBackbone, config: ModelConfig, sizes: Sizes) -> None:

@@ -16,16 +16,19 @@ map vectors by two linear layers. KAR (RecSys'24, arXiv 2306.10933) has a mixtur
 outputs as fields (`Experts`). A KSER-style extractor reads several vectors a row (`Extractor`).
 CoLaKG (SIGIR'25) takes the mean of a row and its mapped vector, and lets items read those with the
 nearest texts (`Neighbourhood`), before a graph smooths both. LLMRec (WSDM'24) lets the graph smooth
-them by themselves (`SideFeature`).
+them by themselves (`SideFeature`). LLM-ESR keeps both side by side, [e_i ; A(z_i)], as two views
+of an item (`SecondView`, `dual_view`).
 
 The maps themselves are in `vector_maps`.
 
-Shape letters: Z numbers of a vector, D width of a row, I items, k neighbours of one.
+Shape letters: Z numbers of a vector, W width of a row, D of what becomes of it (W but for two
+views), I items, k neighbours of one.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -40,6 +43,7 @@ from slgr_jax.models.backbones.vector_maps import (
     Experts,
     Extractor,
     Neighbourhood,
+    SecondView,
     SideFeature,
 )
 from slgr_jax.models.embedding_table import TableSpec
@@ -132,6 +136,9 @@ def _adapter(
         return Extractor(*sizes, width, hidden, own.init_std, fields=of_side.fields, joint=joint)
     if config.adapter_neighbours:
         return Neighbourhood(*sizes, own.width, (), own.init_std)
+    if config.dual_view:
+        sizes_of_view = (*sizes, own.width, config.adapter_hidden, own.init_std)
+        return SecondView(*sizes_of_view, config.adapter_gate)
     if config.adapter_experts:
         return Experts(
             *(*sizes, own.width, config.expert_hidden, own.init_std),
@@ -171,13 +178,18 @@ def init_params(backbone: Any, key: jax.Array) -> dict[str, Any]:
 
 
 def row_specs(backbone: Any) -> dict[str, TableSpec]:
-    """Every table that scoring reads: those that are trained, and what vectors come to."""
+    """Every table that scoring reads: those that are trained, as wide as what vectors make of
+    them, and what vectors come to."""
     made = {
         name: adapter.spec
         for name, adapter in of(backbone).items()
         if not isinstance(adapter, SideFeature)
     }
-    return {**made, **backbone.tables}
+    trained = {
+        name: dataclasses.replace(spec, width=made[name].width) if name in made else spec
+        for name, spec in backbone.tables.items()
+    }
+    return {**made, **trained}
 
 
 def made_of(
@@ -185,7 +197,7 @@ def made_of(
     params: Mapping[str, Any],
     name: str,
     stored: Float[Array, "... Z1"],
-    row: Float[Array, "... D"] | None = None,
+    row: Float[Array, "... W"] | None = None,
 ) -> Float[Array, "... D"]:
     """What the adapter called `name` makes of stored vectors.
 
@@ -200,7 +212,7 @@ def made_of(
 def added(
     backbone: Any,
     params: Mapping[str, Any],
-    rows: Mapping[str, Float[Array, "... D"]],
+    rows: Mapping[str, Float[Array, "... W"]],
     vectors: Mapping[str, Float[Array, "... Z1"]],
 ) -> dict[str, Float[Array, "... D"]]:
     """Rows by name, and to them, or in their place, what stored vectors of these names come to."""
@@ -208,14 +220,14 @@ def added(
     for name, stored in vectors.items():
         row = out.get(name)
         made = made_of(backbone, params, name, stored, row)
-        out[name] = made if row is None else row + made
+        out[name] = made if row is None else of(backbone)[name].widened(row) + made
     return out
 
 
 def added_to_all(
     backbone: Any,
     params: Mapping[str, Any],
-    tables: Mapping[str, Float[Array, "_ D"]],
+    tables: Mapping[str, Float[Array, "_ W"]],
     vectors: Mapping[str, Float[Array, "_ Z1"]],
     neighbours: Int[Array, "I k"] | None,
 ) -> dict[str, Float[Array, "_ D"]]:

@@ -104,6 +104,10 @@ class Adapter:
             x = x + jnp.expand_dims(layer["bias"], tuple(range(x.ndim - 1)))
         return x * has
 
+    def widened(self, row: Float[Array, "... W"]) -> Float[Array, "... D"]:
+        """A row as wide as what `apply` adds to it: most are."""
+        return row
+
     def among(
         self,
         params: Mapping[str, Any],
@@ -113,6 +117,28 @@ class Adapter:
     ) -> Float[Array, "R D"]:
         """All rows, with what vectors come to, after they have read one another: most do not."""
         return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondView(Adapter):
+    """[0 ; A(z)], which is added to [e ; 0]: an item's two views (`dual_view`), D numbers each."""
+
+    @property
+    def spec(self) -> TableSpec:
+        return TableSpec(self.rows, 2 * self.width, self.init_std)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        stored: Float[Array, "... Z1"],
+        shared: Mapping[str, Any] | None = None,
+        row: Float[Array, "... W"] | None = None,
+    ) -> Float[Array, "... D"]:
+        mapped = super().apply(params, stored, shared)
+        return jnp.concatenate([jnp.zeros_like(mapped), mapped], axis=-1)
+
+    def widened(self, row: Float[Array, "... W"]) -> Float[Array, "... D"]:
+        return jnp.concatenate([row, jnp.zeros_like(row)], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
