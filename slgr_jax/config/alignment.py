@@ -173,3 +173,17 @@ class CTRLConfig(Section):
         minimum=1,
         maximum=1024,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMEmbRATConfig(Section):
+    """--guidance=llmemb_rat: items made of texts towards a finished run's."""
+
+    temperature: float = knob(
+        2.0,
+        "tau that products of vectors of this run and of the product are divided by, and that "
+        "those within each are multiplied with",
+        flag="llmemb_rat_temperature",
+        above=0,
+        maximum=FLOAT,
+    )

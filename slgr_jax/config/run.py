@@ -12,6 +12,7 @@ from slgr_jax.config.alignment import (
     CTRLConfig,
     HintConfig,
     HTDConfig,
+    LLMEmbRATConfig,
     LLMESRConfig,
     RLMRecConConfig,
     RLMRecGenConfig,
@@ -80,6 +81,7 @@ class RunConfig:
     rlmrec_gen: RLMRecGenConfig = dataclasses.field(default_factory=RLMRecGenConfig)
     llm_esr: LLMESRConfig = dataclasses.field(default_factory=LLMESRConfig)
     ctrl: CTRLConfig = dataclasses.field(default_factory=CTRLConfig)
+    llmemb_rat: LLMEmbRATConfig = dataclasses.field(default_factory=LLMEmbRATConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

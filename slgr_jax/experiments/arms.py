@@ -31,6 +31,8 @@ _AGAINST_HARD_NEGATIVES = {
 }
 # What a knob of an arm says that names the product of --vectors.
 VECTORS = "--vectors"
+# llmemb_rat reads two products, of texts and of a run; --vectors names one.
+_OF_ONE_PRODUCT = tuple(name for name in ALIGNMENTS if name != "llmemb_rat")
 _DUAL_VIEW = {"item_vectors": VECTORS, "init_item_vectors": VECTORS, "dual_view": True}
 _PRUNED = {"drop_share": 0.71}
 _SIDE_FEATURES = {
@@ -66,10 +68,10 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     # Global distillation of the literature; each selective: a place is believed as the gate says.
     **{name: {"guidance": name} for name in DISTILLATIONS},
     **{f"{name}_selective": {"guidance": name, "gate": "calibrated"} for name in DISTILLATIONS},
-    **{name: {"guidance": name, "teacher_vectors": VECTORS} for name in ALIGNMENTS},
+    **{name: {"guidance": name, "teacher_vectors": VECTORS} for name in _OF_ONE_PRODUCT},
     **{
         f"{name}_selective": {"guidance": name, "teacher_vectors": VECTORS, "gate": "calibrated"}
-        for name in ALIGNMENTS
+        for name in _OF_ONE_PRODUCT
     },
     "init": {"guidance": "none", "init_item_vectors": VECTORS},
     "adapter": {"guidance": "none", "item_vectors": VECTORS},
@@ -105,7 +107,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # Arms that read a product of vectors, not a teacher's.
-ALIGNED = (*ALIGNMENTS, *(f"{name}_selective" for name in ALIGNMENTS))
+ALIGNED = (*_OF_ONE_PRODUCT, *(f"{name}_selective" for name in _OF_ONE_PRODUCT))
 VECTOR_ARMS = (
     *("init", "adapter", "init_selective", "adapter_selective", "kar", "colakg"),
     *("side", "llmrec", "dual_view", "llm_esr_full"),

@@ -10,6 +10,7 @@ from slgr_jax.guidance import (
     kd,
     list_kl,
     llm_esr,
+    llmemb_rat,
     pairwise,
     pointwise,
     rd,
@@ -39,6 +40,7 @@ built_in(
         "rlmrec_gen": rlmrec.make_gen,
         "llm_esr": llm_esr.make,
         "ctrl": ctrl.make,
+        "llmemb_rat": llmemb_rat.make,
     }
 )
 

@@ -7,11 +7,11 @@ vector z that the product (--teacher_vectors) has of it. A subclass states what 
     L = 3 / n sum over the lanes of alpha sum over its three of l(e, z),   n of them have a vector
 
 so that with a vector for everything it is the sum over users, items and other items of the mean of
-each (ctrl.py contrasts a lane's two rows instead). alpha = 1 (--gate=constant, the default of these
-guidances) is the method as published; any other gate believes each lane by itself: alpha is its
-word on the preference (item, other item), of which the product's margin is cos(z_u, z_i) -
-cos(z_u, z_j). A supervised gate learns how often such margins are right on validation items. What
-has no vector counts nothing.
+each (ctrl.py contrasts a lane's two rows instead, llmemb_rat.py its item alone). alpha = 1
+(--gate=constant, the default of these guidances) is the method as published; any other gate
+believes each lane by itself: alpha is its word on the preference (item, other item), of which the
+product's margin is cos(z_u, z_i) - cos(z_u, z_j). A supervised gate learns how often such margins
+are right on validation items. What has no vector counts nothing.
 
 Vectors are stored as float16, whole on every device, and looked up by lane: no step costs O(users)
 or O(items). Backbones without vectors of their own (click models) are refused, but by ctrl.py.
@@ -172,12 +172,14 @@ class Alignment(Gated):
       users_optional: whether items' vectors are enough.
       standardised: whether users' and items' vectors are less the mean of each and divided by one
         number each; without, by one number for both, as they lie in one space.
+      scaled: whether they are divided by anything.
     """
 
     queries_knob = "--aligned_per_step"
     reads_vectors = True
     width = 2
     standardised = True
+    scaled = True
     users_optional = False
 
     def init_method(self, key: jax.Array, width: int, vectors: int) -> dict[str, Any]:
@@ -248,6 +250,13 @@ class Alignment(Gated):
           InputError: those with training interactions are all alike.
         """
         name = product.manifest.name
+        taught = self.run.gate_is_taught or bool(self.gating.reference_backbones)
+        if self.users_optional and taught and not product.users.has.any():
+            raise ConfigError(
+                f"--gate={self.run.gate.gate} is told of cosines of users and items, and "
+                f"--teacher_vectors={name} has no vectors of users; add some (slgr teach embed "
+                "--user_vectors), or use --gate=constant, rule or budget"
+            )
         counts = (dataset.history, dataset.popularity)
         sides = (product.users, product.items)
         trained = [of_side.has & (count > 0) for of_side, count in zip(sides, counts, strict=True)]
@@ -260,6 +269,8 @@ class Alignment(Gated):
                     f"--teacher_vectors={name}: {rows.sum()} {side} with training interactions "
                     "have a vector, and all of these are alike; make vectors that tell them apart"
                 )
+        if not self.scaled:
+            return _side(product.users, 0.0, 1.0), _side(product.items, 0.0, 1.0)
         if self.standardised:
             return tuple(  # type: ignore[return-value]
                 _side(of_side, mean, float(np.sqrt(variance)) or 1.0)

@@ -27,14 +27,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import CTRLConfig, RunConfig
-from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError
 from slgr_jax.guidance.alignment import (
     Alignment,
     AlignmentDraw,
     AlignmentObserved,
     Perceptron,
-    SideVectors,
     info_nce,
 )
 from slgr_jax.guidance.base import Scored
@@ -42,7 +40,6 @@ from slgr_jax.guidance.gating import Gating
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
 from slgr_jax.models.backbones.base import PairBackbone, unit_rows
-from slgr_jax.teacher.local import embeddings
 
 _TEXTS, _ROWS = "texts", "rows"  # of the method's parameters, its two projections
 
@@ -82,18 +79,6 @@ class TextContrast(Alignment):
                 f"--ctrl_width={self.knobs.width} is not a multiple of --ctrl_subspaces="
                 f"{self.knobs.subspaces}: each part has as many numbers; change one of them"
             )
-
-    def _prepared(
-        self, dataset: Dataset, product: embeddings.Embeddings
-    ) -> tuple[SideVectors, SideVectors]:
-        taught = self.run.gate_is_taught or bool(self.gating.reference_backbones)
-        if taught and not product.users.has.any():
-            raise ConfigError(
-                f"--gate={self.run.gate.gate} is told of cosines of users and items, and "
-                f"--teacher_vectors={product.manifest.name} has no vectors of users; add some "
-                "(slgr teach embed --user_vectors), or use --gate=constant, rule or budget"
-            )
-        return super()._prepared(dataset, product)
 
     def student_width(self, backbone: AnyBackbone) -> int:
         assert isinstance(backbone, PairBackbone), "`check` refuses others"

@@ -61,6 +61,7 @@ WITH: dict[str, dict[str, Any]] = {
         **{"backbone": "gru4rec", "dropout": 0.0, "item_vectors": "text", "dual_view": True},
     },
     "ctrl": {"backbone": "dcnv2"},
+    "llmemb_rat": {"dim": 6, "item_vectors": "text", "item_rows": False},
 }
 KNOBS = {
     **{name: {"hidden": 8, "layers": 1} for name in SEQUENCE_BACKBONES},
