@@ -249,8 +249,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield "# Confirmation"
     yield ""
     yield f"Scale {facts['scale']}, variants chosen by validation, runs refitted on training and"
-    yield "validation; differences against the best control, p over users (Holm). A difference of AUC"
-    yield "is that of all rows together, its interval and p are of each user's own AUC."
+    yield "validation; differences against the best control, p over users (Holm). A difference of"
+    yield "AUC is that of all rows together, its interval and p are of each user's own AUC."
     for result in facts["results"]:
         met = ", whose test part was met before" if result["met"] else ""
         yield from ("", f"## {result['cell']}{met}", "")

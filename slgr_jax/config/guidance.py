@@ -265,7 +265,8 @@ class GateConfig(Section):
     )
     labelled_per_step: int = knob(
         0,
-        "gate=calibrated: labelled preferences drawn per step; 0 = an eighth of the preferences",
+        "gate=calibrated: labelled preferences drawn per step; 0 = an eighth of the preferences, "
+        "made up to a multiple of 128, but no more than half",
         minimum=0,
         maximum=BATCH,
     )
