@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ import shape_checks
 from absl import flags
 
 shape_checks.install()  # before anything imports slgr_jax
+
+# A shell that runs the suite in its background has Python ignore what tests interrupt runs with.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any_machine", deadline=None)
