@@ -201,8 +201,10 @@ class Alignment(Gated):
         """
         raise NotImplementedError
 
-    def with_others(self, lanes: Lanes, others: Float[Array, "M E"], drawn: AlignmentDraw) -> Lanes:
-        """The lanes with e of what `candidates` has behind them: nothing, for most methods."""
+    def with_others(
+        self, lanes: Lanes, others: Float[Array, "G N E"], drawn: AlignmentDraw
+    ) -> Lanes:
+        """The lanes with e of what `candidates` has behind each: nothing, for most methods."""
         return lanes
 
     @property
@@ -354,11 +356,11 @@ class Alignment(Gated):
         margins -= vector_teacher.cosines(of_user, of_other)
         pairs = drawn.pairs.replace(margins=margins)  # type: ignore[attr-defined]
         drawn = drawn.replace(pairs=pairs)  # type: ignore[attr-defined]
-        count = drawn.items.shape[0]
-        scores = scored.scores[:count]
+        asked = scored.scores.shape[0] // drawn.items.shape[0]  # queries of a lane, its user first
+        scores = scored.scores[::asked]
 
         def stochastic(key: jax.Array, rate: float) -> Float[Array, "G 2"]:
-            return scored.stochastic(key, rate)[:count]
+            return scored.stochastic(key, rate)[::asked]
 
         alpha, _ = self.believe(params, scores, stochastic, drawn, observed, for_gate)
 
@@ -381,11 +383,12 @@ class Alignment(Gated):
         assert scored.vectors is not None
         assert vectors is not None
         assert has is not None
-        states, items = (of_side[..., : observed.width] for of_side in scored.vectors())
-        student = jnp.concatenate([states[:count, None], items[:count]], axis=1)
+        by_lane = (of_side.reshape(count, -1, *of_side.shape[1:]) for of_side in scored.vectors())
+        states, items = (of_side[..., : observed.width] for of_side in by_lane)
+        student = jnp.concatenate([states[:, :1], items[:, 0]], axis=1)
         ids = jnp.concatenate([drawn.queries.users[:, None], drawn.items], axis=1)
         lanes = Lanes(ids, student, vectors, has, alpha[:, None] * has)
-        lanes = self.with_others(lanes, states[count:], drawn)
+        lanes = self.with_others(lanes, states[:, 1:], drawn)
         return self.lane_losses(params, lanes, layout, key)
 
 

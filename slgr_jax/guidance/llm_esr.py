@@ -102,20 +102,21 @@ class SelfDistillation(Alignment):
         return NeighbourDraw(**vars(drawn), others=others, known=known)
 
     def candidates(self, drawn: AlignmentDraw) -> Candidates:
-        """The lanes, then their neighbours with the lane's items, whose scores nobody reads."""
+        """Each lane, then its neighbours with its items, whose scores nobody reads: so a query has
+        the same number, and dropout, on however many devices lanes are."""
         assert isinstance(drawn, NeighbourDraw)
         queries = jax.tree.map(
-            lambda own, others: jnp.concatenate([own, others.reshape(-1)]),
+            lambda own, others: jnp.concatenate([own[:, None], others], axis=1).reshape(-1),
             drawn.queries,
             drawn.others,
         )
-        repeated = jnp.repeat(drawn.items, drawn.known.shape[-1], axis=0)
-        return Candidates(queries, jnp.concatenate([drawn.items, repeated]))
+        return Candidates(queries, jnp.repeat(drawn.items, 1 + drawn.known.shape[-1], axis=0))
 
-    def with_others(self, lanes: Lanes, others: Float[Array, "M E"], drawn: AlignmentDraw) -> Lanes:
+    def with_others(
+        self, lanes: Lanes, others: Float[Array, "G N E"], drawn: AlignmentDraw
+    ) -> Lanes:
         assert isinstance(drawn, NeighbourDraw)
-        by_lane = others.reshape(*drawn.known.shape, -1)
-        return lanes.replace(others=by_lane, known=drawn.known)  # type: ignore[attr-defined]
+        return lanes.replace(others=others, known=drawn.known)  # type: ignore[attr-defined]
 
     def lane_losses(
         self, params: Mapping[str, Any], lanes: Lanes, layout: Layout, key: jax.Array

@@ -320,8 +320,10 @@ def test_neighbours_are_the_users_with_the_nearest_vectors(data):
     one = jax.tree.map(lambda x: x[0], drawn)
     asked = experiment.trainer.guidance.candidates(one)
     lanes = len(one.items)
-    assert_allclose(asked.queries.users[:lanes], one.queries.users)
-    assert_allclose(asked.queries.users[lanes:].reshape(lanes, -1), one.others.users)
+    by_lane = asked.queries.users.reshape(lanes, -1)
+    assert_allclose(by_lane[:, 0], one.queries.users)
+    assert_allclose(by_lane[:, 1:], one.others.users)
+    assert_allclose(asked.items, np.repeat(one.items, 1 + one.others.users.shape[1], axis=0))
 
 
 def test_cosines_label_what_a_gate_is_taught(data):

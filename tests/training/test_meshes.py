@@ -58,7 +58,7 @@ WITH: dict[str, dict[str, Any]] = {
         **{"item_side_weight": 0.5, "user_side_weight": 1.0},
     },
     "llm_esr": {
-        **{"backbone": "gru4rec", "dropout": 0.0, "item_vectors": "text", "dual_view": True},
+        **{"backbone": "gru4rec", "dropout": 0.2, "item_vectors": "text", "dual_view": True},
     },
     "ctrl": {"backbone": "dcnv2"},
     "llmemb_rat": {"dim": 6, "item_vectors": "text", "item_rows": False},
