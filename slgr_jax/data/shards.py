@@ -52,16 +52,19 @@ def on_all_cores(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Res
 
 
 @contextlib.contextmanager
-def atomic_directory(out: PathLike, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+def atomic_directory(
+    out: PathLike, *, overwrite: bool = False, manifest: str = MANIFEST
+) -> Iterator[pathlib.Path]:
     """A new directory that appears at `out` only when the block ends without an error.
 
     Yields a temporary directory beside `out`; on success it is renamed to `out`, on failure
     it is removed, with any parent that was made for it. An existing `out` is an `InputError`
-    unless `overwrite` (see `check_target`), and is removed only once the new one is in place.
+    unless `overwrite` and it has a `manifest` (see `check_target`); it is removed only once the new
+    one is in place.
     What a process that was killed left beside `out` is removed by the next that writes there.
     """
     target = pathlib.Path(out).absolute()
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, manifest=manifest)
     created = [parent for parent in target.parents if not parent.exists()]
     staging = retired = None
     try:
@@ -141,7 +144,7 @@ def remove_leftovers(target: pathlib.Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def check_target(out: PathLike, *, overwrite: bool) -> None:
+def check_target(out: PathLike, *, overwrite: bool, manifest: str = MANIFEST) -> None:
     """Raise `InputError` where `atomic_directory` could not put a directory at `out`.
 
     What `overwrite` may remove is an empty directory or one with a manifest: a slip of the
@@ -157,8 +160,8 @@ def check_target(out: PathLike, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"{out} exists; choose another path or add --overwrite")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
-        raise InputError(f"{out} holds no {MANIFEST}, so --overwrite leaves it alone; remove it")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / manifest).is_file()):
+        raise InputError(f"{out} holds no {manifest}, so --overwrite leaves it alone; remove it")
 
 
 @contextlib.contextmanager

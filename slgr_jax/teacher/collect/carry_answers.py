@@ -78,7 +78,7 @@ def _copied(
     manifest: str = schema.MANIFEST,
 ) -> pathlib.Path:
     """`target`, with the files of `source` and another manifest; it appears whole."""
-    with shards.atomic_directory(target, overwrite=overwrite) as staging:
+    with shards.atomic_directory(target, overwrite=overwrite, manifest=manifest) as staging:
         shutil.copytree(source, staging, ignore=_NOT_COPIED, dirs_exist_ok=True)
         (staging / manifest).unlink()
         write(staging)

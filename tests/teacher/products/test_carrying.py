@@ -195,6 +195,8 @@ def test_paid_answers_stay_usable(days, asked, tmp_path):
     }  # fmt: skip
     with pytest.raises(InputError, match="add --overwrite"):
         carry_answers.carry_answers(day2, day1, "t")
+    assert carry_answers.carry_answers(day2, day1, "t", overwrite=True) == written_to
+    assert asked_world.log_rows(day2) == asked_world.log_rows(day1)
 
 
 # --- a file and back ----------------------------------------------------------------------------
