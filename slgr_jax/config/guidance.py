@@ -233,7 +233,7 @@ class GateConfig(Section):
     )
     gate_lr: float = knob(
         0.0,
-        "Adam learning rate of the gate; 0 = 0.02 for supervised gates, else dense_lr",
+        "Adam learning rate of the gate; 0 = 0.01 for supervised gates, else dense_lr",
         minimum=0,
         maximum=FLOAT,
     )
@@ -265,7 +265,7 @@ class GateConfig(Section):
     )
     labelled_per_step: int = knob(
         0,
-        "gate=calibrated: labelled preferences drawn per step; 0 = an eighth of the preferences, "
+        "gate=calibrated: labelled preferences drawn per step; 0 = a quarter of the preferences, "
         "made up to a multiple of 128, but no more than half",
         minimum=0,
         maximum=BATCH,

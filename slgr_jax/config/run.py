@@ -391,7 +391,7 @@ class RunConfig:
     @property
     def gate_lr(self) -> float:
         """Adam learning rate of the gate, with 0 resolved."""
-        return self.gate.gate_lr or (0.02 if self.gate.supervised else self.optimizer.dense_lr)
+        return self.gate.gate_lr or (0.01 if self.gate.supervised else self.optimizer.dense_lr)
 
     @property
     def gate_is_taught(self) -> bool:
@@ -404,8 +404,8 @@ class RunConfig:
         if not self.gate_is_taught:
             return 0
         preferences = self.preferences_per_step
-        eighth = -(-preferences // (8 * _SHARED_AMONG)) * _SHARED_AMONG
-        return self.gate.labelled_per_step or max(1, min(eighth, preferences // 2))
+        quarter = -(-preferences // (4 * _SHARED_AMONG)) * _SHARED_AMONG
+        return self.gate.labelled_per_step or max(1, min(quarter, preferences // 2))
 
     @property
     def preferences_per_step(self) -> int:
