@@ -233,7 +233,7 @@ class GateConfig(Section):
     )
     gate_lr: float = knob(
         0.0,
-        "Adam learning rate of the gate; 0 = 0.01 for supervised gates, else dense_lr",
+        "Adam learning rate of the gate; 0 = 0.02 for supervised gates, else dense_lr",
         minimum=0,
         maximum=FLOAT,
     )

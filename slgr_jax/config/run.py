@@ -391,7 +391,7 @@ class RunConfig:
     @property
     def gate_lr(self) -> float:
         """Adam learning rate of the gate, with 0 resolved."""
-        return self.gate.gate_lr or (0.01 if self.gate.supervised else self.optimizer.dense_lr)
+        return self.gate.gate_lr or (0.02 if self.gate.supervised else self.optimizer.dense_lr)
 
     @property
     def gate_is_taught(self) -> bool:
