@@ -265,8 +265,7 @@ class GateConfig(Section):
     )
     labelled_per_step: int = knob(
         0,
-        "gate=calibrated: labelled preferences drawn per step; 0 = a quarter of the preferences, "
-        "made up to a multiple of 128, but no more than half",
+        "gate=calibrated: labelled preferences drawn per step; 0 = half the preferences",
         minimum=0,
         maximum=BATCH,
     )

@@ -52,9 +52,6 @@ from slgr_jax.config.training import LossConfig, OptimizerConfig, SamplerConfig,
 from slgr_jax.config.vectors import VectorConfig
 from slgr_jax.errors import ConfigError, listing
 
-# Devices, or shards of users, that what is drawn by default can be shared out among.
-_SHARED_AMONG = 128
-
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -403,9 +400,7 @@ class RunConfig:
         """K: labelled preferences drawn per step; 0 without a supervised gate that learns."""
         if not self.gate_is_taught:
             return 0
-        preferences = self.preferences_per_step
-        quarter = -(-preferences // (4 * _SHARED_AMONG)) * _SHARED_AMONG
-        return self.gate.labelled_per_step or max(1, min(quarter, preferences // 2))
+        return self.gate.labelled_per_step or max(1, self.preferences_per_step // 2)
 
     @property
     def preferences_per_step(self) -> int:

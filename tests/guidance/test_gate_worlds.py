@@ -24,7 +24,6 @@ RUN = {
     "eval_every": 10,
     "patience": 0,
     "batch_size": 1024,
-    "labelled_per_step": 512,  # so few steps teach a gate less well with the quarter by default
     "lr": 0.1,
     "pooled_auc": False,
     "verify_checksums": False,
