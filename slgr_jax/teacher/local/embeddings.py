@@ -28,7 +28,7 @@ from slgr_jax.teacher.local import chunk_files, chunks, likelihood, scorers, tex
 from slgr_jax.teacher.local.chunks import Chunks
 from slgr_jax.teacher.local.vectors import Vectors, profiles
 from slgr_jax.teacher.products import preferences
-from slgr_jax.teacher.products.same_split import refuse_other_split
+from slgr_jax.teacher.products.same_split import refuse_leak, refuse_other_split
 
 PathLike = str | os.PathLike[str]
 
@@ -379,11 +379,8 @@ def read_manifest(dataset: Dataset, name: str) -> schema.EmbeddingManifest:
     manifest = schema.read_embedding_manifest(root)
     fix = "make it again with slgr teach embed --overwrite"
     refuse_other_split(dataset, manifest, f"the embedding product {name!r}", fix)
-    if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
-        raise ManifestError(
-            f"embeddings {name!r} say built_from={manifest.built_from}: training on them would "
-            "leak evaluation data; make them from training interactions only"
-        )
+    from_training = "make them from training interactions only"
+    refuse_leak(manifest.built_from, f"the embedding product {name!r}", from_training)
     if manifest.dtype not in ("float32", "float16"):
         raise ManifestError(f"{root}: dtype {manifest.dtype!r} is not one of: float32, float16")
     for table_name, of_table in manifest.fields.items():

@@ -23,7 +23,7 @@ from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
 from slgr_jax.teacher.products import answers, product_files, rows, titles, training_items
 from slgr_jax.teacher.products.coverage import measure
 from slgr_jax.teacher.products.rows import Teacher, usable_pairs
-from slgr_jax.teacher.products.same_split import refuse_other_split
+from slgr_jax.teacher.products.same_split import refuse_leak, refuse_other_split
 
 __all__ = [
     "Provenance",
@@ -139,12 +139,11 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
 
     again = _MADE_BY.format(data=dataset.path, name=name)
     refuse_other_split(dataset, manifest, f"teacher {name!r}", fix=f"rebuild it: {again}")
-    if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
-        raise ManifestError(
-            f"teacher {name!r} says built_from={manifest.built_from}: training on it would leak "
-            "evaluation data; have the LLM answer from training interactions only, then rebuild "
-            f"it: {again}"
-        )
+    refuse_leak(
+        manifest.built_from,
+        f"teacher {name!r}",
+        "have the LLM answer from training interactions only, then rebuild it: " + again,
+    )
 
     if manifest.unlisted not in schema.UNLISTED:
         known = listing(schema.UNLISTED)

@@ -1,9 +1,11 @@
-"""A product is of one dataset, one split and one id map: others are refused."""
+"""A product is of one dataset, one split and one id map, and knows nothing of what is evaluated:
+others are refused."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ManifestError
 
@@ -36,3 +38,18 @@ def refuse_other_split(
                 f"{product} was made for {noun} {of_product[:8]}, {dataset.path} has {noun} "
                 f"{of_data[:8]}; {fix}"
             )
+
+
+def refuse_leak(built_from: str, product: str, fix: str) -> None:
+    """Raise `ManifestError` where a product has seen evaluation data, or does not say what it saw.
+
+    Args:
+      built_from: as its manifest says, of `schema.BUILT_FROM`.
+      product: names it in the error.
+      fix: what to do.
+    """
+    if built_from not in schema.BUILT_FROM or built_from == "includes_eval":
+        raise ManifestError(
+            f"{product} says built_from={built_from}: training on it would leak evaluation data; "
+            f"{fix}"
+        )

@@ -24,7 +24,7 @@ from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, ManifestError, ShardError, listing
 from slgr_jax.teacher.products import carry as carrying
 from slgr_jax.teacher.products import preferences
-from slgr_jax.teacher.products.same_split import refuse_other_split
+from slgr_jax.teacher.products.same_split import refuse_leak, refuse_other_split
 
 PathLike = str | os.PathLike[str]
 
@@ -163,11 +163,8 @@ def load(dataset: Dataset, name: str, side: str = "", *, verify: bool = True) ->
     manifest = schema.read_text_manifest(root)
     fix = "ask for them again (slgr teach requests --overwrite)"
     refuse_other_split(dataset, manifest, f"the texts {name!r}", fix)
-    if manifest.built_from not in schema.BUILT_FROM or manifest.built_from == "includes_eval":
-        raise ManifestError(
-            f"texts {name!r} say built_from={manifest.built_from}: training on them would leak "
-            "evaluation data; ask for texts from training interactions only"
-        )
+    from_training = "ask for texts from training interactions only"
+    refuse_leak(manifest.built_from, f"the product of texts {name!r}", from_training)
     if side and manifest.side != side:
         raise ConfigError(
             f"the texts {name!r} are about {manifest.side}s: give them with "
