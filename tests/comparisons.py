@@ -25,7 +25,7 @@ def plan_of(path, *, asked=("none", "global", "paper"), controls=(), own_arms=No
         "teacher": "llm",
         "backbones": ("mf",),
         "seeds": 3,
-        "options": config.CompareConfig(trials=8, widen=False),
+        "options": config.CompareConfig(trials=8, widen=False, base=False),
         "data": str(path / "data"),
         "out": path / "out",
     } | more

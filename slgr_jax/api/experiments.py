@@ -34,6 +34,7 @@ def compare(
     seeds: int = 5,
     search: str | Mapping[str, Any] = "",
     refit: bool | None = None,
+    refit_teacher: str = "",
     workers: int = 0,
     **knobs: Any,
 ) -> Comparison:
@@ -58,6 +59,7 @@ def compare(
       search: ranges in place of the usual ones, or of more knobs, written as for `tune`.
       refit: also train every run once more, on training and validation; the verdict is theirs.
         By default it is so, but not with a preset.
+      refit_teacher: the same teacher, made anew of training and validation, for these.
       workers: processes on a CPU; 0: one per core.
       **knobs: of `slgr_jax.config.CompareConfig` (trials, widen, ease_start, sampler,
         sampler_seed), and of every run; what is given is not searched.
@@ -83,6 +85,7 @@ def compare(
         search=search_space.as_mapping(search),
         options=section_of(config.CompareConfig, values),
         refit=refit,
+        refit_teacher=refit_teacher,
         knobs={name: value for name, value in values.items() if name not in names},
     )
     paths = [data] if isinstance(data, str | os.PathLike) else data

@@ -6,7 +6,8 @@
     slgr compare --quick --data=DATA --teacher=NAME
     slgr compare --preset=table3 --data=SPORTS,BEAUTY,TOYS --out=DIR
 
-1. Tuning, on validation with seed 0: one search for every arm, with as many trials, the same
+1. Tuning, on validation with seed 0: one search without guidance (--nobase: none), at whose best
+   settings those of all arms begin; then one search for every arm, with as many trials, the same
    sampler and the same ranges (learning rate, penalty, dropout, width, loss, the power of
    popularity that negatives are drawn by, of mf whether rows begin with EASE's factors; --search
    for others). An arm's own knobs (lambda, its
@@ -15,7 +16,9 @@
 2. --seeds runs of every arm; of auto each with what that seed's validation prefers.
 3. Every run meets the test part, once.
 4. Each once more, on training and validation, with its settings, epochs and gate: what one would
-   serve, and what the verdict is about. --norefit leaves it out, and so do presets.
+   serve, and what the verdict is about. --norefit leaves it out, and so do presets. With
+   --refit_teacher the teacher, and what controls teach, is made anew of these as well, as it would
+   be where it is served.
 
 Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, paper, budget,
 calibrated; hard_negatives (what the teacher lists against what the reference would recommend
@@ -115,6 +118,12 @@ def define() -> None:
         "also train every run once more on training and validation, with its settings, epochs and "
         "gate: a second table and the verdict; not with --preset unless it is given",
     )
+    absl_flags.DEFINE_string(
+        "refit_teacher",
+        "",
+        "--teacher made anew of training and validation (slgr teach nearest --with_validation): "
+        "what guided refits learn from; controls are made of it likewise",
+    )
     flags.define_space(
         "search",
         "ranges in place of the usual ones, or of more knobs: lr=1e-3..1e-1:log,layers=1..4,"
@@ -174,6 +183,7 @@ def main(_: list[str]) -> None:
         search=search_space.as_mapping(given.search),
         options=flags.section_from_flags(config.CompareConfig),
         refit=chosen("refit"),
+        refit_teacher=given.refit_teacher,
         knobs=flags.given_knobs(*run_sections()),
     )
     compared = comparison.compare_all(

@@ -16,7 +16,7 @@ from slgr_jax.config.teach_vectors import (
 )
 
 # What a teacher product was built from; the loader refuses `includes_eval`.
-BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_eval")
+BUILT_FROM = ("train_only", "prefix", "includes_label", "includes_valid", "includes_eval")
 # What an item outside a user's list means: never asked about, or ranked below the list (a list
 # that the teacher wrote freely over the whole catalogue).
 UNLISTED = ("unknown", "below")
@@ -59,6 +59,12 @@ class TeachConfig(Section):
     delimiter: str = knob(",", "import: CSV column separator; tab is '\\t'")
     rows_per_shard: int = knob(4_194_304, "most rows in one Arrow shard", minimum=1)
     overwrite: bool = knob(False, "replace what NAME holds when it exists")
+    with_validation: bool = knob(
+        False,
+        "make it of training and validation: what a refit learns from in place of the product that "
+        "was made of training (slgr train --refit=RUN --teacher=NAME, slgr compare "
+        "--refit_teacher=NAME); everything else refuses it",
+    )
     subtitles: bool = knob(
         False,
         "titles (import --items_as=titles, collect of free lists): one without a subtitle also "
@@ -88,7 +94,8 @@ class ImportConfig(Section):
         "train_only",
         "what the teacher saw; train_only = training interactions, prefix = what came "
         "before each interaction, includes_label = also the training answers it scores, "
-        "includes_eval = evaluation data (training refuses it)",
+        "includes_valid = validation (slgr train --refit alone takes it), includes_eval = the test "
+        "part (training refuses it)",
         choices=BUILT_FROM,
     )
     unlisted: str = knob(

@@ -201,8 +201,9 @@ class TrainConfig(Section):
         "",
         "WORKDIR of a finished run to train once more for serving: its settings, data and gate "
         "(which learns no more), on training and validation, for as many epochs as its best "
-        "validation came after. --data is then where its data are now, if elsewhere; --seed and "
-        "what changes no number may differ",
+        "validation came after. --data is then where its data are now, if elsewhere; --teacher may "
+        "name the same one made with validation (teach nearest --with_validation); --seed and what "
+        "changes no number may differ",
     )
     restart: bool = knob(False, "delete what --workdir holds and start anew, instead of resuming")
     seed: int = knob(

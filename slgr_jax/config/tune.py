@@ -26,7 +26,8 @@ class CompareConfig(SearchConfig):
 
     trials: int = knob(
         20,
-        "trials of each arm of each backbone, with seed 0; the first has the defaults",
+        "trials of each arm of each backbone, with seed 0; the first has what --base found, or the "
+        "defaults",
         minimum=1,
         maximum=100_000,
     )
@@ -34,6 +35,11 @@ class CompareConfig(SearchConfig):
         True,
         "give every arm twice a quarter of --trials more; where its best trial is at an end of a "
         "range, in a wider one",
+    )
+    base: bool = knob(
+        True,
+        "search without guidance first, with as many trials; every arm's search, that of none too, "
+        "begins at the settings that this found, in the ranges that it ended with",
     )
     ease_start: bool = knob(
         True,

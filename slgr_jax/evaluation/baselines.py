@@ -253,7 +253,7 @@ class ItemItem:
         positives = dataset.positives(("train",))
         x = positives.matrix(n)
         weights = (x.T @ x).toarray()
-        scale = (1 / np.sqrt(np.maximum(dataset.popularity, 1))).astype(np.float32)
+        scale = (1 / np.sqrt(np.maximum(dataset.learned_popularity, 1))).astype(np.float32)
         weights *= scale[:, None]
         weights *= scale[None, :]
         np.fill_diagonal(weights, 0)

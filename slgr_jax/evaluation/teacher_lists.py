@@ -1,7 +1,8 @@
 """Teachers that cost nothing: the lists of a recommender as a product, and as controls of an LLM's.
 
 A list holds the L best items of the catalogue outside the user's training items; every other item
-ranks below it, as with an LLM that writes its recommendations freely.
+ranks below it, as with an LLM that writes its recommendations freely. Of a dataset in which
+validation has joined training it is fitted on both, with the setting that validation chose.
 
 Shape letters: U users, I items, B users of a chunk, L length of a list.
 """
@@ -21,6 +22,7 @@ from slgr_jax.evaluation import baselines, full_ranking
 from slgr_jax.evaluation.baselines import Fitted
 from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.teacher.products import controls, preferences
+from slgr_jax.teacher.products.same_split import seen_in
 
 
 def host_scores(fitted: Fitted) -> controls.ScoreUsers:
@@ -130,4 +132,5 @@ def from_baseline(
         fitted.state,
         length=length,
         model=f"baseline {name}" + (f" ({text})" if text else ""),
+        built_from=seen_in(dataset),
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from slgr_jax import config
 from slgr_jax.config import CLICK_BACKBONES, LOSSES_OF, SEQUENCE_BACKBONES
@@ -126,8 +126,37 @@ def variants_of(data: str, teacher: str) -> tuple[str, ...]:
     return (*VARIANTS, FREE_LISTS) if free_lists else VARIANTS
 
 
-def space_of(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
-    """What is searched of an arm: what it shares, then its own; nothing that is given."""
+class Base(NamedTuple):
+    """What a search without guidance came to: where those of all arms begin.
+
+    Attributes:
+      space: what was searched, as wide as it was at the end.
+      params: of its best trial.
+      settings: the same as knobs.
+      valid: what that trial came to.
+      trials: how many there were.
+    """
+
+    space: SearchSpace
+    params: Mapping[str, Any]
+    settings: Settings
+    valid: float
+    trials: int
+
+
+def has_base(plan: ComparisonPlan, backbone: str) -> bool:
+    """Whether the searches of a backbone begin at a `Base`: not where there is nothing to search
+    without guidance, or nothing else is."""
+    alone = plan.tuned_arms == ("none",)
+    return plan.options.base and not alone and bool(space_of(plan, backbone, "none"))
+
+
+def space_of(plan: ComparisonPlan, backbone: str, arm: str, base: Base | None = None) -> Space:
+    """What is searched of an arm: what it shares, then its own; nothing that is given.
+
+    Args:
+      base: its ranges are those of what is shared.
+    """
     of_arm = _knobs_of(plan, arm)
     starts = _starts(plan, backbone, of_arm)
     losses = _losses(plan, backbone, arm)
@@ -139,7 +168,19 @@ def space_of(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
         for name, of in space.items()
         if name not in plan.knobs and (name not in of_arm or name in _BEGINS)
     }
-    return space | {name: of for name, of in plan.search.items() if _takes(plan, arm, name)}
+    space |= {name: of for name, of in plan.search.items() if _takes(plan, arm, name)}
+    wide = {} if base is None else base.space
+    # Choices are the arm's own: not every loss is one that it can have.
+    return {
+        name: wide[name] if isinstance(wide.get(name), Range) and isinstance(of, Range) else of
+        for name, of in space.items()
+    }
+
+
+def at_base(space: SearchSpace, base: Base) -> dict[str, Any]:
+    """The parameters of `base` that an arm shares, or what is nearest to them in its space."""
+    at = sampler.settings(base.space, base.params)
+    return {name: sampler.nearest(of, at[name]) for name, of in space.items() if name in at}
 
 
 def _knobs_of(plan: ComparisonPlan, arm: str) -> Mapping[str, Any]:
@@ -265,11 +306,12 @@ def settings_of(
 
 
 def first_params(
-    plan: ComparisonPlan, backbone: str, arm: str, space: SearchSpace
+    plan: ComparisonPlan, backbone: str, arm: str, space: SearchSpace, base: Base | None = None
 ) -> list[dict[str, Any]]:
-    """What is tried first: the defaults, or what is nearest to them; of each variant. Then, where
-    rows may begin with factors, the first of these so, in the widest rows, as a rank is what lies
-    between them and EASE, and at the least learning rate: from there more is to be lost."""
+    """What is tried first, of each variant: what `base` found, the arm's own knobs at their
+    defaults. Without a base the defaults, or what is nearest to them; then, where rows may begin
+    with factors, the first of these so, in the widest rows, as a rank is what lies between them and
+    EASE, and at the least learning rate: from there more is to be lost."""
     first = []
     for variant in _variants(plan, arm):
         run = plan.config(backbone, arm, variant, plan.out)
@@ -280,8 +322,9 @@ def first_params(
             values["popularity_power"] = 0.0
         if run.guided and run.hard_negatives:
             values["lambda"] = _HARD_LAMBDA
-        first.append({name: sampler.nearest(of, values[name]) for name, of in space.items()})
-    if "start" in space:
+        params = {name: sampler.nearest(of, values[name]) for name, of in space.items()}
+        first.append(params if base is None else params | at_base(space, base))
+    if "start" in space and base is None:
         ends = {
             name: search_space.bounds(space[name])[end]
             for name, end in (("dim", 1), ("lr", 0))

@@ -160,6 +160,8 @@ class ComparisonPlan:
       own_arms: arms beside `ARMS`: name -> knobs.
       vectors: product under DATA/embeddings; empty without `VECTOR_ARMS`.
       refit: also train every run once more, on training and validation.
+      refit_teacher: the teacher made anew of training and validation, which refits learn from;
+        empty: from `teacher`.
       backbone_knobs: backbone -> what a preset says of its runs, by name.
       factors_width: numbers of EASE's factors, which rows may begin with; 0: they begin as drawn.
     """
@@ -180,6 +182,7 @@ class ComparisonPlan:
     own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     vectors: str = ""
     refit: bool = False
+    refit_teacher: str = ""
     backbone_knobs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     factors_width: int = 0
 
@@ -196,6 +199,11 @@ class ComparisonPlan:
         return (
             controls.control_name(self.teacher, arm) if arm in controls.CONTROLS else self.teacher
         )
+
+    def refit_teacher_of(self, arm: str) -> str:
+        """The product that refits of `arm` learn from."""
+        anew = dataclasses.replace(self, teacher=self.refit_teacher or self.teacher)
+        return anew.teacher_of(arm)
 
     def copied(self, arm: str) -> str:
         """The arm whose knobs an arm has: itself, or of a control what it is matched to."""
@@ -295,6 +303,10 @@ class ComparisonPlan:
         """Where the tuning runs of an arm are kept, each in `trial_N`."""
         return self._folder(backbone, "tune", arm) / arm
 
+    def base_dir(self, backbone: str) -> pathlib.Path:
+        """Where the tuning runs of the search are kept that those of all arms begin at."""
+        return self.tune_dir(backbone, "none").with_name("base")
+
     def run_dir(self, backbone: str, arm: str, tuned: Mapping[str, Any], seed: int) -> pathlib.Path:
         """Where a run that meets the test part is kept: that of seed 0 is the run that tuning
         trained, where it did.
@@ -315,7 +327,10 @@ class ComparisonPlan:
 
     def refit_dir(self, backbone: str, arm: str, seed: int) -> pathlib.Path:
         """Where the refit of a run is kept."""
-        return self._folder(backbone, "refit", arm) / f"{arm}_seed{seed}"
+        folder = self._folder(backbone, "refit", arm)
+        if self.refit_teacher and self.teacher_of(arm):
+            folder /= self.refit_teacher
+        return folder / f"{arm}_seed{seed}"
 
     def run(
         self, backbone: str, arm: str, of_arms: Mapping[str, Mapping[str, Any]], seed: int

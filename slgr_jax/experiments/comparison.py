@@ -94,13 +94,18 @@ def _train_seeds(plan: ComparisonPlan, tuned: tuning.Tuned, train: pool.Train) -
 
 
 def _refit(plan: ComparisonPlan, runs: _Runs, train: pool.Train) -> _Runs:
-    """Every run once more, on training and validation; their configs."""
+    """Every run once more, on training and validation, with the teacher that was made anew of
+    these, where there is one; their configs."""
     from slgr_jax.training import refit
 
     LOGGER.info("refitting %d runs on training and validation", sum(map(len, runs.values())))
     refitted = {
         (backbone, arm): [
-            refit.config_of(run.workdir, str(plan.refit_dir(backbone, arm, seed)))
+            refit.config_of(
+                run.workdir,
+                str(plan.refit_dir(backbone, arm, seed)),
+                {"teacher": plan.refit_teacher_of(arm)} if run.guidance.teacher else {},
+            )
             for seed, run in enumerate(seeds)
         ]
         for (backbone, arm), seeds in runs.items()
@@ -175,6 +180,7 @@ def _report(
 def _protocol(plan: ComparisonPlan, tuned: tuning.Tuned, command: str) -> dict[str, Any]:
     return {
         "teacher": plan.teacher,
+        "refit_teacher": plan.refit_teacher,
         "vectors": plan.vectors,
         "command": command,
         "backbones": list(plan.backbones),
@@ -278,6 +284,9 @@ def make_products(plan: ComparisonPlan) -> None:
         data = dataset.load(plan.data)
         for control in wanted:
             LOGGER.info("control %s", teacher_lists.ensure_control(data, plan.teacher, control))
+            if plan.refit_teacher:
+                both, anew = data.with_validation(), plan.refit_teacher
+                LOGGER.info("control %s", teacher_lists.ensure_control(both, anew, control))
         if plan.factors_width:
             factors.ensure(data, arm_spaces.FACTORS, plan.factors_width)
 

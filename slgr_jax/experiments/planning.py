@@ -48,6 +48,8 @@ class Request:
       options: how every arm is searched.
       refit: also train every run once more, on training and validation; the verdict is theirs.
         By default it is so, but not with a preset, whose paper trains on training alone.
+      refit_teacher: the same teacher, made anew of training and validation: what refits learn from;
+        empty: from `teacher`.
       knobs: of every run, by their command-line names; what is given is not searched.
     """
 
@@ -64,6 +66,7 @@ class Request:
     search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: config.CompareConfig = dataclasses.field(default_factory=config.CompareConfig)
     refit: bool | None = None
+    refit_teacher: str = ""
     knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,6 +93,24 @@ def _check_chunks(data: str, name: str) -> None:
             f"arm {arms.CHUNKED} chooses among a row's chunks, and --vectors={name} has one vector "
             "a row; make chunks (slgr teach embed --chunks=8), which the other arms read the mean "
             "of, or drop the arm"
+        )
+
+
+def _check_refit_teacher(plan: ComparisonPlan) -> None:
+    """Refuse a teacher of refits that has not seen validation, or that nothing would learn from."""
+    from slgr_jax.data import schema
+    from slgr_jax.teacher.products import preferences
+
+    given = f"--refit_teacher={plan.refit_teacher}"
+    if not plan.refit or not plan.teacher:
+        missing = "no run is refitted (--refit)" if plan.teacher else "no arm learns from a teacher"
+        raise ConfigError(f"{given}: {missing}; drop it")
+    product = preferences.product_path(plan.data, plan.refit_teacher)
+    built_from = schema.read_teacher_manifest(product).built_from
+    if built_from != "includes_valid":
+        raise ConfigError(
+            f"{given}: built_from={built_from}, expected includes_valid: {plan.teacher} made anew "
+            "of training and validation (slgr teach nearest --with_validation, for instance)"
         )
 
 
@@ -146,10 +167,13 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         own_arms=more_arms,
         vectors=request.vectors,
         refit=not request.preset if request.refit is None else request.refit,
+        refit_teacher=request.refit_teacher,
         backbone_knobs=_backbone_knobs(request),
         factors_width=arm_spaces.factors_width(counts, knobs) if request.options.ease_start else 0,
     )
     arm_spaces.check(plan)
+    if plan.refit_teacher:
+        _check_refit_teacher(plan)
     return plan
 
 

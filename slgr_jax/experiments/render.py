@@ -153,6 +153,8 @@ def _refit(protocol: Mapping[str, Any], refit: Mapping[str, Any] | None) -> list
     if not refit:
         return []
     lines = ["# Refitted on training and validation", "", _REFIT, ""]
+    if anew := protocol.get("refit_teacher"):
+        lines += [f"Teachers, too: {anew}, and controls that were made of it.", ""]
     counted = {**protocol, "tests": refit["tests"]}
     lines += _primary(counted, [r for r in refit["rows"] if r["slice"] in results.MAIN_SLICES])
     return [*lines, *_baselines(refit["baselines"])]
@@ -238,6 +240,9 @@ def _protocol(protocol: Mapping[str, Any]) -> list[str]:
 
 def _search(options: Mapping[str, Any]) -> str:
     """How every arm was searched."""
+    first = "the defaults"
+    if options.get("base"):
+        first = "what as many trials without guidance found before (base)"
     more = (
         ", then two times a quarter as many, in wider ranges where the best is at an end"
         if options["widen"]
@@ -245,7 +250,7 @@ def _search(options: Mapping[str, Any]) -> str:
     )
     return (
         f"One search for every arm: {options['trials']} trials of {options['sampler']}, sampler "
-        f"seed {options['sampler_seed']}, the first at the defaults{more}; of auto as many less as "
+        f"seed {options['sampler_seed']}, the first at {first}{more}; of auto as many less as "
         "its second finalists are."
     )
 
@@ -354,6 +359,13 @@ def _tuning(tuned: Tuned) -> list[str]:
                 widened.append(f"- {backbone} {arm}: {steps}")
 
     lines = ["## Tuned on validation", "", _markdown(rows), ""]
+    for backbone, arms in tuned.items():
+        if base := next((of_arm["base"] for of_arm in arms.values() if "base" in of_arm), None):
+            lines += [
+                f"All searches of {backbone} began at {as_text(base['settings'])}: validation "
+                f"{base['valid']:.4f}, the best of {base['trials']} trials without guidance.",
+                "",
+            ]
     if ranges:
         lines += ["Ranges:", "", *ranges, "", "Ranges that were widened:", "", *widened, ""]
     return lines

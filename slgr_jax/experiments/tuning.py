@@ -1,7 +1,11 @@
 """Settings by validation: every arm of every backbone is searched alike, with seed 0.
 
-1. Trials that depend on no other: the defaults (of `auto` each variant's), then settings drawn at
-   random, until half of --trials; the shared knobs are drawn alike in every arm.
+0. With --base a search without guidance, of as many trials as an arm has. What it finds is where
+   the searches of all arms begin, that of `none` too: so guidance is added to a base that is tuned,
+   and an arm with more knobs, or `auto` with its variants, spends its trials on these.
+1. Trials that depend on no other: what the base found, or the defaults (of `auto` with each
+   variant); then, until half of --trials, an arm's own knobs at random at the base's settings.
+   Without own knobs or without a base everything is drawn at random, alike in every arm.
 2. The other half, drawn by the sampler from what the arm's own trials came to.
 3. With --widen two times a quarter of --trials more. Where the best trial is at an end of a range,
    that range is a step wider from there on, and the first trial looks at what is new.
@@ -33,6 +37,8 @@ RECORD = "search.json"
 # Share of a range, on its scale, that counts as its end: that of a search of few trials, which
 # comes near an end that it is drawn to, and hardly ever to it.
 _EDGE = 0.08
+# Of a base's draws, in place of a trial's number.
+_BASE_NUMBER = 1_000_000
 
 
 def tune(plan: ComparisonPlan, train: Train) -> Tuned:
@@ -43,9 +49,15 @@ def tune(plan: ComparisonPlan, train: Train) -> Tuned:
         search with other settings.
     """
     tuned: Tuned = {backbone: {} for backbone in plan.backbones}
-    turns = [_Turn(plan, b, arm, tuned[b]) for b in plan.backbones for arm in plan.tuned_arms]
-    trials = sum(sum(arm_spaces.trials_of(plan, arm)) for arm in plan.tuned_arms)
-    train(turns, trials * len(plan.backbones))
+    turns: list[_Base | _Turn] = []
+    trials = 0
+    for backbone in plan.backbones:
+        base = _Base(plan, backbone) if arm_spaces.has_base(plan, backbone) else None
+        turns += [base] if base is not None else []
+        turns += [_Turn(plan, backbone, arm, tuned[backbone], base) for arm in plan.tuned_arms]
+        searched = [*plan.tuned_arms, *(["none"] if base is not None else [])]
+        trials += sum(sum(arm_spaces.trials_of(plan, arm)) for arm in searched)
+    train(turns, trials)
     for backbone in plan.backbones:
         for arm in plan.arms:
             if arm in UNTUNED:
@@ -53,17 +65,50 @@ def tune(plan: ComparisonPlan, train: Train) -> Tuned:
     return {b: {arm: of_arms[arm] for arm in plan.arms} for b, of_arms in tuned.items()}
 
 
+class _Base:
+    """The runs of the search that those of all arms of a backbone begin at.
+
+    Attributes:
+      found: what it came to, once it has ended.
+    """
+
+    def __init__(self, plan: ComparisonPlan, backbone: str) -> None:
+        self._search = Search(plan, backbone, "none", {}, is_base=True)
+        self.found: arm_spaces.Base | None = None
+
+    def due(self) -> list[RunConfig]:
+        """See `pool.Stream`."""
+        numbers = self._search.due()
+        if not numbers:
+            self.found = self._search.as_base()
+            self._search.keep_checkpoints()
+        return [self._search.run(number) for number in numbers]
+
+    def tell(self, outcomes: Sequence[dict[str, Any]]) -> None:
+        """See `pool.Stream`."""
+        for outcome in outcomes:
+            self._search.tell(outcome)
+
+
 class _Turn:
-    """The runs of one search, once those are tuned that its arm reads a run of.
+    """The runs of one search, once its base is found and those are tuned that its arm reads a run
+    of.
 
     Args:
       of_arms: arm -> what tuning chose; gets what this search comes to.
+      base: what its search begins at; None: at the defaults.
     """
 
     def __init__(
-        self, plan: ComparisonPlan, backbone: str, arm: str, of_arms: dict[str, dict[str, Any]]
+        self,
+        plan: ComparisonPlan,
+        backbone: str,
+        arm: str,
+        of_arms: dict[str, dict[str, Any]],
+        base: _Base | None,
     ) -> None:
         self._plan, self._backbone, self._arm, self._of_arms = plan, backbone, arm, of_arms
+        self._base = base
         self._search: Search | None = None
 
     def due(self) -> list[RunConfig] | None:
@@ -73,7 +118,10 @@ class _Turn:
         if self._search is None:
             if not self._plan.read_before(self._arm) <= self._of_arms.keys():
                 return None
-            self._search = Search(self._plan, self._backbone, self._arm, self._of_arms)
+            found = None if self._base is None else self._base.found
+            if self._base is not None and found is None:
+                return None
+            self._search = Search(self._plan, self._backbone, self._arm, self._of_arms, base=found)
         numbers = self._search.due()
         if not numbers:
             self._of_arms[self._arm] = self._search.result()
@@ -96,6 +144,8 @@ class Search:
 
     Args:
       of_arms: what tuning chose of the arms before it.
+      base: where it begins; None: at the defaults.
+      is_base: it is the search that others begin at.
     """
 
     def __init__(
@@ -104,12 +154,18 @@ class Search:
         backbone: str,
         arm: str,
         of_arms: Mapping[str, Mapping[str, Any]],
+        *,
+        base: arm_spaces.Base | None = None,
+        is_base: bool = False,
     ) -> None:
         self.backbone, self.arm = backbone, arm
-        self.space = arm_spaces.space_of(plan, backbone, arm)
-        self._plan = plan
+        self.space = arm_spaces.space_of(plan, backbone, arm, base)
+        self._plan, self._base = plan, base
         self._asked = self.space  # as it was before it was widened
-        self._directory = plan.tune_dir(backbone, arm)
+        self._directory = plan.base_dir(backbone) if is_base else plan.tune_dir(backbone, arm)
+        self._sampler_seed = plan.options.sampler_seed
+        if is_base:  # `none` is not to draw the same once more
+            self._sampler_seed = sampler.seed_of(self._sampler_seed, _BASE_NUMBER)
         self._read: str | None = None
         self._reference: pathlib.Path | None = None
         if plan.reads(arm):
@@ -117,7 +173,7 @@ class Search:
             self._reference = plan.run_dir(backbone, self._read, of_arms[self._read], 0)
         self._stages = arm_spaces.trials_of(plan, arm)
         self._startup = max(self._stages[0] // 2, 1)
-        self._first = arm_spaces.first_params(plan, backbone, arm, self.space)
+        self._first = arm_spaces.first_params(plan, backbone, arm, self.space, base)
         self._params: list[dict[str, Any]] = self._recorded()
         self._settings: list[Settings] = []
         self._outcomes: list[dict[str, Any]] = []
@@ -185,6 +241,12 @@ class Search:
             "widened": self._widened,
             "ends": search_space.at_an_end(self.space, self._settings[best], edge=_EDGE),
         }
+        if self._base is not None:
+            of_arm["base"] = {
+                "settings": dict(self._base.settings),
+                "valid": self._base.valid,
+                "trials": self._base.trials,
+            }
         if self._read is not None:
             of_arm["reference"] = self._read
         if self._plan.chooses(self.arm):
@@ -193,6 +255,21 @@ class Search:
                 for number in self._finalists()
             ]
         return of_arm
+
+    def as_base(self) -> arm_spaces.Base:
+        """What it came to, for the searches that begin there.
+
+        Raises:
+          ConfigError: every trial diverged.
+        """
+        best, valid = self.result()["trial"], self._outcomes
+        return arm_spaces.Base(
+            self.space,
+            self._params[best],
+            self._settings[best],
+            valid[best]["best_metric"],
+            len(valid),
+        )
 
     def keep_checkpoints(self) -> None:
         """Remove the checkpoints of trials that no later run reads."""
@@ -228,13 +305,19 @@ class Search:
                 for params, outcome in zip(self._params, self._outcomes, strict=False)
             ],
             kind=options.sampler,
-            sampler_seed=options.sampler_seed,
+            sampler_seed=self._sampler_seed,
             number=number,
             startup=self._startup,
         )
         if number not in self._looks:
-            return drawn
+            return self._near_base(drawn) if number < self._startup else drawn
         return {**self._params[self._ranked()[0]], **self._looks[number]}
+
+    def _near_base(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """What was drawn of the arm's own knobs, at what the base found; without any as drawn."""
+        if self._base is None or not self.space.keys() - self._base.space.keys():
+            return drawn
+        return drawn | arm_spaces.at_base(self.space, self._base)
 
     def _widen(self, ended: int) -> None:
         """One step further where the best of the trials is at an end of a range."""
@@ -282,6 +365,8 @@ class Search:
         by_seeds = f" with {self._plan.seeds} seeds" if self._plan.chooses(self.arm) else ""
         asked |= {"trials": " + ".join(map(str, self._stages)) + by_seeds}
         asked |= {f"search {name}": str(of) for name, of in self._asked.items()}
+        if self._base is not None:
+            asked |= {"begins at": as_text(self._base.settings)}
         return asked
 
     def _record(self) -> None:

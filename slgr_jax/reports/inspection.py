@@ -319,7 +319,7 @@ def _refuse_other_counts(dataset: Dataset) -> None:
 
 
 def _teacher(dataset: Dataset, name: str) -> str:
-    manifest = preferences.load(dataset, name).manifest
+    manifest = preferences.checked(dataset, name)
     if manifest.votes:
         votes.load(dataset, name)
     return preferences.report(manifest)

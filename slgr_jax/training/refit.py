@@ -7,6 +7,9 @@
                is held back from the recommender now. Training items that RUN kept for its gate
                (--labelled_preferences=hidden) are trained on
     references the runs of RUN's --reference_runs, as they were: they know training alone
+    teacher    RUN's; or, by --teacher, the same made anew of training and validation (slgr teach
+               nearest --with_validation): lists of what is beside a user's items know the newest
+               ones, too, as they will where they are served
 
 It is what one serves, and what an arm is worth with all the data that RUN was given: labelled
 preferences come from validation, so that a guided run has seen more than one without guidance.
@@ -27,13 +30,15 @@ import numpy as np
 
 from slgr_jax import config
 from slgr_jax.config.knobs import flag_name
+from slgr_jax.data import schema
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.guidance import make_guidance
+from slgr_jax.teacher.products import preferences
 from slgr_jax.training import checkpoint, checkpoint_manifest, epochs, run_directory
 from slgr_jax.training.state import Learner, TrainState, abstract_serving
 
 # Knobs in which a refit may differ from its run.
-OWN = frozenset({*run_directory.RESUMABLE, "seed", "refit"}) - {"patience"}
+OWN = frozenset({*run_directory.RESUMABLE, "seed", "refit", "teacher"}) - {"patience"}
 
 
 def config_of(
@@ -121,6 +126,35 @@ def _refuse_changes(tuned: config.RunConfig, run: config.RunConfig) -> None:
             f"--refit={run.train.refit} keeps the settings of that run ({listing(changes)}); drop "
             "them, or train and validate a run with them first"
         )
+    if run.guidance.teacher != tuned.guidance.teacher:
+        _refuse_teacher(tuned, run)
+
+
+def _refuse_teacher(tuned: config.RunConfig, run: config.RunConfig) -> None:
+    """Refuse another teacher than the tuned run's, but for one that has seen validation.
+
+    Raises:
+      ConfigError: it is not one, or its answers are of another form.
+      ManifestError: there is no such product, or a damaged one.
+    """
+    given = f"--refit={run.train.refit} --teacher={run.guidance.teacher}"
+    now, was = (
+        schema.read_teacher_manifest(preferences.product_path(run.data, name))
+        for name in (run.guidance.teacher, tuned.guidance.teacher)
+    )
+    if now.built_from != "includes_valid":
+        raise ConfigError(
+            f"{given}: built_from={now.built_from}; a refit has the teacher of its run, "
+            f"{tuned.guidance.teacher}, or the same made anew with validation "
+            "(built_from=includes_valid; slgr teach nearest --with_validation, from_baseline, "
+            "similar, combine, or slgr teach import --built_from=includes_valid)"
+        )
+    for name in ("kind", "unlisted", "score_kind"):
+        if (new := getattr(now, name)) != (old := getattr(was, name)):
+            raise ConfigError(
+                f"{given}: its {name} is {new}, that of {tuned.guidance.teacher} {old}: it is not "
+                "the same teacher made anew; make it with the same settings"
+            )
 
 
 def _best_epoch(source: str, tuned: config.RunConfig) -> int:

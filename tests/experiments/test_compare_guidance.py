@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -17,6 +18,7 @@ from scipy import stats as scipy_stats
 
 from slgr_jax import config
 from slgr_jax.data import schema, shards
+from slgr_jax.errors import ConfigError
 from slgr_jax.experiments import comparison, planning
 from slgr_jax.teacher.products import preferences
 
@@ -152,11 +154,61 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path):
     # Called again: nothing is trained or tested, and the report is the same but for the pictures.
     outcomes = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")
                 if path.name in ("outcome.json", "rows.json")}  # fmt: skip
-    assert len(outcomes) == 2 * 2 * (1 + 1 + 2)  # a trial, a second seed, tests
+    # Of each backbone and arm a trial, a second seed, tests; a trial of each backbone's base.
+    assert len(outcomes) == 2 * 2 * (1 + 1 + 2) + 2
     again = launch(*given)
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == when for path, when in outcomes.items())
     assert json.loads((out / "report.json").read_text()) == report
+
+
+@pytest.mark.slow
+def test_refits_learn_from_teachers_made_anew(tmp_path):
+    """And the controls' refits from controls of these."""
+    data = worlds.random_dataset(tmp_path / "data", n_users=40, n_items=30, per_user=10)
+    for name, of, seed in (("llm", data, 0), ("anew", data.with_validation(), 1)):
+        rng = np.random.default_rng(seed)
+        listed = [np.sort(rng.choice(30, 5, replace=False)) for _ in range(40)]
+        users, items = np.repeat(np.arange(40), 5), np.concatenate(listed)
+        seen = {"unlisted": "below", "built_from": ("train_only", "includes_valid")[seed]}
+        worlds.teach(of, users, items, rng.random(200), name=name, **seen)
+    request = planning.Request(
+        teacher="llm",
+        refit_teacher="anew",
+        guidance=("none", "paper"),
+        controls=("shuffled", "popularity"),
+        seeds=2,
+        options=config.CompareConfig(trials=1, widen=False, base=False),
+        knobs={"epochs": 1, "dim": 4, "batch_size": 64},
+    )
+    done = comparison.compare_all([str(data.path)], tmp_path / "out", request, workers=1)
+    (report,) = done.reports.values()
+    assert report["protocol"]["refit_teacher"] == "anew"
+    root = tmp_path / "out/mf/refit"
+    configs = {
+        path.parent.relative_to(root).as_posix(): json.loads(path.read_text())
+        for path in root.rglob("config.json")
+    }
+    learned = {name: of_run["guidance"]["teacher"] for name, of_run in configs.items()}
+    assert learned == {
+        **{f"none_seed{seed}": "" for seed in (0, 1)},
+        **{f"llm/anew/paper_seed{seed}": "anew" for seed in (0, 1)},
+        **{
+            f"llm/anew/{control}_seed{seed}": f"anew.{control}"
+            for control in ("shuffled", "popularity")
+            for seed in (0, 1)
+        },
+    }
+    assert "Teachers, too: anew, and controls that were made of it." in done.texts["world"]
+    for changes, words in (
+        ({"refit_teacher": "llm"}, "--refit_teacher=llm: built_from=train_only, expected"),
+        ({"refit": False}, r"--refit_teacher=anew: no run is refitted \(--refit\); drop it"),
+        ({"teacher": "", "guidance": ("none",), "controls": ()}, "no arm learns from a teacher"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            planning.make_plan(
+                str(data.path), tmp_path / "x", dataclasses.replace(request, **changes)
+            )
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from comparisons import GIVEN, plan_of
 
 from slgr_jax import config
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arms, comparison, pool, results, tuning
+from slgr_jax.experiments import arm_spaces, arms, comparison, pool, results, tuning
 
 pytest.importorskip("optuna", reason="needs the extra tune")
 SHARED = ("lr", "l2", "dropout", "dim")
@@ -63,7 +63,7 @@ def near(best):
 
 
 def options(**more):
-    return config.CompareConfig(**{"trials": 8, "widen": False} | more)
+    return config.CompareConfig(**{"trials": 8, "widen": False, "base": False} | more)
 
 
 def test_every_arm_has_as_many_trials_and_draws_alike(tmp_path):
@@ -226,9 +226,68 @@ def test_auto_is_what_each_seed_prefers_of_its_two_best_variants(tmp_path):
     assert runs["mf", "constant"][0].gate.alpha == 0.375
 
 
-def test_auto_needs_a_trial_of_each_variant(tmp_path):
-    from slgr_jax.experiments import arm_spaces
+def test_every_search_begins_at_what_one_without_guidance_found(tmp_path):
+    """The optimum, lr 1, is outside of the range: the base's search is wider at its end."""
+    worth = {"none": 0.0, "global": 0.1, "paper": 0.2, "calibrated": 0.3}
 
+    def value(run):
+        gate = run.gate.gate if run.guided else "none"
+        return near(1.0)(run) + worth[{"constant": "global"}.get(gate, gate)]
+
+    plan = plan_of(
+        tmp_path,
+        asked=("none", "global", "auto"),
+        variants=arms.VARIANTS,
+        options=options(widen=True, base=True, trials=12),
+        seeds=2,
+    )
+    landscape = Landscape(value)
+    tuned = tuning.tune(plan, landscape.streams)["mf"]
+    base_dir = plan.base_dir("mf")
+    assert [pathlib.Path(run).parent for run in landscape.trained[:18]] == [base_dir] * 18
+    assert base_dir not in {pathlib.Path(run).parent for run in landscape.trained[18:]}
+    of_base = {run: near(1.0)(landscape.runs[run]) for run in landscape.trained[:18]}
+    best = landscape.runs[max(of_base, key=of_base.get)]
+    assert set(tuned) == {"none", "global", "auto"}
+    for arm, of_arm in tuned.items():
+        assert of_arm["base"]["valid"] == max(of_base.values())
+        assert of_arm["base"]["trials"] == len(of_arm["tried"]) + (arm == "auto") == 18
+        assert of_arm["base"]["settings"]["lr"] == best.optimizer.lr > 0.3
+        assert of_arm["tried"][0]["lr"] == best.optimizer.lr
+        assert of_arm["ranges"]["lr"].startswith("0.01..")
+        assert "0.3:" not in of_arm["ranges"]["lr"]
+
+    # What is drawn at random: an arm's own knobs at the base's, without any all knobs, and others
+    # than the base drew.
+    drawn = {arm: tuned[arm]["tried"][1:6] for arm in tuned}
+    shared = {name: tuned["global"]["tried"][0][name] for name in SHARED}
+    assert all({name: row[name] for name in SHARED} == shared for row in drawn["global"])
+    assert len({row["lambda"] for row in drawn["global"]}) == 5
+    rates = {landscape.runs[run].optimizer.lr for run in landscape.trained[:18]}
+    assert len({row["lr"] for row in drawn["none"]} | rates) == 5 + len(rates)
+    # A trial of each variant there.
+    firsts = tuned["auto"]["tried"][:4]
+    assert [row["variant"] for row in firsts] == list(arms.VARIANTS)
+    assert all({name: row[name] for name in SHARED} == shared for row in firsts)
+
+    again = Landscape(value)
+    assert tuning.tune(plan, again.streams)["mf"] == tuned
+    assert again.trained == []
+    without = dataclasses.replace(plan, options=options(widen=True, trials=12))
+    with pytest.raises(ConfigError, match=r"begins at: .* -> not given"):
+        tuning.tune(without, again.streams)
+
+
+def test_nothing_is_searched_twice_where_there_is_nothing_to_begin_with(tmp_path):
+    alone = plan_of(tmp_path, asked=("none",), options=options(base=True))
+    assert not arm_spaces.has_base(alone, "mf")
+    knobs = {**GIVEN, "lr": 0.1}
+    given = plan_of(tmp_path, knobs=knobs, options=options(base=True, trials=1))
+    assert not arm_spaces.has_base(given, "mf")
+    assert arm_spaces.has_base(plan_of(tmp_path, options=options(base=True)), "mf")
+
+
+def test_auto_needs_a_trial_of_each_variant(tmp_path):
     few = plan_of(
         tmp_path, asked=("none", "auto"), variants=arms.VARIANTS, options=options(trials=5)
     )

@@ -129,7 +129,8 @@ def run() -> None:
         from slgr_jax.data import dataset
 
         common = flags.section_from_flags(TeachConfig)
-        command.work(dataset.load(common.data), common)
+        data = dataset.load(common.data)
+        command.work(data.with_validation() if common.with_validation else data, common)
 
     flags.run(
         main,

@@ -29,7 +29,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
 COMMAND = SubCommand(
     usage=__doc__ or "",
     work=work,
-    common=("rows_per_shard", "overwrite"),
+    common=("rows_per_shard", "overwrite", "with_validation"),
     sections=(config.CombineConfig,),
     refused={
         "append": "combine cannot --append: more answers change ranks and means; combine all of "

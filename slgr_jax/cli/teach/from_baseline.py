@@ -37,7 +37,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
 COMMAND = SubCommand(
     usage=__doc__ or "",
     work=work,
-    common=("rows_per_shard", "overwrite"),
+    common=("rows_per_shard", "overwrite", "with_validation"),
     sections=(config.FreeTeacherConfig, flags.without(config.BaselineConfig, ("baselines",))),
     parts={config.NearestConfig: ("listed",)},
 )

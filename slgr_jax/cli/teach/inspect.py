@@ -26,7 +26,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
     if has_texts:
         print(texts.report(texts.load(dataset, common.name)))
     if not has_texts or preferences.product_path(dataset.path, common.name).is_dir():
-        print(preferences.report(preferences.load(dataset, common.name).manifest))
+        print(preferences.report(preferences.checked(dataset, common.name)))
 
 
 COMMAND = SubCommand(usage=__doc__ or "", work=work)

@@ -32,7 +32,7 @@ def work(dataset: Dataset, common: config.TeachConfig) -> None:
 COMMAND = SubCommand(
     usage=__doc__ or "",
     work=work,
-    common=("model", "delimiter", "rows_per_shard", "overwrite"),
+    common=("model", "delimiter", "rows_per_shard", "overwrite", "with_validation"),
     sections=(config.SimilarConfig,),
     parts={config.ImportConfig: ("unknown", "built_from"), config.NearestConfig: ("listed",)},
     required=("similar",),

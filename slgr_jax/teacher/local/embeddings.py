@@ -380,7 +380,7 @@ def read_manifest(dataset: Dataset, name: str) -> schema.EmbeddingManifest:
     fix = "make it again with slgr teach embed --overwrite"
     refuse_other_split(dataset, manifest, f"the embedding product {name!r}", fix)
     from_training = "make them from training interactions only"
-    refuse_leak(manifest.built_from, f"the embedding product {name!r}", from_training)
+    refuse_leak(dataset, manifest.built_from, f"the embedding product {name!r}", from_training)
     if manifest.dtype not in ("float32", "float16"):
         raise ManifestError(f"{root}: dtype {manifest.dtype!r} is not one of: float32, float16")
     for table_name, of_table in manifest.fields.items():

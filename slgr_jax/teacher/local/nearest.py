@@ -26,6 +26,7 @@ from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.teacher.local import embeddings, scorers
 from slgr_jax.teacher.local.vectors import Vectors, unit
 from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products.same_split import more_seen, seen_in
 
 # Scores of some users for the whole catalogue that exist at once, in bytes.
 _SCORED_BYTES = 1 << 28
@@ -129,7 +130,10 @@ def vectors_of(
         cosine = scorers.Cosine(dataset, scorers.WordLlama())
         items = Vectors(cosine.vectors, cosine.described)
         provenance = preferences.Provenance(
-            model=cosine.name, prompt_hash=cosine.prompt_hash, score_kind="cosine"
+            built_from=seen_in(dataset),
+            model=cosine.name,
+            prompt_hash=cosine.prompt_hash,
+            score_kind="cosine",
         )
         return items, embeddings.mean_of_history(seen, items), provenance
 
@@ -137,11 +141,13 @@ def vectors_of(
     items, users, manifest = product.items, product.users, product.manifest
     if options.centre:
         items, users = centred(items, users, seen, users_from=manifest.users_from)
+    elif manifest.users_from == "history" and dataset.as_split is not None:
+        users = embeddings.mean_of_history(seen, items)
     return (
         items,
         users,
         preferences.Provenance(
-            built_from=manifest.built_from,
+            built_from=more_seen(manifest.built_from, seen_in(dataset)),
             model=manifest.model,
             prompt_hash=manifest.prompt_hash,
             score_kind="cosine of centred vectors" if options.centre else "cosine",

@@ -25,6 +25,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import InputError, listing
 from slgr_jax.teacher.products import preferences
+from slgr_jax.teacher.products.same_split import more_seen, seen_in
 
 _USERS_AT_ONCE = 4096
 
@@ -183,7 +184,7 @@ def write(
         common.name,
         pa.table(list(columns), schema=schema.TEACHER_SCORES),
         provenance=preferences.Provenance(
-            built_from=reading.built_from,
+            built_from=more_seen(reading.built_from, seen_in(dataset)),
             model=common.model,
             score_kind=f"beside training items, first {nearest.listed}",
             unlisted="below",

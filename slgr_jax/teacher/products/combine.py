@@ -35,6 +35,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.teacher.products import preferences, rows
+from slgr_jax.teacher.products.same_split import more_seen
 from slgr_jax.teacher.products.votes import share_of
 
 _SAYS = {
@@ -201,7 +202,7 @@ def combine(
         common.name,
         pa.table([*of_pairs, scores], schema=schema.TEACHER_SCORES),
         provenance=preferences.Provenance(
-            built_from=max((m.built_from for m in manifests), key=schema.BUILT_FROM.index),
+            built_from=more_seen(*(m.built_from for m in manifests)),
             unlisted="below" if below else "unknown",
             model=preferences.COMBINED + ", ".join(map(_origin, manifests)),
             prompt_hash="+".join(dict.fromkeys(m.prompt_hash for m in manifests if m.prompt_hash)),

@@ -31,6 +31,7 @@ from slgr_jax.data import schema, shards
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError, listing
 from slgr_jax.teacher.products import preferences, training_items
+from slgr_jax.teacher.products.same_split import seen_in
 
 CONTROLS = ("shuffled", "consensus", "popularity", "item_item", "ease", "ials")
 COLLABORATIVE = ("ease", "ials")  # whose scores come from a fitted recommender
@@ -113,7 +114,9 @@ def write(
             controlled = _rescored(table, score)
 
     provenance = preferences.Provenance(
-        built_from=manifest.built_from if control in ("shuffled", "consensus") else "train_only",
+        built_from=manifest.built_from
+        if control in ("shuffled", "consensus")
+        else seen_in(dataset),
         unlisted=manifest.unlisted,
         model=_model(manifest, control, seed),
         score_kind=kind,
@@ -235,7 +238,7 @@ def _scorer(
         assert fit is not None, f"the caller fits {control}"
         return fit(control)
 
-    popularity = dataset.popularity.astype(np.float64)
+    popularity = dataset.learned_popularity.astype(np.float64)
     if control in ("popularity", "consensus"):
         of_items = popularity
         if control == "consensus":

@@ -23,7 +23,7 @@ from slgr_jax.errors import ConfigError, InputError, ManifestError, listing
 from slgr_jax.teacher.products import answers, product_files, rows, titles, training_items
 from slgr_jax.teacher.products.coverage import measure
 from slgr_jax.teacher.products.rows import Teacher, usable_pairs
-from slgr_jax.teacher.products.same_split import refuse_leak, refuse_other_split
+from slgr_jax.teacher.products.same_split import able_to_read, refuse_leak, refuse_other_split
 
 __all__ = [
     "Provenance",
@@ -113,6 +113,19 @@ def load(
     return rows.make(manifest, arrays, offsets)
 
 
+def checked(dataset: Dataset, name: str) -> schema.TeacherManifest:
+    """The manifest of a product of which every row was read; of one of training and validation,
+    too.
+
+    Raises:
+      ManifestError, ShardError: as `load`.
+    """
+    root = product_path(dataset.path, name)
+    if (root / schema.MANIFEST).is_file():
+        dataset = able_to_read(dataset, schema.read_teacher_manifest(root).built_from)
+    return load(dataset, name).manifest
+
+
 def stored(dataset: Dataset, name: str) -> tuple[pa.Table, schema.TeacherManifest]:
     """Every row of the product `name`, unanswered ones too, checked and ordered as by `load`.
 
@@ -140,6 +153,7 @@ def _find(dataset: Dataset, name: str) -> tuple[pathlib.Path, schema.TeacherMani
     again = _MADE_BY.format(data=dataset.path, name=name)
     refuse_other_split(dataset, manifest, f"teacher {name!r}", fix=f"rebuild it: {again}")
     refuse_leak(
+        dataset,
         manifest.built_from,
         f"teacher {name!r}",
         "have the LLM answer from training interactions only, then rebuild it: " + again,
@@ -420,6 +434,8 @@ def report(manifest: schema.TeacherManifest) -> str:
         "prefix": "you state that the teacher saw only what came before each interaction",
         "includes_label": "the teacher may have seen the answers of training pairs: its scores on "
         "them flatter it",
+        "includes_valid": "the teacher has seen validation: for refits alone (slgr train "
+        "--refit=RUN --teacher=NAME)",
         "includes_eval": "the teacher has seen evaluation data: training will refuse this product",
     }[manifest.built_from]
     unlisted = {

@@ -40,10 +40,28 @@ def refuse_other_split(
             )
 
 
-def refuse_leak(built_from: str, product: str, fix: str) -> None:
+def seen_in(dataset: Dataset) -> str:
+    """What a product has seen that is made of all that can be learned from in `dataset`."""
+    return "train_only" if dataset.as_split is None else "includes_valid"
+
+
+def more_seen(*built_from: str) -> str:
+    """What has been seen by what is made of several: the most that one of them has."""
+    return max(built_from, key=schema.BUILT_FROM.index)
+
+
+def able_to_read(dataset: Dataset, built_from: str) -> Dataset:
+    """The dataset that a product may be read with to be shown, not learned from."""
+    needs_validation = built_from == "includes_valid" and dataset.as_split is None
+    return dataset.with_validation() if needs_validation else dataset
+
+
+def refuse_leak(dataset: Dataset, built_from: str, product: str, fix: str) -> None:
     """Raise `ManifestError` where a product has seen evaluation data, or does not say what it saw.
 
     Args:
+      dataset: what learns from it; where validation has joined training (`with_validation`), what
+        has seen that is welcome.
       built_from: as its manifest says, of `schema.BUILT_FROM`.
       product: names it in the error.
       fix: what to do.
@@ -52,4 +70,10 @@ def refuse_leak(built_from: str, product: str, fix: str) -> None:
         raise ManifestError(
             f"{product} says built_from={built_from}: training on it would leak evaluation data; "
             f"{fix}"
+        )
+    if built_from == "includes_valid" and dataset.as_split is None:
+        raise ManifestError(
+            f"{product} was made of training and validation (built_from=includes_valid): only a "
+            "refit learns from it, slgr train --refit=RUN --teacher=NAME or slgr compare "
+            "--refit_teacher=NAME; name here the one that was made of training"
         )

@@ -164,7 +164,7 @@ def load(dataset: Dataset, name: str, side: str = "", *, verify: bool = True) ->
     fix = "ask for them again (slgr teach requests --overwrite)"
     refuse_other_split(dataset, manifest, f"the texts {name!r}", fix)
     from_training = "ask for texts from training interactions only"
-    refuse_leak(manifest.built_from, f"the product of texts {name!r}", from_training)
+    refuse_leak(dataset, manifest.built_from, f"the product of texts {name!r}", from_training)
     if side and manifest.side != side:
         raise ConfigError(
             f"the texts {name!r} are about {manifest.side}s: give them with "
