@@ -263,8 +263,10 @@ def test_every_search_begins_at_what_one_without_guidance_found(tmp_path):
     shared = {name: tuned["global"]["tried"][0][name] for name in SHARED}
     assert all({name: row[name] for name in SHARED} == shared for row in drawn["global"])
     assert len({row["lambda"] for row in drawn["global"]}) == 5
-    rates = {landscape.runs[run].optimizer.lr for run in landscape.trained[:18]}
-    assert len({row["lr"] for row in drawn["none"]} | rates) == 5 + len(rates)
+    powers = {row["popularity_power"] for row in drawn["none"] if "popularity_power" in row}
+    of_base = {landscape.runs[run].sampler.popularity_power for run in landscape.trained[:18]}
+    assert len(powers) > 1
+    assert not powers & of_base
     # A trial of each variant there.
     firsts = tuned["auto"]["tried"][:4]
     assert [row["variant"] for row in firsts] == list(arms.VARIANTS)
