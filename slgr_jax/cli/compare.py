@@ -24,8 +24,8 @@ Arms: none; global (alpha 1); pointwise (the teacher's scores as labels); rule, 
 calibrated; hard_negatives (what the teacher lists against what the reference would recommend
 instead, calibrated with the reference's margin among its inputs), on the same pairs
 global_hard_negatives (alpha 1) and paper_hard_negatives (the paper's gate); auto (none, global,
-calibrated, paper or, of free lists, hard_negatives: which of them, its own search and then each
-seed's validation say); hard_own (no teacher: a user's own training items against a share of what
+calibrated, paper or, of free lists, rrd, rrd_selective, hard_negatives: which of them, its own
+search and then each seed's validation say); hard_own (no teacher: a user's own training items against a share of what
 `none` ranks highest); --arm for others. The reference is the run of the same seed of that arm
 without an LLM's word (none, hard_own, pruned; of those that are compared) which tuning found best
 (--arm=NAME:reference_runs=strongest; reference_runs=none: of `none`).

@@ -111,7 +111,8 @@ def factors_width(counts: Mapping[str, int], knobs: Mapping[str, Any]) -> int:
 
 
 def variants_of(data: str, teacher: str) -> tuple[str, ...]:
-    """What `auto` chooses among: hard negatives where unlisted items rank below the lists.
+    """What `auto` chooses among: lists as lists, too, and hard negatives, where unlisted items rank
+    below the lists.
 
     Raises:
       ConfigError: there is no such product.
@@ -123,7 +124,7 @@ def variants_of(data: str, teacher: str) -> tuple[str, ...]:
         raise ConfigError(f"{data} has no teacher {teacher!r}; it has: {listing(products)}")
     product = schema.read_teacher_manifest(preferences.product_path(data, teacher))
     free_lists = product.kind == "scores" and product.unlisted == "below"
-    return (*VARIANTS, FREE_LISTS) if free_lists else VARIANTS
+    return (*VARIANTS, *FREE_LISTS) if free_lists else VARIANTS
 
 
 class Base(NamedTuple):

@@ -131,10 +131,10 @@ DEFAULT_CONTROLS = tuple(control for control in CONTROLS if control != "ials")
 UNTUNED = ("constant", "shuffled")
 
 # The arm that chooses: its search and each seed's validation say which of its variants a run is.
-# The last one only where unlisted items rank below the teacher's lists.
+# The latter only where unlisted items rank below the teacher's lists.
 AUTO = config.AUTO
 VARIANTS = ("none", "global", "calibrated", "paper")
-FREE_LISTS = "hard_negatives"
+FREE_LISTS = ("rrd", "rrd_selective", "hard_negatives")
 
 # Losses of pairs whose weight is not alpha: what a constant gate of their mean weight has instead.
 _CONSTANT_LOSS: Mapping[str, str] = {"confidence": "logistic", "gain": "logistic"}
@@ -227,15 +227,8 @@ class ComparisonPlan:
         return {**of_arm, "teacher": self.teacher_of(arm) if guided else ""}
 
     def _shared_knobs(self, of_arm: Mapping[str, Any]) -> dict[str, Any]:
-        """The knobs of every run, without those of a guidance that the arm does not have: a run
-        refuses what it would not use."""
-        unused = {
-            flag_name(field)
-            for name, section in config.sections().items()
-            if name in config.GUIDANCE and name != of_arm["guidance"]
-            for field in dataclasses.fields(section)
-        }
-        return {name: value for name, value in self.knobs.items() if name not in unused}
+        """The knobs of every run that the arm has a use for."""
+        return used_by(str(of_arm["guidance"]), self.knobs)
 
     def config(
         self,
@@ -361,6 +354,17 @@ class ComparisonPlan:
         read = self.reference(arm, of_arms)
         reference = self.run_dir(backbone, read, of_arms[read], seed)
         return self.config(backbone, arm, tuned["chosen"], workdir, seed, reference=reference)
+
+
+def used_by(guidance: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs without those of other guidances: a run refuses what it would not use."""
+    unused = {
+        flag_name(field)
+        for name, section in config.sections().items()
+        if name in config.GUIDANCE and name != guidance
+        for field in dataclasses.fields(section)
+    }
+    return {name: value for name, value in knobs.items() if name not in unused}
 
 
 def trial_name(number: int) -> str:

@@ -6,10 +6,13 @@ What `slgr train --guidance=auto` does. Candidates, all with the knobs that are 
     global      pairwise, alpha = 1: everything is believed
     calibrated  pairwise, through the gate that learns where the teacher is right
     paper       pairwise, through S-LLMR's gate
-    hard_negatives   where unlisted items rank below the product's lists: these against what `none`
-                would recommend instead (`arms.ARMS`)
+and where unlisted items rank below the product's lists (`arms.ARMS`)
 
-each guided one at every lambda of `LAMBDAS` (`HARD_LAMBDAS`), or at the --lambda that is given.
+    rrd         listed items in their order above the others; rrd_selective: places as a gate says
+    hard_negatives   listed items against what `none` would recommend instead
+
+each guided one at every lambda of `LAMBDAS` (of these `FREE_LAMBDAS`), or at the --lambda that is
+given.
 
 Which one is kept. The greatest of m noisy validation values is too great even if no guidance helps,
 and nearly always a guided one's: m - 1 of them are guided. So a candidate must
@@ -22,7 +25,7 @@ and nearly always a guided one's: m - 1 of them are guided. So a candidate must
    epoch of early stopping, from a good guidance.
 
 Otherwise `none` is kept. A rule of one standard error would keep a candidate that is above by one,
-which the best of seven is by chance more often than not. The price is power: a gain that validation
+which the best of many is by chance more often than not. The price is power: a gain that validation
 cannot tell from noise is left. The test part is never read. What is kept is better on validation,
 which need not be the teacher's doing: guidance may stand in for a regulariser that was not tuned.
 
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 
 TABLE, CANDIDATES = "auto.json", "candidates"
 GUIDED, FREE_LISTS = arms.VARIANTS[1:], arms.FREE_LISTS
-LAMBDAS, HARD_LAMBDAS = (0.1, 1.0), (1.0, 5.0)
+LAMBDAS, FREE_LAMBDAS = (0.1, 1.0), (1.0, 5.0)
 LEVEL = 0.05
 
 
@@ -83,10 +86,10 @@ class AutoPlan:
 
     def candidates(self) -> list[Candidate]:
         """Everything that is tried, `none` first."""
-        guided = (*GUIDED, FREE_LISTS) if self.free_lists else GUIDED
+        guided = (*GUIDED, *FREE_LISTS) if self.free_lists else GUIDED
         tried = [Candidate("none")]
         for arm in guided:
-            grid = HARD_LAMBDAS if arm == FREE_LISTS else LAMBDAS
+            grid = FREE_LAMBDAS if arm in FREE_LISTS else LAMBDAS
             weights = grid if self.weight is None else (self.weight,)
             tried += [Candidate(arm, weight) for weight in weights]
         return tried
@@ -98,7 +101,9 @@ class AutoPlan:
             knobs = {name: v for name, v in self.knobs.items() if name not in of_guidance}
         else:
             of_teacher = {"teacher": self.teacher, "lambda": candidate.weight}
-            knobs = {**self.knobs, **arms.ARMS[candidate.arm], **of_teacher}
+            of_arm = arms.ARMS[candidate.arm]
+            given = arms.used_by(str(of_arm["guidance"]), self.knobs)
+            knobs = {**given, **of_arm, **of_teacher}
         if knobs.get("reference_runs") == arms.OF_STRONGEST:  # there is no other without an LLM
             unguided = Candidate("none", again=candidate.again)
             knobs["reference_runs"] = str(self.directory(unguided))

@@ -4,7 +4,8 @@
    the searches of all arms begin, that of `none` too: so guidance is added to a base that is tuned,
    and an arm with more knobs, or `auto` with its variants, spends its trials on these.
 1. Trials that depend on no other: what the base found, or the defaults (of `auto` with each
-   variant); then, until half of --trials, an arm's own knobs at random at the base's settings.
+   variant); then, until half of --trials, an arm's own knobs and the learning rate at random, at
+   the base's other settings.
    Without own knobs or without a base everything is drawn at random, alike in every arm.
 2. The other half, drawn by the sampler from what the arm's own trials came to.
 3. With --widen two times a quarter of --trials more. Where the best trial is at an end of a range,
@@ -314,10 +315,13 @@ class Search:
         return {**self._params[self._ranked()[0]], **self._looks[number]}
 
     def _near_base(self, drawn: dict[str, Any]) -> dict[str, Any]:
-        """What was drawn of the arm's own knobs, at what the base found; without any as drawn."""
+        """What was drawn of the arm's own knobs and of the learning rate, at what the base found;
+        without knobs of its own as drawn."""
         if self._base is None or not self.space.keys() - self._base.space.keys():
             return drawn
-        return drawn | arm_spaces.at_base(self.space, self._base)
+        at_base = arm_spaces.at_base(self.space, self._base)
+        # How fast rows are to move depends on what else they learn from.
+        return drawn | {name: value for name, value in at_base.items() if name != "lr"}
 
     def _widen(self, ended: int) -> None:
         """One step further where the best of the trials is at an end of a range."""

@@ -22,7 +22,7 @@ def test_arms_share_ranges_and_have_their_own_after_them(tmp_path):
         tmp_path,
         asked=("none", "global", "paper", "budget", "calibrated", "hard_negatives", "kd", "auto"),
         controls=("ease",),
-        variants=(*arms.VARIANTS, arms.FREE_LISTS),
+        variants=(*arms.VARIANTS, *arms.FREE_LISTS),
     )
     spaces = {arm: arm_spaces.space_of(plan, "mf", arm) for arm in plan.arms}
     for space in spaces.values():

@@ -162,13 +162,18 @@ def make_plan(data, workdir, teacher="pairs", **knobs):
     return auto.make_plan(str(data), pathlib.Path(workdir), given)
 
 
-def test_hard_negatives_are_tried_where_lists_are_free(right, tmp_path):
+def test_lists_are_learned_as_lists_and_against_hard_negatives_where_they_are_free(right, tmp_path):
     data = right[0] / "data"
     assert {c.arm for c in make_plan(data, tmp_path).candidates()} == {"none", *auto.GUIDED}
     plan = make_plan(data, tmp_path, "lists", seed=4, min_gap=0.5)
     names = [c.name for c in plan.candidates()]
     assert names[-2:] == ["hard_negatives_lambda1", "hard_negatives_lambda5"]
-    assert len(names) == 1 + 2 * len(auto.GUIDED) + 2
+    assert len(names) == 1 + 2 * len(auto.GUIDED) + 2 * len(auto.FREE_LISTS)
+    whole, gated = (
+        plan.run(c) for c in plan.candidates() if c.weight == 5.0 and c.arm.startswith("rrd")
+    )
+    assert (whole.guidance.guidance, whole.gate.gate) == ("rrd", "constant")
+    assert (gated.guidance.guidance, gated.gate.gate) == ("rrd", "calibrated")
     run = plan.run(plan.candidates()[-1])
     assert run.reference_runs == (str(tmp_path / "candidates" / "none"),)
     assert (run.pairwise.hard_negatives, run.guidance_loss_name) == (100, "gain")

@@ -257,12 +257,13 @@ def test_every_search_begins_at_what_one_without_guidance_found(tmp_path):
         assert of_arm["ranges"]["lr"].startswith("0.01..")
         assert "0.3:" not in of_arm["ranges"]["lr"]
 
-    # What is drawn at random: an arm's own knobs at the base's, without any all knobs, and others
-    # than the base drew.
+    # What is drawn at random: an arm's own knobs and lr at the base's; without own ones all knobs,
+    # others than the base drew.
     drawn = {arm: tuned[arm]["tried"][1:6] for arm in tuned}
     shared = {name: tuned["global"]["tried"][0][name] for name in SHARED}
-    assert all({name: row[name] for name in SHARED} == shared for row in drawn["global"])
-    assert len({row["lambda"] for row in drawn["global"]}) == 5
+    for row in drawn["global"]:
+        assert {**row, "lr": shared["lr"]}.items() >= shared.items()
+    assert len({(row["lambda"], row["lr"]) for row in drawn["global"]}) == 5
     powers = {row["popularity_power"] for row in drawn["none"] if "popularity_power" in row}
     of_base = {landscape.runs[run].sampler.popularity_power for run in landscape.trained[:18]}
     assert len(powers) > 1
