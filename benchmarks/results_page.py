@@ -3,7 +3,7 @@
     python benchmarks/results_page.py
 
 audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py
-(confirmation_first.json by the first edition of its protocol), table3.json of
+(confirmation_first.json, _second.json by the first editions of its protocol), table3.json of
 quality/paper_tables.py. No number of the page is written by hand; a test holds the
 page to the files.
 """
@@ -257,7 +257,14 @@ def read() -> str:
     """The page of what is committed."""
     audits = [json.loads((RESULTS / f"audit_{name}.json").read_text(encoding="utf-8"))
               for name in ("books", "lastfm", "ml")]  # fmt: skip
-    editions = map(_read, ("confirmation.json", "confirmation_first.json"))
+    editions = map(
+        _read,
+        (
+            "confirmation.json",
+            "confirmation_second.json",
+            "confirmation_first.json",
+        ),
+    )
     return page(audits, [facts for facts in editions if facts], _read("table3.json"))
 
 

@@ -25,10 +25,10 @@ calibrated; hard_negatives (what the teacher lists against what the reference wo
 instead, calibrated with the reference's margin among its inputs), on the same pairs
 global_hard_negatives (alpha 1) and paper_hard_negatives (the paper's gate); auto (none, global,
 calibrated, paper or, of free lists, rrd, rrd_selective, hard_negatives: which of them, its own
-search and then each seed's validation say); hard_own (no teacher: a user's own training items against a share of what
-`none` ranks highest); --arm for others. The reference is the run of the same seed of that arm
-without an LLM's word (none, hard_own, pruned; of those that are compared) which tuning found best
-(--arm=NAME:reference_runs=strongest; reference_runs=none: of `none`).
+search and then each seed's validation say); hard_own (no teacher: a user's own training items
+against a share of what `none` ranks highest); --arm for others. The reference is the run of the
+same seed of that arm without an LLM's word (none, hard_own, pruned; of those that are compared)
+which tuning found best (--arm=NAME:reference_runs=strongest; reference_runs=none: of `none`).
 Controls, in every report: constant (the matched gate's mean weight, on the same pairs); shuffled
 (another user's answers, without this user's own training items); and as teachers consensus (what
 the LLM names most, the same for everybody), popularity, item_item, EASE (ease; ials where it is

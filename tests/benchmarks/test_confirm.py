@@ -41,9 +41,10 @@ def test_the_protocol_names_what_the_command_runs() -> None:
     arms = {*full.arms, *full.controls}
     assert arms <= named
     assert arms == {*confirm.WITHOUT_LLM, *confirm.UNSELECTED, confirm.METHOD}
-    assert confirm.MET == (("leave_last", "Beauty"),)
-    assert "Beauty by `leave_last`" in PROTOCOL
-    assert {*full.backbones, *confirm.SPLITS, confirm.TEACHER} <= named
+    assert "the splits are " + ", ".join(f"`{split}`" for split in confirm.SPLITS) in PROTOCOL
+    assert list(confirm.SPLITS)[-1] == confirm.MET
+    assert f"test parts of `{confirm.MET}`" in PROTOCOL
+    assert {*full.backbones, *confirm.SPLITS, confirm.TEACHER, confirm.TEACHER_ANEW} <= named
     assert all(f"**{dataset}**" in PROTOCOL for dataset in ("Beauty", "Sports", "Toys"))
     assert full.seeds == 5
     assert "Five seeds, 0 to 4" in PROTOCOL
@@ -65,21 +66,17 @@ def test_every_data_set_comes_before_another_recommender_or_split() -> None:
     cells = confirm.cells(confirm.SCALES["full"])
     assert len(cells) == len(set(cells)) == 18
     assert [cell.name for cell in cells[:4]] == [
-        "Sports, leave_last, mf",
-        "Toys, leave_last, mf",
-        "Sports, leave_last, lightgcn",
-        "Toys, leave_last, lightgcn",
-    ]
-    assert [cell.name for cell in cells[4:7]] == [
         "Beauty, ratio_1, mf",
         "Sports, ratio_1, mf",
         "Toys, ratio_1, mf",
+        "Beauty, ratio_1, lightgcn",
     ]
+    assert [cell.name for cell in cells[6:8]] == ["Beauty, ratio_2, mf", "Sports, ratio_2, mf"]
 
 
 def test_a_cell_that_answers_no_primary_question_comes_last() -> None:
     cells = confirm.cells(confirm.SCALES["full"])
-    assert [cell.met for cell in cells] == [False] * 16 + [True] * 2
+    assert [cell.met for cell in cells] == [False] * 12 + [True] * 6
 
 
 def test_a_sample_keeps_whole_users_in_their_order(tmp_path: pathlib.Path) -> None:
