@@ -70,6 +70,11 @@ class EvaluationConfig(Section):
         1024, "users ranked at once; bounds memory", minimum=1, maximum=BATCH
     )
     pooled_auc: bool = knob(True, "also report AUC over all user-item pairs pooled")
+    rank_apart: bool = knob(
+        False,
+        "also rank tail items among tail items alone, and head items among head items; with "
+        "--tail_item_popularity=0 tail items are those that training never saw",
+    )
     ranking: bool = knob(True, "rank the catalogue; --noranking leaves only --rows")
     rows: str = knob(
         "none",

@@ -97,6 +97,12 @@ class Csr:
         shape = (self.offsets.size - 1, n_columns)
         return scipy.sparse.csr_matrix((ones, self.indices, self.offsets), shape=shape)
 
+    def among(self, chosen: np.ndarray) -> Csr:
+        """The same rows with the entries e alone for which `chosen[e]`, [C] bool."""
+        kept = chosen[self.indices]
+        offsets = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])[self.offsets]
+        return Csr(offsets, self.indices[kept])
+
     @staticmethod
     def empty(n_rows: int) -> Csr:
         """Rows without entries."""

@@ -34,6 +34,7 @@ from slgr_jax.evaluation.device_ranking import (
 from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.evaluation.placement import Placement
 from slgr_jax.evaluation.ranking_metrics import (
+    APART,
     PartResult,
     Ranking,
     TopItems,
@@ -240,6 +241,7 @@ def rank(
     split: UserShards | None = None,
     split_items: bool = False,
     kernels: str = "auto",
+    among: np.ndarray | None = None,
     between_chunks: Callable[[], None] = lambda: None,
 ) -> Ranking:
     """Rank every user that has relevant items over all items that are not masked.
@@ -258,12 +260,18 @@ def rank(
         are not.
       split_items: the tables of items in `state` are split over the mesh's axis `table`, and
         `score_users` is `ByVectors`: each device ranks over its own items.
+      among: [I] bool, the only items that are candidates; others are neither relevant nor
+        masked. Without lists and pooled AUC. None: all are.
       between_chunks: called between two chunks of users; what it raises ends the ranking.
 
     Raises:
       NonFiniteError: a score is NaN or infinite.
       ConfigError: as for `top_k`.
     """
+    n_candidates = n_items
+    if among is not None:
+        relevant, seen, n_candidates = relevant.among(among), seen.among(among), int(among.sum())
+        top_k, pooled_auc = 0, False
     counts = relevant.counts
     users = np.flatnonzero(counts).astype(np.int32)
     order = [counts[users]]
@@ -275,6 +283,7 @@ def rank(
     arranged = scorer.arranged(users)
     users = np.where(arranged < 0, -1, users[arranged])
     masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
+    listable = None if among is None else Listable(scorer.put(among), None)
     rank_chunk = functools.partial(
         device_ranking.rank_chunk,
         k=min(top_k, n_items),
@@ -292,7 +301,7 @@ def rank(
     pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
     top = np.empty((users.size, min(top_k, n_items)), np.int32)
     masked_items = np.empty(users.size, np.int32)
-    for places, ranks in scorer.each(users, dispatch, between_chunks=between_chunks):
+    for places, ranks in scorer.each(users, dispatch, listable, between_chunks):
         of_chunk = users[places]
         _refuse_nonfinite(of_chunk, ranks["bad"])
 
@@ -310,7 +319,7 @@ def rank(
         for name, dtype in PAIR_DTYPES.items()
     }
     real = users >= 0
-    ranked = assemble(users[real], relevant, masked_items[real], n_items, flat, top[real])
+    ranked = assemble(users[real], relevant, masked_items[real], n_candidates, flat, top[real])
     if not pooled_auc:
         return ranked
     auc = _pooled_auc(scorer, users, ranked, masked, wanted)
@@ -382,7 +391,8 @@ def evaluate_dataset(
     out = {}
     for part in parts:
         data = part_data(dataset, part, slices)
-        ranked = rank(
+        ranked = functools.partial(
+            rank,
             score_users,
             state,
             data.relevant,
@@ -396,5 +406,10 @@ def evaluate_dataset(
             split_items=split_items,
             kernels=kernels,
         )
-        out[part] = summarize_part(ranked, data, evaluation.ks)
+        apart = {
+            name: ranked(among=data.masks.items[slice_name])
+            for name, slice_name in APART.items()
+            if evaluation.rank_apart
+        }
+        out[part] = summarize_part(ranked(), data, evaluation.ks, apart)
     return out

@@ -38,6 +38,7 @@ DEFINITIONS: Mapping[str, str] = {
     "mean_popularity@K": "training count of the first K items, mean per user, then over users",
     "tail_items, head_items, popularity": "R holds only the slice's items; candidates, ranks and "
     "the non-relevant items of auc stay the same; n counts users with any such item",
+    "tail_items_apart, head_items_apart": "the slice's items are the only candidates, too",
 }
 
 
@@ -255,6 +256,10 @@ def summarize(of_users: UserValues, within: np.ndarray | None = None) -> Values:
     return out
 
 
+# The slices of --rank_apart, and the slice whose items each ranks among themselves.
+APART: Mapping[str, str] = {f"{name}_apart": name for name in ("tail_items", "head_items")}
+
+
 @dataclasses.dataclass(frozen=True)
 class PartData:
     """What a part's ranking and slices need, from the dataset alone."""
@@ -274,7 +279,8 @@ class PartResult:
 
     Attributes:
       slices: slice name -> metrics, `overall` first.
-      users: per-user metrics with all, only tail, only head items as relevant.
+      users: per-user metrics with all, only tail, only head items as relevant; tail_apart and
+        head_apart of `APART`.
       data: what was evaluated.
       n_dropped: relevant pairs left out because the item is masked for the user.
     """
@@ -303,8 +309,17 @@ def part_data(dataset: Dataset, part: str, config: SliceConfig) -> PartData:
     )
 
 
-def summarize_part(ranking: Ranking, data: PartData, ks: Sequence[int]) -> PartResult:
-    """Every slice of `data`; coverage, popularity and the pooled AUC on `overall` only."""
+def summarize_part(
+    ranking: Ranking,
+    data: PartData,
+    ks: Sequence[int],
+    apart: Mapping[str, Ranking] | None = None,
+) -> PartResult:
+    """Every slice of `data`; coverage, popularity and the pooled AUC on `overall` only.
+
+    Args:
+      apart: the rankings of `APART`, where there are any.
+    """
     everyone = per_user(ranking, ks)
     overall = summarize(everyone)
     n = {name: overall.pop(name) for name in ("n", "n_relevant")}
@@ -325,7 +340,12 @@ def summarize_part(ranking: Ranking, data: PartData, ks: Sequence[int]) -> PartR
         if name in ("tail_items", "head_items"):
             tables[name.removesuffix("_items")] = of_users
 
-    first = ("overall", "cold_users", "warm_users", "tail_items", "head_items")
+    for name, alone in (apart or {}).items():
+        of_users = per_user(alone, ks)
+        out[name] = summarize(of_users)
+        tables[name.replace("_items", "")] = of_users
+
+    first = ("overall", "cold_users", "warm_users", "tail_items", "head_items", *(apart or ()))
     ordered = {name: out[name] for name in (*first, *out)}
     return PartResult(ordered, tables, data, ranking.n_dropped)
 

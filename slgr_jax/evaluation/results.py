@@ -100,8 +100,9 @@ def metrics_json(run: EvaluatedRun) -> dict[str, Any]:
 def user_table(run: EvaluatedRun) -> pa.Table:
     """A row per part, user and kind of relevant items: what paired tests need.
 
-    Columns: part, items (all, tail, head: which relevant items count), user (external id),
-    n_relevant, history (training items), cold, then the metrics (null where undefined).
+    Columns: part, items (all, tail, head: which relevant items count; tail_apart, head_apart of
+    --rank_apart: which are candidates, too), user (external id), n_relevant, history (training
+    items), cold, then the metrics (null where undefined).
     """
     pieces = [
         _user_rows(run.dataset, result.data.slices, part, kind, table)

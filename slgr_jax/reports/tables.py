@@ -15,7 +15,7 @@ import numpy as np
 from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.evaluation import click_metrics
-from slgr_jax.evaluation.ranking_metrics import DEFINITIONS, check_metric
+from slgr_jax.evaluation.ranking_metrics import APART, DEFINITIONS, check_metric
 from slgr_jax.evaluation.results import MAIN_SLICES, EvaluatedRun, thresholds
 from slgr_jax.evaluation.significance import compare, holm
 from slgr_jax.files import write_atomically
@@ -170,7 +170,7 @@ def metric_rows(
         name
         for run in runs
         for name, values in run.parts[part].slices.items()
-        if values["n"] and (bins or name in MAIN_SLICES)
+        if values["n"] and (bins or name in MAIN_SLICES or name in APART)
     )
     rows = []
     for name in names:
@@ -227,7 +227,7 @@ def list_rows(runs: Sequence[EvaluatedRun], part: str) -> list[dict[str, Any]]:
 def paired_rows(
     runs: Sequence[EvaluatedRun], part: str, metric: str, *, resamples: int = 999
 ) -> list[dict[str, Any]]:
-    """Each later run against the first, user by user, on the main slices.
+    """Each later run against the first, user by user, on the main slices and those of `APART`.
 
     `p_holm` corrects `p` (paired t-test) for the number of rows that are tested. A slice in which
     fewer than `LEAST_DIFFERENT` users differ between the runs is not tested: its p are None.
@@ -235,7 +235,9 @@ def paired_rows(
     first = runs[0]
     rows: list[dict[str, Any]] = []
     for run in runs[1:]:
-        for name in MAIN_SLICES:
+        results = (first.parts[part], run.parts[part])
+        apart = [name for name in APART if all(name in result.slices for result in results)]
+        for name in (*MAIN_SLICES, *apart):
             users, values = _user_values(run, part, name, metric)
             users_first, values_first = _user_values(first, part, name, metric)
             # Users of both, and where they are in each.
@@ -272,7 +274,7 @@ def _user_values(
     run: EvaluatedRun, part: str, name: str, metric: str
 ) -> tuple[np.ndarray, np.ndarray]:
     result = run.parts[part]
-    table = result.users[name.removesuffix("_items") if name.endswith("_items") else "all"]
+    table = result.users[name.replace("_items", "") if "_items" in name else "all"]
     mask = result.data.masks.users.get(name)
     chosen = slice(None) if mask is None else mask[table.users]
     if metric not in table.values:

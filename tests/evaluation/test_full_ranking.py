@@ -10,6 +10,7 @@ import pytest
 import worlds
 from jax.sharding import AxisType, Mesh
 from ranked_worlds import World, check, factors, make_world, table
+from sklearn.metrics import roc_auc_score
 
 from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr
@@ -288,6 +289,63 @@ def test_tied_dot_products_stay_tied_between_the_passes(kernels):
     auc = ranking_metrics.per_user(ranked, (10,)).values["auc"]
     np.testing.assert_allclose(auc, 0.5, atol=1e-12)
     assert ranked.pooled_auc == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("who", ["native", "xla", "split"])
+def test_items_ranked_among_themselves_are_a_catalogue_of_their_own(who):
+    """The same as a world that has no other items, but for their numbers."""
+    if who == "native":
+        worlds.need_native_kernels()
+    world = make_world(14, 37, 90, ties=True, overlap=True)
+    among = np.random.default_rng(0).random(90) < 0.4
+    own = World(world.scores[:, among], world.relevant[:, among], world.masked[:, among])
+    how = _split(world, 4) if who == "split" else {"state": jax.device_put(world.scores)}
+    state, kernels = how.pop("state"), "native" if who == "native" else "xla"
+    ranked = full_ranking.rank(
+        table, state, *world.csr, 90, users_per_chunk=16, among=among, kernels=kernels, **how
+    )
+    expected = own.rank(top_k=0, pooled_auc=False)
+    assert ranked.n_dropped == expected.n_dropped > 0
+    np.testing.assert_array_equal(ranked.items, np.flatnonzero(among)[expected.items])
+    same = dataclasses.replace(ranked, items=expected.items)
+    _assert_same(same, expected)
+
+
+def test_slices_that_are_ranked_apart(tmp_path):
+    """Recall and AUC of tail items among tail items, by sorting each user's scores."""
+    dataset = worlds.random_dataset(tmp_path / "data")
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(dataset.n_users, dataset.n_items)).astype(np.float32)
+    slices = SliceConfig(tail_item_fraction=0.5)
+    config = EvaluationConfig(ks=(3,), rank_apart=True)
+    parts = full_ranking.evaluate_dataset(table, jax.device_put(scores), dataset, slices, config)
+    tail = dataset.slices(slices).tail_items
+    for name, group in (("tail_items_apart", tail), ("head_items_apart", ~tail)):
+        recalls, aucs = [], []
+        for u in range(dataset.n_users):
+            hidden = set(dataset.positives(("train", "valid")).row(u).tolist())
+            free = [i for i in np.argsort(-scores[u]).tolist() if group[i] and i not in hidden]
+            wanted = set(dataset.positives(("test",)).row(u).tolist()) & set(free)
+            if not wanted:
+                continue
+            recalls.append(len(wanted & set(free[:3])) / len(wanted))
+            labels = [i in wanted for i in free]
+            if not all(labels):
+                aucs.append(roc_auc_score(labels, scores[u, free]))
+        values = parts["test"].slices[name]
+        assert values["n"] == len(recalls) > 5
+        assert values["recall@3"] == pytest.approx(np.mean(recalls))
+        assert values["auc"] == pytest.approx(np.mean(aucs))
+        assert parts["test"].users[name.replace("_items", "")].users.size == len(recalls)
+    usual = full_ranking.evaluate_dataset(
+        table,
+        jax.device_put(scores),
+        dataset,
+        slices,
+        dataclasses.replace(config, rank_apart=False),
+    )
+    assert not set(ranking_metrics.APART) & set(usual["test"].slices)
+    assert usual["test"].slices["tail_items"] == parts["test"].slices["tail_items"]
 
 
 def test_evaluate_dataset_masks_what_it_says(tmp_path):

@@ -97,6 +97,22 @@ def test_runs_of_different_splits_are_not_tested(tmp_path):
     assert "user by user" not in text
 
 
+def test_items_ranked_apart_have_rows_tests_and_users_of_their_own(tmp_path):
+    """The difference of two runs is that of their means; the file has the same users."""
+    runs = random_runs(tmp_path, ("base", "better"), rank_apart=True)
+    named = {row["slice"]: row for row in tables_lib.paired_rows(runs, "test", "recall@5")}
+    shown = {row["slice"] for row in tables_lib.metric_rows(runs, "test", bins=False)}
+    users = results.user_table(runs[1]).to_pylist()
+    for name, kind in (("tail_items_apart", "tail_apart"), ("head_items_apart", "head_apart")):
+        base, better = (run.parts["test"].slices[name] for run in runs)
+        assert named[name]["difference"] == pytest.approx(better["recall@5"] - base["recall@5"])
+        assert named[name]["n"] == better["n"] > 0
+        rows = [row for row in users if row["part"] == "test" and row["items"] == kind]
+        assert np.mean([row["recall@5"] for row in rows]) == pytest.approx(better["recall@5"])
+        assert name in shown
+    assert "the slice's items are the only candidates" in tables_lib.render(runs, "ndcg@10")
+
+
 def test_baselines_are_tested_apart_and_say_what_was_chosen(tmp_path):
     runs = random_runs(tmp_path, ("base", "better", "simple"))
     facts = {"name": "simple", "settings": {"lambda": 50}, "tuned_on": "valid ndcg@10"}
