@@ -4,8 +4,8 @@
 
 audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py
 (confirmation_first.json, _second.json by the first editions of its protocol), table3.json of
-quality/paper_tables.py. No number of the page is written by hand; a test holds the
-page to the files.
+quality/paper_tables.py, reproduction.json of quality/reproduce.py. No number of the page is
+written by hand; a test holds the page to the files.
 """
 
 from __future__ import annotations
@@ -53,9 +53,16 @@ def page(
     audits: Sequence[Mapping[str, Any]],
     confirmations: Sequence[Mapping[str, Any]],
     table3: Mapping[str, Any] | None,
+    reproductions: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page in Markdown."""
-    parts = (_survives(audits), _audits(audits), _confirmed(confirmations), _table3(table3))
+    parts = (
+        _survives(audits),
+        _audits(audits),
+        _confirmed(confirmations),
+        _table3(table3),
+        _reproductions(reproductions),
+    )
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -248,6 +255,42 @@ def _table3(facts: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"`{' '.join(facts['flags'])}`. Cut: {'; '.join(facts['cut']) or 'nothing'}."
 
 
+def _reproductions(reproductions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield from ("", "## Printed numbers of others", "")
+    yield "Papers whose repositories ship their split, and products where there are any: what they"
+    yield "print / what the same arms come to here, test part ([how](repeat.md)). `-`: not printed."
+    for facts in reproductions.values():
+        yield from ("", *reproduced(facts))
+
+
+def reproduced(facts: Mapping[str, Any]) -> Iterator[str]:
+    """A target of quality/reproduce.py: printed beside ours, what is gained, what differs."""
+    columns, rows = facts["columns"], facts["rows"]
+    seeds = max(len(of_seeds) for row in rows for of_seeds in row["ours"].values())
+    yield from (f"### {facts['title']}", "")
+    yield f"github.com/{facts['repository']}; {facts['source']}."
+    yield f"Split {facts['split_hash'][:12]}, {seeds} seed{'s' * (seeds != 1)}."
+    yield from ("", _row("", *columns), "|---|" + "---:|" * len(columns))
+    for row in rows:
+        cells = (_both(row["printed"].get(name), _mean(row["ours"][name])) for name in columns)
+        yield _row(row["title"], *cells)
+    yield from ("", _row("gain", "of", "printed / ours"), "|---|---|---:|")
+    for of in facts["gains"]:
+        both = _both(of["printed"], of["ours"], sign=True)
+        yield _row(of["question"], of["column"], both)
+    yield from ("", *(f"- *Differs:* {text}" for text in facts["differs"]))
+    if facts["cut"]:
+        yield f"- *Cut for want of time:* {'; '.join(facts['cut'])}."
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _both(printed: float | None, ours: float | None, *, sign: bool = False) -> str:
+    return f"{number(printed, sign=sign) or '-'} / {number(ours, sign=sign) or '-'}"
+
+
 def _read(name: str) -> dict[str, Any] | None:
     path = RESULTS / name
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -265,7 +308,8 @@ def read() -> str:
             "confirmation_first.json",
         ),
     )
-    return page(audits, [facts for facts in editions if facts], _read("table3.json"))
+    confirmed = [facts for facts in editions if facts]
+    return page(audits, confirmed, _read("table3.json"), _read("reproduction.json") or {})
 
 
 if __name__ == "__main__":
