@@ -20,6 +20,7 @@ from slgr_jax.api.experiments import compare, tune
 from slgr_jax.api.runs import evaluate, export, inspect, load, recommend
 from slgr_jax.api.training import (
     IMPORT_COMMON,
+    import_edits,
     import_interactions,
     import_teacher,
     prepare,
@@ -31,6 +32,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "import_edits",
     "import_interactions",
     "import_teacher",
     "inspect",

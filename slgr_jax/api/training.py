@@ -1,4 +1,4 @@
-"""From files to a run: `prepare`, `import_teacher`, `import_interactions`, `train`."""
+"""From files to a run: `prepare`, `train`, and imports of what an LLM said."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from slgr_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from slgr_jax.data.dataset import Dataset
+    from slgr_jax.data.edit_schema import EditManifest
     from slgr_jax.data.schema import DatasetManifest, TeacherManifest
     from slgr_jax.training.loop import Outcome
     from slgr_jax.training.training_log import TrainingProgress
@@ -28,6 +29,8 @@ _OF_SCORES = (
     *("scores", "score_column", "score_kind", "unlisted", "training_items"),
     *("keep_training_items", "duplicates", "append"),
 )
+# Those of scores and interactions that say nothing of edits.
+_NOT_OF_EDITS = (*_OF_SCORES, "interactions", "weight_column", "items_as")
 
 
 def prepare(*, source: str, input: PathLike, out: PathLike, **knobs: Any) -> DatasetManifest:
@@ -158,11 +161,7 @@ def import_interactions(
     common: config.TeachConfig = section_of(config.TeachConfig, values)
     options: config.ImportConfig = section_of(config.ImportConfig, values)
     defaults = config.ImportConfig()
-    for knob_name in _OF_SCORES:
-        if (value := getattr(options, knob_name)) != getattr(defaults, knob_name):
-            raise ConfigError(
-                f"--{knob_name}={value} is of --scores, not of --interactions; drop one of them"
-            )
+    _refuse_given(options, _OF_SCORES, "--interactions")
     # The column of weights may be missing: it is named only where the user names it.
     names = {options.user_column: "user", options.item_column: "item"}
     if options.weight_column != defaults.weight_column:
@@ -182,6 +181,60 @@ def import_interactions(
         rows_per_shard=common.rows_per_shard,
         overwrite=common.overwrite,
     )
+
+
+def import_edits(
+    data: PathLike | Dataset, edits: PathLike, name: str, **knobs: Any
+) -> EditManifest:
+    """What an LLM takes for noise among training interactions, to the product DATA/edits/NAME.
+
+    `slgr teach import --edits=FILE`; `train(edits=NAME)` learns without them, with what the LLM
+    names in their place, or by their weight.
+
+    Args:
+      data: as of `import_teacher`.
+      edits: Parquet, Arrow, JSON lines or CSV file with user, item or position (0 the oldest) or
+        both, noise (a probability) and optionally replacement (an item).
+      name: what training calls the product.
+      **knobs: of `import_teacher`, but for those of scores and titles.
+
+    Raises:
+      UserError: the file cannot be used, or a knob is not of edits; the message names the row.
+    """
+    from slgr_jax.data import dataset as dataset_lib
+    from slgr_jax.teacher.products import edits as products
+    from slgr_jax.teacher.products import preferences
+
+    values = knob_values(
+        (config.TeachConfig, config.ImportConfig), {"edits": edits, "name": name, **knobs}
+    )
+    common: config.TeachConfig = section_of(config.TeachConfig, values)
+    options: config.ImportConfig = section_of(config.ImportConfig, values)
+    _refuse_given(options, _NOT_OF_EDITS, "--edits")
+    return products.import_file(
+        data if isinstance(data, dataset_lib.Dataset) else dataset_lib.load(data),
+        pathlib.Path(options.edits),
+        common.name,
+        provenance=preferences.Provenance(
+            built_from=options.built_from, model=common.model, prompt_hash=options.prompt_hash
+        ),
+        names={options.user_column: "user"}
+        | ({options.item_column: "item"} if options.item_column != "item" else {}),
+        unknown=options.unknown,
+        delimiter=common.delimiter,
+        rows_per_shard=common.rows_per_shard,
+        overwrite=common.overwrite,
+    )
+
+
+def _refuse_given(options: config.ImportConfig, knobs: tuple[str, ...], flag: str) -> None:
+    """Refuse knobs that say nothing of what `flag` imports."""
+    defaults = config.ImportConfig()
+    for name in knobs:
+        if (value := getattr(options, name)) != getattr(defaults, name):
+            raise ConfigError(
+                f"--{name}={value} says nothing of what {flag} imports; drop one of them"
+            )
 
 
 def train(

@@ -280,7 +280,7 @@ def run(
     define: Callable[[], None] | None = None,
     own: Sequence[str] = (),
     required: Sequence[str] = (),
-    stand_ins: Mapping[str, str] | None = None,
+    stand_ins: Mapping[str, tuple[str, ...]] | None = None,
     positional: Sequence[str] = (),
     hints: Mapping[str, str] | None = None,
 ) -> None:
@@ -294,7 +294,7 @@ def run(
       define: defines the command's own flags, with `absl.flags`.
       own: names of flags that the script defined itself before, for `--help`.
       required: names of flags that must be given.
-      stand_ins: required flag -> a flag that may be given in its place.
+      stand_ins: required flag -> flags that may be given in its place.
       positional: accepted values of the first positional argument; none if empty.
       hints: flag that the command does not have -> the error when it is given all the same.
     """
@@ -325,8 +325,8 @@ def run(
     app.run(_guarded(main), flags_parser=parse)
 
 
-def _given(flag: str, stand_ins: Mapping[str, str]) -> bool:
-    return bool(FLAGS[flag].value or (flag in stand_ins and FLAGS[stand_ins[flag]].value))
+def _given(flag: str, stand_ins: Mapping[str, tuple[str, ...]]) -> bool:
+    return any(FLAGS[name].value for name in (flag, *stand_ins.get(flag, ())))
 
 
 def _see_help(name: str) -> str:

@@ -174,5 +174,5 @@ def run() -> None:
         sections=SECTIONS,
         define=define,
         required=("data", "workdir"),
-        stand_ins={"data": "refit", "workdir": "plan"},
+        stand_ins={"data": ("refit",), "workdir": ("plan",)},
     )

@@ -38,6 +38,7 @@ from slgr_jax.config.distillation import (
     RRDConfig,
     UnKDConfig,
 )
+from slgr_jax.config.edits import EditConfig
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.exchange import ExchangeConfig
 from slgr_jax.config.guidance import (
@@ -134,6 +135,7 @@ __all__ = [
     "CombineConfig",
     "CompareConfig",
     "EMBEDDERS",
+    "EditConfig",
     "EmbedConfig",
     "EvaluationConfig",
     "ExchangeConfig",

@@ -88,6 +88,7 @@ _OF_VECTORS = (
     *("adapter_neighbours", "item_side_weight", "user_side_weight", "dual_view"),
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
+_OF_EDITS = ("edit_how", "edit_threshold", "edit_threshold_of", "edits_per_user")
 # Of what --train_only=adapters leaves as it is.
 _OF_FROZEN = ("lr", "dropout", "init_slots")
 _BUILT_IN: Mapping[str, Collection[str]] = {
@@ -125,6 +126,9 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name in ("init_how", "init_scale", "init_half") and not run.vectors.init_products:
             text = f"--{name}={_text(value)} is not used without initial vectors"
             unused.append(f"{text}; add --init_item_vectors=NAME (slgr teach embed)")
+        elif name in _OF_EDITS and not run.edits.product:
+            text = f"--{name}={_text(value)} is not used without edits"
+            unused.append(f"{text}; add --edits=NAME (slgr teach import --edits=FILE)")
         elif name == "drop" and not run.loss.drop_share:
             text = f"--{name}={_text(value)} is not used with --drop_share=0"
             unused.append(f"{text}; add --drop_share=0.1")

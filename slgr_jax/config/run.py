@@ -35,6 +35,7 @@ from slgr_jax.config.distillation import (
     RRDConfig,
     UnKDConfig,
 )
+from slgr_jax.config.edits import EditConfig
 from slgr_jax.config.evaluation import EvaluationConfig, SliceConfig
 from slgr_jax.config.guidance import (
     ALIGNMENTS,
@@ -64,6 +65,7 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    edits: EditConfig = dataclasses.field(default_factory=EditConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     pairwise: PairwiseConfig = dataclasses.field(default_factory=PairwiseConfig)
     interactions: InteractionsConfig = dataclasses.field(default_factory=InteractionsConfig)
@@ -94,6 +96,7 @@ class RunConfig:
         self._check_vectors()
         self._check_train_only()
         self._check_loss()
+        self.edits.check(self.loss, self.sampler)
         self._check_user_shards()
 
     def _check_user_shards(self) -> None:
@@ -122,6 +125,7 @@ class RunConfig:
             "--init_from reads tables as they are without shards": bool(self.train.init_from),
             "--refit is of a run without shards": bool(self.train.refit),
             "--kernels=native draw and rank for a whole run": self.train.kernels == "native",
+            f"--edits={self.edits.product} is of all users' histories": bool(self.edits.product),
         }
         for reason, holds in reasons.items():
             if holds:

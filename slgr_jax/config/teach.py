@@ -90,6 +90,12 @@ class ImportConfig(Section):
         "word, to be learned as interactions (slgr train --guidance=interactions); weights above 0 "
         "and up to 1, without them all are 1",
     )
+    edits: str = knob(
+        "",
+        "in place of --scores: a file with user, item or position (0 the oldest), noise (0 to 1)"
+        "[, replacement]: how likely an LLM takes a training interaction for noise, and by what it "
+        "would replace it (slgr train --edits=NAME); written to DATA/edits/NAME",
+    )
     built_from: str = knob(
         "train_only",
         "what the teacher saw; train_only = training interactions, prefix = what came "

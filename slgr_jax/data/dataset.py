@@ -242,6 +242,16 @@ class Dataset:
     def _counted(self) -> Dataset:
         return self.as_split or self
 
+    @functools.cached_property
+    def split_rows(self) -> np.ndarray:
+        """[n] where each training interaction of the split is in `train`."""
+        if self.as_split is None:
+            return np.arange(len(self.train))
+        order = _joined(self.as_split.train, self.as_split.valid)[1]
+        place = np.empty_like(order)
+        place[order] = np.arange(order.size)
+        return place[: len(self.as_split.train)]
+
     @property
     def n_users(self) -> int:
         return len(self.user_ids)

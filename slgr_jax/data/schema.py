@@ -18,6 +18,7 @@ A dataset directory:
     embeddings/NAME/manifest.json  vectors of items and users
     answers/NAME/manifest.json     parsed answers of an LLM: only ever appended to
     texts/NAME/manifest.json       what an LLM wrote about users or items
+    edits/NAME/manifest.json       training interactions taken for noise (edit_schema.py)
 
 Indices are int32 and start at 0; external ids are strings, kept exactly as in the input
 (leading zeros, spaces inside, any Unicode). Interactions of a part are sorted by user,
@@ -32,7 +33,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -384,16 +385,13 @@ class TextManifest:
     version: int = VERSION
 
 
-AnyManifest = (
-    DatasetManifest
-    | TeacherManifest
-    | CandidateManifest
-    | RequestManifest
-    | AnswerManifest
-    | EmbeddingManifest
-    | TextManifest
-)
-Written = TypeVar("Written", bound=AnyManifest)
+class Manifest(Protocol):
+    """Any of them, and those of other modules: a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Written = TypeVar("Written", bound=Manifest)
 
 
 def files_hash(files: Sequence[ShardFile]) -> str:
@@ -438,21 +436,21 @@ def read_teacher_manifest(directory: str | os.PathLike[str]) -> TeacherManifest:
 def read_candidate_manifest(directory: str | os.PathLike[str]) -> CandidateManifest:
     """Read a candidate set's manifest; a missing, foreign or damaged one is a `ManifestError`."""
     raw = manifest_json.read(directory, CandidateManifest, "slgr teach candidates")
-    return CandidateManifest(**_with_files(raw, ("pairs", "hidden"), directory))
+    return CandidateManifest(**with_files(raw, ("pairs", "hidden"), directory))
 
 
 def read_request_manifest(directory: str | os.PathLike[str]) -> RequestManifest:
     """Read requests.json; a missing, foreign or damaged one is a `ManifestError`."""
     maker = "slgr teach requests --overwrite"
     raw = manifest_json.read(directory, RequestManifest, maker, file_name=REQUESTS_MANIFEST)
-    return RequestManifest(**_with_files(raw, ("requests", "index"), directory))
+    return RequestManifest(**with_files(raw, ("requests", "index"), directory))
 
 
 def read_answer_manifest(directory: str | os.PathLike[str]) -> AnswerManifest:
     """Read an answer log's manifest; a missing, foreign or damaged one is a `ManifestError`."""
     raw = manifest_json.read(directory, AnswerManifest, "slgr teach collect")
     raw["sources"] = tuple(raw["sources"])
-    return AnswerManifest(**_with_files(raw, ("answers", "answered", "quarantine"), directory))
+    return AnswerManifest(**with_files(raw, ("answers", "answered", "quarantine"), directory))
 
 
 def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManifest:
@@ -461,19 +459,20 @@ def read_embedding_manifest(directory: str | os.PathLike[str]) -> EmbeddingManif
     raw["fields"] = {
         name: dict(sorted(of_table.items())) for name, of_table in raw.get("fields", {}).items()
     }
-    return EmbeddingManifest(**_with_files(raw, ("items", "users"), directory))
+    return EmbeddingManifest(**with_files(raw, ("items", "users"), directory))
 
 
 def read_text_manifest(directory: str | os.PathLike[str]) -> TextManifest:
     """Read a manifest of texts; a missing, foreign or damaged one is a `ManifestError`."""
     raw = manifest_json.read(directory, TextManifest, "slgr teach collect")
     raw["fields"] = tuple(raw["fields"])
-    return TextManifest(**_with_files(raw, ("texts",), directory))
+    return TextManifest(**with_files(raw, ("texts",), directory))
 
 
-def _with_files(
+def with_files(
     raw: dict[str, Any], keys: tuple[str, ...], directory: str | os.PathLike[str]
 ) -> dict[str, Any]:
+    """A manifest's fields with its `files` read; a `ManifestError` where those of `keys` lack."""
     where = pathlib.Path(directory)
     if missing := sorted(set(keys) - set(raw["files"])):
         raise ManifestError(f"{where} is damaged: it lists no files of {listing(missing)}")

@@ -104,6 +104,8 @@ class Targets:
       users, items: of each; a window's are those of its last event.
       as_of: how many events the user has before it; None where no history is read.
       labels: 1 or 0; None where every interaction is a positive.
+      weights: what each counts; None where all count alike, or where histories say it of every
+        event of a window (`Histories.weights`).
       interactions: each as `context.interaction_rows` counts it; None where nobody reads its
         features.
     """
@@ -113,6 +115,7 @@ class Targets:
     as_of: Int[Array, "m"] | None
     labels: Float[Array, "m"] | None
     interactions: Int[Array, "m"] | None = None
+    weights: Float[Array, "m"] | None = None
 
 
 @struct.dataclass
@@ -237,6 +240,7 @@ def targets(
     power: float = 0.0,
     left_out: Csr | None = None,
     features: bool = False,
+    weights: np.ndarray | None = None,
 ) -> Targets:
     """The training interactions to learn from, in the order of the part (user, then time).
 
@@ -249,6 +253,7 @@ def targets(
       power: an interaction is there max(1, round(rating^power)) times; 0: once.
       left_out: interactions not to learn from.
       features: whether the backbone reads those of interactions.
+      weights: [n] of every training interaction, what it counts; None: all alike.
 
     Raises:
       InputError: nothing is left, labels without ratings, or labels that are all the same.
@@ -289,6 +294,7 @@ def targets(
         as_of,
         labels,
         host32(interaction_rows(dataset, "train")[chosen]) if features else None,
+        None if weights is None or window else host_array(weights[chosen], np.float32),
     )
 
 
@@ -320,9 +326,17 @@ def _times(dataset: Dataset, chosen: np.ndarray, power: float) -> np.ndarray:
 
 
 def interactions(
-    dataset: Dataset, sampler: SamplerConfig, cold: np.ndarray, tail: np.ndarray
+    dataset: Dataset,
+    sampler: SamplerConfig,
+    cold: np.ndarray,
+    tail: np.ndarray,
+    more: Csr | None = None,
 ) -> Interactions:
     """The training pairs of `dataset`, ready to be drawn from (host arrays).
+
+    Args:
+      more: other items that are no negatives of their user. Draws from pairs, and negatives that
+        are other users' items (in_batch), cannot have them: there must be `Targets`.
 
     Raises:
       InputError: nothing to train on, or counts past what int32 arrays address.
@@ -336,10 +350,17 @@ def interactions(
             f"arrays hold fewer than {2**31} and {2**30}"
         )
     masses = item_masses(dataset.learned_popularity, sampler)
+    cut = pairs
+    if more is not None and more.indices.size:
+        cut = Csr.from_pairs(
+            np.concatenate([pairs.owners(), more.owners()]),
+            np.concatenate([pairs.indices, more.indices]),
+            dataset.n_users,
+        )
     return Interactions(
         users=host32(pairs.owners()),
         items=host32(pairs.indices),
-        negatives=excluded(pairs, masses, dataset.n_items),
+        negatives=excluded(cut, masses, dataset.n_items),
         cumulative=None if masses is None else host32(np.concatenate([[0], np.cumsum(masses)])),
         facts=make_facts(dataset, cold, tail),
     )

@@ -34,7 +34,8 @@ class Batch:
     Attributes:
       queries: [B] users, and as of which moment.
       items: [B, C] (positive, negatives).
-      weights: [B]; 0 where no valid negative exists. Those of a shard of users are its `Share`'s.
+      weights: [B] what each counts, 1 unless `Targets.weights` says otherwise; 0 where no valid
+        negative exists. Those of a shard of users are its `Share`'s.
       labels: [B] of the first item where rows are labelled; None where it is a positive.
       shared: [N] negatives that all triples share; None where each has its own.
     """
@@ -164,6 +165,8 @@ def draw_targets(
         shape = (*users.shape, count)
         items = jnp.concatenate([items, negative.reshape(shape)], axis=-1)
         weights = jnp.min(able.reshape(shape), axis=-1)
+    if targets.weights is not None:
+        weights = weights * targets.weights[chosen]
     asked = None if targets.interactions is None else targets.interactions[chosen]
     return Queries(users, as_of, asked), items, weights, labels
 

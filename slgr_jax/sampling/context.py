@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.compute as pc
 from flax import struct
-from jaxtyping import Array, Bool, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from slgr_jax.config import CLICK_BACKBONES, ModelConfig
 from slgr_jax.data import features as features_lib
@@ -61,11 +61,13 @@ class Histories:
       offsets: [U + 1] bounds of each user's row.
       items: [n].
       trained: [U] how many of a user's events are training interactions.
+      weights: [n] what each counts as something to predict; None: all alike.
     """
 
     offsets: Int[Array, "U1"]
     items: Int[Array, "n"]
     trained: Int[Array, "U"]
+    weights: Float[Array, "n"] | None = None
 
 
 @struct.dataclass
@@ -223,6 +225,19 @@ def recent(
     return histories.items.at[event].get(mode="clip"), real
 
 
+def window_weights(
+    histories: Histories, queries: Queries, length: int
+) -> Float[Array, "N L1"] | None:
+    """What the last L events before each query and the one at it count as something to predict, in
+    the order of `recent`; None: all alike."""
+    if histories.weights is None:
+        return None
+    assert queries.as_of is not None, "a window ends at a moment"
+    place = queries.as_of[:, None] + jnp.arange(length + 1, dtype=jnp.int32)[None, :] - length
+    event = histories.offsets[queries.users][:, None] + jnp.maximum(place, 0)
+    return histories.weights.at[event].get(mode="clip")
+
+
 def categories_of(
     fields: Fields, items: Int[Array, "..."]
 ) -> tuple[Int[Array, "... F"], Bool[Array, "... F"]]:
@@ -297,7 +312,7 @@ def make_context(
     slots = [make_slots(chosen.of(side), chosen.most_values)[0] for side in ("user", "item")]
     slots.append(_interaction_slots(dataset, chosen))
     return Context(
-        _histories(dataset) if HISTORY in reads else None,
+        make_histories(dataset) if HISTORY in reads else None,
         _fields(dataset, most_categories)[0] if FIELDS in reads else None,
         make_graph(dataset.positives(("train",)), dataset.n_items) if GRAPH in reads else None,
         Features(*slots) if FEATURES in reads else None,
@@ -329,8 +344,12 @@ def host32(x: np.ndarray) -> Any:
     return np.ascontiguousarray(x, np.int32)
 
 
-def _histories(dataset: Dataset) -> Histories:
-    """Events of each user by part (training first), then in the order of the part: by time."""
+def make_histories(dataset: Dataset, weights: np.ndarray | None = None) -> Histories:
+    """Events of each user by part (training first), then in the order of the part: by time.
+
+    Args:
+      weights: what each training interaction counts as something to predict; None: all alike.
+    """
     train, valid = dataset.train, dataset.valid
     users = np.concatenate([train.users, valid.users])
     items = np.concatenate([train.items, valid.items])
@@ -338,7 +357,12 @@ def _histories(dataset: Dataset) -> Histories:
     offsets = np.zeros(dataset.n_users + 1, np.int64)
     np.cumsum(np.bincount(users, minlength=dataset.n_users), out=offsets[1:])
     trained = np.bincount(train.users, minlength=dataset.n_users)
-    return Histories(host32(offsets), host32(items[order]), host32(trained))
+    histories = Histories(host32(offsets), host32(items[order]), host32(trained))
+    if weights is None:
+        return histories
+    of_events = np.concatenate([weights, np.ones(len(valid), weights.dtype)])[order]
+    counted: Any = np.ascontiguousarray(of_events, np.float32)  # stands in for the device array
+    return dataclasses.replace(histories, weights=counted)
 
 
 def _events_by_user(dataset: Dataset) -> np.ndarray:

@@ -24,10 +24,11 @@ from slgr_jax.models.embedding_table import InitialRows
 from slgr_jax.sampling import arrays as arrays_lib
 from slgr_jax.sampling import user_context, user_shards
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions, Targets
-from slgr_jax.sampling.context import HISTORY, Context
+from slgr_jax.sampling.context import HISTORY, Context, Histories
 from slgr_jax.sampling.negatives import SamplingPlan
 from slgr_jax.training import (
     checkpoint,
+    edited,
     initial_values,
     objectives,
     refit,
@@ -35,6 +36,7 @@ from slgr_jax.training import (
     vector_products,
     warm_start,
 )
+from slgr_jax.training.edited import Edited
 from slgr_jax.training.step import Trainer
 
 
@@ -47,6 +49,8 @@ class Experiment:
       arrays: what these draw from, on the devices.
       initial: table -> what its rows begin with, on the host; {} where all are drawn, and in a run
         that goes on.
+      edited: what is learned in place of the training interactions; None: these.
+      histories: those of the data, on the devices, where training looks up edited ones.
     """
 
     config: RunConfig
@@ -54,6 +58,16 @@ class Experiment:
     trainer: Trainer
     arrays: DeviceArrays
     initial: Mapping[str, InitialRows]
+    edited: Edited | None = None
+    histories: Histories | None = None
+
+    @property
+    def validated(self) -> Context:
+        """What validation looks up: histories as the data have them."""
+        context = self.arrays.context
+        if self.edited is None:
+            return context
+        return dataclasses.replace(context, histories=self.histories)
 
 
 def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Experiment:
@@ -80,8 +94,13 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         neighbours=vector_products.neighbours(run, dataset),
     )
     slices = dataset.slices(run.slices)
+    learned = edited.edited(run, dataset, context)
     interactions = arrays_lib.interactions(
-        dataset, run.sampler, slices.cold_users, slices.tail_items
+        dataset,
+        run.sampler,
+        slices.cold_users,
+        slices.tail_items,
+        None if learned is None else learned.more,
     )
 
     reference_runs = restore.as_of(restore.restore_reference_runs(run, dataset), "valid")
@@ -98,7 +117,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         sources = Sources(run, dataset, backbone, reference_runs)
         guidance_arrays, left_out = guidance.arrays(sources)
 
-    targets = _targets(run, dataset, backbone, context, left_out)
+    targets = _targets(run, dataset, learned, backbone, context, left_out)
     interactions = dataclasses.replace(interactions, targets=targets)
     drawn = user_shards.total(interactions.drawn, dataset)
     plan = _plan(run, dataset, backbone, interactions, drawn, native=native)
@@ -112,12 +131,15 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     initial = initial_values.initial_rows(run, dataset, backbone, layout) if begins else {}
     # Vectors are split as tables are; everything else is whole on every device, or dealt out.
     placed = user_context.put(dataclasses.replace(context, vectors=None), layout)
+    of_data = placed.histories
+    if learned is not None and of_data is not None:
+        placed = dataclasses.replace(placed, histories=layout.put(learned.histories()))
     if context.vectors is not None:
         vectors = put(context.vectors, layout.table_sharding)
         placed = dataclasses.replace(placed, vectors=vectors)
     arrays = _placed(trainer, interactions, guidance_arrays, context)
     arrays = dataclasses.replace(arrays, context=placed)
-    return Experiment(run, dataset, trainer, arrays, initial)
+    return Experiment(run, dataset, trainer, arrays, initial, learned, of_data)
 
 
 def _placed(
@@ -151,19 +173,21 @@ def _window(backbone: AnyBackbone) -> int:
 def _targets(
     run: RunConfig,
     dataset: Dataset,
+    learned: Edited | None,
     backbone: AnyBackbone,
     context: Context,
     left_out: Csr | None,
 ) -> Targets | None:
     """What is drawn instead of training pairs, where their time, label, rating or number counts,
-    or where some are left out."""
+    or where some are left out, edited or weighed."""
     window = _window(backbone)
     loss, history, power = run.loss, HISTORY in backbone.reads, run.sampler.rating_power
     pairs = not (history or loss.min_history or loss.rating_threshold or power)
-    if pairs and left_out is None and objectives.negatives_of_triple(run, window) == 1:
+    pairs = pairs and learned is None and left_out is None
+    if pairs and objectives.negatives_of_triple(run, window) == 1:
         return None
     return arrays_lib.targets(
-        dataset,
+        dataset if learned is None else learned.dataset,
         window=window,
         history=history,
         min_history=loss.min_history,
@@ -171,6 +195,7 @@ def _targets(
         power=power,
         left_out=left_out,
         features=context.features is not None and context.features.interaction is not None,
+        weights=None if learned is None else learned.weights,
     )
 
 
@@ -185,6 +210,8 @@ def _plan(
 ) -> SamplingPlan:
     shared = run.loss.shared_negatives if run.loss_name == "sampled_softmax" else 0
     every_negative = arrays_lib.every_negative_drawn(interactions, run.sampler)
+    targets = interactions.targets
+    weighed = targets is not None and targets.weights is not None
     return SamplingPlan(
         n_items=dataset.n_items,
         drawn=drawn,
@@ -192,7 +219,7 @@ def _plan(
         sampler=run.sampler,
         native=native,
         # The lanes of a shard of users have its weight.
-        every_negative=every_negative and not run.train.user_shards,
+        every_negative=every_negative and not (run.train.user_shards or weighed),
         negatives=objectives.negatives_of_triple(run, _window(backbone)),
         shared=shared,
     )

@@ -48,7 +48,7 @@ from slgr_jax.models.row_access import Reads, View
 from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.batch import Batch
-from slgr_jax.sampling.context import Context, at_interactions, recent
+from slgr_jax.sampling.context import Context, at_interactions, recent, window_weights
 from slgr_jax.sampling.negatives import SamplingPlan
 
 GUIDANCE, BOTH, TRIPLES = "guidance", "triples and guidance", "triples"
@@ -376,6 +376,11 @@ class Windows:
         place = jnp.broadcast_to(predicted.place, predicted.weights.shape)
         targets = jnp.take_along_axis(ids, place, axis=1)
         weights = predicted.weights * batch.weights[:, None]
+        histories = inputs.context.histories
+        assert histories is not None
+        counted = window_weights(histories, batch.queries, backbone.length)
+        if counted is not None:
+            weights = weights * jnp.take_along_axis(counted, place, axis=1)
         rows = {"item": jnp.take_along_axis(events, place[:, :, None], axis=1)}
         positives = backbone.item_vectors(inputs.params, rows)
         if self.loss in ("softmax", "sampled_softmax"):

@@ -126,7 +126,7 @@ def make_programs(experiment: Experiment) -> Programs:
         key=jax.jit(_draw_key, out_shardings=trainer.layout.replicated),
         serving=make_serving_state(trainer),
         finite=jax.jit(functools.partial(_finite, trainer)),
-        validate=Validation(trainer, experiment.dataset, experiment.arrays.context),
+        validate=Validation(trainer, experiment.dataset, experiment.validated),
         per_epoch=-(-trainer.plan.drawn // trainer.plan.triples),
         dispatch=steps_per_dispatch(trainer),
     )

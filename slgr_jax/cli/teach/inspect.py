@@ -2,8 +2,8 @@
 
     slgr teach inspect --data=DATA --name=NAME
 
-NAME is of DATA/teacher, DATA/texts, or both. A product of another split, or one that is damaged, is
-refused by name.
+NAME is of DATA/teacher, DATA/texts, DATA/edits, or several of them. A product of another
+split, or one that is damaged, is refused by name.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 
 
 def work(dataset: Dataset, common: config.TeachConfig) -> None:
-    """Load DATA/teacher/NAME, or DATA/texts/NAME, or both, which checks them, and show them."""
+    """Load what is called NAME of teachers, texts and edits, which checks it, and show it."""
     from slgr_jax.data import schema
-    from slgr_jax.teacher.products import preferences, texts
+    from slgr_jax.teacher.products import edits, preferences, texts
 
-    has_texts = (texts.product_path(dataset.path, common.name) / schema.MANIFEST).is_file()
+    has_texts, has_edits = (
+        (kind.product_path(dataset.path, common.name) / schema.MANIFEST).is_file()
+        for kind in (texts, edits)
+    )
     if has_texts:
         print(texts.report(texts.load(dataset, common.name)))
-    if not has_texts or preferences.product_path(dataset.path, common.name).is_dir():
+    if has_edits:
+        print(edits.report(edits.load(dataset, common.name)))
+    if not (has_texts or has_edits) or preferences.product_path(dataset.path, common.name).is_dir():
         print(preferences.report(preferences.checked(dataset, common.name)))
 
 

@@ -27,7 +27,7 @@ class SubCommand:
       sections: sections of which it uses every knob.
       parts: sections of which it uses some knobs, and these.
       required: flags that must be given, beside data and name.
-      stand_ins: required flag -> one that may be given in its place.
+      stand_ins: required flag -> those that may be given in its place.
       refused: flags that other sub-commands have -> why this one cannot have them.
     """
 
@@ -37,7 +37,7 @@ class SubCommand:
     sections: tuple[type[Section], ...] = ()
     parts: Mapping[type[Section], tuple[str, ...]] = dataclasses.field(default_factory=dict)
     required: tuple[str, ...] = ()
-    stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stand_ins: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

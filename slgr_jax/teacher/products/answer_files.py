@@ -18,12 +18,25 @@ from slgr_jax.errors import InputError, listing
 ITEM_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "scores": ("item",),
     "interactions": ("item",),
+    "edits": ("item", "replacement"),
     "preferences": ("preferred", "other"),
 }
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "scores": ("score", "rank"),
     "interactions": ("weight", "label"),
+    "edits": ("noise", "position"),
     "preferences": ("margin",),
+}
+# Columns of which a kind needs one of several sets, and how an error names them.
+_OF_KIND: Mapping[str, tuple[tuple[frozenset[str], ...], str]] = {
+    "interactions": (
+        (frozenset({"user", "item"}),),
+        "user, item and optionally weight",
+    ),
+    "edits": (
+        (frozenset({"user", "item", "noise"}), frozenset({"user", "position", "noise"})),
+        "user, item or position (0 the oldest), noise (a probability) and optionally replacement",
+    ),
 }
 _ITEM_NAMES = frozenset(itertools.chain.from_iterable(ITEM_COLUMNS.values()))
 _BINARY_HEADS = (b"PAR1", b"ARRO", b"\xff\xff\xff\xff")
@@ -35,7 +48,7 @@ def read(
     *,
     titled: bool,
     names: Mapping[str, str] | None = None,
-    interactions: bool = False,
+    kind: str = "",
 ) -> pa.Table:
     """The table in a file: all columns, or of CSV those that are known.
 
@@ -43,7 +56,7 @@ def read(
       path: the file; delimiter: CSV column separator.
       names: what its columns are called -> user, item or score, where that is something else.
       titled: a column title names the items, and is called item in what is returned.
-      interactions: see `kind_of`.
+      kind: see `kind_of`.
 
     Raises:
       InputError, ShardError: it cannot be read, or lacks columns.
@@ -72,7 +85,7 @@ def read(
         if len(set(header)) != len(header):
             raise InputError(f"{path} names a column twice: {listing(header)}")
         header = _renamed(header, names, path)
-        kind_of(header, path, titled=titled, interactions=interactions)
+        kind_of(header, path, titled=titled, kind=kind)
         table = pacsv.read_csv(
             path,
             read_options=pacsv.ReadOptions(column_names=header, skip_rows=1) if names else None,
@@ -157,20 +170,20 @@ def _with_items(table: pa.Table, *, titled: bool) -> pa.Table:
     return table.rename_columns({"title": "item"})
 
 
-def kind_of(
-    columns: Sequence[str], path: pathlib.Path, *, titled: bool, interactions: bool = False
-) -> str:
+def kind_of(columns: Sequence[str], path: pathlib.Path, *, titled: bool, kind: str = "") -> str:
     """Scores or preferences, by the names of columns; `InputError` where they are neither.
 
     Args:
-      interactions: it must be these: a user and an item, with or without a number.
+      kind: what it must be: interactions (a user and an item, with or without a number) or edits
+        (a user, an item or a position, a number); empty: scores or preferences.
     """
     names = {"item" if titled and name == "title" else name for name in columns}
-    if interactions:
-        if {"user", "item"} <= names:
-            return "interactions"
+    if kind:
+        needed, expected = _OF_KIND[kind]
+        if any(choice <= names for choice in needed):
+            return kind
         raise InputError(
-            f"{path} has columns {listing(columns)}; expected user, item and optionally weight"
+            f"{path} has columns {listing(columns)}; expected {expected}"
             + _other_delimiter(columns)
         )
     if {"user", "item"} <= names and names & set(NUMBERS["scores"]):

@@ -92,14 +92,14 @@ def read(
     if raw.num_rows == 0:
         raise InputError(f"{path} has no rows: a teacher needs at least one answer")
     column = _number_column(raw.column_names, kind, score_kind)
-    numbers = _numbers(raw, kind, column, path)
+    numbers = numbers_of(raw, kind, column, path)
     ranked = kind == "scores" and RANK in (column, score_kind)
     if ranked:
         numbers = _turned(numbers, column, path)
 
     counts = {"file_rows": raw.num_rows}
-    texts = {name: _text(raw.column(name), name, path) for name in ("user", *ITEM_COLUMNS[kind])}
-    indices = _indices(texts, dataset, only="user" if titled else "")
+    texts = {name: id_texts(raw.column(name), name, path) for name in ("user", *ITEM_COLUMNS[kind])}
+    indices = indices_of(texts, dataset, only="user" if titled else "")
     rows = np.arange(raw.num_rows)
     if titled:
         users, names = texts["user"], {name: texts[name] for name in ITEM_COLUMNS[kind]}
@@ -114,7 +114,7 @@ def read(
         indices = {name: values[rows] for name, values in indices.items()}
     _refuse_itself(indices, texts, rows, path)
 
-    keep = _known(texts, indices, dataset, path, unknown, counts)
+    keep = known_rows(texts, indices, dataset, path, unknown, counts)
     columns = {name: values[keep] for name, values in indices.items()}
     rows = rows[keep]
 
@@ -124,7 +124,7 @@ def read(
     return AnswerTable(table, counts, RANK if ranked else score_kind)
 
 
-def _indices(
+def indices_of(
     texts: Mapping[str, pa.ChunkedArray], dataset: Dataset, *, only: str = ""
 ) -> dict[str, np.ndarray]:
     """By column of ids (one of them, or all): their indices in `dataset`; -1 where it has none."""
@@ -188,7 +188,8 @@ def _turned(ranks: np.ndarray, column: str, path: pathlib.Path) -> np.ndarray:
     return -ranks
 
 
-def _text(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedArray:
+def id_texts(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedArray:
+    """Ids as text, integers as decimal digits; `InputError` where one is missing."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -203,7 +204,7 @@ def _text(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedA
     return column
 
 
-def _numbers(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.ndarray:
+def numbers_of(table: pa.Table, kind: str, name: str, path: pathlib.Path) -> np.ndarray:
     """[rows] float32 of the column `name`; NaN where there is no score."""
     if name not in table.column_names:
         return np.ones(table.num_rows, np.float32)
@@ -261,7 +262,7 @@ def _first_unparsable(column: pa.ChunkedArray) -> int:
     return low + 1
 
 
-def _known(
+def known_rows(
     texts: Mapping[str, pa.ChunkedArray],
     indices: Mapping[str, np.ndarray],
     dataset: Dataset,

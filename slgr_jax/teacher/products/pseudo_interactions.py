@@ -72,8 +72,8 @@ def import_file(
     """
     shards.check_target(preferences.product_path(dataset.path, name), overwrite=overwrite)
     titled = items_as == "titles"
-    raw = answer_files.read(path, delimiter, titled=titled, names=names, interactions=True)
-    answer_files.kind_of(raw.column_names, path, titled=titled, interactions=True)
+    raw = answer_files.read(path, delimiter, titled=titled, names=names, kind="interactions")
+    answer_files.kind_of(raw.column_names, path, titled=titled, kind="interactions")
     if "label" in raw.column_names:
         raise InputError(
             f"{path} has a column label, and pseudo-interactions are what users take: import what "

@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_used_is_refused(tiny, tmp_path, text, said):
 def test_knobs_of_scores_are_refused(tiny, tmp_path):
     path = _file(tmp_path, ROWS)
     for knobs in ({"append": True}, {"unlisted": "below"}, {"scores": "x.csv"}):
-        with pytest.raises(ConfigError, match="is of --scores, not of --interactions"):
+        with pytest.raises(ConfigError, match="says nothing of what --interactions imports"):
             api.import_interactions(tiny, path, "t", **knobs)
     with pytest.raises(InputError, match="no column 'w', which --weight_column names"):
         api.import_interactions(tiny, path, "t", weight_column="w")
