@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,9 +50,7 @@ def test_recent_is_the_end_of_the_history_before_the_moment(dataset):
         assert int(histories.trained[user]) == trained
         for as_of in range(len(events) + 1):
             queries = Queries(jnp.array([user]), jnp.array([as_of]))
-            items, there = context.recent(
-                context.Histories(*map(jnp.asarray, vars(histories).values())), queries, 4
-            )
+            items, there = context.recent(jax.tree.map(jnp.asarray, histories), queries, 4)
             past = events[max(0, as_of - 4) : as_of]
             assert there[0].tolist() == [False] * (4 - len(past)) + [True] * len(past)
             assert items[0, 4 - len(past) :].tolist() == past
