@@ -129,6 +129,9 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name in _OF_EDITS and not run.edits.product:
             text = f"--{name}={_text(value)} is not used without edits"
             unused.append(f"{text}; add --edits=NAME (slgr teach import --edits=FILE)")
+        elif name in ("inserted_per_user", "insert_seed") and not run.edits.inserted:
+            text = f"--{name}={_text(value)} is not used without --insert"
+            unused.append(f"{text}; add --insert=NAME (slgr teach interactions)")
         elif name == "drop" and not run.loss.drop_share:
             text = f"--{name}={_text(value)} is not used with --drop_share=0"
             unused.append(f"{text}; add --drop_share=0.1")

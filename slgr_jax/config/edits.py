@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from slgr_jax.config.knobs import COUNT, Section, knob
+from slgr_jax.config.backbones import learns_from_sequences
+from slgr_jax.config.knobs import COUNT, WIDTH, Section, knob
 from slgr_jax.config.training import LossConfig, SamplerConfig
 from slgr_jax.errors import ConfigError
 
@@ -49,13 +50,45 @@ class EditConfig(Section):
         maximum=COUNT,
         flag="edits_per_user",
     )
+    inserted: str = knob(
+        "",
+        "product of DATA/teacher, pseudo-interactions or lists (slgr teach import --interactions, "
+        "slgr teach interactions): the first --inserted_per_user of a user are put into the "
+        "history that sequence backbones learn, each at a random place (Llama4Rec)",
+        flag="insert",
+    )
+    inserted_per_user: int = knob(
+        1, "--insert: most items put into a history, the best first", minimum=1, maximum=WIDTH
+    )
+    insert_seed: int = knob(
+        0,
+        "--insert: the places are a function of it and the user, the same whatever --seed",
+        minimum=0,
+        maximum=COUNT,
+    )
 
-    def check(self, loss: LossConfig, sampler: SamplerConfig) -> None:
+    @property
+    def named(self) -> str:
+        """The products that are read, as flags; empty for none."""
+        flags = {"--edits": self.product, "--insert": self.inserted}
+        return " and ".join(f"{flag}={name}" for flag, name in flags.items() if name)
+
+    def check(self, backbone: str, loss: LossConfig, sampler: SamplerConfig) -> None:
         """Refuse what edits do not go with.
 
         Raises:
           ConfigError: what, and what to do.
         """
+        if self.inserted and not learns_from_sequences(backbone):
+            raise ConfigError(
+                f"--insert={self.inserted} puts items into sequences, and --backbone={backbone} "
+                f"learns none; add --guidance=interactions --teacher={self.inserted} in its place"
+            )
+        if self.inserted and sampler.negatives == "hard":
+            raise ConfigError(
+                f"--insert={self.inserted}: --negatives=hard may be an item that is put into the "
+                "same user's history; use uniform or popularity"
+            )
         if not self.product or self.how != "replace":
             return
         if loss.rating_threshold:

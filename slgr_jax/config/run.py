@@ -96,7 +96,7 @@ class RunConfig:
         self._check_vectors()
         self._check_train_only()
         self._check_loss()
-        self.edits.check(self.loss, self.sampler)
+        self.edits.check(self.model.backbone, self.loss, self.sampler)
         self._check_user_shards()
 
     def _check_user_shards(self) -> None:
@@ -125,7 +125,7 @@ class RunConfig:
             "--init_from reads tables as they are without shards": bool(self.train.init_from),
             "--refit is of a run without shards": bool(self.train.refit),
             "--kernels=native draw and rank for a whole run": self.train.kernels == "native",
-            f"--edits={self.edits.product} is of all users' histories": bool(self.edits.product),
+            f"{self.edits.named} reads all users' histories": bool(self.edits.named),
         }
         for reason, holds in reasons.items():
             if holds:

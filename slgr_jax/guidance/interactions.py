@@ -91,7 +91,9 @@ def product(run: RunConfig, dataset: Dataset) -> Pseudo:
       ManifestError, ShardError, InputError: the product does not fit, is damaged, or states none.
     """
     teacher = teacher_product.load(run, dataset)
-    pseudo = pseudo_interactions.of_teacher(dataset, teacher, run.interactions.places)
+    pseudo = pseudo_interactions.of_teacher(
+        dataset, teacher, run.interactions.places, knob="--guidance=interactions"
+    )
     if not user_shards.total(pseudo.items.size, dataset):
         raise InputError(
             f"--guidance=interactions: teacher {run.guidance.teacher!r} names nothing outside its "

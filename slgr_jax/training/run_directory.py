@@ -393,7 +393,7 @@ def write_record(
         "features": [f"{feature.side}.{feature.name}" for feature in features.features],
         "feature_values_cut": features.cut,
         "vectors": vector_products.record(run, dataset),
-        "edits": edited.record(run, dataset),
+        "edited_by": edited.record(run, dataset),
         "initial_rows": _initial_rows(run, dataset, initial),
         "reference_runs": reference_checkpoints(run),
         "init_from": origin(run, "init_from"),

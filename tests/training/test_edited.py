@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import worlds
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy import stats
 
 import slgr_jax
 from slgr_jax.config import make_run
@@ -19,7 +21,7 @@ from slgr_jax.models.row_access import RowAccess
 from slgr_jax.sampling import batch as batch_lib
 from slgr_jax.sampling.negatives import generators
 from slgr_jax.teacher.products import edits, preferences
-from slgr_jax.training import objectives, restore, run_directory, step
+from slgr_jax.training import edited, objectives, restore, run_directory, step
 from slgr_jax.training.build import build
 from slgr_jax.training.state import init_state
 
@@ -64,13 +66,13 @@ def _learned(dataset, how, threshold=0.5, most=2):
             for k in range(held.rows.size)
             if train.users[held.rows[k]] == user and held.noise[k] > threshold
         ]
-        edited = {row: (-noise, other) for noise, row, other in sorted(said)[: most or None]}
+        chosen = {row: (-noise, other) for noise, row, other in sorted(said)[: most or None]}
         events = []
         for row in np.flatnonzero(train.users == user).tolist():
-            item, (noise, other) = int(train.items[row]), edited.get(row, (0.0, -1))
-            if row in edited and how == "replace" and other >= 0:
+            item, (noise, other) = int(train.items[row]), chosen.get(row, (0.0, -1))
+            if row in chosen and how == "replace" and other >= 0:
                 events.append((other, 1.0))
-            elif row not in edited or how == "weigh":
+            elif row not in chosen or how == "weigh":
                 events.append((item, 1.0 - noise))
         out[user] = events
     return out
@@ -183,18 +185,18 @@ def test_each_place_of_a_window_has_its_targets_weight(dataset, tmp_path, backbo
 def test_nothing_but_learning_notices_edits(dataset, tmp_path):
     plain = _experiment(dataset, tmp_path / "a", backbone="sasrec", edits="", max_history=9,
                         edit_threshold=0.6)  # fmt: skip
-    edited = _experiment(dataset, tmp_path / "b", backbone="sasrec", max_history=9)
+    changed = _experiment(dataset, tmp_path / "b", backbone="sasrec", max_history=9)
     for a, b in zip(
         jax.tree.leaves(plain.arrays.interactions.facts),
-        jax.tree.leaves(edited.arrays.interactions.facts),
+        jax.tree.leaves(changed.arrays.interactions.facts),
         strict=True,
     ):
         assert_array_equal(a, b)
     for a, b in zip(
-        jax.tree.leaves(plain.validated), jax.tree.leaves(edited.validated), strict=True
+        jax.tree.leaves(plain.validated), jax.tree.leaves(changed.validated), strict=True
     ):
         assert_array_equal(a, b)
-    assert edited.arrays.context.histories.items.size < edited.validated.histories.items.size
+    assert changed.arrays.context.histories.items.size < changed.validated.histories.items.size
     graphs = [
         _experiment(dataset, tmp_path / name, backbone="lightgcn", **knobs).arrays.context.graph
         for name, knobs in (("c", {}), ("d", {"edits": "", "edit_threshold": 0.6}))
@@ -220,7 +222,7 @@ def test_a_run_is_trained_recorded_refit_and_resumed_with_its_edits_alone(datase
     events = sum(map(len, learned.values()))
     assert record["interactions_deleted"] == len(train) - events > 0
     assert record["interactions_replaced"] > 0 == record["interactions_weighed"]
-    assert record["edits"]["product"] == "n"
+    assert record["edited_by"]["edits"]["product"] == "n"
     slgr_jax.evaluate(tmp_path / "r")
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     validated = metrics["valid"]["overall"]["ndcg@10"]  # histories are the data's in both
@@ -243,7 +245,7 @@ def test_a_run_is_trained_recorded_refit_and_resumed_with_its_edits_alone(datase
 
     _edit(dataset, "n", seed=1, overwrite=True)
     try:
-        with pytest.raises(ConfigError, match="--edits: n holds other edits now"):
+        with pytest.raises(ConfigError, match="--edits: n holds something else now"):
             slgr_jax.train(dataset.path, tmp_path / "r", **knobs | {"epochs": 3})
     finally:
         _edit(dataset, "n", seed=0, overwrite=True)
@@ -276,7 +278,7 @@ def test_several_devices_have_the_numbers_of_one(dataset, tmp_path):
         ({"edits": "no"}, "has no edits 'no'; it has: n;"),
         ({"rating_threshold": 4.0, "loss": "bce"}, "use delete or weigh"),
         ({"negatives": "in_batch"}, "use uniform or popularity, or --edit_how=delete"),
-        ({"user_shards": 4}, "--edits=n is of all users' histories"),
+        ({"user_shards": 4}, "--edits=n reads all users' histories"),
     ],
 )
 def test_what_does_not_go_together_is_refused(dataset, tmp_path, knobs, said):
@@ -295,3 +297,169 @@ def test_everything_deleted_is_refused(dataset, tmp_path):
 def test_a_knob_of_edits_without_edits_is_refused(dataset, tmp_path):
     with pytest.raises(ConfigError, match="--edit_how=delete is not used without edits; add"):
         slgr_jax.train(dataset.path, tmp_path / "r", edit_how="delete")
+
+
+# ------------------------------------------------------------------------------------- insertion
+
+
+def _teach_pseudo(dataset, name="w"):
+    """Users 0 to 8 take 1 to 3 items each, by weight; the others none."""
+    rng, train = np.random.default_rng(3), dataset.positives(("train",))
+    pairs = [
+        (user, int(item))
+        for user in range(9)
+        for item in rng.choice(
+            np.setdiff1d(np.arange(N_ITEMS), train.row(user)), 1 + user % 3, False
+        )
+    ]
+    users, items = np.array(pairs).T
+    weights = (rng.permutation(users.size) + 1) / 32
+    worlds.teach(dataset, users, items, weights, name=name, score_kind="weight", unlisted="below")
+    return {pair: float(np.float32(w)) for pair, w in zip(pairs, weights, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def stated(dataset):
+    """(user, item) -> weight of the product `w`."""
+    return _teach_pseudo(dataset)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("more", [{"edits": "", "edit_threshold": 0.6}, {"edit_how": "replace"}])
+def test_what_is_inserted_is_the_best_of_each_user_and_the_rest_stays(
+    dataset, stated, tmp_path, most, more
+):
+    knobs = {"backbone": "sasrec", "max_history": 100, "insert": "w", "inserted_per_user": most}
+    knobs |= {"edits_per_user": 2} | more
+    experiment = _experiment(dataset, tmp_path / "r", **knobs)
+    plain = {user: [] for user in range(N_USERS)}
+    for user, item in zip(dataset.train.users, dataset.train.items, strict=True):
+        plain[int(user)].append(int(item))
+    if more.get("edits") != "":
+        plain = {u: [i for i, _ in events] for u, events in _learned(dataset, "replace").items()}
+    histories, inserted = jax.device_get(experiment.arrays.context.histories), 0
+    for user, events in plain.items():
+        ordered = sorted((w, i) for (u, i), w in stated.items() if u == user)
+        best = {item: weight for weight, item in ordered[-most:]}
+        begin, count = int(histories.offsets[user]), int(histories.trained[user])
+        row = histories.items[begin : begin + count].tolist()
+        weights = histories.weights[begin : begin + count].tolist()
+        assert count == len(events) + len(best)
+        met, rest = {}, []
+        for item, weight in zip(row, weights, strict=True):
+            if item in best and item not in met and weight != 1:
+                met[item] = weight
+            else:
+                rest.append(item)
+                assert weight == 1
+        assert (met, rest) == (best, events)
+        inserted += len(best)
+    assert experiment.edited.counts["interactions_inserted"] == inserted > 0
+    pairs = {(u, i) for u, i in stated if i in experiment.edited.more.row(u).tolist()}
+    assert len(pairs) == inserted
+
+
+def test_places_are_uniform_and_a_function_of_the_seed_and_the_user():
+    """n events have n + 1 places; what other users have, and the weights, change nothing."""
+    users, events = 4000, 4
+    history = edited.Sequences(
+        np.repeat(np.arange(users), events),
+        np.tile(np.arange(events), users),
+        np.ones(users * events, np.float32),
+    )
+    pseudo = edited.Sequences(
+        np.repeat(np.arange(users), 2),
+        np.tile([10, 11], users),
+        np.tile(np.float32([0.5, 0.25]), users),
+    )
+    options = make_run("d", "w", inserted_per_user=2, insert_seed=5).edits
+    out = edited.insert(history, pseudo, users, options)
+    rows = out.items.reshape(users, events + 2)
+    assert_array_equal(out.users, np.repeat(np.arange(users), events + 2))
+    assert_array_equal(
+        rows[rows < 10].reshape(users, events), np.tile(np.arange(events), (users, 1))
+    )
+    for item, weight in ((10, 0.5), (11, 0.25)):
+        assert_array_equal(out.weights[out.items == item], weight)
+        before = np.cumsum(rows < 10, axis=1)[rows == item]  # events of the user before it
+        assert stats.chisquare(np.bincount(before, minlength=events + 1)).pvalue > 1e-3
+    both = [np.cumsum(rows < 10, axis=1)[rows == item] for item in (10, 11)]
+    assert abs(np.corrcoef(both)[0, 1]) < 0.05
+
+    some = slice(0, 2000 * 2)
+    fewer = edited.Sequences(pseudo.users[some], pseudo.items[some], pseudo.weights[some])
+    again = edited.insert(history, fewer, users, options)
+    assert_array_equal(again.items[: 2000 * (events + 2)], out.items[: 2000 * (events + 2)])
+    other = make_run("d", "w", inserted_per_user=2, insert_seed=6).edits
+    assert (edited.insert(history, pseudo, users, other).items != out.items).any()
+
+
+def test_inserted_items_are_no_negatives_and_no_training_interactions(dataset, stated, tmp_path):
+    knobs = {"backbone": "gru4rec", "loss": "bpr", "max_history": 6, "insert": "w"}
+    knobs |= {"edits": "", "edit_threshold": 0.6, "inserted_per_user": 3, "edits_per_user": 2}
+    experiment = _experiment(dataset, tmp_path / "r", **knobs)
+    interactions, plan = experiment.arrays.interactions, experiment.trainer.plan
+    keys = jax.random.split(jax.random.key(0), 32)
+    batch = jax.device_get(batch_lib.draw(generators(keys)[0], interactions, plan))
+    train, drawn = dataset.positives(("train",)), {}
+    for user, items in zip(batch.queries.users.ravel(), batch.items.reshape(-1, 7), strict=True):
+        drawn.setdefault(int(user), set()).update(items[1:].tolist())
+    for user, others in drawn.items():
+        own = {*train.row(user).tolist(), *(i for u, i in stated if u == user)}
+        assert others == set(range(N_ITEMS)) - own
+    plain = _experiment(dataset, tmp_path / "p", **knobs | {"insert": "", "inserted_per_user": 1})
+    for a, b in zip(
+        jax.tree.leaves((interactions.facts, interactions.users, experiment.validated)),
+        jax.tree.leaves(
+            (plain.arrays.interactions.facts, plain.arrays.interactions.users, plain.validated)
+        ),
+        strict=True,
+    ):
+        assert_array_equal(a, b)
+
+
+def test_a_run_with_insertions_is_trained_and_resumed_with_its_product_alone(
+    dataset, stated, tmp_path
+):
+    knobs = {"backbone": "sasrec", "max_history": 6, "insert": "w", "epochs": 1, "dim": 8}
+    slgr_jax.train(dataset.path, tmp_path / "r", **knobs)
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert record["edited_by"]["insert"]["product"] == "w"
+    assert record["interactions_inserted"] == len({user for user, _ in stated})
+    shutil.rmtree(dataset.path / "teacher" / "w")
+    users, items = np.array(sorted(stated)[:4]).T
+    worlds.teach(dataset, users, items, np.ones(4), name="w", score_kind="weight", unlisted="below")
+    try:
+        with pytest.raises(ConfigError, match="--insert: w holds something else now"):
+            slgr_jax.train(dataset.path, tmp_path / "r", **knobs | {"epochs": 2})
+    finally:
+        shutil.rmtree(dataset.path / "teacher" / "w")
+        _teach_pseudo(dataset)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"backbone": "mf"}, "add --guidance=interactions --teacher=w in its place"),
+        ({"backbone": "din"}, "add --guidance=interactions --teacher=w in its place"),
+        ({"insert": "unknown"}, "does not say that users take them"),
+        ({"insert": "no"}, "has no teacher 'no'"),
+        ({"user_shards": 4}, "--insert=w reads all users' histories"),
+        (
+            {"negatives": "hard", "loss": "bpr", "reference_runs": "other"},
+            "use uniform or popularity",
+        ),
+    ],
+)
+def test_insertions_that_do_not_go_together_are_refused(dataset, stated, tmp_path, knobs, said):
+    (user, item), *_ = stated
+    worlds.teach(dataset, np.array([user]), np.array([item]), np.ones(1), name="unknown")
+    given = {"backbone": "sasrec", "insert": "w", "dim": 8} | knobs
+    with pytest.raises(slgr_jax.errors.UserError, match=said):
+        build(make_run(str(dataset.path), "r", **given), dataset, worlds.one_device())
+    shutil.rmtree(dataset.path / "teacher" / "unknown")
+
+
+def test_a_knob_of_insertions_without_one_is_refused(dataset, tmp_path):
+    with pytest.raises(ConfigError, match="--insert_seed=1 is not used without --insert; add"):
+        slgr_jax.train(dataset.path, tmp_path / "r", insert_seed=1, backbone="sasrec")

@@ -201,18 +201,22 @@ def first_places(
     return _owners(teacher)[kept], teacher.items[kept], places[kept]
 
 
-def of_teacher(dataset: Dataset, teacher: Teacher, places: int) -> Pseudo:
+def of_teacher(
+    dataset: Dataset, teacher: Teacher, places: int, *, knob: str, whole: bool = True
+) -> Pseudo:
     """The pseudo-interactions that a product states.
 
     Args:
-      places: of lists, the first so many of each; 0: all. A product of weights is taken whole.
+      places: of lists, the first so many of each; 0: all.
+      knob: who asks, for errors.
+      whole: take a product of weights whole, whatever `places`.
 
     Raises:
       InputError: it states pairs, lists of which it is not known how unlisted items rank, or
         weights outside (0, 1].
     """
     manifest = teacher.manifest
-    where = f"--guidance=interactions: teacher {manifest.name!r}"
+    where = f"{knob}: teacher {manifest.name!r}"
     _refuse_pairs(teacher, where)
     weighted = manifest.score_kind == WEIGHT
     if weighted and not ((teacher.scores > 0) & (teacher.scores <= 1)).all():
@@ -227,7 +231,7 @@ def of_teacher(dataset: Dataset, teacher: Teacher, places: int) -> Pseudo:
             f"(its manifest says unlisted={manifest.unlisted}): derive interactions from it with "
             f"slgr teach interactions --lists={manifest.name} --places=K, or use --guidance=kd"
         )
-    kept = _among_first(_places(dataset, teacher), 0 if weighted else places)
+    kept = _among_first(_places(dataset, teacher), 0 if weighted and whole else places)
     counts = np.bincount(_owners(teacher)[kept], minlength=dataset.n_users)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return Pseudo(offsets, teacher.items[kept], teacher.scores[kept], weighted)
