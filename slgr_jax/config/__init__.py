@@ -64,6 +64,7 @@ from slgr_jax.config.guidance import (
     register_gate,
     register_guidance,
 )
+from slgr_jax.config.hardness import HardnessConfig
 from slgr_jax.config.model import ModelConfig
 from slgr_jax.config.prepare import SEQUENCE_SOURCES, SHOWN_SOURCES, SOURCES, SPLITS, PrepareConfig
 from slgr_jax.config.run import RunConfig, differences, make_run, method_sections, sections, upgrade
@@ -156,6 +157,7 @@ __all__ = [
     "GUIDANCE_LOSSES",
     "GateConfig",
     "GuidanceConfig",
+    "HardnessConfig",
     "INIT_HOWS",
     "ImportConfig",
     "InteractionsConfig",

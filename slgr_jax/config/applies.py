@@ -18,6 +18,7 @@ from slgr_jax.config.guidance import (
     GateConfig,
     GuidanceConfig,
 )
+from slgr_jax.config.hardness import HardnessConfig
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.config.run import RunConfig, method_sections
 from slgr_jax.errors import ConfigError, listing
@@ -58,7 +59,8 @@ _APPLIES: Mapping[str, Applies] = {
     "shared_negatives": Applies("loss", ("sampled_softmax",)),
     "negatives": Applies("loss", ("bpr", "bce", "sampled_softmax")),
     "popularity_power": Applies("negatives", ("popularity",)),
-    **dict.fromkeys(("hard_share", "hard_pool"), Applies("negatives", ("hard",))),
+    "hard_share": Applies("negatives", ("hard", "scored")),
+    "hard_pool": Applies("negatives", ("hard",)),
     "interactions_edges": Applies("backbone", ("lightgcn",)),
     **dict.fromkeys(("min_gap", "unlisted_share"), Applies("guidance", _READ_PREFERENCES)),
     "lists_per_step": Applies("guidance", LIST_GUIDANCES),
@@ -89,6 +91,7 @@ _OF_VECTORS = (
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
 _OF_EDITS = ("edit_how", "edit_threshold", "edit_threshold_of", "edits_per_user")
+_OF_HARDNESS = frozenset(flag_name(field) for field in dataclasses.fields(HardnessConfig))
 # Of what --train_only=adapters leaves as it is.
 _OF_FROZEN = ("lr", "dropout", "init_slots")
 _BUILT_IN: Mapping[str, Collection[str]] = {
@@ -132,7 +135,10 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name in ("inserted_per_user", "insert_seed") and not run.edits.inserted:
             text = f"--{name}={_text(value)} is not used without --insert"
             unused.append(f"{text}; add --insert=NAME (slgr teach interactions)")
-        elif name == "drop" and not run.loss.drop_share:
+        elif name.startswith("hard_") and name in _OF_HARDNESS and not run.hardness.product:
+            text = f"--{name}={_text(value)} is not used without --keep_hard"
+            unused.append(f"{text}; add --keep_hard=NAME (slgr teach import)")
+        elif name in ("drop", "drop_steps") and not run.loss.drop_share:
             text = f"--{name}={_text(value)} is not used with --drop_share=0"
             unused.append(f"{text}; add --drop_share=0.1")
         elif name in ("event_vectors", "vector_l2") and run.vectors.adapter_chunks:

@@ -96,7 +96,7 @@ class EditConfig(Section):
                 f"--edit_how=replace: the rating that --rating_threshold={loss.rating_threshold:g} "
                 "makes a label of is of the item that was there; use delete or weigh"
             )
-        if sampler.negatives in ("hard", "in_batch"):
+        if sampler.negatives in ("hard", "in_batch", "scored"):
             raise ConfigError(
                 f"--edit_how=replace: --negatives={sampler.negatives} may be a replacement of the "
                 "same user; use uniform or popularity, or --edit_how=delete"

@@ -47,6 +47,7 @@ from slgr_jax.config.guidance import (
     InteractionsConfig,
     PairwiseConfig,
 )
+from slgr_jax.config.hardness import HardnessConfig
 from slgr_jax.config.knobs import Section, flag_name
 from slgr_jax.config.model import ModelConfig
 from slgr_jax.config.training import LossConfig, OptimizerConfig, SamplerConfig, TrainConfig
@@ -64,6 +65,7 @@ class RunConfig:
     vectors: VectorConfig = dataclasses.field(default_factory=VectorConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    hardness: HardnessConfig = dataclasses.field(default_factory=HardnessConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     edits: EditConfig = dataclasses.field(default_factory=EditConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
@@ -96,7 +98,8 @@ class RunConfig:
         self._check_vectors()
         self._check_train_only()
         self._check_loss()
-        self.edits.check(self.model.backbone, self.loss, self.sampler)
+        for section in (self.edits, self.hardness):
+            section.check(self.model.backbone, self.loss, self.sampler)
         self._check_user_shards()
 
     def _check_user_shards(self) -> None:
@@ -125,6 +128,7 @@ class RunConfig:
             "--init_from reads tables as they are without shards": bool(self.train.init_from),
             "--refit is of a run without shards": bool(self.train.refit),
             "--kernels=native draw and rank for a whole run": self.train.kernels == "native",
+            f"--keep_hard={self.hardness.product} is whole on each": bool(self.hardness.product),
             f"{self.edits.named} reads all users' histories": bool(self.edits.named),
         }
         for reason, holds in reasons.items():

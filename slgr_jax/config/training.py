@@ -8,7 +8,7 @@ from slgr_jax.config.backbones import LOSSES
 from slgr_jax.config.knobs import BATCH, COUNT, FLOAT, WIDTH, Section, knob
 from slgr_jax.errors import ConfigError, listing
 
-NEGATIVES = ("uniform", "popularity", "in_batch", "hard")
+NEGATIVES = ("uniform", "popularity", "in_batch", "hard", "scored")
 KERNELS = ("auto", "native", "xla")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam")
 TRAINED = ("all", "adapters")
@@ -85,6 +85,13 @@ class LossConfig(Section):
         "says and as a truncated loss against noise does",
         choices=("easiest", "hardest"),
     )
+    drop_steps: int = knob(
+        0,
+        "--drop_share is reached by and by: the share at step T is T / this, at most --drop_share "
+        "(T-CE; LLMHD: 3000 to 50000); 0 = from the first step",
+        minimum=0,
+        maximum=COUNT,
+    )
     min_history: int = knob(
         0,
         "learn from interactions that have at least this many earlier ones of the user (the click "
@@ -116,11 +123,11 @@ class SamplerConfig(Section):
         "uniform",
         "distribution of the negative item j in a triple (u, i, j); hard = a share --hard_share of "
         "them among the user's --hard_pool items that --reference_runs rank highest, the rest "
-        "uniform",
+        "uniform; scored = such a share among the items that --keep_hard has scores of",
         choices=NEGATIVES,
     )
     hard_share: float = knob(
-        0.5, "negatives=hard: share of negatives from the pool", above=0, maximum=1
+        0.5, "negatives=hard, scored: share of negatives from the pool", above=0, maximum=1
     )
     hard_pool: int = knob(
         100,

@@ -62,6 +62,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "paper_hard_negatives": {**_AGAINST_HARD_NEGATIVES, "gate": "paper"},
     "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": OF_NONE},
     "pruned": {"guidance": "none", **_PRUNED},  # LLMRec's, of which no LLM is a part
+    # The truncated loss of T-CE against noise, likewise.
+    "truncated": {"guidance": "none", "drop_share": 0.1, "drop": "hardest", "drop_steps": 3000},
     # What the teacher says that users take, beside what they took.
     "interactions": {"guidance": "interactions"},
     "interactions_selective": {"guidance": "interactions", "gate": "calibrated"},
@@ -114,7 +116,7 @@ VECTOR_ARMS = (
     *(CHUNKED, *ALIGNED),
 )
 # Arms without a word of an LLM: one of them is the reference of those with one.
-WITHOUT_LLM = ("none", "hard_own", "pruned")
+WITHOUT_LLM = ("none", "hard_own", "pruned", "truncated")
 # Arms that learn from no teacher.
 UNTAUGHT = (*WITHOUT_LLM, *VECTOR_ARMS)
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first, but

@@ -120,10 +120,25 @@ class Targets:
 
 @struct.dataclass
 class HardNegatives:
-    """The pools of --negatives=hard: user u's is `items[offsets[u]:offsets[u + 1]]`."""
+    """The pools of --negatives=hard and scored: user u's is `items[offsets[u]:offsets[u + 1]]`."""
 
     offsets: Int[Array, "U1"]
     items: Int[Array, "m"]
+
+
+@struct.dataclass
+class ScoredItems:
+    """An LLM's scores, to be looked up: those of user u lie from offsets[u] to offsets[u + 1], by
+    item.
+
+    Attributes:
+      search_steps: halvings that cover the longest row.
+    """
+
+    offsets: Int[Array, "U1"]
+    items: Int[Array, "m"]
+    scores: Float[Array, "m"]
+    search_steps: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -141,6 +156,7 @@ class Interactions:
     targets: Targets | None = None  # drawn from instead of the pairs
     hard: HardNegatives | None = None
     share: Share | None = None
+    scored: ScoredItems | None = None  # what says which losses are hard, and no noise
 
     @property
     def drawn(self) -> int:
@@ -374,7 +390,7 @@ def hard_negatives(pools: Csr) -> HardNegatives:
     """
     if not pools.indices.size:
         raise InputError(
-            "--negatives=hard: no user has an item outside training to rank; use uniform"
+            "--negatives=hard, scored: no user has an item outside training in a pool; use uniform"
         )
     return HardNegatives(host32(pools.offsets), host32(pools.indices))
 

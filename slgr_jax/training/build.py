@@ -28,6 +28,7 @@ from slgr_jax.sampling.context import HISTORY, Context, Histories
 from slgr_jax.sampling.negatives import SamplingPlan
 from slgr_jax.training import (
     checkpoint,
+    dropping,
     edited,
     initial_values,
     objectives,
@@ -51,6 +52,7 @@ class Experiment:
         that goes on.
       edited: what is learned in place of the training interactions; None: these.
       histories: those of the data, on the devices, where training looks up edited ones.
+      counts: of interactions that were edited, or have a score, for run.json.
     """
 
     config: RunConfig
@@ -60,6 +62,7 @@ class Experiment:
     initial: Mapping[str, InitialRows]
     edited: Edited | None = None
     histories: Histories | None = None
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def validated(self) -> Context:
@@ -109,6 +112,14 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
             dataset, reference_runs, run.sampler.hard_pool, kernels=run.train.kernels
         )
         interactions = dataclasses.replace(interactions, hard=arrays_lib.hard_negatives(pools))
+    counts = {} if learned is None else dict(learned.counts)
+    if run.hardness.product:
+        scores = dropping.Scores(run, dataset)
+        interactions = dataclasses.replace(interactions, scored=scores.arrays())
+        counts["train_pairs_scored"] = scores.trained
+        if run.sampler.negatives == "scored":
+            of_scored = arrays_lib.hard_negatives(scores.pools())
+            interactions = dataclasses.replace(interactions, hard=of_scored)
     reads = run.guided and run.gate.reads_reference_runs
     gate_backbones = tuple(backbone for backbone, _ in reference_runs) if reads else ()
     guidance = make_guidance(run, gate_backbones, native=native)
@@ -139,7 +150,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
         placed = dataclasses.replace(placed, vectors=vectors)
     arrays = _placed(trainer, interactions, guidance_arrays, context)
     arrays = dataclasses.replace(arrays, context=placed)
-    return Experiment(run, dataset, trainer, arrays, initial, learned, of_data)
+    return Experiment(run, dataset, trainer, arrays, initial, learned, of_data, counts)
 
 
 def _placed(

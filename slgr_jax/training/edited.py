@@ -204,19 +204,21 @@ def _within(users: Int[np.ndarray, "n"], counts: Int[np.ndarray, "U"]) -> Int[np
 
 
 def record(run: RunConfig, dataset: Dataset) -> dict[str, dict[str, str]]:
-    """What run.json says of the products: knob -> name and hash.
+    """What run.json says of products that decide what is learned: knob -> name and hash.
 
     Raises:
       ManifestError: one is not there, or edits do not fit.
     """
     options, of_knobs = run.edits, {}
+    teachers = {"insert": options.inserted, "keep_hard": run.hardness.product}
     if options.product:
         files = products.read_manifest(dataset, options.product).files["edits"]
         of_knobs["edits"] = {"product": options.product, "hash": schema.files_hash(files)}
-    if options.inserted:
-        path = preferences.product_path(dataset.path, options.inserted)
-        files = schema.read_teacher_manifest(path).files
-        of_knobs["insert"] = {"product": options.inserted, "hash": schema.files_hash(files)}
+    for knob, name in teachers.items():
+        if name:
+            path = preferences.product_path(dataset.path, name)
+            files = schema.read_teacher_manifest(path).files
+            of_knobs[knob] = {"product": name, "hash": schema.files_hash(files)}
     return of_knobs
 
 

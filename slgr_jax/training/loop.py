@@ -447,7 +447,7 @@ def write_record(experiment: Experiment, run: config.RunConfig, programs: Progra
         experiment.dataset,
         experiment.trainer,
         experiment.initial,
-        **({} if experiment.edited is None else experiment.edited.counts),
+        **experiment.counts,
         steps_per_epoch=programs.per_epoch,
         steps_per_dispatch=programs.dispatch,
     )

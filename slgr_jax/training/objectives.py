@@ -50,6 +50,7 @@ from slgr_jax.sampling.arrays import Interactions
 from slgr_jax.sampling.batch import Batch
 from slgr_jax.sampling.context import Context, at_interactions, recent, window_weights
 from slgr_jax.sampling.negatives import SamplingPlan
+from slgr_jax.training.dropping import Dropped
 
 GUIDANCE, BOTH, TRIPLES = "guidance", "triples and guidance", "triples"
 
@@ -62,11 +63,13 @@ class Learned:
       loss: [] sum of the losses.
       right: [] how many positives score above their negatives (rows: on the right side of 0).
       count: [] how many there are.
+      counts: more that a step reports, by name of `Objective.metrics`.
     """
 
     loss: Float[Array, ""]
     right: Float[Array, ""]
     count: Float[Array, ""]
+    counts: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)
 
 
 class Guided(NamedTuple):
@@ -92,6 +95,7 @@ class Inputs:
     dropout: float
     negatives: int  # of each positive
     key: jax.Array
+    step: Int[Array, ""]
     candidates: Candidates | None = None  # of a guidance
 
     def pass_(self, number: int) -> Dropout:
@@ -104,6 +108,11 @@ class Objective(Protocol):
 
     def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
         """What `learn` needs of the tables, and what scoring a guidance's candidates does."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of `Learned.counts`."""
         ...
 
     @property
@@ -120,33 +129,25 @@ class Objective(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Dropped:
-    """Losses of a batch that count nothing: a share of them, by their size, of all devices.
+def _metrics(dropped: Dropped | None) -> tuple[str, ...]:
+    return () if dropped is None else dropped.metrics
 
-    LLMRec (WSDM'24) prunes "noise" so: its program keeps the hardest 29 % (`easiest`), its text
-    means the others (`hardest`, which is also the truncated loss of T-CE, arXiv 2006.04153).
 
-    Attributes:
-      share: in (0, 1).
-      which: easiest | hardest.
-    """
-
-    share: float
-    which: str
-    layout: Layout
-
-    def left(self, loss: Float[Array, "B"], weights: Float[Array, "B"]) -> Float[Array, "B"]:
-        """The weights, 0 of what is dropped: floor((1 - share) n) of n that had one are left."""
-        size = jax.lax.stop_gradient(loss if self.which == "easiest" else -loss)
-        sizes, there = map(self.layout.gather_over_all, (size, weights > 0))
-        order = jnp.argsort(jnp.where(there, -sizes, jnp.inf))  # what is left comes first
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
-        if self.layout.devices > 1:
-            own = self.layout.device_index() * loss.shape[0]
-            place = jax.lax.dynamic_slice_in_dim(place, own, loss.shape[0])
-        count = jnp.floor((1.0 - self.share) * jnp.sum(there) + 1e-4)
-        return jnp.where(place < count, weights, 0.0)
+def _left(
+    dropped: Dropped | None, inputs: Inputs, loss: Float[Array, "B"], right: Float[Array, "B"]
+) -> Learned:
+    """The sums over a batch's triples or rows, without those that are dropped."""
+    weights = inputs.batch.weights
+    counts: dict[str, jax.Array] = {}
+    if dropped is not None:
+        scored = inputs.interactions.scored
+        weights, counts = dropped.weights(loss, inputs.batch, scored, inputs.step)
+    return Learned(
+        losses.masked_sum(loss, weights),
+        losses.masked_sum(right, weights),
+        jnp.sum(weights),
+        counts,
+    )
 
 
 def _guided(scores: Float[Array, "G C"]) -> Guided:
@@ -184,6 +185,10 @@ class Triples:
     dropped: Dropped | None = None
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        return _metrics(self.dropped)
+
+    @property
     def penalised(self) -> tuple[str, ...]:
         return (BOTH,) if self.merged else (TRIPLES,)
 
@@ -215,7 +220,6 @@ class Triples:
         return Guided(of_triples, triple_differences), Guided(others, None)
 
     def learn(self, view: View, inputs: Inputs) -> Learned:
-        weights = inputs.batch.weights
         if self.merged:
             triples, _ = self._merged(view, inputs)
             assert triples.differences is not None
@@ -229,11 +233,7 @@ class Triples:
         else:
             labels = jnp.zeros_like(scores).at[:, 0].set(1.0)
             loss = jnp.mean(losses.binary_cross_entropy(scores, labels), axis=1)
-        if self.dropped is not None:
-            weights = self.dropped.left(loss, weights)
-        return Learned(
-            losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
-        )
+        return _left(self.dropped, inputs, loss, right)
 
     def guided(self, view: View, inputs: Inputs) -> Guided:
         if not self.merged:
@@ -248,6 +248,10 @@ class LabelledItems:
     dropped: Dropped | None = None
     penalised = (TRIPLES,)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return _metrics(self.dropped)
+
     def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
         rows = Candidates(batch.queries, batch.items)
         return Reads({TRIPLES: rows, **_apart(candidates)}, {})
@@ -257,12 +261,7 @@ class LabelledItems:
         assert batch.labels is not None
         right = ((scores > 0) == (batch.labels > 0.5)).astype(jnp.float32)
         loss = losses.binary_cross_entropy(scores, batch.labels)
-        weights = batch.weights
-        if self.dropped is not None:
-            weights = self.dropped.left(loss, weights)
-        return Learned(
-            losses.masked_sum(loss, weights), losses.masked_sum(right, weights), jnp.sum(weights)
-        )
+        return _left(self.dropped, inputs, loss, right)
 
     def guided(self, view: View, inputs: Inputs) -> Guided:
         return _guided(view.scores(GUIDANCE, inputs.pass_(1)))
@@ -315,6 +314,7 @@ class Softmax:
     backbone: DotBackbone
     catalogue: _Catalogue
     penalised = ("query", "item")
+    metrics: tuple[str, ...] = ()
 
     def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
         rows, whole = self.catalogue.reads(batch, context)
@@ -348,6 +348,7 @@ class Windows:
     loss: str  # softmax | sampled_softmax | bce | bpr
     catalogue: _Catalogue
     penalised = ("window", "candidates")
+    metrics: tuple[str, ...] = ()
 
     def reads(self, batch: Batch, context: Context, candidates: Candidates | None) -> Reads:
         rows: dict[str, Ids] = {}
@@ -437,7 +438,9 @@ def make_objective(
         assert isinstance(backbone, DotBackbone)  # config.LOSSES_OF
         return Softmax(backbone, _Catalogue(backbone, plan))
     share = run.loss.drop_share
-    dropped = Dropped(share, run.loss.drop, layout) if share else None
+    hardness = run.hardness if run.hardness.product else None
+    how = run.loss.drop, layout, run.loss.drop_steps, hardness
+    dropped = Dropped(share, *how) if share else None
     if plan.negatives == 0:
         return LabelledItems(dropped)
     # Lists as pairs read a query's rows once a pair: worth it only where these stay in a cache.

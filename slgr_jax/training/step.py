@@ -114,8 +114,14 @@ class Trainer(Learner):
     def sum_names(self) -> tuple[str, ...]:
         """What a step reports."""
         if self.guidance is None:
-            return SUM_NAMES
-        return (*SUM_NAMES, "guidance_loss", "gate_loss", *self.guidance.metrics)
+            return (*SUM_NAMES, *self.objective.metrics)
+        return (
+            *SUM_NAMES,
+            *self.objective.metrics,
+            "guidance_loss",
+            "gate_loss",
+            *self.guidance.metrics,
+        )
 
 
 RunSteps = Callable[
@@ -239,12 +245,12 @@ def train_step(
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, whole, whole, lanes, lanes, read, whole),
+            in_specs=(rows, rows, whole, whole, lanes, lanes, read, whole, whole),
             out_specs=(rows, rows, whole, whole, whole, whole),
             check_vma=False,  # replicas of a table see the same gathered updates
         )
     new_tables, slots, params, opt_state, sums, bad = local(
-        state.tables, slots, state.params, state.opt_state, batch, guided, arrays, key
+        state.tables, slots, state.params, state.opt_state, batch, guided, arrays, key, state.step
     )
     return TrainState(state.step + 1, new_tables, params, opt_state), slots, sums, bad
 
@@ -259,6 +265,7 @@ def _local_step(
     guided: Any,
     arrays: DeviceArrays,
     key: jax.Array,
+    step: Int[Array, ""],
 ) -> tuple[Any, ...]:
     """The step of one device on its part of the batch."""
     layout, access, context = trainer.layout, trainer.access, arrays.context
@@ -278,7 +285,7 @@ def _local_step(
         dropout = (rate, jax.random.fold_in(for_observing, 1)) if rate > 0 else None
         frozen = Frozen(access, state_tables, params["backbone"], context, dropout)
         observed = guidance.observe(frozen, guided, arrays.guidance, for_observing)
-    part = _Part(batch, guided, candidates, observed, reads, arrays, for_pass, for_guidance)
+    part = _Part(batch, guided, candidates, observed, reads, arrays, for_pass, for_guidance, step)
 
     def loss_of(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Sums]:
         return _loss(trainer, params, leaves, part)
@@ -323,6 +330,7 @@ class _Part:
     arrays: DeviceArrays
     for_pass: jax.Array
     for_guidance: jax.Array
+    step: Int[Array, ""]
 
 
 def _loss(
@@ -344,6 +352,7 @@ def _loss(
         trainer.backbone.dropout,
         config.loss.negatives_per_positive,
         part.for_pass,
+        part.step,
         part.candidates,
     )
     guidance, shared = trainer.guidance, inputs.pass_(_SHARED_PASS)
@@ -364,6 +373,7 @@ def _loss(
             penalty += losses.masked_sum(of_triples, batch.weights) * per_triple
         penalty = 0.5 * config.optimizer.l2 * penalty
     sums = {"triples": triples, "rec_loss": rec, "accuracy": learned.right * per_triple}
+    sums |= jax.lax.stop_gradient(learned.counts)
     if guidance is None:
         return rec + penalty, sums
 

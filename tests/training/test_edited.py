@@ -155,7 +155,9 @@ def test_each_place_of_a_window_has_its_targets_weight(dataset, tmp_path, backbo
         reads = trainer.objective.reads(batch, context, None)
         leaves = access.read(state.tables, context, reads)
         view = access.view(params, leaves, context, reads, None, {})
-        inputs = objectives.Inputs(batch, context, arrays.interactions, params, 0.0, 1, key)
+        inputs = objectives.Inputs(
+            batch, context, arrays.interactions, params, 0.0, 1, key, jnp.int32(0)
+        )
         learned = trainer.objective.learn(view, inputs)
         return learned.loss, learned.count
 

@@ -15,7 +15,7 @@ from slgr_jax.models import losses
 from slgr_jax.sampling.context import recent
 from slgr_jax.training import build, step
 from slgr_jax.training import state as state_lib
-from slgr_jax.training.objectives import Dropped
+from slgr_jax.training.dropping import Dropped
 
 COMMON = {
     "dim": 8,
@@ -58,10 +58,10 @@ def test_what_is_dropped_is_as_computed_elsewhere():
     margins = np.array([2, -1, 0.5, 3, -2, 0, 1, 0.2, -0.4, 4, -9.0])
     loss, weights = jnp.asarray(np.log1p(np.exp(-margins))), jnp.ones(11).at[10].set(0.0)
     for which, mean in (("easiest", 1.720095), ("hardest", 0.033369)):
-        left = Dropped(0.71, which, worlds.one_device()).left(loss, weights)
+        left = Dropped(0.71, which, worlds.one_device()).left(loss, weights, jnp.int32(0))
         assert float(jnp.sum(left)) == 2
         assert float(jnp.sum(left * loss)) / 2 == pytest.approx(mean, abs=1e-6)
-    nothing = Dropped(0.5, "easiest", worlds.one_device()).left(loss, jnp.zeros(11))
+    nothing = Dropped(0.5, "easiest", worlds.one_device()).left(loss, jnp.zeros(11), jnp.int32(0))
     assert float(jnp.sum(nothing)) == 0
 
 
@@ -70,7 +70,7 @@ def test_dropped_triples_move_nothing(tmp_path):
 
     def left(scores, batch):
         loss = jax.nn.softplus(scores[:, 1] - scores[:, 0])
-        return Dropped(0.75, "easiest", worlds.one_device()).left(loss, batch.weights)
+        return Dropped(0.75, "easiest", worlds.one_device()).left(loss, batch.weights, jnp.int32(0))
 
     for kernels in ("xla", "auto"):
         trainer, arrays, batch, state = _built(
