@@ -230,8 +230,6 @@ def _own(plan: ComparisonPlan, arm: str) -> Space:
         return {"init_half": _INIT_HALF}
     if knobs.get("negatives") == "hard":
         return {"hard_share": Range(0.01, 0.5, log=True)}
-    if knobs.get("drop") == "hardest":
-        return {"drop_share": Range(0.01, 0.3, log=True)}
     if knobs["guidance"] == "none":
         return {}
 

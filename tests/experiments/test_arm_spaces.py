@@ -66,9 +66,8 @@ def test_losses_are_those_that_backbone_arm_and_catalogue_allow(tmp_path):
     assert list(own)[-1] == "hard_share"
     truncated = plan_of(tmp_path, asked=("none", "truncated"))
     assert losses("mf", "truncated") == ("bpr", "bce")
-    assert "drop_share" in arm_spaces.space_of(truncated, "mf", "truncated")
-    run = truncated.config("mf", "truncated", {"drop_share": 0.2}, tmp_path)
-    assert (run.loss.drop, run.loss.drop_share, run.loss.drop_steps) == ("hardest", 0.2, 3000)
+    run = truncated.config("mf", "truncated", {}, tmp_path)
+    assert (run.loss.drop, run.loss.drop_share, run.loss.drop_steps) == ("hardest", 0.1, 3000)
 
 
 def test_what_is_given_is_not_searched_and_what_is_asked_for_is(tmp_path):
