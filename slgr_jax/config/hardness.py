@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from slgr_jax.config.backbones import learns_from_sequences
-from slgr_jax.config.knobs import COUNT, FLOAT, Section, knob
+from slgr_jax.config.knobs import COUNT, Section, knob
 from slgr_jax.config.training import LossConfig, SamplerConfig
 from slgr_jax.errors import ConfigError
+
+_SCORE = 1_000_000  # no scale of scores goes further
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,31 +29,31 @@ class HardnessConfig(Section):
         "bpr and bce of triples: hard where the positive's score is less than this above the "
         "negative's, at the first step (scores of 0 to 10)",
         minimum=0,
-        maximum=FLOAT,
+        maximum=_SCORE,
         flag="hard_pair_first",
     )
-    pair_last: float = knob(3.0, "and in the end", minimum=0, maximum=FLOAT, flag="hard_pair_last")
+    pair_last: float = knob(3.0, "and in the end", minimum=0, maximum=_SCORE, flag="hard_pair_last")
     positive_first: float = knob(
         8.0,
         "--rating_threshold: a row with label 1 is hard where its score is below this, at the "
         "first step",
-        minimum=-FLOAT,
-        maximum=FLOAT,
+        minimum=-_SCORE,
+        maximum=_SCORE,
         flag="hard_positive_first",
     )
     positive_last: float = knob(
-        6.0, "and in the end", minimum=-FLOAT, maximum=FLOAT, flag="hard_positive_last"
+        6.0, "and in the end", minimum=-_SCORE, maximum=_SCORE, flag="hard_positive_last"
     )
     negative_first: float = knob(
         4.0,
         "--rating_threshold: a row with label 0 is hard where its score is above this, at the "
         "first step",
-        minimum=-FLOAT,
-        maximum=FLOAT,
+        minimum=-_SCORE,
+        maximum=_SCORE,
         flag="hard_negative_first",
     )
     negative_last: float = knob(
-        2.0, "and in the end", minimum=-FLOAT, maximum=FLOAT, flag="hard_negative_last"
+        2.0, "and in the end", minimum=-_SCORE, maximum=_SCORE, flag="hard_negative_last"
     )
     steps: int = knob(
         1000,
