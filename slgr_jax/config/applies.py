@@ -78,6 +78,7 @@ _APPLIES: Mapping[str, Applies] = {
     ),
     **dict.fromkeys(("dropout_samples", "dropout_rate"), Applies("uncertainty", ("dropout",))),
     "dual_view_heads": Applies("dual_view", (True,)),
+    "user_fusion_heads": Applies("user_fusion", ("attention",)),
     "rating_power": Applies("rating_threshold", (0.0,)),
     **dict.fromkeys(
         ("cold_user_history", "tail_item_fraction", "tail_item_popularity"),
@@ -88,6 +89,7 @@ _APPLIES: Mapping[str, Applies] = {
 _OF_VECTORS = (
     *("adapter_hidden", "adapter_experts", "adapter_shared", "adapter_chunks", "adapter_gate"),
     *("adapter_neighbours", "item_side_weight", "user_side_weight", "dual_view"),
+    "user_fusion",
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
 _OF_EDITS = ("edit_how", "edit_threshold", "edit_threshold_of", "edits_per_user")

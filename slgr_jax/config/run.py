@@ -19,8 +19,6 @@ from slgr_jax.config.alignment import (
 )
 from slgr_jax.config.backbones import (
     BACKBONE_DEFAULTS,
-    BUILT_IN,
-    DUAL_VIEW_BACKBONES,
     LOSSES_OF,
     SPLIT_BY_USER,
     learns_from_sequences,
@@ -244,29 +242,15 @@ class RunConfig:
                 "--train_only=adapters leaves the network as it is, and --dual_view is one of its "
                 "own, with cross-attention between the views; drop one of them"
             )
+        if self.vectors.fuses_users:
+            raise ConfigError(
+                "--train_only=adapters leaves the network as it is, and --user_fusion="
+                f"{self.vectors.user_fusion} is one of its own; drop one of them"
+            )
 
     def _check_vectors(self) -> None:
         self.vectors.check()
-        backbone, count = self.model.backbone, self.vectors.adapter_neighbours
-        if count and backbone in BUILT_IN and backbone != "lightgcn":
-            raise ConfigError(
-                f"--adapter_neighbours={count} lets all items read their neighbours before a graph "
-                f"smooths them, and --backbone={backbone} has none; use lightgcn, or drop it"
-            )
-        weights = self.vectors.side_weights
-        if any(weights.values()) and backbone in BUILT_IN and backbone != "lightgcn":
-            side = next(side for side, weight in weights.items() if weight)
-            raise ConfigError(
-                f"--{side}_side_weight={weights[side]:g} adds what a graph makes of vectors to "
-                f"what it makes of rows, and --backbone={backbone} has no graph; use lightgcn, or "
-                "drop it: vectors are added to rows then"
-            )
-        if self.vectors.dual_view and backbone in BUILT_IN and backbone not in DUAL_VIEW_BACKBONES:
-            raise ConfigError(
-                f"--dual_view reads histories from their first event on, and --backbone={backbone} "
-                f"does not; use {' or '.join(DUAL_VIEW_BACKBONES)}, or drop it: vectors are added "
-                "to rows then"
-            )
+        self.vectors.check_fits(self.model.backbone)
         if self.train.init_from and self.vectors.init_products:
             names = listing(f"--init_{table}_vectors" for table in self.vectors.init_products)
             raise ConfigError(

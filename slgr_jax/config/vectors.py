@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from slgr_jax.config.backbones import BUILT_IN, DUAL_VIEW_BACKBONES, SEQUENCE_BACKBONES
 from slgr_jax.config.knobs import FLOAT, WIDTH, Section, knob
 from slgr_jax.config.training import TABLE_DTYPES
-from slgr_jax.errors import ConfigError
+from slgr_jax.errors import ConfigError, listing
 
+USER_FUSIONS = ("none", "attention", "concat")
 INIT_HOWS = ("pca", "variance", "uniform", "random", "leading", "all")
 
 
@@ -54,7 +56,10 @@ class VectorConfig(Section):
         "this product, which stays as it is; click backbones: one more field. An item that "
         "training never saw is scored by its vector",
     )
-    user_vectors: str = knob("", "the same for users: mf, lightgcn and click backbones")
+    user_vectors: str = knob(
+        "",
+        "the same for users: mf, lightgcn and click backbones; sequence backbones: --user_fusion",
+    )
     item_rows: bool = knob(
         True,
         "learn a row of its own for each item; --noitem_rows: what its vector comes to is all",
@@ -117,6 +122,15 @@ class VectorConfig(Section):
     dual_view_heads: int = knob(
         2, "heads of the attention between the views", minimum=1, maximum=WIDTH
     )
+    user_fusion: str = knob(
+        "none",
+        "what sequence backbones do with --user_vectors; attention = LANE: states of a history "
+        "attend to the user's several vectors, preferences for instance (slgr teach embed "
+        "--chunks); concat = SLIM: a state and the user's vector side by side through a linear "
+        "map. A user without a vector is its history alone",
+        choices=USER_FUSIONS,
+    )
+    user_fusion_heads: int = knob(4, "heads of --user_fusion=attention", minimum=1, maximum=WIDTH)
     event_vectors: bool = knob(
         True,
         "click backbones: the events of a history have the field of their vectors, too; "
@@ -144,6 +158,11 @@ class VectorConfig(Section):
                 "--dual_view reads items' vectors beside their rows: add --item_vectors=NAME "
                 "(slgr teach embed), or drop it"
             )
+        if self.fuses_users and not self.user_vectors:
+            raise ConfigError(
+                f"--user_fusion={self.user_fusion} is of users' vectors and the states of their "
+                "histories: add --user_vectors=NAME (slgr teach embed), or drop it"
+            )
         for side in ("item", "user"):
             if self.alone(side):
                 self._check_alone(side)
@@ -156,6 +175,40 @@ class VectorConfig(Section):
             raise ConfigError(
                 "--noitem_rows leaves the events of a history their vectors alone, and "
                 "--noevent_vectors takes these; drop one of them"
+            )
+
+    def check_fits(self, backbone: str) -> None:
+        """Refuse what a built-in backbone does not do with vectors.
+
+        Raises:
+          ConfigError: what to use instead.
+        """
+        if backbone not in BUILT_IN:
+            return
+        if (count := self.adapter_neighbours) and backbone != "lightgcn":
+            raise ConfigError(
+                f"--adapter_neighbours={count} lets all items read their neighbours before a graph "
+                f"smooths them, and --backbone={backbone} has none; use lightgcn, or drop it"
+            )
+        weights = self.side_weights
+        if any(weights.values()) and backbone != "lightgcn":
+            side = next(side for side, weight in weights.items() if weight)
+            raise ConfigError(
+                f"--{side}_side_weight={weights[side]:g} adds what a graph makes of vectors to "
+                f"what it makes of rows, and --backbone={backbone} has no graph; use lightgcn, or "
+                "drop it: vectors are added to rows then"
+            )
+        if self.dual_view and backbone not in DUAL_VIEW_BACKBONES:
+            raise ConfigError(
+                f"--dual_view reads histories from their first event on, and --backbone={backbone} "
+                f"does not; use {' or '.join(DUAL_VIEW_BACKBONES)}, or drop it: vectors are added "
+                "to rows then"
+            )
+        if self.fuses_users and backbone not in SEQUENCE_BACKBONES:
+            raise ConfigError(
+                f"--user_fusion={self.user_fusion} is for backbones to which a user is a history, "
+                f"{listing(SEQUENCE_BACKBONES)}; --backbone={backbone} takes up --user_vectors "
+                "without it: drop it"
             )
 
     def _check_readings(self) -> None:
@@ -202,6 +255,16 @@ class VectorConfig(Section):
                     (neighbours, self.adapter_neighbours),
                 )
             }
+        if self.fuses_users:
+            fusion = f"--user_fusion={self.user_fusion}"
+            clashes |= {
+                f"{fusion} reads users' vectors by one map, {experts} by several": (
+                    self.adapter_experts
+                ),
+                f"{fusion} and --adapter_chunks are two ways to read users' vectors": (
+                    self.adapter_chunks
+                ),
+            }
         for reason, holds in clashes.items():
             if holds:
                 raise ConfigError(f"{reason}; drop one of them")
@@ -222,6 +285,11 @@ class VectorConfig(Section):
             raise ConfigError(
                 "--dual_view has items' rows for one of its views, and --noitem_rows leaves none; "
                 "drop one of them"
+            )
+        if self.fuses_users and side == "user":
+            raise ConfigError(
+                f"--user_fusion={self.user_fusion} is for backbones that have no rows of users, "
+                "which --nouser_rows would leave out; drop --nouser_rows"
             )
         if self.side_weights[side]:
             raise ConfigError(
@@ -244,6 +312,15 @@ class VectorConfig(Section):
         """Side -> the product whose vectors stay beside training."""
         named = {"item": self.item_vectors, "user": self.user_vectors}
         return {side: name for side, name in named.items() if name}
+
+    @property
+    def fuses_users(self) -> bool:
+        """Whether states of histories take up users' vectors."""
+        return self.user_fusion != "none"
+
+    def reads_chunks(self, side: str) -> bool:
+        """Whether a side's several vectors are read, not their mean."""
+        return self.adapter_chunks or (side == "user" and self.user_fusion == "attention")
 
     @property
     def side_weights(self) -> dict[str, float]:

@@ -35,15 +35,14 @@ VECTORS = "--vectors"
 _OF_ONE_PRODUCT = tuple(name for name in ALIGNMENTS if name != "llmemb_rat")
 _DUAL_VIEW = {"item_vectors": VECTORS, "init_item_vectors": VECTORS, "dual_view": True}
 _PRUNED = {"drop_share": 0.71}
+_TEXTS_OF_BOTH = {"guidance": "none", "item_vectors": VECTORS, "user_vectors": VECTORS}
 _SIDE_FEATURES = {
-    "guidance": "none",
-    "item_vectors": VECTORS,
-    "user_vectors": VECTORS,
+    **_TEXTS_OF_BOTH,
     "item_side_weight": 0.02,
     "user_side_weight": 2.8,
 }
-# The arm that needs a product of several vectors a row.
-CHUNKED = "kser"
+# The arms that need a product of several vectors a row.
+CHUNKED = ("kser", "lane")
 # Knobs of an arm that is no control.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "none": {"guidance": "none"},
@@ -80,40 +79,28 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     # Each selective: a row believes its vector as far as its training interactions say.
     "init_selective": {"guidance": "none", "init_item_vectors": VECTORS, "init_half": 10.0},
     "adapter_selective": {"guidance": "none", "item_vectors": VECTORS, "adapter_gate": True},
-    "kar": {
-        "guidance": "none",
-        "item_vectors": VECTORS,
-        "user_vectors": VECTORS,
-        "adapter_experts": 5,
-        "event_vectors": False,
-    },
-    "colakg": {
-        "guidance": "none",
-        "item_vectors": VECTORS,
-        "user_vectors": VECTORS,
-        "adapter_neighbours": 10,
-    },
+    "kar": {**_TEXTS_OF_BOTH, "adapter_experts": 5, "event_vectors": False},
+    "colakg": {**_TEXTS_OF_BOTH, "adapter_neighbours": 10},
     # LLMRec's side features, and these with its pruning.
     "side": {**_SIDE_FEATURES},
     "llmrec": {**_SIDE_FEATURES, **_PRUNED},
     # LLM-ESR's two views of a history, and these with its self-distillation.
     "dual_view": {"guidance": "none", **_DUAL_VIEW},
     "llm_esr_full": {"guidance": "llm_esr", "teacher_vectors": VECTORS, **_DUAL_VIEW},
+    # LANE's preferences of a user and SLIM's text of one, beside what items' texts come to; the arm
+    # `adapter` is both without a user's.
+    "lane": {**_TEXTS_OF_BOTH, "user_fusion": "attention"},
+    "slim": {**_TEXTS_OF_BOTH, "user_fusion": "concat"},
     # As of all arms of vectors: every parameter is trained. Arms that read one vector a row read
     # the mean of its chunks.
-    CHUNKED: {
-        "guidance": "none",
-        "item_vectors": VECTORS,
-        "user_vectors": VECTORS,
-        "adapter_chunks": True,
-    },
+    "kser": {**_TEXTS_OF_BOTH, "adapter_chunks": True},
 }
 # Arms that read a product of vectors, not a teacher's.
 ALIGNED = (*_OF_ONE_PRODUCT, *(f"{name}_selective" for name in _OF_ONE_PRODUCT))
 VECTOR_ARMS = (
     *("init", "adapter", "init_selective", "adapter_selective", "kar", "colakg"),
-    *("side", "llmrec", "dual_view", "llm_esr_full"),
-    *(CHUNKED, *ALIGNED),
+    *("side", "llmrec", "dual_view", "llm_esr_full", "slim"),
+    *(*CHUNKED, *ALIGNED),
 )
 # Arms without a word of an LLM: one of them is the reference of those with one.
 WITHOUT_LLM = ("none", "hard_own", "pruned", "truncated")

@@ -83,14 +83,14 @@ class Request:
             raise ConfigError(f"--search: {fixed[0]} is set by the arms of a comparison; drop it")
 
 
-def _check_chunks(data: str, name: str) -> None:
-    """Refuse a product of one vector a row, which the arm `kser` cannot choose among."""
+def _check_chunks(data: str, name: str, arm: str) -> None:
+    """Refuse a product of one vector a row, which an arm of `CHUNKED` cannot choose among."""
     from slgr_jax.data import schema
 
     product = pathlib.Path(data) / schema.EMBEDDINGS_DIR / name
     if not schema.read_embedding_manifest(product).fields:
         raise ConfigError(
-            f"arm {arms.CHUNKED} chooses among a row's chunks, and --vectors={name} has one vector "
+            f"arm {arm} chooses among a row's chunks, and --vectors={name} has one vector "
             "a row; make chunks (slgr teach embed --chunks=8), which the other arms read the mean "
             "of, or drop the arm"
         )
@@ -136,8 +136,9 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
             "rlmrec_con or another of vectors to --guidance"
         )
         raise ConfigError(fix)
-    if arms.CHUNKED in asked:
-        _check_chunks(data, request.vectors)
+    for arm in asked:
+        if arm in arms.CHUNKED:
+            _check_chunks(data, request.vectors, arm)
     arms_asked = DEFAULT_ARMS if request.guidance is None else request.guidance
     controls = arms.DEFAULT_CONTROLS if request.controls is None else request.controls
     more_arms = dict(map(arms.own_arm, request.arm))

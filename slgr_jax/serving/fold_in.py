@@ -6,7 +6,8 @@
 Nothing that was trained changes. What is new is what the backbone keeps of a user:
 
   a history       sasrec, gru4rec, bert4rec: the history itself, nothing else. What follows is
-                  exactly what a known user with that history would get.
+                  exactly what a known user with that history would get; of
+                  --user_fusion one who has no vector.
   a row           mf and the click models (which also read the history): the row x that minimises
                   the run's own loss on the user's items i, everything else frozen,
 
@@ -50,6 +51,7 @@ from slgr_jax.data.dataset import Csr, Dataset, Part
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
+from slgr_jax.models.backbones.base import USER
 from slgr_jax.models.backbones.lightgcn import LightGCN
 from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import Scoring, pair_scores, score_users
@@ -146,7 +148,7 @@ class Folder:
                 f"--backbone={name} has tables {listing(odd)}; folding in knows what the tables "
                 "user, item and category hold, and no others: train anew for new users"
             )
-        if run.config.vectors.user_vectors:
+        if run.config.vectors.user_vectors and not run.config.vectors.fuses_users:
             raise ConfigError(
                 f"--user_vectors={run.config.vectors.user_vectors}: a new user has no vector, and "
                 "folding in fits none: train anew for new users"
@@ -183,6 +185,9 @@ class Folder:
         if self._fits:
             rows = self._rows(events, len(names))
             serving = serving.replace(values={**serving.values, "user": jnp.asarray(rows)})  # type: ignore[attr-defined]
+        elif USER in serving.values:  # of vectors beside a history: a new user has none
+            nothing = jnp.zeros((len(names), serving.values[USER].shape[1]))
+            serving = serving.replace(values={**serving.values, USER: nothing})  # type: ignore[attr-defined]
         restored = dataclasses.replace(
             run.restored, dataset=dataset, serving=serving, context=context
         )

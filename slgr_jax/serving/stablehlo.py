@@ -2,14 +2,15 @@
 
 Two programs of a batch of any size, whose tables and parameters are their first argument:
 
-    scores(weights, queries, items)  -> logits
-    top_k(weights, queries, exclude) -> items, logits
+    scores(weights, *queries, items)  -> logits
+    top_k(weights, *queries, exclude) -> items, logits
 
 What stands for a query depends on the backbone. mf and LightGCN, and click models, which look up
 their history in the weights: `users` [n] int32, indices. Sequence models: `histories` [n, L] int32,
 the latest L item indices, oldest first, -1 in front of a shorter one; so they serve users that
-training never saw. `items` is [n] int32, `exclude` [n, m] int32 item indices not to list, m >= 1,
--1 for none.
+training never saw. Those with vectors of users (--user_fusion) take `users` [n] behind them,
+indices, -1 for one without a vector. `items` is [n] int32, `exclude` [n, m] int32 item indices not
+to list, m >= 1, -1 for none.
 
 Only XLA operations are inside, no kernel of this package.
 
@@ -30,7 +31,13 @@ from jax import export
 from jaxtyping import Array, Float, Int
 
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone
-from slgr_jax.models.backbones.base import JointBackbone, SequenceBackbone, dots
+from slgr_jax.models.backbones.base import (
+    USER,
+    FusesUsers,
+    JointBackbone,
+    SequenceBackbone,
+    dots,
+)
 from slgr_jax.models.candidates import Candidates
 from slgr_jax.models.scoring import (
     Scoring,
@@ -92,7 +99,7 @@ def export_scorer(run: TrainedRun, k: int) -> Exported:
     n, m = export.symbolic_shape("n, m")
     query: dict[str, tuple[Any, ...]] = {"users": (n,)}
     if isinstance(backbone, SequenceBackbone):
-        query = {"histories": (n, backbone.length)}
+        query = {"histories": (n, backbone.length)} | (query if _fuses(backbone) else {})
     pairs, lists = query | {"items": (n,)}, query | {"exclude": (n, m)}
     listed = {
         "items": f"int32 [n, {k}], best first, -1 past the last",
@@ -144,19 +151,30 @@ def with_histories(scoring: Scoring, histories: Int[Array, "n L"]) -> tuple[Scor
     return Scoring(scoring.serving, known, as_of), Queries(users, as_of)
 
 
-def _asked(backbone: AnyBackbone, scoring: Scoring, query: jax.Array) -> tuple[Scoring, Queries]:
-    """What to score with, and the queries that the first argument of a program stands for."""
-    if isinstance(backbone, SequenceBackbone):
-        return with_histories(scoring, query)
-    return scoring, scoring.queries(query)
+def _fuses(backbone: AnyBackbone) -> bool:
+    return isinstance(backbone, FusesUsers)
+
+
+def _asked(backbone: AnyBackbone, scoring: Scoring, *query: jax.Array) -> tuple[Scoring, Queries]:
+    """What to score with, and the queries that the arguments of a program stand for."""
+    if not isinstance(backbone, SequenceBackbone):
+        return scoring, scoring.queries(*query)
+    scoring, queries = with_histories(scoring, query[0])
+    if _fuses(backbone):
+        users, values = query[1], scoring.serving.values
+        rows = jnp.where((users >= 0)[:, None], values[USER][jnp.maximum(users, 0)], 0.0)
+        serving = dataclasses.replace(scoring.serving, values={**values, USER: rows})
+        scoring = dataclasses.replace(scoring, serving=serving)
+    return scoring, queries
 
 
 def scores_of(backbone: AnyBackbone) -> Program:
-    """(scoring, queries, items [n]) -> logits [n]."""
+    """(scoring, *queries, items [n]) -> logits [n]."""
 
-    def by_vectors(scoring: Scoring, query: jax.Array, items: jax.Array) -> Float[Array, "n"]:
+    def by_vectors(scoring: Scoring, *query_and_items: jax.Array) -> Float[Array, "n"]:
         assert isinstance(backbone, DotBackbone)
-        scoring, queries = _asked(backbone, scoring, query)
+        *query, items = query_and_items
+        scoring, queries = _asked(backbone, scoring, *query)
         rows = rows_of(scoring.serving.values, backbone.item_ids(scoring.context, items))
         vectors = backbone.item_vectors(scoring.serving.params, rows)
         states = query_vectors(backbone, scoring, queries)
@@ -174,19 +192,20 @@ def scores_of(backbone: AnyBackbone) -> Program:
 
 
 def top_k_of(backbone: AnyBackbone, k: int) -> Program:
-    """(scoring, queries, exclude [n, m]) -> items [n, K], logits [n, K]; ties by item index."""
+    """(scoring, *queries, exclude [n, m]) -> items [n, K], logits [n, K]; ties by item index."""
 
-    def catalogue(scoring: Scoring, query: jax.Array) -> Float[Array, "n I"]:
+    def catalogue(scoring: Scoring, *query: jax.Array) -> Float[Array, "n I"]:
         if not isinstance(backbone, DotBackbone):
-            return score_users(backbone)(scoring, query)
-        scoring, queries = _asked(backbone, scoring, query)
+            return score_users(backbone)(scoring, *query)
+        scoring, queries = _asked(backbone, scoring, *query)
         states = query_vectors(backbone, scoring, queries)
         return states @ catalogue_vectors(backbone, scoring).T
 
     def top(
-        scoring: Scoring, query: jax.Array, exclude: Int[Array, "n m"]
+        scoring: Scoring, *query_and_exclude: jax.Array
     ) -> tuple[Int[Array, "n K"], Float[Array, "n K"]]:
-        scores = catalogue(scoring, query)
+        *query, exclude = query_and_exclude
+        scores = catalogue(scoring, *query)
         scores = jnp.where(scores == 0, 0.0, scores)  # top_k tells -0.0 from 0.0
         row = jnp.arange(exclude.shape[0], dtype=jnp.int32)[:, None]
         hidden = jnp.where(exclude < 0, scores.shape[1], exclude)

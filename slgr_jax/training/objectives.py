@@ -32,10 +32,12 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
 from slgr_jax.models.backbones import adapters
 from slgr_jax.models.backbones.base import (
+    USER,
     AnyBackbone,
     DotBackbone,
     Dropout,
     FactorModel,
+    FusesUsers,
     Ids,
     Params,
     SequenceBackbone,
@@ -355,7 +357,8 @@ class Windows:
         whole: frozenset[str] = frozenset()
         if self.loss in ("softmax", "sampled_softmax"):
             rows, whole = self.catalogue.reads(batch, context)
-        rows["window"] = {"item": self._events(batch, context)[0]}
+        of_users = {USER: batch.queries.users} if isinstance(self.backbone, FusesUsers) else {}
+        rows["window"] = {"item": self._events(batch, context)[0], **of_users}
         rows["candidates"] = {"item": batch.items}
         return Reads(_apart(candidates), rows, whole)
 
@@ -370,10 +373,16 @@ class Windows:
         ids, is_event = self._events(batch, inputs.context)
         last, candidates = batch.items[:, :1], view.rows("candidates")["item"]
         ids = jnp.concatenate([ids, last], axis=1)
-        events = jnp.concatenate([view.rows("window")["item"], candidates[:, :1]], axis=1)
+        of_window = view.rows("window")
+        events = jnp.concatenate([of_window["item"], candidates[:, :1]], axis=1)
         is_event = jnp.concatenate([is_event, jnp.ones_like(last, dtype=bool)], axis=1)
 
         predicted = backbone.window(inputs.params, events, is_event, key=inputs.key)
+        if isinstance(backbone, FusesUsers):
+            states = backbone.fused(
+                inputs.params, predicted.states, of_window[USER], dropout=inputs.pass_(2)
+            )
+            predicted = predicted._replace(states=states)
         place = jnp.broadcast_to(predicted.place, predicted.weights.shape)
         targets = jnp.take_along_axis(ids, place, axis=1)
         weights = predicted.weights * batch.weights[:, None]

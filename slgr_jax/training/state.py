@@ -26,7 +26,6 @@ from slgr_jax.mesh import Layout
 from slgr_jax.models import embedding_table
 from slgr_jax.models.backbones import AnyBackbone, DotBackbone, adapters
 from slgr_jax.models.backbones.base import with_features_added
-from slgr_jax.models.backbones.vector_maps import Extractor
 from slgr_jax.models.embedding_table import InitialRows, TableSpec
 from slgr_jax.models.row_optimizers import RowOptimizer, make_row_optimizer
 from slgr_jax.models.scoring import ServingState
@@ -272,7 +271,7 @@ def _stored(learner: Learner, context: Context) -> dict[str, jax.Array]:
             context.vectors_of(adapter.side), adapter.stored, learner.served_rows(adapter.spec)
         )
         for name, adapter in adapters.of(learner.backbone).items()
-        if not isinstance(adapter, Extractor)
+        if not adapter.chunked
     }
 
 
@@ -288,7 +287,7 @@ def _of_chunks(
     """
     out = {}
     for name, adapter in adapters.of(learner.backbone).items():
-        if not isinstance(adapter, Extractor):
+        if not adapter.chunked:
             continue
         table, rows = context.vectors_of(adapter.side), learner.served_rows(adapter.spec)
         row_format = embedding_table.RowFormat.of(table, adapter.stored.width)

@@ -89,11 +89,13 @@ def sizes(run: RunConfig, dataset: Dataset) -> dict[str, Any]:
     fields: tuple[int, ...]
     for side, name in knobs.products.items():
         manifest, fields = embeddings.read_manifest(dataset, name), ()
-        if knobs.adapter_chunks:
+        if knobs.reads_chunks(side):
             if not manifest.fields:
+                knob = "--adapter_chunks" if knobs.adapter_chunks else "--user_fusion=attention"
+                instead = "drop it" if knobs.adapter_chunks else "take --user_fusion=concat"
                 raise ConfigError(
-                    f"--adapter_chunks chooses among a row's chunks, and --{side}_vectors={name} "
-                    "has one vector a row; make chunks (slgr teach embed --chunks=8), or drop it"
+                    f"{knob} chooses among a row's chunks, and --{side}_vectors={name} "
+                    f"has one vector a row; make chunks (slgr teach embed --chunks=8), or {instead}"
                 )
             fields = tuple(manifest.fields[f"{side}s"].values())
         of_sides[f"{side}_vectors"] = VectorSizes(
@@ -113,15 +115,21 @@ def frozen(run: RunConfig, dataset: Dataset, layout: Layout) -> FrozenVectors | 
     tables: dict[str, Any] = {}  # host arrays, standing in for what `device_put` makes of them
     for side, name in run.vectors.products.items():
         dtype = run.vectors.vector_dtype
-        if run.vectors.adapter_chunks:
+        counts = None
+        if run.vectors.adapter_gate:
+            counts = dataset.popularity if side == "item" else dataset.history
+        fused = side == "user" and run.vectors.fuses_users
+        if run.vectors.reads_chunks(side):
             table = _of_chunks(dataset, side, name, dtype, layout)
         else:
             vectors = of_side(dataset, side, name)
             rows = layout.padded_rows(vectors.has.size)
-            counts = None
-            if run.vectors.adapter_gate:
-                counts = dataset.popularity if side == "item" else dataset.history
-            table = standard(dataset, side, vectors).apply(vectors, dtype, rows, counts)
+            beside = None if fused else counts
+            table = standard(dataset, side, vectors).apply(vectors, dtype, rows, beside)
+        if fused and counts is not None:  # of a row, whatever vectors it has
+            log_counts = np.zeros((len(table), 1), table.dtype)
+            log_counts[: counts.size, 0] = np.log1p(counts)
+            table = np.concatenate([table, log_counts], axis=1)
         tables[side] = table.view(np.uint16) if dtype == "bfloat16" else table  # see `RowFormat`
     return FrozenVectors(**tables) if tables else None
 

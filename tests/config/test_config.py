@@ -168,6 +168,7 @@ _WITHOUT = {
     "init_user_vectors": "",
     "item_rows": True,
     "user_rows": True,
+    "user_fusion": "none",
 }
 
 
@@ -380,6 +381,8 @@ def test_what_a_gate_resolves_its_knobs_to():
         ({"backbone": "mf", "mlp": (8, 4), "heads": 4}, "mlp=8,4 is not .*; .*heads=4.* drop them"),
         ({"backbone": "sasrec", "item_vectors": "t", "dual_view_heads": 4},
          "--dual_view_heads=4 is not used with --dual_view=False; add --dual_view=True"),
+        ({"backbone": "sasrec", "user_vectors": "t", "user_fusion": "concat",
+          "user_fusion_heads": 2}, "heads=2 is not used with --user_fusion=concat; add --user_fus"),
         ({"popularity_power": 0.5}, "is not used with --negatives=uniform; add --negatives=pop"),
         ({"shared_negatives": 9}, "--shared_negatives=9 is not used with --loss=bpr; add --loss"),
         ({"row_seed": 3}, "--row_seed=3 is not used with --rows=none"),

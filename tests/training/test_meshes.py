@@ -24,6 +24,7 @@ from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.mesh import make_layout
 from slgr_jax.teacher.local import embeddings
+from slgr_jax.teacher.local.chunks import Chunks
 from slgr_jax.teacher.local.vectors import Vectors
 from slgr_jax.teacher.products import preferences
 from slgr_jax.training import build, step
@@ -49,8 +50,11 @@ WITH: dict[str, dict[str, Any]] = {
     "rrd": {"item_vectors": "text", "item_rows": False},
     "dcd": {"backbone": "autoint"},
     "unkd": {"backbone": "xdeepfm"},
-    "hint": {"backbone": "gru4rec"},
-    "htd": {"backbone": "bert4rec"},
+    "hint": {"backbone": "gru4rec", "user_vectors": "text", "user_fusion": "concat"},
+    "htd": {
+        "backbone": "bert4rec",
+        **{"user_vectors": "chunks", "user_fusion": "attention", "user_fusion_heads": 2},
+    },
     "rlmrec_con": {"backbone": "sasrec"},
     "rlmrec_gen": {
         "backbone": "lightgcn",
@@ -115,6 +119,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         for rows in (ITEMS, USERS)
     )
     embeddings.write(world, "text", items, users, users_from="file")
+    several = (
+        Chunks(
+            rng.normal(0.5, 2.0, (rows, 3, 5)).astype(np.float16),
+            rng.integers(0, 4, (rows, 1)).astype(np.int16),
+            {"text": 3},
+        )
+        for rows in (ITEMS, USERS)
+    )
+    embeddings.write(world, "chunks", *several, users_from="file")
     return world
 
 

@@ -24,6 +24,7 @@ from slgr_jax.models.backbones.gru4rec import GRU4Rec
 from slgr_jax.models.backbones.lightgcn import LightGCN
 from slgr_jax.models.backbones.mf import MatrixFactorization
 from slgr_jax.models.backbones.sasrec import SASRec
+from slgr_jax.models.backbones.user_fusion import with_user_fusion
 from slgr_jax.sampling.context import FEATURES, FIELDS, GRAPH, HISTORY, Sizes
 from slgr_jax.sampling.features import TABLES
 
@@ -133,7 +134,11 @@ def make_backbone(
         _check_features(backbone, config, sizes)
     vectors = vectors or VectorConfig()
     adapted: AnyBackbone = with_vectors(backbone, vectors, sizes)
-    return with_two_views(adapted, vectors.dual_view_heads) if vectors.dual_view else adapted
+    if vectors.dual_view:
+        adapted = with_two_views(adapted, vectors.dual_view_heads)
+    if vectors.fuses_users:
+        adapted = with_user_fusion(adapted, vectors.user_fusion, vectors.user_fusion_heads)
+    return adapted
 
 
 def _check_features(backbone: AnyBackbone, config: ModelConfig, sizes: Sizes) -> None:

@@ -17,7 +17,8 @@ outputs as fields (`Experts`). A KSER-style extractor reads several vectors a ro
 CoLaKG (SIGIR'25) takes the mean of a row and its mapped vector, and lets items read those with the
 nearest texts (`Neighbourhood`), before a graph smooths both. LLMRec (WSDM'24) lets the graph smooth
 them by themselves (`SideFeature`). LLM-ESR keeps both side by side, [e_i ; A(z_i)], as two views
-of an item (`SecondView`, `dual_view`).
+of an item (`SecondView`, `dual_view`). LANE and SLIM let a history's states take up vectors of the
+user (`UserVectors`, `user_fusion`).
 
 The maps themselves are in `vector_maps`.
 
@@ -45,6 +46,7 @@ from slgr_jax.models.backbones.vector_maps import (
     Neighbourhood,
     SecondView,
     SideFeature,
+    UserVectors,
 )
 from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling.context import Sizes, VectorSizes
@@ -84,10 +86,20 @@ def with_vectors(backbone: Any, config: VectorConfig, sizes: Sizes) -> Any:
     for side, of_side in (("item", sizes.item_vectors), ("user", sizes.user_vectors)):
         if of_side is None:
             continue
+        if config.fuses_users and side == "user" and isinstance(backbone, Adapted):
+            width = adapters["item"].spec.width if "item" in adapters else tables["item"].width
+            adapters[side] = UserVectors(
+                *(side, sizes.users, of_side.width, width, config.adapter_hidden),
+                init_std=width**0.5,  # entries of about 1, as those of states
+                gated=config.adapter_gate,
+                slots=sum(of_side.fields) or 1,
+            )
+            continue
         if not isinstance(backbone, Adapted) or side not in tables:
+            fix = " or, of a sequence backbone, add --user_fusion" if side == "user" else ""
             raise ConfigError(
                 f"--{side}_vectors: {type(backbone).__name__} has no rows of {side}s that vectors "
-                "could be added to; drop it"
+                f"could be added to; drop it{fix}"
             )
         if config.adapter_neighbours and not getattr(backbone, "whole", False):
             raise ConfigError(

@@ -15,7 +15,9 @@ Shape letters: N sequences, L places, T places of them that are asked for, D wid
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -64,6 +66,25 @@ def last_place(real: Bool[Array, "N L"]) -> Int[Array, "N 1"]:
     return jnp.full((real.shape[0], 1), real.shape[1] - 1, jnp.int32)
 
 
+def mixed_by_heads(
+    queries: Float[Array, "N T H E"],
+    keys: Float[Array, "N L H E"],
+    values: Float[Array, "N L H E"],
+    visible: Bool[Array, "N #T L"],
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> Float[Array, "N T D"]:
+    """softmax(q k' / sqrt(E)) v of each head, side by side; finite where nothing is visible.
+
+    Args:
+      visible: which keys a query sees.
+      drop: dropout of the weights.
+    """
+    logits = jnp.einsum("nthe,nlhe->nhtl", queries, keys) / math.sqrt(queries.shape[-1])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1)
+    mixed = jnp.einsum("nhtl,nlhe->nthe", drop(weights), values)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + FeedForward(LN(x)) (Vaswani et al. 2017, pre-norm).
 
@@ -101,9 +122,8 @@ class Block(nn.Module):
         if self.causal:
             visible = visible & (places[:, None, :] <= position[:, :, None])
 
-        logits = jnp.einsum("nthe,nlhe->nhtl", queries, keys) / math.sqrt(dim // self.heads)
-        weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1)
-        mixed = jnp.einsum("nhtl,nlhe->nthe", Drop()(weights, rate), values).reshape(x.shape)
+        drop = functools.partial(Drop(), rate=rate)
+        mixed = mixed_by_heads(queries, keys, values, visible, drop)
         x = x + Drop()(dense(dim, "attended")(mixed), rate)
 
         inner = gelu(dense(self.hidden, "inner")(nn.LayerNorm(name="forward_norm")(x)))

@@ -31,6 +31,7 @@ from slgr_jax.models.embedding_table import TableSpec
 from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import FEATURES, Context, Queries, Sizes
 
+USER = "user"  # the name that rows of users go by
 Ids = Mapping[str, Int[Array, "..."]]  # table name -> ids of the rows that are read, any shape
 TableRows = Mapping[str, jax.Array]  # table name -> the rows that were read, [..., D]
 Params = Mapping[str, Any]
@@ -205,6 +206,22 @@ class SequenceBackbone(DotBackbone, Protocol):
           key: of dropout, and of masks where the backbone draws some; the same on every device.
             What is drawn of it for lanes is drawn by their number (`random_bits.words_of_lanes`).
         """
+        ...
+
+
+@runtime_checkable
+class FusesUsers(SequenceBackbone, Protocol):
+    """A SequenceBackbone whose states take up rows of their user: `query_ids` has `USER`, too."""
+
+    def fused(
+        self,
+        params: Params,
+        states: Float[Array, "N T E"],
+        users: Float[Array, "N V"],
+        *,
+        dropout: Dropout,
+    ) -> Float[Array, "N T E"]:
+        """What states of a window, or of queries, come to beside the rows of their users."""
         ...
 
 

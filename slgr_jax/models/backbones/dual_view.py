@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from slgr_jax.errors import ConfigError
 from slgr_jax.models.backbones import adapters
-from slgr_jax.models.backbones.attention import MASKED
+from slgr_jax.models.backbones.attention import mixed_by_heads
 from slgr_jax.models.backbones.base import (
     Dropout,
     Ids,
@@ -75,12 +75,9 @@ class CrossAttention(nn.Module):
         # What is added to all keys changes no weight: a bias there would learn rounding.
         keys = heads(dense("key")(nn.LayerNorm(use_bias=False, name="key_norm")(y)))
         values = heads(dense("value")(y))
-        logits = jnp.einsum("nthe,nlhe->nhtl", queries, keys) / math.sqrt(dim // self.heads)
         places = jnp.arange(length, dtype=jnp.int32)
-        visible = real[:, None, None, :] & (places[None, :] <= places[:, None])[None, None]
-        weights = jax.nn.softmax(jnp.where(visible, logits, MASKED), axis=-1)
-        mixed = jnp.einsum("nhtl,nlhe->nthe", weights, values).reshape(x.shape)
-        return dense("output", bias=True)(mixed)
+        visible = real[:, None, :] & (places[None, :] <= places[:, None])[None]
+        return dense("output", bias=True)(mixed_by_heads(queries, keys, values, visible))
 
 
 class Views(nn.Module):

@@ -98,11 +98,20 @@ class Adapter:
         if self.gated:
             gate, log_count = params[GATE], stored[..., self.vectors : self.vectors + 1]
             has = has * jax.nn.sigmoid(gate["weight"] * log_count + gate["bias"])
+        return self.mapped(params, x) * has
+
+    def mapped(self, params: Mapping[str, Any], x: Float[Array, "... Z"]) -> Float[Array, "... D"]:
+        """A(z) of vectors that are there."""
         for number in range(len(self.hidden) + 1):
             layer = params[f"layer_{number}"]
             x = jnp.dot(jax.nn.relu(x) if number else x, layer["kernel"])
             x = x + jnp.expand_dims(layer["bias"], tuple(range(x.ndim - 1)))
-        return x * has
+        return x
+
+    @property
+    def chunked(self) -> bool:
+        """Whether a row has several vectors, so many numbers that all rows are read in blocks."""
+        return False
 
     def widened(self, row: Float[Array, "... W"]) -> Float[Array, "... D"]:
         """A row as wide as what `apply` adds to it: most are."""
@@ -139,6 +148,55 @@ class SecondView(Adapter):
 
     def widened(self, row: Float[Array, "... W"]) -> Float[Array, "... D"]:
         return jnp.concatenate([row, jnp.zeros_like(row)], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class UserVectors(Adapter):
+    """A(z_s) of each vector s of a user, which states of histories take up (`user_fusion`).
+
+    A row of what serving keeps is [A(z_s), h_s] of each of S slots, then g: h_s = 1 where there is
+    a vector, g = 1 where there is any, times g(n) of `Adapter` where it is gated.
+
+    Attributes:
+      slots: S.
+    """
+
+    slots: int = 1
+
+    @property
+    def stored(self) -> TableSpec:
+        """Of each slot Z numbers, then 1 (0 where it is empty); where it is gated log(1 + n)."""
+        return TableSpec(self.rows, self.slots * (self.vectors + 1) + self.gated, 0.0)
+
+    @property
+    def spec(self) -> TableSpec:
+        return TableSpec(self.rows, self.slots * (self.width + 1) + 1, self.init_std)
+
+    @property
+    def penalised(self) -> bool:
+        """No: what they come to is no row, and a user has as many as slots are filled."""
+        return False
+
+    @property
+    def chunked(self) -> bool:
+        return self.slots > 1
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        stored: Float[Array, "... SZ"],
+        shared: Mapping[str, Any] | None = None,
+        row: Float[Array, "... D"] | None = None,
+    ) -> Float[Array, "... SD"]:
+        slots = self.slots * (self.vectors + 1)
+        of_slots = stored[..., :slots].reshape(*stored.shape[:-1], self.slots, self.vectors + 1)
+        z, has = of_slots[..., :-1], of_slots[..., -1:]
+        weight = jnp.max(has[..., 0], axis=-1, keepdims=True)
+        if self.gated:
+            gate = params[GATE]
+            weight = weight * jax.nn.sigmoid(gate["weight"] * stored[..., slots:] + gate["bias"])
+        kept = jnp.concatenate([self.mapped(params, z) * has, has], axis=-1)
+        return jnp.concatenate([kept.reshape(*stored.shape[:-1], -1), weight], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +332,10 @@ class Extractor(Adapter):
     def slots(self) -> int:
         """S."""
         return sum(self.fields)
+
+    @property
+    def chunked(self) -> bool:
+        return True
 
     @property
     def stored(self) -> TableSpec:
