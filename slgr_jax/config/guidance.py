@@ -15,7 +15,9 @@ AUTO = "auto"  # --guidance of slgr train alone: which guidance is chosen by val
 # Losses of global distillation from the literature: docs/distillation.md.
 DISTILLATIONS = ("kd", "list_kl", "rd", "dllm2rec", "cd", "rrd", "dcd", "unkd")
 # Those that align a recommender's vectors with those of a product: docs/alignment.md.
-ALIGNMENTS = ("hint", "htd", "rlmrec_con", "rlmrec_gen", "llm_esr", "ctrl", "llmemb_rat")
+ALIGNMENTS = (
+    *("hint", "htd", "rlmrec_con", "rlmrec_gen", "llm_esr", "ctrl", "llmemb_rat", "pad_mmd"),
+)
 BUILT_IN_GUIDANCE = (
     *("none", "pairwise", "pointwise", "interactions"),
     *DISTILLATIONS,
@@ -39,6 +41,7 @@ GUIDANCE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # A cosine's gradient grows as a vector shrinks: 0.01 ruins LightGCN (benchmarks/LOG.md).
     **{name: {"gate": "constant", "lambda": 0.001} for name in ("rlmrec_con", "rlmrec_gen")},
     "llmemb_rat": {"gate": "constant", "lambda": 0.01},
+    "pad_mmd": {"gate": "constant", "lambda": 0.2},
 }
 GATE_INPUTS = (
     *("margin", "history", "popularity", "uncertainty"),
@@ -91,8 +94,8 @@ class GuidanceConfig(Section):
         "of users and items with their own; rlmrec_gen = the vectors of masked nodes of a graph; "
         "llm_esr = a user's vector drawn to those of users with the nearest vectors; ctrl = "
         "contrast of a click model's rows with the vectors of their user and item; llmemb_rat = "
-        "items made of texts alone, alike as a finished run's are. Each goes "
-        "through --gate. "
+        "items made of texts alone, alike as a finished run's are; pad_mmd = items' rows and what "
+        "their texts come to, one distribution (--dual_view). Each goes through --gate. "
         "slgr train takes auto too: none, or pairwise with the gate and lambda that validation "
         "prefers beyond noise",
         choices=GUIDANCE,
@@ -100,13 +103,13 @@ class GuidanceConfig(Section):
     teacher: str = knob("", "name of the teacher product under DATA/teacher")
     teacher_vectors: str = knob(
         "",
-        "hint, htd, rlmrec_con, rlmrec_gen, llm_esr, ctrl, llmemb_rat: the product under "
+        "hint, htd, rlmrec_con, rlmrec_gen, llm_esr, ctrl, llmemb_rat, pad_mmd: the product under "
         "DATA/embeddings (slgr teach embed) that the recommender's vectors are aligned with",
     )
     weight: float = knob(
         0.1,
         "weight of the guidance loss; rlmrec_con and rlmrec_gen: 0.001 by default, "
-        "llmemb_rat: 0.01",
+        "llmemb_rat: 0.01, pad_mmd: 0.2",
         flag="lambda",
         minimum=0,
         maximum=FLOAT,

@@ -69,7 +69,8 @@ _FROM_FACTORS: Settings = {
 }
 
 _LAMBDA = Range(0.01, 10.0, log=True)
-# Of losses on vectors, which are larger than the recommendation loss where they are strong.
+# Of losses on vectors, which are larger than the recommendation loss where they are strong; not of
+# pad_mmd, whose kernels are at most 1.
 _ALIGNED_LAMBDA = Range(1e-4, 0.1, log=True)
 # Training interactions of an item that begins with half its vector: from hardly any to nearly all.
 _INIT_HALF = Range(0.3, 300.0, log=True)
@@ -233,7 +234,7 @@ def _own(plan: ComparisonPlan, arm: str) -> Space:
     if knobs["guidance"] == "none":
         return {}
 
-    aligned = knobs["guidance"] in config.ALIGNMENTS
+    aligned = knobs["guidance"] in config.ALIGNMENTS and knobs["guidance"] != "pad_mmd"
     space: Space = {"lambda": _ALIGNED_LAMBDA if aligned else _LAMBDA}
     space |= _temperatures(str(knobs["guidance"]))
     gate = knobs.get("gate", config.GateConfig.gate)

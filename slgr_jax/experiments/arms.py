@@ -34,6 +34,11 @@ VECTORS = "--vectors"
 # llmemb_rat reads two products, of texts and of a run; --vectors names one.
 _OF_ONE_PRODUCT = tuple(name for name in ALIGNMENTS if name != "llmemb_rat")
 _DUAL_VIEW = {"item_vectors": VECTORS, "init_item_vectors": VECTORS, "dual_view": True}
+# Knobs of an arm that aligns, beside its guidance; PAD's two views begin as drawn.
+_ALIGNED_BY: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"teacher_vectors": VECTORS} for name in _OF_ONE_PRODUCT},
+    "pad_mmd": {"teacher_vectors": VECTORS, "item_vectors": VECTORS, "dual_view": True},
+}
 _PRUNED = {"drop_share": 0.71}
 _TEXTS_OF_BOTH = {"guidance": "none", "item_vectors": VECTORS, "user_vectors": VECTORS}
 _SIDE_FEATURES = {
@@ -69,9 +74,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     # Global distillation of the literature; each selective: a place is believed as the gate says.
     **{name: {"guidance": name} for name in DISTILLATIONS},
     **{f"{name}_selective": {"guidance": name, "gate": "calibrated"} for name in DISTILLATIONS},
-    **{name: {"guidance": name, "teacher_vectors": VECTORS} for name in _OF_ONE_PRODUCT},
+    **{name: {"guidance": name, **_ALIGNED_BY[name]} for name in _OF_ONE_PRODUCT},
     **{
-        f"{name}_selective": {"guidance": name, "teacher_vectors": VECTORS, "gate": "calibrated"}
+        f"{name}_selective": {"guidance": name, **_ALIGNED_BY[name], "gate": "calibrated"}
         for name in _OF_ONE_PRODUCT
     },
     "init": {"guidance": "none", "init_item_vectors": VECTORS},

@@ -11,6 +11,7 @@ from slgr_jax.guidance import (
     list_kl,
     llm_esr,
     llmemb_rat,
+    pad_mmd,
     pairwise,
     pointwise,
     rd,
@@ -41,6 +42,7 @@ built_in(
         "llm_esr": llm_esr.make,
         "ctrl": ctrl.make,
         "llmemb_rat": llmemb_rat.make,
+        "pad_mmd": pad_mmd.make,
     }
 )
 

@@ -7,11 +7,11 @@ vector z that the product (--teacher_vectors) has of it. A subclass states what 
     L = 3 / n sum over the lanes of alpha sum over its three of l(e, z),   n of them have a vector
 
 so that with a vector for everything it is the sum over users, items and other items of the mean of
-each (ctrl.py contrasts a lane's two rows instead, llmemb_rat.py its item alone). alpha = 1
-(--gate=constant, the default of these guidances) is the method as published; any other gate
-believes each lane by itself: alpha is its word on the preference (item, other item), of which the
-product's margin is cos(z_u, z_i) - cos(z_u, z_j). A supervised gate learns how often such margins
-are right on validation items. What has no vector counts nothing.
+each (ctrl.py contrasts a lane's two rows instead, llmemb_rat.py and pad_mmd.py are of its item
+alone). alpha = 1 (--gate=constant, the default of these guidances) is the method as published; any
+other gate believes each lane by itself: alpha is its word on the preference (item, other item), of
+which the product's margin is cos(z_u, z_i) - cos(z_u, z_j). A supervised gate learns how often such
+margins are right on validation items. What has no vector counts nothing.
 
 Vectors are stored as float16, whole on every device, and looked up by lane: no step costs O(users)
 or O(items). Backbones without vectors of their own (click models) are refused, but by ctrl.py.
@@ -405,6 +405,13 @@ def mean_over_lanes(terms: Float[Array, "G 3"], lanes: Lanes, layout: Layout) ->
     count = layout.sum_over_all(jnp.sum(lanes.has))
     total = terms.shape[0] * layout.devices
     return jnp.sum(lanes.weights * terms, axis=1) * (3.0 * total / jnp.maximum(count, 1.0))
+
+
+def first_of_each(ids: Int[Array, "N"], has: Float[Array, "N"]) -> Float[Array, "N"]:
+    """1 for the first of each id that is there."""
+    place = jnp.arange(ids.shape[0])
+    before = (ids[:, None] == ids[None, :]) & (has[None, :] > 0) & (place[None, :] < place[:, None])
+    return has * (1.0 - jnp.any(before, axis=1))
 
 
 def vector_width(backbone: AnyBackbone) -> int:

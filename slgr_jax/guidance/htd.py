@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from slgr_jax.config import HTDConfig, RunConfig
-from slgr_jax.guidance.alignment import Alignment, Lanes
+from slgr_jax.guidance.alignment import Alignment, Lanes, first_of_each
 from slgr_jax.guidance.gating import Gating
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone
@@ -117,13 +117,6 @@ def _pairs(
     return Sums(jnp.sum(errors, axis=1), jnp.sum(counted, axis=1))
 
 
-def _first(ids: Int[Array, "N"], has: Float[Array, "N"]) -> Float[Array, "N"]:
-    """1 for the first of each id that is there."""
-    place = jnp.arange(ids.shape[0])
-    before = (ids[:, None] == ids[None, :]) & (has[None, :] > 0) & (place[None, :] < place[:, None])
-    return has * (1.0 - jnp.any(before, axis=1))
-
-
 class Topology(Alignment):
     """See the module's docstring."""
 
@@ -166,7 +159,7 @@ class Topology(Alignment):
         """This device's and all devices'."""
         ids = (lanes.ids + jnp.array([[0, _ITEMS, _ITEMS]])).reshape(-1)
         all_ids, has = (layout.gather_over_all(x) for x in (ids, lanes.has.reshape(-1)))
-        counted = _first(all_ids, has)
+        counted = first_of_each(all_ids, has)
         begin = 0 if layout.devices == 1 else layout.device_index() * ids.shape[0]
         own = jax.lax.dynamic_slice_in_dim(counted, begin, ids.shape[0])
         student, teacher, weights = (

@@ -237,8 +237,10 @@ def test_topology_of_groups_is_that_of_its_parts():
         assert value == pytest.approx(gamma * topology + (1 - gamma) * rebuilt, rel=1e-4)
 
 
-# Of the others: test_ctrl.py, test_llmemb_rat.py.
-@pytest.mark.parametrize("name", [x for x in config.ALIGNMENTS if x not in ("ctrl", "llmemb_rat")])
+# Of the others: test_ctrl.py, test_llmemb_rat.py, test_pad_mmd.py.
+@pytest.mark.parametrize(
+    "name", [x for x in config.ALIGNMENTS if x not in ("ctrl", "llmemb_rat", "pad_mmd")]
+)
 def test_gradients_are_right_and_nothing_without_a_vector_matters(name):
     method, params = _method(name)
     lanes, key = _lanes(seed=2), jax.random.key(1)

@@ -65,6 +65,7 @@ WITH: dict[str, dict[str, Any]] = {
         **{"backbone": "gru4rec", "dropout": 0.2, "item_vectors": "text", "dual_view": True},
     },
     "ctrl": {"backbone": "dcnv2"},
+    "pad_mmd": {"backbone": "sasrec", "item_vectors": "text", "dual_view": True},
     "llmemb_rat": {"dim": 6, "item_vectors": "text", "item_rows": False},
 }
 KNOBS = {
