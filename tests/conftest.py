@@ -10,6 +10,7 @@ where the number of devices is not what is tested, runs are those of `one_device
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import shutil
@@ -25,6 +26,9 @@ import shape_checks
 from absl import flags
 
 shape_checks.install()  # before anything imports slgr_jax
+
+# Tracing makes far more objects than the default of 700, and nearly all of them stay.
+gc.set_threshold(20_000, 20, 20)
 
 # A shell that runs the suite in its background has Python ignore what tests interrupt runs with.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -53,6 +57,12 @@ _cache = {
 for _name, _value in _cache.items():
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)  # for the commands that tests run
+
+
+def pytest_collection_finish() -> None:
+    """Modules and compiled checks live to the end: a full collection need not look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
