@@ -14,6 +14,8 @@ from slgr_jax import api, config
 from slgr_jax.cli import flags, train
 from slgr_jax.training import restore
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture
 def command():

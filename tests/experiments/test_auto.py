@@ -17,6 +17,8 @@ from slgr_jax.experiments import auto, pool, results
 from slgr_jax.testing import Constant, WorldConfig
 from slgr_jax.training import run_directory
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 KNOBS = {"epochs": 6, "dim": 8, "batch_size": 256, "lr": 0.2}
 
 

@@ -16,6 +16,8 @@ from slgr_jax.config import make_run
 from slgr_jax.errors import ConfigError, ManifestError
 from slgr_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

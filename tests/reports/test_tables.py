@@ -23,6 +23,8 @@ from slgr_jax.reports import plots
 from slgr_jax.reports import tables as tables_lib
 from slgr_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch" / "evaluate.py"
 

@@ -28,6 +28,8 @@ from slgr_jax.training import (
     training_log,
 )
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SMALL = {
     "model": ModelConfig(dim=8),
     "sampler": SamplerConfig(batch_size=64),

@@ -20,6 +20,8 @@ from slgr_jax.teacher.collect import answer_log, collecting, open_requests
 from slgr_jax.teacher.collect.free_lists import scores
 from slgr_jax.teacher.products import preferences
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TITLES = [
     *("Alien (1979)", "Aliens (1986)", "Heat (1995)", "Kid, The (1921)", "Ran", "Dune (1984)"),
     *("Dune (2021)", "Mad Max: Fury Road (2015)", None, "Solaris (1972)"),
