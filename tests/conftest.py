@@ -28,7 +28,7 @@ from absl import flags
 shape_checks.install()  # before anything imports slgr_jax
 
 # Tracing makes far more objects than the default of 700, and nearly all of them stay.
-gc.set_threshold(20_000, 20, 20)
+gc.set_threshold(10_000)
 
 # A shell that runs the suite in its background has Python ignore what tests interrupt runs with.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
