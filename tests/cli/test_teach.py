@@ -77,7 +77,7 @@ def test_help_lists_the_commands_and_shows_no_flags():
 def test_help_of_a_command_shows_the_flags_that_it_uses_and_no_others():
     shown = teach("combine", "--help").stdout
     assert set(re.findall(r"^  --(\w+)=", shown, re.MULTILINE)) == {
-        *("config", "data", "name", "rows_per_shard", "overwrite"),
+        *("config", "data", "name", "rows_per_shard", "overwrite", "with_validation"),
         *("names", "method", "rrf_k", "min_votes"),
     }
 

@@ -29,6 +29,7 @@ from slgr_jax.teacher.products.same_split import refuse_leak, refuse_other_split
 PathLike = str | os.PathLike[str]
 
 _MADE_BY = "slgr teach import --edits=FILE --overwrite"
+_FROM_TRAINING = "have the LLM read training interactions only, then make them again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +78,13 @@ def import_file(
         or drop (and count).
 
     Raises:
+      ManifestError: provenance says that evaluation data were seen.
       InputError: the file cannot be used: a probability that is missing or outside [0, 1], a
         position where training has another item, an item as its own replacement, rows that say two
         things of one interaction.
     """
     shards.check_target(product_path(dataset.path, name), overwrite=overwrite)
+    refuse_leak(dataset, provenance.built_from, f"--edits={path}", _FROM_TRAINING)
     raw = answer_files.read(path, delimiter, titled=False, names=names, kind="edits")
     answer_files.kind_of(raw.column_names, path, titled=False, kind="edits")
     if raw.num_rows == 0:
@@ -178,8 +181,7 @@ def read_manifest(dataset: Dataset, name: str) -> edit_schema.EditManifest:
         )
     manifest = edit_schema.read_edit_manifest(root)
     refuse_other_split(dataset, manifest, f"the edits {name!r}", f"make them again ({_MADE_BY})")
-    fix = "have the LLM read training interactions only, then make them again"
-    refuse_leak(dataset, manifest.built_from, f"the product of edits {name!r}", fix)
+    refuse_leak(dataset, manifest.built_from, f"the product of edits {name!r}", _FROM_TRAINING)
     return manifest
 
 

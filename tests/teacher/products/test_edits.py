@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from slgr_jax import api
-from slgr_jax.data import edit_schema
+from slgr_jax.data import edit_schema, schema
 from slgr_jax.errors import ConfigError, InputError, ManifestError, ShardError
 from slgr_jax.reports import inspection
 from slgr_jax.teacher.products import edits
@@ -131,9 +132,19 @@ def test_products_that_do_not_fit_are_refused(tiny, make_dataset, tmp_path):
     (tiny.path / "edits").rename(other.path / "edits")
     with pytest.raises(ManifestError, match=r"made for split .* make them again"):
         edits.load(other, "n")
-    api.import_edits(tiny, path, "leaked", built_from="includes_eval")
-    with pytest.raises(ManifestError, match="'leaked' says built_from=includes_eval"):
-        edits.load(tiny, "leaked")
+    for seen, said in (
+        ("includes_eval", "says built_from=includes_eval"),
+        ("includes_valid", "was made of training and validation"),
+    ):
+        with pytest.raises(ManifestError, match=said):
+            api.import_edits(tiny, path, "leaked", built_from=seen)
+        assert not (tiny.path / "edits" / "leaked").exists()
+        # Nor is one read that says so.
+        api.import_edits(tiny, path, "n", overwrite=True)
+        stated = dataclasses.replace(edits.read_manifest(tiny, "n"), built_from=seen)
+        schema.write_manifest(tiny.path / "edits" / "n", stated)
+        with pytest.raises(ManifestError, match=said):
+            edits.load(tiny, "n")
 
 
 def test_another_order_of_the_same_split_is_refused(make_dataset, tmp_path):
