@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from slgr_jax.data.dataset import Csr
-from slgr_jax.evaluation import full_ranking, ranking_metrics
+from slgr_jax.evaluation import device_ranking, full_ranking, ranking_metrics
+from slgr_jax.mesh import Layout
 
 
 def table(state: jax.Array, users: jax.Array) -> jax.Array:
@@ -20,6 +22,40 @@ def table(state: jax.Array, users: jax.Array) -> jax.Array:
 
 def factors(state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
     return state[0][users] @ state[1].T
+
+
+class Factors:
+    """The same model, whose vectors may be asked for."""
+
+    def queries(self, state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
+        return state[0][users]
+
+    def own_queries(self, state: Any, users: jax.Array, layout: Layout) -> jax.Array:
+        raise NotImplementedError("no users are split here")
+
+    def items(self, state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return state[1]
+
+    def __call__(self, state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
+        return factors(state, users)
+
+
+by_vectors = Factors()
+
+
+def device_rows(mask: np.ndarray) -> device_ranking.DeviceCsr:
+    """The items of each user in a mask [U, I]."""
+    csr = Csr.from_pairs(*np.nonzero(mask), mask.shape[0])
+    indices = np.zeros(mask.size, np.int32)  # room for more than there is, as in use
+    indices[: csr.indices.size] = csr.indices
+    return device_ranking.DeviceCsr(*jax.device_put((csr.offsets.astype(np.int32), indices)))
+
+
+def random_masks(
+    rng: np.random.Generator, shape: tuple[int, int], *, seen: float, relevant: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """[U, I] each, by shares of the items."""
+    return rng.random(shape) < seen, rng.random(shape) < relevant
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from absl import flags as absl_flags
 from slgr_jax.data.dataset import Csr
 from slgr_jax.evaluation import full_ranking
 from slgr_jax.kernels import build
+from slgr_jax.mesh import Layout
 from slgr_jax.reports import tables
 
 FLAGS = absl_flags.FLAGS
@@ -39,9 +40,26 @@ absl_flags.DEFINE_string("peer_python", sys.executable, "the interpreter that ha
 PEER = pathlib.Path(__file__).with_name("ranking_peers.py")
 
 
-def score(state: tuple[jax.Array, jax.Array], users: jax.Array) -> jax.Array:
-    """Dot products of the users' vectors with all items'."""
-    return state[0][users] @ state[1].T
+State = tuple[jax.Array, jax.Array]  # vectors of users and of items
+
+
+class Score:
+    """Dot products of the users' vectors with all items', which may be asked for themselves."""
+
+    def queries(self, state: State, users: jax.Array) -> jax.Array:
+        return state[0][users]
+
+    def own_queries(self, state: State, users: jax.Array, layout: Layout) -> jax.Array:
+        raise NotImplementedError("no users are split here")
+
+    def items(self, state: State) -> jax.Array:
+        return state[1]
+
+    def __call__(self, state: State, users: jax.Array) -> jax.Array:
+        return self.queries(state, users) @ self.items(state).T
+
+
+score = Score()
 
 
 class Timed:

@@ -5,6 +5,7 @@ Shape letters: U users, I items, B users of a chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +19,10 @@ from slgr_jax.data.dataset import Csr
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation import device_ranking, device_scoring
 from slgr_jax.evaluation.device_ranking import DeviceCsr, Listable
-from slgr_jax.evaluation.device_scoring import ScoreUsers
+from slgr_jax.evaluation.device_scoring import ByVectors, ScoreUsers
 from slgr_jax.evaluation.placement import Placement
 from slgr_jax.kernels import build as kernel_build
+from slgr_jax.kernels import ranks
 from slgr_jax.mesh import put
 from slgr_jax.sampling.user_shards import ByUser
 
@@ -35,51 +37,82 @@ def _laid_out(rows: DeviceCsr, *, where: Sharding) -> DeviceCsr:
     return DeviceCsr(*(jax.lax.with_sharding_constraint(x, where) for x in rows))
 
 
+@dataclasses.dataclass
+class Asked:
+    """A state whose users are scored, and what is made of it once for all chunks.
+
+    Attributes:
+      state: the argument of `score_users`.
+      score: `device_scoring.score_chunk` of it.
+      items: where the kernels rank by products, the vectors of items.
+      room: where a matrix of scores is written; None until there is one.
+    """
+
+    state: Any
+    score: functools.partial[jax.Array]
+    items: ranks.Items | None
+    room: jax.Array | None = None
+
+
 class ChunkScorer:
     """Scores users a chunk at a time; knows where arrays go. One thread uses it at a time."""
 
     def __init__(
         self,
         score_users: ScoreUsers,
-        state: Any,
         n_users: int,
         n_items: int,
         users_per_chunk: int,
         at: Placement,
         kernels: str,
+        *,
+        products: bool = True,
+        filters: bool = False,
     ) -> None:
-        """Plan chunks of at most `users_per_chunk` users, no more than `n_users` need."""
-        self.n_items, self.at = n_items, at
-        split, mesh, size = at.split, at.mesh, at.devices
-        columns = n_items
-        if at.split_items:  # with the rows that fill a table up
-            by_vectors: Any = score_users
-            columns = jax.eval_shape(by_vectors.items, state).shape[0]
-        leaves = jax.tree.leaves(state) if split is not None and mesh is not None else []
-        self._score = functools.partial(
-            device_scoring.score_chunk,
-            score_users=score_users,
-            n_items=columns,
-            at=at,
-            specs=tuple(leaf.sharding.spec for leaf in leaves),
-        )
-        self._state = state
+        """Plan chunks of at most `users_per_chunk` users, no more than `n_users` need.
 
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        Args:
+          products: whether what `each` calls takes `ranks.Vectors`, too.
+          filters: whether `each` may be told what is `listable`, which takes a matrix of scores.
+        """
+        self.n_items, self.at, self._score_users = n_items, at, score_users
+        size = at.devices
+        platform = jax.default_backend() if at.mesh is None else at.mesh.devices.flat[0].platform
         self.native = kernel_build.choose(
             kernels, platform=platform, devices=size, units=kernel_build.RANKING
         )
+        self._by_vectors: ByVectors | None = None
+        if products and self.native and at.mesh is None and isinstance(score_users, ByVectors):
+            self._by_vectors = score_users
         chunk = min(users_per_chunk, 1 << max(n_users - 1, 0).bit_length())
-        if platform == "cpu":
+        if platform == "cpu" and (self._by_vectors is None or filters):
             most = _CPU_CHUNK["native" if self.native else "xla"]
             fitting = max(most // max(n_items, 1), 8)
             chunk = min(chunk, (1 << (fitting.bit_length() - 1)) * size)
         self.chunk = -(-chunk // size) * size  # a multiple of the devices
-
         # An accelerator has its own allocator, and may score a chunk while it ranks the last.
-        self._room = None
-        if platform == "cpu":
-            self._room = device_scoring.score_room(users=self.chunk, n_items=columns, at=at)
+        self._keeps_room = platform == "cpu"
+
+    def ask(self, state: Any) -> Asked:
+        """A state, to be scored by `each`."""
+        split, columns = self.at.split, self.n_items
+        if self.at.split_items:  # with the rows that fill a table up
+            by_vectors: Any = self._score_users
+            columns = jax.eval_shape(by_vectors.items, state).shape[0]
+        leaves = jax.tree.leaves(state) if split is not None and self.at.mesh is not None else []
+        score = functools.partial(
+            device_scoring.score_chunk,
+            score_users=self._score_users,
+            n_items=columns,
+            at=self.at,
+            specs=tuple(leaf.sharding.spec for leaf in leaves),
+        )
+        items = None
+        if self._by_vectors is not None:
+            items = device_scoring.items_of(
+                state, by_vectors=self._by_vectors, n_items=self.n_items
+            )
+        return Asked(state, score, items)
 
     def put(self, tree: Any) -> Any:
         """The arrays, whole, on every device."""
@@ -121,8 +154,9 @@ class ChunkScorer:
 
     def each(
         self,
+        asked: Asked,
         users: np.ndarray,
-        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
+        call: Callable[[ranks.Scores, jax.Array, np.ndarray], Any],
         listable: Listable | None = None,
         between_chunks: Callable[[], None] = lambda: None,
     ) -> Iterator[Any]:
@@ -131,14 +165,15 @@ class ChunkScorer:
         The device is one chunk ahead of the host.
         """
         with progress.bar(int(np.sum(users >= 0)), "user") as bar:
-            for places, result in self._each(users, call, listable, between_chunks):
+            for places, result in self._each(asked, users, call, listable, between_chunks):
                 yield places, result
                 bar.update(int(np.sum(users[places] >= 0)))
 
     def _each(
         self,
+        asked: Asked,
         users: np.ndarray,
-        call: Callable[[jax.Array, jax.Array, np.ndarray], Any],
+        call: Callable[[ranks.Scores, jax.Array, np.ndarray], Any],
         listable: Listable | None,
         between_chunks: Callable[[], None],
     ) -> Iterator[Any]:
@@ -152,16 +187,27 @@ class ChunkScorer:
                 padded = np.where(padded < 0, -1, self.at.split.row[padded])
             chunk = put(padded, None if self.at.mesh is None else self.at.by_user)
 
-            scores = self._score(self._room, self._state, chunk)
-            if listable is not None:
-                scores = device_ranking.keep_listable(scores, chunk, listable, at=self.at)
-            waiting.append((slice(begin, begin + of_chunk.size), call(scores, chunk, of_chunk)))
-            if self._room is not None:
-                self._room = scores
-            del scores
-
+            result = call(self._scores(asked, chunk, listable), chunk, of_chunk)
+            waiting.append((slice(begin, begin + of_chunk.size), result))
             if len(waiting) == 2:
                 places, result = waiting.pop(0)
                 yield places, jax.device_get(result)
         for places, result in waiting:
             yield places, jax.device_get(result)
+
+    def _scores(self, asked: Asked, chunk: jax.Array, listable: Listable | None) -> ranks.Scores:
+        """The scores of a chunk; a matrix of them is in `asked.room`, and valid until the next."""
+        if asked.items is not None and listable is None:
+            assert self._by_vectors is not None
+            queries = device_scoring.queries_of(asked.state, chunk, by_vectors=self._by_vectors)
+            return ranks.Vectors(queries, asked.items)
+        room, asked.room = asked.room, None
+        if room is None and self._keeps_room:
+            columns = asked.score.keywords["n_items"]
+            room = device_scoring.score_room(users=self.chunk, n_items=columns, at=self.at)
+        scores = asked.score(room, asked.state, chunk)
+        if listable is not None:
+            scores = device_ranking.keep_listable(scores, chunk, listable, at=self.at)
+        if self._keeps_room:
+            asked.room = scores
+        return scores

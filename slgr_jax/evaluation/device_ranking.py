@@ -264,7 +264,7 @@ def keep_listable(
 
 @functools.partial(jax.jit, static_argnames=("width", "k", "at", "native"))
 def rank_chunk(
-    scores: jax.Array,
+    scores: ranks.Scores,
     users: jax.Array,
     seen: DeviceCsr,
     relevant: DeviceCsr | None,
@@ -276,6 +276,7 @@ def rank_chunk(
 ) -> dict[str, Any]:
     """Ranks of relevant items (unless None), top-K lists (unless K is 0), non-finite rows.
 
+    scores: for the kernels also `ranks.Vectors`, of one device.
     bad: [B] bool, a NaN or infinite score. Of such rows, and of padding, nothing else counts.
     masked: [B] how many items are.
     pairs: [B, W] each, of the user's relevant items in order: score, -inf where it is masked;
@@ -331,7 +332,7 @@ def log_sum_chunk(
 
 @functools.partial(jax.jit, static_argnames=("pieces", "bits", "at", "native"))
 def pool_chunk(
-    scores: jax.Array,
+    scores: ranks.Scores,
     users: jax.Array,
     seen: DeviceCsr,
     relevant: DeviceCsr,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ from jax.sharding import PartitionSpec
 
 from slgr_jax.errors import ConfigError
 from slgr_jax.evaluation.placement import Placement
+from slgr_jax.kernels import ranks
 from slgr_jax.mesh import Layout
 
 ScoreUsers = Callable[[Any, jax.Array], jax.Array]  # (state, users [B] int32) -> [B, I] float32
 
 
+@runtime_checkable
 class ByVectors(Protocol):
     """`ScoreUsers` whose scores are inner products."""
 
@@ -40,6 +42,21 @@ class ByVectors(Protocol):
     def items(self, state: Any, /) -> jax.Array:
         """[I, E] vectors of all items; more rows where tables are padded."""
         ...
+
+
+@functools.partial(jax.jit, static_argnames=("by_vectors", "n_items"))
+def items_of(state: Any, *, by_vectors: ByVectors, n_items: int) -> ranks.Items:
+    """The vectors of all items, as the kernels want them that rank by products."""
+    rows = by_vectors.items(state)
+    if rows.shape[0] != n_items:
+        raise ConfigError(f"score_users has vectors of {rows.shape[0]} items, expected {n_items}")
+    return ranks.Items.of(rows.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames="by_vectors")
+def queries_of(state: Any, users: jax.Array, *, by_vectors: ByVectors) -> jax.Array:
+    """[B, E] float32 vectors of a chunk's users; those under 0 are padding."""
+    return by_vectors.queries(state, jnp.maximum(users, 0)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("users", "n_items", "at"))

@@ -24,7 +24,7 @@ from slgr_jax.config import EvaluationConfig, SliceConfig
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.errors import ConfigError, NonFiniteError, listing
 from slgr_jax.evaluation import device_ranking
-from slgr_jax.evaluation.chunks import ChunkScorer
+from slgr_jax.evaluation.chunks import Asked, ChunkScorer
 from slgr_jax.evaluation.device_ranking import (
     PAIR_DTYPES,
     DeviceCsr,
@@ -35,14 +35,15 @@ from slgr_jax.evaluation.device_scoring import ScoreUsers
 from slgr_jax.evaluation.placement import Placement
 from slgr_jax.evaluation.ranking_metrics import (
     APART,
+    PairOrder,
     PartResult,
     Ranking,
     TopItems,
-    assemble,
     part_data,
     pool_tables,
     summarize_part,
 )
+from slgr_jax.kernels.ranks import Scores
 from slgr_jax.mesh import UserShards
 
 
@@ -57,8 +58,8 @@ def _refuse_nonfinite(users: np.ndarray, bad: np.ndarray) -> None:
 
 
 def _width(count: int) -> int:
-    """Room for `count` relevant items: 16 * 4^i, so that few programs are compiled."""
-    width = 16
+    """Room for `count` relevant items: 1 or 16 * 4^i, so that few programs are compiled."""
+    width = 1 if count <= 1 else 16
     while width < count:
         width *= 4
     return width
@@ -88,17 +89,20 @@ class TopLists:
         split_items: bool = False,
         costs: np.ndarray | None = None,
         kernels: str = "auto",
+        filters: bool = True,
     ) -> None:
         """Arguments and errors: as of `top_k`; `split`, `split_items` as of `rank`.
 
         Args:
+          filters: whether a call may come with `listable`; chunks are larger where none does.
           costs: [U] what users are put together in chunks by, the same in every process; None: how
             many items of each are masked, where every process knows that of all.
         """
         at = Placement(mesh, split, n_items if split_items else 0)
         self._scorer = ChunkScorer(
-            score_users, state, users_per_chunk, n_items, users_per_chunk, at, kernels
+            score_users, users_per_chunk, n_items, users_per_chunk, at, kernels, filters=filters
         )
+        self._asked = self._scorer.ask(state)
         self.k, self.chunk = min(k, n_items), self._scorer.chunk
         self._costs = seen.counts if costs is None else costs
         self._masked, self._turn = self._scorer.put_rows(seen), threading.Lock()
@@ -138,11 +142,11 @@ class TopLists:
         items = np.empty((users.size, self.k), np.int32)
         scores = np.empty(items.shape, np.float32)
 
-        def best(scores: jax.Array, chunk: jax.Array, _: np.ndarray) -> dict[str, Any]:
+        def best(scores: Scores, chunk: jax.Array, _: np.ndarray) -> dict[str, Any]:
             return self._best(scores, chunk, self._masked, None)
 
         with self._turn:
-            for places, ranked in self._scorer.each(asking, best, listable):
+            for places, ranked in self._scorer.each(self._asked, asking, best, listable):
                 rows = asked[places]
                 _refuse_nonfinite(asking[places], ranked["bad"])
                 real = np.flatnonzero(rows >= 0)
@@ -193,6 +197,7 @@ def top_k(
         users_per_chunk=min(users_per_chunk, 1 << max(len(users) - 1, 0).bit_length()),
         mesh=mesh,
         kernels=kernels,
+        filters=False,
     )
     return lists(users)
 
@@ -214,14 +219,16 @@ def log_sums(
     -inf where there are none. Arguments and errors: as of `top_k`; temperature: T.
     """
     at = Placement(mesh)
-    scorer = ChunkScorer(score_users, state, users.size, n_items, users_per_chunk, at, kernels)
+    scorer = ChunkScorer(
+        score_users, users.size, n_items, users_per_chunk, at, kernels, products=False
+    )
     masked = scorer.put_rows(seen)
 
-    def of_chunk(scores: jax.Array, chunk: jax.Array, _: np.ndarray) -> dict[str, jax.Array]:
+    def of_chunk(scores: Scores, chunk: jax.Array, _: np.ndarray) -> dict[str, jax.Array]:
         return device_ranking.log_sum_chunk(scores, chunk, masked, temperature, at=at)
 
     sums = np.empty(users.size, np.float32)
-    for places, result in scorer.each(users, of_chunk):
+    for places, result in scorer.each(scorer.ask(state), users, of_chunk):
         _refuse_nonfinite(users[places], result["bad"])
         sums[places] = result["log_sums"][: sums[places].size]
     return sums
@@ -268,66 +275,114 @@ def rank(
       NonFiniteError: a score is NaN or infinite.
       ConfigError: as for `top_k`.
     """
-    n_candidates = n_items
-    if among is not None:
-        relevant, seen, n_candidates = relevant.among(among), seen.among(among), int(among.sum())
-        top_k, pooled_auc = 0, False
-    counts = relevant.counts
-    users = np.flatnonzero(counts).astype(np.int32)
-    order = [counts[users]]
-    if split is None or split.here is None:  # processes know what is masked of their own users
-        order.insert(0, seen.counts[users])
-    users = users[np.lexsort(order)]
-    at = Placement(mesh, split, n_items if split_items else 0)
-    scorer = ChunkScorer(score_users, state, users.size, n_items, users_per_chunk, at, kernels)
-    arranged = scorer.arranged(users)
-    users = np.where(arranged < 0, -1, users[arranged])
-    masked, wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
-    listable = None if among is None else Listable(scorer.put(among), None)
-    rank_chunk = functools.partial(
-        device_ranking.rank_chunk,
-        k=min(top_k, n_items),
-        at=at,
-        native=scorer.native,
+    ranker = Ranker(
+        score_users,
+        relevant,
+        seen,
+        n_items,
+        users_per_chunk=users_per_chunk,
+        top_k=top_k,
+        pooled_auc=pooled_auc,
+        mesh=mesh,
+        split=split,
+        split_items=split_items,
+        kernels=kernels,
+        among=among,
     )
+    return ranker(state, between_chunks)
 
-    def relevant_of(of_chunk: np.ndarray) -> np.ndarray:
-        return np.where(of_chunk < 0, 0, counts[of_chunk])
 
-    def dispatch(scores: jax.Array, chunk: jax.Array, of_chunk: np.ndarray) -> dict[str, Any]:
-        width = _width(int(relevant_of(of_chunk).max()))
-        return rank_chunk(scores, chunk, masked, wanted, width=width)
+class Ranker:
+    """`rank` of one state after another; what it reads of the data is made once and kept."""
 
-    pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
-    top = np.empty((users.size, min(top_k, n_items)), np.int32)
-    masked_items = np.empty(users.size, np.int32)
-    for places, ranks in scorer.each(users, dispatch, listable, between_chunks):
-        of_chunk = users[places]
-        _refuse_nonfinite(of_chunk, ranks["bad"])
+    def __init__(
+        self,
+        score_users: ScoreUsers,
+        relevant: Csr,
+        seen: Csr,
+        n_items: int,
+        *,
+        users_per_chunk: int = 1024,
+        top_k: int = 20,
+        pooled_auc: bool = True,
+        mesh: Mesh | None = None,
+        split: UserShards | None = None,
+        split_items: bool = False,
+        kernels: str = "auto",
+        among: np.ndarray | None = None,
+    ) -> None:
+        """Arguments and errors: as of `rank`."""
+        self._n_candidates = n_items
+        if among is not None:
+            relevant, seen = relevant.among(among), seen.among(among)
+            self._n_candidates, top_k, pooled_auc = int(among.sum()), 0, False
+        counts = relevant.counts
+        users = np.flatnonzero(counts).astype(np.int32)
+        order = [counts[users]]
+        if split is None or split.here is None:  # processes know what is masked of their own users
+            order.insert(0, seen.counts[users])
+        users = users[np.lexsort(order)]
+        at = Placement(mesh, split, n_items if split_items else 0)
+        filters = among is not None
+        scorer = ChunkScorer(
+            score_users, users.size, n_items, users_per_chunk, at, kernels, filters=filters
+        )
+        arranged = scorer.arranged(users)
+        self._listable = None if among is None else Listable(scorer.put(among), None)
+        self._scorer, self._k, self._pooled_auc = scorer, min(top_k, n_items), pooled_auc
+        self._users = np.where(arranged < 0, -1, users[arranged])
+        self._wants = np.where(self._users < 0, 0, counts[self._users])
+        self._masked, self._wanted = scorer.put_rows(seen), scorer.put_rows(relevant)
+        self._pairs = PairOrder(self._users[self._users >= 0], relevant)
+        self._rank_chunk = functools.partial(
+            device_ranking.rank_chunk, k=self._k, at=at, native=scorer.native
+        )
 
-        # Each user's row has room for `width` relevant items; the first `counts` of them are real.
-        width = ranks["pairs"]["score"].shape[1]
-        real = np.arange(width)[None, :] < relevant_of(of_chunk)[:, None]
-        for name, parts in pairs.items():
-            parts.append(ranks["pairs"][name][: of_chunk.size][real])
-        masked_items[places] = ranks["masked"][: of_chunk.size]
-        if top.shape[1]:
-            top[places] = ranks["top"]["items"][: of_chunk.size]
+    def __call__(self, state: Any, between_chunks: Callable[[], None] = lambda: None) -> Ranking:
+        """The ranking of a state; arguments and errors as of `rank`."""
+        scorer, users = self._scorer, self._users
+        asked, chunks = scorer.ask(state), iter(range(0, users.size, scorer.chunk))
 
-    flat = {
-        name: np.concatenate([np.zeros(0, dtype), *pairs[name]])
-        for name, dtype in PAIR_DTYPES.items()
-    }
-    real = users >= 0
-    ranked = assemble(users[real], relevant, masked_items[real], n_candidates, flat, top[real])
-    if not pooled_auc:
-        return ranked
-    auc = _pooled_auc(scorer, users, ranked, masked, wanted)
-    return dataclasses.replace(ranked, pooled_auc=auc)
+        def dispatch(scores: Scores, chunk: jax.Array, of_chunk: np.ndarray) -> dict[str, Any]:
+            begin = next(chunks)
+            width = _width(int(self._wants[begin : begin + of_chunk.size].max()))
+            return self._rank_chunk(scores, chunk, self._masked, self._wanted, width=width)
+
+        pairs: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_DTYPES}
+        top = np.empty((users.size, self._k), np.int32)
+        masked_items = np.empty(users.size, np.int32)
+        for places, ranks in scorer.each(asked, users, dispatch, self._listable, between_chunks):
+            of_chunk = users[places]
+            _refuse_nonfinite(of_chunk, ranks["bad"])
+
+            # Each user's row has room for `width` relevant items; the first so many are real.
+            width = ranks["pairs"]["score"].shape[1]
+            real = np.arange(width)[None, :] < self._wants[places][:, None]
+            for name, parts in pairs.items():
+                parts.append(ranks["pairs"][name][: of_chunk.size][real])
+            masked_items[places] = ranks["masked"][: of_chunk.size]
+            if self._k:
+                top[places] = ranks["top"]["items"][: of_chunk.size]
+
+        flat = {
+            name: np.concatenate([np.zeros(0, dtype), *pairs[name]])
+            for name, dtype in PAIR_DTYPES.items()
+        }
+        real = users >= 0
+        ranked = self._pairs.ranking(masked_items[real], self._n_candidates, flat, top[real])
+        if not self._pooled_auc:
+            return ranked
+        auc = _pooled_auc(scorer, asked, users, ranked, self._masked, self._wanted)
+        return dataclasses.replace(ranked, pooled_auc=auc)
 
 
 def _pooled_auc(
-    scorer: ChunkScorer, users: np.ndarray, ranked: Ranking, masked: DeviceCsr, wanted: DeviceCsr
+    scorer: ChunkScorer,
+    asked: Asked,
+    users: np.ndarray,
+    ranked: Ranking,
+    masked: DeviceCsr,
+    wanted: DeviceCsr,
 ) -> float:
     """Exact AUC over all (relevant, non-relevant candidate) pairs of all users.
 
@@ -357,10 +412,10 @@ def _pooled_auc(
 
     total = 0  # a Python integer: pairs x pairs may pass 2^63
 
-    def of_chunk(scores: jax.Array, chunk: jax.Array, _: np.ndarray) -> jax.Array:
+    def of_chunk(scores: Scores, chunk: jax.Array, _: np.ndarray) -> jax.Array:
         return look_up(scores, chunk, masked, wanted, pool)
 
-    for places, digits in scorer.each(users, of_chunk):
+    for places, digits in scorer.each(asked, users, of_chunk):
         chosen = counted[places]
         sums = digits[: chosen.size][chosen].astype(np.int64).sum(axis=0)
         total += sum(int(value) << (bits * i) for i, value in enumerate(sums))

@@ -146,6 +146,11 @@ def check_metric(
     return name
 
 
+def _once(rows: np.ndarray) -> bool:
+    """Whether rows ascend and none comes twice: of each user one pair, as with leave-one-out."""
+    return bool(np.all(rows[1:] > rows[:-1]))
+
+
 def per_user(ranking: Ranking, ks: Sequence[int], keep: np.ndarray | None = None) -> UserValues:
     """Metrics of each user, as `DEFINITIONS` states them.
 
@@ -157,7 +162,8 @@ def per_user(ranking: Ranking, ks: Sequence[int], keep: np.ndarray | None = None
     n = ranking.users.size
     chosen = np.ones(ranking.items.size, bool) if keep is None else keep[ranking.items]
     rows, ranks = ranking.rows[chosen], ranking.ranks[chosen]
-    order = np.lexsort((ranks, rows))
+    once = _once(rows)
+    order = np.arange(rows.size) if once else np.lexsort((ranks, rows))
     count = np.bincount(rows, minlength=n)
     row, rank = rows[order], ranks[order].astype(np.float64)
     start = np.cumsum(count) - count
@@ -166,16 +172,17 @@ def per_user(ranking: Ranking, ks: Sequence[int], keep: np.ndarray | None = None
     size = count[has].astype(np.float64)
 
     def total(weights: np.ndarray) -> np.ndarray:
-        return np.bincount(row, weights=weights, minlength=n)[has]
+        return weights if once else np.bincount(row, weights=weights, minlength=n)[has]
 
     values: dict[str, np.ndarray] = {}
+    gain = 1 / np.log2(rank + 1)
     for k in ks:
         hit = rank <= k
         hits = total(hit.astype(np.float64))
         best = np.minimum(count[has], k)
         ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])[best]
         values[f"recall@{k}"] = hits / size
-        values[f"ndcg@{k}"] = total(np.where(hit, 1 / np.log2(rank + 1), 0.0)) / ideal
+        values[f"ndcg@{k}"] = total(np.where(hit, gain, 0.0)) / ideal
         values[f"hit@{k}"] = (hits > 0).astype(np.float64)
         values[f"precision@{k}"] = hits / k
         values[f"map@{k}"] = total(np.where(hit, position / rank, 0.0)) / best
@@ -363,6 +370,8 @@ def without_relevant(
       scores: [N] its score.
       greater, tied: [N] candidates of the user with a greater, with the same score.
     """
+    if _once(rows):
+        return greater.astype(np.int64), tied.astype(np.int64)
     order = np.lexsort((-scores, rows))
     rows_o, scores_o = rows[order], scores[order]
     place = np.arange(order.size)
@@ -383,54 +392,53 @@ def without_relevant(
     return out_greater, out_tied
 
 
-def assemble(
-    users: np.ndarray,
-    relevant: Csr,
-    masked: np.ndarray,
-    n_items: int,
-    counts: Mapping[str, np.ndarray],
-    top: np.ndarray,
-) -> Ranking:
-    """A `Ranking`, by ascending user, from what the device counted for `users` in any order.
+class PairOrder:
+    """From the order in which users are counted to that of a `Ranking`, by ascending user."""
 
-    Args:
-      users: [n] every user with relevant items.
-      relevant: [U] rows of items to find.
-      masked: [n] how many items are masked, in the order of `users`.
-      n_items: I.
-      counts: "score" (-inf where the item is masked), and the numbers of unmasked candidates,
-        relevant ones included: "greater", "tied", "tied_before" (tied with a smaller index);
-        [N] each, user after user in the order of `users`.
-      top: [n, K] lists, in the order of `users`.
-    """
-    by_user = np.argsort(users)
-    # By ascending user the pairs are the relevant rows themselves: move each run to its row.
-    length = relevant.counts[users].astype(np.int64)
-    within = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    back = np.empty(within.size, np.int64)
-    back[np.repeat(relevant.offsets[users], length) + within] = np.arange(within.size)
+    def __init__(self, users: np.ndarray, relevant: Csr) -> None:
+        """For every user with relevant items ([n], in any order) and rows [U] of items to find."""
+        self._relevant, self._by_user = relevant, np.argsort(users)
+        self._ranked = users[self._by_user]
+        # By ascending user the pairs are the relevant rows themselves: move each run to its row.
+        length = relevant.counts[users].astype(np.int64)
+        within = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+        self._back = np.empty(within.size, np.int64)
+        self._back[np.repeat(relevant.offsets[users], length) + within] = np.arange(within.size)
+        self._pair_user = np.repeat(np.arange(relevant.offsets.size - 1), relevant.counts)
 
-    kept = counts["score"][back] > -np.inf
-    flat = {name: values[back][kept] for name, values in counts.items()}
-    pair_user = np.repeat(np.arange(relevant.offsets.size - 1), relevant.counts)[kept]
-    count = np.bincount(pair_user, minlength=relevant.offsets.size - 1)
-    ranked = users[by_user]
-    alive = count[ranked] > 0  # users who keep a relevant item
-    ranked = ranked[alive]
-    greater, tied = without_relevant(pair_user, flat["score"], flat["greater"], flat["tied"])
-    return Ranking(
-        users=ranked,
-        offsets=np.concatenate([[0], np.cumsum(count[ranked])]),
-        items=relevant.indices[kept],
-        ranks=1 + flat["greater"].astype(np.int64) + flat["tied_before"].astype(np.int64),
-        scores=flat["score"].astype(np.float32),
-        greater=greater,
-        tied=tied,
-        n_candidates=n_items - masked[by_user][alive].astype(np.int64),
-        top_items=top[by_user][alive],
-        n_items=n_items,
-        n_dropped=int((~kept).sum()),
-    )
+    def ranking(
+        self, masked: np.ndarray, n_items: int, counts: Mapping[str, np.ndarray], top: np.ndarray
+    ) -> Ranking:
+        """The ranking that the device's counts come to.
+
+        Args:
+          masked: [n] how many items are masked, in the order of the users.
+          n_items: I.
+          counts: "score" (-inf where the item is masked), and the numbers of unmasked candidates,
+            relevant ones included: "greater", "tied", "tied_before" (tied with a smaller index);
+            [N] each, user after user in the order of the users.
+          top: [n, K] lists, in the order of the users.
+        """
+        kept = counts["score"][self._back] > -np.inf
+        flat = {name: values[self._back][kept] for name, values in counts.items()}
+        pair_user = self._pair_user[kept]
+        count = np.bincount(pair_user, minlength=self._relevant.offsets.size - 1)
+        alive = count[self._ranked] > 0  # users who keep a relevant item
+        ranked = self._ranked[alive]
+        greater, tied = without_relevant(pair_user, flat["score"], flat["greater"], flat["tied"])
+        return Ranking(
+            users=ranked,
+            offsets=np.concatenate([[0], np.cumsum(count[ranked])]),
+            items=self._relevant.indices[kept],
+            ranks=1 + flat["greater"].astype(np.int64) + flat["tied_before"].astype(np.int64),
+            scores=flat["score"].astype(np.float32),
+            greater=greater,
+            tied=tied,
+            n_candidates=n_items - masked[self._by_user][alive].astype(np.int64),
+            top_items=top[self._by_user][alive],
+            n_items=n_items,
+            n_dropped=int((~kept).sum()),
+        )
 
 
 def pool_tables(scores: np.ndarray) -> dict[str, np.ndarray]:

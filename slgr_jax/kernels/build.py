@@ -29,14 +29,28 @@ from slgr_jax.config import RunConfig
 from slgr_jax.errors import ConfigError
 
 HERE = pathlib.Path(__file__).parent
-HEADERS = ("block.h", "calls.h", "common.h", "rows.h", "tables.h", "vectors.h")
+HEADERS = (
+    "block.h",
+    "calls.h",
+    "common.h",
+    "products.h",
+    "ranks.h",
+    "rows.h",
+    "tables.h",
+    "vectors.h",
+)
 _OF_ROWS = ("slgr_factor_scores", "slgr_factor_update", "slgr_row_update")
 # UNIT.cc, and the functions in it that XLA calls.
 TARGETS = {
     "draws": ("slgr_draw_outside", "slgr_draw_triples", "slgr_draw_preferences", "slgr_take"),
     "rows_float32": tuple(f"{name}_float32" for name in _OF_ROWS),
     "rows_bfloat16": tuple(f"{name}_bfloat16" for name in _OF_ROWS),
-    "ranks": ("slgr_rank_rows", "slgr_pool_rows"),
+    "ranks": (
+        "slgr_rank_rows",
+        "slgr_rank_products",
+        "slgr_pool_rows",
+        "slgr_pool_products",
+    ),
     "graph": ("slgr_graph_propagate",),
     "gates": ("slgr_logistic_gate",),
 }

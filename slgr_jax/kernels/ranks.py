@@ -1,10 +1,10 @@
 """What the CPU kernels of full ranking compute, as functions of JAX arrays (ranks.cc does it).
 
-A user's row of scores is ranked by one thread, and all results are integers or scores: they do
+A user's scores are ranked by one thread, and all results are integers or scores: they do
 not depend on the number of threads. Ids are trusted to be in bounds, rows to ascend.
 
-Shape letters: B users of a chunk, I items, U users, K cut-off, W room for a user's relevant items,
-D distinct scores.
+Shape letters: B users of a chunk, I items, U users, E width of a vector, K cut-off, W room for a
+user's relevant items, D distinct scores, P panels of N items.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from slgr_jax.kernels.build import ffi_call
 
+PANEL = 32  # of items, the same in products.h
 Ragged = tuple[jax.Array, jax.Array]  # offsets [U + 1], indices [>= n]: ascending rows of items
 
 
@@ -43,8 +45,49 @@ class Ranked(NamedTuple):
     values: Float[Array, "B K"]
 
 
+class Items(NamedTuple):
+    """The vectors of all items, as rows and as the products read them.
+
+    Attributes:
+      rows: item after item.
+      panels: column after column of `PANEL` items at a time; 0 past the last item.
+      greatest: the greatest number, without signs: scores that cannot overflow are not looked at.
+    """
+
+    rows: Float[Array, "I E"]
+    panels: Float[Array, "P E N"]
+    greatest: Float[Array, ""]
+
+    @classmethod
+    def of(cls, rows: Float[Array, "I E"]) -> Items:
+        """All of it, of the vectors."""
+        n, width = rows.shape
+        whole = jnp.pad(rows, ((0, -n % PANEL), (0, 0)))
+        panels = whole.reshape(-1, PANEL, width).swapaxes(1, 2)
+        return cls(rows, panels, jnp.max(jnp.abs(rows), initial=0.0))
+
+
+class Vectors(NamedTuple):
+    """Scores as what they are products of: s_ui = <queries_u, items_i>."""
+
+    queries: Float[Array, "B E"]
+    items: Items
+
+
+Scores = jax.Array | Vectors  # [B, I], or what it is the product of
+
+
+def _of(scores: Scores) -> tuple[str, tuple[jax.Array, ...]]:
+    """Whether a kernel takes the scores as rows or as products, and what it takes of them."""
+    return (
+        ("products", (scores.queries, *scores.items))
+        if isinstance(scores, Vectors)
+        else ("rows", (scores,))
+    )
+
+
 def rank_rows(
-    scores: Float[Array, "B I"],
+    scores: Scores,
     users: Int[Array, "B"],
     seen: Ragged,
     relevant: Ragged,
@@ -53,6 +96,10 @@ def rank_rows(
     k: int,
 ) -> Ranked:
     """Ranks each user's relevant items, and lists the best, among the items not in `seen`.
+
+    Of `Vectors` a score is the sum over even columns plus that over odd ones, each in the order of
+    columns, with one rounding a column where the processor has it: the same bits whoever is ranked
+    beside the user, and of items with the same vector the same score. No matrix is written.
 
     Args:
       scores: of each user and item; -0.0 counts as 0.0.
@@ -68,11 +115,12 @@ def rank_rows(
     kinds = [np.float32, np.int32, np.int32, np.int32, np.int32, np.float32]
     out = [jax.ShapeDtypeStruct((n,), np.bool_)]
     out += [jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
-    return Ranked(*ffi_call("slgr_rank_rows", out)(scores, users, *seen, *relevant))
+    source, arrays = _of(scores)
+    return Ranked(*ffi_call(f"slgr_rank_{source}", out)(*arrays, users, *seen, *relevant))
 
 
 def pool_rows(
-    scores: Float[Array, "B I"],
+    scores: Scores,
     users: Int[Array, "B"],
     seen: Ragged,
     relevant: Ragged,
@@ -87,6 +135,7 @@ def pool_rows(
     Returns:
       Low and high words of each user's sum; 0 for padding.
     """
-    call = ffi_call("slgr_pool_rows", jax.ShapeDtypeStruct((users.size, 2), np.uint32))
-    counts: jax.Array = call(scores, users, *seen, *relevant, *tables)
+    source, arrays = _of(scores)
+    call = ffi_call(f"slgr_pool_{source}", jax.ShapeDtypeStruct((users.size, 2), np.uint32))
+    counts: jax.Array = call(*arrays, users, *seen, *relevant, *tables)
     return counts

@@ -41,6 +41,7 @@ class Validation:
         self._n_items = dataset.n_items
         self._mesh = learner.layout.mesh if learner.layout.devices > 1 else None
         self._split, self._split_items = learner.layout.users, learner.serves_blocks
+        self._ranker: full_ranking.Ranker | None = None
         self._rows, self._slices = None, dataset.slices(config.slices)
         if self.possible and self._config.rows != "none":
             rows = labelled_rows.make_rows(dataset, "valid", self._config, config.loss)
@@ -58,6 +59,21 @@ class Validation:
         """Whether there is anything to validate on."""
         return self._relevant.indices.size > 0
 
+    def _make_ranker(self) -> full_ranking.Ranker:
+        return full_ranking.Ranker(
+            self._score,
+            self._relevant,
+            self._seen,
+            self._n_items,
+            users_per_chunk=self._config.eval_users_per_chunk,
+            top_k=0,
+            pooled_auc=False,
+            mesh=self._mesh,
+            split=self._split,
+            split_items=self._split_items,
+            kernels=self._kernels,
+        )
+
     def __call__(
         self, serving: ServingState, between_chunks: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
@@ -69,21 +85,8 @@ class Validation:
         scoring = Scoring(serving, self._context, moments(self._context, "valid"))
         metrics: ranking_metrics.Values = {}
         if self._config.ranking:
-            ranking = full_ranking.rank(
-                self._score,
-                scoring,
-                self._relevant,
-                self._seen,
-                self._n_items,
-                users_per_chunk=self._config.eval_users_per_chunk,
-                top_k=0,
-                pooled_auc=False,
-                mesh=self._mesh,
-                split=self._split,
-                split_items=self._split_items,
-                kernels=self._kernels,
-                between_chunks=between_chunks,
-            )
+            self._ranker = self._ranker or self._make_ranker()
+            ranking = self._ranker(scoring, between_chunks)
             per_user = ranking_metrics.per_user(ranking, self._config.ks)
             metrics = ranking_metrics.summarize(per_user)
         if self._rows is not None:

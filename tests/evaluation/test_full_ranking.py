@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import numpy as np
 import pytest
 import worlds
 from jax.sharding import AxisType, Mesh
-from ranked_worlds import World, check, factors, make_world, table
+from ranked_worlds import World, by_vectors, check, factors, make_world, table
 from sklearn.metrics import roc_auc_score
 
 from slgr_jax.config import EvaluationConfig, SliceConfig
@@ -346,6 +348,59 @@ def test_slices_that_are_ranked_apart(tmp_path):
     )
     assert not set(ranking_metrics.APART) & set(usual["test"].slices)
     assert usual["test"].slices["tail_items"] == parts["test"].slices["tail_items"]
+
+
+def test_vectors_are_ranked_as_their_products():
+    """Ranks, lists, lists with filters, by a model whose vectors may be asked for; exact sums."""
+    worlds.need_native_kernels()
+    rng = np.random.default_rng(1)
+    users, items = (rng.integers(-2, 3, (n, 6)).astype(np.float32) for n in (70, 90))
+    base = make_world(3, 70, 90, ties=True, overlap=True)
+    world = World(users @ items.T + np.float32(0), base.relevant, base.masked)
+    state, csr = jax.device_put((users, items)), world.csr
+    with jax.transfer_guard("disallow"):
+        ranked = full_ranking.rank(by_vectors, state, *csr, 90, users_per_chunk=32, top_k=15)
+    check(world, ranked, 15)
+
+    asked = rng.integers(0, 70, 50).astype(np.int32)
+    by = {
+        model: full_ranking.TopLists(model, state, csr[1], 90, k=7, users_per_chunk=16)
+        for model in (by_vectors, factors)
+    }
+    allowed = rng.random(90) < 0.5
+    for listable in (None, allowed):
+        got, expected = (
+            lists(asked, None if listable is None else lists.put(listable, None))
+            for lists in by.values()
+        )
+        np.testing.assert_array_equal(got.items, expected.items)
+        np.testing.assert_array_equal(got.scores, expected.scores)
+
+
+def test_vectors_of_another_catalogue_are_refused():
+    worlds.need_native_kernels()
+    world = make_world(3, 5, 30, ties=False, overlap=False)
+    state = jax.device_put((np.zeros((5, 4), np.float32), np.zeros((30, 4), np.float32)))
+    with pytest.raises(ConfigError, match="vectors of 30 items, expected 31"):
+        full_ranking.rank(by_vectors, state, *world.csr, 31)
+
+
+@pytest.mark.parametrize("model", [factors, by_vectors], ids=["matrix", "vectors"])
+def test_one_ranker_ranks_one_state_after_another(model):
+    """Each as `rank` does, and none is kept."""
+    world = make_world(11, 40, 60, ties=False, overlap=True)
+    rng = np.random.default_rng(2)
+    ranker = full_ranking.Ranker(model, *world.csr, 60, users_per_chunk=16, pooled_auc=False)
+    for _ in range(3):
+        state = jax.device_put(tuple(rng.normal(size=(n, 8)).astype(np.float32) for n in (40, 60)))
+        expected = full_ranking.rank(
+            model, state, *world.csr, 60, users_per_chunk=16, pooled_auc=False
+        )
+        _assert_same(ranker(state), expected)
+        held = [weakref.ref(leaf) for leaf in state]
+        del state
+        gc.collect()
+        assert not any(ref() for ref in held)
 
 
 def test_evaluate_dataset_masks_what_it_says(tmp_path):

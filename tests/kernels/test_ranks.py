@@ -8,8 +8,8 @@ import pytest
 import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranked_worlds import device_rows, random_masks
 
-from slgr_jax.data.dataset import Csr
 from slgr_jax.evaluation import device_ranking, ranking_metrics
 from slgr_jax.evaluation.placement import Placement
 
@@ -21,20 +21,13 @@ def _kernels():
     worlds.need_native_kernels()
 
 
-def _rows(mask: np.ndarray) -> device_ranking.DeviceCsr:
-    csr = Csr.from_pairs(*np.nonzero(mask), mask.shape[0])
-    indices = np.zeros(mask.size, np.int32)  # room for more than there is, as in use
-    indices[: csr.indices.size] = csr.indices
-    return device_ranking.DeviceCsr(*jax.device_put((csr.offsets.astype(np.int32), indices)))
-
-
 def _both(scores, seen, relevant, *, users=None, k, width=None):
     """What the kernel and XLA's program give, checked to be equal where anything is told."""
     users = np.arange(len(scores), dtype=np.int32) if users is None else np.asarray(users, np.int32)
-    whole = (jax.device_put(scores[np.maximum(users, 0)]), jax.device_put(users), _rows(seen))
+    whole = (jax.device_put(scores[np.maximum(users, 0)]), jax.device_put(users), device_rows(seen))
     counts = np.zeros(len(scores), int) if relevant is None else relevant.sum(axis=1)
     room = scores.shape[1] if width is None else width  # one shape, one program
-    wanted = None if relevant is None else _rows(relevant)
+    wanted = None if relevant is None else device_rows(relevant)
     native, xla = (
         jax.device_get(
             device_ranking.rank_chunk(
@@ -60,10 +53,6 @@ def _same(a, b, name):
     """Equal in kind and in every bit."""
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32), err_msg=name)
-
-
-def _masks(rng, shape, *, seen, relevant):
-    return rng.random(shape) < seen, rng.random(shape) < relevant
 
 
 def _scores(kind, rng, shape):
@@ -92,7 +81,7 @@ def test_equals_xla(kind):
     rng = np.random.default_rng(0)
     shape = (9, 1500)
     scores = _scores(kind, rng, shape)
-    seen, relevant = _masks(rng, shape, seen=0.2, relevant=0.02)
+    seen, relevant = random_masks(rng, shape, seen=0.2, relevant=0.02)
     seen[1], seen[2], relevant[3], relevant[4] = True, False, False, True
     assert (seen & relevant).any()
     _both(scores, seen, relevant, k=20)
@@ -103,7 +92,7 @@ def test_any_catalogue(n_items):
     """Parts of a lane, of a step and of a tile."""
     rng = np.random.default_rng(n_items)
     scores = _scores("quantised", rng, (5, n_items))
-    seen, relevant = _masks(rng, scores.shape, seen=0.3, relevant=7 / (n_items + 7))
+    seen, relevant = random_masks(rng, scores.shape, seen=0.3, relevant=7 / (n_items + 7))
     _both(scores, seen, relevant, k=min(10, n_items))
 
 
@@ -112,7 +101,7 @@ def test_any_catalogue(n_items):
 def test_lists_as_long_as_the_catalogue(kind, k):
     rng = np.random.default_rng(1)
     scores = _scores(kind, rng, (4, 300))
-    seen, _ = _masks(rng, scores.shape, seen=0.1, relevant=0)
+    seen, _ = random_masks(rng, scores.shape, seen=0.1, relevant=0)
     seen[0] = False
     _both(scores, seen, None, k=k, width=0)
 
@@ -122,7 +111,7 @@ def test_lists_longer_than_the_catalogue_run_out():
     found = jax.device_get(
         device_ranking.rank_chunk(
             *jax.device_put((scores, np.zeros(1, np.int32))),
-            _rows(np.array([[False, True, False]])),
+            device_rows(np.array([[False, True, False]])),
             None, width=0, k=5, at=Placement(), native=True,
         )
     )["top"]  # fmt: skip
@@ -136,7 +125,7 @@ def test_rows_that_are_not_finite_are_told(bad, at):
     """Even where the item is masked; and never of padding."""
     rng = np.random.default_rng(2)
     scores = _scores("normal", rng, (6, 100)).copy()
-    seen, relevant = _masks(rng, scores.shape, seen=0.2, relevant=0.1)
+    seen, relevant = random_masks(rng, scores.shape, seen=0.2, relevant=0.1)
     scores[2, at], scores[4, at] = bad, bad
     seen[4, at] = True
     native = _both(scores, seen, relevant, users=[0, -1, 2, 3, 4, 5, -7], k=5)
@@ -149,21 +138,21 @@ def test_rows_that_are_not_finite_are_told(bad, at):
 def test_one_user_may_come_twice_and_rooms_may_be_larger():
     rng = np.random.default_rng(3)
     scores = _scores("quantised", rng, (40, 70))
-    seen, relevant = _masks(rng, scores.shape, seen=0.3, relevant=0.1)
+    seen, relevant = random_masks(rng, scores.shape, seen=0.3, relevant=0.1)
     _both(scores, seen, relevant, users=rng.integers(-1, 40, 100), k=7, width=64)
 
 
 def test_ranks_without_lists():
     rng = np.random.default_rng(4)
     scores = _scores("quantised", rng, (8, 200))
-    seen, relevant = _masks(rng, scores.shape, seen=0.1, relevant=0.5)
+    seen, relevant = random_masks(rng, scores.shape, seen=0.1, relevant=0.5)
     assert "top" not in _both(scores, seen, relevant, k=0)
 
 
 def test_many_rows_on_many_threads():
     rng = np.random.default_rng(5)
     scores = _scores("normal", rng, (300, 3000))
-    seen, relevant = _masks(rng, scores.shape, seen=0.01, relevant=0.003)
+    seen, relevant = random_masks(rng, scores.shape, seen=0.01, relevant=0.003)
     _both(scores, seen, relevant, k=20)
 
 
@@ -179,7 +168,7 @@ def test_equals_xla_on_random_levels(seed, seen, relevant, levels):
     rng = np.random.default_rng(seed)
     values = rng.choice(np.array([-0.0, 0.0, 1, -1, 1e-38, 3e38], np.float32), levels)
     scores = rng.choice(values, (3, 90)).astype(np.float32)
-    masks = _masks(rng, scores.shape, seen=seen, relevant=relevant)
+    masks = random_masks(rng, scores.shape, seen=seen, relevant=relevant)
     _both(scores, *masks, k=10)
 
 
@@ -191,7 +180,13 @@ def _pooled(scores, seen, relevant, pool_scores, users=None):
     users = np.arange(len(scores), dtype=np.int32) if users is None else np.asarray(users, np.int32)
     pool = device_ranking.Pool(**jax.device_put(ranking_metrics.pool_tables(pool_scores)))
     at = np.maximum(users, 0)
-    whole = (jax.device_put(scores[at]), jax.device_put(users), _rows(seen), _rows(relevant), pool)
+    whole = (
+        jax.device_put(scores[at]),
+        jax.device_put(users),
+        device_rows(seen),
+        device_rows(relevant),
+        pool,
+    )
     words = device_ranking.pool_chunk(*whole, pieces=2, bits=32, at=Placement(), native=True)
     digits = device_ranking.pool_chunk(*whole, pieces=8, bits=4, at=Placement(), native=False)
     totals = [
@@ -210,7 +205,7 @@ def _pooled(scores, seen, relevant, pool_scores, users=None):
 def test_pooled_counts_equal_xla(kind):
     rng = np.random.default_rng(6)
     scores = _scores(kind, rng, (7, 333))
-    seen, relevant = _masks(rng, scores.shape, seen=0.3, relevant=0.1)
+    seen, relevant = random_masks(rng, scores.shape, seen=0.3, relevant=0.1)
     seen[0], relevant[1], seen[2] = True, True, False
     own = scores[relevant & ~seen]
     _pooled(scores, seen, relevant, own, users=[0, 1, -1, 2, 3, 4, 5, 6])
@@ -226,7 +221,7 @@ def test_pooled_counts_pass_32_bits():
     tables = device_ranking.Pool(**jax.device_put(pool))
     users = jax.device_put(np.arange(2, dtype=np.int32))
     words = device_ranking.pool_chunk(
-        jax.device_put(scores), users, _rows(nothing), _rows(nothing), tables,
+        jax.device_put(scores), users, device_rows(nothing), device_rows(nothing), tables,
         pieces=2, bits=32, at=Placement(), native=True,
     )  # fmt: skip
     low, high = jax.device_get(words).astype(object).T
