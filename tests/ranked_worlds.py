@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from slgr_jax.data.dataset import Csr
 from slgr_jax.evaluation import device_ranking, full_ranking, ranking_metrics
-from slgr_jax.mesh import Layout
+from slgr_jax.mesh import Layout, UserShards, make_layout
 
 
 def table(state: jax.Array, users: jax.Array) -> jax.Array:
@@ -125,3 +125,13 @@ def check(world: World, ranked: ranking_metrics.Ranking, k: int) -> None:
     assert ranked.n_dropped == int((world.relevant & world.masked).sum())
     pooled = roc_auc_score(np.concatenate(labels), np.concatenate(values))
     assert ranked.pooled_auc == pytest.approx(pooled, abs=1e-12)
+
+
+def split_by_user(world: World, devices: int) -> dict[str, object]:
+    """The world's users dealt out to eight shards over devices: how `rank` is asked about them."""
+    users = UserShards.deal(np.arange(world.scores.shape[0]) % 5, 8)
+    layout = make_layout(devices=jax.devices()[:devices])
+    rows = np.zeros((users.table_rows, world.scores.shape[1]), np.float32)
+    rows[users.row] = world.scores
+    mesh = layout.mesh if devices > 1 else None
+    return {"state": jax.device_put(rows, layout.users_sharding), "mesh": mesh, "split": users}
