@@ -30,9 +30,13 @@ shape_checks.install()  # before anything imports slgr_jax
 # Tracing makes far more objects than the default of 700, and nearly all of them stay.
 gc.set_threshold(10_000)
 
-# A shell that runs the suite in its background has Python ignore what tests interrupt runs with.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Who runs the suite in a background (&, nohup) has Python ignore what tests interrupt runs with.
+for _signal, _usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _usual)
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any_machine", deadline=None)

@@ -13,6 +13,7 @@ import worlds
 import slgr_jax as sl
 from slgr_jax import serving
 from slgr_jax.config import make_run
+from slgr_jax.evaluation import device_scoring
 from slgr_jax.reports import run_evaluation
 from slgr_jax.serving import stablehlo
 from slgr_jax.training import loop
@@ -69,10 +70,11 @@ def test_a_device_has_its_own_users_alone(workdir):
         pairs = run._pair_scores.lower(
             run.restored.scoring("test"), np.zeros(8, np.int32), np.zeros((8, 1), np.int32)
         )
-        scorer = recommender._lists._scorer
-        asked = jax.device_put(np.zeros(scorer.chunk, np.int32), scorer.at.by_user)
-        score = scorer._score
-        ranked = score.func.lower(scorer._room, scorer._state, asked, **score.keywords)
+        scorer, asked = recommender._lists._scorer, recommender._lists._asked
+        users = jax.device_put(np.zeros(scorer.chunk, np.int32), scorer.at.by_user)
+        how, columns = asked.score.keywords, asked.score.keywords["n_items"]
+        room = device_scoring.score_room(users=scorer.chunk, n_items=columns, at=scorer.at)
+        ranked = asked.score.func.lower(room, asked.state, users, **how)
         for program in (pairs, ranked):
             text = program.compile().as_text()
             assert "all-gather" not in text

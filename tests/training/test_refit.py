@@ -93,7 +93,7 @@ def test_what_is_learned_is_the_union_and_what_is_counted_is_training(split):
     ]
     assert_same(facts[0], facts[1])
     assert not np.allclose(facts[0].log_history, facts[2].log_history)
-    ours, theirs = (context._histories(data) for data in (view, union))
+    ours, theirs = (context.make_histories(data) for data in (view, union))
     assert_same(ours, theirs)
 
 

@@ -237,7 +237,9 @@ def test_every_place_of_a_window_learns_beside_its_own_users_vectors(data, knobs
     leaves = trainer.access.read(state.tables, context, reads)
     view = trainer.access.view(params, leaves, context, reads, None)
     key = jax.random.key(0)
-    inputs = objectives.Inputs(batch, context, arrays.interactions, params, 0.0, 1, key)
+    inputs = objectives.Inputs(
+        batch, context, arrays.interactions, params, 0.0, 1, key, jnp.int32(0)
+    )
     learned = trainer.objective.learn(view, inputs)
 
     ids, real = (np.asarray(x) for x in trainer.objective._events(batch, context))
