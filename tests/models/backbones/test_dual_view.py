@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import begun_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ from slgr_jax.models.scoring import Scoring, moments, query_vectors
 from slgr_jax.sampling.context import Queries, recent
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.vectors import Vectors
-from slgr_jax.training import build, loop, step
+from slgr_jax.training import build, loop
 from slgr_jax.training import state as state_lib
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -64,18 +65,8 @@ def _run(data: Dataset, workdir: pathlib.Path | str = "run", **knobs: Any) -> co
 
 
 def _begun(data: Dataset, **knobs: Any) -> tuple[Any, Any]:
-    """A run and its state after three steps, in which every dense parameter moved."""
-    experiment = build.build(_run(data, **knobs), data)
-    state = state_lib.init_state(experiment.trainer, 0)
-    begun = jax.tree.map(np.asarray, state.params["backbone"])
-    key = jax.random.key_data(jax.random.key(1))
-    state, _, health = step.make_run_steps(experiment.trainer)(
-        state, experiment.arrays, key, np.int32(3)
-    )
-    assert int(health.step) == -1
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), begun, state.params["backbone"])
-    assert min(jax.tree.leaves(moved)) > 0
-    return experiment, state
+    """A run after three steps."""
+    return begun_runs.after_three_steps(_run(data, **knobs), data)
 
 
 def _normed(x: np.ndarray, params: Any) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import begun_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,18 +76,8 @@ def _run(data: Dataset, workdir: pathlib.Path | str = "run", **knobs: Any) -> co
 
 
 def _begun(data: Dataset, **knobs: Any) -> tuple[Any, Any]:
-    """A run and its state after three steps, in which every dense parameter moved."""
-    experiment = build.build(_run(data, **knobs), data)
-    state = state_lib.init_state(experiment.trainer, 0)
-    begun = jax.tree.map(np.asarray, state.params["backbone"])
-    key = jax.random.key_data(jax.random.key(1))
-    state, _, health = step.make_run_steps(experiment.trainer)(
-        state, experiment.arrays, key, np.int32(3)
-    )
-    assert int(health.step) == -1
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), begun, state.params["backbone"])
-    assert min(jax.tree.leaves(moved)) > 0
-    return experiment, state
+    """A run after three steps."""
+    return begun_runs.after_three_steps(_run(data, **knobs), data)
 
 
 # --- the formulas in plain numpy ------------------------------------------------------------------
