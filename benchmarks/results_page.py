@@ -4,8 +4,8 @@
 
 audit_*.json are reports of quality/audit_controls.py, confirmation.json of quality/confirm.py
 (confirmation_first.json, _second.json by the first editions of its protocol), table3.json of
-quality/paper_tables.py, reproduction.json of quality/reproduce.py. No number of the page is
-written by hand; a test holds the page to the files.
+quality/paper_tables.py, all_methods.json of quality/all_methods.py, reproduction.json of
+quality/reproduce.py. No number of the page is written by hand; a test holds the page to the files.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def page(
     audits: Sequence[Mapping[str, Any]],
     confirmations: Sequence[Mapping[str, Any]],
     table3: Mapping[str, Any] | None,
+    all_methods: Mapping[str, Mapping[str, Any]],
     reproductions: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page in Markdown."""
@@ -61,6 +62,7 @@ def page(
         _audits(audits),
         _confirmed(confirmations),
         _table3(table3),
+        _all_methods(all_methods),
         _reproductions(reproductions),
     )
     return "\n".join(line for part in parts for line in part) + "\n"
@@ -255,6 +257,70 @@ def _table3(facts: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"`{' '.join(facts['flags'])}`. Cut: {'; '.join(facts['cut']) or 'nothing'}."
 
 
+_SCREENED = """\
+## All methods
+
+Every arm that fits, tuned alike (the same trials of one search, begun at the same base), refitted
+on training and validation, test part ([how](repeat.md)). *Gain*: over the best of what does without
+this LLM's word on this user, its p the greatest over all of them. *Selecting*: over the same
+believed everywhere. p over users, corrected by Holm over the arms of a table; NDCG@10, of tail
+items NDCG@100.
+A screening: few trials, two seeds, on data that arms were designed on.
+"""
+
+
+def _all_methods(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield from ("", *_SCREENED.splitlines())
+    if not tables:
+        yield "Not run yet."
+    for facts in tables.values():
+        yield from ("", *screened(facts))
+
+
+def screened(facts: Mapping[str, Any]) -> Iterator[str]:
+    """A data set of quality/all_methods.py: arms by validation, the best first, controls below."""
+    yield f"### {NAMES.get(facts['data'], facts['data'])}, {facts['backbone']}"
+    yield ""
+    vectors = f", vectors {facts['vectors']}" if facts["vectors"] else ""
+    yield (
+        f"Teacher {facts['teacher']}{vectors}; {facts['trials']} trials an arm, {facts['seeds']} "
+        f"seeds; split {facts['split_hash'][:12]}."
+    )
+    yield ""
+    gains = [f"gain, {shown}" for shown in SLICES.values()]
+    yield _row("arm", "validation", *SLICES.values(), *gains, "selecting")
+    yield "|---|" + "---:|" * (2 + 2 * len(SLICES))
+    by_overall = sorted(facts["arms"].items(), key=lambda of: -of[1]["means"]["overall"])
+    for is_control in (False, True):
+        for arm, of_arm in by_overall:
+            if of_arm["control"] is not is_control:
+                continue
+            shown = f"`{arm}`" + (", a control" if is_control else "")
+            over = of_arm.get("over_controls", {})
+            yield _row(
+                shown,
+                number(of_arm["valid"]),
+                *(number(of_arm["means"][name]) for name in SLICES),
+                *(_gained(over.get(name)) for name in SLICES),
+                _gained(of_arm.get("selection", {}).get("overall")),
+            )
+    yield ""
+    best = {of["over_controls"]["overall"]["best"] for _, of in by_overall if not of["control"]}
+    yield f"The best control overall: {', '.join(f'`{arm}`' for arm in sorted(best))}."
+    for baseline in facts["baselines"]:
+        if baseline["slice"] == "overall":
+            yield f"{baseline['baseline']}: {number(baseline['ndcg@10'])}."
+
+
+def _gained(test: Mapping[str, Any] | None) -> str:
+    """`+.0012 (p .03)`; empty where nothing was tested."""
+    if test is None:
+        return ""
+    p = test["p_users_holm"]
+    told = "" if p is None else f" (p {number(p)})" if p >= 1e-4 else " (p < 1e-4)"
+    return f"{number(test['difference'], sign=True)}{told}"
+
+
 def _reproductions(reproductions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from ("", "## Printed numbers of others", "")
     yield "Papers whose repositories ship their split, and products where there are any: what they"
@@ -309,7 +375,13 @@ def read() -> str:
         ),
     )
     confirmed = [facts for facts in editions if facts]
-    return page(audits, confirmed, _read("table3.json"), _read("reproduction.json") or {})
+    return page(
+        audits,
+        confirmed,
+        _read("table3.json"),
+        _read("all_methods.json") or {},
+        _read("reproduction.json") or {},
+    )
 
 
 if __name__ == "__main__":
