@@ -3,7 +3,7 @@
     python benchmarks/quality/real_data.py --dataset=facebook_book --clone=CLONE --out=BOOK
     slgr teach embed --data=BOOK/data --name=wordllama
     python benchmarks/quality/all_methods.py --data=BOOK/data --teacher=gpt-3.5-turbo_free_top50 \\
-        --vectors=wordllama --out=OUT --trials=6 --seeds=2
+        --vectors=wordllama --out=OUT
 
 Asks `slgr compare` for every arm that fits the recommender and the products (which do not, and
 why, is told), for its controls in the LLM's place, and for controls of vectors: the same with each
@@ -56,7 +56,8 @@ class AllMethodsConfig(Section):
     backbone: str = knob("mf", "recommender")
     out: str = knob("", "directory of the runs and the numbers; goes on where it was")
     only: str = knob("", "arms, a comma between; empty: all that fit")
-    trials: int = knob(6, "trials of each arm", minimum=1)
+    matched_to: str = knob("", "arm that controls copy; empty: as slgr compare chooses")
+    trials: int = knob(8, "trials of each arm", minimum=1)
     seeds: int = knob(2, "runs of each arm", minimum=2)
     workers: int = knob(0, "processes; 0 = one per core", minimum=0)
     epochs: int = knob(100, "most epochs of a run; validation every tenth", minimum=10)
@@ -135,7 +136,7 @@ def run(config: AllMethodsConfig) -> dict[str, Any]:
             *([f"--vectors={config.vectors}"] if own else []),
             *(f"--backbones={config.backbone}", f"--guidance={','.join(fit)}"),
             *(f"--arm={arm}" for arm in own),
-            f"--controls={','.join(controls)}",
+            *(f"--controls={','.join(controls)}", f"--matched_to={config.matched_to}"),
             *(f"--seeds={config.seeds}", f"--trials={config.trials}", "--nowiden", "--refit"),
             *("--ks=10,100", f"--epochs={config.epochs}", "--eval_every=10", "--patience=3"),
             f"--workers={config.workers}",
