@@ -140,6 +140,9 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name.startswith("hard_") and name in _OF_HARDNESS and not run.hardness.product:
             text = f"--{name}={_text(value)} is not used without --keep_hard"
             unused.append(f"{text}; add --keep_hard=NAME (slgr teach import)")
+        elif name == "hard_variance_scores" and not run.hardness.filters:
+            text = f"--{name}={_text(value)} is not used with --hard_variance_share=1"
+            unused.append(f"{text}; add --hard_variance_share=0.5")
         elif name in ("drop", "drop_steps") and not run.loss.drop_share:
             text = f"--{name}={_text(value)} is not used with --drop_share=0"
             unused.append(f"{text}; add --drop_share=0.1")

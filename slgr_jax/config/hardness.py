@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from slgr_jax.config.backbones import learns_from_sequences
-from slgr_jax.config.knobs import COUNT, Section, knob
+from slgr_jax.config.knobs import COUNT, WIDTH, Section, knob
 from slgr_jax.config.training import LossConfig, SamplerConfig
 from slgr_jax.errors import ConfigError
 
@@ -63,6 +63,28 @@ class HardnessConfig(Section):
         maximum=COUNT,
         flag="hard_steps",
     )
+    variance_share: float = knob(
+        1.0,
+        "of what is dropped, only so large a share can count as hard: those whose last "
+        "--hard_variance_scores scores vary most (LLMHD: 0.1 to 0.9); 1 = all, and no scores are "
+        "kept",
+        above=0,
+        maximum=1,
+        flag="hard_variance_share",
+    )
+    variance_scores: int = knob(
+        5,
+        "--hard_variance_share: scores that are kept of a training interaction, and of each item "
+        "that --keep_hard has a score of; until there are so many it is not hard",
+        minimum=2,
+        maximum=WIDTH,
+        flag="hard_variance_scores",
+    )
+
+    @property
+    def filters(self) -> bool:
+        """Whether what varies little is not hard, whatever the LLM says."""
+        return bool(self.product) and self.variance_share < 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,7 +40,7 @@ TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 # Items that a carried list could not name.
 NEW_ITEMS = ("error", "below", "unknown")
 # How teachers are made one.
-FUSIONS = ("reciprocal", "rrf", "borda", "mean")
+FUSIONS = ("reciprocal", "rrf", "borda", "mean", "latest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +195,22 @@ class CandidateConfig(Section):
     tail_users: int = knob(20, "users drawn per tail item", minimum=0)
     run: str = knob(
         "",
-        "WORKDIR of a trained run: for the two hard sets (empty: none of them); from_run: whose "
-        "lists",
+        "WORKDIR of a trained run: for the two hard sets and --doubtful (empty: none of them); "
+        "from_run: whose lists",
     )
     hard_top: int = knob(10, "items per user at the top of the run's unseen items", minimum=0)
     hard_uncertain: int = knob(
         5, "items per user whose score the run is least sure of (nearest 0)", minimum=0
+    )
+    doubtful: int = knob(
+        0,
+        "items per user, training items among them, that --run dropped as noise and whose scores "
+        "vary least, to be asked about anew (a run with --keep_hard and --hard_variance_share); "
+        "prompts hide them",
+        minimum=0,
+    )
+    doubtful_drops: int = knob(
+        3, "--doubtful: the run dropped them at least so often (LLMHD: 3 to 9)", minimum=1
     )
     calibration_users: int = knob(
         500,
@@ -401,11 +411,11 @@ class CombineConfig(Section):
     method: str = knob(
         "reciprocal",
         "reciprocal = mean of 1/rank, rrf = sum of 1/(rrf_k + rank), borda = mean of 1 - (rank - "
-        "1)/length of the list, mean = mean of scores scaled to 0..1, a teacher at a time. Where "
-        "unlisted items of all teachers rank below, an item that a teacher does not list counts 0 "
-        "(mean: is left out), and those of the result rank below. Otherwise it is left out of the "
-        "mean, but is 0 for a teacher whose own list it is below, and unlisted items of the result "
-        "are unknown",
+        "1)/length of the list, mean = mean of scores scaled to 0..1, a teacher at a time, latest "
+        "= the score of the last of --names that has one, as it is. Where unlisted items of all "
+        "teachers rank below, an item that a teacher does not list counts 0 (mean, latest: is left "
+        "out), and those of the result rank below. Otherwise it is left out of the mean, but is 0 "
+        "for a teacher whose own list it is below, and unlisted items of the result are unknown",
         choices=FUSIONS,
     )
     rrf_k: int = knob(60, "rrf: the larger, the less the first ranks stand out", minimum=0)

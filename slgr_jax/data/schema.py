@@ -114,9 +114,10 @@ TEACHER_SCHEMAS: Mapping[str, pa.Schema] = {
 
 # One row per (user, item) to ask about, sorted; `reasons` has bit k set where set k of
 # `REASONS` drew it.
-REASONS = ("popular", "cold", "tail", "hard_top", "hard_uncertain", "calibration")
+REASONS = ("popular", "cold", "tail", "hard_top", "hard_uncertain", "calibration", "doubtful")
 CANDIDATES = pa.schema([*_PAIR, pa.field("reasons", pa.int32(), nullable=False)])
-# Training items that no prompt of the user shows as history: what calibration asks about.
+# Training items that no prompt of the user shows as history: what calibration asks about, and what
+# a run doubts.
 HIDDEN = pa.schema(_PAIR)
 # One row per request, in the order of the request files; `items` as the prompt shows them. `user`
 # is -1 where a text about an item is asked for, which is then the only one in `items`.

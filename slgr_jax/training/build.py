@@ -112,10 +112,12 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
             dataset, reference_runs, run.sampler.hard_pool, kernels=run.train.kernels
         )
         interactions = dataclasses.replace(interactions, hard=arrays_lib.hard_negatives(pools))
-    counts = {} if learned is None else dict(learned.counts)
+    counts, remembered = {} if learned is None else dict(learned.counts), 0
     if run.hardness.product:
         scores = dropping.Scores(run, dataset)
-        interactions = dataclasses.replace(interactions, scored=scores.arrays())
+        scored = scores.arrays()
+        interactions = dataclasses.replace(interactions, scored=scored)
+        remembered = int(scored.items.size) if run.hardness.filters else 0
         counts["train_pairs_scored"] = scores.trained
         if run.sampler.negatives == "scored":
             of_scored = arrays_lib.hard_negatives(scores.pools())
@@ -132,7 +134,7 @@ def build(run: RunConfig, dataset: Dataset, layout: Layout | None = None) -> Exp
     interactions = dataclasses.replace(interactions, targets=targets)
     drawn = user_shards.total(interactions.drawn, dataset)
     plan = _plan(run, dataset, backbone, interactions, drawn, native=native)
-    trainer = Trainer(run, backbone, guidance, layout, plan)
+    trainer = Trainer(run, backbone, guidance, layout, plan, remembered=remembered)
     check_devices(trainer)
     begins = run.train.restart or not checkpoint.exists(run.workdir)
     if run.train.init_from and begins:

@@ -7,6 +7,9 @@
                 a row, label 1  s(u, i) < e_positive
                 a row, label 0  s(u, i) > e_negative
               with thresholds e = max(first - step / --hard_steps, last)
+    filter    of the hard only those among the dropped whose own scores vary most from one draw to
+              another, a share --hard_variance_share of those with a full ring (`score_rings`); of
+              triples those of the positive or of the negative
 
 What lacks a score is not hard. The scores are the LLM's alone, so nothing flows to them; what of a
 batch is dropped is decided over all devices.
@@ -17,7 +20,7 @@ Shape letters: B triples or rows, C items of one, U users, n scores.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +36,13 @@ from slgr_jax.sampling.batch import Batch
 from slgr_jax.sampling.context import host32
 from slgr_jax.sampling.negatives import count_not_above
 from slgr_jax.teacher.products import preferences
-from slgr_jax.teacher.products.rows import Teacher
+from slgr_jax.training import score_rings
+from slgr_jax.training.score_rings import NewScores, Rings
 
-# What a step reports of them.
+# What a step reports of them; with the filter, also of the dropped those that have too few scores
+# of the run's own, and those that the LLM says are hard and the filter leaves out.
 METRICS = ("dropped", "dropped_unscored", "kept_hard")
+FILTERED = ("dropped_new", "dropped_steady")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,9 @@ class Dropped:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the counts that `weights` gives."""
-        return () if self.hardness is None else METRICS
+        if self.hardness is None:
+            return ()
+        return (*METRICS, *FILTERED) if self.hardness.filters else METRICS
 
     def share_at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
         """The share that is dropped at a step, from 0."""
@@ -75,52 +83,98 @@ class Dropped:
     ) -> Float[Array, "B"]:
         """The weights, 0 of what is dropped: floor((1 - share) n) of n that had one are left."""
         size = jax.lax.stop_gradient(loss if self.which == "easiest" else -loss)
-        sizes, there = map(self.layout.gather_over_all, (size, weights > 0))
-        order = jnp.argsort(jnp.where(there, -sizes, jnp.inf))  # what is left comes first
+        place, there = self._places(-size, weights > 0)  # what is left comes first
+        count = jnp.floor((1.0 - self.share_at(step)) * there + 1e-4)
+        return jnp.where(place < count, weights, 0.0)
+
+    def _places(
+        self, values: Float[Array, "B"], among: Bool[Array, "B"]
+    ) -> tuple[Int[Array, "B"], Int[Array, ""]]:
+        """Of each lane how many of those `among`, of all devices, have a lower value, and how many
+        these are; of equals the first lane comes first."""
+        every, counted = map(self.layout.gather_over_all, (values, among))
+        order = jnp.argsort(jnp.where(counted, every, jnp.inf))
         place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
         if self.layout.devices > 1:
-            own = self.layout.device_index() * loss.shape[0]
-            place = jax.lax.dynamic_slice_in_dim(place, own, loss.shape[0])
-        count = jnp.floor((1.0 - self.share_at(step)) * jnp.sum(there) + 1e-4)
-        return jnp.where(place < count, weights, 0.0)
+            own = self.layout.device_index() * values.shape[0]
+            place = jax.lax.dynamic_slice_in_dim(place, own, values.shape[0])
+        return place, jnp.sum(counted)
 
     def weights(
         self,
+        scores: Float[Array, "B C"],
         loss: Float[Array, "B"],
         batch: Batch,
         scored: ScoredItems | None,
+        rings: Rings | None,
         step: Int[Array, ""],
-    ) -> tuple[Float[Array, "B"], dict[str, Float[Array, ""]]]:
-        """What each loss counts, and counts of `metrics`.
+    ) -> tuple[Float[Array, "B"], dict[str, Float[Array, ""]], NewScores | None]:
+        """What each loss counts, counts of `metrics`, and what `rings` are to remember.
 
         Args:
+          scores: that the losses are of.
           scored: the LLM's scores, where `hardness` says what is kept.
+          rings: earlier scores, where it filters.
         """
         left = self.left(loss, batch.weights, step)
         if self.hardness is None:
-            return left, {}
+            return left, {}, None
         assert scored is not None, "build gives a run that keeps what is hard its scores"
-        scores, known = look_up(scored, batch.queries.users, batch.items)
-        hard = is_hard(scores, batch.labels, self.hardness, step) & jnp.all(known, axis=1)
+        pairs = find(scored, batch.queries.users, batch.items)
+        said, known = look_up(scored, pairs)
+        hard = is_hard(said, batch.labels, self.hardness, step) & jnp.all(known, axis=1)
         dropped = (batch.weights > 0) & (left == 0)
-        counts = (dropped, dropped & ~jnp.all(known, axis=1), dropped & hard)
-        named = zip(METRICS, counts, strict=True)
+        counts = [dropped, dropped & ~jnp.all(known, axis=1), dropped & hard]
+        new_scores = None
+        if rings is not None:
+            varies, full = self.varies(rings, pairs, dropped)
+            hard, by_llm = hard & varies, hard
+            counts[2] = dropped & hard
+            counts += [dropped & ~jnp.any(full, axis=1), dropped & by_llm & ~varies]
+            drawn = jnp.where((batch.weights > 0)[:, None], pairs, scored.items.shape[0])
+            new_scores = NewScores(drawn, scores, dropped)
+        named = zip(self.metrics, counts, strict=True)
         return (
             jnp.where(dropped & hard, batch.weights, left),
             {name: jnp.sum(each.astype(jnp.float32)) for name, each in named},
+            new_scores,
         )
 
+    def varies(
+        self, rings: Rings, pairs: Int[Array, "B C"], dropped: Bool[Array, "B"]
+    ) -> tuple[Bool[Array, "B"], Bool[Array, "B C"]]:
+        """Which of the dropped losses may count as hard by what their scores were, and whose rings
+        are full: of n dropped ones with a full ring the ceil(share n) of the greatest variance, by
+        each candidate."""
+        assert self.hardness is not None
+        variance, full = score_rings.variances(rings, pairs)
+        chosen = jnp.zeros_like(dropped)
+        for column in range(pairs.shape[1]):
+            place, count = self._places(-variance[:, column], dropped & full[:, column])
+            most = jnp.ceil(self.hardness.variance_share * count - 1e-4)
+            chosen |= dropped & full[:, column] & (place < most)
+        return chosen, full
 
-def look_up(
+
+def find(
     scored: ScoredItems, users: Int[Array, "B"], items: Int[Array, "B C"]
-) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
-    """The score of each item for its user, and whether there is one (0 where not)."""
+) -> Int[Array, "B C"]:
+    """Where each (user, item) is among those of `scored`; as many as these are: it is none."""
     low, high = (scored.offsets[users + end][:, None] for end in (0, 1))
     low, high = (jnp.broadcast_to(bound, items.shape) for bound in (low, high))
     rank = count_not_above(scored.items, low, high, items, scored.search_steps)
     at = low + rank - 1
-    known = (rank > 0) & (scored.items.at[at].get(mode="clip") == items)
-    return jnp.where(known, scored.scores.at[at].get(mode="clip"), 0.0), known
+    there = (rank > 0) & (scored.items.at[at].get(mode="clip") == items)
+    return jnp.where(there, at, scored.items.shape[0])
+
+
+def look_up(
+    scored: ScoredItems, pairs: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
+    """The score of each pair of `find`, and whether there is one (0 where not)."""
+    scores = scored.scores.at[pairs].get(mode="fill", fill_value=jnp.nan)
+    known = ~jnp.isnan(scores)
+    return jnp.where(known, scores, 0.0), known
 
 
 def is_hard(
@@ -168,8 +222,8 @@ class Scores:
             )
         counts = np.diff(self._teacher.offsets)
         self._owners = np.repeat(np.arange(counts.size), counts)
-        trained = dataset.positives(("train",))
-        self._trained = trained.contains(self._owners, self._teacher.items)
+        self._all_trained = dataset.positives(("train",))
+        self._trained = self._all_trained.contains(self._owners, self._teacher.items)
         self._refuse_useless()
 
     def _refuse_useless(self) -> None:
@@ -207,17 +261,32 @@ class Scores:
         users = self._teacher.offsets.size - 1
         return Csr.from_pairs(self._owners[others], self._teacher.items[others], users)
 
+    def pairs(self) -> Pairs:
+        """All that has a score; where the run's own scores are remembered, all training pairs."""
+        teacher, n_users = self._teacher, self._teacher.offsets.size - 1
+        users, items, scores = self._owners, teacher.items, teacher.scores
+        if self._run.hardness.filters:
+            owners, trained = self._all_trained.owners(), self._all_trained.indices
+            missing = ~Csr.from_pairs(users, items, n_users).contains(owners, trained)
+            users = np.concatenate([users, owners[missing]])
+            items = np.concatenate([items, trained[missing]])
+            scores = np.concatenate([scores, np.full(missing.sum(), np.nan, np.float32)])
+        order = np.lexsort((items, users))
+        return Pairs(users[order], items[order], scores[order])
+
     def arrays(self) -> ScoredItems:
-        """All scores (host arrays)."""
-        return scored_items(self._teacher)
+        """`pairs`, to be looked up by user and item (host arrays)."""
+        users, items, stated = self.pairs()
+        counts = np.bincount(users, minlength=self._teacher.offsets.size - 1)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        steps = int(counts.max(initial=0)).bit_length()
+        scores: Any = np.ascontiguousarray(stated, np.float32)
+        return ScoredItems(host32(offsets), host32(items), scores, search_steps=steps)
 
 
-def scored_items(teacher: Teacher) -> ScoredItems:
-    """The scores of a product, to be looked up by user and item (host arrays)."""
-    counts = np.diff(teacher.offsets)
-    order = np.lexsort((teacher.items, np.repeat(np.arange(counts.size), counts)))
-    scores: Any = np.ascontiguousarray(teacher.scores[order], np.float32)
-    steps = int(counts.max(initial=0)).bit_length()
-    return ScoredItems(
-        host32(teacher.offsets), host32(teacher.items[order]), scores, search_steps=steps
-    )
+class Pairs(NamedTuple):
+    """Pairs by user, then item, and the LLM's score of each; NaN: none."""
+
+    users: Int[np.ndarray, "n"]
+    items: Int[np.ndarray, "n"]
+    scores: Float[np.ndarray, "n"]

@@ -31,7 +31,12 @@ from slgr_jax.mesh import make_layout
 from slgr_jax.sampling import user_context
 from slgr_jax.sampling.arrays import Dealt, DeviceArrays
 from slgr_jax.training import build, step
-from slgr_jax.training.state import abstract_serving, abstract_state, make_serving_state
+from slgr_jax.training.state import (
+    abstract_serving,
+    abstract_state,
+    make_serving_state,
+    rings_of,
+)
 from slgr_jax.training.step import Trainer
 
 
@@ -42,7 +47,7 @@ class MemoryPlan:
     Attributes:
       devices, table_shards: the mesh.
       tables: values and optimiser slots.
-      dense: dense parameters with their optimiser's state.
+      dense: dense parameters with their optimiser's state, and remembered scores.
       serving: the best state, as a run that goes on reads it, and the one that a validation ranks
         with: split as `Learner.serves_blocks` and users are; whole otherwise, but that XLA may
         leave the second split.
@@ -124,7 +129,7 @@ def _plan(
         devices=count,
         table_shards=table_shards,
         tables=_per_device(state.tables),
-        dense=_per_device((state.params, state.opt_state, state.step)),
+        dense=_per_device((state.params, state.opt_state, state.step, rings_of(state))),
         serving=_per_device(serving) + _scored_with(trainer, state, arrays),
         interactions=_per_device(arrays.interactions),
         looked_up=_per_device(arrays.context),

@@ -53,6 +53,7 @@ from slgr_jax.sampling.batch import Batch
 from slgr_jax.sampling.context import Context, at_interactions, recent, window_weights
 from slgr_jax.sampling.negatives import SamplingPlan
 from slgr_jax.training.dropping import Dropped
+from slgr_jax.training.score_rings import NewScores, Rings
 
 GUIDANCE, BOTH, TRIPLES = "guidance", "triples and guidance", "triples"
 
@@ -66,12 +67,14 @@ class Learned:
       right: [] how many positives score above their negatives (rows: on the right side of 0).
       count: [] how many there are.
       counts: more that a step reports, by name of `Objective.metrics`.
+      new_scores: what is remembered of the batch's scores; None: nothing.
     """
 
     loss: Float[Array, ""]
     right: Float[Array, ""]
     count: Float[Array, ""]
     counts: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)
+    new_scores: NewScores | None = None
 
 
 class Guided(NamedTuple):
@@ -99,6 +102,7 @@ class Inputs:
     key: jax.Array
     step: Int[Array, ""]
     candidates: Candidates | None = None  # of a guidance
+    rings: Rings | None = None  # of scores that are remembered
 
     def pass_(self, number: int) -> Dropout:
         """Dropout of the step's pass `number`; None where the backbone has none."""
@@ -136,19 +140,26 @@ def _metrics(dropped: Dropped | None) -> tuple[str, ...]:
 
 
 def _left(
-    dropped: Dropped | None, inputs: Inputs, loss: Float[Array, "B"], right: Float[Array, "B"]
+    dropped: Dropped | None,
+    inputs: Inputs,
+    scores: Float[Array, "B C"],
+    loss: Float[Array, "B"],
+    right: Float[Array, "B"],
 ) -> Learned:
     """The sums over a batch's triples or rows, without those that are dropped."""
     weights = inputs.batch.weights
     counts: dict[str, jax.Array] = {}
+    new_scores = None
     if dropped is not None:
-        scored = inputs.interactions.scored
-        weights, counts = dropped.weights(loss, inputs.batch, scored, inputs.step)
+        said = inputs.interactions.scored
+        left = dropped.weights(scores, loss, inputs.batch, said, inputs.rings, inputs.step)
+        weights, counts, new_scores = left
     return Learned(
         losses.masked_sum(loss, weights),
         losses.masked_sum(right, weights),
         jnp.sum(weights),
         counts,
+        new_scores,
     )
 
 
@@ -235,7 +246,7 @@ class Triples:
         else:
             labels = jnp.zeros_like(scores).at[:, 0].set(1.0)
             loss = jnp.mean(losses.binary_cross_entropy(scores, labels), axis=1)
-        return _left(self.dropped, inputs, loss, right)
+        return _left(self.dropped, inputs, scores, loss, right)
 
     def guided(self, view: View, inputs: Inputs) -> Guided:
         if not self.merged:
@@ -263,7 +274,7 @@ class LabelledItems:
         assert batch.labels is not None
         right = ((scores > 0) == (batch.labels > 0.5)).astype(jnp.float32)
         loss = losses.binary_cross_entropy(scores, batch.labels)
-        return _left(self.dropped, inputs, loss, right)
+        return _left(self.dropped, inputs, scores[:, None], loss, right)
 
     def guided(self, view: View, inputs: Inputs) -> Guided:
         return _guided(view.scores(GUIDANCE, inputs.pass_(1)))

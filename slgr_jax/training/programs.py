@@ -68,9 +68,8 @@ def _make_init(
     Args:
       initial: host arrays, an argument of the program: as constants they would be compiled.
     """
-    everywhere = learner.layout.replicated
-    layout = TrainState(everywhere, learner.table_shardings, everywhere, everywhere)  # type: ignore[arg-type]
-    program = jax.jit(functools.partial(init_state, learner), out_shardings=layout)
+    start = functools.partial(init_state, learner)
+    program = jax.jit(start, out_shardings=learner.state_layout)
 
     def init(seed: np.int32) -> TrainState:
         return program(seed, put(dict(initial), learner.layout.table_sharding))

@@ -108,9 +108,10 @@ def beginning(
 
     def begin(seed: np.int32) -> TrainState:
         state = fresh(seed)
-        return TrainState(
-            state.step, state.tables, {**state.params, "guidance": gate()}, state.opt_state
+        begun: TrainState = state.replace(  # type: ignore[attr-defined]
+            params={**state.params, "guidance": gate()}
         )
+        return begun
 
     return begin
 

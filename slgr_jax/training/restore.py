@@ -348,7 +348,9 @@ def _restored(
         if which == "best":
             serving = saved.restore_best(abstract_serving(trained))
         else:
-            state = saved.restore_state(abstract_state(trained))
+            remembered = checkpoint.remembered(saved.shapes())
+            learned = dataclasses.replace(trained, remembered=remembered)
+            state = saved.restore_state(abstract_state(learned))
             vectors = _frozen(workdir, run, dataset, layout)
             as_trained = user_context.put(looked_up, trained.layout)
             reads = dataclasses.replace(as_trained, vectors=layout.put(vectors))

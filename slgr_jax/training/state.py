@@ -31,6 +31,8 @@ from slgr_jax.models.row_optimizers import RowOptimizer, make_row_optimizer
 from slgr_jax.models.scoring import ServingState
 from slgr_jax.sampling import user_context
 from slgr_jax.sampling.context import Context
+from slgr_jax.training import score_rings
+from slgr_jax.training.score_rings import Rings
 
 # Rows whose chunks are float32 at once.
 _CHUNKED_ROWS = 2048
@@ -53,18 +55,37 @@ class TrainState:
     opt_state: Any
 
 
+@struct.dataclass
+class RememberingState(TrainState):
+    """That of a run which remembers scores; a class of its own, so that a checkpoint of others has
+    no such part.
+
+    Attributes:
+      rings: of `Learner.remembered` pairs.
+    """
+
+    rings: Rings
+
+
+def rings_of(state: TrainState) -> Rings | None:
+    """The scores that a state remembers; None for none."""
+    return state.rings if isinstance(state, RememberingState) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """What is trained, how, and on which devices.
 
     Attributes:
       guidance: the use of an LLM product; None without one.
+      remembered: pairs whose last scores are remembered (--hard_variance_share).
     """
 
     config: RunConfig
     backbone: AnyBackbone
     guidance: Guidance | None
     layout: Layout
+    remembered: int = dataclasses.field(default=0, kw_only=True)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -114,6 +135,15 @@ class Learner:
             name: self.layout.rows_sharding(of_users=spec.of_users)
             for name, spec in self.backbone.tables.items()
         }
+
+    @property
+    def state_layout(self) -> TrainState:
+        """Where the parts of a train state are, as a prefix of its tree."""
+        everywhere: Any = self.layout.replicated
+        tables: Any = self.table_shardings
+        if self.remembered:
+            return RememberingState(everywhere, tables, everywhere, everywhere, everywhere)
+        return TrainState(everywhere, tables, everywhere, everywhere)
 
     @property
     def serves_blocks(self) -> bool:
@@ -186,7 +216,14 @@ def init_state(
 
     params, opt_state = jax.jit(dense, out_shardings=learner.layout.replicated)(keys[""])
     zero = jax.device_put(np.int32(0), learner.layout.replicated)
-    return TrainState(zero, tables, params, opt_state)
+    if not learner.remembered:
+        return TrainState(zero, tables, params, opt_state)
+    size = learner.config.hardness.variance_scores
+    rings = jax.jit(
+        functools.partial(score_rings.empty, learner.remembered, size),
+        out_shardings=learner.layout.replicated,
+    )()
+    return RememberingState(zero, tables, params, opt_state, rings)
 
 
 def make_serving_state(learner: Learner) -> Callable[[TrainState, Context], ServingState]:

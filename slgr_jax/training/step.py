@@ -40,10 +40,13 @@ from slgr_jax.sampling import user_context
 from slgr_jax.sampling.arrays import DeviceArrays, Interactions
 from slgr_jax.sampling.batch import Batch, draw
 from slgr_jax.sampling.negatives import SamplingPlan, generators
-from slgr_jax.training import objectives, shard_draws
-from slgr_jax.training.state import Learner, TrainState
+from slgr_jax.training import objectives, score_rings, shard_draws
+from slgr_jax.training.score_rings import NewScores, Rings
+from slgr_jax.training.state import Learner, TrainState, rings_of
 
 Sums = dict[str, jax.Array]
+# What a loss comes with: sums, and what is to be remembered of its scores.
+Aside = tuple[Sums, NewScores | None]
 # Salt of the key of what supervises a gate.
 _FOR_OBSERVING = (1 << 31) + 1
 # The number of the pass whose dropout all candidates share (a graph's edges).
@@ -148,11 +151,10 @@ def make_run_steps(trainer: Trainer) -> RunSteps:
     # Stated, so that a dispatch's output is laid out as its input: otherwise the second call
     # would compile the program again.
     everywhere = trainer.layout.replicated
-    like_input = TrainState(everywhere, trainer.table_shardings, everywhere, everywhere)  # type: ignore[arg-type]
     return jax.jit(
         make_program(trainer),
         donate_argnums=0,
-        out_shardings=(like_input, everywhere, everywhere),
+        out_shardings=(trainer.state_layout, everywhere, everywhere),
         compiler_options=trainer.layout.compiler_options,
     )
 
@@ -245,14 +247,18 @@ def train_step(
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, whole, whole, lanes, lanes, read, whole, whole),
-            out_specs=(rows, rows, whole, whole, whole, whole),
+            in_specs=(rows, rows, whole, whole, whole, lanes, lanes, read, whole, whole),
+            out_specs=(rows, rows, whole, whole, whole, whole, whole),
             check_vma=False,  # replicas of a table see the same gathered updates
         )
-    new_tables, slots, params, opt_state, sums, bad = local(
-        state.tables, slots, state.params, state.opt_state, batch, guided, arrays, key, state.step
+    of_state = (state.params, state.opt_state, rings_of(state))
+    new_tables, slots, params, opt_state, rings, sums, bad = local(
+        state.tables, slots, *of_state, batch, guided, arrays, key, state.step
     )
-    return TrainState(state.step + 1, new_tables, params, opt_state), slots, sums, bad
+    new = state.replace(  # type: ignore[attr-defined]
+        step=state.step + 1, tables=new_tables, params=params, opt_state=opt_state
+    )
+    return new if rings is None else new.replace(rings=rings), slots, sums, bad
 
 
 def _local_step(
@@ -261,6 +267,7 @@ def _local_step(
     slots: dict[str, jax.Array],
     params: dict[str, Any],
     opt_state: Any,
+    rings: Rings | None,
     batch: Batch,
     guided: Any,
     arrays: DeviceArrays,
@@ -285,13 +292,14 @@ def _local_step(
         dropout = (rate, jax.random.fold_in(for_observing, 1)) if rate > 0 else None
         frozen = Frozen(access, state_tables, params["backbone"], context, dropout)
         observed = guidance.observe(frozen, guided, arrays.guidance, for_observing)
-    part = _Part(batch, guided, candidates, observed, reads, arrays, for_pass, for_guidance, step)
+    keys = (for_pass, for_guidance)
+    part = _Part(batch, guided, candidates, observed, reads, arrays, *keys, step, rings)
 
-    def loss_of(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Sums]:
+    def loss_of(params: dict[str, Any], leaves: Leaves) -> tuple[jax.Array, Aside]:
         return _loss(trainer, params, leaves, part)
 
     grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-    (loss, sums), (params_grad, leaves_grad) = grad(params, leaves)
+    (loss, (sums, new_scores)), (params_grad, leaves_grad) = grad(params, leaves)
     triples = sums.pop("triples")  # over all devices already
     loss, sums, params_grad = layout.sum_over_all((loss, sums, params_grad))
 
@@ -305,8 +313,11 @@ def _local_step(
         summed = jax.tree.map(lambda g: g * jnp.maximum(triples, 1.0), leaves_grad)
         new_tables, new_slots = access.write(state_tables, slots, context, reads, summed, key)
     params, opt_state = trainer.updated(params, params_grad, opt_state)
+    if rings is not None:
+        assert new_scores is not None, "an objective that drops losses says what it scored"
+        rings = score_rings.remember(rings, new_scores, layout)
     sums = {"steps": jnp.float32(1.0), "loss": loss, "triples": triples, **sums}
-    return new_tables, new_slots, params, opt_state, sums, bad
+    return new_tables, new_slots, params, opt_state, rings, sums, bad
 
 
 def _everywhere(layout: Layout, flag: jax.Array) -> jax.Array:
@@ -331,14 +342,15 @@ class _Part:
     for_pass: jax.Array
     for_guidance: jax.Array
     step: Int[Array, ""]
+    rings: Rings | None
 
 
 def _loss(
     trainer: Trainer, params: dict[str, Any], leaves: Leaves, part: _Part
-) -> tuple[Float[Array, ""], Sums]:
+) -> tuple[Float[Array, ""], Aside]:
     """This device's share of the loss: the sum over devices is the loss of the batch.
 
-    The sums also hold `triples`, over all devices.
+    The sums also hold `triples`, over all devices; beside them what is to be remembered.
     """
     config, access, objective = trainer.config, trainer.access, trainer.objective
     batch, context, interactions = part.batch, part.arrays.context, part.arrays.interactions
@@ -354,6 +366,7 @@ def _loss(
         part.for_pass,
         part.step,
         part.candidates,
+        part.rings,
     )
     guidance, shared = trainer.guidance, inputs.pass_(_SHARED_PASS)
     masked: Masked = {}
@@ -374,8 +387,9 @@ def _loss(
         penalty = 0.5 * config.optimizer.l2 * penalty
     sums = {"triples": triples, "rec_loss": rec, "accuracy": learned.right * per_triple}
     sums |= jax.lax.stop_gradient(learned.counts)
+    new_scores = jax.lax.stop_gradient(learned.new_scores)
     if guidance is None:
-        return rec + penalty, sums
+        return rec + penalty, (sums, new_scores)
 
     def vectors() -> Vectors:
         return view.vectors(objectives.GUIDANCE, inputs.pass_(1))
@@ -397,4 +411,4 @@ def _loss(
         part.for_guidance,
     )
     sums |= {"guidance_loss": added.loss, "gate_loss": added.gate, **added.metrics}
-    return rec + penalty + config.guidance.weight * added.loss + added.gate, sums
+    return rec + penalty + config.guidance.weight * added.loss + added.gate, (sums, new_scores)

@@ -104,7 +104,10 @@ def beginning(
             name: _grown(learner, state.tables[name], rows, of_run.places.get(name))
             for name, rows in of_run.tables.items()
         }
-        return TrainState(state.step, tables, params, opt_state)
+        begun: TrainState = state.replace(  # type: ignore[attr-defined]
+            tables=tables, params=params, opt_state=opt_state
+        )
+        return begun
 
     return begin
 
@@ -257,7 +260,9 @@ def _learner_of(learner: Learner, origin: Origin) -> Learner:
     """What RUN trained, if its model has this run's shapes."""
     source = origin.config
     backbone = _backbone_of(learner, source)
-    return Learner(source, backbone, make_guidance(source), learner.layout)
+    remembered = checkpoint.remembered(origin.shapes)
+    guidance = make_guidance(source)
+    return Learner(source, backbone, guidance, learner.layout, remembered=remembered)
 
 
 def _backbone_of(learner: Learner, source: config.RunConfig) -> AnyBackbone:
@@ -278,7 +283,8 @@ def _abstract(learner: Learner, origin: Origin) -> TrainState:
         # Padded for the devices that RUN had.
         split = layout.table_sharding if rows % layout.table_shards == 0 else layout.replicated
         tables[name] = jax.ShapeDtypeStruct((rows, leaf.shape[1]), leaf.dtype, sharding=split)
-    return TrainState(state.step, tables, state.params, state.opt_state)  # type: ignore[arg-type]
+    as_saved: TrainState = state.replace(tables=tables)  # type: ignore[attr-defined]
+    return as_saved
 
 
 def _shapes_of(state: TrainState) -> dict[str, tuple[int, ...]]:

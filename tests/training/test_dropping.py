@@ -14,14 +14,21 @@ import worlds
 from numpy.testing import assert_allclose
 
 import slgr_jax
-from slgr_jax.config import HardnessConfig, make_run
+from slgr_jax.config import CandidateConfig, HardnessConfig, make_run
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.mesh import make_layout
 from slgr_jax.teacher.products import preferences
-from slgr_jax.training import dropping, step
+from slgr_jax.training import (
+    checkpoint,
+    dropping,
+    hard_candidates,
+    restore,
+    run_directory,
+    step,
+)
 from slgr_jax.training.build import build
 from slgr_jax.training.dropping import Dropped
-from slgr_jax.training.state import init_state
+from slgr_jax.training.state import abstract_state, init_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
 N_USERS, N_ITEMS, DIM = 16, 40, 8
@@ -117,7 +124,8 @@ def test_scores_are_looked_up(dataset):
     scored, stated = _experiment(dataset).arrays.interactions.scored, _stated(dataset)
     users = np.repeat(np.arange(N_USERS), N_ITEMS).astype(np.int32)
     items = np.tile(np.arange(N_ITEMS), N_USERS).astype(np.int32)
-    scores, known = dropping.look_up(scored, jnp.asarray(users), jnp.asarray(items)[:, None])
+    at = dropping.find(scored, jnp.asarray(users), jnp.asarray(items)[:, None])
+    scores, known = dropping.look_up(scored, at)
     pairs = list(zip(users.tolist(), items.tolist(), strict=True))
     assert known[:, 0].tolist() == [pair in stated for pair in pairs]
     assert scores[:, 0].tolist() == [stated.get(pair, 0.0) for pair in pairs]
@@ -202,6 +210,178 @@ def test_a_run_reports_them_and_resumes_with_its_product_alone(dataset, tmp_path
         slgr_jax.train(copy, tmp_path / "r", **knobs | {"epochs": 3})
 
 
+# ------------------------------------------------------------------------- the filter by variance
+
+
+def _filtered(experiment, steps):
+    """A state after each of `steps` steps, with its batch and what the step reported."""
+    trainer = experiment.trainer
+    state = jax.jit(lambda: init_state(trainer, 0))()
+    program = step.make_run_steps(trainer)
+    key = trainer.layout.put(jax.random.key_data(jax.random.key(1)))
+    one, out = trainer.layout.put(np.int32(1)), []
+    for at in range(steps):
+        keys = jax.random.split(jax.random.fold_in(key, at))
+        batch, _ = step.draw_steps(trainer, keys[:1], experiment.arrays)
+        tables = {name: np.asarray(state.tables[name])[:, :DIM] for name in ("user", "item")}
+        batch = jax.device_get(jax.tree.map(lambda x: x[0], batch))
+        state, sums, _ = program(state, experiment.arrays, key, one)
+        out.append((batch, tables, {name: float(value) for name, value in sums.items()}))
+    return jax.device_get(state), out
+
+
+def _varying(rings, size, share):
+    """Of lanes with a full ring the share of the greatest variance; of equals the first lane."""
+    full = [lane for lane, scores in rings.items() if len(scores) >= size]
+    by_variance = sorted(full, key=lambda lane: -np.var(rings[lane][-size:]))
+    return set(by_variance[: int(np.ceil(share * len(full) - 1e-4))])
+
+
+@pytest.mark.parametrize("kernels", ["auto", "xla"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_filter_keeps_what_varies_and_is_hard(dataset, kernels, rows):
+    """Every step against lists of all earlier scores, in plain Python."""
+    share, size = 0.4, 3
+    knobs = {"hard_variance_share": share, "hard_variance_scores": size, "lr": 0.05}
+    experiment = _experiment(dataset, kernels=kernels, **(ROWS if rows else {}), **knobs)
+    stated, train = _stated(dataset), dataset.positives(("train",))
+    known = {**stated, **{(u, int(i)): None for u in range(N_USERS) for i in train.row(u)}}
+    known |= stated
+    state, steps = _filtered(experiment, 25)
+    scored = {pair: [] for pair in known}
+    drops = dict.fromkeys(known, 0)
+    filtered = kept_hard = 0
+    for at, (batch, tables, sums) in enumerate(steps):
+        users, items = batch.queries.users, batch.items
+        scores = np.einsum("bd,bcd->bc", tables["user"][users], tables["item"][items])
+        if rows:
+            sign = np.where(batch.labels > 0, 1, -1)
+            loss = np.log1p(np.exp(-sign * scores[:, 0]))
+        else:
+            loss = np.log1p(np.exp(scores[:, 1] - scores[:, 0]))
+        dropped = np.argsort(loss, kind="stable")[16:].tolist()
+        pairs = [[(int(u), int(i)) for i in row] for u, row in zip(users, items, strict=True)]
+        varies = set()
+        for column in range(items.shape[1]):
+            rings = {lane: scored.get(pairs[lane][column], []) for lane in sorted(dropped)}
+            varies |= _varying(rings, size, share)
+        hard = set()
+        for lane in dropped:
+            said = [stated.get(pair) for pair in pairs[lane]]
+            if None in said:
+                continue
+            if not rows and said[0] - said[1] < max(7 - at / 100, 3):
+                hard.add(lane)
+            if rows:
+                positive = batch.labels[lane] > 0
+                low, high = max(8 - at / 100, 6), max(4 - at / 100, 2)
+                hard |= {lane} if (said[0] < low if positive else said[0] > high) else set()
+        new = [d for d in dropped if all(len(scored.get(p, [])) < size for p in pairs[d])]
+        assert sums["dropped_new"] == len(new)
+        assert sums["kept_hard"] == len(hard & varies)
+        assert sums["dropped_steady"] == len(hard - varies)
+        weights = np.array([d not in dropped or d in hard & varies for d in range(32)], float)
+        assert sums["loss"] == pytest.approx((weights * loss).sum() / weights.sum(), rel=1e-4)
+        filtered, kept_hard = filtered + len(hard - varies), kept_hard + len(hard & varies)
+        drawn = {}
+        for lane in range(32):
+            for column, pair in enumerate(pairs[lane]):
+                drawn.setdefault(pair, (scores[lane, column], lane in dropped))
+        for pair, (score, was_dropped) in drawn.items():
+            scored[pair].append(score)
+            drops[pair] += was_dropped
+    assert filtered > 10
+    assert kept_hard > 10
+    for at, pair in enumerate(sorted(known)):
+        assert state.rings.times[at] == len(scored[pair])
+        assert state.rings.dropped[at] == drops[pair]
+        ring = [0.0] * size
+        for place, score in enumerate(scored[pair]):
+            ring[place % size] = score
+        assert_allclose(state.rings.scores[at], ring, rtol=1e-3, atol=1e-4)
+
+
+def test_rings_are_those_of_one_device_on_two(dataset):
+    knobs = {"hard_variance_share": 0.4, "hard_variance_scores": 2, "lr": 0.05}
+    alone, of_alone = _filtered(_experiment(dataset, **knobs), 12)
+    layout = make_layout(devices=jax.devices()[:2])
+    both, of_both = _filtered(_experiment(dataset, layout, **knobs), 12)
+    for (*_, one), (*_, two) in zip(of_alone, of_both, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    assert both.rings.times.tolist() == alone.rings.times.tolist()
+    assert both.rings.dropped.tolist() == alone.rings.dropped.tolist()
+    assert_allclose(both.rings.scores, alone.rings.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_remembers_its_scores(dataset, tmp_path):
+    knobs = KNOBS | {"hard_variance_share": 0.5, "hard_variance_scores": 2, "epochs": 4}
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    slgr_jax.train(dataset.path, whole, **knobs)
+    slgr_jax.train(dataset.path, halves, **knobs | {"epochs": 2})
+    slgr_jax.train(dataset.path, halves, **knobs)
+    states = []
+    for workdir in (whole, halves):
+        saved = checkpoint.Checkpoints(workdir, writable=False)
+        run = run_directory.read_config(workdir)
+        trainer = build(run, dataset, worlds.one_device()).trainer
+        states.append(saved.restore_state(abstract_state(trainer)))
+        saved.close()
+    one, two = (jax.tree.leaves(state) for state in states)
+    assert [x.tobytes() for x in jax.device_get(one)] == [x.tobytes() for x in jax.device_get(two)]
+    assert (states[0].rings.times > 2).any()
+    last = restore.restore_run(whole, "last")  # without the pairs of the product
+    assert last.dataset.n_users == N_USERS
+
+
+def test_a_run_begins_from_one_that_remembers(dataset, tmp_path):
+    """The rings of another product are of other pairs: they begin anew."""
+    knobs = KNOBS | {"hard_variance_share": 0.5, "epochs": 1}
+    slgr_jax.train(dataset.path, tmp_path / "first", **knobs)
+    pairs = list(_stated(dataset).items())[5:]
+    users, items = np.array([pair for pair, _ in pairs]).T
+    worlds.teach(dataset, users, items, np.array([score for _, score in pairs]), name="again")
+    begun = knobs | {"keep_hard": "again", "init_from": str(tmp_path / "first")}
+    slgr_jax.train(dataset.path, tmp_path / "second", **begun)
+    slgr_jax.train(dataset.path, tmp_path / "third", **begun | {"hard_variance_share": 1.0})
+    lines = (tmp_path / "second" / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["train/dropped_new"] > 0
+
+
+def test_a_run_says_what_to_ask_about_anew(dataset, tmp_path):
+    """Against the run's own rings: those that were dropped often and vary least."""
+    workdir = str(tmp_path / "r")
+    knobs = {"hard_variance_share": 0.5, "hard_variance_scores": 2, "epochs": 6}
+    slgr_jax.train(dataset.path, workdir, **KNOBS | knobs)
+    none = {"hard_top": 0, "hard_uncertain": 0}
+    options = CandidateConfig(run=workdir, doubtful=2, doubtful_drops=2, **none)
+    proposed = hard_candidates.propose(dataset, options)["doubtful"]
+
+    run = run_directory.read_config(workdir)
+    saved = checkpoint.Checkpoints(workdir, writable=False)
+    trainer = build(run, dataset, worlds.one_device()).trainer
+    rings = jax.device_get(saved.restore_state(abstract_state(trainer)).rings)
+    saved.close()
+    stated, train = _stated(dataset), dataset.positives(("train",))
+    pairs = sorted({*stated, *((u, int(i)) for u in range(N_USERS) for i in train.row(u))})
+    most, drops = 0, 0
+    for user in range(N_USERS):
+        able = {
+            item: np.var(rings.scores[at])
+            for at, (owner, item) in enumerate(pairs)
+            if owner == user and rings.times[at] >= 2 and rings.dropped[at] >= 2
+        }
+        assert set(proposed.row(user)) == set(sorted(able, key=able.get)[:2])
+        most, drops = max(most, len(able)), drops + len(able)
+    assert most > 2
+    assert proposed.indices.size < drops
+    assert any(item in train.row(user) for user in range(N_USERS) for item in proposed.row(user))
+
+    plain = str(tmp_path / "plain")
+    slgr_jax.train(dataset.path, plain, **KNOBS | {"epochs": 1})
+    with pytest.raises(ConfigError, match=r"--doubtful=2: .*plain remembers no scores; train it"):
+        hard_candidates.propose(dataset, dataclasses.replace(options, run=plain))
+
+
 # -------------------------------------------------------------------------------------- refusals
 
 
@@ -242,5 +422,7 @@ def test_scores_that_say_nothing_are_refused(dataset, tmp_path):
     assert scaled.arrays.interactions.scored.scores.size == 2
     with pytest.raises(ConfigError, match="--hard_steps=5 is not used without --keep_hard"):
         slgr_jax.train(dataset.path, tmp_path / "r", hard_steps=5)
+    with pytest.raises(ConfigError, match="--hard_variance_scores=3 is not used with"):
+        slgr_jax.train(dataset.path, tmp_path / "r", **KNOBS, hard_variance_scores=3)
     with pytest.raises(ConfigError, match="--drop_steps=5 is not used with --drop_share=0"):
         slgr_jax.train(dataset.path, tmp_path / "r", drop_steps=5)

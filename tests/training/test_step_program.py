@@ -72,14 +72,20 @@ def operations_on_tables(
     specs = trainer.backbone.tables
     for place, (name, spec) in enumerate(specs.items()):
         specs[name] = dataclasses.replace(spec, rows=1_000_003 + 2_000_000 * place)
+    return _lowered(trainer, experiment.arrays, {str(s.rows): name for name, s in specs.items()})
+
+
+def _lowered(
+    trainer: step.Trainer, arrays: Any, table_of: dict[str, str]
+) -> tuple[dict[str, dict[str, int]], set[str]]:
+    """As `operations_on_tables`, of arrays with so many rows each."""
     shapes = jax.eval_shape(lambda: state.init_state(trainer, 0))
-    table_of = {str(table.shape[0]): name for name, table in shapes.tables.items()}
-    table_of |= {str(spec.rows): name for name, spec in specs.items()}
+    table_of = {str(table.shape[0]): name for name, table in shapes.tables.items()} | table_of
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = step.make_run_steps(trainer).lower(shapes, experiment.arrays, key, count)
+    lowered = step.make_run_steps(trainer).lower(shapes, arrays, key, count)
 
-    done: dict[str, dict[str, int]] = {name: collections.Counter() for name in specs}
+    done: dict[str, dict[str, int]] = {name: collections.Counter() for name in table_of.values()}
     kinds = set()
     for operation in _inside(lowered.compiler_ir("stablehlo").operation):
         kind = operation.name.removeprefix("stablehlo.")
@@ -147,6 +153,19 @@ def test_and_one_that_learns_lists(dataset, guidance, reads):
     """Students' ranks are those among the candidates: none looks at the catalogue."""
     done, _ = operations_on_tables(dataset, backbone="mf", guidance=guidance, teacher="t")
     assert done == _expected(done, {"user": reads, "item": reads})
+
+
+def test_remembered_scores_are_read_and_written_at_a_batch(dataset):
+    """A ring of scores, and two counts, of so many pairs: what a step does is at its batch's."""
+    kept = {"keep_hard": "t", "drop_share": 0.5, "drop": "hardest", "hard_pair_last": 0.5}
+    kept |= {"negatives": "scored", "hard_variance_share": 0.5}
+    config = make_run(str(dataset.path), "run", **SMALL, backbone="mf", loss="bpr", **kept)
+    experiment = build.build(config, dataset, worlds.one_device())
+    pairs = 3_000_017
+    trainer = dataclasses.replace(experiment.trainer, remembered=pairs)
+    done, _ = _lowered(trainer, experiment.arrays, {str(pairs): "pairs"})
+    once = {"gather rows": 1, "scatter rows": 1, "gather slots": 2, "scatter slots": 2}
+    assert done["pairs"] == once
 
 
 def test_a_softmax_over_the_catalogue_is_seen(dataset):

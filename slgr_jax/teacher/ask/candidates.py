@@ -2,7 +2,8 @@
 
 Sets of (user, item) keys u * I + i, by reason (`schema.REASONS`): the three of S-LLMR (arXiv
 2512.21526, section 3.1), hard pairs of a trained run, and calibration: training items that no
-prompt of their user shows, so that the teacher's answer on them is known. Only training
+prompt of their user shows, so that the teacher's answer on them is known. What a run doubts may be
+a training item, too, and is hidden likewise. Only training
 interactions are looked at: a validation or test item is drawn, or not, like any item that the
 user has not seen.
 
@@ -71,7 +72,7 @@ def draw(
     """Draw every set that `options` asks for.
 
     Users without a training item to show cannot be asked about, and a user's own training items
-    are candidates only where they are hidden (calibration).
+    are candidates only where they are hidden (calibration, doubtful).
 
     Args:
       dataset: training interactions; validation and test only where `exclude_evaluation`.
@@ -79,7 +80,8 @@ def draw(
       options: sizes of the sets.
       seed: of all draws.
       space: [I, D] vectors in which cold users' items are spread; None: by popularity alone.
-      proposed: by reason (hard_top, hard_uncertain) the items [U] that a trained run adds.
+      proposed: by reason (hard_top, hard_uncertain, doubtful) the items [U] that a trained run
+        adds; training items among the doubtful ones as far as one of a user's is left to show.
 
     Raises:
       InputError: nothing is left to ask.
@@ -96,7 +98,8 @@ def draw(
     able = np.unique(events[0])
 
     keys_by_reason = paper_sets(dataset, able, described, space, options, rng)
-    keys_by_reason |= _hard_sets(dataset, able, described, proposed or {})
+    again = _asked_again(dataset, events, hidden, proposed or {})
+    keys_by_reason |= _hard_sets(dataset, able, described, proposed or {}, again)
     positives = _keys(hidden, dataset.n_items)
     keys_by_reason["calibration"] = np.concatenate([positives, negatives])
     if options.exclude_evaluation:
@@ -113,7 +116,8 @@ def draw(
     for bit, name in enumerate(schema.REASONS):
         reasons[np.searchsorted(keys, np.unique(keys_by_reason.get(name, keys[:0])))] |= 1 << bit
     users, items = (part.astype(np.int32) for part in np.divmod(keys, dataset.n_items))
-    return CandidateSet(users, items, reasons, hidden)
+    every = np.divmod(np.concatenate([positives, again]), dataset.n_items)
+    return CandidateSet(users, items, reasons, Csr.from_pairs(*every, dataset.n_users))
 
 
 def described_history(
@@ -170,11 +174,38 @@ def _calibration(
     return Csr.from_pairs(rows, hidden, dataset.n_users), np.concatenate(beside)
 
 
+def _asked_again(
+    dataset: Dataset,
+    events: tuple[np.ndarray, np.ndarray],
+    hidden: Csr,
+    proposed: Mapping[str, Csr],
+) -> np.ndarray:
+    """Keys of the training items that a run doubts; of each user one is left to show."""
+    if "doubtful" not in proposed:
+        return np.zeros(0, np.int64)
+    users, items = events
+    keys = users.astype(np.int64) * dataset.n_items + items
+    free = ~np.isin(keys, _keys(hidden, dataset.n_items))
+    wanted = free & np.isin(keys, _keys(proposed["doubtful"], dataset.n_items))
+    before: np.ndarray = np.cumsum(wanted) - wanted  # of all users
+    first = np.searchsorted(users, users, side="left")
+    room = np.bincount(users[free], minlength=dataset.n_users) - 1
+    return keys[wanted & (before - before[first] < room[users])]
+
+
 def _hard_sets(
-    dataset: Dataset, able: np.ndarray, described: np.ndarray, proposed: Mapping[str, Csr]
+    dataset: Dataset,
+    able: np.ndarray,
+    described: np.ndarray,
+    proposed: Mapping[str, Csr],
+    again: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Keys of what a run proposes, where it can be asked about."""
-    seen = _keys(dataset.positives(("train",)), dataset.n_items)
+    """Keys of what a run proposes, where it can be asked about.
+
+    Args:
+      again: of training items that prompts hide for it.
+    """
+    seen = np.setdiff1d(_keys(dataset.positives(("train",)), dataset.n_items), again)
     can_be_asked = np.zeros(dataset.n_users, bool)
     can_be_asked[able] = True
     keys_by_reason = {}
@@ -383,7 +414,7 @@ def content_hash(manifest: schema.CandidateManifest) -> str:
 def report(manifest: schema.CandidateManifest) -> str:
     """A few lines for people: what was drawn."""
     counts = manifest.counts
-    drawn = ", ".join(f"{name} {counts[name]:,}" for name in schema.REASONS if counts[name])
+    drawn = ", ".join(f"{name} {counts[name]:,}" for name in schema.REASONS if counts.get(name))
     evaluation = {
         "drawn": "validation and test items are drawn like any other item",
         "excluded": "a user's own validation and test items are never asked about: what is not "

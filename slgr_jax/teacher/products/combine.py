@@ -7,15 +7,17 @@ ties share their mean rank) and s its score, the teacher says of the item
     rrf         1 / (k + r), k = 60     reciprocal rank fusion (Cormack, Clarke, Buettcher 2009)
     borda       1 - (r - 1) / n
     mean        (s - low) / (high - low), the extremes of the whole product; .5 where they are equal
+    latest      s itself: of several teachers the last one's, as one that was asked anew
 
-and the fused score is the mean over the teachers; for rrf the number of teachers times the mean,
-which is the sum where all of them speak. Who speaks of an item follows from what the products say
-of unlisted items:
+and, but for latest, the fused score is the mean over the teachers; for rrf the number of teachers
+times the mean, which is the sum where all of them speak. Who speaks of an item follows from what
+the products say of unlisted items:
 
     all `below`     every teacher: 0 where it does not list the item. The result is `below`.
     some `unknown`  who answered, and a teacher `below` that has a list of the user: 0 where the
                     item is not on it. The result is `unknown`.
-    method mean     only who answered, in either case: its scale has no place for unlisted items.
+    mean, latest    only who answered, in either case: no place on their scales is that of unlisted
+                    items.
 
 The product also keeps how far these values agree (`votes.py`).
 
@@ -43,7 +45,10 @@ _SAYS = {
     "rrf": "rrf: sum 1/({k} + rank)",
     "borda": "borda: mean 1 - (rank - 1)/length",
     "mean": "mean of scores scaled to 0..1",
+    "latest": "score of the last teacher that has one",
 }
+# Methods of those who answered alone.
+_OF_SPEAKERS = ("mean", "latest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +112,8 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
             unknown.append(np.full(users.size, float(not teacher.below)))
             lists += teacher.below & (lengths > 0)
             scores = teacher.scores[span]
-            if method == "mean":
-                said.append(_scaled(scores, low, high))
+            if method in _OF_SPEAKERS:
+                said.append(_scaled(scores, low, high) if method == "mean" else scores)
             else:
                 said.append(_of_ranks(rows.ranks(users, scores), lengths, method, rrf_k))
 
@@ -118,7 +123,7 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
         total = np.bincount(place, values)
         votes = np.bincount(place)
 
-        if method == "mean":
+        if method in _OF_SPEAKERS:
             speakers = votes
         elif all_below:
             speakers = np.full(pairs.size, len(teachers))
@@ -127,6 +132,8 @@ def fuse(teachers: Sequence[TeacherScores], method: str, *, rrf_k: int = 60) -> 
         fused = total / speakers
         if method == "rrf":
             fused = total * (len(teachers) / speakers)  # to the bit the sum where all speak
+        if method == "latest":
+            fused[place] = values  # of values at one place the last one stays
 
         pieces_by_first[first] = (
             *(x.astype(np.int32) for x in (owners + first, items)),
@@ -264,7 +271,7 @@ def _training_items(parts: Sequence[schema.TeacherManifest]) -> str:
 
 def _score_kind(options: CombineConfig, teachers: int, *, below: bool) -> str:
     text = _SAYS[options.method].format(k=options.rrf_k)
-    if below and options.method != "mean":
+    if below and options.method not in _OF_SPEAKERS:
         text += ", 0 where a teacher does not list the item"
     if options.min_votes > 1:
         text += f", answered by at least {options.min_votes} of {teachers}"

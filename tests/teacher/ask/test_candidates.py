@@ -166,6 +166,28 @@ def test_what_a_run_proposes_is_asked_about_where_it_can_be(world):
     assert of_reason(drawn, "hard_uncertain") == {(3, 8)} - trained  # 7 has no text, 39 no history
 
 
+def test_what_a_run_doubts_is_hidden_and_asked_about_but_for_one_of_a_user(world):
+    trained = own(world, "train")
+    of_user = {u: [i for v, i in sorted(trained) if v == u] for u in range(U)}
+    wanted = [(12, item) for item in of_user[12]]  # all that there is to show
+    wanted += [(13, item) for item in of_user[13][:3]] + [(38, 5)]  # 38 has no other
+    unseen = next(i for i in range(I) if (13, i) not in trained)
+    doubtful = Csr.from_pairs(*map(np.array, zip(*wanted, (13, unseen), strict=True)), U)
+    options = dataclasses.replace(NOTHING, calibration_users=U)
+    drawn = candidates.draw(world, LINES, options, seed=0, proposed={"doubtful": doubtful})
+    alone = candidates.draw(world, LINES, options, seed=0)
+    asked = of_reason(drawn, "doubtful")
+    hidden = {(u, int(i)) for u in range(U) for i in drawn.hidden.row(u)}
+    tests = {(u, int(i)) for u in range(U) for i in alone.hidden.row(u)}
+    assert of_reason(drawn, "calibration") == of_reason(alone, "calibration")
+    assert hidden == tests | (asked - {(13, unseen)})
+    assert {pair for pair in asked if pair[0] == 13} == {*wanted[8:11], (13, unseen)} - tests
+    assert sum(user == 12 for user, _ in asked) == 8 - 1 - 1  # one is for calibration, one shown
+    assert not any(user == 38 for user, _ in asked)
+    shown = candidates.described_history(world, np.ones(I, bool), drawn.hidden)
+    assert set(zip(*(x.tolist() for x in shown), strict=True)) == trained - hidden
+
+
 def test_draws_depend_on_the_seed_only(world):
     first, again, other = (
         candidates.draw(world, LINES, CandidateConfig(), seed=seed) for seed in (1, 1, 2)

@@ -99,6 +99,8 @@ def test_one_teacher_alone_is_scored_by_the_formula(method, ranked, alone):
         ("borda", False, True, {2: (1 / 4 + 1) / 2, 7: 1 / 2, 9: 1 / 2}),
         ("mean", True, True, {2: (0 + 1) / 2, 7: 1, 9: 0}),
         ("mean", False, False, {2: (0 + 1) / 2, 7: 1, 9: 0}),
+        ("latest", True, True, {2: 30.0, 7: 4.0, 9: 10.0}),
+        ("latest", True, False, {2: 30.0, 7: 4.0, 9: 10.0}),
     ],
 )
 def test_who_does_not_list_an_item(method, first, second, expected):
@@ -137,6 +139,7 @@ def by_dicts(teachers, method, k):
                 "rrf": 1 / (k + rank),
                 "borda": 1 - (rank - 1) / len(listed),
                 "mean": (score - low) / (high - low) if high > low else 0.5,
+                "latest": score,
             }[method]
         said.append(mine)
     free = all(below for _, below in teachers)
@@ -147,8 +150,9 @@ def by_dicts(teachers, method, k):
             has_list = any(u == user for u, _ in found)
             if (user, item) in mine:
                 words.append(mine[user, item])
-            elif method != "mean" and below and (free or has_list):
+            elif method not in ("mean", "latest") and below and (free or has_list):
                 words.append(0.0)
+        words = words[-1:] if method == "latest" else words
         score = sum(words) / len(words) * (len(teachers) if method == "rrf" else 1)
         out[user, item] = (score, sum((user, item) in found for found, _ in teachers))
     return out
