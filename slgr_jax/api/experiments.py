@@ -24,6 +24,10 @@ def compare(
     out: PathLike,
     *,
     teacher: str = "",
+    vectors: str = "",
+    edits: str = "",
+    insert: str = "",
+    keep_hard: str = "",
     preset: str = "",
     backbones: Sequence[str] | None = None,
     guidance: Sequence[str] | None = None,
@@ -47,6 +51,8 @@ def compare(
       data: dataset directory, or several.
       out: directory of the runs, report.md, report.json and pictures.
       teacher: product under DATA/teacher; without one only the arm none can be measured.
+      vectors, edits, insert, keep_hard: products that arms without a teacher read, by the flags of
+        `slgr compare`.
       preset: shape of a published table, table2 or table3.
       backbones: recommenders; mf by default.
       guidance: arms; none, global, pointwise, rule, paper, calibrated and auto by default.
@@ -74,6 +80,10 @@ def compare(
     names = {flag_name(field) for field in dataclasses.fields(config.CompareConfig)}
     request = planning.Request(
         teacher=teacher,
+        vectors=vectors,
+        edits=edits,
+        insert=insert,
+        keep_hard=keep_hard,
         preset=preset,
         backbones=backbones,
         guidance=guidance,

@@ -111,6 +111,10 @@ def define() -> None:
         "",
         "name of the product under DATA/embeddings that init, adapter, kar, kser and others read",
     )
+    for knob, of_arms in arms.PRODUCT_ARMS.items():
+        absl_flags.DEFINE_string(
+            knob.removeprefix("--"), "", f"name of the product that {' and '.join(of_arms)} read"
+        )
     absl_flags.DEFINE_integer("seeds", 5, "seeds per arm", lower_bound=2)
     absl_flags.DEFINE_bool(
         "refit",
@@ -172,6 +176,9 @@ def main(_: list[str]) -> None:
     request = planning.Request(
         teacher=given.teacher,
         vectors=given.vectors,
+        edits=given.edits,
+        insert=given.insert,
+        keep_hard=given.keep_hard,
         preset=given.preset,
         backbones=chosen("backbones"),
         guidance=chosen("guidance"),

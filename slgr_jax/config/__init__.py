@@ -38,7 +38,7 @@ from slgr_jax.config.distillation import (
     RRDConfig,
     UnKDConfig,
 )
-from slgr_jax.config.edits import EditConfig
+from slgr_jax.config.edits import EDIT_HOWS, EditConfig
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
 from slgr_jax.config.exchange import ExchangeConfig
 from slgr_jax.config.guidance import (
@@ -136,6 +136,7 @@ __all__ = [
     "CombineConfig",
     "CompareConfig",
     "EMBEDDERS",
+    "EDIT_HOWS",
     "EditConfig",
     "EmbedConfig",
     "EvaluationConfig",

@@ -74,6 +74,9 @@ _LAMBDA = Range(0.01, 10.0, log=True)
 _ALIGNED_LAMBDA = Range(1e-4, 0.1, log=True)
 # Training interactions of an item that begins with half its vector: from hardly any to nearly all.
 _INIT_HALF = Range(0.3, 300.0, log=True)
+# Items that are put into a history; of what is dropped, the share that may count as hard (1: all).
+_INSERTED = (1, 2, 4)
+_VARIANCE_SHARE = Range(0.1, 1.0)
 # What is first tried of lambda against hard negatives, where 1 to 10 does best.
 _HARD_LAMBDA = 1.0
 # Arms that keep the loss and the gate that they are known by.
@@ -90,7 +93,7 @@ _TEMPERATURES = (
     *("dllm2rec_temperature", "cd_temperature", "dcd_temperature", "unkd_temperature"),
 )
 # Knobs of an arm that are where its search begins.
-_BEGINS = ("gate_inputs", "init_half")
+_BEGINS = ("gate_inputs", "init_half", "edit_how")
 
 
 def softmax_of(n_items: int) -> str:
@@ -109,6 +112,25 @@ def factors_width(counts: Mapping[str, int], knobs: Mapping[str, Any]) -> int:
     if counts["items"] > config.EASE_BY_DEFAULT:
         return 0
     return min(int(knobs.get("dim", _FACTOR_WIDTH)), counts["users"], counts["items"])
+
+
+def edits_of(data: str, name: str) -> tuple[tuple[float, float] | None, tuple[str, ...]]:
+    """The thresholds that are searched of a product of edits, with each of which it edits
+    something, and what may become of them: none is replaced where no replacement is named.
+
+    Raises:
+      ManifestError, ShardError: there is no such product, or it does not fit.
+    """
+    import numpy as np
+
+    from slgr_jax.data import dataset
+    from slgr_jax.teacher.products import edits
+
+    product = edits.load(dataset.load(data, verify=False), name)
+    named = bool(product.manifest.counts["replacements"])
+    hows = tuple(how for how in config.EDIT_HOWS if named or how != "replace")
+    levels = np.unique(product.noise)
+    return (float(levels[0]), float(levels[-2])) if levels.size > 2 else None, hows
 
 
 def variants_of(data: str, teacher: str) -> tuple[str, ...]:
@@ -162,7 +184,7 @@ def space_of(plan: ComparisonPlan, backbone: str, arm: str, base: Base | None = 
     of_arm = _knobs_of(plan, arm)
     starts = _starts(plan, backbone, of_arm)
     losses = _losses(plan, backbone, arm)
-    space = {**RANGES[backbone], **losses, **_POWER, **starts, **_own(plan, arm)}
+    space = {**RANGES[backbone], **losses, **_POWER, **starts, **_own(plan, backbone, arm)}
     if {"negatives", "rating_threshold"} & {*of_arm, *plan.knobs, *plan.search}:
         del space["popularity_power"]
     space = {
@@ -222,7 +244,7 @@ def _is_run(plan: ComparisonPlan, backbone: str, arm: str, settings: Settings) -
     return True
 
 
-def _own(plan: ComparisonPlan, arm: str) -> Space:
+def _own(plan: ComparisonPlan, backbone: str, arm: str) -> Space:
     """The arm's own knobs; a control has those of the arm that it is matched to."""
     if plan.chooses(arm):
         return {"variant": Choice(plan.variants), "lambda": _LAMBDA}
@@ -232,7 +254,7 @@ def _own(plan: ComparisonPlan, arm: str) -> Space:
     if knobs.get("negatives") == "hard":
         return {"hard_share": Range(0.01, 0.5, log=True)}
     if knobs["guidance"] == "none":
-        return {}
+        return _of_products(plan, backbone, arm, knobs)
 
     aligned = knobs["guidance"] in config.ALIGNMENTS and knobs["guidance"] != "pad_mmd"
     space: Space = {"lambda": _ALIGNED_LAMBDA if aligned else _LAMBDA}
@@ -244,6 +266,22 @@ def _own(plan: ComparisonPlan, arm: str) -> Space:
         space["gate_inputs"] = Choice(_INPUTS)
     elif knobs["guidance"] == "pairwise" and plan.copied(arm) not in LITERAL:
         space["guidance_loss"] = Choice(_LOSSES.get(gate, _OTHER_LOSSES))
+    return space
+
+
+def _of_products(plan: ComparisonPlan, backbone: str, arm: str, knobs: Mapping[str, Any]) -> Space:
+    """What is searched of arms that edit, insert or keep what is hard."""
+    space: Space = {}
+    if "edits" in knobs:
+        hows = [how for how in plan.edit_hows if _is_run(plan, backbone, arm, {"edit_how": how})]
+        if plan.edit_range:
+            space["edit_threshold"] = Range(*plan.edit_range)
+        if len(hows) > 1:
+            space["edit_how"] = Choice(tuple(hows))
+    if "insert" in knobs:
+        space["inserted_per_user"] = Choice(_INSERTED)
+    if "keep_hard" in knobs:
+        space["hard_variance_share"] = _VARIANCE_SHARE
     return space
 
 

@@ -17,7 +17,7 @@ from slgr_jax.config import ALIGNMENTS, DISTILLATIONS, RunConfig
 from slgr_jax.config.knobs import flag_name
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.experiments.search_space import SearchSpace
-from slgr_jax.teacher.products import controls
+from slgr_jax.teacher.products import controls, edit_controls
 
 Settings = Mapping[str, float | str]
 
@@ -31,6 +31,10 @@ _AGAINST_HARD_NEGATIVES = {
 }
 # What a knob of an arm says that names the product of --vectors.
 VECTORS = "--vectors"
+# Likewise of products of an LLM's that are neither a teacher's nor vectors, by the knob of a run
+# that a comparison gives to these arms alone; and of edits that were drawn at random.
+EDITS, INSERTED, RATED = "--edits", "--insert", "--keep_hard"
+RANDOM_EDITS = "--edits, at random"
 # llmemb_rat reads two products, of texts and of a run; --vectors names one.
 _OF_ONE_PRODUCT = tuple(name for name in ALIGNMENTS if name != "llmemb_rat")
 _DUAL_VIEW = {"item_vectors": VECTORS, "init_item_vectors": VECTORS, "dual_view": True}
@@ -40,6 +44,8 @@ _ALIGNED_BY: Mapping[str, Mapping[str, Any]] = {
     "pad_mmd": {"teacher_vectors": VECTORS, "item_vectors": VECTORS, "dual_view": True},
 }
 _PRUNED = {"drop_share": 0.71}
+_TRUNCATED = {"drop_share": 0.1, "drop": "hardest", "drop_steps": 3000}
+_SCORED_NEGATIVES = {"negatives": "scored", "hard_share": 1.0}
 _TEXTS_OF_BOTH = {"guidance": "none", "item_vectors": VECTORS, "user_vectors": VECTORS}
 _SIDE_FEATURES = {
     **_TEXTS_OF_BOTH,
@@ -67,7 +73,13 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "hard_own": {"guidance": "none", "negatives": "hard", "reference_runs": OF_NONE},
     "pruned": {"guidance": "none", **_PRUNED},  # LLMRec's, of which no LLM is a part
     # The truncated loss of T-CE against noise, likewise.
-    "truncated": {"guidance": "none", "drop_share": 0.1, "drop": "hardest", "drop_steps": 3000},
+    "truncated": {"guidance": "none", **_TRUNCATED},
+    # LLM4DSR's edits of training interactions; its control edits as many of the same users.
+    "edited": {"guidance": "none", "edits": EDITS},
+    "edited_random": {"guidance": "none", "edits": RANDOM_EDITS},
+    # Llama4Rec's items in sequences; and what LLMHD keeps of what `truncated` drops.
+    "inserted": {"guidance": "none", "insert": INSERTED},
+    "kept_hard": {"guidance": "none", "keep_hard": RATED, **_TRUNCATED, **_SCORED_NEGATIVES},
     # What the teacher says that users take, beside what they took.
     "interactions": {"guidance": "interactions"},
     "interactions_selective": {"guidance": "interactions", "gate": "calibrated"},
@@ -107,10 +119,18 @@ VECTOR_ARMS = (
     *("side", "llmrec", "dual_view", "llm_esr_full", "slim"),
     *(*CHUNKED, *ALIGNED),
 )
+# Arms that read a product of another kind, by what names it.
+PRODUCT_ARMS: Mapping[str, tuple[str, ...]] = {
+    EDITS: ("edited", "edited_random"),
+    INSERTED: ("inserted",),
+    RATED: ("kept_hard",),
+}
 # Arms without a word of an LLM: one of them is the reference of those with one.
 WITHOUT_LLM = ("none", "hard_own", "pruned", "truncated")
 # Arms that learn from no teacher.
-UNTAUGHT = (*WITHOUT_LLM, *VECTOR_ARMS)
+UNTAUGHT = (*WITHOUT_LLM, *VECTOR_ARMS, *(arm for of in PRODUCT_ARMS.values() for arm in of))
+# Of these, what an arm with an LLM's word is held against.
+REFERENCES = (*WITHOUT_LLM[1:], "edited_random")
 # Arms in which alpha is learned or a rule: what controls can be matched to, first choice first, but
 # for `auto`, which comes before them.
 GATED = (
@@ -153,6 +173,9 @@ class ComparisonPlan:
       variants: what `auto` chooses among.
       own_arms: arms beside `ARMS`: name -> knobs.
       vectors: product under DATA/embeddings; empty without `VECTOR_ARMS`.
+      products: of `PRODUCT_ARMS`, by what names it.
+      edit_range: thresholds of edits that are searched; None: none.
+      edit_hows: what may become of edits.
       refit: also train every run once more, on training and validation.
       refit_teacher: the teacher made anew of training and validation, which refits learn from;
         empty: from `teacher`.
@@ -175,6 +198,9 @@ class ComparisonPlan:
     variants: tuple[str, ...] = VARIANTS
     own_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     vectors: str = ""
+    products: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    edit_range: tuple[float, float] | None = None
+    edit_hows: tuple[str, ...] = config.EDIT_HOWS
     refit: bool = False
     refit_teacher: str = ""
     backbone_knobs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -213,10 +239,15 @@ class ComparisonPlan:
         Args:
           variant: of an arm that chooses.
         """
+        named = {VECTORS: self.vectors, **self.products}
+        if edits := self.products.get(EDITS):
+            named[RANDOM_EDITS] = edit_controls.control_name(edits)
         of_arm = {
-            name: self.vectors if value == VECTORS else value
+            name: named.get(value, value) if isinstance(value, str) else value
             for name, value in {**ARMS, **self.own_arms}[variant or self.copied(arm)].items()
         }
+        if self.knobs.get("rating_threshold"):
+            of_arm = _of_rows(of_arm, self.knobs)
         guided = of_arm.get("guidance") != "none"
         return {**of_arm, "teacher": self.teacher_of(arm) if guided else ""}
 
@@ -348,6 +379,15 @@ class ComparisonPlan:
         read = self.reference(arm, of_arms)
         reference = self.run_dir(backbone, read, of_arms[read], seed)
         return self.config(backbone, arm, tuned["chosen"], workdir, seed, reference=reference)
+
+
+def _of_rows(of_arm: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of an arm where rows have labels: no negative is drawn, and nothing is replaced."""
+    drawn = _SCORED_NEGATIVES if of_arm.get("negatives") == "scored" else {}
+    of_rows = {name: value for name, value in of_arm.items() if name not in drawn}
+    if "edits" in of_arm and "edit_how" not in given:
+        of_rows.setdefault("edit_how", "delete")
+    return of_rows
 
 
 def used_by(guidance: str, knobs: Mapping[str, Any]) -> dict[str, Any]:

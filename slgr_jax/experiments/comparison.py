@@ -140,7 +140,7 @@ def _rows(plan: ComparisonPlan, runs: _Runs, primary: Mapping[str, str]) -> list
 
     first = next(iter(runs.values()))[0]
     where = {key: [pathlib.Path(run.workdir) for run in seeds] for key, seeds in runs.items()}
-    no_llm = {*arms.CONTROLS, *arms.UNTAUGHT[1:]} - {*arms.VECTOR_ARMS}  # an LLM's, perhaps
+    no_llm = {*arms.CONTROLS, *arms.REFERENCES}
     controls = [arm for arm in plan.arms if arm in no_llm and arm != plan.focus]
     return summary.rows_of(where, first.evaluation.ks, primary, plan.focus, controls)
 
@@ -182,6 +182,7 @@ def _protocol(plan: ComparisonPlan, tuned: tuning.Tuned, command: str) -> dict[s
         "teacher": plan.teacher,
         "refit_teacher": plan.refit_teacher,
         "vectors": plan.vectors,
+        "products": dict(plan.products),
         "command": command,
         "backbones": list(plan.backbones),
         "arms": list(plan.arms),
@@ -277,8 +278,11 @@ def make_products(plan: ComparisonPlan) -> None:
     """Write the control products, and the factors that rows may begin with, that are not there."""
     from slgr_jax.data import dataset
     from slgr_jax.evaluation import factors, teacher_lists
-    from slgr_jax.teacher.products import controls
+    from slgr_jax.teacher.products import controls, edit_controls
 
+    if "edited_random" in plan.arms:
+        edits = plan.products[arms.EDITS]
+        LOGGER.info("control %s", edit_controls.ensure(dataset.load(plan.data), edits))
     wanted = [arm for arm in plan.arms if arm in controls.CONTROLS]
     if wanted or plan.factors_width:
         data = dataset.load(plan.data)

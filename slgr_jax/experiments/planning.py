@@ -24,6 +24,7 @@ SET_HERE = frozenset(
         "refit",
         *("init_item_vectors", "init_user_vectors", "item_vectors", "user_vectors"),
         *("item_rows", "user_rows", "adapter_chunks", "train_only"),
+        *(knob.removeprefix("--") for knob in arms.PRODUCT_ARMS),
     }
 )
 
@@ -35,6 +36,7 @@ class Request:
     Attributes:
       teacher: product under DATA/teacher; without one no guided arm can be measured.
       vectors: product under DATA/embeddings of `arms.VECTOR_ARMS`.
+      edits, insert, keep_hard: products of `arms.PRODUCT_ARMS`.
       preset: shape of a published table, one of `presets.PRESETS`; empty: none.
       backbones: recommenders; mf by default.
       guidance: arms; `DEFAULT_ARMS` by default.
@@ -55,6 +57,9 @@ class Request:
 
     teacher: str = ""
     vectors: str = ""
+    edits: str = ""
+    insert: str = ""
+    keep_hard: str = ""
     preset: str = ""
     backbones: Sequence[str] | None = None
     guidance: Sequence[str] | None = None
@@ -114,6 +119,28 @@ def _check_refit_teacher(plan: ComparisonPlan) -> None:
         )
 
 
+def _products(request: Request, asked: Sequence[str]) -> dict[str, str]:
+    """Products of `arms.PRODUCT_ARMS`, by what names them: those that an arm reads.
+
+    Raises:
+      ConfigError: one is missing, or is read by no arm.
+    """
+    given = {
+        arms.EDITS: (request.edits, "slgr teach import --edits=FILE"),
+        arms.INSERTED: (request.insert, "slgr teach import --interactions=FILE"),
+        arms.RATED: (request.keep_hard, "slgr teach import --scores=FILE --keep_training_items"),
+    }
+    for flag, (name, made_by) in given.items():
+        reads = [arm for arm in asked if arm in arms.PRODUCT_ARMS[flag]]
+        if reads and not name:
+            raise ConfigError(f"missing {flag}=NAME ({made_by}), which arm {reads[0]} reads")
+        if name and not reads:
+            raise ConfigError(
+                f"{flag}={name} is read by no arm; add {arms.PRODUCT_ARMS[flag][0]} to --guidance"
+            )
+    return {flag: name for flag, (name, _) in given.items() if name}
+
+
 def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
     """What is compared on one data set.
 
@@ -136,6 +163,7 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
             "rlmrec_con or another of vectors to --guidance"
         )
         raise ConfigError(fix)
+    products = _products(request, asked)
     for arm in asked:
         if arm in arms.CHUNKED:
             _check_chunks(data, request.vectors, arm)
@@ -151,6 +179,8 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
     backbones, knobs = request.backbones or ("mf",), request.knobs
     search = search_space.make_space(request.search, knobs) if request.search else {}
     counts = schema.read_dataset_manifest(data).counts
+    edits = products.get(arms.EDITS)
+    edit_range, hows = arm_spaces.edits_of(data, edits) if edits else (None, config.EDIT_HOWS)
     plan = ComparisonPlan(
         data=data,
         out=out,
@@ -167,6 +197,9 @@ def make_plan(data: str, out: pathlib.Path, request: Request) -> ComparisonPlan:
         variants=arm_spaces.variants_of(data, request.teacher) if arms.AUTO in chosen else (),
         own_arms=more_arms,
         vectors=request.vectors,
+        products=products,
+        edit_range=edit_range,
+        edit_hows=hows,
         refit=not request.preset if request.refit is None else request.refit,
         refit_teacher=request.refit_teacher,
         backbone_knobs=_backbone_knobs(request),

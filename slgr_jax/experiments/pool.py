@@ -212,20 +212,20 @@ def finished(run: RunConfig) -> bool:
     }
     return (
         same
-        and not _other_vectors(run)
+        and not _other_products(run)
         and run_directory.other_reference_runs(run.workdir, run) is None
     )
 
 
-def _other_vectors(run: RunConfig) -> bool:
-    """Whether a product of vectors that the run reads holds others now."""
+def _other_products(run: RunConfig) -> bool:
+    """Whether a product that the run reads beside its teacher holds something else now."""
     from slgr_jax.data import dataset
-    from slgr_jax.training import run_directory, vector_products
+    from slgr_jax.training import edited, run_directory, vector_products
 
-    if not vector_products.named(run):
+    if not (vector_products.named(run) or run.edits.named or run.hardness.product):
         return False
-    record = run_directory.read_record(run.workdir)
-    return bool(vector_products.changed(run, dataset.load(run.data, verify=False), record))
+    record, data = run_directory.read_record(run.workdir), dataset.load(run.data, verify=False)
+    return any(of.changed(run, data, record) for of in (vector_products, edited))
 
 
 def _refuse_other(run: RunConfig) -> None:

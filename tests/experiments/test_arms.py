@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import worlds
@@ -10,11 +12,11 @@ from comparisons import plan_of
 from slgr_jax import config
 from slgr_jax.data import dataset as dataset_lib
 from slgr_jax.errors import ConfigError
-from slgr_jax.experiments import arm_spaces, arms, comparison, planning, results
+from slgr_jax.experiments import arm_spaces, arms, comparison, planning, results, search_space
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local.chunks import Chunks
 from slgr_jax.teacher.local.vectors import Vectors
-from slgr_jax.teacher.products import controls
+from slgr_jax.teacher.products import controls, edit_controls, edits, preferences
 
 
 def test_arms_are_ordered_and_matched():
@@ -127,6 +129,104 @@ def test_arms_of_vectors_need_a_product_and_no_teacher(tmp_path):
     with pytest.raises(ConfigError, match=r"arm kser chooses .* has one vector a row"):
         plan(guidance=("kser",), vectors="one")
     assert plan(guidance=("kar", "kser"), vectors="several").arms == ("none", "kar", "kser")
+
+
+def test_arms_of_other_products_read_them_alone(tmp_path):
+    products = {"--edits": "noise", "--insert": "taken", "--keep_hard": "rated"}
+    asked = ("none", "truncated", "edited", "edited_random", "inserted", "kept_hard")
+    plan = plan_of(tmp_path, asked=asked, backbones=("sasrec",), products=products)
+    of_sequences = ("none", "edited", "edited_random", "inserted")
+    runs = {arm: plan.config("sasrec", arm, {}, tmp_path) for arm in of_sequences}
+    assert {arm: (run.edits.product, run.edits.inserted) for arm, run in runs.items()} == {
+        **{"none": ("", ""), "edited": ("noise", ""), "edited_random": ("noise.random", "")},
+        "inserted": ("", "taken"),
+    }
+    assert all(not plan.teacher_of(arm) for arm in asked)
+    hard, plain = (plan.config("mf", arm, {}, tmp_path) for arm in ("kept_hard", "truncated"))
+    assert (hard.hardness.product, hard.sampler.negatives) == ("rated", "scored")
+    assert dataclasses.replace(hard, hardness=plain.hardness, sampler=plain.sampler) == plain
+    # Of labelled rows no negative is drawn.
+    knobs = {"rating_threshold": 3.0, "loss": "bce"}
+    rows = dataclasses.replace(plan, knobs=knobs).config("mf", "kept_hard", {}, tmp_path)
+    assert (rows.hardness.product, rows.sampler.negatives) == ("rated", "uniform")
+
+
+def test_what_is_searched_of_edits_is_of_their_product(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "data")
+    rows = np.array([0, 3, 7, 8])
+    told = preferences.Provenance(built_from="train_only")
+
+    def plan(noise, named, asked=("edited", "edited_random"), **more):
+        noise, named = np.array(noise, np.float32), np.array(named)
+        edits.write(dataset, "n", rows, noise, named, provenance=told, overwrite=True)
+        request = planning.Request(guidance=("none", *asked), controls=(), edits="n", **more)
+        return planning.make_plan(str(dataset.path), tmp_path / "out", request)
+
+    found = plan([0.25, 0.5, 0.75, 0.75], [2, -1, -1, -1])
+    space = arm_spaces.space_of(found, "mf", "edited")
+    assert space == arm_spaces.space_of(found, "mf", "edited_random")
+    assert space["edit_threshold"] == search_space.Range(0.25, 0.5)  # above it there is always one
+    assert space["edit_how"].values == ("replace", "delete", "weigh")
+    assert not {"edit_threshold", "edit_how"} & {*arm_spaces.space_of(found, "mf", "none")}
+    # Without replacements, or where there is nothing to choose a threshold from, or a loss of rows.
+    found = plan([0.75, 0.75, 0.75, 0.75], [-1, -1, -1, -1])
+    space = arm_spaces.space_of(found, "mf", "edited")
+    assert space["edit_how"].values == ("delete", "weigh")
+    assert "edit_threshold" not in space
+    found = plan(
+        [0.25, 0.5, 0.75, 0.75], [2, 1, 1, 1], knobs={"rating_threshold": 3.0, "loss": "bce"}
+    )
+    assert arm_spaces.space_of(found, "mf", "edited")["edit_how"].values == ("delete", "weigh")
+    for request, message in (
+        ({"guidance": ("edited",)}, "missing --edits=NAME .*, which arm edited reads"),
+        ({"guidance": ("none",), "keep_hard": "r"}, "--keep_hard=r is read by no arm; add kept_h"),
+        ({"guidance": ("inserted",), "insert": "t"}, "arm inserted of mf: --insert=t puts items"),
+        ({"guidance": ("none",), "knobs": {"edits": "n"}}, "--edits=n is set by the arms"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            planning.make_plan(str(dataset.path), tmp_path, planning.Request(**request))
+    own = dataclasses.replace(found, products={"--insert": "t", "--keep_hard": "r"})
+    assert arm_spaces.space_of(own, "sasrec", "inserted")["inserted_per_user"].values == (1, 2, 4)
+    own = dataclasses.replace(own, knobs={})
+    assert arm_spaces.space_of(own, "mf", "kept_hard")["hard_variance_share"].high == 1.0
+    assert arm_spaces.space_of(own, "mf", "kept_hard")["loss"].values == ("bpr", "bce")
+
+
+def test_random_edits_are_as_many_of_each_user(tmp_path):
+    dataset = worlds.random_dataset(tmp_path / "data")
+    users = dataset.train.users
+    rng = np.random.default_rng(1)
+    rows = np.flatnonzero((rng.random(users.size) < 0.4) & (users != 3))
+    noise = rng.random(rows.size).astype(np.float32)
+    named = np.where(rng.random(rows.size) < 0.5, rng.integers(0, dataset.n_items, rows.size), -1)
+    told = preferences.Provenance(built_from="train_only", model="m")
+    edits.write(dataset, "n", rows, noise, named, provenance=told)
+    assert edit_controls.ensure(dataset, "n") == edit_controls.ensure(dataset, "n") == "n.random"
+    product, control = edits.load(dataset, "n"), edits.load(dataset, "n.random")
+    assert (np.bincount(users[control.rows]) == np.bincount(users[product.rows])).all()
+    assert (control.rows != product.rows).any()
+    for user in range(dataset.n_users):
+        mine, theirs = (
+            sorted(zip(each.noise[of], each.replacements[of], strict=True))
+            for each in (product, control)
+            for of in [users[each.rows] == user]
+        )
+        assert [noise for noise, _ in mine] == [noise for noise, _ in theirs]
+        for (_, item), (_, moved) in zip(mine, theirs, strict=True):
+            assert moved in (item, -1)
+    there = dataset.train.items[control.rows]
+    assert (control.replacements != there).all()
+    # An interaction is as likely as another: over seeds each is edited in its user's share.
+    times = np.zeros(users.size)
+    for seed in range(60):
+        edit_controls.write(dataset, product, f"s{seed}", seed=seed)
+        times[edits.load(dataset, f"s{seed}").rows] += 1
+    share = np.bincount(users[rows], minlength=dataset.n_users) / np.bincount(users)
+    assert np.abs(times / 60 - share[users]).max() < 0.3
+    assert abs((times / 60 - share[users])[dataset.moments("train") == 0].mean()) < 0.05
+    edits.write(dataset, "n", rows, noise / 2, named, provenance=told, overwrite=True)
+    with pytest.raises(ConfigError, match=r"it controls other edits than n holds"):
+        edit_controls.ensure(dataset, "n")
 
 
 def chunks_of_one(values, has):
