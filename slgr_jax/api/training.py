@@ -283,7 +283,7 @@ def train(
     place = cluster.place(job.coordinator, job.processes, job.process_id, job.cluster)
     # Absolute: a run is found from wherever it is evaluated, and resumed.
     data, workdir = os.path.abspath(data) if data else "", os.path.abspath(workdir)
-    for name in ("init_from", "refit"):
+    for name in ("init_from", "init_ids_from", "refit"):
         if values.get(name):
             values[name] = os.path.abspath(values[name])
     if not data and not values.get("refit"):

@@ -89,7 +89,7 @@ _APPLIES: Mapping[str, Applies] = {
 _OF_VECTORS = (
     *("adapter_hidden", "adapter_experts", "adapter_shared", "adapter_chunks", "adapter_gate"),
     *("adapter_neighbours", "item_side_weight", "user_side_weight", "dual_view"),
-    "user_fusion",
+    *("towers", "user_fusion"),
     *("event_vectors", "vector_l2", "vector_dtype"),
 )
 _OF_EDITS = ("edit_how", "edit_threshold", "edit_threshold_of", "edits_per_user")
@@ -149,6 +149,9 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name in ("event_vectors", "vector_l2") and run.vectors.adapter_chunks:
             why = "chunks are of the item that is scored and the user, and --l2 is not on them"
             unused.append(f"--{name}={_text(value)} is not used with --adapter_chunks: {why}")
+        elif name == "vector_l2" and run.vectors.towers != "none":
+            why = "--l2 is on rows alone there"
+            unused.append(f"--{name}={_text(value)} is not used with --towers: {why}")
         elif name == "event_vectors" and not _has_event_vectors(run):
             text = f"--{name}={_text(value)} is not used without a history's fields of vectors"
             unused.append(f"{text}; add --item_vectors=NAME and --backbone={CLICK_BACKBONES[0]}")

@@ -95,9 +95,9 @@ class GuidanceConfig(Section):
         "llm_esr = a user's vector drawn to those of users with the nearest vectors; ctrl = "
         "contrast of a click model's rows with the vectors of their user and item; llmemb_rat = "
         "items made of texts alone, alike as a finished run's are; pad_mmd = items' rows and what "
-        "their texts come to, one distribution (--dual_view). Each goes through --gate. "
-        "slgr train takes auto too: none, or pairwise with the gate and lambda that validation "
-        "prefers beyond noise",
+        "their texts come to, one distribution (--towers=aligned, --dual_view). Each goes through "
+        "--gate. slgr train takes auto too: none, or pairwise with the gate and lambda that "
+        "validation prefers beyond noise",
         choices=GUIDANCE,
     )
     teacher: str = knob("", "name of the teacher product under DATA/teacher")

@@ -201,7 +201,14 @@ class RunConfig:
             raise ConfigError(
                 f"--init_slots={self.train.init_slots} is not used without --init_from=RUN; drop it"
             )
-        for name in ("init_from", "refit"):
+        towers = self.vectors.towers == "three" and not self.vectors.fuses_users
+        if (ids := self.train.init_ids_from) and not (self.train.init_from and towers):
+            raise ConfigError(
+                f"--init_ids_from={ids} is what one of --towers=three begins with, beside "
+                "--init_from=RUN, a run with --towers=aligned, and without --user_fusion; add "
+                "these, or drop it"
+            )
+        for name in ("init_from", "init_ids_from", "refit"):
             source = getattr(self.train, name)
             if source and os.path.realpath(source) == workdir:
                 raise ConfigError(
@@ -237,16 +244,17 @@ class RunConfig:
                 f"--train_only=adapters trains no gate and no rows, which "
                 f"--guidance={self.guidance.guidance} is for; drop one of them"
             )
-        if self.vectors.dual_view:
-            raise ConfigError(
-                "--train_only=adapters leaves the network as it is, and --dual_view is one of its "
-                "own, with cross-attention between the views; drop one of them"
-            )
-        if self.vectors.fuses_users:
-            raise ConfigError(
-                "--train_only=adapters leaves the network as it is, and --user_fusion="
-                f"{self.vectors.user_fusion} is one of its own; drop one of them"
-            )
+        vectors = self.vectors
+        for named, is_own in {
+            "--dual_view": vectors.dual_view,
+            f"--towers={vectors.towers}": vectors.towers != "none",
+            f"--user_fusion={vectors.user_fusion}": vectors.fuses_users,
+        }.items():
+            if is_own:
+                raise ConfigError(
+                    f"--train_only=adapters leaves the network as it is, and {named} is one of its "
+                    "own; drop one of them"
+                )
 
     def _check_vectors(self) -> None:
         self.vectors.check()

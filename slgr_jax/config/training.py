@@ -191,6 +191,11 @@ class TrainConfig(Section):
         "WORKDIR of a run to begin with: same backbone and widths, on the same data or on those "
         "that --data was made from with slgr prepare --append; new users and items begin afresh",
     )
+    init_ids_from: str = knob(
+        "",
+        "--towers=three: WORKDIR of a run without vectors that the tower of rows begins with, "
+        "beside the aligned one of --init_from",
+    )
     init_slots: str = knob(
         "keep",
         "--init_from: what the optimiser has gathered about old rows: keep = small steps for them "

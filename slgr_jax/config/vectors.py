@@ -10,6 +10,7 @@ from slgr_jax.config.training import TABLE_DTYPES
 from slgr_jax.errors import ConfigError, listing
 
 USER_FUSIONS = ("none", "attention", "concat")
+TOWERS = ("none", "aligned", "three")
 INIT_HOWS = ("pca", "variance", "uniform", "random", "leading", "all")
 
 
@@ -122,6 +123,14 @@ class VectorConfig(Section):
     dual_view_heads: int = knob(
         2, "heads of the attention between the views", minimum=1, maximum=WIDTH
     )
+    towers: str = knob(
+        "none",
+        "PAD; aligned = an item's row and its mapped vector become one view by a network, which a "
+        "history is read by (with --guidance=pad_mmd its second phase); three = an encoder for "
+        "rows, for this view and for texts alone, whose scores are weighed by learned shares of "
+        "the item's bin of training frequency (its third phase); sasrec, gru4rec",
+        choices=TOWERS,
+    )
     user_fusion: str = knob(
         "none",
         "what sequence backbones do with --user_vectors; attention = LANE: states of a history "
@@ -157,6 +166,17 @@ class VectorConfig(Section):
             raise ConfigError(
                 "--dual_view reads items' vectors beside their rows: add --item_vectors=NAME "
                 "(slgr teach embed), or drop it"
+            )
+        if self.towers != "none" and not self.item_vectors:
+            raise ConfigError(
+                f"--towers={self.towers} reads items' vectors beside their rows: add "
+                "--item_vectors=NAME (slgr teach embed), or drop it"
+            )
+        if self.towers == "three" and self.init_item_vectors:
+            raise ConfigError(
+                f"--init_item_vectors={self.init_item_vectors} is what one row of an item begins "
+                "with, and --towers=three has two; begin with runs of the phases before it, "
+                "--init_from, or drop --init_item_vectors"
             )
         if self.fuses_users and not self.user_vectors:
             raise ConfigError(
@@ -203,6 +223,12 @@ class VectorConfig(Section):
                 f"--dual_view reads histories from their first event on, and --backbone={backbone} "
                 f"does not; use {' or '.join(DUAL_VIEW_BACKBONES)}, or drop it: vectors are added "
                 "to rows then"
+            )
+        if self.towers != "none" and backbone not in DUAL_VIEW_BACKBONES:
+            raise ConfigError(
+                f"--towers={self.towers} reads histories from their first event on, and "
+                f"--backbone={backbone} does not; use {' or '.join(DUAL_VIEW_BACKBONES)}, or drop "
+                "it: vectors are added to rows then"
             )
         if self.fuses_users and backbone not in SEQUENCE_BACKBONES:
             raise ConfigError(
@@ -255,6 +281,21 @@ class VectorConfig(Section):
                     (neighbours, self.adapter_neighbours),
                 )
             }
+        if self.towers != "none":
+            towers = f"--towers={self.towers}"
+            clashes |= {
+                f"{towers} and {other} are two ways to read items' vectors": on
+                for other, on in (
+                    ("--dual_view", self.dual_view),
+                    (experts, self.adapter_experts),
+                    ("--adapter_chunks", self.adapter_chunks),
+                    (neighbours, self.adapter_neighbours),
+                )
+            }
+            weighs = "by a network" if self.towers == "aligned" else "by bins of its frequency"
+            clashes[f"{towers} weighs an item's text {weighs}, and --adapter_gate by its count"] = (
+                self.adapter_gate
+            )
         if self.fuses_users:
             fusion = f"--user_fusion={self.user_fusion}"
             clashes |= {
@@ -285,6 +326,11 @@ class VectorConfig(Section):
             raise ConfigError(
                 "--dual_view has items' rows for one of its views, and --noitem_rows leaves none; "
                 "drop one of them"
+            )
+        if self.towers != "none" and side == "item":
+            raise ConfigError(
+                f"--towers={self.towers} reads items' rows beside their vectors, and --noitem_rows "
+                "leaves none; drop one of them"
             )
         if self.fuses_users and side == "user":
             raise ConfigError(

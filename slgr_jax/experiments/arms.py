@@ -104,6 +104,12 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     # LLM-ESR's two views of a history, and these with its self-distillation.
     "dual_view": {"guidance": "none", **_DUAL_VIEW},
     "llm_esr_full": {"guidance": "llm_esr", "teacher_vectors": VECTORS, **_DUAL_VIEW},
+    # PAD's second phase, with its network, and its third; rows and encoders begin as drawn.
+    "pad_aligned": {
+        "guidance": "pad_mmd",
+        **{"teacher_vectors": VECTORS, "item_vectors": VECTORS, "towers": "aligned"},
+    },
+    "pad_towers": {"guidance": "none", "item_vectors": VECTORS, "towers": "three"},
     # LANE's preferences of a user and SLIM's text of one, beside what items' texts come to; the arm
     # `adapter` is both without a user's.
     "lane": {**_TEXTS_OF_BOTH, "user_fusion": "attention"},
@@ -116,7 +122,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 ALIGNED = (*_OF_ONE_PRODUCT, *(f"{name}_selective" for name in _OF_ONE_PRODUCT))
 VECTOR_ARMS = (
     *("init", "adapter", "init_selective", "adapter_selective", "kar", "colakg"),
-    *("side", "llmrec", "dual_view", "llm_esr_full", "slim"),
+    *("side", "llmrec", "dual_view", "llm_esr_full", "slim", "pad_aligned", "pad_towers"),
     *(*CHUNKED, *ALIGNED),
 )
 # Arms that read a product of another kind, by what names it.

@@ -134,6 +134,7 @@ class Lanes:
       student: e; teacher: z.
       has: [G, 3] 1 where there is a z.
       weights: [G, 3] alpha, 0 where there is no z.
+      rows: what its item's e is made of: its row, with what its vector comes to.
       others, known: e of other users of each lane, and 1 where there is one; of a method that has
         any (`Alignment.with_others`).
     """
@@ -143,6 +144,7 @@ class Lanes:
     teacher: Float[Array, "G 3 Z"]
     has: Float[Array, "G 3"]
     weights: Float[Array, "G 3"]
+    rows: Float[Array, "G D"] | None = None
     others: Float[Array, "G N E"] | None = None
     known: Float[Array, "G N"] | None = None
 
@@ -381,13 +383,16 @@ class Alignment(Gated):
         """What each lane adds to the loss: `lane_losses` of its user and items."""
         vectors, has, count = observed.vectors, observed.has, drawn.items.shape[0]
         assert scored.vectors is not None
+        assert scored.item_rows is not None
         assert vectors is not None
         assert has is not None
         by_lane = (of_side.reshape(count, -1, *of_side.shape[1:]) for of_side in scored.vectors())
         states, items = (of_side[..., : observed.width] for of_side in by_lane)
         student = jnp.concatenate([states[:, :1], items[:, 0]], axis=1)
         ids = jnp.concatenate([drawn.queries.users[:, None], drawn.items], axis=1)
-        lanes = Lanes(ids, student, vectors, has, alpha[:, None] * has)
+        made = scored.item_rows()["item"]
+        rows = made.reshape(count, -1, *made.shape[1:])[:, 0, 0]
+        lanes = Lanes(ids, student, vectors, has, alpha[:, None] * has, rows)
         lanes = self.with_others(lanes, states[:, 1:], drawn)
         return self.lane_losses(params, lanes, layout, key)
 

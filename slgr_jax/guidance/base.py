@@ -98,6 +98,8 @@ class Scored:
         `reads_vectors`.
       pair_vectors: () -> [G, C, E] the vectors before the logits of a network that sees both sides;
         of such a guidance of a `PairBackbone`.
+      item_rows: () -> table -> [G, C, D] the rows that the items' vectors are made of, with what
+        frozen vectors come to; of such a guidance of a `DotBackbone`.
     """
 
     scores: Float[Array, "G C"]
@@ -105,6 +107,9 @@ class Scored:
     stochastic: Callable[[jax.Array, float], Float[Array, "G C"]] = struct.field(pytree_node=False)
     vectors: Callable[[], Vectors] | None = struct.field(pytree_node=False, default=None)
     pair_vectors: Callable[[], Float[Array, "G C E"]] | None = struct.field(
+        pytree_node=False, default=None
+    )
+    item_rows: Callable[[], Mapping[str, Float[Array, "G C D"]]] | None = struct.field(
         pytree_node=False, default=None
     )
 
@@ -158,9 +163,9 @@ class Guidance(Protocol):
 
     @property
     def reads_vectors(self) -> bool:
-        """Whether `Scored.vectors` or `Scored.pair_vectors` is called: rows are read then, not dot
-        products of them. Backbones that are a dot product have the one, those whose network leaves
-        vectors the other; `arrays` refuses what does not fit."""
+        """Whether `Scored.vectors` and `item_rows`, or `pair_vectors`, are called: rows are read
+        then, not dot products of them. Backbones that are a dot product have the former, those
+        whose network leaves vectors the latter; `arrays` refuses what does not fit."""
         ...
 
     def arrays(self, sources: Sources) -> tuple[Any, Csr | None]:

@@ -5,9 +5,10 @@
 
 the unbiased square of a multi-kernel maximum mean discrepancy (Gretton et al. 2012), over the
 items of a step's interactions, each once, those of all devices, that have a text. x = A(z) is an
-item's text view, y = e its row (`--dual_view`); m, without a gradient, is the mean of |a - b|^2
-over all pairs of both, an item with itself too. Both are trained. It asks that the two clouds look
-alike, not that an item's text is where its row is. It may fall below 0.
+item's text view, y = e its row: what PAD's network makes one of (`--towers=aligned`), or what are
+read side by side (`--dual_view`). m, without a gradient, is the mean of |a - b|^2 over all pairs of
+both, an item with itself too. Both are trained. It asks that the two clouds look alike, not that
+an item's text is where its row is. It may fall below 0.
 
 With a gate an item's terms are weighed by alpha of the first lane that drew it:
 
@@ -16,8 +17,8 @@ With a gate an item's terms are weighed by alpha of the first lane that drew it:
 
 Its authors' program counts padding and repeated items, too.
 
-Needs: the product of --item_vectors; users for a gate alone. Fits what --dual_view does. Costs:
-four products of G x N D.
+Needs: the product of --item_vectors; users for a gate alone. Fits what these two do. Costs: four
+products of G x N D.
 
 Shape letters: G lanes, N of all devices, n items, D width of a view.
 """
@@ -37,6 +38,7 @@ from slgr_jax.guidance.alignment import Alignment, Lanes, first_of_each
 from slgr_jax.guidance.gating import Gating
 from slgr_jax.mesh import Layout
 from slgr_jax.models.backbones import AnyBackbone, adapters
+from slgr_jax.models.backbones.tower_views import MergedView
 from slgr_jax.models.backbones.vector_maps import SecondView
 
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the mean squared distance
@@ -95,10 +97,11 @@ class ViewsAlike(Alignment):
 
     def check(self, backbone: AnyBackbone) -> None:
         super().check(backbone)
-        if not isinstance(adapters.of(backbone).get("item"), SecondView):
+        if not isinstance(adapters.of(backbone).get("item"), SecondView | MergedView):
             raise ConfigError(
                 "--guidance=pad_mmd aligns two views of items, rows and what texts come to: add "
-                "--item_vectors=NAME --dual_view (sasrec, gru4rec), or use --guidance=rlmrec_con"
+                "--item_vectors=NAME with --towers=aligned or --dual_view (sasrec, gru4rec), or "
+                "use --guidance=rlmrec_con"
             )
         name, beside = self.run.guidance.teacher_vectors, self.run.vectors.item_vectors
         if name != beside:
@@ -113,7 +116,9 @@ class ViewsAlike(Alignment):
     def lane_losses(
         self, params: Mapping[str, Any], lanes: Lanes, layout: Layout, key: jax.Array
     ) -> Float[Array, "G"]:
-        of_items = (lanes.ids[:, 1], lanes.has[:, 1], lanes.student[:, 1])
+        assert lanes.rows is not None
+        views = lanes.rows[:, -2 * self.run.model.dim :]  # a row ends with them, dual or merged
+        of_items = (lanes.ids[:, 1], lanes.has[:, 1], views)
         ids, has, both = (layout.gather_over_all(part) for part in of_items)
         rows, texts = jnp.split(both, 2, axis=-1)
         size = lanes.has.shape[0]

@@ -86,7 +86,8 @@ class View(Protocol):
         ...
 
     def rows(self, name: str) -> Mapping[str, Float[Array, "... D"]]:
-        """The rows of `Reads.rows[name]`, by table."""
+        """The rows of `Reads.rows[name]`, by table, with what features and vectors add; of a side
+        of candidates as `name/side`."""
         ...
 
     def table(self, name: str) -> Float[Array, "R D"]:

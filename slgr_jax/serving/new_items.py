@@ -169,8 +169,9 @@ def _made(run: TrainedRun, values: Float[np.ndarray, "n Z"]) -> dict[str, jax.Ar
     trained = vector_products.of_side(run.dataset, "item", knobs.item_vectors)
     standard = vector_products.standard(run.dataset, "item", trained)
     new = Vectors(values, np.ones(len(values), bool))
-    counts = np.zeros(len(values), np.int64) if knobs.adapter_gate else None  # no interaction yet
-    stored = standard.apply(new, knobs.vector_dtype, counts=counts)
+    no_interaction = np.zeros(len(values), np.int64)
+    column = vector_products.beside(knobs, "item", no_interaction)
+    stored = standard.apply(new, knobs.vector_dtype, beside=column)
     stored = stored.astype(np.float32)  # rounded as known ones are
     name, params = _rows_name(backbone), run.restored.serving.params
     rows = adapters.made_of(backbone, params, name, jnp.asarray(stored))

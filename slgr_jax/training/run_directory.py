@@ -109,7 +109,7 @@ def origin(run: config.RunConfig, knob: str) -> dict[str, Any] | None:
     that knob, or where that record is gone.
 
     Args:
-      knob: init_from or refit.
+      knob: init_from, init_ids_from or refit.
     """
     source = getattr(run.train, knob)
     if not source:
@@ -397,6 +397,7 @@ def write_record(
         "initial_rows": _initial_rows(run, dataset, initial),
         "reference_runs": reference_checkpoints(run),
         "init_from": origin(run, "init_from"),
+        "init_ids_from": origin(run, "init_ids_from"),
         "refit": origin(run, "refit"),
         "users": dataset.n_users,
         "items": dataset.n_items,

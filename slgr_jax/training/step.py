@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -397,6 +397,9 @@ def _loss(
     def pair_vectors() -> jax.Array:
         return view.pair_vectors(objectives.GUIDANCE, inputs.pass_(1))
 
+    def item_rows() -> Mapping[str, jax.Array]:
+        return view.rows(f"{objectives.GUIDANCE}/item")
+
     def stochastic(key: jax.Array, rate: float) -> jax.Array:
         again = access.view(backbone_params, leaves, context, part.reads, (rate, key))
         return again.scores(objectives.GUIDANCE, (rate, key))
@@ -404,7 +407,7 @@ def _loss(
     scores, differences = objective.guided(view, inputs)
     added = guidance.loss(
         params["guidance"],
-        Scored(scores, differences, stochastic, vectors, pair_vectors),
+        Scored(scores, differences, stochastic, vectors, pair_vectors, item_rows),
         part.guided,
         part.observed,
         trainer.layout,

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from slgr_jax.config import RunConfig
+from slgr_jax.config import RunConfig, VectorConfig
 from slgr_jax.data import schema
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, InputError
 from slgr_jax.mesh import Layout
+from slgr_jax.models.backbones.tower_views import BINS
 from slgr_jax.sampling.context import FrozenVectors, VectorSizes
 from slgr_jax.teacher.local import chunks, embeddings, nearest
 from slgr_jax.teacher.local.vectors import Vectors
@@ -37,26 +38,53 @@ class Standard(NamedTuple):
     scale: float
 
     def apply(
-        self, vectors: Vectors, dtype: str, rows: int = 0, counts: np.ndarray | None = None
+        self, vectors: Vectors, dtype: str, rows: int = 0, beside: np.ndarray | None = None
     ) -> np.ndarray:
-        """[R, Z + 1] standardised vectors, then 1; zeros throughout where there is none.
+        """[R, Z + 1] standardised vectors, then 1; zeros where there is none.
 
         Args:
-          counts: of the training interactions of each row, n: log(1 + n) comes before the 1, and
-            rows are one longer (`Adapter.stored`).
+          beside: a number of each row that comes before the 1, whether it has a vector or not
+            (`beside`); rows are one longer then (`Adapter.stored`).
           dtype: float32 or bfloat16.
           rows: R, with rows of zeros behind the vectors; 0: as many as there are vectors.
         """
         count, width = vectors.values.shape
-        out = np.zeros((rows or count, width + 1 + (counts is not None)), jnp.dtype(dtype))
+        out = np.zeros((rows or count, width + 1 + (beside is not None)), jnp.dtype(dtype))
         for block in _blocks(count):
             standardised = (vectors.values[block] - self.mean) / self.scale
             has = vectors.has[block, None]
             out[block, :width] = np.where(has, standardised, 0)
-            if counts is not None:
-                out[block, width] = np.where(vectors.has[block], np.log1p(counts[block]), 0)
+            if beside is not None:
+                out[block, width] = beside[block]
             out[block, -1:] = has
         return out
+
+
+def beside(knobs: VectorConfig, side: str, counts: np.ndarray) -> np.ndarray | None:
+    """What an adapter reads of rows beside their vectors; None for most.
+
+    Args:
+      counts: [R] training interactions of each.
+    """
+    if knobs.adapter_gate:
+        log_counts: np.ndarray = np.log1p(counts)
+        return log_counts
+    return frequency_bins(counts) if knobs.towers == "three" and side == "item" else None
+
+
+def frequency_bins(counts: np.ndarray) -> np.ndarray:
+    """[R] which tenth of the interactions each item begins in, the most popular first: 0 to 9, and
+    10 of items without any.
+
+    An item of n interactions is in tenth floor(10 S(n)), S(n) the share that items with more than
+    n have together: equally popular items share a bin, where PAD's program cuts by rank.
+    """
+    distinct, of_item = np.unique(counts, return_inverse=True)
+    held = np.bincount(of_item, weights=counts, minlength=distinct.size)
+    above = held.sum() - np.cumsum(held)
+    tenths = np.floor((BINS - 1) * above / max(held.sum(), 1.0))
+    bins: np.ndarray = np.where(distinct > 0, tenths, BINS - 1)[of_item].astype(np.float32)
+    return bins
 
 
 def _blocks(rows: int) -> Iterator[slice]:
@@ -115,21 +143,20 @@ def frozen(run: RunConfig, dataset: Dataset, layout: Layout) -> FrozenVectors | 
     tables: dict[str, Any] = {}  # host arrays, standing in for what `device_put` makes of them
     for side, name in run.vectors.products.items():
         dtype = run.vectors.vector_dtype
-        counts = None
-        if run.vectors.adapter_gate:
-            counts = dataset.popularity if side == "item" else dataset.history
+        counts = dataset.popularity if side == "item" else dataset.history
+        column = beside(run.vectors, side, counts)
         fused = side == "user" and run.vectors.fuses_users
         if run.vectors.reads_chunks(side):
             table = _of_chunks(dataset, side, name, dtype, layout)
         else:
             vectors = of_side(dataset, side, name)
             rows = layout.padded_rows(vectors.has.size)
-            beside = None if fused else counts
-            table = standard(dataset, side, vectors).apply(vectors, dtype, rows, beside)
-        if fused and counts is not None:  # of a row, whatever vectors it has
-            log_counts = np.zeros((len(table), 1), table.dtype)
-            log_counts[: counts.size, 0] = np.log1p(counts)
-            table = np.concatenate([table, log_counts], axis=1)
+            before = None if fused else column
+            table = standard(dataset, side, vectors).apply(vectors, dtype, rows, before)
+        if fused and column is not None:  # behind all of a row's vectors
+            behind = np.zeros((len(table), 1), table.dtype)
+            behind[: column.size, 0] = column
+            table = np.concatenate([table, behind], axis=1)
         tables[side] = table.view(np.uint16) if dtype == "bfloat16" else table  # see `RowFormat`
     return FrozenVectors(**tables) if tables else None
 

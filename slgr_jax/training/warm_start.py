@@ -8,6 +8,10 @@
               the optimiser's state then, and with --train_only
     step, draws, patience    begin anew
 
+A run of three towers (--towers=three) may begin as runs of the phases before it: RUN on ids alone
+is its tower of rows, RUN of --towers=aligned its second one, with the run of --init_ids_from as the
+first. Towers that no run is named for begin fresh, and so does every optimiser's state.
+
 The rows and parameters are RUN's best, as it serves them, and the slots its last: a checkpoint
 keeps no others. --init_slots=reset lets them, and Adam's moments, begin anew. A backbone that
 propagates whole tables (LightGCN), or adds features or what vectors come to, serves what rows
@@ -44,8 +48,9 @@ from slgr_jax.models.embedding_table import RowFormat
 from slgr_jax.models.row_optimizers import RowOptimizer
 from slgr_jax.sampling import features as features_lib
 from slgr_jax.sampling.context import choose_features
-from slgr_jax.training import checkpoint, run_directory
+from slgr_jax.training import checkpoint, run_directory, tower_beginnings
 from slgr_jax.training.state import Learner, TrainState, abstract_serving, abstract_state
+from slgr_jax.training.tower_beginnings import Part
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -78,7 +83,8 @@ def check(learner: Learner, dataset: Dataset) -> None:
         on data that this dataset does not descend from.
       ManifestError: it has no checkpoint, or a damaged one.
     """
-    _origin(learner, dataset)
+    for part in tower_beginnings.parts(learner):
+        _origin_of(part, dataset)
 
 
 def beginning(
@@ -91,25 +97,47 @@ def beginning(
     """
 
     @functools.cache
-    def kept() -> _Kept:
-        return _read(learner, _origin(learner, dataset))
+    def kept() -> list[tuple[Part, _Kept]]:
+        return [
+            (part, _read(part.learner, _origin_of(part, dataset)))
+            for part in tower_beginnings.parts(learner)
+        ]
 
     def begin(seed: np.int32) -> TrainState:
-        state, of_run = fresh(seed), kept()
-        params, opt_state = {**state.params, **of_run.params}, state.opt_state
-        params["backbone"] = {**state.params["backbone"], **of_run.params["backbone"]}
-        if of_run.opt_state is not None:
-            opt_state = of_run.opt_state
-        tables = {
-            name: _grown(learner, state.tables[name], rows, of_run.places.get(name))
-            for name, rows in of_run.tables.items()
-        }
-        begun: TrainState = state.replace(  # type: ignore[attr-defined]
-            tables=tables, params=params, opt_state=opt_state
-        )
-        return begun
+        state = fresh(seed)
+        for part, of_run in kept():
+            state = (
+                tower_beginnings.in_tower(part, state, of_run.tables, of_run.params, of_run.places)
+                if part.tower
+                else _whole(part, state, of_run)
+            )
+        return state
 
     return begin
+
+
+def _whole(part: Part, state: TrainState, of_run: _Kept) -> TrainState:
+    """A fresh state that RUN has all tables of."""
+    params, opt_state = {**state.params, **of_run.params}, state.opt_state
+    params["backbone"] = {**state.params["backbone"], **of_run.params["backbone"]}
+    if of_run.opt_state is not None:
+        opt_state = of_run.opt_state
+    tables = {
+        name: _grown(part.learner, state.tables[name], rows, of_run.places.get(name))
+        for name, rows in of_run.tables.items()
+    }
+    begun: TrainState = state.replace(  # type: ignore[attr-defined]
+        tables=tables, params=params, opt_state=opt_state
+    )
+    return begun
+
+
+def _origin_of(part: Part, dataset: Dataset) -> Origin:
+    """`_origin` of a part's run, refused by the knob that names it."""
+    try:
+        return _origin(part.learner, dataset)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--init_from=", f"--{part.knob}=")) from error
 
 
 # --- what RUN is ------------------------------------------------------------------------------

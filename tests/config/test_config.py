@@ -162,6 +162,7 @@ _WITHOUT = {
     "adapter_gate": False,
     "adapter_neighbours": 0,
     "dual_view": False,
+    "towers": "none",
     "item_side_weight": 0.0,
     "user_side_weight": 0.0,
     "init_item_vectors": "",
@@ -210,7 +211,7 @@ def test_json_gives_back_every_knob(method):
     sections["edits"] = dataclasses.replace(sections["edits"], inserted="")
     sections["hardness"] = dataclasses.replace(sections["hardness"], product="")
     unused |= {"insert", "keep_hard"}
-    few = {"user_shards": 0, "train_only": "all"}  # what goes with few
+    few = {"user_shards": 0, "train_only": "all", "init_ids_from": ""}  # what goes with few
     sections["train"] = dataclasses.replace(sections["train"], **few)
     unused |= few.keys()
     run = RunConfig(data="a b", workdir="ü", **sections)

@@ -106,12 +106,14 @@ def _lanes(seed: int = 3) -> alignment.Lanes:
     ids = np.stack([np.arange(7), [4, 0, 5, 1, 4, 2, 3], np.arange(7)], axis=1)
     student = rng.normal(size=(7, 3, 2 * D))
     student[4, 1] = student[0, 1]
+    before = rng.normal(size=(7, D))  # what a merged view has before both
     return alignment.Lanes(
         ids=jnp.asarray(ids, jnp.int32),
         student=jnp.asarray(student, jnp.float32),
         teacher=jnp.asarray(rng.normal(size=(7, 3, Z)), jnp.float32),
         has=jnp.asarray(has),
         weights=jnp.asarray(has * rng.random((7, 1)), jnp.float32),
+        rows=jnp.asarray(np.concatenate([before, student[:, 1]], axis=1), jnp.float32),
     )
 
 
@@ -120,25 +122,26 @@ def test_the_loss_of_lanes_is_that_of_plain_numpy_and_its_gradient_is_right(data
     assert isinstance(method, pad_mmd.ViewsAlike)
     lanes, kept = _lanes(), [0, 1, 3, 5, 6]
 
-    def loss(student: jax.Array) -> jax.Array:
-        of_lanes = lanes.replace(student=student)
+    def loss(rows: jax.Array) -> jax.Array:
+        of_lanes = lanes.replace(rows=rows)
         args = (of_lanes, worlds.one_device(), jax.random.key(0))
         return jnp.mean(method.lane_losses({}, *args))
 
-    def expected(student: np.ndarray, m: float) -> float:
-        e, text = np.split(student[kept, 1], 2, axis=-1)
+    def expected(rows: np.ndarray, m: float) -> float:
+        e, text = np.split(rows[kept, D:], 2, axis=-1)
         return _by_pairs(text, e, np.asarray(lanes.weights)[kept, 1], m)
 
-    student = np.asarray(lanes.student, np.float64)
-    m = _mean_square(*np.split(student[kept, 1], 2, axis=-1))
-    assert float(loss(lanes.student)) == pytest.approx(expected(student, m), rel=1e-5)
-    gradient = np.asarray(jax.grad(loss)(lanes.student))
+    assert lanes.rows is not None
+    rows = np.asarray(lanes.rows, np.float64)
+    m = _mean_square(*np.split(rows[kept, D:], 2, axis=-1))
+    assert float(loss(lanes.rows)) == pytest.approx(expected(rows, m), rel=1e-5)
+    gradient = np.asarray(jax.grad(loss)(lanes.rows))
     for seed in range(3):  # m has no gradient
-        direction = np.random.default_rng(seed).normal(size=student.shape)
-        ends = [expected(student + sign * 1e-4 * direction, m) for sign in (1, -1)]
+        direction = np.random.default_rng(seed).normal(size=rows.shape)
+        ends = [expected(rows + sign * 1e-4 * direction, m) for sign in (1, -1)]
         assert (gradient * direction).sum() == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-3)
-    assert np.abs(gradient[kept, 1]).min(axis=0).max() > 0
-    assert (gradient[:, [0, 2]] == 0).all()
+    assert np.abs(gradient[kept, D:]).min(axis=0).max() > 0
+    assert (gradient[:, :D] == 0).all()
     assert (gradient[[2, 4]] == 0).all()
     nothing = lanes.replace(has=jnp.zeros((7, 3)), weights=jnp.zeros((7, 3)))
     args = (nothing, worlds.one_device(), jax.random.key(0))
@@ -160,7 +163,7 @@ def test_views_that_are_one_have_a_gradient():
     [
         {},
         {"teacher_vectors": "profiles", "item_vectors": "profiles", "gate": "calibrated"},
-        {"backbone": "gru4rec", "gate": "rule"},
+        {"backbone": "gru4rec", "gate": "rule", "dual_view": False, "towers": "aligned"},
     ],
 )
 def test_the_two_views_become_alike(data, knobs):
@@ -178,7 +181,8 @@ def test_the_two_views_become_alike(data, knobs):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"dual_view": False}, r"add --item_vectors=NAME --dual_view .* or use --guidance=rlmrec"),
+        ({"dual_view": False}, r"with --towers=aligned or --dual_view .* or use --guidance=rlm"),
+        ({"dual_view": False, "towers": "three"}, r"with --towers=aligned or --dual_view"),
         ({"teacher_vectors": "others"}, r"--item_vectors=text come to, .* others; give both the"),
         ({"gate": "calibrated"}, r"--teacher_vectors=text has no vectors of users; add some"),
         ({"teacher_vectors": ""}, r"--guidance=pad_mmd needs --teacher_vectors=NAME"),

@@ -51,7 +51,10 @@ WITH: dict[str, dict[str, Any]] = {
     "rrd": {"item_vectors": "text", "item_rows": False},
     "dcd": {"backbone": "autoint"},
     "unkd": {"backbone": "xdeepfm"},
-    "hint": {"backbone": "gru4rec", "user_vectors": "text", "user_fusion": "concat"},
+    "hint": {
+        **{"backbone": "gru4rec", "user_vectors": "text", "user_fusion": "concat"},
+        **{"item_vectors": "text", "towers": "three"},
+    },
     "htd": {
         "backbone": "bert4rec",
         **{"user_vectors": "chunks", "user_fusion": "attention", "user_fusion_heads": 2},
@@ -66,7 +69,7 @@ WITH: dict[str, dict[str, Any]] = {
         **{"backbone": "gru4rec", "dropout": 0.2, "item_vectors": "text", "dual_view": True},
     },
     "ctrl": {"backbone": "dcnv2"},
-    "pad_mmd": {"backbone": "sasrec", "item_vectors": "text", "dual_view": True},
+    "pad_mmd": {"backbone": "sasrec", "item_vectors": "text", "towers": "aligned"},
     "llmemb_rat": {"dim": 6, "item_vectors": "text", "item_rows": False},
 }
 KNOBS = {

@@ -24,6 +24,7 @@ from slgr_jax.models.backbones.gru4rec import GRU4Rec
 from slgr_jax.models.backbones.lightgcn import LightGCN
 from slgr_jax.models.backbones.mf import MatrixFactorization
 from slgr_jax.models.backbones.sasrec import SASRec
+from slgr_jax.models.backbones.towers import with_towers
 from slgr_jax.models.backbones.user_fusion import with_user_fusion
 from slgr_jax.sampling.context import FEATURES, FIELDS, GRAPH, HISTORY, Sizes
 from slgr_jax.sampling.features import TABLES
@@ -136,6 +137,8 @@ def make_backbone(
     adapted: AnyBackbone = with_vectors(backbone, vectors, sizes)
     if vectors.dual_view:
         adapted = with_two_views(adapted, vectors.dual_view_heads)
+    if vectors.towers != "none":
+        adapted = with_towers(adapted, vectors.towers)
     if vectors.fuses_users:
         adapted = with_user_fusion(adapted, vectors.user_fusion, vectors.user_fusion_heads)
     return adapted

@@ -17,12 +17,13 @@ outputs as fields (`Experts`). A KSER-style extractor reads several vectors a ro
 CoLaKG (SIGIR'25) takes the mean of a row and its mapped vector, and lets items read those with the
 nearest texts (`Neighbourhood`), before a graph smooths both. LLMRec (WSDM'24) lets the graph smooth
 them by themselves (`SideFeature`). LLM-ESR keeps both side by side, [e_i ; A(z_i)], as two views
-of an item (`SecondView`, `dual_view`). LANE and SLIM let a history's states take up vectors of the
-user (`UserVectors`, `user_fusion`).
+of an item (`SecondView`, `dual_view`). PAD makes one view of both, then has a tower for each view
+(`tower_views`, `towers`). LANE and SLIM let a history's states take up vectors of the user
+(`UserVectors`, `user_fusion`).
 
-The maps themselves are in `vector_maps`.
+The maps themselves are in `vector_maps` and `tower_views`.
 
-Shape letters: Z numbers of a vector, W width of a row, D of what becomes of it (W but for two
+Shape letters: Z numbers of a vector, W width of a row, D of what becomes of it (W but for several
 views), I items, k neighbours of one.
 """
 
@@ -39,6 +40,7 @@ from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import VectorConfig
 from slgr_jax.errors import ConfigError
+from slgr_jax.models.backbones.tower_views import MergedView, ThreeViews
 from slgr_jax.models.backbones.vector_maps import (
     Adapter,
     Experts,
@@ -87,7 +89,8 @@ def with_vectors(backbone: Any, config: VectorConfig, sizes: Sizes) -> Any:
         if of_side is None:
             continue
         if config.fuses_users and side == "user" and isinstance(backbone, Adapted):
-            width = adapters["item"].spec.width if "item" in adapters else tables["item"].width
+            of_items = adapters["item"].spec if "item" in adapters else tables["item"]
+            width = of_items.vector_width
             adapters[side] = UserVectors(
                 *(side, sizes.users, of_side.width, width, config.adapter_hidden),
                 init_std=width**0.5,  # entries of about 1, as those of states
@@ -151,6 +154,9 @@ def _adapter(
     if config.dual_view:
         sizes_of_view = (*sizes, own.width, config.adapter_hidden, own.init_std)
         return SecondView(*sizes_of_view, config.adapter_gate)
+    if config.towers != "none" and side == "item":
+        views = ThreeViews if config.towers == "three" else MergedView
+        return views(*sizes, own.width, config.adapter_hidden, own.init_std)
     if config.adapter_experts:
         return Experts(
             *(*sizes, own.width, config.expert_hidden, own.init_std),
@@ -198,7 +204,11 @@ def row_specs(backbone: Any) -> dict[str, TableSpec]:
         if not isinstance(adapter, SideFeature)
     }
     trained = {
-        name: dataclasses.replace(spec, width=made[name].width) if name in made else spec
+        name: dataclasses.replace(
+            spec, width=made[name].width, scalars=made[name].scalars or spec.scalars
+        )
+        if name in made
+        else spec
         for name, spec in backbone.tables.items()
     }
     return {**made, **trained}

@@ -159,6 +159,9 @@ class UserFusion(ItemTableBackbone):
         beside = None if dropout is None else (dropout[0], jax.random.fold_in(dropout[1], 2))
         return self.fused(params, states[:, None], rows[USER], dropout=beside)[:, 0]
 
+    def item_vectors(self, params: Params, rows: TableRows) -> Float[Array, "... E"]:
+        return self._encoder.item_vectors(params, rows)
+
     def window(
         self,
         params: Params,
