@@ -145,6 +145,14 @@ class LLMESRConfig(Section):
         minimum=1,
         maximum=1024,
     )
+    views: float = knob(
+        0.0,
+        "of runs with --dual_view: so much of the term that contrasts an item's row with what its "
+        "text comes to, in the guidance loss beside that of users; 0 = none",
+        flag="llm_esr_views",
+        minimum=0,
+        maximum=FLOAT,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

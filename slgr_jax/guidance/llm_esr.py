@@ -8,9 +8,17 @@ cosine of the product's vectors, less their mean, among users with training inte
 found once, when a run begins, by comparing all users with all. A step draws users with their
 interactions as the other guidances of vectors do (alignment.py), which is how a gate weighs them.
 
-Needs: vectors of users and items (items for a gate alone). Fits every backbone that scores by a dot
-product; LLM-ESR has it for sequence models. Costs: 1 + n users' vectors a lane, each with the rows
-of the lane's two items; of a sequence model these are 1 + n encoded sequences.
+With --llm_esr_views=b, of a run with both views of items (`--dual_view`), it is b times LLM-ESR's
+term between these, x = A(z) and y = e, over the items of the step's lanes that have a text, added:
+
+    S = X Y',   P = softmax over each row of (X X' + Y Y') / 2,   1/2 (CE(P, S) + CE(P', S'))
+
+(`llmemb_rat.contrasts` at temperature 1), with a gradient to both; alpha weighs an item's terms.
+LLM-ESR has it over the items of a batch's sequences, once for every event.
+
+Needs: vectors of users and items (items for a gate or views alone). Fits every backbone that scores
+by a dot product; LLM-ESR has it for sequence models. Costs: 1 + n users' vectors a lane, each with
+the rows of the lane's two items; of a sequence model these are 1 + n encoded sequences.
 
 Shape letters: G lanes, N neighbours, E width of the recommender's vectors, U users, S steps.
 """
@@ -28,6 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from slgr_jax.config import RunConfig
 from slgr_jax.data.dataset import Csr, Dataset
+from slgr_jax.errors import ConfigError
 from slgr_jax.guidance.alignment import (
     Alignment,
     AlignmentArrays,
@@ -37,8 +46,10 @@ from slgr_jax.guidance.alignment import (
 )
 from slgr_jax.guidance.base import Sources
 from slgr_jax.guidance.gating import Gating
+from slgr_jax.guidance.llmemb_rat import contrasts
 from slgr_jax.mesh import Layout
-from slgr_jax.models.backbones import AnyBackbone
+from slgr_jax.models.backbones import AnyBackbone, adapters
+from slgr_jax.models.backbones.vector_maps import SecondView
 from slgr_jax.models.candidates import Candidates
 from slgr_jax.sampling.arrays import Interactions, host_array
 from slgr_jax.sampling.context import Histories, Queries
@@ -77,6 +88,23 @@ def neighbours_of(dataset: Dataset, users: SideVectors, count: int) -> Int[np.nd
 
 class SelfDistillation(Alignment):
     """See the module's docstring."""
+
+    def check(self, backbone: AnyBackbone) -> None:
+        super().check(backbone)
+        share = self.run.llm_esr.views
+        if not share:
+            return
+        if not isinstance(adapters.of(backbone).get("item"), SecondView):
+            raise ConfigError(
+                f"--llm_esr_views={share:g} contrasts two views of items, rows and what texts come "
+                "to: add --item_vectors=NAME --dual_view (sasrec, gru4rec), or drop it"
+            )
+        name, beside = self.run.guidance.teacher_vectors, self.run.vectors.item_vectors
+        if name != beside:
+            raise ConfigError(
+                f"--llm_esr_views={share:g} contrasts what --item_vectors={beside} come to, and "
+                f"--teacher_vectors={name} names others; give both the same"
+            )
 
     def arrays(self, sources: Sources) -> tuple[NeighbourArrays, Csr | None]:
         arrays, left_out = super().arrays(sources)
@@ -131,7 +159,21 @@ class SelfDistillation(Alignment):
         some = (count > 0).astype(jnp.float32)
         counted = layout.sum_over_all(jnp.sum(lanes.has[:, 0] * some))
         every = count.shape[0] * layout.devices
-        return lanes.weights[:, 0] * some * errors * (every / jnp.maximum(counted, 1.0))
+        losses = lanes.weights[:, 0] * some * errors * (every / jnp.maximum(counted, 1.0))
+        share = self.run.llm_esr.views
+        return losses + share * _between_views(lanes, layout) if share else losses
+
+
+def _between_views(lanes: Lanes, layout: Layout) -> Float[Array, "G"]:
+    """What each lane's item adds to the term between an item's two views."""
+    assert lanes.rows is not None
+    size = lanes.has.shape[0]
+    rows, has = (layout.gather_over_all(part) for part in (lanes.rows, lanes.has[:, 1]))
+    own, text = jnp.split(rows, 2, axis=-1)
+    begin = 0 if layout.devices == 1 else layout.device_index() * size
+    at = begin + jnp.arange(size, dtype=jnp.int32)
+    terms = contrasts(text, own, has > 0, at, 1.0)
+    return lanes.weights[:, 1] * terms * (rows.shape[0] / jnp.maximum(jnp.sum(has), 1.0))
 
 
 def make(

@@ -66,6 +66,7 @@ WITH: dict[str, dict[str, Any]] = {
         **{"item_side_weight": 0.5, "user_side_weight": 1.0},
     },
     "llm_esr": {
+        "llm_esr_views": 0.5,
         **{"backbone": "gru4rec", "dropout": 0.2, "item_vectors": "text", "dual_view": True},
     },
     "ctrl": {"backbone": "dcnv2"},
