@@ -40,6 +40,7 @@ from slgr_jax.config.distillation import (
 )
 from slgr_jax.config.edits import EDIT_HOWS, EditConfig
 from slgr_jax.config.evaluation import ROWS, EvaluationConfig, SliceConfig
+from slgr_jax.config.examples import ExampleConfig, ExampleFileConfig
 from slgr_jax.config.exchange import ExchangeConfig
 from slgr_jax.config.guidance import (
     ALIGNMENTS,
@@ -140,6 +141,8 @@ __all__ = [
     "EditConfig",
     "EmbedConfig",
     "EvaluationConfig",
+    "ExampleConfig",
+    "ExampleFileConfig",
     "ExchangeConfig",
     "FACTORS",
     "ExportConfig",

@@ -79,6 +79,7 @@ _APPLIES: Mapping[str, Applies] = {
     **dict.fromkeys(("dropout_samples", "dropout_rate"), Applies("uncertainty", ("dropout",))),
     "dual_view_heads": Applies("dual_view", (True,)),
     "user_fusion_heads": Applies("user_fusion", ("attention",)),
+    "reconstruction_weight": Applies("example_reasoning", (True,)),
     "rating_power": Applies("rating_threshold", (0.0,)),
     **dict.fromkeys(
         ("cold_user_history", "tail_item_fraction", "tail_item_popularity"),
@@ -91,6 +92,10 @@ _OF_VECTORS = (
     *("adapter_neighbours", "item_side_weight", "user_side_weight", "dual_view"),
     *("towers", "user_fusion"),
     *("event_vectors", "vector_l2", "vector_dtype"),
+)
+_OF_EXAMPLES = (
+    *("example_reasoning", "examples_per_label", "example_layers", "example_heads"),
+    "reconstruction_weight",
 )
 _OF_EDITS = ("edit_how", "edit_threshold", "edit_threshold_of", "edits_per_user")
 _OF_HARDNESS = frozenset(flag_name(field) for field in dataclasses.fields(HardnessConfig))
@@ -131,6 +136,9 @@ def check_used(run: RunConfig, given: Collection[str]) -> None:
         elif name in ("init_how", "init_scale", "init_half") and not run.vectors.init_products:
             text = f"--{name}={_text(value)} is not used without initial vectors"
             unused.append(f"{text}; add --init_item_vectors=NAME (slgr teach embed)")
+        elif name in _OF_EXAMPLES and not run.examples.product:
+            text = f"--{name}={_text(value)} is not used without examples"
+            unused.append(f"{text}; add --examples=NAME (slgr teach examples)")
         elif name in _OF_EDITS and not run.edits.product:
             text = f"--{name}={_text(value)} is not used without edits"
             unused.append(f"{text}; add --edits=NAME (slgr teach import --edits=FILE)")

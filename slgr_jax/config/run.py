@@ -35,6 +35,7 @@ from slgr_jax.config.distillation import (
 )
 from slgr_jax.config.edits import EditConfig
 from slgr_jax.config.evaluation import EvaluationConfig, SliceConfig
+from slgr_jax.config.examples import ExampleConfig
 from slgr_jax.config.guidance import (
     ALIGNMENTS,
     BUILT_IN_GUIDANCE,
@@ -61,6 +62,7 @@ class RunConfig:
     workdir: str
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     vectors: VectorConfig = dataclasses.field(default_factory=VectorConfig)
+    examples: ExampleConfig = dataclasses.field(default_factory=ExampleConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     hardness: HardnessConfig = dataclasses.field(default_factory=HardnessConfig)
@@ -95,6 +97,7 @@ class RunConfig:
         self._check_reference_runs()
         self._check_vectors()
         self._check_train_only()
+        self.examples.check(self)
         self._check_loss()
         for section in (self.edits, self.hardness):
             section.check(self.model.backbone, self.loss, self.sampler)

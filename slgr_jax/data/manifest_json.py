@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 _JSON_TYPES: Mapping[str, type] = {
     "str": str,
     "int": int,
+    "float": float,
     "bool": bool,
     "tuple[str, ...]": list,
     "tuple[ShardFile, ...]": list,

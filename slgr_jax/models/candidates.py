@@ -17,6 +17,7 @@ from slgr_jax.models.backbones.base import (
     DotBackbone,
     Dropout,
     Ids,
+    LosesBeside,
     PairBackbone,
     dots,
 )
@@ -78,6 +79,17 @@ def pair_vectors(
     return backbone.pair_vectors(
         params, rows["both"], context, candidates.queries, candidates.items, dropout=dropout
     )
+
+
+def candidate_losses(
+    backbone: LosesBeside,
+    params: Mapping[str, Any],
+    rows: Mapping[str, Mapping[str, jax.Array]],
+    context: Context,
+    candidates: Candidates,
+) -> Float[Array, "N C"]:
+    """What the backbone loses by itself on candidates, from the same rows."""
+    return backbone.lost(params, rows["both"], context, candidates.queries, candidates.items)
 
 
 def candidate_scores(

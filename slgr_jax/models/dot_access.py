@@ -214,6 +214,9 @@ class _DotView:
     def pair_vectors(self, name: str, dropout: Dropout) -> jax.Array:
         raise AssertionError("dot products have no network")
 
+    def lost(self, name: str) -> jax.Array:
+        raise AssertionError("dot products have no network")
+
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         raise AssertionError("dot products have no rows")
 

@@ -32,6 +32,7 @@ from slgr_jax.models.backbones.base import (
     DotBackbone,
     Dropout,
     Ids,
+    LosesBeside,
     PairBackbone,
     feature_tables,
     with_features_added,
@@ -40,6 +41,7 @@ from slgr_jax.models.candidates import (
     Candidates,
     Vectors,
     candidate_ids,
+    candidate_losses,
     candidate_scores,
     candidate_vectors,
     pair_vectors,
@@ -83,6 +85,10 @@ class View(Protocol):
 
     def pair_vectors(self, name: str, dropout: Dropout) -> Float[Array, "N C E"]:
         """The vectors before the logits of `Reads.candidates[name]`, of a `PairBackbone`."""
+        ...
+
+    def lost(self, name: str) -> Float[Array, "N C"]:
+        """What a `LosesBeside` loses on `Reads.candidates[name]`."""
         ...
 
     def rows(self, name: str) -> Mapping[str, Float[Array, "... D"]]:
@@ -449,6 +455,11 @@ class _RowsView:
         sides, candidates = _sides(self.groups, name), self.reads.candidates[name]
         assert isinstance(self.backbone, PairBackbone), "its network leaves no vectors"
         return pair_vectors(self.backbone, self.params, sides, self.context, candidates, dropout)
+
+    def lost(self, name: str) -> jax.Array:
+        sides, candidates = _sides(self.groups, name), self.reads.candidates[name]
+        assert isinstance(self.backbone, LosesBeside), "it loses nothing by itself"
+        return candidate_losses(self.backbone, self.params, sides, self.context, candidates)
 
     def rows(self, name: str) -> Mapping[str, jax.Array]:
         return self.groups[name]

@@ -20,13 +20,13 @@ import numpy as np
 from slgr_jax import json_files
 from slgr_jax.config import TEXT_PROMPTS, RunConfig
 from slgr_jax.data import dataset as dataset_lib
-from slgr_jax.data import edit_schema, fingerprints, schema, shards, user_ranges
+from slgr_jax.data import edit_schema, example_schema, fingerprints, schema, shards, user_ranges
 from slgr_jax.data.dataset import Dataset
 from slgr_jax.errors import ConfigError, ShardError, UserError
 from slgr_jax.evaluation.results import METRICS, PER_USER
 from slgr_jax.teacher.ask import candidates, requests
 from slgr_jax.teacher.collect import answer_log, quarantine
-from slgr_jax.teacher.local import embeddings
+from slgr_jax.teacher.local import embeddings, examples
 from slgr_jax.teacher.products import edits, preferences, texts, votes
 from slgr_jax.training import checkpoint_manifest, epochs, run_directory
 from slgr_jax.training.checkpoint_manifest import CheckpointManifest
@@ -359,6 +359,10 @@ def _edits(dataset: Dataset, name: str) -> str:
     return edits.report(edits.load(dataset, name))
 
 
+def _examples(dataset: Dataset, name: str) -> str:
+    return examples.report(examples.load(dataset, name))
+
+
 # By the directory under DATA: what checks a product and says what it is.
 _PRODUCTS: Mapping[str, Callable[[Dataset, str], str]] = {
     schema.TEACHER_DIR: _teacher,
@@ -368,4 +372,5 @@ _PRODUCTS: Mapping[str, Callable[[Dataset, str], str]] = {
     schema.ANSWERS_DIR: _answers,
     schema.TEXTS_DIR: _texts,
     edit_schema.EDITS_DIR: _edits,
+    example_schema.EXAMPLES_DIR: _examples,
 }

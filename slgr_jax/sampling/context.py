@@ -25,6 +25,7 @@ from slgr_jax.data import features as features_lib
 from slgr_jax.data.dataset import Csr, Dataset
 from slgr_jax.data.features import INTERACTION, Feature
 from slgr_jax.errors import ConfigError, listing
+from slgr_jax.sampling.examples import Examples
 from slgr_jax.sampling.features import (
     Features,
     FeatureSizes,
@@ -130,7 +131,8 @@ class FrozenVectors:
 class Context:
     """What backbones read besides their tables; None for what this run's backbone does not.
 
-    Training alone reads the last two: serving keeps what vectors come to among its rows.
+    Training alone reads `vectors` and `neighbours`: serving keeps what vectors come to among its
+    rows.
 
     Attributes:
       neighbours: [I, k] the items with the nearest vectors, the best first; -1 past the last.
@@ -142,6 +144,7 @@ class Context:
     features: Features | None = None
     vectors: FrozenVectors | None = None
     neighbours: Int[Array, "I k"] | None = None
+    examples: Examples | None = None
 
     def vectors_of(self, side: str) -> Num[Array, "Rp W"]:
         """The table of the vectors of items or of users, which the run has."""
@@ -170,6 +173,19 @@ class VectorSizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExampleSizes:
+    """What shapes the network over examples of rows.
+
+    Attributes:
+      width: R, numbers of a reasoning.
+      timed: whether rows have moments.
+    """
+
+    width: int
+    timed: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """The numbers of a dataset that shape a backbone."""
 
@@ -183,6 +199,7 @@ class Sizes:
     interaction_features: FeatureSizes | None = None
     user_vectors: VectorSizes | None = None
     item_vectors: VectorSizes | None = None
+    examples: ExampleSizes | None = None
 
 
 def at_interactions(context: Context, queries: Queries) -> Queries:

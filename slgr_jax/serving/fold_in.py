@@ -153,6 +153,11 @@ class Folder:
                 f"--user_vectors={run.config.vectors.user_vectors}: a new user has no vector, and "
                 "folding in fits none: train anew for new users"
             )
+        if run.config.examples.product:
+            raise ConfigError(
+                f"--examples={run.config.examples.product} are rows of the users that are known; "
+                "folding in fits a row without them: train anew for new users"
+            )
         if run.config.vectors.item_side_weight:
             raise ConfigError(
                 "--item_side_weight: folding in knows what a graph makes of rows alone; train anew "

@@ -127,6 +127,11 @@ def _check(run: TrainedRun, ids: Sequence[str], vectors: np.ndarray) -> None:
             f"{run.workdir} lets items read their neighbours (--adapter_neighbours), which a new "
             "item has none of; train a run without it to score new items"
         )
+    if run.config.examples.product:
+        raise ConfigError(
+            f"{run.workdir} finds examples by items' vectors (--examples), and has none of a new "
+            "item's; train a run without it to score new items"
+        )
     changed = vector_products.changed(
         run.config, run.dataset, run_directory.read_record(run.workdir)
     )

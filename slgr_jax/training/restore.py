@@ -21,7 +21,13 @@ from slgr_jax.errors import ConfigError
 from slgr_jax.guidance import make_guidance, with_edges
 from slgr_jax.guidance.base import ReferenceRun
 from slgr_jax.mesh import Layout, UserShards, make_layout, put
-from slgr_jax.models.backbones import AnyBackbone, DotBackbone, make_backbone, reads_of
+from slgr_jax.models.backbones import (
+    AnyBackbone,
+    DotBackbone,
+    make_backbone,
+    reads_of,
+    window_length,
+)
 from slgr_jax.models.backbones.adapters import row_specs
 from slgr_jax.models.backbones.base import feature_tables
 from slgr_jax.models.scoring import Scoring, ServingState, moments, score_users
@@ -29,7 +35,7 @@ from slgr_jax.sampling import context as context_lib
 from slgr_jax.sampling import user_context, user_shards
 from slgr_jax.sampling.context import HISTORY, Context, FrozenVectors
 from slgr_jax.sampling.features import FeatureSlots
-from slgr_jax.training import checkpoint, run_directory, vector_products
+from slgr_jax.training import checkpoint, example_products, run_directory, vector_products
 from slgr_jax.training.state import (
     Learner,
     abstract_serving,
@@ -210,15 +216,20 @@ def backbone_and_context(
             f"--backbone={run.model.backbone} reads histories, and {dataset.path} has no times; "
             f"{fix}"
         )
+    if run.examples.product and example_products.timed(dataset):
+        reads |= {HISTORY}  # which rows come before which
     looked_up = context_lib.make_context(dataset, reads, most_categories=most, chosen=chosen)
     sizes = context_lib.sizes(dataset, reads, most_categories=most, chosen=chosen)
     longest = user_shards.largest(sizes.longest_history, dataset)
     of_vectors = vector_products.sizes(run, dataset)
-    sizes = dataclasses.replace(sizes, longest_history=longest, **of_vectors)
+    of_examples = example_products.sizes(run, dataset)
+    sizes = dataclasses.replace(sizes, longest_history=longest, examples=of_examples, **of_vectors)
     model = run.model
+    shown = example_products.arrays(run, dataset, window_length(model, sizes))
+    looked_up = dataclasses.replace(looked_up, examples=shown)
     if run.adapters_alone:  # a network that learns nothing scores as it does when it serves
         model = dataclasses.replace(model, dropout=0.0)
-    return make_backbone(model, sizes, run.vectors, native=native), looked_up
+    return make_backbone(model, sizes, run.vectors, run.examples, native=native), looked_up
 
 
 def load_data(run: config.RunConfig) -> Dataset:
@@ -337,6 +348,8 @@ def _restored(
 ) -> RestoredRun:
     """A state of the run in `workdir`, which was trained on `dataset`: whole, or with `split` as
     the run is served."""
+    if changed := example_products.changed(run, dataset, run_directory.read_record(workdir)):
+        raise ConfigError(f"{workdir}: {changed}, and its scores are made beside it; put it back")
     backbone, looked_up = backbone_and_context(run, dataset, native=False)
     served = _served(backbone, looked_up)
     layout = _layout_to_serve(run, backbone) if split else make_layout()
@@ -456,6 +469,7 @@ def restore_reference_runs(run: config.RunConfig, dataset: Dataset) -> list[Rest
             model.most_categories,
             features,
             model.most_feature_values,
+            (trained.examples, model.max_history) if trained.examples.product else None,
         )
         looked_up = shared.setdefault(kind, reference.context)
         restored.append(dataclasses.replace(reference, context=looked_up))

@@ -38,6 +38,7 @@ from slgr_jax.training import (
     checkpoint,
     checkpoint_manifest,
     edited,
+    example_products,
     initial_values,
     tracking,
     vector_products,
@@ -335,6 +336,8 @@ def _refuse_changes(old: config.RunConfig, run: config.RunConfig, dataset: Datas
         changed.append(f"--features: {run.model.features} are others in {run.data} now")
     if not changed and (vectors := vector_products.changed(run, dataset, read_record(run.workdir))):
         changed.append(vectors)
+    if not changed and (shown := example_products.changed(run, dataset, read_record(run.workdir))):
+        changed.append(shown)
     if not changed and (edits := edited.changed(run, dataset, read_record(run.workdir))):
         changed.append(edits)
     if not changed and (other := other_reference_runs(run.workdir, run)):
@@ -393,6 +396,7 @@ def write_record(
         "features": [f"{feature.side}.{feature.name}" for feature in features.features],
         "feature_values_cut": features.cut,
         "vectors": vector_products.record(run, dataset),
+        "examples_read": example_products.record(run, dataset),
         "edited_by": edited.record(run, dataset),
         "initial_rows": _initial_rows(run, dataset, initial),
         "reference_runs": reference_checkpoints(run),

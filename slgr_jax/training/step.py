@@ -6,6 +6,7 @@
     rows    = lookup(tables, ids(batch, drawn))
     loss    = mean_B rec(s_ui, s_uj) + l2/2 mean_B |rows of the triple|^2
               + lambda guidance.loss + what supervises its gate
+              + what a backbone loses by itself (`LosesBeside`)
     params  = optax Adam on the mean loss
     tables  = row optimiser on B times the mean loss, i.e. on the sum over the batch
 
@@ -33,6 +34,7 @@ from jaxtyping import Array, Float, Int
 from slgr_jax.guidance.base import Frozen, Scored
 from slgr_jax.mesh import Layout
 from slgr_jax.models import losses
+from slgr_jax.models.backbones.base import LosesBeside
 from slgr_jax.models.candidates import Candidates, Vectors
 from slgr_jax.models.dot_access import BroadcastDotAccess, DotAccess
 from slgr_jax.models.row_access import Access, Leaves, Masked, Reads, RowAccess
@@ -55,6 +57,7 @@ _SHARED_PASS = 2
 # few enough that what was drawn is still in a CPU's cache when it is used.
 DRAWN_AT_ONCE = 1 << 16
 # Sums over the steps of a dispatch; the host divides by `steps` (means over steps).
+LOST = "reconstruction_loss"
 SUM_NAMES = ("steps", "loss", "rec_loss", "accuracy", "triples")
 
 
@@ -116,11 +119,13 @@ class Trainer(Learner):
     @property
     def sum_names(self) -> tuple[str, ...]:
         """What a step reports."""
+        backbone = self.backbone
+        loses = isinstance(backbone, LosesBeside) and backbone.lost_weight
+        of_rows = (*SUM_NAMES, *self.objective.metrics, *((LOST,) if loses else ()))
         if self.guidance is None:
-            return (*SUM_NAMES, *self.objective.metrics)
+            return of_rows
         return (
-            *SUM_NAMES,
-            *self.objective.metrics,
+            *of_rows,
             "guidance_loss",
             "gate_loss",
             *self.guidance.metrics,
@@ -386,10 +391,16 @@ def _loss(
             penalty += losses.masked_sum(of_triples, batch.weights) * per_triple
         penalty = 0.5 * config.optimizer.l2 * penalty
     sums = {"triples": triples, "rec_loss": rec, "accuracy": learned.right * per_triple}
+    backbone, beside = trainer.backbone, jnp.float32(0.0)
+    if isinstance(backbone, LosesBeside) and backbone.lost_weight:
+        lost = jnp.mean(view.lost(objective.penalised[0]), axis=1)[: batch.weights.shape[0]]
+        beside = losses.masked_sum(lost, batch.weights) * per_triple
+        sums[LOST] = beside
+        beside *= backbone.lost_weight
     sums |= jax.lax.stop_gradient(learned.counts)
     new_scores = jax.lax.stop_gradient(learned.new_scores)
     if guidance is None:
-        return rec + penalty, (sums, new_scores)
+        return rec + penalty + beside, (sums, new_scores)
 
     def vectors() -> Vectors:
         return view.vectors(objectives.GUIDANCE, inputs.pass_(1))
@@ -414,4 +425,5 @@ def _loss(
         part.for_guidance,
     )
     sums |= {"guidance_loss": added.loss, "gate_loss": added.gate, **added.metrics}
-    return rec + penalty + config.guidance.weight * added.loss + added.gate, (sums, new_scores)
+    loss = rec + penalty + beside + config.guidance.weight * added.loss + added.gate
+    return loss, (sums, new_scores)

@@ -6,6 +6,7 @@
     slgr teach nearest --data=DATA --name=NAME [--listed=50] [--embeddings=EMBEDDED]
     slgr teach similar --data=DATA --name=NAME --similar=FILE [--listed=50]
     slgr teach interactions --data=DATA --name=NAME [--lists=TEACHER] [--rare_items=0]
+    slgr teach examples --data=DATA --name=NAME [--examples=FILE | --example_prompts=FILE]
     slgr teach candidates --data=DATA --name=NAME [--run=WORKDIR]
     slgr teach requests --data=DATA --name=NAME --model=LLM [--prompt=user_profile] [--dry_run]
     slgr teach ask --data=DATA --name=NAME --base_url=URL [--concurrency=8]
@@ -39,6 +40,7 @@ from slgr_jax.cli.teach import (
     collect,
     combine,
     embed,
+    examples,
     export,
     factors,
     from_baseline,
@@ -66,6 +68,7 @@ COMMANDS: Mapping[str, SubCommand] = {
     "nearest": nearest.COMMAND,
     "similar": similar.COMMAND,
     "interactions": interactions.COMMAND,
+    "examples": examples.COMMAND,
     "candidates": candidates.COMMAND,
     "requests": requests.COMMAND,
     "ask": ask.COMMAND,

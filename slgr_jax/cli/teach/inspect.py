@@ -2,8 +2,8 @@
 
     slgr teach inspect --data=DATA --name=NAME
 
-NAME is of DATA/teacher, DATA/texts, DATA/edits, or several of them. A product of another
-split, or one that is damaged, is refused by name.
+NAME is of DATA/teacher, DATA/texts, DATA/edits, DATA/examples, or several of them. A product of
+another split, or one that is damaged, is refused by name.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ if TYPE_CHECKING:
 
 
 def work(dataset: Dataset, common: config.TeachConfig) -> None:
-    """Load what is called NAME of teachers, texts and edits, which checks it, and show it."""
+    """Load what is called NAME of each kind, which checks it, and show it."""
     from slgr_jax.data import schema
+    from slgr_jax.teacher.local import examples
     from slgr_jax.teacher.products import edits, preferences, texts
 
-    has_texts, has_edits = (
-        (kind.product_path(dataset.path, common.name) / schema.MANIFEST).is_file()
-        for kind in (texts, edits)
-    )
-    if has_texts:
-        print(texts.report(texts.load(dataset, common.name)))
-    if has_edits:
-        print(edits.report(edits.load(dataset, common.name)))
-    if not (has_texts or has_edits) or preferences.product_path(dataset.path, common.name).is_dir():
+    reports = {
+        texts: lambda: texts.report(texts.load(dataset, common.name)),
+        edits: lambda: edits.report(edits.load(dataset, common.name)),
+        examples: lambda: examples.report(examples.load(dataset, common.name)),
+    }
+    held = [
+        kind
+        for kind in reports
+        if (kind.product_path(dataset.path, common.name) / schema.MANIFEST).is_file()
+    ]
+    for kind in held:
+        print(reports[kind]())
+    if not held or preferences.product_path(dataset.path, common.name).is_dir():
         print(preferences.report(preferences.checked(dataset, common.name)))
 
 

@@ -6,7 +6,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from slgr_jax.config import CLICK_BACKBONES, ModelConfig, VectorConfig, register_backbone
+from slgr_jax.config import (
+    CLICK_BACKBONES,
+    ExampleConfig,
+    ModelConfig,
+    VectorConfig,
+    register_backbone,
+)
 from slgr_jax.errors import ConfigError, listing
 from slgr_jax.models.backbones.adapters import with_vectors
 from slgr_jax.models.backbones.base import (
@@ -21,6 +27,7 @@ from slgr_jax.models.backbones.bert4rec import BERT4Rec
 from slgr_jax.models.backbones.click import make_click
 from slgr_jax.models.backbones.dual_view import with_two_views
 from slgr_jax.models.backbones.gru4rec import GRU4Rec
+from slgr_jax.models.backbones.in_context import with_examples
 from slgr_jax.models.backbones.lightgcn import LightGCN
 from slgr_jax.models.backbones.mf import MatrixFactorization
 from slgr_jax.models.backbones.sasrec import SASRec
@@ -37,6 +44,7 @@ __all__ = [
     "make_backbone",
     "reads_of",
     "register",
+    "window_length",
 ]
 
 
@@ -102,13 +110,14 @@ def make_backbone(
     config: ModelConfig,
     sizes: Sizes,
     vectors: VectorConfig | None = None,
+    examples: ExampleConfig | None = None,
     *,
     native: bool = False,
 ) -> AnyBackbone:
     """The backbone that `config.backbone` names, for a dataset's sizes.
 
     Args:
-      vectors: how vectors are read, where `sizes` has some.
+      vectors, examples: how these are read, where `sizes` has some.
       native: let CPU kernels do what they can (one CPU device).
 
     Raises:
@@ -141,6 +150,9 @@ def make_backbone(
         adapted = with_towers(adapted, vectors.towers)
     if vectors.fuses_users:
         adapted = with_user_fusion(adapted, vectors.user_fusion, vectors.user_fusion_heads)
+    if sizes.examples is not None:
+        length = window_length(config, sizes)
+        adapted = with_examples(adapted, sizes.examples, examples or ExampleConfig(), length)
     return adapted
 
 
@@ -170,7 +182,7 @@ def _dot(config: ModelConfig, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _length(config: ModelConfig, sizes: Sizes) -> int:
+def window_length(config: ModelConfig, sizes: Sizes) -> int:
     """L. No window is longer than the longest history: shorter ones cost less."""
     return max(1, min(config.max_history, sizes.longest_history))
 
@@ -179,7 +191,7 @@ def _sequence(config: ModelConfig, sizes: Sizes) -> dict[str, Any]:
     """The settings that sequence backbones share."""
     return {
         **_dot(config, sizes),
-        "length": _length(config, sizes),
+        "length": window_length(config, sizes),
         "layers": config.layers,
         "hidden": config.hidden,
     }
@@ -214,7 +226,7 @@ def _click(config: ModelConfig, sizes: Sizes, *, native: bool) -> AnyBackbone:
         config.backbone,
         sizes=sizes,
         dim=config.dim,
-        length=_length(config, sizes),
+        length=window_length(config, sizes),
         init_std=config.init_std,
         dropout=config.dropout,
         mlp=config.mlp,

@@ -269,6 +269,27 @@ class PairBackbone(JointBackbone, Protocol):
         ...
 
 
+@runtime_checkable
+class LosesBeside(JointBackbone, Protocol):
+    """A JointBackbone that loses something by itself on each row that it learns from."""
+
+    @property
+    def lost_weight(self) -> float:
+        """What that is multiplied with; 0: there is none."""
+        ...
+
+    def lost(
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        items: Int[Array, "N C"],
+    ) -> Float[Array, "N C"]:
+        """What is lost on candidates, from the rows that `ids` names."""
+        ...
+
+
 AnyBackbone = DotBackbone | JointBackbone
 
 

@@ -78,6 +78,7 @@ class ClickModel:
     features.
 
     Attributes:
+      dim: D.
       adapters, vector_fields: see `adapters.Adapted`.
     """
 
@@ -96,9 +97,10 @@ class ClickModel:
         history: bool,
         first_order: bool,
     ) -> None:
-        self._network, self._dim, self._length = network, dim, length
+        self._network, self.dim, self._length = network, dim, length
         self._categories, self._history = sizes.categories > 0, history
         self._first_order = first_order
+        self._beside = int(sizes.examples is not None)
         counts = {"user": sizes.users, "item": sizes.items}
         if self._categories:
             counts["category"] = sizes.categories
@@ -148,17 +150,29 @@ class ClickModel:
 
     def _variables(self, key: jax.Array) -> Params:
         """What the network makes on one row: fresh parameters, and the row's `PAIRS`."""
-        of_target = int(self._vectors["item"] and not self._event_vectors)
-        parts = 1 + self._categories + self._features["item"] + self._vectors["item"] - of_target
-        of_query = 1 + self._features["user"] + self._features[INTERACTION] + self._vectors["user"]
+        of_query, parts, alone = self._counts
+        of_target = alone + self._beside
         if isinstance(self._network, Din):
-            query, real = jnp.zeros((1, of_query, self._dim)), jnp.zeros((1, 1), bool)
+            query, real = jnp.zeros((1, of_query, self.dim)), jnp.zeros((1, 1), bool)
             target, event = (
-                jnp.zeros((1, 1, fields, self._dim)) for fields in (parts + of_target, parts)
+                jnp.zeros((1, 1, fields, self.dim)) for fields in (parts + of_target, parts)
             )
             return self._network.init(key, query, target, event, real)
-        count = of_query + parts * (1 + self._history) + of_target
-        return self._network.init(key, jnp.zeros((1, count, self._dim)))
+        return self._network.init(key, jnp.zeros((1, self.fields + self._beside, self.dim)))
+
+    @property
+    def _counts(self) -> tuple[int, int, int]:
+        """Fields of a query, of an event, and of a candidate beyond those of an event."""
+        alone = int(self._vectors["item"] and not self._event_vectors)
+        parts = 1 + self._categories + self._features["item"] + self._vectors["item"] - alone
+        of_query = 1 + self._features["user"] + self._features[INTERACTION] + self._vectors["user"]
+        return of_query, parts, alone
+
+    @property
+    def fields(self) -> int:
+        """F of `pair_fields`."""
+        of_query, parts, alone = self._counts
+        return of_query + parts * (1 + self._history) + alone
 
     def ids(self, context: Context, queries: Queries, items: Int[Array, "N C"]) -> Ids:
         """`user` [N]; `item` [N, C + L], candidates then events; `category` [N, C + L, F]; those of
@@ -207,8 +221,11 @@ class ClickModel:
         items: Int[Array, "N C"],
         *,
         dropout: Dropout = None,
+        beside: Float[Array, "N C D"] | None = None,
     ) -> Float[Array, "N C"]:
-        return self._of_pairs(params, rows, context, queries, items, dropout, vectors=False)
+        """Logits; `beside` is one more field of each candidate, where `Sizes.examples` has one."""
+        given = params, rows, context, queries, items, dropout, beside
+        return self._of_pairs(*given, vectors=False)
 
     def pair_vectors(
         self,
@@ -219,22 +236,28 @@ class ClickModel:
         items: Int[Array, "N C"],
         *,
         dropout: Dropout = None,
+        beside: Float[Array, "N C D"] | None = None,
     ) -> Float[Array, "N C E"]:
         """See `PairBackbone.pair_vectors`: a first-order term is no part of it."""
-        return self._of_pairs(params, rows, context, queries, items, dropout, vectors=True)
+        given = params, rows, context, queries, items, dropout, beside
+        return self._of_pairs(*given, vectors=True)
 
-    def _of_pairs(
-        self,
-        params: Params,
-        rows: TableRows,
-        context: Context,
-        queries: Queries,
-        items: Int[Array, "N C"],
-        dropout: Dropout,
-        *,
-        vectors: bool,
-    ) -> Float[Array, "N C ..."]:
-        """Logits of the candidates, or the vectors before them."""
+    def pair_fields(
+        self, rows: TableRows, context: Context, queries: Queries, items: Int[Array, "N C"]
+    ) -> Float[Array, "N C F D"]:
+        """What is known of each pair, alike for all models: the fields of the query, the mean of
+        its events', those of the candidate."""
+        query, target, events, real = self._fields(rows, context, queries, items)
+        if self._history:
+            query = _with_mean(query, events, real)
+        side = jnp.broadcast_to(query[:, None], (*items.shape, *query.shape[1:]))
+        return jnp.concatenate([side, target], axis=2)[..., : self.dim]
+
+    def _fields(
+        self, rows: TableRows, context: Context, queries: Queries, items: Int[Array, "N C"]
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Bool[Array, "N L"]]:
+        """Fields of the query [N, Q, W], of the candidates [N, C, T, W] and of the events
+        [N, L, P, W], and which events are real."""
         seen, real = self._items(context, queries, items)
         fields = rows["item"][:, :, None, :]
         if self._categories:
@@ -253,10 +276,28 @@ class ClickModel:
         if interactions is not None:
             of_users += self._feature_fields(rows, context, INTERACTION, interactions)
         query = jnp.concatenate([rows["user"][:, None, :], *of_users], axis=1)
+        return query, target, events, real
+
+    def _of_pairs(
+        self,
+        params: Params,
+        rows: TableRows,
+        context: Context,
+        queries: Queries,
+        items: Int[Array, "N C"],
+        dropout: Dropout,
+        beside: Float[Array, "N C D"] | None,
+        *,
+        vectors: bool,
+    ) -> Float[Array, "N C ..."]:
+        """Logits of the candidates, or the vectors before them."""
+        query, target, events, real = self._fields(rows, context, queries, items)
         if self._history and not isinstance(self._network, Din):
-            n, length, *shape = events.shape
-            mean = _mean(events.reshape(n, length, -1), real)
-            query = jnp.concatenate([query, mean.reshape(n, *shape)], axis=1)
+            query = _with_mean(query, events, real)
+        if beside is not None:
+            width = target.shape[-1] - self.dim
+            padded = jnp.pad(beside, ((0, 0), (0, 0), (0, width)))
+            target = jnp.concatenate([target, padded[:, :, None]], axis=2)
 
         chunks = {side: rows[name] for side, name in self._chunks.items()}
         of_user = {side: kept[:, None] for side, kept in chunks.items() if side == "user"}
@@ -299,7 +340,7 @@ class ClickModel:
         Args:
           chunks: side -> what `vector_maps.Extractor` keeps of a user (once) or of each candidate.
         """
-        network, dim = self._network, self._dim
+        network, dim = self._network, self.dim
         asking, (n, c) = (query[:, :1], target[:, :, 0]), target.shape[:2]
         first_order: jax.Array | None = None
         inputs: tuple[jax.Array, ...]
@@ -336,7 +377,7 @@ class ClickModel:
         """
         if not chunks:
             return fields
-        of_user, of_item = (row[..., : self._dim] for row in asking)
+        of_user, of_item = (row[..., : self.dim] for row in asking)
         query = jnp.concatenate([jnp.broadcast_to(of_user, of_item.shape), of_item], axis=2)
         of_adapters, parts = params[PARAMS], []
         for side, kept in sorted(chunks.items()):
@@ -347,11 +388,11 @@ class ClickModel:
         of_texts, present = zip(*parts, strict=True)
         z = chunk_extractor.aligned(
             of_adapters[SHARED]["alignment"],
-            fields[..., : self._dim],
+            fields[..., : self.dim],
             jnp.concatenate(of_texts, axis=2),
             jnp.concatenate(present, axis=2),
         )
-        return fields + jnp.pad(z, [(0, 0)] * 3 + [(0, fields.shape[3] - self._dim)])
+        return fields + jnp.pad(z, [(0, 0)] * 3 + [(0, fields.shape[3] - self.dim)])
 
 
 def make_click(
@@ -426,6 +467,15 @@ def _mean(rows: Float[Array, "*B K W"], real: Bool[Array, "*B K"]) -> Float[Arra
     """The mean of the K rows that are `real`; 0 where none is."""
     total = jnp.sum(jnp.where(real[..., None], rows, 0.0), axis=-2)
     return total / jnp.maximum(jnp.sum(real, axis=-1), 1).astype(rows.dtype)[..., None]
+
+
+def _with_mean(
+    query: Float[Array, "N Q W"], events: Float[Array, "N L P W"], real: Bool[Array, "N L"]
+) -> Float[Array, "N QP W"]:
+    """A query's fields, and the means of its events'."""
+    n, length, *shape = events.shape
+    mean = _mean(events.reshape(n, length, -1), real)
+    return jnp.concatenate([query, mean.reshape(n, *shape)], axis=1)
 
 
 def _by_block(

@@ -117,16 +117,21 @@ def _read_table(path: pathlib.Path, entity: str) -> tuple[list[str], np.ndarray]
             f"{path} has columns {listing(table.column_names)}; expected {entity} and vector"
         )
     table = table.select([entity, "vector"]).drop_null()
-    column = table.column("vector").combine_chunks()
-    column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
-    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
-        raise InputError(f"{path}: column vector is {column.type}, expected a list of numbers")
-    widths = np.unique(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+    values = vectors_of(table.column("vector"), path)
+    return pc.cast(table.column(entity), pa.string()).to_pylist(), values
+
+
+def vectors_of(column: pa.ChunkedArray, path: pathlib.Path) -> np.ndarray:
+    """[n, D] float32 of a column of lists of numbers, without nulls; `InputError` for any other."""
+    one = column.combine_chunks()
+    one = pa.concat_arrays(one.chunks) if isinstance(one, pa.ChunkedArray) else one
+    if not (pa.types.is_list(one.type) or pa.types.is_fixed_size_list(one.type)):
+        raise InputError(f"{path}: column vector is {one.type}, expected a list of numbers")
+    widths = np.unique(pc.list_value_length(one).to_numpy(zero_copy_only=False))
     if widths.size != 1:
         raise InputError(f"{path} has vectors of {widths.size} widths: {listing(map(str, widths))}")
-    flat = pc.cast(pc.list_flatten(column), pa.float32()).to_numpy(zero_copy_only=False)
-    ids = pc.cast(table.column(entity), pa.string()).to_pylist()
-    return ids, flat.reshape(len(ids), -1)
+    flat = pc.cast(pc.list_flatten(one), pa.float32()).to_numpy(zero_copy_only=False)
+    return flat.reshape(len(one), -1)
 
 
 def _read_npz(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
