@@ -102,10 +102,10 @@ def in_tower(
         name: _half(part, name, state.tables[name], rows, places.get(name))
         for name, rows in tables.items()
     }
-    begun: TrainState = state.replace(  # type: ignore[attr-defined]
+    changed: TrainState = state.replace(  # type: ignore[attr-defined]
         tables=grown, params={**state.params, "backbone": backbone}
     )
-    return begun
+    return changed
 
 
 def _half(

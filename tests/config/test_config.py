@@ -210,7 +210,8 @@ def test_json_gives_back_every_knob(method):
     # Each is of another backbone or another way to draw.
     sections["edits"] = dataclasses.replace(sections["edits"], inserted="")
     sections["hardness"] = dataclasses.replace(sections["hardness"], product="")
-    unused |= {"insert", "keep_hard"}
+    sections["examples"] = dataclasses.replace(sections["examples"], product="", vectors="")
+    unused |= {"insert", "keep_hard", "examples", "example_vectors"}
     few = {"user_shards": 0, "train_only": "all", "init_ids_from": ""}  # what goes with few
     sections["train"] = dataclasses.replace(sections["train"], **few)
     unused |= few.keys()

@@ -431,7 +431,7 @@ def test_examples_say_what_no_row_of_an_item_could(tmp_path: pathlib.Path):
             early_stop_metric="rows_auc", lr=0.01, dense_lr=0.01, **knobs,
         )  # fmt: skip
         loop.train(run)
-        auc[name] = serving.load(run.workdir).evaluate("test")[1]["all"]["auc"]
+        auc[name] = serving.load(run.workdir).evaluate("test")[1]["overall"]["auc"]
     assert auc["with"] > 0.9, auc
     assert auc["without"] < 0.65, auc
 
