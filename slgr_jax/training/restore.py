@@ -361,8 +361,7 @@ def _restored(
         if which == "best":
             serving = saved.restore_best(abstract_serving(trained))
         else:
-            remembered = checkpoint.remembered(saved.shapes())
-            learned = dataclasses.replace(trained, remembered=remembered)
+            learned = dataclasses.replace(trained, remembered=checkpoint.remembered(saved.shapes()))
             state = saved.restore_state(abstract_state(learned))
             vectors = _frozen(workdir, run, dataset, layout)
             as_trained = user_context.put(looked_up, trained.layout)
