@@ -6,6 +6,7 @@ import dataclasses
 
 from slgr_jax.config.baselines import BASELINES
 from slgr_jax.config.derive import DeriveConfig
+from slgr_jax.config.examples import ExampleFileConfig
 from slgr_jax.config.knobs import Section, knob
 from slgr_jax.config.teach_texts import TEXT_PROMPTS, TextConfig
 from slgr_jax.config.teach_vectors import (
@@ -471,6 +472,7 @@ TEACH_SECTIONS: tuple[type[Section], ...] = (
     FreeTeacherConfig,
     CombineConfig,
     DeriveConfig,
+    ExampleFileConfig,
     ExportConfig,
     CarryConfig,
     ReportConfig,
