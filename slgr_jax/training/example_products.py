@@ -23,6 +23,7 @@ from slgr_jax.sampling.context import ExampleSizes
 from slgr_jax.sampling.examples import NOBODY, Examples, Pool
 from slgr_jax.teacher.local import embeddings
 from slgr_jax.teacher.local import examples as products
+from slgr_jax.teacher.local.vectors import unit
 from slgr_jax.training import vector_products
 
 _ROWS_AT_ONCE = 1 << 14
@@ -77,7 +78,7 @@ def arrays(run: RunConfig, dataset: Dataset, length: int) -> Examples | None:
     held = products.load(dataset, run.examples.product)
     given = vector_products.of_side(dataset, "item", run.examples.vectors)
     scaling = vector_products.standard(dataset, "item", given)
-    vectors = _unit(scaling.apply(given, "float32")[:, :-1])
+    vectors = unit(scaling.apply(given, "float32")[:, :-1])
     histories = np.zeros((len(held.users), vectors.shape[1]), np.float32)
     if timed(dataset):
         histories = _histories(dataset, held, vectors, length)
@@ -103,11 +104,6 @@ def arrays(run: RunConfig, dataset: Dataset, length: int) -> Examples | None:
     return Examples(pool(held.clicked), pool(~held.clicked), resident)
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(x, axis=-1, keepdims=True)
-    return np.where(length > 0, x / np.maximum(length, 1e-12), 0).astype(np.float32)
-
-
 def _histories(
     dataset: Dataset, held: products.Examples, vectors: np.ndarray, length: int
 ) -> np.ndarray:
@@ -123,7 +119,7 @@ def _histories(
         total = np.zeros((len(items), vectors.shape[1]))
         for column in range(length):  # all L at once would be L times the product
             total += np.where(place[:, column, None] >= 0, vectors[items[:, column]], 0)
-        pieces.append(_unit(total))
+        pieces.append(unit(total))
     return np.concatenate(pieces)
 
 
